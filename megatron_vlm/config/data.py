@@ -1,0 +1,64 @@
+"""Which shards are trained on, in which proportion and how they are packed."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_vlm.config.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlendEntry:
+    """One prepared dataset and how much of it is used; at most one of weight, epochs and images is set."""
+
+    path: str
+    """Folder that `prepare` wrote."""
+    weight: float | None = None
+    """Share of the samples of the whole blend, relative to the other weights."""
+    epochs: float | None = None
+    """Passes over the dataset; a fraction takes that part of a shuffled pass."""
+    images: float | None = None
+    """Share of the images of the whole blend, relative to the other shares (the paper: 1:1)."""
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("weight", "epochs", "images") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ConfigError(f"blend entry {self.path} sets {' and '.join(given)}", fix="keep one of them")
+        if given and getattr(self, given[0]) <= 0:
+            raise ConfigError(f"blend entry {self.path} has {given[0]} <= 0", fix="give a positive number")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataConfig:
+    """From prepared shards to packed rows."""
+
+    tokenizer: str
+    """SentencePiece model file; its sha256 must be that of the shards."""
+    blend: tuple[BlendEntry, ...]
+    """Datasets; entries without a proportion are used for one epoch each."""
+    seq_length: int
+    """Length of a packed row, image tokens included [tokens]."""
+    packing: bool = True
+    """Several samples a row, each with its own attention and positions; False: one sample a row."""
+    overflow: Literal["truncate", "drop", "fail"] = "truncate"
+    """What is done with a sample longer than a row: cut after the last whole image and token that fit; leave it
+    out, counted; or refuse to start."""
+    image_aspect: Literal["pad", "square", "resize"] = "pad"
+    """How an image becomes a square: pad with the mean colour; crop the centre (CLIP's own); stretch."""
+    num_workers: int = 2
+    """Decoding processes of each rank that needs images; 0 decodes in the training process."""
+    prefetch_factor: int = 4
+    """Micro-batches that each worker keeps ready."""
+
+    def __post_init__(self) -> None:
+        if not self.blend:
+            raise ConfigError("data.blend is empty", fix="name at least one prepared dataset")
+        kinds = {
+            "epochs" if entry.weight is None and entry.images is None else "weight" if entry.weight else "images"
+            for entry in self.blend
+        }
+        if len(kinds) > 1:
+            raise ConfigError(
+                f"data.blend mixes {', '.join(sorted(kinds))}", fix="use one kind of proportion for all entries"
+            )
+        if self.seq_length <= 0:
+            raise ConfigError(f"data.seq_length={self.seq_length} is not positive", fix="choose e.g. 4096")

@@ -1,0 +1,82 @@
+"""What follows from the settings and the number of ranks together."""
+
+from dataclasses import dataclass
+
+from megatron_vlm.config.errors import ConfigError
+from megatron_vlm.config.train import TrainConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """Ranks and batch sizes of one job."""
+
+    world_size: int
+    data_parallel_size: int
+    num_micro_batches: int
+    """Forward passes of one data-parallel rank in one step."""
+    tokens_per_micro_batch: int
+    """Positions of one forward, padding included [tokens]."""
+
+
+def derive_layout(config: TrainConfig, world_size: int) -> Layout:
+    """Check that the settings fit `world_size` ranks and return what follows from both.
+
+    Raises:
+        ConfigError: a size does not divide another; names the settings and the nearest value that fits.
+    """
+    parallel, training, language = config.parallel, config.training, config.model.language
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    if world_size % (tp * pp):
+        raise ConfigError(
+            f"{world_size} ranks are not a multiple of parallel.tensor_model_parallel_size * "
+            f"pipeline_model_parallel_size = {tp} * {pp}",
+            fix=f"start {-(-world_size // (tp * pp)) * tp * pp} ranks, or change the layout",
+        )
+    data_parallel_size = world_size // (tp * pp)
+    rows = training.micro_batch_size * data_parallel_size
+    if training.global_batch_size % rows:
+        raise ConfigError(
+            f"training.global_batch_size={training.global_batch_size} is not a multiple of micro_batch_size * "
+            f"data_parallel_size = {training.micro_batch_size} * {data_parallel_size}",
+            fix=f"choose {-(-training.global_batch_size // rows) * rows}, or change training.micro_batch_size",
+        )
+    _check_divides("model.language.num_attention_heads", language.num_attention_heads, "tensor parallel size", tp)
+    _check_divides("model.language.ffn_hidden_size", language.ffn_hidden_size, "tensor parallel size", tp)
+    _check_divides("the padded vocabulary", language.padded_vocab_size, "tensor parallel size", tp)
+    if language.query_groups % tp and tp % language.query_groups:
+        raise ConfigError(
+            f"model.language.num_query_groups={language.query_groups} and tensor parallel size {tp} do not divide",
+            fix="choose one as a multiple of the other",
+        )
+    _check_pipeline(config, pp)
+    tokens = training.micro_batch_size * config.data.seq_length
+    if parallel.sequence_parallel:
+        _check_divides("micro_batch_size * seq_length", tokens, "tensor parallel size", tp)
+    num_micro_batches = training.global_batch_size // rows
+    if parallel.virtual_pipeline_model_parallel_size:
+        _check_divides("the number of micro-batches", num_micro_batches, "pipeline size", pp)
+    return Layout(
+        world_size=world_size,
+        data_parallel_size=data_parallel_size,
+        num_micro_batches=num_micro_batches,
+        tokens_per_micro_batch=tokens,
+    )
+
+
+def _check_pipeline(config: TrainConfig, pp: int) -> None:
+    layers, first = config.model.language.num_layers, config.parallel.num_layers_in_first_pipeline_stage
+    if first is None:
+        chunks = pp * (config.parallel.virtual_pipeline_model_parallel_size or 1)
+        _check_divides("model.language.num_layers", layers, "number of pipeline chunks", chunks)
+        return
+    if pp == 1 or not 0 < first < layers:
+        raise ConfigError(
+            f"parallel.num_layers_in_first_pipeline_stage={first} does not fit {layers} layers over {pp} stages",
+            fix="leave at least one layer for every stage",
+        )
+    _check_divides("the layers after the first stage", layers - first, "stages after it", pp - 1)
+
+
+def _check_divides(name: str, value: int, by_name: str, by: int) -> None:
+    if value % by:
+        raise ConfigError(f"{name} ({value}) is not a multiple of {by_name} ({by})", fix="change one of them")

@@ -1,0 +1,208 @@
+"""Read a typed, frozen dataclass from YAML and dotted overrides: the only door for settings."""
+
+import dataclasses
+import difflib
+import types
+import typing
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from megatron_vlm.config.errors import ConfigError
+
+T = TypeVar("T")
+_BASE_KEY = "base"
+
+
+def load_config(cls: type[T], path: str | Path, overrides: typing.Sequence[str] = ()) -> T:
+    """Load `cls` from a YAML file: dataclass default < `base` file < this file < overrides.
+
+    Args:
+        cls: a frozen dataclass whose fields may be dataclasses themselves.
+        path: YAML file; its optional key `base` names another one, relative to it, that it is laid over.
+        overrides: `section.key=value`, the value read as YAML; a list is replaced as a whole.
+
+    Raises:
+        ConfigError: missing file, bad YAML, unknown key, wrong type or missing value; names file, line and key.
+    """
+    tree, lines = _read_tree(Path(path), seen=())
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator or not key:
+            raise ConfigError(f"override {override!r} is not section.key=value", fix="write it as optimizer.lr=1e-4")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"override {override!r} is not valid YAML", fix="quote the value") from error
+        _set_dotted(tree, key, value)
+        lines[key] = f"override {override}"
+    return _build(cls, tree, key="", lines=lines, source=str(path))
+
+
+def config_to_dict(config: Any) -> dict[str, Any]:
+    """Return the nested plain dict of a config, tuples as lists, ready for YAML."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: plain(item) for name, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [plain(item) for item in value]
+        return value
+
+    return plain(dataclasses.asdict(config))
+
+
+def save_config(config: Any, path: str | Path) -> None:
+    """Write the resolved config as YAML that `load_config` reads back equal."""
+    Path(path).write_text(yaml.safe_dump(config_to_dict(config), sort_keys=False))
+
+
+def _read_tree(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the merged tree and, for every dotted key, the place that set it."""
+    if path.resolve() in seen:
+        raise ConfigError("config files name each other as base", where=str(path), fix="break the circle")
+    try:
+        text = path.read_text()
+    except FileNotFoundError as error:
+        raise ConfigError("config file does not exist", where=str(path), fix="check the path") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config file cannot be read: {error}", where=str(path), fix="check the file") from error
+    try:
+        tree = yaml.safe_load(text)
+        node = yaml.compose(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise ConfigError("config file is not valid YAML", where=where, fix="check indentation and quotes") from error
+    if tree is None:
+        return {}, {}
+    if not isinstance(tree, dict):
+        raise ConfigError("config file holds no mapping", where=str(path), fix="write sections with key: value")
+    lines: dict[str, str] = {}
+    _collect_lines(node, "", path, lines)
+    base = tree.pop(_BASE_KEY, None)
+    if base is None:
+        return tree, lines
+    base_tree, base_lines = _read_tree(path.parent / str(base), (*seen, path.resolve()))
+    _overlay(base_tree, tree)
+    return base_tree, {**base_lines, **lines}
+
+
+def _collect_lines(node: yaml.Node | None, prefix: str, path: Path, lines: dict[str, str]) -> None:
+    if isinstance(node, yaml.SequenceNode):
+        for position, item in enumerate(node.value):
+            _collect_lines(item, f"{prefix}[{position}]", path, lines)
+    if not isinstance(node, yaml.MappingNode):
+        return
+    for key_node, value_node in node.value:
+        key = f"{prefix}.{key_node.value}" if prefix else str(key_node.value)
+        lines[key] = f"{path}:{key_node.start_mark.line + 1}"
+        _collect_lines(value_node, key, path, lines)
+
+
+def _overlay(base: dict[str, Any], top: dict[str, Any]) -> None:
+    for key, value in top.items():
+        if isinstance(value, dict) and isinstance(base.get(key), dict):
+            _overlay(base[key], value)
+        else:
+            base[key] = value
+
+
+def _set_dotted(tree: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    for parent in parents:
+        child = tree.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"override {key}: {parent} is not a section", fix="name the whole path of a single value")
+        tree = child
+    tree[last] = value
+
+
+def _build(kind: Any, value: Any, *, key: str, lines: dict[str, str], source: str) -> Any:
+    """Convert a YAML value to `kind`, or say which key is wrong."""
+    where = lines.get(key, source)
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        (kind,) = [argument for argument in arguments if argument is not type(None)]
+        return _build(kind, value, key=key, lines=lines, source=source)
+    if dataclasses.is_dataclass(kind):
+        return _build_dataclass(kind, value, key=key, lines=lines, source=source)
+    if origin is typing.Literal:
+        if value in arguments:
+            return value
+        raise _wrong(key, value, f"one of {', '.join(map(str, arguments))}", where)
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise _wrong(key, value, "a list", where)
+        kinds = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else list(arguments)
+        if len(kinds) != len(value):
+            raise _wrong(key, value, f"a list of {len(kinds)}", where)
+        return tuple(
+            _build(item_kind, item, key=f"{key}[{position}]", lines=lines, source=source)
+            for position, (item_kind, item) in enumerate(zip(kinds, value, strict=True))
+        )
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise _wrong(key, value, "a mapping", where)
+        return {
+            str(name): _build(arguments[1], item, key=f"{key}.{name}", lines=lines, source=source)
+            for name, item in value.items()
+        }
+    return _build_scalar(kind, value, key=key, where=where)
+
+
+def _build_scalar(kind: type, value: Any, *, key: str, where: str) -> Any:
+    if kind is float:
+        # YAML 1.1 reads 1e-5 as text; the field's habit is to write it so.
+        try:
+            return float(value) if not isinstance(value, bool) else _raise(ValueError())
+        except (TypeError, ValueError):
+            raise _wrong(key, value, "a number", where) from None
+    if kind is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    if kind is not bool and isinstance(value, bool):
+        raise _wrong(key, value, kind.__name__, where)
+    if not isinstance(value, kind):
+        raise _wrong(key, value, kind.__name__, where)
+    return value
+
+
+def _raise(error: Exception) -> typing.NoReturn:
+    raise error
+
+
+def _build_dataclass(cls: type[T], value: Any, *, key: str, lines: dict[str, str], source: str) -> T:
+    where = lines.get(key, source)
+    if value is None:
+        value = {}
+    if not isinstance(value, dict):
+        raise _wrong(key, value, "a section", where)
+    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
+    hints = typing.get_type_hints(cls)
+    for name in value:
+        if name in fields:
+            continue
+        dotted = f"{key}.{name}" if key else str(name)
+        guess = difflib.get_close_matches(str(name), fields, n=1, cutoff=0.5)
+        fix = f"did you mean {key + '.' if key else ''}{guess[0]}" if guess else f"keys here: {', '.join(fields)}"
+        raise ConfigError(f"unknown key {dotted}", where=lines.get(dotted, source), fix=fix)
+    built = {}
+    for name, field in fields.items():
+        dotted = f"{key}.{name}" if key else name
+        if name in value:
+            built[name] = _build(hints[name], value[name], key=dotted, lines=lines, source=source)
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise ConfigError(f"missing value {dotted}", where=where, fix=f"set {dotted}")
+    try:
+        return cls(**built)
+    except ConfigError as error:
+        if error.where is None:
+            raise ConfigError(error.what, where=where, fix=error.fix) from None
+        raise
+
+
+def _wrong(key: str, value: Any, expected: str, where: str) -> ConfigError:
+    return ConfigError(f"{key}={value!r} is not {expected}", where=where, fix=f"give {key} as {expected}")

@@ -1,0 +1,146 @@
+"""A training run: one stage, its parallel layout, its optimizer and what it writes."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from megatron_vlm.config.data import DataConfig
+from megatron_vlm.config.errors import ConfigError
+from megatron_vlm.config.model import ModelConfig
+
+PART_NAMES = ("vision_model", "vision_projection", "language_model")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParallelConfig:
+    """How the model is spread over ranks; data parallelism takes what is left of the world."""
+
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    virtual_pipeline_model_parallel_size: int | None = None
+    """Model chunks per pipeline rank (interleaved schedule)."""
+    sequence_parallel: bool = False
+    """Split activations between tensor-parallel regions along the sequence."""
+    num_layers_in_first_pipeline_stage: int | None = None
+    """Decoder layers beside the vision tower; None: an even split."""
+    use_distributed_optimizer: bool = True
+    overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
+    overlap_p2p_comm: bool = False
+    distributed_timeout_minutes: float = 10.0
+
+    def __post_init__(self) -> None:
+        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"parallel.{name}={getattr(self, name)} is below 1", fix="use 1 or more")
+        if self.sequence_parallel and self.tensor_model_parallel_size == 1:
+            raise ConfigError(
+                "parallel.sequence_parallel needs tensor_model_parallel_size > 1", fix="turn it off, or raise the size"
+            )
+        if self.overlap_param_gather and not (self.use_distributed_optimizer and self.overlap_grad_reduce):
+            raise ConfigError(
+                "parallel.overlap_param_gather needs use_distributed_optimizer and overlap_grad_reduce",
+                fix="turn both on",
+            )
+        self._check_virtual_pipeline()
+
+    def _check_virtual_pipeline(self) -> None:
+        if self.virtual_pipeline_model_parallel_size is None:
+            if self.overlap_p2p_comm:
+                raise ConfigError(
+                    "parallel.overlap_p2p_comm needs virtual_pipeline_model_parallel_size", fix="turn it off"
+                )
+            return
+        if self.pipeline_model_parallel_size == 1:
+            raise ConfigError("parallel.virtual_pipeline_model_parallel_size needs a pipeline", fix="remove it")
+        if self.pipeline_model_parallel_size == 2 and not self.overlap_p2p_comm:
+            # Measured: two sends between the same two ranks in one batch are crossed; the gradients are wrong.
+            raise ConfigError(
+                "a virtual pipeline over 2 stages without overlap_p2p_comm computes wrong gradients in megatron-core",
+                fix="set parallel.overlap_p2p_comm=true",
+            )
+        if self.num_layers_in_first_pipeline_stage is not None:
+            raise ConfigError(
+                "parallel.num_layers_in_first_pipeline_stage cannot be combined with a virtual pipeline",
+                fix="remove one of them",
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW and its learning-rate schedule."""
+
+    lr: float
+    """Peak learning rate."""
+    min_lr: float = 0.0
+    lr_decay_style: Literal["cosine", "linear", "constant"] = "cosine"
+    lr_warmup_fraction: float = 0.03
+    """Share of train_iters over which the rate rises linearly from 0; ignored where lr_warmup_iters is set."""
+    lr_warmup_iters: int | None = None
+    weight_decay: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_eps: float = 1e-8
+    clip_grad: float = 1.0
+    """Largest norm of the gradient; 0 turns clipping off."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingConfig:
+    """One stage of training."""
+
+    global_batch_size: int
+    """Rows per optimizer step over all ranks."""
+    micro_batch_size: int = 1
+    """Rows per forward and data-parallel rank."""
+    train_iters: int | None = None
+    """Optimizer steps; None: as many as train_epochs takes."""
+    train_epochs: float | None = None
+    """Passes over the blend; used where train_iters is None."""
+    exit_iteration: int | None = None
+    """Stop, with a checkpoint, after this iteration; the schedule still runs to train_iters."""
+    freeze: tuple[Literal["vision_model", "vision_projection", "language_model"], ...] = ()
+    """Parts that do not learn in this stage."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    fp8: Literal["hybrid", "e4m3"] | None = None
+    """FP8 matrix products; needs transformer-engine and a GPU that has them."""
+    recompute: Literal["none", "full", "selective"] = "none"
+    """Activations computed again in the backward pass; selective: the attention core only."""
+    seed: int = 1234
+    log_interval: int = 1
+    num_threads: int | None = None
+    """CPU threads of each rank; None: cores of the machine over ranks on it."""
+
+    def __post_init__(self) -> None:
+        if (self.train_iters is None) == (self.train_epochs is None):
+            raise ConfigError(
+                "exactly one of training.train_iters and training.train_epochs must be set", fix="set one"
+            )
+        if len(set(self.freeze)) == len(PART_NAMES):
+            raise ConfigError("training.freeze names every part: nothing would learn", fix="leave one part out")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointConfig:
+    """What is loaded at the start and what is kept."""
+
+    load_weights: str | None = None
+    """Run folder or checkpoint whose weights this stage starts from; the run's own checkpoint goes before it."""
+    save_interval: int = 500
+    """Iterations between checkpoints; the last iteration is always saved."""
+    keep_last: int = 2
+    """Checkpoints of this run that are kept; 0 keeps all."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainConfig:
+    """Everything that `train` needs."""
+
+    stage: Literal["align", "pretrain", "sft"]
+    run_dir: str
+    """Folder of the run; a checkpoint in it is resumed."""
+    model: ModelConfig
+    data: DataConfig
+    optimizer: OptimizerConfig
+    training: TrainingConfig
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
