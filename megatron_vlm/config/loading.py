@@ -174,7 +174,7 @@ def _raise(error: Exception) -> typing.NoReturn:
     raise error
 
 
-def _build_dataclass(cls: type[T], value: Any, *, key: str, lines: dict[str, str], source: str) -> T:
+def _build_dataclass(cls: Any, value: Any, *, key: str, lines: dict[str, str], source: str) -> Any:
     where = lines.get(key, source)
     if value is None:
         value = {}
