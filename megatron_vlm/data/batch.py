@@ -1,7 +1,9 @@
 """One micro-batch as the model sees it, and which rank decodes which of its images."""
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,21 +77,16 @@ class VLMBatch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "VLMBatch":
         """Return the batch with its tensors on `device`."""
-        moved = {
-            field.name: value.to(device, non_blocking=non_blocking)
-            for field in dataclasses.fields(self)
-            if isinstance(value := getattr(self, field.name), Tensor)
-        }
-        return dataclasses.replace(self, **moved)
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "VLMBatch":
         """Return the batch in page-locked memory; torch's DataLoader calls it before a copy to a GPU."""
-        pinned = {
-            field.name: value.pin_memory()
-            for field in dataclasses.fields(self)
-            if isinstance(value := getattr(self, field.name), Tensor)
-        }
-        return dataclasses.replace(self, **pinned)
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "VLMBatch":
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        changed: dict[str, Any] = {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
+        return dataclasses.replace(self, **changed)
 
     def validate(self, language: LanguageConfig, num_image_tokens: int, image_share: ImageShare | None) -> None:
         """Check on the host that the fields agree with each other; for tests and for data of unknown origin.
@@ -143,7 +140,8 @@ class VLMBatch:
         placeholders = (self.input_ids[0] == language.image_token_id).nonzero()[:, 0]
         if not torch.equal(self.image_token_index, placeholders):
             raise ValueError(
-                f"image_token_index has {len(self.image_token_index)} entries, input_ids {len(placeholders)} placeholders"
+                f"image_token_index has {len(self.image_token_index)} entries, "
+                f"input_ids {len(placeholders)} placeholders"
             )
         if len(placeholders) != self.num_images * num_image_tokens:
             raise ValueError(
