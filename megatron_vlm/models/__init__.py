@@ -1,1 +1,1 @@
-"""TODO."""
+"""The vision language model, from megatron-core parts."""

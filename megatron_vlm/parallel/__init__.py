@@ -1,1 +1,1 @@
-"""TODO."""
+"""This job: process groups and rank layout."""

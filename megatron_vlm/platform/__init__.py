@@ -1,1 +1,1 @@
-"""TODO."""
+"""This machine: device, stand-ins of the host, launch, logs and exit status."""

@@ -1,0 +1,119 @@
+"""Attention core for packed samples without transformer-engine."""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+_CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal)
+
+
+class PackedAttention(MegatronModule):
+    """Scaled dot-product attention inside each sample of a packed sequence; takes no masks.
+
+    On a GPU the samples go through torch's variable-length kernel; on the host one call per sample, so that no matrix
+    of sequence x sequence is ever made. A plain [s, b, n, d] input is one batch of equally long samples.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        **unused: Any,
+    ) -> None:
+        super().__init__(config=config)
+        dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        if dropout:
+            raise ValueError(f"attention_dropout={dropout}: the torch backend has no attention dropout; set it to 0")
+        if config.context_parallel_size > 1:
+            raise ValueError("context parallelism needs the transformer_engine backend")
+        self.causal = attn_mask_type in _CAUSAL
+        self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            query: float[t, n, d] packed, or float[s, b, n, d] plain; n local heads.
+            key: like query, with the local key/value heads; in plain form it may be longer (cached positions).
+            value: like key.
+            attention_mask: must be None: samples are told apart by `packed_seq_params`.
+            attn_mask_type: ignored; decided at construction.
+            attention_bias: must be None.
+            packed_seq_params: borders of the packed samples; None in plain form.
+
+        Returns:
+            float[t, n * d] packed, float[s, b, n * d] plain.
+
+        Raises:
+            ValueError: a mask or a bias is given, or the borders do not cover the sequence.
+        """
+        if attention_mask is not None or attention_bias is not None:
+            raise ValueError("PackedAttention takes sample borders (packed_seq_params), not masks or biases")
+        if packed_seq_params is None:
+            return self._attend_plain(query, key, value)
+        if query.is_cuda:
+            return self._attend_packed_on_device(query, key, value, packed_seq_params)
+        return self._attend_packed_on_host(query, key, value, packed_seq_params)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attend in float[b, n, s, d]."""
+        # With a cache the one new query sees every key; is_causal would align it with the first key instead.
+        causal = self.causal and query.size(2) > 1
+        if causal and query.size(2) != key.size(2):
+            raise ValueError(f"{query.size(2)} causal queries against {key.size(2)} keys; give one query, or all")
+        grouped = query.size(1) != key.size(1)
+        return F.scaled_dot_product_attention(
+            query, key, value, is_causal=causal, scale=self.softmax_scale, enable_gqa=grouped
+        )
+
+    def _attend_plain(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        by_head = [x.permute(1, 2, 0, 3) for x in (query, key, value)]  # [s, b, n, d] -> [b, n, s, d]
+        out = self._attend(*by_head).permute(2, 0, 1, 3)
+        return out.reshape(query.size(0), query.size(1), -1)
+
+    def _attend_packed_on_host(self, query: Tensor, key: Tensor, value: Tensor, params: PackedSeqParams) -> Tensor:
+        lengths = params.cu_seqlens_q.diff().tolist()
+        if sum(lengths) != query.size(0):
+            raise ValueError(f"sample borders cover {sum(lengths)} of {query.size(0)} tokens")
+        parts = []
+        for sample in zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True):
+            by_head = [x.transpose(0, 1).unsqueeze(0) for x in sample]  # [s, n, d] -> [1, n, s, d]
+            parts.append(self._attend(*by_head).squeeze(0).transpose(0, 1))
+        return torch.cat(parts).reshape(query.size(0), -1)
+
+    def _attend_packed_on_device(self, query: Tensor, key: Tensor, value: Tensor, params: PackedSeqParams) -> Tensor:
+        from torch.nn.attention.varlen import varlen_attn
+
+        out = varlen_attn(
+            query,
+            key,
+            value,
+            params.cu_seqlens_q,
+            params.cu_seqlens_kv,
+            params.max_seqlen_q,
+            params.max_seqlen_kv,
+            scale=self.softmax_scale,
+            window_size=(-1, 0) if self.causal else (-1, -1),
+            enable_gqa=query.size(1) != key.size(1),
+        )
+        return out.reshape(out.size(0), -1)

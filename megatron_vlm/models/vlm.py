@@ -1,0 +1,160 @@
+"""The vision language model: tower, projection and decoder, with images written over their placeholders."""
+
+import torch
+from megatron.core.enums import ModelType
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_vlm.models.image_parallel import gather_features, give_zero_gradients
+from megatron_vlm.models.language_model import LanguageModel
+from megatron_vlm.models.vision_model import VisionModel, keep_gradient_path
+from megatron_vlm.models.vision_projection import VisionProjection
+
+
+def merge_image_embeddings(text: Tensor, image: Tensor, image_token_index: Tensor) -> Tensor:
+    """Write image embeddings over their placeholder tokens.
+
+    Args:
+        text: float[s, b, h]; left unchanged.
+        image: float[m, h]; all images of the micro-batch, image by image, in reading order.
+        image_token_index: int64[m]; position of each row of `image` in the flattened [s * b] sequence.
+
+    Returns:
+        float[s, b, h] with the dtype of text.
+
+    Raises:
+        ValueError: text and image differ in h, or image and image_token_index in m.
+
+    Source: LLaVA, arXiv:2304.08485, section 4.1.
+    """
+    if text.shape[-1] != image.shape[-1]:
+        raise ValueError(f"text has hidden_size {text.shape[-1]}, image {image.shape[-1]}; check vision_projection")
+    if image.size(0) != image_token_index.numel():
+        raise ValueError(f"{image.size(0)} image embeddings for {image_token_index.numel()} placeholders")
+    flat = text.flatten(0, 1).index_copy(0, image_token_index, image.to(text.dtype))
+    return flat.view(text.shape)
+
+
+class VisionLanguageModel(MegatronModule):
+    """One pipeline stage of the model; the first holds tower, projection and embedding.
+
+    Args:
+        config: megatron-core's config of the decoder, which the schedules read from the outermost module.
+        vision_model: the tower; None on later stages.
+        vision_projection: None on later stages.
+        language_model: the decoder layers of this stage.
+        tp_group: ranks that share the images of a micro-batch.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *,
+        vision_model: VisionModel | None,
+        vision_projection: VisionProjection | None,
+        language_model: LanguageModel,
+        tp_group: torch.distributed.ProcessGroup,
+    ) -> None:
+        super().__init__(config=config)
+        if vision_model is not None:
+            self.vision_model, self.vision_projection = vision_model, vision_projection
+        self.language_model = language_model
+        self.tp_group = tp_group
+        # Read by megatron-core's schedules, gradient reduction and checkpoints from the outermost module.
+        self.model_type = ModelType.encoder_or_decoder
+        self.pre_process, self.post_process = language_model.pre_process, language_model.post_process
+        self.vp_stage = language_model.vp_stage
+        self.share_embeddings_and_output_weights = language_model.share_embeddings_and_output_weights
+
+    def set_input_tensor(self, input_tensor: Tensor) -> None:
+        """Take the previous stage's output."""
+        self.language_model.set_input_tensor(input_tensor)
+
+    def shared_embedding_or_output_weight(self) -> Tensor:
+        """Return the embedding that first and last stage share, if they do."""
+        return self.language_model.shared_embedding_or_output_weight()
+
+    def encode_images(self, pixel_values: Tensor, num_images: int) -> Tensor:
+        """Encode this rank's share of the images and gather the embeddings of all.
+
+        Args:
+            pixel_values: uint8[share, 3, H, W]; see `gather_features` for the shares.
+            num_images: images of the whole micro-batch, at least one.
+
+        Returns:
+            float[num_images * p, h]; image by image, in reading order.
+        """
+        if pixel_values.size(0):
+            local = self.vision_projection(self.vision_model(pixel_values))
+        else:
+            tokens = self.vision_model.vision_config.num_image_tokens
+            local = self.vision_model.conv1.weight.new_zeros((0, tokens, self.config.hidden_size))
+            local = give_zero_gradients(local, self.vision_model, self.vision_projection)
+        return gather_features(local, num_images, self.tp_group).flatten(0, 1)
+
+    def embed(self, input_ids: Tensor, pixel_values: Tensor, image_token_index: Tensor, num_images: int) -> Tensor:
+        """Embed text and images.
+
+        Returns:
+            float[s, b, h]; under sequence parallelism this rank's float[s / tp, b, h].
+        """
+        text = self.language_model.embedding(input_ids=input_ids, position_ids=None)  # [s, b, h]
+        if num_images:
+            image = self.encode_images(pixel_values, num_images)
+            merged = merge_image_embeddings(text, image, image_token_index)
+        else:
+            merged = give_zero_gradients(text, self.vision_model, self.vision_projection)
+        merged = keep_gradient_path(merged, self.language_model.decoder)
+        if self.config.sequence_parallel:
+            merged = scatter_to_sequence_parallel_region(merged)
+        return merged
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor,
+        image_token_index: Tensor,
+        *,
+        num_images: int,
+        labels: Tensor | None = None,
+        label_index: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+        inference_context: object | None = None,
+    ) -> Tensor:
+        """Run this stage on one micro-batch.
+
+        Args:
+            input_ids: int64[b, s]; b is 1 for packed rows.
+            pixel_values: uint8[share, 3, H, W]; this tensor-parallel rank's images; first stage only.
+            image_token_index: int64[num_images * p]; flat [s * b] positions of the placeholders.
+            num_images: images of the whole micro-batch.
+            labels: int64[1, s], IGNORE_INDEX where there is no loss; None asks for logits.
+            label_index: int64[k]; positions with a loss; required with labels.
+            packed_seq_params: borders of the samples; None for a batch of equally long samples.
+            inference_context: megatron-core's key/value cache.
+
+        Returns:
+            Loss of each label float[1, k] on the last stage with labels; logits float[b, s, padded_vocab_size / tp]
+            without (the whole vocabulary with a cache); hidden states for the next stage otherwise.
+        """
+        embeddings = None
+        if self.pre_process:
+            embeddings = self.embed(input_ids, pixel_values, image_token_index, num_images)
+        self.language_model.label_index = label_index
+        if not self.post_process:
+            labels = None
+        elif labels is not None:
+            labels = labels.index_select(1, label_index)
+        return self.language_model(
+            None,
+            None,
+            None,
+            decoder_input=embeddings,
+            labels=labels,
+            packed_seq_params=packed_seq_params,
+            inference_context=inference_context,
+            runtime_gather_output=True if inference_context is not None else None,
+        )

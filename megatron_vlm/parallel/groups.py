@@ -1,0 +1,100 @@
+"""Start and stop the process groups of a job, and say where this rank stands in it."""
+
+import datetime
+from dataclasses import dataclass
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from megatron_vlm.config import ParallelConfig
+from megatron_vlm.platform.device import distributed_backend
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankLayout:
+    """Where this rank stands."""
+
+    rank: int
+    world_size: int
+    tp_rank: int
+    tp_size: int
+    pp_rank: int
+    pp_size: int
+    dp_rank: int
+    dp_size: int
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether this rank holds the vision tower."""
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank computes the loss."""
+        return self.pp_rank == self.pp_size - 1
+
+    def describe(self) -> str:
+        """Return a short name for messages."""
+        return f"rank {self.rank}: dp {self.dp_rank}, pp {self.pp_rank}, tp {self.tp_rank}"
+
+
+def start_distributed(parallel: ParallelConfig, device: torch.device, backend: str | None = None) -> RankLayout:
+    """Join the job and build megatron-core's process groups.
+
+    Args:
+        parallel: sizes of the model-parallel groups.
+        device: what `prepare_process` returned.
+        backend: collective library; None: the one that fits the device.
+    """
+    if not torch.distributed.is_initialized():
+        timeout = datetime.timedelta(minutes=parallel.distributed_timeout_minutes)
+        torch.distributed.init_process_group(backend or distributed_backend(device), timeout=timeout)
+    build_groups(parallel)
+    return rank_layout()
+
+
+def build_groups(parallel: ParallelConfig) -> None:
+    """Build megatron-core's groups in a job that runs already; replaces those of another layout."""
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        distributed_timeout_minutes=max(1, int(parallel.distributed_timeout_minutes)),
+        # A second set of gloo groups is only needed for checkpoints that gather the optimizer on one rank.
+        create_gloo_process_groups=False,
+    )
+
+
+def rank_layout() -> RankLayout:
+    """Return where this rank stands in megatron-core's groups."""
+    return RankLayout(
+        rank=torch.distributed.get_rank(),
+        world_size=torch.distributed.get_world_size(),
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tp_size=parallel_state.get_tensor_model_parallel_world_size(),
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pp_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp_size=parallel_state.get_data_parallel_world_size(),
+    )
+
+
+def stop_distributed() -> None:
+    """Leave the job; safe to call twice."""
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def seed_everything(seed: int) -> None:
+    """Seed torch's generators, those of tensor-parallel regions included.
+
+    Called with a function of (run seed, iteration), it makes the random state a pure function of the position: nothing
+    has to be saved for an exact resume.
+    """
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)

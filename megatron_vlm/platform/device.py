@@ -1,0 +1,45 @@
+"""The device of this rank, and a quiet import of megatron-core."""
+
+import os
+import warnings
+
+import torch
+
+from megatron_vlm.platform import host
+
+_QUIET_MODULES = r"megatron\.core\..*"
+# Announcements of torch about names that megatron-core 0.16 uses; a user cannot act on them.
+_QUIET_MESSAGES = (
+    r".*torch\.distributed\._all_gather_base.*",
+    r".*torch\.distributed\._reduce_scatter_base.*",
+    r".*reduce_scatter_tensor.*",
+    r".*all_gather_into_tensor.*",
+    r".*ShardedTensor.*",
+    r".*_sharded_tensor.*",
+    r".*`load_state_dict` is deprecated.*",
+    r".*`save_state_dict` is deprecated.*",
+    r".*TypedStorage is deprecated.*",
+    r".*torch\.distributed\.checkpoint.*",
+)
+
+
+def prepare_process() -> torch.device:
+    """Make megatron-core importable and quiet in this process; call it before importing megatron.core.
+
+    Returns:
+        The device that tensors of this rank live on: a GPU where there is one, else the CPU.
+    """
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    warnings.filterwarnings("ignore", module=_QUIET_MODULES)
+    for message in _QUIET_MESSAGES:
+        warnings.filterwarnings("ignore", message=message)
+    if host.install():
+        return host.HOST
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
+
+
+def distributed_backend(device: torch.device) -> str:
+    """Return the name of the collective library for `device`."""
+    return "gloo" if device.type == "cpu" else "nccl"

@@ -1,0 +1,199 @@
+"""Serve megatron-core's CUDA calls from the host on a machine without a GPU.
+
+megatron-core names CUDA in four ways: factories with `device="cuda"` or a device index, `tensor.cuda()`, the streams,
+events and generators of `torch.cuda`, and comparisons with type names such as `torch.cuda.FloatTensor`. `install`
+answers all four. Collectives, schedules, optimizer and checkpoints stay megatron-core's own, over gloo.
+
+This is the only module that changes torch. `tests/platform/test_host_guard.py` compares what it serves with what the
+installed megatron-core asks for.
+"""
+
+import contextlib
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+HOST = torch.device("cpu")
+
+FACTORIES = (
+    "arange",
+    "as_tensor",
+    "empty",
+    "empty_like",
+    "full",
+    "full_like",
+    "ones",
+    "ones_like",
+    "rand",
+    "randint",
+    "randn",
+    "tensor",
+    "zeros",
+    "zeros_like",
+)
+"""Functions of torch whose `device` argument is redirected."""
+
+SERVED = (
+    "Event",
+    "Stream",
+    "_lazy_call",
+    "current_device",
+    "current_stream",
+    "default_generators",
+    "default_stream",
+    "device_count",
+    "empty_cache",
+    "get_rng_state",
+    "manual_seed",
+    "manual_seed_all",
+    "set_device",
+    "set_rng_state",
+    "stream",
+    "synchronize",
+)
+"""Attributes of torch.cuda that `install` replaces."""
+
+_FIRST_USER = "megatron.core.tensor_parallel.random"
+_installed = False
+
+
+def install() -> bool:
+    """Redirect torch's CUDA calls to the host if there is no GPU.
+
+    Returns:
+        True if calls are served by the host from now on, False on a machine with a GPU.
+
+    Raises:
+        RuntimeError: megatron-core is loaded already; it binds some of these names when it is imported.
+    """
+    global _installed
+    if _installed:
+        return True
+    if torch.cuda.is_available():
+        return False
+    if _FIRST_USER in sys.modules:
+        raise RuntimeError("platform.host.install() must run before megatron.core is imported")
+    for name in FACTORIES:
+        setattr(torch, name, _redirect_factory(getattr(torch, name)))
+    _serve_cuda_module()
+    _serve_tensor_methods()
+    _installed = True
+    return True
+
+
+class _Event:
+    """An event of a device that finishes everything at once."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        return None
+
+    def record(self, *args: Any) -> None:
+        return None
+
+    def wait(self, *args: Any) -> None:
+        return None
+
+    def synchronize(self) -> None:
+        return None
+
+    def query(self) -> bool:
+        return True
+
+
+class _Stream(_Event):
+    """The one stream of the host."""
+
+    cuda_stream = 0
+
+    def wait_stream(self, *args: Any) -> None:
+        return None
+
+    def wait_event(self, *args: Any) -> None:
+        return None
+
+    def record_event(self, *args: Any) -> _Event:
+        return _Event()
+
+
+class _Generators:
+    """`torch.cuda.default_generators`: the host's generator under every index."""
+
+    def __getitem__(self, index: int) -> torch.Generator:
+        return torch.default_generator
+
+    def __len__(self) -> int:
+        return 1
+
+
+def _is_cuda(device: Any) -> bool:
+    if isinstance(device, bool) or device is None:
+        return False
+    return isinstance(device, int) or str(device).startswith("cuda")
+
+
+def _redirect_factory(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def redirected(*args: Any, **kwargs: Any) -> Any:
+        if "device" in kwargs:  # most calls have none and pay one look-up
+            if _is_cuda(kwargs["device"]):
+                kwargs["device"] = HOST
+            kwargs.pop("pin_memory", None)
+        return function(*args, **kwargs)
+
+    return redirected
+
+
+def _serve_cuda_module() -> None:
+    cuda = torch.cuda
+    # manual_seed of torch calls manual_seed_all of torch.cuda: seed the generator itself, or they call each other.
+    seed = torch.default_generator.manual_seed
+    replacements: dict[str, Any] = {
+        "Event": _Event,
+        "Stream": _Stream,
+        "_lazy_call": lambda call, **kwargs: call(),
+        "current_device": lambda: HOST,
+        "current_stream": lambda *args, **kwargs: _Stream(),
+        "default_generators": _Generators(),
+        "default_stream": lambda *args, **kwargs: _Stream(),
+        "device_count": lambda: 1,
+        "empty_cache": lambda: None,
+        "get_rng_state": lambda *args, **kwargs: torch.get_rng_state(),
+        "manual_seed": seed,
+        "manual_seed_all": seed,
+        "set_device": lambda *args: None,
+        "set_rng_state": lambda state, *args, **kwargs: torch.set_rng_state(state),
+        "stream": lambda stream: contextlib.nullcontext(),
+        "synchronize": lambda *args, **kwargs: None,
+    }
+    for name in SERVED:
+        setattr(cuda, name, replacements[name])
+    cuda.random.get_rng_state = cuda.get_rng_state
+    cuda.random.set_rng_state = cuda.set_rng_state
+
+
+def _serve_tensor_methods() -> None:
+    tensor = torch.Tensor
+    original_to, original_type = tensor.to, tensor.type
+
+    def stay(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return self
+
+    def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if args and isinstance(args[0], (str, int, torch.device)) and _is_cuda(args[0]):
+            args = (HOST, *args[1:])
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = HOST
+        return original_to(self, *args, **kwargs)
+
+    def type_name(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if dtype is None:  # the optimizers compare with "torch.cuda.FloatTensor"
+            return "torch.cuda." + original_type(self).rsplit(".", 1)[-1]
+        return original_type(self, dtype, *args, **kwargs)
+
+    tensor.cuda = stay  # type: ignore[method-assign]
+    torch.nn.Module.cuda = stay  # type: ignore[method-assign,assignment]
+    tensor.to = to  # type: ignore[method-assign,assignment]
+    tensor.type = type_name  # type: ignore[method-assign,assignment]
