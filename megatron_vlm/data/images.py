@@ -171,11 +171,11 @@ def _crop_centre(image: Image.Image, size: int, mean: Sequence[float]) -> Image.
     else:
         scaled_width, scaled_height = int(size * width / height), size
     left, top = (scaled_width - size) // 2, (scaled_height - size) // 2
-    step_x, step_y = width / scaled_width, height / scaled_height
-    # Equal to resizing the whole image and then cropping, without computing what is cropped away.
-    box = (left * step_x, top * step_y, (left + size) * step_x, (top + size) * step_y)
-    box = (box[0], box[1], min(box[2], width), min(box[3], height))
-    return image.resize((size, size), _BICUBIC, box=box)
+    # Resize with a box would skip what is cropped away, but takes its two passes in another order: other rounding.
+    scaled = (
+        image if image.size == (scaled_width, scaled_height) else image.resize((scaled_width, scaled_height), _BICUBIC)
+    )
+    return scaled.crop((left, top, left + size, top + size))
 
 
 def _stretch(image: Image.Image, size: int, mean: Sequence[float]) -> Image.Image:
