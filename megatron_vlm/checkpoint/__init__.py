@@ -1,1 +1,1 @@
-"""TODO."""
+"""Checkpoints: save, verify, resume at any layout, retention."""

@@ -1,0 +1,97 @@
+"""Find what a run starts from and load it: its own newest valid checkpoint, or another run's weights."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.transformer.module import MegatronModule
+
+from megatron_vlm.checkpoint.folder import checkpoint_path, checkpoints_folder, find_checkpoint, list_iterations
+from megatron_vlm.checkpoint.manifest import Manifest, find_faults, read_manifest
+from megatron_vlm.checkpoint.sharded_state import load_all, load_model
+from megatron_vlm.config import CheckpointError, TrainConfig
+
+logger = logging.getLogger(__name__)
+
+
+def resume(
+    config: TrainConfig, chunks: Sequence[MegatronModule], optimizer: MegatronOptimizer
+) -> dict[str, Any] | None:
+    """Load the newest valid checkpoint of the run's own folder; all ranks call it together.
+
+    Returns:
+        The progress that was saved, or None where the run has no checkpoint yet.
+
+    Raises:
+        CheckpointError: there are checkpoints and none is valid: a run never starts over by itself.
+    """
+    found = _newest_valid(Path(config.run_dir))
+    if found is None:
+        return None
+    path, manifest = found
+    load_all(path, chunks, optimizer, distributed=config.parallel.use_distributed_optimizer)
+    return manifest.progress
+
+
+def load_weights(path: str, chunks: Sequence[MegatronModule]) -> Path:
+    """Load weights alone from a run folder or checkpoint, verified; all ranks call it together.
+
+    Returns:
+        The checkpoint that was read.
+
+    Raises:
+        CheckpointError: there is none, it is damaged, or it is of another model.
+    """
+    checkpoint = Path(_from_main(lambda: str(find_checkpoint(path))))
+    faults = _verify_together(checkpoint, read_manifest(checkpoint))
+    if faults:
+        raise CheckpointError(f"checkpoint is damaged: {faults[0]}", where=str(checkpoint), fix="use another one")
+    load_model(checkpoint, chunks)
+    return checkpoint
+
+
+def _newest_valid(run_dir: Path) -> tuple[Path, Manifest] | None:
+    iterations = _from_main(lambda: list_iterations(run_dir))
+    for iteration in iterations:
+        path = checkpoint_path(run_dir, iteration)
+        try:
+            manifest = read_manifest(path)
+            faults = _verify_together(path, manifest)
+        except CheckpointError as error:
+            faults = [error.what]
+        if not faults:
+            return path, manifest
+        logger.warning("checkpoint %s is not valid (%s); trying the one before it", path, faults[0])
+    if iterations:
+        raise CheckpointError(
+            f"none of the {len(iterations)} checkpoints is valid",
+            where=str(checkpoints_folder(run_dir)),
+            fix="restore one, or name another run_dir to start anew",
+        )
+    return None
+
+
+def _verify_together(path: Path, manifest: Manifest) -> list[str]:
+    """Compare all files with the manifest, each read by one rank; every rank returns all faults."""
+    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    mine = find_faults(path, sorted(manifest.files)[rank::world_size], manifest)
+    gathered: list[list[str]] = [[] for _ in range(world_size)]
+    torch.distributed.all_gather_object(gathered, mine)
+    return [fault for part in gathered for fault in part]
+
+
+def _from_main(look: Any) -> Any:
+    """Let rank 0 look at the file system and tell the others, so that all decide alike; its error is everybody's."""
+    box: list[Any] = [None, None]
+    if torch.distributed.get_rank() == 0:
+        try:
+            box[0] = look()
+        except CheckpointError as error:
+            box[1] = error
+    torch.distributed.broadcast_object_list(box, src=0)
+    if box[1] is not None:
+        raise box[1]
+    return box[0]

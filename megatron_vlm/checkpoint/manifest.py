@@ -1,0 +1,108 @@
+"""The manifest of a checkpoint: size and checksum of every file, written last. Without it a checkpoint is not one."""
+
+import json
+import os
+import zlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_vlm.config import CheckpointError
+
+MANIFEST_NAME = "manifest.json"
+FORMAT_VERSION = 1
+_BLOCK_BYTES = 1 << 22
+
+
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    """Size [bytes] and crc32 of one file."""
+
+    size: int
+    crc32: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """What a checkpoint holds and where the run stood."""
+
+    iteration: int
+    progress: dict[str, Any]
+    """`TrainState` as plain values; empty for a checkpoint of weights alone."""
+    files: dict[str, FileRecord]
+
+
+def checksum_file(path: Path) -> FileRecord:
+    """Read a file once and return its record."""
+    crc = size = 0
+    with path.open("rb") as stream:
+        while block := stream.read(_BLOCK_BYTES):
+            crc = zlib.crc32(block, crc)
+            size += len(block)
+    return FileRecord(size, crc)
+
+
+def list_files(folder: Path) -> list[str]:
+    """Return the relative names of all files that a manifest records, sorted."""
+    names = (str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    return sorted(name for name in names if name != MANIFEST_NAME)
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write the manifest so that it is either whole or not there."""
+    record = {
+        "format_version": FORMAT_VERSION,
+        "iteration": manifest.iteration,
+        "progress": manifest.progress,
+        "files": {name: asdict(entry) for name, entry in manifest.files.items()},
+    }
+    write_atomically(folder / MANIFEST_NAME, json.dumps(record, indent=1))
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a small file beside its place and rename it there, both flushed to the disk."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(temporary, path)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read the manifest of a checkpoint.
+
+    Raises:
+        CheckpointError: it is missing, damaged or of a newer version.
+    """
+    path = folder / MANIFEST_NAME
+    try:
+        record = json.loads(path.read_text())
+        version = record["format_version"]
+        files = {name: FileRecord(entry["size"], entry["crc32"]) for name, entry in record["files"].items()}
+        manifest = Manifest(iteration=record["iteration"], progress=record["progress"], files=files)
+    except FileNotFoundError:
+        raise CheckpointError("checkpoint has no manifest", where=str(folder), fix="use a complete one") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"manifest is damaged: {error}", where=str(path), fix="use another checkpoint") from None
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"manifest has format version {version}, this program reads {FORMAT_VERSION}",
+            where=str(path),
+            fix="use the program that wrote it",
+        )
+    return manifest
+
+
+def find_faults(folder: Path, names: list[str], manifest: Manifest) -> list[str]:
+    """Return one line for each of the named files that is not as the manifest says."""
+    faults = []
+    for name in names:
+        path, expected = folder / name, manifest.files[name]
+        if not path.is_file():
+            faults.append(f"{name} is missing")
+        elif path.stat().st_size != expected.size:
+            faults.append(f"{name} has {path.stat().st_size} bytes, not {expected.size}")
+        elif checksum_file(path) != expected:
+            faults.append(f"{name} has another checksum")
+    return faults

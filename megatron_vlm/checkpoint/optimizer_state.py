@@ -1,0 +1,80 @@
+"""State of torch's AdamW inside megatron-core's optimizers, to and from a checkpoint.
+
+megatron-core 0.16 assumes the Adam of transformer-engine or apex, which keeps one step count per group. torch's keeps
+one tensor per parameter; four places need help, each through public calls.
+"""
+
+from typing import Any
+
+import torch
+from megatron.core.optimizer import MegatronOptimizer
+
+SHARDING_METADATA = {
+    # Stored per tensor, so that it can be read at any data-, tensor- and pipeline-parallel size.
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "singleton_local_shards": False,
+    "chained_optim_avoid_prefix": True,
+}
+
+
+def inner_optimizers(optimizer: MegatronOptimizer) -> list[Any]:
+    """Return the optimizers that a chained one holds, or the one itself."""
+    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
+
+
+def create_state(optimizer: MegatronOptimizer) -> None:
+    """Give every parameter the state of an Adam that has not stepped yet.
+
+    A distributed optimizer without state cannot describe it for loading, and its own way to create one would apply
+    weight decay.
+    """
+    for inner in inner_optimizers(optimizer):
+        if getattr(inner, "optimizer", None) is None:
+            continue
+        for group in inner.optimizer.param_groups:
+            for parameter in group["params"]:
+                state = inner.optimizer.state[parameter]
+                if not state:
+                    state["step"] = torch.zeros((), dtype=torch.float32)
+                    state["exp_avg"] = torch.zeros_like(parameter)
+                    state["exp_avg_sq"] = torch.zeros_like(parameter)
+
+
+@torch.no_grad()
+def load_state(optimizer: MegatronOptimizer, state_dict: Any, distributed: bool) -> None:
+    """Load what the checkpoint returned for `optimizer.sharded_state_dict`.
+
+    Args:
+        optimizer: after `create_state`.
+        state_dict: one state, or one per chained optimizer under its index.
+        distributed: whether it is the distributed optimizer.
+    """
+    inner = inner_optimizers(optimizer)
+    states = [state_dict] if len(inner) == 1 else [state_dict[index] for index in range(len(inner))]
+    for one, state in zip(inner, states, strict=True):
+        if getattr(one, "optimizer", None) is None:
+            continue
+        if distributed:
+            _load_distributed(one, state)
+        else:
+            one.load_state_dict(state)
+        _separate_steps(one.optimizer)
+
+
+def _load_distributed(inner: Any, state: dict[str, Any]) -> None:
+    state = dict(state)
+    state.pop("param_state_sharding_type")
+    param_state = state.pop("param_state")
+    inner.load_state_dict(state)
+    # The loader walks over every entry of a parameter's state and knows no "step".
+    steps = {parameter: entry.pop("step") for parameter, entry in inner.optimizer.state.items()}
+    inner.load_parameter_state_from_fully_reshardable(param_state)
+    for parameter, step in steps.items():
+        inner.optimizer.state[parameter]["step"] = step
+
+
+def _separate_steps(adam: torch.optim.Optimizer) -> None:
+    """Give every parameter a step count of its own: loading leaves one tensor for all, counted up once for each."""
+    for state in adam.state.values():
+        if torch.is_tensor(state.get("step")):
+            state["step"] = state["step"].clone()

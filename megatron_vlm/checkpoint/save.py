@@ -1,0 +1,91 @@
+"""Save a checkpoint of a running job: beside its place first, manifest last, then renamed."""
+
+import errno
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.transformer.module import MegatronModule
+
+from megatron_vlm.checkpoint.folder import checkpoint_path, prune, write_latest
+from megatron_vlm.checkpoint.manifest import FileRecord, Manifest, checksum_file, list_files, write_manifest
+from megatron_vlm.checkpoint.optimizer_state import SHARDING_METADATA
+from megatron_vlm.checkpoint.sharded_state import describe
+from megatron_vlm.checkpoint.tensors import CONFIG_NAME
+from megatron_vlm.config import StorageError, TrainConfig, save_config
+
+_STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO)
+
+
+def save_checkpoint(
+    config: TrainConfig,
+    chunks: Sequence[MegatronModule],
+    optimizer: MegatronOptimizer,
+    progress: dict[str, Any],
+) -> Path:
+    """Save model, optimizer and progress; all ranks call it together.
+
+    Args:
+        config: the run; its folder, retention and kind of optimizer are used.
+        chunks: the model of this rank, without wrappers.
+        optimizer: its optimizer.
+        progress: plain values, with at least `iteration`.
+
+    Returns:
+        The folder of the checkpoint, complete when the call returns.
+
+    Raises:
+        StorageError: the disk is full or read-only; the previous checkpoint is as it was.
+    """
+    final = checkpoint_path(config.run_dir, progress["iteration"])
+    temporary = final.with_name(final.name + ".tmp")
+    try:
+        _save(config, chunks, optimizer, progress, temporary)
+        if torch.distributed.get_rank() == 0:
+            shutil.rmtree(final, ignore_errors=True)
+            temporary.rename(final)
+            write_latest(config.run_dir, progress["iteration"])
+            prune(config.run_dir, config.checkpoint.keep_last)
+    except OSError as error:
+        if error.errno not in _STORAGE_ERRORS:
+            raise
+        raise StorageError(
+            f"checkpoint not saved: {error.strerror}", where=str(temporary), fix="make room or name another run_dir"
+        ) from error
+    torch.distributed.barrier()
+    return final
+
+
+def _save(
+    config: TrainConfig,
+    chunks: Sequence[MegatronModule],
+    optimizer: MegatronOptimizer,
+    progress: dict[str, Any],
+    folder: Path,
+) -> None:
+    is_main = torch.distributed.get_rank() == 0
+    if is_main:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        save_config(config, folder / CONFIG_NAME)
+    torch.distributed.barrier()
+    distributed = config.parallel.use_distributed_optimizer
+    state = describe(chunks, optimizer, is_loading=False, distributed=distributed)
+    dist_checkpointing.save(state, str(folder), content_metadata=dict(SHARDING_METADATA))
+    torch.distributed.barrier()
+    files = _checksum_together(folder)
+    if is_main:
+        write_manifest(folder, Manifest(iteration=progress["iteration"], progress=progress, files=files))
+
+
+def _checksum_together(folder: Path) -> dict[str, FileRecord]:
+    """Checksum all files, each read by one rank."""
+    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    mine = {name: checksum_file(folder / name) for name in list_files(folder)[rank::world_size]}
+    gathered: list[dict[str, FileRecord]] = [{} for _ in range(world_size)]
+    torch.distributed.all_gather_object(gathered, mine)
+    return {name: record for part in gathered for name, record in sorted(part.items())}

@@ -1,0 +1,114 @@
+"""What a rank contributes to a checkpoint and what it takes from one."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.transformer.module import MegatronModule
+
+from megatron_vlm.checkpoint.optimizer_state import SHARDING_METADATA, create_state, load_state
+from megatron_vlm.checkpoint.pickles import check_metadata
+from megatron_vlm.config import CheckpointError
+
+MODEL_PREFIX = "model."
+_OPTIMIZER = "optimizer"
+
+
+def describe_model(chunks: Sequence[MegatronModule]) -> dict[str, dict[str, Any]]:
+    """Return the sharded state of each model chunk under `model0`, `model1`, ..."""
+    return {f"model{index}": _describe_chunk(chunk) for index, chunk in enumerate(chunks)}
+
+
+def _describe_chunk(chunk: MegatronModule) -> dict[str, Any]:
+    state = chunk.sharded_state_dict(prefix=MODEL_PREFIX, metadata=dict(SHARDING_METADATA))
+    # Modules without FP8 have an empty extra state each: thousands of files that hold nothing.
+    return {key: value for key, value in state.items() if not (isinstance(value, ShardedObject) and _is_empty(value))}
+
+
+def _is_empty(value: ShardedObject) -> bool:
+    return value.data is None or (hasattr(value.data, "getbuffer") and not value.data.getbuffer().nbytes)
+
+
+def describe(
+    chunks: Sequence[MegatronModule], optimizer: MegatronOptimizer, *, is_loading: bool, distributed: bool
+) -> dict[str, Any]:
+    """Return the sharded state of model and optimizer."""
+    if is_loading or distributed:
+        create_state(optimizer)
+    state: dict[str, Any] = dict(describe_model(chunks))
+    state[_OPTIMIZER] = optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=dict(SHARDING_METADATA))
+    return state
+
+
+def load_model(checkpoint: Path, chunks: Sequence[MegatronModule]) -> None:
+    """Load the weights of this rank from a checkpoint of any layout.
+
+    Raises:
+        CheckpointError: a tensor is missing or has another shape.
+    """
+    state = describe_model(chunks)
+    check_tensors(checkpoint, state)
+    loaded = dist_checkpointing.load(state, str(checkpoint))
+    _fill_model(chunks, loaded)
+
+
+def load_all(
+    checkpoint: Path, chunks: Sequence[MegatronModule], optimizer: MegatronOptimizer, *, distributed: bool
+) -> None:
+    """Load weights and optimizer state of this rank from a checkpoint of any layout.
+
+    Raises:
+        CheckpointError: a tensor is missing or has another shape.
+    """
+    state = describe(chunks, optimizer, is_loading=True, distributed=distributed)
+    check_tensors(checkpoint, state)
+    loaded = dist_checkpointing.load(state, str(checkpoint))
+    _fill_model(chunks, loaded)
+    load_state(optimizer, loaded[_OPTIMIZER], distributed)
+
+
+def check_tensors(checkpoint: Path, state: dict[str, Any]) -> None:
+    """Compare the tensors that are asked for with those that are there.
+
+    megatron-core lets the embedding differ in shape and reads what fits; a vocabulary of another padding must not pass.
+
+    Raises:
+        CheckpointError: names the first tensor that is missing or has another shape.
+    """
+    check_metadata(checkpoint)
+    present = dist_checkpointing.load_tensors_metadata(str(checkpoint))
+    for value in nested_values(state):
+        for tensor in _tensors_of(value):
+            found = present.get(tensor.key)
+            if found is None:
+                raise CheckpointError(
+                    f"tensor {tensor.key} is not in the checkpoint",
+                    where=str(checkpoint),
+                    fix="use a checkpoint of the same model and the same kind of optimizer",
+                )
+            if tuple(found.global_shape) != tuple(tensor.global_shape):
+                raise CheckpointError(
+                    f"tensor {tensor.key} has shape {list(found.global_shape)} in the checkpoint, "
+                    f"{list(tensor.global_shape)} in the model",
+                    where=str(checkpoint),
+                    fix="make the model section of the config the same",
+                )
+
+
+def _tensors_of(value: Any) -> list[ShardedTensor]:
+    if isinstance(value, ShardedTensorFactory):
+        return [tensor for tensor in nested_values(value.build()) if isinstance(tensor, ShardedTensor)]
+    return [value] if isinstance(value, ShardedTensor) else []
+
+
+def _fill_model(chunks: Sequence[MegatronModule], loaded: dict[str, Any]) -> None:
+    for index, chunk in enumerate(chunks):
+        weights = {key.removeprefix(MODEL_PREFIX): value for key, value in loaded[f"model{index}"].items()}
+        result = chunk.load_state_dict(weights, strict=False)
+        missing = [key for key in result.missing_keys if not key.endswith("_extra_state")]
+        if missing or result.unexpected_keys:
+            raise RuntimeError(f"state of the model and of its checkpoint differ: {missing} {result.unexpected_keys}")

@@ -1,0 +1,92 @@
+"""Whole tensors of a checkpoint, one by one and without building a model: for conversion and comparison."""
+
+import hashlib
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import yaml
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from torch import Tensor
+
+from megatron_vlm.checkpoint.folder import checkpoint_path, write_latest
+from megatron_vlm.checkpoint.manifest import Manifest, checksum_file, list_files, write_manifest
+from megatron_vlm.checkpoint.pickles import check_metadata
+from megatron_vlm.checkpoint.sharded_state import MODEL_PREFIX
+
+CONFIG_NAME = "config.yaml"
+
+
+def list_tensors(checkpoint: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Return shape and dtype of every model tensor by key; layers are stacked along the first axis."""
+    check_metadata(checkpoint)
+    with single_process():
+        metadata = dist_checkpointing.load_tensors_metadata(str(checkpoint))
+    return {
+        key: (tuple(value.global_shape), value.dtype)
+        for key, value in sorted(metadata.items())
+        if key.startswith(MODEL_PREFIX)
+    }
+
+
+def read_tensor(checkpoint: Path, key: str) -> Tensor:
+    """Read one whole tensor of a checkpoint of any layout."""
+    check_metadata(checkpoint)
+    with single_process():
+        metadata = dist_checkpointing.load_tensors_metadata(str(checkpoint))
+        loaded = dist_checkpointing.load({key: metadata[key]}, str(checkpoint), validate_access_integrity=False)
+    return loaded[key]
+
+
+def hash_weights(checkpoint: Path) -> str:
+    """Return a sha256 over names, shapes and values of all weights: the same for every parallel layout."""
+    digest = hashlib.sha256()
+    for key, (shape, dtype) in list_tensors(checkpoint).items():
+        digest.update(f"{key} {shape} {dtype}\n".encode())
+        digest.update(read_tensor(checkpoint, key).contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def write_weights(run_dir: str | Path, tensors: Mapping[str, Tensor], config: Mapping[str, object]) -> Path:
+    """Write whole tensors as checkpoint 0 of a new run folder, to be loaded at any layout.
+
+    Args:
+        run_dir: created where it does not exist.
+        tensors: by key, as `list_tensors` names them.
+        config: what `config.yaml` shall hold; at least the `model` section.
+
+    Returns:
+        The folder of the checkpoint.
+    """
+    path = checkpoint_path(run_dir, 0)
+    temporary = path.with_name(path.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    with single_process():
+        state = {key: ShardedTensor.from_rank_offsets(key, tensor) for key, tensor in tensors.items()}
+        dist_checkpointing.save(state, str(temporary))
+    text = yaml.safe_dump(dict(config), sort_keys=False)
+    (temporary / CONFIG_NAME).write_text(text)
+    (Path(run_dir) / CONFIG_NAME).write_text(text)
+    files = {name: checksum_file(temporary / name) for name in list_files(temporary)}
+    write_manifest(temporary, Manifest(iteration=0, progress={}, files=files))
+    shutil.rmtree(path, ignore_errors=True)
+    temporary.rename(path)
+    write_latest(run_dir, 0)
+    return path
+
+
+@contextmanager
+def single_process() -> Iterator[None]:
+    """Be a job of one rank, as torch's checkpoint reader and writer ask for; a running job is used as it is."""
+    if torch.distributed.is_initialized():
+        yield
+        return
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
