@@ -1,0 +1,194 @@
+"""The manifest of a prepared dataset: what the shards hold, and the checksums that make them valid."""
+
+import dataclasses
+import json
+import os
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_vlm.config import DataError
+
+FORMAT_NAME = "megatron_vlm shards"
+FORMAT_VERSION = 1
+MANIFEST_FILE = "manifest.json"
+REJECTS_FILE = "rejects.jsonl"
+WORK_FOLDER = ".prepare"
+"""Where `prepare` keeps its unfinished parts, inside the output folder."""
+
+_CHUNK_BYTES = 1 << 18  # larger pieces are no faster and would show in the memory of every reader
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileFacts:
+    """Size and checksum of one file."""
+
+    bytes: int
+    crc32: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenizerFacts:
+    """Which tokenizer made the token ids; training with another one is refused."""
+
+    name: str
+    sha256: str
+    vocab_size: int
+    bos_id: int
+    eos_id: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Counts:
+    """What a shard, or a whole dataset, holds."""
+
+    samples: int = 0
+    sequences: int = 0
+    """Text and image sequences."""
+    images: int = 0
+    image_bytes: int = 0
+    text_tokens: int = 0
+    """Tokens of all text, BOS and EOS included, images not."""
+    trained_tokens: int = 0
+    """Tokens of text sequences that are trained."""
+
+    def __add__(self, other: "Counts") -> "Counts":
+        names = (entry.name for entry in dataclasses.fields(self))
+        return Counts(**{name: getattr(self, name) + getattr(other, name) for name in names})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardFacts:
+    """One shard: `name`.bin, `name`.idx and `name`.crc."""
+
+    name: str
+    input: str
+    """Input file that the samples come from."""
+    counts: Counts
+    files: dict[str, FileFacts]
+    """By suffix: bin, idx, crc."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """Everything about a prepared dataset except the samples."""
+
+    source: str
+    """Name under which the loss of this dataset is reported, e.g. "mmc4"."""
+    tokenizer: TokenizerFacts
+    shards: tuple[ShardFacts, ...]
+    documents: int
+    """Documents read: those that became samples plus those rejected."""
+    rejects: dict[str, int] = field(default_factory=dict)
+    """Rejected documents by reason."""
+    notes: dict[str, int] = field(default_factory=dict)
+    """Other things counted on the way, e.g. animated images of which the first frame is used."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Options of `prepare`."""
+    rejects_file: FileFacts | None = None
+
+    @property
+    def counts(self) -> Counts:
+        """Sum over the shards."""
+        total = Counts()
+        for shard in self.shards:
+            total = total + shard.counts
+        return total
+
+    @property
+    def rejected(self) -> int:
+        """Documents that became no sample."""
+        return sum(self.rejects.values())
+
+
+def crc32_of_file(path: Path) -> int:
+    """Return the crc32 of a file, read in pieces."""
+    value = 0
+    with path.open("rb", buffering=0) as stream:
+        while chunk := stream.read(_CHUNK_BYTES):
+            value = zlib.crc32(chunk, value)
+    return value
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """Write a file so that it exists either whole or not at all, also after a crash."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(temporary, path)
+
+
+def save_manifest(manifest: Manifest, folder: Path) -> None:
+    """Write `manifest.json`; the last file of a dataset, since its presence means that the dataset is complete."""
+    tree = {"format": FORMAT_NAME, "format_version": FORMAT_VERSION}
+    tree |= dataclasses.asdict(manifest) | {"counts": dataclasses.asdict(manifest.counts)}
+    write_durably(folder / MANIFEST_FILE, (json.dumps(tree, indent=1) + "\n").encode())
+
+
+def load_manifest(folder: Path) -> Manifest:
+    """Read and check `manifest.json`.
+
+    Raises:
+        DataError: the folder, or its manifest, is missing, damaged, unfinished or of another format version.
+    """
+    path = folder / MANIFEST_FILE
+    try:
+        tree = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise _missing(folder) from None
+    except (ValueError, RecursionError, OSError) as error:
+        raise DataError(f"manifest cannot be read: {error}", where=str(path), fix="prepare the dataset again") from None
+    if not isinstance(tree, dict) or tree.get("format") != FORMAT_NAME:
+        raise DataError("file is not the manifest of prepared shards", where=str(path), fix="check the path")
+    if tree.get("format_version") != FORMAT_VERSION:
+        raise DataError(
+            f"shards have format version {tree.get('format_version')}, this program reads {FORMAT_VERSION}",
+            where=str(path),
+            fix="prepare the dataset again, or use the program version that wrote it",
+        )
+    try:
+        manifest = _from_tree(tree)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"manifest lacks or mistypes a field: {error}", where=str(path), fix="prepare the dataset again"
+        ) from None
+    if dataclasses.asdict(manifest.counts) != tree["counts"]:
+        raise DataError("counts of the manifest are not the sum of its shards", where=str(path), fix="prepare again")
+    return manifest
+
+
+def _missing(folder: Path) -> DataError:
+    if not folder.is_dir():
+        return DataError("dataset folder does not exist", where=str(folder), fix="check the path")
+    if (folder / WORK_FOLDER).exists():
+        return DataError(
+            "preparation of the dataset is unfinished", where=str(folder), fix="run the same prepare command again"
+        )
+    return DataError(
+        f"folder has no {MANIFEST_FILE}", where=str(folder), fix="give a folder that megatron-vlm prepare wrote"
+    )
+
+
+def _from_tree(tree: dict[str, Any]) -> Manifest:
+    shards = tuple(
+        ShardFacts(
+            name=shard["name"],
+            input=shard["input"],
+            counts=Counts(**shard["counts"]),
+            files={suffix: FileFacts(**facts) for suffix, facts in shard["files"].items()},
+        )
+        for shard in tree["shards"]
+    )
+    return Manifest(
+        source=tree["source"],
+        tokenizer=TokenizerFacts(**tree["tokenizer"]),
+        shards=shards,
+        documents=tree["documents"],
+        rejects=dict(tree["rejects"]),
+        notes=dict(tree["notes"]),
+        options=dict(tree["options"]),
+        rejects_file=FileFacts(**tree["rejects_file"]) if tree["rejects_file"] else None,
+    )
