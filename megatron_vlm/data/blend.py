@@ -1,0 +1,65 @@
+"""How many samples of each dataset a pass over the blend takes, and in which order a dataset is read."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from megatron_vlm.config import BlendEntry, ConfigError
+
+
+def samples_per_pass(blend: Sequence[BlendEntry], num_samples: Sequence[int], num_images: Sequence[int]) -> np.ndarray:
+    """Return how many samples of each entry one pass over the blend takes.
+
+    With `epochs` (or nothing), that many passes over each dataset. With `weight` or `images`, the smallest pass with
+    these shares in which every sample occurs: the entry that is largest for its share is read once, the others are
+    repeated.
+
+    Args:
+        blend: entries, all with the same kind of proportion.
+        num_samples: samples of each dataset.
+        num_images: images of each dataset.
+
+    Returns:
+        float64[entries]; fractions of a sample are kept, so that several passes together are exact.
+
+    Raises:
+        ConfigError: a dataset is empty, or has no images and is to give a share of them.
+    """
+    available = np.array(num_samples, dtype=np.float64)
+    for entry, samples, images in zip(blend, num_samples, num_images, strict=True):
+        if samples == 0:
+            raise ConfigError(f"blend entry {entry.path} has no samples that can be used", fix="remove it")
+        if entry.images is not None and images == 0:
+            raise ConfigError(
+                f"blend entry {entry.path} has no images, so it cannot have a share of them",
+                fix="give weight instead of images to all entries",
+            )
+    if blend[0].weight is not None:
+        shares = np.array([entry.weight for entry in blend], dtype=np.float64)
+    elif blend[0].images is not None:
+        shares = np.array([entry.images for entry in blend], dtype=np.float64) * available / np.array(num_images)
+    else:
+        return available * np.array([1.0 if entry.epochs is None else entry.epochs for entry in blend])
+    return shares * (available / shares).max()
+
+
+def read_in_epochs(num_samples: int, start: int, stop: int, seed: Sequence[int]) -> np.ndarray:
+    """Return the samples at [start, stop) of an endless reading of a dataset, shuffled anew in every epoch.
+
+    Every epoch holds every sample once, wherever the reading is cut.
+
+    Args:
+        num_samples: samples of the dataset.
+        start: position in the endless reading.
+        stop: position after the last one.
+        seed: with the number of the epoch, decides its order.
+
+    Returns:
+        int64[stop - start].
+    """
+    pieces = [np.empty(0, dtype=np.int64)]
+    for epoch in range(start // num_samples, -(-stop // num_samples)):
+        first = epoch * num_samples
+        order = np.random.default_rng([*seed, epoch]).permutation(num_samples)
+        pieces.append(order[max(start - first, 0) : max(stop - first, 0)])
+    return np.concatenate(pieces)
