@@ -104,7 +104,7 @@ class PackedAttention(MegatronModule):
     def _attend_packed_on_device(self, query: Tensor, key: Tensor, value: Tensor, params: PackedSeqParams) -> Tensor:
         from torch.nn.attention.varlen import varlen_attn
 
-        out = varlen_attn(
+        out: Any = varlen_attn(
             query,
             key,
             value,

@@ -33,16 +33,12 @@ def _build_chunk(config: TrainConfig, vp_stage: int | None) -> VisionLanguageMod
     language_config = language_transformer_config(config, backend)
     first = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
     last = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
-    vision_model = vision_projection = None
-    if first:
-        vision_model, vision_projection = _build_vision(config)
     language_model = LanguageModel(
         language_config, config.model.language, backend, pre_process=first, post_process=last, vp_stage=vp_stage
     )
     model = VisionLanguageModel(
         language_config,
-        vision_model=vision_model,
-        vision_projection=vision_projection,
+        vision=_build_vision(config) if first else None,
         language_model=language_model,
         tp_group=parallel_state.get_tensor_model_parallel_group(),
     )

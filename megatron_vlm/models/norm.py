@@ -11,12 +11,14 @@ _KINDS = {"LayerNorm": torch.nn.LayerNorm, "RMSNorm": torch.nn.RMSNorm}
 class Norm:
     """Factory of an RMSNorm or LayerNorm, as `config.normalization` says.
 
-    Under sequence parallelism each tensor-parallel rank normalises other tokens, so the gradients of its weights have to
-    be summed over these ranks: megatron-core's `finalize_model_grads` does that for parameters marked
+    Under sequence parallelism each tensor-parallel rank normalises other tokens, so the gradients of its weights have
+    to be summed over these ranks: megatron-core's `finalize_model_grads` does that for parameters marked
     `sequence_parallel`. Its own torch norm is never marked and therefore refuses sequence parallelism.
     """
 
-    def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any) -> torch.nn.Module:
+    def __new__(  # type: ignore[misc]  # specs take a class, and call it for a module
+        cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any
+    ) -> torch.nn.Module:
         """Build the norm.
 
         Raises:

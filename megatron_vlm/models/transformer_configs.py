@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_vlm.config import LanguageConfig, ParallelConfig, TrainConfig
+from megatron_vlm.config import ParallelConfig, TrainConfig
 from megatron_vlm.models.specs import Backend
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -43,24 +43,25 @@ class VisionLanguageModel(MegatronModule):
 
     Args:
         config: megatron-core's config of the decoder, which the schedules read from the outermost module.
-        vision_model: the tower; None on later stages.
-        vision_projection: None on later stages.
+        vision: tower and projection; None on later stages.
         language_model: the decoder layers of this stage.
         tp_group: ranks that share the images of a micro-batch.
     """
+
+    vision_model: VisionModel
+    vision_projection: VisionProjection
 
     def __init__(
         self,
         config: TransformerConfig,
         *,
-        vision_model: VisionModel | None,
-        vision_projection: VisionProjection | None,
+        vision: tuple[VisionModel, VisionProjection] | None,
         language_model: LanguageModel,
         tp_group: torch.distributed.ProcessGroup,
     ) -> None:
         super().__init__(config=config)
-        if vision_model is not None:
-            self.vision_model, self.vision_projection = vision_model, vision_projection
+        if vision is not None:
+            self.vision_model, self.vision_projection = vision
         self.language_model = language_model
         self.tp_group = tp_group
         # Read by megatron-core's schedules, gradient reduction and checkpoints from the outermost module.
@@ -146,7 +147,7 @@ class VisionLanguageModel(MegatronModule):
         self.language_model.label_index = label_index
         if not self.post_process:
             labels = None
-        elif labels is not None:
+        elif labels is not None and label_index is not None:
             labels = labels.index_select(1, label_index)
         return self.language_model(
             None,

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Training: loop, step, loss, optimizer, schedule, state, metrics."""

@@ -1,0 +1,36 @@
+"""The loop: steps until the run is done; everything beside the step is a hook."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+
+from megatron_vlm.data.batch import VLMBatch
+from megatron_vlm.training.state import TrainState
+from megatron_vlm.training.step import StepMetrics, train_step
+
+Hook = Callable[[TrainState, StepMetrics], None]
+
+
+def train(
+    state: TrainState,
+    loaders: Sequence[Iterator[VLMBatch]],
+    hooks: Sequence[Hook],
+    *,
+    device: torch.device,
+    stop_requested: Callable[[], bool],
+) -> None:
+    """Run optimizer steps until train_iters, or until a hook sets `state.stop_reason`.
+
+    Args:
+        state: where the run stands; moves on.
+        loaders: micro-batches for each model chunk, from `state.iteration` on.
+        hooks: called after each step, in order, on every rank.
+        device: where the batches go.
+        stop_requested: says whether this process was told to stop.
+    """
+    while state.iteration < state.train_iters and state.stop_reason is None:
+        metrics = train_step(state, loaders, device=device, stop_requested=stop_requested())
+        state.iteration += 1
+        state.consumed_samples += state.config.training.global_batch_size
+        for hook in hooks:
+            hook(state, metrics)

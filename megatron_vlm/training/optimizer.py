@@ -1,0 +1,98 @@
+"""Gradient buffers and AdamW around the model."""
+
+from collections.abc import Sequence
+
+import torch
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_vlm.checkpoint.optimizer_state import inner_optimizers
+from megatron_vlm.config import TrainConfig
+from megatron_vlm.models.vlm import VisionLanguageModel
+
+
+def wrap_model(config: TrainConfig, chunks: Sequence[VisionLanguageModel]) -> list[DistributedDataParallel]:
+    """Give each chunk the gradient buffers of megatron-core; parts that do not learn must be frozen before."""
+    parallel = config.parallel
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+        # The schedule looks at loss and gradient norm of every step itself and says which rank they are on.
+        check_for_nan_in_grad=False,
+    )
+    model_config = chunks[0].config
+    modules = [Float16Module(model_config, chunk) if model_config.bf16 else chunk for chunk in chunks]
+    return [
+        DistributedDataParallel(model_config, ddp_config, module, disable_bucketing=index > 0)
+        for index, module in enumerate(modules)
+    ]
+
+
+def build_optimizer(config: TrainConfig, wrapped: Sequence[DistributedDataParallel]) -> MegatronOptimizer:
+    """Build AdamW over all parameters that learn; biases and norms get no weight decay."""
+    settings, parallel = config.optimizer, config.parallel
+    model_config: TransformerConfig = wrapped[0].config
+    optimizer = get_megatron_optimizer(
+        MegatronOptimizerConfig(
+            optimizer="adam",
+            lr=settings.lr,
+            min_lr=settings.min_lr,
+            weight_decay=settings.weight_decay,
+            adam_beta1=settings.adam_beta1,
+            adam_beta2=settings.adam_beta2,
+            adam_eps=settings.adam_eps,
+            clip_grad=settings.clip_grad,
+            bf16=model_config.bf16,
+            params_dtype=model_config.params_dtype,
+            use_distributed_optimizer=parallel.use_distributed_optimizer,
+            overlap_param_gather=parallel.overlap_param_gather,
+        ),
+        list(wrapped),
+        use_gloo_process_groups=False,
+    )
+    _use_fused_adam(optimizer)
+    _connect_schedule(model_config, optimizer, wrapped)
+    return optimizer
+
+
+def _use_fused_adam(optimizer: MegatronOptimizer) -> None:
+    """Let torch's AdamW update a parameter in one pass; it is the fallback where transformer-engine's is missing."""
+    for inner in inner_optimizers(optimizer):
+        adam = getattr(inner, "optimizer", None)
+        if isinstance(adam, torch.optim.AdamW):
+            adam.defaults["fused"] = True
+            for group in adam.param_groups:
+                group["fused"], group["foreach"] = True, False
+
+
+def _connect_schedule(
+    model_config: TransformerConfig, optimizer: MegatronOptimizer, wrapped: Sequence[DistributedDataParallel]
+) -> None:
+    """Tell the pipeline schedules how gradients are scaled, reduced and finished."""
+    model_config.finalize_model_grads_func = finalize_model_grads
+    model_config.grad_scale_func = optimizer.scale_loss
+    ddp_config = wrapped[0].ddp_config
+    if ddp_config.overlap_grad_reduce:
+        model_config.no_sync_func = _one_or_all([chunk.no_sync for chunk in wrapped])
+        model_config.grad_sync_func = _one_or_all([chunk.start_grad_sync for chunk in wrapped])
+    if ddp_config.overlap_param_gather:
+        model_config.param_sync_func = _one_or_all([chunk.start_param_sync for chunk in wrapped])
+
+
+def _one_or_all(functions: list) -> object:
+    return functions[0] if len(functions) == 1 else functions
+
+
+def set_learning_rate(optimizer: MegatronOptimizer, lr: float) -> None:
+    """Set the rate of the next step."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_mult", 1.0)

@@ -1,0 +1,97 @@
+"""Bring a run to the point where the next step can be done: fresh, from another run's weights, or resumed."""
+
+import logging
+from collections.abc import Sequence
+
+import torch
+
+from megatron_vlm.checkpoint.load import load_weights, resume
+from megatron_vlm.config import CheckpointError, ConfigError, TrainConfig, derive_layout
+from megatron_vlm.data.plan import Plan
+from megatron_vlm.models.build import build_model, freeze_parts
+from megatron_vlm.parallel.groups import RankLayout, seed_everything
+from megatron_vlm.training.optimizer import build_optimizer, wrap_model
+from megatron_vlm.training.state import TrainState
+
+logger = logging.getLogger(__name__)
+
+
+def build_state(config: TrainConfig, rank: RankLayout, plan: Plan, source_names: Sequence[str]) -> TrainState:
+    """Build model and optimizer and load what the run starts from.
+
+    Raises:
+        CheckpointError: what is to be loaded is missing, damaged or of another model.
+        ConfigError: the run's checkpoint was trained on other data than the config names now.
+    """
+    seed_everything(config.training.seed)
+    chunks = build_model(config)
+    freeze_parts(chunks, config.training.freeze)
+    wrapped = wrap_model(config, chunks)
+    optimizer = build_optimizer(config, wrapped)
+    state = TrainState(
+        config=config,
+        layout=derive_layout(config, rank.world_size),
+        rank=rank,
+        chunks=chunks,
+        wrapped=wrapped,
+        optimizer=optimizer,
+        train_iters=plan.num_iterations,
+        plan_hash=plan.hash,
+        source_names=source_names,
+    )
+    _load(state)
+    if state.is_reporter:
+        _log_parameters(state)
+    return state
+
+
+def _load(state: TrainState) -> None:
+    progress = resume(state.config, state.chunks, state.optimizer)
+    if progress is not None:
+        _take_progress(state, progress)
+        if state.is_reporter:
+            logger.info("resumed at iteration %d", state.iteration)
+        return
+    path = state.config.checkpoint.load_weights
+    if path is None:
+        return
+    checkpoint = load_weights(path, state.chunks)
+    # The optimizer keeps copies of the weights (FP32 masters, shards): they follow what was loaded.
+    state.optimizer.reload_model_params()
+    if state.is_reporter:
+        logger.info("start from the weights of %s", checkpoint)
+
+
+def _take_progress(state: TrainState, progress: dict) -> None:
+    if not progress:
+        raise CheckpointError(
+            "the run's newest checkpoint holds weights alone",
+            where=state.config.run_dir,
+            fix="name it in checkpoint.load_weights and train in another run_dir",
+        )
+    if progress["plan_hash"] != state.plan_hash:
+        raise ConfigError(
+            f"the run was trained on data plan {progress['plan_hash'][:12]}, the config now gives "
+            f"{state.plan_hash[:12]}",
+            where=state.config.run_dir,
+            fix="restore data, seed, seq_length and global_batch_size, or start another run_dir from its weights",
+        )
+    state.iteration = progress["iteration"]
+    state.consumed_samples = progress["consumed_samples"]
+
+
+def _log_parameters(state: TrainState) -> None:
+    parameters = [p for chunk in state.chunks for p in chunk.parameters()]
+    learning = sum(p.numel() for p in parameters if p.requires_grad)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    logger.info(
+        "%d ranks (%s): TP %d x PP %d x DP %d; this rank holds %.2fM parameters, %.2fM learn; %d iterations",
+        state.rank.world_size,
+        device,
+        state.rank.tp_size,
+        state.rank.pp_size,
+        state.rank.dp_size,
+        sum(p.numel() for p in parameters) / 1e6,
+        learning / 1e6,
+        state.train_iters,
+    )

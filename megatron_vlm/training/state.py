@@ -1,0 +1,48 @@
+"""Everything that a run is at one moment."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+
+from megatron_vlm.config import Layout, TrainConfig
+from megatron_vlm.models.vlm import VisionLanguageModel
+from megatron_vlm.parallel.groups import RankLayout
+
+
+@dataclass(slots=True, kw_only=True)
+class TrainState:
+    """Model, optimizer and position of a run; `iteration` and `consumed_samples` move, the rest stays."""
+
+    config: TrainConfig
+    layout: Layout
+    rank: RankLayout
+    chunks: Sequence[VisionLanguageModel]
+    """The model of this rank, without wrappers."""
+    wrapped: Sequence[DistributedDataParallel]
+    """The same with gradient buffers, as the schedules want it."""
+    optimizer: MegatronOptimizer
+    train_iters: int
+    plan_hash: str
+    iteration: int = 0
+    """Steps done."""
+    consumed_samples: int = 0
+    stop_reason: str | None = None
+    """Why the loop ends before train_iters; None: it goes on."""
+    source_names: Sequence[str] = field(default=())
+
+    def progress(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps beside the tensors, as plain values."""
+        return {
+            "iteration": self.iteration,
+            "consumed_samples": self.consumed_samples,
+            "plan_hash": self.plan_hash,
+            "stage": self.config.stage,
+        }
+
+    @property
+    def is_reporter(self) -> bool:
+        """Whether this rank writes logs and metrics: the first of the last stage, which has the loss."""
+        return self.rank.is_last_stage and self.rank.dp_rank == 0 and self.rank.tp_rank == 0

@@ -1,0 +1,11 @@
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from megatron_vlm.platform.device import prepare_process  # noqa: E402
+
+prepare_process()
+
+from tests.support.fixtures import one_rank, workers  # noqa: E402
+
+__all__ = ["one_rank", "workers"]

@@ -1,0 +1,61 @@
+"""A tiny model and run for tests: real shapes, two layers."""
+
+from typing import Any
+
+from megatron_vlm.config import (
+    BlendEntry,
+    DataConfig,
+    LanguageConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    ProjectionConfig,
+    TrainConfig,
+    TrainingConfig,
+    VisionConfig,
+)
+
+VOCAB_SIZE = 120
+SEQ_LENGTH = 192
+
+
+def tiny_model(**language: Any) -> ModelConfig:
+    """Return a model of 4 decoder layers with grouped queries and a tower of 3 layers, 16 tokens an image."""
+    settings = {
+        "vocab_size": VOCAB_SIZE,
+        "num_layers": 4,
+        "hidden_size": 64,
+        "ffn_hidden_size": 128,
+        "num_attention_heads": 4,
+        "num_query_groups": 2,
+    }
+    return ModelConfig(
+        language=LanguageConfig(**{**settings, **language}),
+        vision=VisionConfig(
+            image_size=32, patch_size=8, num_layers=3, hidden_size=36, ffn_hidden_size=72, num_attention_heads=3
+        ),
+        projection=ProjectionConfig(type="mlp2x_gelu"),
+        backend="torch",
+    )
+
+
+def tiny_run(
+    run_dir: str = "unused",
+    *,
+    parallel: dict[str, Any] | None = None,
+    training: dict[str, Any] | None = None,
+    optimizer: dict[str, Any] | None = None,
+    model: ModelConfig | None = None,
+) -> TrainConfig:
+    """Return a run over `tiny_model` in fp32; the given settings replace the defaults."""
+    return TrainConfig(
+        stage="pretrain",
+        run_dir=run_dir,
+        model=model or tiny_model(),
+        data=DataConfig(tokenizer="unused", blend=(BlendEntry(path="unused"),), seq_length=SEQ_LENGTH),
+        optimizer=OptimizerConfig(**{"lr": 1e-3, "lr_decay_style": "constant", "weight_decay": 0.01, **(optimizer or {})}),
+        training=TrainingConfig(
+            **{"global_batch_size": 4, "train_iters": 5, "precision": "fp32", "recompute": "none", **(training or {})}
+        ),
+        parallel=ParallelConfig(**(parallel or {})),
+    )

@@ -1,0 +1,27 @@
+"""Jobs of one rank in this process, and of several in others."""
+
+import pytest
+import torch
+
+from megatron_vlm.config import ParallelConfig
+from megatron_vlm.parallel.groups import build_groups, seed_everything, stop_distributed
+from tests.support.pool import WorkerPool
+
+
+@pytest.fixture(scope="session")
+def workers():
+    """Four processes for distributed tests."""
+    pool = WorkerPool(4)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture
+def one_rank(tmp_path):
+    """A job of one rank in this process, seeded."""
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    build_groups(ParallelConfig())
+    seed_everything(7)
+    yield
+    stop_distributed()
