@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Run the tests in .venv, which is made first where it is missing; arguments go to pytest.
+#   bash tests/run.sh                    everything that needs no GPU and no minutes
+#   bash tests/run.sh tests/data -x      one folder, stop at the first failure
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+bash tools/setup_venv.sh
+# The models of the tests are tiny and several processes share the cores: one thread each is fastest.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+printf '[tests] python -m pytest %s\n' "$*"
+exec "${VENV:-.venv}/bin/python" -m pytest "$@"
