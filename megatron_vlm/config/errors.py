@@ -7,6 +7,8 @@ class ExitCode(enum.IntEnum):
     """Process exit codes; also written to `exit_status.json`."""
 
     DONE = 0
+    CRASH = 1
+    """A bug or a dead rank: a traceback, or a line that names the rank, stands above."""
     USAGE = 64
     BAD_DATA = 65
     NUMERIC = 70
@@ -14,6 +16,7 @@ class ExitCode(enum.IntEnum):
     STORAGE = 74
     REQUEUE = 75
     CONFIG = 78
+    INTERRUPTED = 130
 
 
 class UserError(Exception):

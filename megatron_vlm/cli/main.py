@@ -1,0 +1,96 @@
+"""The command `megatron-vlm`: finds the verb, runs it, and turns errors into one line and an exit code."""
+
+import argparse
+import importlib
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+import megatron_vlm
+from megatron_vlm.config import ExitCode, UsageError
+from megatron_vlm.platform.exit_status import describe_error, error_line
+
+VERBS = {
+    "prepare": "megatron_vlm.cli.prepare",
+    "data": "megatron_vlm.cli.data",
+    "plan": "megatron_vlm.cli.plan",
+    "train": "megatron_vlm.cli.train",
+    "checkpoint": "megatron_vlm.cli.checkpoint",
+    "convert": "megatron_vlm.cli.convert",
+    "evaluate": "megatron_vlm.cli.evaluate",
+    "generate": "megatron_vlm.cli.generate",
+}
+"""Each verb's module has `add_parser(subparsers)` and `run(args) -> int`; it imports what is heavy inside `run`."""
+
+_PROGRAM = "megatron-vlm"
+_EPILOG = """\
+example:
+  megatron-vlm train examples/vila_7b/pretrain.yaml training.micro_batch_size=2 --nproc-per-node 8
+
+exit codes: 0 done, 1 crash or dead rank, 64 usage, 65 bad data or checkpoint, 70 not a finite number, 71 hang,
+74 disk, 75 stopped in good order (start the same command again), 78 configuration, 130 interrupted
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, with the exit code for a wrong command line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message, fix=f"see {self.prog} --help")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb and return the exit code.
+
+    Args:
+        argv: arguments after the program's name; None: those of this process.
+
+    Raises:
+        Exception: an error that nobody foresaw, with its traceback; Python makes exit code 1 of it.
+    """
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    try:
+        args = _parse(arguments)
+        exit_code = args.run(args)
+        sys.stdout.flush()
+        return exit_code
+    except BrokenPipeError:  # `megatron-vlm data stats D | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except KeyboardInterrupt:
+        return ExitCode.INTERRUPTED
+    except Exception as error:
+        status = describe_error(error)
+        if status.exit_code == ExitCode.CRASH:
+            raise
+        sys.stderr.write(error_line(status.message) + "\n")
+        return status.exit_code
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = _build_parser(arguments)
+    args, rest = parser.parse_known_args(arguments)
+    # argparse takes no more values for a list once an option stood between them: train CONFIG --nproc-per-node 8 a.b=1
+    if rest and hasattr(args, "overrides") and not any(argument.startswith("-") for argument in rest):
+        args.overrides.extend(rest)
+    elif rest:
+        parser.error(f"unknown arguments {' '.join(rest)}")
+    return args
+
+
+def _build_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
+    """Build the parser of the verb at hand; of all of them where none is named."""
+    parser = _Parser(
+        prog=_PROGRAM,
+        description="Pretrain visual language models on megatron-core: prepare data, train, convert, evaluate.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {megatron_vlm.__version__}")
+    subparsers = parser.add_subparsers(metavar="VERB", dest="verb", required=True)
+    named = next((argument for argument in arguments if not argument.startswith("-")), None)
+    for verb in [named] if named in VERBS else VERBS:
+        importlib.import_module(VERBS[verb]).add_parser(subparsers)
+    return parser

@@ -1,0 +1,158 @@
+"""`megatron-vlm train`: check everything that can be checked, then start and supervise the ranks of this node."""
+
+import argparse
+import logging
+import os
+import sys
+import tempfile
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+from megatron_vlm.config import ExitCode, TrainConfig, UsageError, derive_layout, load_config
+from megatron_vlm.platform.exit_status import (
+    ExitStatus,
+    describe_error,
+    error_line,
+    forget_exit_status,
+    record_exit_status,
+)
+from megatron_vlm.platform.gpus import count_visible_gpus
+from megatron_vlm.platform.job_end import explain_end, read_reports
+from megatron_vlm.platform.launch import NodeJob, find_free_port, run_node
+from megatron_vlm.platform.log_format import setup_logging
+from megatron_vlm.platform.requirements import check_requirements
+from megatron_vlm.platform.run_folder import EXIT_STATUS_NAME, hold_run_folder
+from megatron_vlm.platform.slurm import SlurmNode, read_slurm_node
+
+logger = logging.getLogger(__name__)
+
+_EPILOG = """\
+example:
+  megatron-vlm train examples/vila_7b/align.yaml run_dir=runs/align optimizer.lr=5e-4 --nproc-per-node 8
+
+A run folder that holds a checkpoint is resumed. On a cluster, srun starts this once per node (examples/slurm).
+"""
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    """Add the verb to the command line."""
+    parser = subparsers.add_parser(
+        "train",
+        help="train or resume one stage, on one machine or under SLURM",
+        description="Train or resume one stage.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("config", metavar="CONFIG", help="YAML file of the stage")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="settings that go before those of the file"
+    )
+    parser.add_argument(
+        "--nproc-per-node",
+        type=int,
+        metavar="N",
+        help="ranks on this machine; default: SLURM_GPUS_ON_NODE, else the visible GPUs, else 1",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check, start the ranks, wait for them, and say in one line how it ended."""
+    setup_logging()
+    config = load_config(TrainConfig, args.config, args.overrides)
+    slurm = read_slurm_node(os.environ)
+    num_gpus = count_visible_gpus(os.environ)
+    num_workers = _num_workers(args.nproc_per_node, slurm, num_gpus)
+    status_path = Path(config.run_dir) / EXIT_STATUS_NAME
+    launch_id = slurm.launch_id if slurm else f"local-{os.getpid()}"
+    is_first_node = slurm is None or slurm.node_rank == 0
+    # The other nodes see the same folder, or one of their own that nobody else uses.
+    with hold_run_folder(Path(config.run_dir)) if is_first_node else nullcontext():
+        if is_first_node:
+            forget_exit_status(status_path, launch_id)
+        try:
+            _check(config, num_workers=num_workers, num_gpus=num_gpus, num_nodes=slurm.num_nodes if slurm else 1)
+            status = _launch(args, _node_job(args, config, slurm, num_workers))
+        except Exception as error:
+            _record(status_path, replace(describe_error(error), launch_id=launch_id))
+            raise
+        _record(status_path, replace(status, launch_id=launch_id))
+    _say(status)
+    return status.exit_code
+
+
+def _num_workers(asked: int | None, slurm: SlurmNode | None, num_gpus: int) -> int:
+    if asked is not None and asked < 1:
+        raise UsageError(f"--nproc-per-node {asked} is below 1", fix="start at least one rank")
+    return asked or (slurm.num_gpus if slurm else None) or num_gpus or 1
+
+
+def _check(config: TrainConfig, *, num_workers: int, num_gpus: int, num_nodes: int) -> None:
+    """Raise every error that can be known before a rank starts."""
+    from megatron_vlm.data.plan import check_data
+
+    derive_layout(config, num_workers * num_nodes)
+    check_requirements(config, num_gpus=num_gpus, num_workers=num_workers)
+    check_data(config)
+
+
+def _node_job(args: argparse.Namespace, config: TrainConfig, slurm: SlurmNode | None, num_workers: int) -> NodeJob:
+    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    num_threads = str(config.training.num_threads or max(1, num_cores // num_workers))
+    defaults = {"OMP_NUM_THREADS": num_threads, "MKL_NUM_THREADS": num_threads}
+    if config.training.num_threads:
+        environment = {**os.environ, **defaults}
+    else:
+        environment = {**defaults, **os.environ}
+    # megatron-core overlaps communication with computation only where the device keeps their order.
+    environment["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
+    if (slurm is None or slurm.num_nodes == 1) and sys.platform.startswith("linux"):
+        # All ranks are here: no look-up of a host name that may not resolve.
+        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    return NodeJob(
+        command=(sys.executable, "-m", "megatron_vlm.cli.worker", args.config, *args.overrides),
+        environment=environment,
+        num_workers=num_workers,
+        node_rank=slurm.node_rank if slurm else 0,
+        num_nodes=slurm.num_nodes if slurm else 1,
+        master_address=slurm.master_address if slurm else "127.0.0.1",
+        master_port=slurm.master_port if slurm and slurm.num_nodes > 1 else find_free_port(),
+    )
+
+
+def _launch(args: argparse.Namespace, job: NodeJob) -> ExitStatus:
+    """Run the ranks of this node and return how they ended as a whole."""
+    first = job.node_rank * job.num_workers
+    if job.num_nodes > 1:
+        logger.info(
+            "node %d of %d: starting ranks %d to %d, meeting at %s:%d",
+            job.node_rank,
+            job.num_nodes,
+            first,
+            first + job.num_workers - 1,
+            job.master_address,
+            job.master_port,
+        )
+    with tempfile.TemporaryDirectory(prefix="megatron_vlm_") as folder:
+        options = ("--report-folder", folder, "--launcher-pid", str(os.getpid()))
+        end = run_node(replace(job, command=(*job.command, *options)))
+        return explain_end(end, read_reports(Path(folder), range(first, first + job.num_workers)))
+
+
+def _record(path: Path, status: ExitStatus) -> None:
+    """Write the exit status; a disk that is full or gone must not hide how the job ended."""
+    try:
+        record_exit_status(path, status)
+    except OSError as error:
+        logger.warning("%s could not be written: %s", path, error.strerror)
+
+
+def _say(status: ExitStatus) -> None:
+    if status.traceback:
+        sys.stderr.write(status.traceback)
+    if status.exit_code in (ExitCode.DONE, ExitCode.REQUEUE, ExitCode.INTERRUPTED):
+        if status.message:
+            logger.info("%s", status.message)
+        return
+    sys.stderr.write(error_line(status.message) + "\n")

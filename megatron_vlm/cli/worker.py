@@ -1,0 +1,107 @@
+"""One rank of a training job: `python -m megatron_vlm.cli.worker CONFIG [section.key=value ...]`.
+
+`megatron-vlm train` starts it; `torchrun --nproc-per-node N -m megatron_vlm.cli.worker CONFIG` works too. Processes
+that a rank spawns import this file again, so that it imports nothing heavy by itself.
+"""
+
+import argparse
+import faulthandler
+import json
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from megatron_vlm.config import ExitCode, TrainConfig, load_config
+from megatron_vlm.platform.exit_status import (
+    ExitStatus,
+    describe_error,
+    error_line,
+    record_exit_status,
+    write_exit_status,
+)
+from megatron_vlm.platform.job_end import report_path
+from megatron_vlm.platform.log_format import setup_logging
+from megatron_vlm.platform.parent import die_with_parent
+from megatron_vlm.platform.run_folder import EXIT_STATUS_NAME, METRICS_NAME
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run this rank to its end, report how it ended, and return its exit code."""
+    # Until training installs its own handlers, a signal ends the rank without a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    faulthandler.enable()
+    args = _parse(argv)
+    if args.launcher_pid is not None:
+        die_with_parent(args.launcher_pid)
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    config = None
+    try:
+        config = load_config(TrainConfig, args.config, args.overrides)
+        setup_logging(rank, world_size, speaking_ranks=_speaking_ranks(config, world_size))
+        status = _train(config)
+    except (Exception, KeyboardInterrupt) as error:
+        status = describe_error(error)
+    status = replace(status, rank=rank, iteration=_last_iteration(config))
+    _report(status, config, args.report_folder)
+    return status.exit_code
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m megatron_vlm.cli.worker", description=__doc__)
+    parser.add_argument("config")
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--report-folder", type=Path, help="where the launcher looks for how this rank ended")
+    parser.add_argument("--launcher-pid", type=int, help="die when this process, the parent, does")
+    return parser.parse_args(argv)
+
+
+def _train(config: TrainConfig) -> ExitStatus:
+    from megatron_vlm.training.run import run_training
+
+    run_training(config)
+    return ExitStatus(exit_code=int(ExitCode.DONE), message="")
+
+
+def _speaking_ranks(config: TrainConfig, world_size: int) -> set[int]:
+    """Return the first rank, and the first of the last pipeline stage: it has the loss."""
+    return {0, world_size - world_size // config.parallel.pipeline_model_parallel_size}
+
+
+def _last_iteration(config: TrainConfig | None) -> int | None:
+    """Return the last iteration in the run's metrics; None before the first."""
+    if config is None:
+        return None
+    path = Path(config.run_dir) / METRICS_NAME
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - 65536))
+            lines = file.read().splitlines()
+        return json.loads(lines[-1])["iteration"]
+    except (OSError, IndexError, KeyError, ValueError):  # no line yet, or one cut short by a kill
+        return None
+
+
+def _report(status: ExitStatus, config: TrainConfig | None, report_folder: Path | None) -> None:
+    """Tell the launcher, or without one the person at the console and the run folder."""
+    try:
+        if report_folder is not None:
+            write_exit_status(report_path(report_folder, status.rank or 0), status)
+            return
+        if config is not None:
+            launch_id = os.environ.get("TORCHELASTIC_RUN_ID", "")
+            path = Path(config.run_dir) / EXIT_STATUS_NAME
+            path.parent.mkdir(parents=True, exist_ok=True)
+            record_exit_status(path, replace(status, launch_id=launch_id))
+    except OSError as error:
+        sys.stderr.write(f"rank {status.rank}: the exit status could not be written: {error}\n")
+    if status.traceback:
+        sys.stderr.write(status.traceback)
+    if status.message:
+        sys.stderr.write(error_line(status.message) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,208 @@
+"""Start the ranks of this node, hand signals on to them, and end them all when one has died.
+
+torch's elastic launcher is not used, although its variables are: a rank that torchrun starts runs just as well. With
+torch 2.13 its agent gives the other ranks 30 s after a death whatever `shutdown_timeout` says (measured: 31 s until a
+job with one killed and one blocked rank ended; 3.2 s here), a second signal in that time leaves them running, and its
+import alone takes longer than everything here.
+"""
+
+import logging
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from types import FrameType
+
+from megatron_vlm.config import ExitCode
+
+logger = logging.getLogger(__name__)
+
+GRACE_SECONDS = 3.0
+"""What the other ranks are given to say why they ended, once one has failed."""
+_POLL_SECONDS = 0.05
+_DEATH_SECONDS = 10.0
+_HANDED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+# Exit codes after which the other ranks may finish what they are doing, a checkpoint for example.
+_ORDERLY = (ExitCode.DONE, ExitCode.REQUEUE)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeJob:
+    """The ranks that one node starts."""
+
+    command: Sequence[str]
+    environment: Mapping[str, str]
+    """Complete environment of a rank, but for what tells the ranks apart."""
+    num_workers: int
+    node_rank: int = 0
+    num_nodes: int = 1
+    master_address: str = "127.0.0.1"
+    master_port: int
+
+    def worker_environment(self, local_rank: int) -> dict[str, str]:
+        """Return the environment of one rank, in torch's own variables."""
+        return {
+            **self.environment,
+            "RANK": str(self.node_rank * self.num_workers + local_rank),
+            "LOCAL_RANK": str(local_rank),
+            "WORLD_SIZE": str(self.num_nodes * self.num_workers),
+            "LOCAL_WORLD_SIZE": str(self.num_workers),
+            "GROUP_RANK": str(self.node_rank),
+            "MASTER_ADDR": self.master_address,
+            "MASTER_PORT": str(self.master_port),
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerEnd:
+    """How one rank ended."""
+
+    rank: int
+    pid: int
+    exit_code: int
+    """As subprocess gives it: negative for a signal."""
+    was_killed_here: bool = False
+    """Whether this launcher ended it after another rank had failed."""
+
+    @property
+    def signal_name(self) -> str | None:
+        """Name of the signal that ended it; None where it ended by itself."""
+        if self.exit_code >= 0:
+            return None
+        try:
+            return signal.Signals(-self.exit_code).name
+        except ValueError:  # a real-time signal
+            return f"signal {-self.exit_code}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeEnd:
+    """How all ranks of this node ended, in the order in which they did."""
+
+    workers: tuple[WorkerEnd, ...]
+    stop_signal: signal.Signals | None
+    """The first signal that asked the job to stop; None where nobody asked."""
+
+
+@dataclass(slots=True)
+class _Supervisor:
+    """Processes of this node, by rank."""
+
+    job: NodeJob
+    processes: dict[int, subprocess.Popen] = field(default_factory=dict)
+    ends: dict[int, WorkerEnd] = field(default_factory=dict)
+    stop_signal: signal.Signals | None = None
+    kill_at: float | None = None
+
+    def start(self) -> None:
+        for local_rank in range(self.job.num_workers):
+            environment = self.job.worker_environment(local_rank)
+            # A session of their own: Ctrl-C reaches the ranks once, by way of this process, and killing the group of a
+            # rank takes its data loaders along.
+            self.processes[int(environment["RANK"])] = subprocess.Popen(
+                list(self.job.command), env=environment, start_new_session=True, stdin=subprocess.DEVNULL
+            )
+        if self.stop_signal is not None:  # it came between two starts
+            self.send(self.stop_signal)
+
+    def live(self) -> Iterator[tuple[int, subprocess.Popen]]:
+        return ((rank, process) for rank, process in self.processes.items() if rank not in self.ends)
+
+    def send(self, number: signal.Signals) -> None:
+        for _, process in self.live():
+            process.send_signal(number)
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        received = signal.Signals(number)
+        if received == signal.SIGINT and self.stop_signal == signal.SIGINT:
+            self.kill_at = time.monotonic()  # the second Ctrl-C means now
+            return
+        # A closed terminal asks for the same as the scheduler does; ranks handle the latter.
+        handed_on = signal.SIGTERM if received == signal.SIGHUP else received
+        self.stop_signal = self.stop_signal or handed_on
+        self.send(handed_on)
+
+    def poll(self) -> bool:
+        """Collect ranks that have ended; return whether any is left."""
+        for rank, process in list(self.live()):
+            exit_code = process.poll()
+            if exit_code is not None:
+                self._collect(rank, process, exit_code)
+        if self.kill_at is not None and time.monotonic() >= self.kill_at:
+            self.kill()
+        return len(self.ends) < len(self.processes)
+
+    def _collect(self, rank: int, process: subprocess.Popen, exit_code: int, *, was_killed_here: bool = False) -> None:
+        self.ends[rank] = WorkerEnd(rank=rank, pid=process.pid, exit_code=exit_code, was_killed_here=was_killed_here)
+        if exit_code in _ORDERLY or self.kill_at is not None:
+            return
+        self.kill_at = time.monotonic() + GRACE_SECONDS
+        _kill_group(process.pid)  # what the rank itself had started
+
+    def kill(self) -> None:
+        """End every rank that is left, with all that it has started."""
+        left = list(self.live())
+        for _, process in left:
+            _kill_group(process.pid)
+        for rank, process in left:
+            self._collect(rank, process, _wait_for_death(rank, process), was_killed_here=True)
+
+
+def run_node(job: NodeJob) -> NodeEnd:
+    """Run the ranks of this node until all have ended.
+
+    SIGTERM, SIGINT and SIGUSR1 are handed on; the ranks decide what they mean. After the first rank that fails, the
+    others have `GRACE_SECONDS`. Call it from the main thread.
+    """
+    supervisor = _Supervisor(job)
+    with _signals_to(supervisor):
+        try:
+            supervisor.start()
+            while supervisor.poll():
+                time.sleep(_POLL_SECONDS)
+        finally:
+            supervisor.kill()  # nothing is left, unless this function itself failed
+    return NodeEnd(workers=tuple(supervisor.ends.values()), stop_signal=supervisor.stop_signal)
+
+
+@contextmanager
+def _signals_to(supervisor: _Supervisor) -> Iterator[None]:
+    previous = {number: signal.getsignal(number) for number in _HANDED_ON}
+    # A signal that the shell had this process ignore (nohup) stays ignored.
+    taken = [number for number, handler in previous.items() if handler is not signal.SIG_IGN]
+    for number in taken:
+        signal.signal(number, supervisor.handle)
+    try:
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, previous[number])
+
+
+def _kill_group(pid: int) -> None:
+    with suppress(ProcessLookupError):  # nobody of the group is left
+        os.killpg(pid, signal.SIGKILL)
+
+
+def _wait_for_death(rank: int, process: subprocess.Popen) -> int:
+    try:
+        return process.wait(timeout=_DEATH_SECONDS)
+    except subprocess.TimeoutExpired:
+        logger.warning(
+            "rank %d (process %d) does not die: it waits in the kernel, for a GPU or a file system; the node may need "
+            "a restart",
+            rank,
+            process.pid,
+        )
+        return -signal.SIGKILL
+
+
+def find_free_port() -> int:
+    """Return a TCP port of this machine that nobody uses at the moment."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]

@@ -1,0 +1,98 @@
+"""Where this node stands in a SLURM job that starts one launcher per node."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from megatron_vlm.config import ConfigError
+
+# Below Linux's ephemeral ports (from 32768), above the registered services that a compute node runs.
+_FIRST_PORT, _NUM_PORTS = 15000, 15000
+_HOST = re.compile(r"(?:[^\[\],\s]|\[[^\[\]]*\])+")
+_BRACKET = re.compile(r"\[([^\[\],-]+)[^\[\]]*\]")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SlurmNode:
+    """This node of a SLURM job step."""
+
+    job_id: int
+    launch_id: str
+    """Another one for every start of the job, requeued ones included; the same on all nodes."""
+    num_nodes: int
+    node_rank: int
+    master_address: str
+    """First node of the step."""
+    master_port: int
+    """Follows from the job and step ids: the nodes agree without talking."""
+    num_gpus: int | None
+    """GPUs of the job on this node; None where SLURM does not say."""
+
+
+def read_slurm_node(environment: Mapping[str, str]) -> SlurmNode | None:
+    """Read SLURM's variables; None outside a SLURM job.
+
+    The variables of the step (`srun`) go before those of the whole allocation.
+
+    Raises:
+        ConfigError: a variable is missing or is not what SLURM writes, or srun started several launchers on a node.
+    """
+    if "SLURM_JOB_ID" not in environment:
+        return None
+    num_nodes = _read_int(environment, ("SLURM_STEP_NUM_NODES", "SLURM_NNODES", "SLURM_JOB_NUM_NODES"), default=1)
+    num_tasks = _read_int(environment, ("SLURM_STEP_NUM_TASKS",), default=num_nodes)
+    if num_tasks != num_nodes:
+        raise ConfigError(
+            f"srun started {num_tasks} tasks on {num_nodes} nodes; each starts all ranks of its node",
+            fix="use srun --ntasks-per-node=1",
+        )
+    job_id = _read_int(environment, ("SLURM_JOB_ID",))
+    step_id = _read_int(environment, ("SLURM_STEP_ID",), default=0)
+    node_rank = _read_int(environment, ("SLURM_NODEID",), default=0 if num_nodes == 1 else None)
+    return SlurmNode(
+        job_id=job_id,
+        launch_id=f"slurm-{job_id}-{step_id}-{environment.get('SLURM_RESTART_COUNT', '0')}",
+        num_nodes=num_nodes,
+        node_rank=node_rank,
+        master_address="127.0.0.1" if num_nodes == 1 else first_host(_node_list(environment)),
+        master_port=_FIRST_PORT + (7 * job_id + step_id) % _NUM_PORTS,
+        num_gpus=_read_int(environment, ("SLURM_GPUS_ON_NODE",), default=0) or None,
+    )
+
+
+def first_host(node_list: str) -> str:
+    """Return the first host of a SLURM host list: `gpu[003-010,12],fat7` -> `gpu003`.
+
+    Raises:
+        ConfigError: the text is not a host list.
+    """
+    text = node_list.strip()
+    first = _HOST.match(text)
+    host = _BRACKET.sub(r"\1", first.group()) if first else ""
+    is_whole = first is not None and text[first.end() : first.end() + 1] in ("", ",")
+    if not is_whole or not re.fullmatch(r"[\w.-]+", host):
+        raise ConfigError(
+            f"{node_list!r} is not a SLURM host list", where="SLURM_JOB_NODELIST", fix="start the launcher by srun"
+        )
+    return host
+
+
+def _node_list(environment: Mapping[str, str]) -> str:
+    for name in ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST"):
+        if environment.get(name):
+            return environment[name]
+    raise ConfigError("SLURM_JOB_NODELIST is not set", fix="start the launcher by srun, once per node")
+
+
+def _read_int(environment: Mapping[str, str], names: tuple[str, ...], default: int | None = None) -> int:
+    """Return the first of the variables that is set."""
+    for name in names:
+        text = environment.get(name)
+        if text is None:
+            continue
+        if not text.isdecimal():
+            raise ConfigError(f"{name}={text!r} is not a number", fix="start the launcher by srun, once per node")
+        return int(text)
+    if default is None:
+        raise ConfigError(f"{names[0]} is not set", fix="start the launcher by srun, once per node")
+    return default
