@@ -1,0 +1,264 @@
+"""Global batches are a function of the plan alone, and a broken worker ends in one line."""
+
+import dataclasses
+import io
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from megatron_vlm.config import BlendEntry, DataError, LanguageConfig
+from megatron_vlm.data.batch import ImageShare
+from megatron_vlm.data.collate import Collation
+from megatron_vlm.data.loader import BatchLoader
+from megatron_vlm.data.manifest import TokenizerFacts
+from megatron_vlm.data.plan import PlanSettings, build_plan
+from megatron_vlm.data.shards import EncodedSample, ImageSegment, ShardedDataset, TextSegment, write_dataset
+
+TOKENIZER = TokenizerFacts(name="tiny", sha256="0" * 64, vocab_size=100, bos_id=1, eos_id=2)
+LANGUAGE = LanguageConfig(vocab_size=100, num_layers=1, hidden_size=8, ffn_hidden_size=8, num_attention_heads=1)
+COLLATION = Collation(
+    seq_length=64,
+    num_image_tokens=4,
+    vocab_size=100,
+    image_token_id=LANGUAGE.image_token_id,
+    pad_token_id=LANGUAGE.pad_token_id,
+    image_size=8,
+    image_aspect="pad",
+    image_mean=(0.5, 0.5, 0.5),
+)
+GLOBAL_BATCH_SIZE = 4
+
+
+def encode_colour(colour: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), (colour, colour, colour)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def make_samples(number: int, with_images: bool, seed: int) -> list[EncodedSample]:
+    rng = np.random.default_rng(seed)
+    samples = []
+    for index in range(number):
+        segments = [TextSegment(np.array([1], dtype=np.int32), True)]
+        for _ in range(rng.integers(0, 3) if with_images else 0):
+            segments.append(ImageSegment(encode_colour(index % 256)))
+            segments.append(TextSegment(rng.integers(3, 100, rng.integers(1, 9)).astype(np.int32), True))
+        segments.append(TextSegment(rng.integers(3, 100, rng.integers(1, 20)).astype(np.int32), bool(index % 2)))
+        samples.append(EncodedSample(tuple(segments)))
+    return samples
+
+
+@pytest.fixture(scope="module")
+def datasets(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("datasets")
+    for name, number, with_images in (("pictures", 90, True), ("text", 40, False)):
+        samples = make_samples(number, with_images, seed=number)
+        write_dataset(folder / name, samples, source=name, tokenizer=TOKENIZER, samples_per_shard=32)
+    return [ShardedDataset.open(folder / name) for name in ("pictures", "text")]
+
+
+def make_plan(datasets, folder, **changes):
+    settings = PlanSettings(
+        blend=tuple(BlendEntry(path=str(dataset.folder)) for dataset in datasets),
+        seq_length=64,
+        num_image_tokens=4,
+        packing=True,
+        overflow="fail",
+        seed=7,
+        global_batch_size=GLOBAL_BATCH_SIZE,
+        train_iters=None,
+        train_epochs=1.5,
+    )
+    return build_plan(dataclasses.replace(settings, **changes), datasets, folder)
+
+
+@pytest.fixture(scope="module")
+def plan(datasets, tmp_path_factory):
+    return make_plan(datasets, tmp_path_factory.mktemp("plans"))
+
+
+def make_loader(datasets, plan, **options):
+    return BatchLoader(datasets, plan, collation=COLLATION, **options)
+
+
+def ids_of_iterations(datasets, plan, dp=1, **options) -> list[list[int]]:
+    """Sorted sample ids of every global batch, over all ranks."""
+    result = [[] for _ in range(plan.num_iterations)]
+    for rank in range(dp):
+        loader = make_loader(datasets, plan, data_parallel_rank=rank, data_parallel_size=dp, **options)
+        for number, batch in enumerate(loader):
+            result[number // loader.num_micro_batches] += batch.sample_ids.tolist()
+        loader.close()
+    return [sorted(ids) for ids in result]
+
+
+def equal_batches(first, second) -> bool:
+    for field in dataclasses.fields(first):
+        left, right = getattr(first, field.name), getattr(second, field.name)
+        if not (torch.equal(left, right) if isinstance(left, torch.Tensor) else left == right):
+            return False
+    return True
+
+
+@pytest.mark.parametrize(("dp", "workers", "micro"), [(1, 0, 2), (2, 0, 1), (2, 1, 2), (4, 0, 1), (1, 4, 1), (1, 1, 4)])
+def test_global_batches_do_not_depend_on_ranks_workers_or_micro_batch(datasets, plan, dp, workers, micro):
+    expected = [sorted(plan.sample_ids(iteration).tolist()) for iteration in range(plan.num_iterations)]
+    assert ids_of_iterations(datasets, plan, dp, num_workers=workers, micro_batch_size=micro) == expected
+
+
+def test_every_batch_is_sound(datasets, plan):
+    for batch in make_loader(datasets, plan, micro_batch_size=2):
+        batch.validate(LANGUAGE, COLLATION.num_image_tokens, ImageShare())
+
+
+def test_rows_follow_the_plan_in_order(datasets, plan):
+    loader = make_loader(datasets, plan, data_parallel_rank=1, data_parallel_size=2)
+    batches = [next(loader) for _ in range(4)]
+    assert [batch.sample_ids.tolist() for batch in batches] == [plan.row(row).tolist() for row in (1, 3, 5, 7)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resumed_loader_gives_the_batches_of_a_straight_run(datasets, plan, workers):
+    straight = list(make_loader(datasets, plan, micro_batch_size=2))
+    resumed = make_loader(datasets, plan, micro_batch_size=2, start_iteration=3, num_workers=workers)
+    expected = straight[3 * resumed.num_micro_batches :]
+    assert all(equal_batches(*pair) for pair in zip(resumed, expected, strict=True))
+
+
+def test_loader_knows_its_iteration(datasets, plan):
+    loader = make_loader(datasets, plan, start_iteration=2)
+    assert loader.iteration == 2
+    for _ in range(loader.num_micro_batches):
+        next(loader)
+    assert loader.iteration == 3
+
+
+def test_loader_ends_with_the_plan(datasets, plan):
+    loader = make_loader(datasets, plan, start_iteration=plan.num_iterations)
+    with pytest.raises(StopIteration):
+        next(loader)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_loader_never_draws_from_the_global_generators(datasets, plan, workers):
+    torch.manual_seed(5)
+    np.random.seed(5)
+    before = torch.get_rng_state(), np.random.get_state()[1].copy()
+    loader = make_loader(datasets, plan, num_workers=workers)
+    list(loader)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert (np.random.get_state()[1] == before[1]).all()
+
+
+def test_image_shares_together_are_all_images(datasets, plan):
+    whole = list(make_loader(datasets, plan, micro_batch_size=4))
+    shares = [list(make_loader(datasets, plan, micro_batch_size=4, image_share=ImageShare(r, 3))) for r in range(3)]
+    for batch, *parts in zip(whole, *shares, strict=True):
+        assert torch.equal(torch.cat([part.pixel_values for part in parts]), batch.pixel_values)
+
+
+def test_stage_without_pixels_gets_none(datasets, plan):
+    batch = next(make_loader(datasets, plan, image_share=None))
+    assert batch.pixel_values is None
+    assert len(batch.image_token_index) == batch.num_images * COLLATION.num_image_tokens
+
+
+def test_empty_rows_at_the_end_are_all_padding(datasets, tmp_path):
+    plan = make_plan(datasets, tmp_path, global_batch_size=64, train_epochs=1)
+    last = list(make_loader(datasets, plan, micro_batch_size=1))[-1]
+    last.validate(LANGUAGE, COLLATION.num_image_tokens, ImageShare())
+    assert (last.num_tokens, len(last.sample_ids), last.cu_seqlens.tolist()) == (0, 0, [0, 64])
+
+
+def test_text_only_data_has_no_images(datasets, tmp_path):
+    plan = make_plan(datasets[1:], tmp_path)
+    batch = next(make_loader(datasets[1:], plan))
+    assert batch.pixel_values.shape == (0, 3, 8, 8)
+
+
+def test_label_sources_name_the_blend_entry(datasets, plan):
+    for batch in make_loader(datasets, plan):
+        text_only = [index >= len(datasets[0]) for index in batch.sample_ids.tolist()]
+        segment = torch.searchsorted(batch.cu_seqlens.long(), batch.label_index, right=True) - 1
+        assert batch.label_sources.tolist() == [int(text_only[index]) for index in segment.tolist()]
+
+
+def test_killed_worker_gives_one_data_error(datasets, plan):
+    loader = make_loader(datasets, plan, num_workers=1, prefetch_factor=1)
+    next(loader)
+    os.kill(loader._batches._workers[0].pid, signal.SIGKILL)
+    started = time.monotonic()
+    with pytest.raises(DataError, match=r"worker died.*iteration \d+, at or after .*\.bin sample \d+"):
+        list(loader)
+    assert time.monotonic() - started < 20
+
+
+def test_killed_worker_does_not_interrupt_other_code(datasets, plan):
+    loader = make_loader(datasets, plan, num_workers=1, prefetch_factor=1)
+    os.kill(loader._batches._workers[0].pid, signal.SIGKILL)
+    deadline = time.monotonic() + 0.5
+    while time.monotonic() < deadline:
+        time.sleep(0.01)
+    loader.close()
+
+
+def test_workers_ignore_sigterm_and_sigint(datasets, plan):
+    expected = [batch.sample_ids.tolist() for batch in make_loader(datasets, plan)]
+    loader = make_loader(datasets, plan, num_workers=2)
+    found = [next(loader).sample_ids.tolist()]
+    for worker in loader._batches._workers:
+        os.kill(worker.pid, signal.SIGTERM)
+        os.kill(worker.pid, signal.SIGINT)
+    found += [batch.sample_ids.tolist() for batch in loader]
+    assert found == expected
+
+
+def test_close_ends_the_workers(datasets, plan):
+    loader = make_loader(datasets, plan, num_workers=2)
+    next(loader)
+    workers = list(loader._batches._workers)
+    loader.close()
+    assert not any(worker.is_alive() for worker in workers)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_damaged_image_names_dataset_shard_and_sample(tmp_path, workers):
+    samples = make_samples(40, True, seed=1)
+    samples[35] = EncodedSample((TextSegment(np.array([1], dtype=np.int32), True), ImageSegment(b"no image")))
+    write_dataset(tmp_path / "d", samples, source="d", tokenizer=TOKENIZER, samples_per_shard=32)
+    datasets = [ShardedDataset.open(tmp_path / "d")]
+    loader = make_loader(datasets, make_plan(datasets, tmp_path), num_workers=workers)
+    with pytest.raises(DataError, match=r"not a JPEG.*d/00001\.bin sample 3"):
+        list(loader)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_flipped_bit_names_dataset_shard_and_sample(tmp_path, workers):
+    write_dataset(tmp_path / "d", make_samples(40, True, seed=1), source="d", tokenizer=TOKENIZER, samples_per_shard=32)
+    path = tmp_path / "d" / "00001.bin"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    datasets = [ShardedDataset.open(tmp_path / "d")]
+    loader = make_loader(datasets, make_plan(datasets, tmp_path), num_workers=workers)
+    with pytest.raises(DataError, match=r"damaged.*d/00001\.bin sample \d"):
+        list(loader)
+
+
+def test_any_other_failure_of_a_worker_is_one_data_error(datasets, plan, monkeypatch):
+    def fail(self, index):
+        raise KeyError("surprise")
+
+    monkeypatch.setattr(ShardedDataset, "__getitem__", fail)
+    with pytest.raises(DataError, match=r"KeyError: 'surprise'.*\.bin sample"):
+        next(make_loader(datasets, plan, num_workers=1))
+
+
+def test_loader_refuses_a_batch_that_does_not_divide(datasets, plan):
+    with pytest.raises(ValueError, match=r"4 rows is not a multiple .* = 3 \* 1"):
+        make_loader(datasets, plan, data_parallel_size=3)
