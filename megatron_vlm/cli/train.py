@@ -90,7 +90,7 @@ def _num_workers(asked: int | None, slurm: SlurmNode | None, num_gpus: int) -> i
 
 def _check(config: TrainConfig, *, num_workers: int, num_gpus: int, num_nodes: int) -> None:
     """Raise every error that can be known before a rank starts."""
-    from megatron_vlm.data.plan import check_data
+    from megatron_vlm.data.checks import check_data
 
     derive_layout(config, num_workers * num_nodes)
     check_requirements(config, num_gpus=num_gpus, num_workers=num_workers)
