@@ -1,0 +1,58 @@
+"""`megatron-vlm checkpoint {list,verify,hash}`."""
+
+import argparse
+from pathlib import Path
+
+from megatron_vlm.config import ExitCode
+
+_EXAMPLE = """example:
+  megatron-vlm checkpoint list runs/pretrain
+  megatron-vlm checkpoint verify runs/pretrain/checkpoints/iter_0001000
+  megatron-vlm checkpoint hash runs/pretrain
+"""
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    """Add the verb to the command line."""
+    parser = subparsers.add_parser(
+        "checkpoint",
+        help="list and verify checkpoints; hash their weights",
+        epilog=_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    actions = parser.add_subparsers(dest="action", required=True)
+    for name, text in (
+        ("list", "one line for each checkpoint of a run"),
+        ("verify", "compare every byte with the manifest"),
+        ("hash", "sha256 of the gathered weights, the same for every parallel layout"),
+    ):
+        action = actions.add_parser(name, help=text)
+        action.add_argument("folder", type=Path, help="run folder, or one checkpoint")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the verb; returns the exit code."""
+    if args.action == "hash":
+        return _hash(args.folder)
+    from megatron_vlm.checkpoint.verify import checkpoint_folders, inspect_checkpoint
+
+    all_valid = True
+    for path in checkpoint_folders(args.folder):
+        facts = inspect_checkpoint(path, read_files=args.action == "verify")
+        all_valid &= facts.is_valid
+        state = "; ".join(facts.faults) or ("valid" if args.action == "verify" else "has a manifest")
+        print(f"{facts.path}  iteration {facts.iteration}  {facts.num_files} files  {facts.size / 1e6:.1f} MB  {state}")
+    return ExitCode.DONE if all_valid else ExitCode.BAD_DATA
+
+
+def _hash(folder: Path) -> int:
+    from megatron_vlm.platform.device import prepare_process
+
+    prepare_process()
+    from megatron_vlm.checkpoint.folder import find_checkpoint
+    from megatron_vlm.checkpoint.tensors import hash_weights
+
+    checkpoint = find_checkpoint(folder)
+    print(f"{hash_weights(checkpoint)}  {checkpoint}")
+    return ExitCode.DONE
