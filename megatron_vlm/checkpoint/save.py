@@ -15,8 +15,8 @@ from megatron_vlm.checkpoint.folder import checkpoint_path, prune, write_latest
 from megatron_vlm.checkpoint.manifest import FileRecord, Manifest, checksum_file, list_files, write_manifest
 from megatron_vlm.checkpoint.optimizer_state import SHARDING_METADATA
 from megatron_vlm.checkpoint.sharded_state import describe
-from megatron_vlm.checkpoint.tensors import CONFIG_NAME
 from megatron_vlm.config import StorageError, TrainConfig, save_config
+from megatron_vlm.platform.run_folder import CONFIG_NAME
 
 _STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO)
 
@@ -71,11 +71,12 @@ def _save(
     if is_main:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        save_config(config, folder / CONFIG_NAME)
     torch.distributed.barrier()
     distributed = config.parallel.use_distributed_optimizer
     state = describe(chunks, optimizer, is_loading=False, distributed=distributed)
     dist_checkpointing.save(state, str(folder), content_metadata=dict(SHARDING_METADATA))
+    if is_main:
+        save_config(config, folder / CONFIG_NAME)
     torch.distributed.barrier()
     files = _checksum_together(folder)
     if is_main:

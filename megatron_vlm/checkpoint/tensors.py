@@ -16,8 +16,7 @@ from megatron_vlm.checkpoint.folder import checkpoint_path, write_latest
 from megatron_vlm.checkpoint.manifest import Manifest, checksum_file, list_files, write_manifest
 from megatron_vlm.checkpoint.pickles import check_metadata
 from megatron_vlm.checkpoint.sharded_state import MODEL_PREFIX
-
-CONFIG_NAME = "config.yaml"
+from megatron_vlm.platform.run_folder import CONFIG_NAME
 
 
 def list_tensors(checkpoint: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

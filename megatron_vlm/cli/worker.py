@@ -59,9 +59,15 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _train(config: TrainConfig) -> ExitStatus:
+    from megatron_vlm.platform.device import prepare_process
+
+    prepare_process()
+    from megatron_vlm.training.hooks import SIGNALLED
     from megatron_vlm.training.run import run_training
 
-    run_training(config)
+    if run_training(config) == SIGNALLED:
+        message = "stopped by a signal with a checkpoint of the last iteration; start the same command again"
+        return ExitStatus(exit_code=int(ExitCode.REQUEUE), message=message)
     return ExitStatus(exit_code=int(ExitCode.DONE), message="")
 
 

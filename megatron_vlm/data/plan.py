@@ -36,10 +36,14 @@ class SampleLengths(Protocol):
 
     fingerprint: str
     """Changes with the content."""
-    num_images: np.ndarray
-    """int32[samples]."""
-    text_lengths: np.ndarray
-    """int32[samples] [tokens]."""
+
+    @property
+    def num_images(self) -> np.ndarray:
+        """int32[samples]."""
+
+    @property
+    def text_lengths(self) -> np.ndarray:
+        """int32[samples] [tokens]."""
 
     def __len__(self) -> int: ...
 

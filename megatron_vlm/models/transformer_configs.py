@@ -99,7 +99,9 @@ def _parallel_arguments(parallel: ParallelConfig) -> dict[str, Any]:
         "sequence_parallel": parallel.sequence_parallel,
         "overlap_p2p_comm": parallel.overlap_p2p_comm,
         "batch_p2p_comm": not parallel.overlap_p2p_comm,
-        "deallocate_pipeline_outputs": parallel.pipeline_model_parallel_size > 1,
+        # Freed at once, an output that gloo is still sending in the background would be overwritten (measured: another
+        # loss with a virtual pipeline on the host); without one the schedules wait for each send first.
+        "deallocate_pipeline_outputs": parallel.pipeline_model_parallel_size > 1 and virtual is None,
     }
 
 

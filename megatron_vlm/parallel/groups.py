@@ -1,13 +1,15 @@
 """Start and stop the process groups of a job, and say where this rank stands in it."""
 
 import datetime
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-from megatron_vlm.config import ParallelConfig
+from megatron_vlm.config import ParallelConfig, UserError
 from megatron_vlm.platform.device import distributed_backend
 
 
@@ -80,6 +82,30 @@ def rank_layout() -> RankLayout:
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),
     )
+
+
+@contextmanager
+def main_rank_first(rank: RankLayout) -> Iterator[None]:
+    """Let rank 0 do the body before all others; an error of rank 0 is raised on every rank."""
+    if rank.rank != 0:
+        _raise_error_of_main()
+        yield
+        return
+    error: UserError | None = None
+    try:
+        yield
+    except UserError as caught:
+        error = caught
+    torch.distributed.broadcast_object_list([error], src=0)
+    if error is not None:
+        raise error
+
+
+def _raise_error_of_main() -> None:
+    box: list[UserError | None] = [None]
+    torch.distributed.broadcast_object_list(box, src=0)
+    if box[0] is not None:
+        raise box[0]
 
 
 def stop_distributed() -> None:

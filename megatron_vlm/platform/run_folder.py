@@ -14,6 +14,7 @@ from megatron_vlm.config import ConfigError
 
 logger = logging.getLogger(__name__)
 
+CONFIG_NAME = "config.yaml"
 EXIT_STATUS_NAME = "exit_status.json"
 METRICS_NAME = "metrics.jsonl"
 _LOCK_NAME = ".lock"

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
+from megatron_vlm.platform.run_folder import METRICS_NAME
 from megatron_vlm.training.flops import step_flops
 from megatron_vlm.training.state import TrainState
 from megatron_vlm.training.step import StepMetrics
 
 logger = logging.getLogger(__name__)
 
-METRICS_NAME = "metrics.jsonl"
 # Dense BF16 peak by NVIDIA's data sheets [FLOP/s]; other devices report no MFU.
 _PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
 

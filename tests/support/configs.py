@@ -53,7 +53,9 @@ def tiny_run(
         run_dir=run_dir,
         model=model or tiny_model(),
         data=DataConfig(tokenizer="unused", blend=(BlendEntry(path="unused"),), seq_length=SEQ_LENGTH),
-        optimizer=OptimizerConfig(**{"lr": 1e-3, "lr_decay_style": "constant", "weight_decay": 0.01, **(optimizer or {})}),
+        optimizer=OptimizerConfig(
+            **{"lr": 1e-3, "lr_decay_style": "constant", "weight_decay": 0.01, **(optimizer or {})}
+        ),
         training=TrainingConfig(
             **{"global_batch_size": 4, "train_iters": 5, "precision": "fp32", "recompute": "none", **(training or {})}
         ),

@@ -17,7 +17,7 @@ class WorkerPool:
         self._processes = []
         for _ in range(size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(theirs,), daemon=True)
+            process = context.Process(target=_work, args=(theirs,))
             process.start()
             theirs.close()
             self._pipes.append(ours)

@@ -1,0 +1,72 @@
+"""Look at the checkpoints of a run without loading them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_vlm.checkpoint.folder import checkpoint_path, list_iterations
+from megatron_vlm.checkpoint.manifest import MANIFEST_NAME, find_faults, read_manifest
+from megatron_vlm.checkpoint.pickles import check_metadata
+from megatron_vlm.config import CheckpointError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointFacts:
+    """One checkpoint folder."""
+
+    path: Path
+    iteration: int
+    num_files: int
+    size: int
+    """Bytes of all files."""
+    faults: tuple[str, ...]
+    """One line each; empty for a valid checkpoint."""
+
+    @property
+    def is_valid(self) -> bool:
+        """Whether a run may start from it."""
+        return not self.faults
+
+
+def checkpoint_folders(path: Path) -> list[Path]:
+    """Return the checkpoint that `path` is, or all of the run folder `path`, newest first.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if (path / MANIFEST_NAME).is_file():
+        return [path]
+    folders = [checkpoint_path(path, iteration) for iteration in list_iterations(path)]
+    if not folders:
+        raise CheckpointError("no checkpoint found", where=str(path), fix="name a run folder or a checkpoint")
+    return folders
+
+
+def inspect_checkpoint(path: Path, *, read_files: bool) -> CheckpointFacts:
+    """Return what is known of one checkpoint.
+
+    Args:
+        path: its folder.
+        read_files: compare every byte with the manifest; otherwise only the manifest is read.
+    """
+    try:
+        manifest = read_manifest(path)
+    except CheckpointError as error:
+        return CheckpointFacts(path=path, iteration=_iteration_of(path), num_files=0, size=0, faults=(error.what,))
+    faults = find_faults(path, sorted(manifest.files), manifest) if read_files else []
+    if read_files and not faults:
+        try:
+            check_metadata(path)
+        except CheckpointError as error:
+            faults = [error.what]
+    return CheckpointFacts(
+        path=path,
+        iteration=manifest.iteration,
+        num_files=len(manifest.files),
+        size=sum(record.size for record in manifest.files.values()),
+        faults=tuple(faults),
+    )
+
+
+def _iteration_of(path: Path) -> int:
+    digits = path.name.removeprefix("iter_")
+    return int(digits) if digits.isdigit() else -1

@@ -1,0 +1,57 @@
+"""Encoded samples of random tokens and pictures, the same in every process."""
+
+import io
+
+import numpy as np
+from PIL import Image
+
+from megatron_vlm.data.collate import PlacedSample
+from megatron_vlm.data.shards import EncodedSample, ImageSegment, TextSegment
+from tests.support.configs import VOCAB_SIZE
+
+
+def make_samples(num_samples: int, *, max_images: int = 3, seed: int = 11) -> list[PlacedSample]:
+    """Return samples of 0 to `max_images` pictures at any place, some text without a loss, from two sources."""
+    rng = np.random.default_rng(seed)
+    return [
+        PlacedSample(_sample(rng, int(rng.integers(0, max_images + 1))), index, index % 2, f"sample {index}")
+        for index in range(num_samples)
+    ]
+
+
+def _sample(rng: np.random.Generator, num_images: int) -> EncodedSample:
+    segments: list[TextSegment | ImageSegment] = [TextSegment(_tokens(rng, 1), True)]
+    for _ in range(num_images):
+        if rng.random() < 0.6:
+            segments.append(TextSegment(_tokens(rng, int(rng.integers(1, 7))), bool(rng.random() < 0.7)))
+        segments.append(ImageSegment(_picture(rng)))
+    segments.append(TextSegment(_tokens(rng, int(rng.integers(5, 13))), True))
+    return EncodedSample(tuple(segments))
+
+
+def _tokens(rng: np.random.Generator, count: int) -> np.ndarray:
+    return rng.integers(3, VOCAB_SIZE, count).astype(np.int32)
+
+
+def _picture(rng: np.random.Generator) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def sample_length(sample: EncodedSample, num_image_tokens: int) -> int:
+    """Return the positions that a sample takes."""
+    return sum(num_image_tokens if isinstance(s, ImageSegment) else len(s.input_ids) for s in sample.segments)
+
+
+def pack_in_order(lengths: list[int], seq_length: int) -> list[list[int]]:
+    """Return rows of sample indices, filled one after the other."""
+    rows: list[list[int]] = [[]]
+    used = 0
+    for index, length in enumerate(lengths):
+        if used + length > seq_length:
+            rows.append([])
+            used = 0
+        rows[-1].append(index)
+        used += length
+    return rows
