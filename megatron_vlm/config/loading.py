@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from pathlib import Path
@@ -38,6 +39,18 @@ def load_config(cls: type[T], path: str | Path, overrides: typing.Sequence[str] 
         _set_dotted(tree, key, value)
         lines[key] = f"override {override}"
     return _build(cls, tree, key="", lines=lines, source=str(path))
+
+
+def load_section(cls: type[T], path: str | Path, key: str) -> T:
+    """Load `cls` from one section of a YAML file, e.g. a model from the config of a whole run.
+
+    Raises:
+        ConfigError: as `load_config`; also where the section is missing.
+    """
+    tree, lines = _read_tree(Path(path), seen=())
+    if key not in tree:
+        raise ConfigError(f"missing section {key}", where=str(path), fix=f"add a section {key}")
+    return _build(cls, tree[key], key=key, lines=lines, source=str(path))
 
 
 def config_to_dict(config: Any) -> dict[str, Any]:
@@ -97,7 +110,10 @@ def _collect_lines(node: yaml.Node | None, prefix: str, path: Path, lines: dict[
         return
     for key_node, value_node in node.value:
         key = f"{prefix}.{key_node.value}" if prefix else str(key_node.value)
-        lines[key] = f"{path}:{key_node.start_mark.line + 1}"
+        where = f"{path}:{key_node.start_mark.line + 1}"
+        if key in lines:  # YAML keeps the last one without a word
+            raise ConfigError(f"key {key} stands twice", where=where, fix=f"keep one; the other is {lines[key]}")
+        lines[key] = where
         _collect_lines(value_node, key, path, lines)
 
 
@@ -156,11 +172,7 @@ def _build(kind: Any, value: Any, *, key: str, lines: dict[str, str], source: st
 
 def _build_scalar(kind: type, value: Any, *, key: str, where: str) -> Any:
     if kind is float:
-        # YAML 1.1 reads 1e-5 as text; the field's habit is to write it so.
-        try:
-            return float(value) if not isinstance(value, bool) else _raise(ValueError())
-        except (TypeError, ValueError):
-            raise _wrong(key, value, "a number", where) from None
+        return _build_float(value, key=key, where=where)
     if kind is int and isinstance(value, float) and value.is_integer():
         return int(value)
     if kind is not bool and isinstance(value, bool):
@@ -170,8 +182,16 @@ def _build_scalar(kind: type, value: Any, *, key: str, where: str) -> Any:
     return value
 
 
-def _raise(error: Exception) -> typing.NoReturn:
-    raise error
+def _build_float(value: Any, *, key: str, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        raise _wrong(key, value, "a number", where)
+    try:
+        number = float(value)  # YAML 1.1 reads 1e-5 as text; the field's habit is to write it so
+    except (ValueError, OverflowError):
+        raise _wrong(key, value, "a number", where) from None
+    if not math.isfinite(number):
+        raise _wrong(key, value, "a finite number", where)
+    return number
 
 
 def _build_dataclass(cls: Any, value: Any, *, key: str, lines: dict[str, str], source: str) -> Any:
