@@ -18,6 +18,8 @@ from megatron_vlm.checkpoint.pickles import check_metadata
 from megatron_vlm.checkpoint.sharded_state import MODEL_PREFIX
 from megatron_vlm.platform.run_folder import CONFIG_NAME
 
+_LAYERS = ".layers."
+
 
 def list_tensors(checkpoint: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Return shape and dtype of every model tensor by key; layers are stacked along the first axis."""
@@ -31,13 +33,23 @@ def list_tensors(checkpoint: Path) -> dict[str, tuple[tuple[int, ...], torch.dty
     }
 
 
-def read_tensor(checkpoint: Path, key: str) -> Tensor:
-    """Read one whole tensor of a checkpoint of any layout."""
+def read_tensor(checkpoint: Path, key: str, layer: int | None = None) -> Tensor:
+    """Read one whole tensor of a checkpoint of any layout.
+
+    Args:
+        checkpoint: its folder.
+        key: as `list_tensors` names it.
+        layer: read this layer alone of a tensor that stacks layers; the result is without the layer axis.
+    """
     check_metadata(checkpoint)
     with single_process():
-        metadata = dist_checkpointing.load_tensors_metadata(str(checkpoint))
-        loaded = dist_checkpointing.load({key: metadata[key]}, str(checkpoint), validate_access_integrity=False)
-    return loaded[key]
+        wanted = dist_checkpointing.load_tensors_metadata(str(checkpoint))[key]
+        if layer is not None:
+            num_layers, *shape = wanted.global_shape
+            empty = torch.empty((1, *shape), dtype=wanted.dtype)
+            wanted = ShardedTensor.from_rank_offsets(key, empty, (0, layer, num_layers))
+        loaded = dist_checkpointing.load({key: wanted}, str(checkpoint), validate_access_integrity=False)
+    return loaded[key] if layer is None else loaded[key][0]
 
 
 def hash_weights(checkpoint: Path) -> str:
@@ -65,8 +77,7 @@ def write_weights(run_dir: str | Path, tensors: Mapping[str, Tensor], config: Ma
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     with single_process():
-        state = {key: ShardedTensor.from_rank_offsets(key, tensor) for key, tensor in tensors.items()}
-        dist_checkpointing.save(state, str(temporary))
+        dist_checkpointing.save(_in_pieces(tensors), str(temporary))
     text = yaml.safe_dump(dict(config), sort_keys=False)
     (temporary / CONFIG_NAME).write_text(text)
     (Path(run_dir) / CONFIG_NAME).write_text(text)
@@ -76,6 +87,19 @@ def write_weights(run_dir: str | Path, tensors: Mapping[str, Tensor], config: Ma
     temporary.rename(path)
     write_latest(run_dir, 0)
     return path
+
+
+def _in_pieces(tensors: Mapping[str, Tensor]) -> dict[str, ShardedTensor]:
+    """Cut stacked tensors into layers, as a model saves them: a rank then reads only the layers that it needs."""
+    pieces: dict[str, ShardedTensor] = {}
+    for key, tensor in tensors.items():
+        if _LAYERS not in key:
+            pieces[key] = ShardedTensor.from_rank_offsets(key, tensor)
+            continue
+        for layer in range(tensor.size(0)):
+            offset = (0, layer, tensor.size(0))
+            pieces[f"{key}.{layer}"] = ShardedTensor.from_rank_offsets(key, tensor[layer : layer + 1], offset)
+    return pieces
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from megatron_vlm.config.errors import (
     UserError,
 )
 from megatron_vlm.config.layout import Layout, derive_layout
-from megatron_vlm.config.loading import config_to_dict, load_config, save_config
+from megatron_vlm.config.loading import config_to_dict, load_config, load_section, save_config
 from megatron_vlm.config.model import IGNORE_INDEX, LanguageConfig, ModelConfig, ProjectionConfig, VisionConfig
 from megatron_vlm.config.train import (
     PART_NAMES,
@@ -49,5 +49,6 @@ __all__ = [
     "config_to_dict",
     "derive_layout",
     "load_config",
+    "load_section",
     "save_config",
 ]

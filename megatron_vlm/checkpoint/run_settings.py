@@ -1,0 +1,70 @@
+"""What a checkpoint says about itself: sizes of the model, tokenizer and image processing, from its config.yaml."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_vlm.checkpoint.folder import find_checkpoint
+from megatron_vlm.config import CheckpointError, ConfigError, DataConfig, ModelConfig, load_section
+from megatron_vlm.platform.run_folder import CONFIG_NAME
+
+TOKENIZER_NAME = "tokenizer.model"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunSettings:
+    """One checkpoint and the settings that its users need."""
+
+    checkpoint: Path
+    model: ModelConfig
+    tokenizer: Path
+    """SentencePiece model file; it exists."""
+    image_aspect: Any
+    """As in `DataConfig`."""
+
+
+def read_run_settings(
+    path: str | Path, *, tokenizer: str | None = None, image_aspect: str | None = None
+) -> RunSettings:
+    """Return the newest complete checkpoint of a run folder, or the one that `path` is, with its settings.
+
+    Args:
+        path: run folder or checkpoint.
+        tokenizer: goes before the run's own.
+        image_aspect: goes before the run's own.
+
+    Raises:
+        CheckpointError: there is no checkpoint, or it has no readable settings.
+        ConfigError: the tokenizer is not found.
+    """
+    checkpoint = find_checkpoint(path)
+    config_path = checkpoint / CONFIG_NAME
+    if not config_path.is_file():
+        raise CheckpointError("checkpoint has no config.yaml", where=str(checkpoint), fix="use a complete one")
+    model = load_section(ModelConfig, config_path, "model")
+    data = yaml.safe_load(config_path.read_text()).get("data") or {}
+    default_aspect = DataConfig.__dataclass_fields__["image_aspect"].default
+    return RunSettings(
+        checkpoint=checkpoint,
+        model=model,
+        tokenizer=_find_tokenizer(checkpoint, tokenizer, data.get("tokenizer")),
+        image_aspect=image_aspect or data.get("image_aspect", default_aspect),
+    )
+
+
+def _find_tokenizer(checkpoint: Path, given: str | None, recorded: str | None) -> Path:
+    if given is not None:
+        candidates = [Path(given)]
+    else:
+        # Beside the run, where a conversion puts it; or where the training found it.
+        candidates = [checkpoint.parent.parent / TOKENIZER_NAME, *([Path(recorded)] if recorded else [])]
+    for candidate in candidates:
+        if candidate.is_dir():
+            candidate = candidate / TOKENIZER_NAME
+        if candidate.is_file():
+            return candidate
+    raise ConfigError(
+        f"tokenizer {candidates[-1]} does not exist", where=str(checkpoint), fix="name it with --tokenizer FILE"
+    )
