@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_vlm.config.checks import check_not_negative, check_positive
 from megatron_vlm.config.errors import ConfigError
 
 
@@ -60,5 +61,5 @@ class DataConfig:
             raise ConfigError(
                 f"data.blend mixes {', '.join(sorted(kinds))}", fix="use one kind of proportion for all entries"
             )
-        if self.seq_length <= 0:
-            raise ConfigError(f"data.seq_length={self.seq_length} is not positive", fix="choose e.g. 4096")
+        check_positive("data", self, "seq_length", "prefetch_factor")
+        check_not_negative("data", self, "num_workers")

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from megatron_vlm.config.checks import check_positive
 from megatron_vlm.config.errors import ConfigError
 
 IGNORE_INDEX = -100
@@ -36,6 +37,8 @@ class LanguageConfig:
     """Standard deviation of the initial weights."""
 
     def __post_init__(self) -> None:
+        sizes = ("vocab_size", "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
+        check_positive("model.language", self, *sizes, "num_query_groups", "kv_channels", "max_position_embeddings")
         _check_heads("model.language", self.hidden_size, self.num_attention_heads, self.kv_channels)
         if self.num_attention_heads % self.query_groups:
             raise ConfigError(
@@ -97,6 +100,8 @@ class VisionConfig:
     image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
 
     def __post_init__(self) -> None:
+        sizes = ("image_size", "patch_size", "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
+        check_positive("model.vision", self, *sizes)
         _check_heads("model.vision", self.hidden_size, self.num_attention_heads, None)
         if self.image_size % self.patch_size:
             raise ConfigError(

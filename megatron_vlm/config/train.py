@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from megatron_vlm.config.checks import check_not_negative, check_positive
 from megatron_vlm.config.data import DataConfig
 from megatron_vlm.config.errors import ConfigError
 from megatron_vlm.config.model import ModelConfig
@@ -29,9 +30,8 @@ class ParallelConfig:
     distributed_timeout_minutes: float = 10.0
 
     def __post_init__(self) -> None:
-        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"parallel.{name}={getattr(self, name)} is below 1", fix="use 1 or more")
+        check_positive("parallel", self, "tensor_model_parallel_size", "pipeline_model_parallel_size")
+        check_positive("parallel", self, "virtual_pipeline_model_parallel_size", "distributed_timeout_minutes")
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
             raise ConfigError(
                 "parallel.sequence_parallel needs tensor_model_parallel_size > 1", fix="turn it off, or raise the size"
@@ -83,6 +83,10 @@ class OptimizerConfig:
     clip_grad: float = 1.0
     """Largest norm of the gradient; 0 turns clipping off."""
 
+    def __post_init__(self) -> None:
+        check_not_negative("optimizer", self, "lr", "min_lr", "lr_warmup_fraction", "lr_warmup_iters")
+        check_not_negative("optimizer", self, "weight_decay", "clip_grad")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingConfig:
@@ -111,6 +115,8 @@ class TrainingConfig:
     """CPU threads of each rank; None: cores of the machine over ranks on it."""
 
     def __post_init__(self) -> None:
+        check_positive("training", self, "global_batch_size", "micro_batch_size", "train_iters", "train_epochs")
+        check_positive("training", self, "log_interval", "num_threads", "exit_iteration")
         if (self.train_iters is None) == (self.train_epochs is None):
             raise ConfigError(
                 "exactly one of training.train_iters and training.train_epochs must be set", fix="set one"
@@ -129,6 +135,10 @@ class CheckpointConfig:
     """Iterations between checkpoints; the last iteration is always saved."""
     keep_last: int = 2
     """Checkpoints of this run that are kept; 0 keeps all."""
+
+    def __post_init__(self) -> None:
+        check_positive("checkpoint", self, "save_interval")
+        check_not_negative("checkpoint", self, "keep_last")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

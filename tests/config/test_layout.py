@@ -1,0 +1,112 @@
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_vlm.config import ConfigError, Layout, derive_layout
+from tests.support.configs import tiny_model, tiny_run
+
+
+def run_of(tp=1, pp=1, global_batch_size=4, micro_batch_size=1, model=None, **parallel):
+    return tiny_run(
+        parallel={"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp, **parallel},
+        training={"global_batch_size": global_batch_size, "micro_batch_size": micro_batch_size},
+        model=model,
+    )
+
+
+def test_layout_of_eight_ranks_in_two_by_two():
+    layout = derive_layout(run_of(tp=2, pp=2, global_batch_size=8, micro_batch_size=2), 8)
+    assert layout == Layout(world_size=8, data_parallel_size=2, num_micro_batches=2, tokens_per_micro_batch=2 * 192)
+
+
+@given(tp=st.sampled_from([1, 2, 4]), pp=st.sampled_from([1, 2, 4]), dp=st.integers(1, 5), rows=st.integers(1, 4))
+def test_ranks_and_rows_are_all_accounted_for(tp, pp, dp, rows):
+    config = run_of(tp=tp, pp=pp, global_batch_size=dp * rows * 3, micro_batch_size=rows)
+    layout = derive_layout(config, tp * pp * dp)
+    assert layout.data_parallel_size * tp * pp == layout.world_size
+    assert layout.num_micro_batches * layout.data_parallel_size * rows == config.training.global_batch_size
+
+
+def test_world_that_the_layout_does_not_divide_names_the_next_one_that_fits():
+    with pytest.raises(ConfigError, match=r"6 ranks are not a multiple of .*= 2 \* 2; fix: start 8 ranks"):
+        derive_layout(run_of(tp=2, pp=2), 6)
+
+
+def test_batch_that_the_ranks_do_not_divide_names_the_next_one_that_fits():
+    with pytest.raises(ConfigError, match=r"global_batch_size=10 is not a multiple of .*= 2 \* 3; fix: choose 12"):
+        derive_layout(run_of(global_batch_size=10, micro_batch_size=2), 3)
+
+
+@given(world_size=st.integers(1, 64), batch=st.integers(1, 500), rows=st.integers(1, 8))
+def test_batch_size_that_the_fix_names_is_accepted(world_size, batch, rows):
+    config = run_of(global_batch_size=batch, micro_batch_size=rows)
+    try:
+        derive_layout(config, world_size)
+    except ConfigError as error:
+        named = int(re.search(r"choose (\d+)", str(error)).group(1))
+        assert named >= batch
+        derive_layout(run_of(global_batch_size=named, micro_batch_size=rows), world_size)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"num_attention_heads": 6, "num_query_groups": 6, "hidden_size": 66}, r"num_attention_heads \(6\) is not a"),
+        ({"ffn_hidden_size": 130}, r"ffn_hidden_size \(130\) is not a multiple of tensor parallel size \(4\)"),
+        ({"num_attention_heads": 12, "num_query_groups": 6, "hidden_size": 60}, "num_query_groups=6 and tensor"),
+    ],
+)
+def test_width_that_tensor_parallelism_does_not_divide_is_refused(model, message):
+    with pytest.raises(ConfigError, match=message):
+        derive_layout(run_of(tp=4, model=tiny_model(**model)), 4)
+
+
+def test_padded_vocabulary_that_tensor_parallelism_does_not_divide_is_refused():
+    model = tiny_model(num_attention_heads=3, num_query_groups=3, hidden_size=66, ffn_hidden_size=129)
+    with pytest.raises(ConfigError, match=r"the padded vocabulary \(128\) is not a multiple"):
+        derive_layout(run_of(tp=3, model=model, global_batch_size=1), 3)
+
+
+def test_fewer_query_groups_than_tensor_parallel_ranks_are_accepted():
+    assert derive_layout(run_of(tp=4), 4).data_parallel_size == 1
+
+
+def test_layers_that_the_pipeline_does_not_divide_are_refused():
+    with pytest.raises(ConfigError, match=r"num_layers \(4\) is not a multiple of number of pipeline chunks \(3\)"):
+        derive_layout(run_of(pp=3), 3)
+
+
+def test_layers_that_the_virtual_pipeline_does_not_divide_are_refused():
+    config = run_of(pp=4, virtual_pipeline_model_parallel_size=2)
+    with pytest.raises(ConfigError, match=r"num_layers \(4\) is not a multiple of number of pipeline chunks \(8\)"):
+        derive_layout(config, 4)
+
+
+def test_micro_batches_that_the_virtual_pipeline_does_not_divide_are_refused():
+    parallel = {"virtual_pipeline_model_parallel_size": 2, "overlap_p2p_comm": True}
+    with pytest.raises(ConfigError, match=r"number of micro-batches \(3\) is not a multiple of pipeline size \(2\)"):
+        derive_layout(run_of(pp=2, global_batch_size=3, **parallel), 2)
+
+
+@pytest.mark.parametrize(("pp", "first"), [(1, 2), (2, 4), (2, 0)])
+def test_first_stage_that_leaves_nothing_is_refused(pp, first):
+    with pytest.raises(ConfigError, match=f"first_pipeline_stage={first} does not fit 4 layers over {pp} stages"):
+        derive_layout(run_of(pp=pp, num_layers_in_first_pipeline_stage=first), pp)
+
+
+def test_layers_after_the_first_stage_must_divide():
+    with pytest.raises(ConfigError, match=r"the layers after the first stage \(3\) is not a multiple of .* \(2\)"):
+        derive_layout(run_of(pp=3, num_layers_in_first_pipeline_stage=1), 3)
+
+
+def test_uneven_first_stage_that_fits_is_accepted():
+    assert derive_layout(run_of(pp=4, num_layers_in_first_pipeline_stage=1), 4).num_micro_batches == 4
+
+
+def test_row_that_sequence_parallelism_does_not_divide_is_refused():
+    model = tiny_model(num_attention_heads=5, num_query_groups=5, hidden_size=65, ffn_hidden_size=130, vocab_size=318)
+    config = run_of(tp=5, sequence_parallel=True, model=model, global_batch_size=1)
+    with pytest.raises(ConfigError, match=r"micro_batch_size \* seq_length \(192\) is not a multiple of .* \(5\)"):
+        derive_layout(config, 5)

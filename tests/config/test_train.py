@@ -1,0 +1,99 @@
+import pytest
+
+from megatron_vlm.config import (
+    PART_NAMES,
+    CheckpointConfig,
+    ConfigError,
+    OptimizerConfig,
+    ParallelConfig,
+    TrainingConfig,
+)
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "value"),
+    [
+        (ParallelConfig, "tensor_model_parallel_size", 0),
+        (ParallelConfig, "pipeline_model_parallel_size", -1),
+        (ParallelConfig, "distributed_timeout_minutes", 0),
+        (TrainingConfig, "global_batch_size", 0),
+        (TrainingConfig, "micro_batch_size", 0),
+        (TrainingConfig, "train_iters", 0),
+        (TrainingConfig, "num_threads", 0),
+        (CheckpointConfig, "save_interval", 0),
+    ],
+)
+def test_size_that_is_not_positive_is_refused(section, name, value):
+    needed = {"global_batch_size": 1, "train_iters": 1} if section is TrainingConfig else {}
+    with pytest.raises(ConfigError, match=f"{name}={value} is not positive"):
+        section(**{**needed, name: value})
+
+
+@pytest.mark.parametrize(
+    ("section", "name"),
+    [(OptimizerConfig, "lr"), (OptimizerConfig, "clip_grad"), (CheckpointConfig, "keep_last")],
+)
+def test_negative_setting_is_refused(section, name):
+    needed = {"lr": 1.0} if section is OptimizerConfig else {}
+    with pytest.raises(ConfigError, match=f"{name}=-1 is negative"):
+        section(**{**needed, name: -1})
+
+
+def test_sequence_parallel_without_tensor_parallel_is_refused():
+    with pytest.raises(ConfigError, match="sequence_parallel needs tensor_model_parallel_size > 1"):
+        ParallelConfig(sequence_parallel=True)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"overlap_grad_reduce": False}, {"overlap_grad_reduce": True, "use_distributed_optimizer": False}]
+)
+def test_parameter_overlap_without_what_it_stands_on_is_refused(settings):
+    with pytest.raises(ConfigError, match="overlap_param_gather needs use_distributed_optimizer"):
+        ParallelConfig(overlap_param_gather=True, **settings)
+
+
+def test_virtual_pipeline_over_two_stages_without_overlap_is_refused():
+    with pytest.raises(ConfigError, match=r"wrong gradients in megatron-core.*parallel.overlap_p2p_comm=true"):
+        ParallelConfig(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2)
+
+
+@pytest.mark.parametrize(("stages", "overlap"), [(2, True), (4, False), (4, True)])
+def test_virtual_pipeline_that_computes_right_is_accepted(stages, overlap):
+    parallel = ParallelConfig(
+        pipeline_model_parallel_size=stages, virtual_pipeline_model_parallel_size=2, overlap_p2p_comm=overlap
+    )
+    assert parallel.overlap_p2p_comm is overlap
+
+
+def test_virtual_pipeline_without_a_pipeline_is_refused():
+    with pytest.raises(ConfigError, match="virtual_pipeline_model_parallel_size needs a pipeline"):
+        ParallelConfig(virtual_pipeline_model_parallel_size=2)
+
+
+def test_pipeline_overlap_without_a_virtual_pipeline_is_refused():
+    with pytest.raises(ConfigError, match="overlap_p2p_comm needs virtual_pipeline_model_parallel_size"):
+        ParallelConfig(pipeline_model_parallel_size=2, overlap_p2p_comm=True)
+
+
+def test_uneven_stages_of_a_virtual_pipeline_are_refused():
+    with pytest.raises(ConfigError, match="cannot be combined with a virtual pipeline"):
+        ParallelConfig(
+            pipeline_model_parallel_size=4,
+            virtual_pipeline_model_parallel_size=2,
+            num_layers_in_first_pipeline_stage=3,
+        )
+
+
+@pytest.mark.parametrize("length", [{}, {"train_iters": 5, "train_epochs": 1.0}])
+def test_length_of_the_training_is_set_exactly_once(length):
+    with pytest.raises(ConfigError, match=r"exactly one of training.train_iters and training.train_epochs"):
+        TrainingConfig(global_batch_size=1, **length)
+
+
+def test_freezing_every_part_is_refused():
+    with pytest.raises(ConfigError, match="nothing would learn"):
+        TrainingConfig(global_batch_size=1, train_iters=1, freeze=PART_NAMES)
+
+
+def test_freezing_all_but_one_part_is_accepted():
+    assert TrainingConfig(global_batch_size=1, train_iters=1, freeze=PART_NAMES[:2]).freeze == PART_NAMES[:2]
