@@ -1,0 +1,174 @@
+"""The rules of the house that a parser can check; CONTRIBUTING.md says why they are as they are."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = "megatron_vlm"
+# Code imports from lower ranks only; equal ranks are siblings that do not know each other.
+RANKS = {
+    "config": 0,
+    "platform": 1,
+    "parallel": 2,
+    "data": 3,
+    "models": 3,
+    "checkpoint": 4,
+    "convert": 5,
+    "training": 5,
+    "evaluation": 5,
+    "cli": 6,
+}
+SOURCES = sorted((ROOT / PACKAGE).rglob("*.py"))
+HOST = f"{PACKAGE}/platform/host.py"
+MAX_LINES = 500
+
+
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(), filename=str(path))
+
+
+def place(path: Path, node: ast.AST) -> str:
+    return f"{path.relative_to(ROOT / PACKAGE)}:{node.lineno}"
+
+
+def layer_of(path: Path) -> str | None:
+    """Return the layer of a file; None for the two files that stand above all of them."""
+    parts = path.relative_to(ROOT / PACKAGE).parts
+    return parts[0] if len(parts) > 1 else None
+
+
+def imports_of(tree: ast.Module) -> Iterator[tuple[ast.stmt, str]]:
+    """Yield every import, those inside functions too, with the full name of what it names."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            module = "." * node.level + (node.module or "")
+            yield from ((node, f"{module}.{alias.name}") for alias in node.names)
+
+
+def upward_imports(path: Path, tree: ast.Module) -> Iterator[str]:
+    layer = layer_of(path)
+    if layer is None:
+        return
+    for node, name in imports_of(tree):
+        if name.startswith("."):
+            yield f"{place(path, node)}: imports are absolute, not {name}"
+        parts = name.split(".")
+        if parts[0] != PACKAGE or len(parts) < 2 or parts[1] not in RANKS:
+            continue
+        if parts[1] != layer and RANKS[parts[1]] >= RANKS[layer]:
+            yield f"{place(path, node)}: {layer} must not import {parts[1]}"
+
+
+def framework_imports(path: Path, tree: ast.Module) -> Iterator[str]:
+    """Data is prepared and planned without a GPU or megatron-core, but for the shard format itself."""
+    if layer_of(path) not in ("config", "data"):
+        return
+    for node, name in imports_of(tree):
+        is_shard_format = path.name == "shards.py" and name.startswith("megatron.core.datasets")
+        if name.startswith("torch.cuda") or (name.startswith("megatron.core") and not is_shard_format):
+            yield f"{place(path, node)}: {layer_of(path)} must not import {name}"
+
+
+def prints(path: Path, tree: ast.Module) -> Iterator[str]:
+    if layer_of(path) == "cli":
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print":
+            yield f"{place(path, node)}: the library logs, it does not print"
+
+
+def torch_patches(path: Path, tree: ast.Module) -> Iterator[str]:
+    """Yield assignments to attributes of torch: only platform/host.py stands in for CUDA."""
+    if path == ROOT / HOST:
+        return
+    for node in ast.walk(tree):
+        targets = node.targets if isinstance(node, ast.Assign) else []
+        names = [ast.unparse(target) for target in targets if isinstance(target, ast.Attribute)]
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "setattr":
+            names.append(f"{ast.unparse(node.args[0])}.")
+        for name in names:
+            if name.startswith("torch.") and not name.startswith("torch.backends."):
+                yield f"{place(path, node)}: only {HOST} changes torch"
+
+
+def environment_reads(path: Path, tree: ast.Module) -> Iterator[str]:
+    """Yield uses of the environment outside cli and platform: settings come from the configuration."""
+    if layer_of(path) in ("cli", "platform"):
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and ast.unparse(node) in ("os.environ", "os.getenv"):
+            yield f"{place(path, node)}: only cli and platform read the environment"
+
+
+RULES = (upward_imports, framework_imports, prints, torch_patches, environment_reads)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_package_keeps_the_rule(rule):
+    found = [violation for path in SOURCES for violation in rule(path, parse(path))]
+    assert not found, "\n".join(found)
+
+
+def test_no_file_is_too_long_to_read():
+    files = [*SOURCES, *(ROOT / "tests").rglob("*.py"), *(ROOT / "examples").rglob("*.py")]
+    lengths = {path.relative_to(ROOT): len(path.read_text().splitlines()) for path in files}
+    long = [f"{path}: {length} lines" for path, length in lengths.items() if length > MAX_LINES]
+    assert not long, f"split by subject (at most {MAX_LINES} lines): " + ", ".join(long)
+
+
+def test_no_file_is_named_after_nothing():
+    empty_names = {"utils.py", "helpers.py", "common.py", "misc.py"}
+    assert not [str(path) for path in SOURCES if path.name in empty_names]
+
+
+def test_tests_do_not_import_each_other():
+    tests = (ROOT / "tests").rglob("test_*.py")
+    found = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in tests
+        for node, name in imports_of(parse(path))
+        if name.startswith("tests.") and any(part.startswith("test_") for part in name.split(".")[:-1])
+    ]
+    assert not found
+
+
+@pytest.mark.parametrize(
+    ("rule", "file", "code", "message"),
+    [
+        (upward_imports, "models/vlm.py", "import megatron_vlm.training.run", "models must not import training"),
+        (upward_imports, "models/vlm.py", "from megatron_vlm.data.batch import X", "models must not import data"),
+        (upward_imports, "data/a.py", "def f():\n    from megatron_vlm import models", "data must not import models"),
+        (upward_imports, "data/a.py", "from .packing import x", "imports are absolute"),
+        (framework_imports, "data/plan.py", "from megatron.core import mpu", "data must not import megatron.core.mpu"),
+        (framework_imports, "data/plan.py", "import torch.cuda", "data must not import torch.cuda"),
+        (prints, "data/plan.py", "print('x')", "does not print"),
+        (torch_patches, "models/vlm.py", "torch.cuda.synchronize = f", "only megatron_vlm/platform/host.py changes"),
+        (torch_patches, "models/vlm.py", "setattr(torch, 'empty', f)", "only megatron_vlm/platform/host.py changes"),
+        (environment_reads, "training/run.py", "x = os.environ['RANK']", "only cli and platform read"),
+    ],
+)
+def test_rule_finds_what_it_is_for(rule, file, code, message):
+    (violation,) = rule(ROOT / PACKAGE / file, ast.parse(code))
+    assert violation.startswith(f"{file}:")
+    assert message in violation
+
+
+@pytest.mark.parametrize(
+    ("rule", "file", "code"),
+    [
+        (upward_imports, "models/vlm.py", "from megatron_vlm.config import ModelConfig"),
+        (upward_imports, "models/vlm.py", "from megatron_vlm.models.norm import Norm"),
+        (upward_imports, "models/vlm.py", "import torch, megatron.core"),
+        (framework_imports, "data/shards.py", "from megatron.core.datasets import indexed_dataset"),
+        (prints, "cli/data.py", "print('x')"),
+        (torch_patches, "platform/host.py", "torch.cuda.synchronize = f"),
+        (environment_reads, "cli/train.py", "os.environ['X']"),
+    ],
+)
+def test_rule_leaves_what_is_allowed(rule, file, code):
+    assert not list(rule(ROOT / PACKAGE / file, ast.parse(code)))
