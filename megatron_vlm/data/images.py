@@ -96,16 +96,25 @@ def decode_image(
 
     Source: transformers CLIPImageProcessor for "square"; LLaVA-1.5, `expand2square` of llava/mm_utils.py for "pad".
     """
+    rgb = decode_rgb(encoded, limits=limits)
+    square = _SQUARERS[aspect](rgb, image_size, mean)
+    return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))
+
+
+def decode_rgb(encoded: bytes, *, limits: ImageLimits | None = None) -> Image.Image:
+    """Decode one image at its own size: upright, RGB, transparent parts on white, the first frame of an animation.
+
+    Raises:
+        DataError: as `decode_image`.
+    """
     image = _open(encoded)
     _check_limits(ImageHeader(str(image.format), image.width, image.height), limits or ImageLimits())
     try:
-        rgb = _to_rgb(image)
+        return _to_rgb(image)
     except _DECODE_ERRORS as error:
         raise DataError(
             f"{image.format} image of {len(encoded)} bytes is damaged: {error}", fix="leave the sample out"
         ) from None
-    square = _SQUARERS[aspect](rgb, image_size, mean)
-    return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))
 
 
 def _open(encoded: bytes) -> Image.Image:

@@ -1,14 +1,49 @@
 """Tiny generated corpora and a tiny tokenizer; nothing is downloaded."""
 
 import io
+import random
 from pathlib import Path
 
 import numpy as np
 import pytest
+import sentencepiece
 from PIL import Image as PILImage
 
 from megatron_vlm.data.manifest import TokenizerFacts
 from megatron_vlm.data.shards import EncodedSample, ImageSegment, TextSegment
+from megatron_vlm.data.tokenizer import Tokenizer, load_tokenizer
+
+_WORDS = (
+    "a an the photo picture image of red green blue small large cat dog house tree with on under near and what is "
+    "colour shape how many USER ASSISTANT: user question answer yes no round square sky water street one two three"
+).split()
+
+
+@pytest.fixture(scope="session")
+def tokenizer_path(tmp_path_factory) -> Path:
+    """A SentencePiece model with Llama's settings: BPE, byte fallback, BOS 1, EOS 2, no whitespace removed."""
+    generator = random.Random(0)
+    lines = [" ".join(generator.choices(_WORDS, k=12)) for _ in range(200)]
+    prefix = tmp_path_factory.mktemp("tokenizer") / "tiny"
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines),
+        model_prefix=str(prefix),
+        vocab_size=400,
+        model_type="bpe",
+        byte_fallback=True,
+        character_coverage=1.0,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        user_defined_symbols=["<|im_start|>", "<|im_end|>"],
+        num_threads=1,
+        minloglevel=2,
+    )
+    return prefix.with_suffix(".model")
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tokenizer_path) -> Tokenizer:
+    return load_tokenizer(tokenizer_path)
 
 
 @pytest.fixture(scope="session")

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Readers of raw corpora: each yields documents."""

@@ -1,0 +1,197 @@
+"""A document: ordered text and images, as every corpus is read before it becomes token ids.
+
+Everything after this point knows nothing of MMC4, COYO or LLaVA. The variants of the paper's ablations are functions
+from one document to several.
+"""
+
+import dataclasses
+import enum
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from megatron_vlm.config import DataError
+
+
+class Text(NamedTuple):
+    """A piece of text; consecutive pieces may be sentences that are not joined yet."""
+
+    text: str
+    train: bool = True
+    """Whether its tokens are targets of the loss."""
+
+
+class Image(NamedTuple):
+    """An image as it was found: the bytes of its file."""
+
+    data: bytes
+
+
+class Control(enum.Enum):
+    """A token that no text spells."""
+
+    BOS = "bos"
+    EOS = "eos"
+
+
+class Special(NamedTuple):
+    """A control token, or a piece that the tokenizer knows under exactly this name, e.g. "<|im_end|>"."""
+
+    token: Control | str
+    train: bool = True
+
+
+Segment = Text | Image | Special
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """Segments in reading order.
+
+    Args:
+        segments: text, images and control tokens.
+        key: the name of the document in its corpus: a URL, an id, a tar key.
+    """
+
+    segments: tuple[Segment, ...]
+    key: str = ""
+
+    @property
+    def images(self) -> tuple[Image, ...]:
+        """The images in reading order."""
+        return tuple(segment for segment in self.segments if isinstance(segment, Image))
+
+
+class RejectError(DataError):
+    """A document that cannot become a sample.
+
+    Args:
+        reason: one word that rejects are counted by, e.g. "image_truncated".
+        detail: what was found.
+    """
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason, self.detail = reason, detail
+
+    def __reduce__(self) -> tuple:
+        return (RejectError, (self.reason, self.detail))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextLimits:
+    """Which text is taken."""
+
+    max_characters: int = 500_000
+    """Longest text of one document [characters]."""
+    control_characters: bool = False
+    """Whether control characters other than tab and line breaks are taken."""
+
+
+_CONTROL_CHARACTERS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+_SURROGATES = re.compile("[\ud800-\udfff]")
+
+
+def check_text(text: str, limits: TextLimits) -> str:
+    """Return `text` if it is within the limits.
+
+    Raises:
+        RejectError: too long, with control characters, or with code points that are no characters.
+    """
+    if len(text) > limits.max_characters:
+        raise RejectError("text_too_long", f"{len(text)} characters, the limit is {limits.max_characters}")
+    if text.isascii():
+        if text.isprintable():
+            return text
+    elif found := _SURROGATES.search(text):
+        raise RejectError("invalid_unicode", f"code point U+{ord(found[0]):04X} at character {found.start()}")
+    if not limits.control_characters and (found := _CONTROL_CHARACTERS.search(text)):
+        raise RejectError("control_character", f"U+{ord(found[0]):04X} at character {found.start()}")
+    return text
+
+
+# A control character that check_text refuses in the input; with control_characters=True it is still unlikely, and
+# join_text replaces it first.
+_IMAGE_MARK = "\x00"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JoinRules:
+    """How sentences and images become one running text.
+
+    Source: VILA, llava/data/dataset.py, LazyMMC4Dataset: " ".join, then one blank beside each image removed.
+    """
+
+    separator: str = " "
+    """Between two sentences."""
+    trim_at_images: bool = True
+    """Remove one separator on either side of an image."""
+
+
+def join_text(document: Document, rules: JoinRules) -> Document:
+    """Join sentences into one text segment between images; every segment is trained.
+
+    Example: `("a", image, "b", "c")` becomes `("a", image, "b c")`.
+    """
+    pieces: list[str] = []
+    marks = ""
+    for segment in document.segments:
+        if isinstance(segment, Image):
+            marks += _IMAGE_MARK
+        elif isinstance(segment, Text):
+            pieces.append(marks + segment.text.replace(_IMAGE_MARK, ""))
+            marks = ""
+    joined = rules.separator.join(pieces) + marks if pieces else marks
+    if rules.trim_at_images and rules.separator:
+        joined = joined.replace(_IMAGE_MARK + rules.separator, _IMAGE_MARK)
+        joined = joined.replace(rules.separator + _IMAGE_MARK, _IMAGE_MARK)
+    chunks = joined.split(_IMAGE_MARK)
+    segments: list[Segment] = [Text(chunks[0])] if chunks[0] else []
+    for image, chunk in zip(document.images, chunks[1:], strict=True):
+        segments.append(image)
+        if chunk:
+            segments.append(Text(chunk))
+    return dataclasses.replace(document, segments=tuple(segments))
+
+
+def full(document: Document) -> tuple[Document, ...]:
+    """Keep the document as it is."""
+    return (document,)
+
+
+def pairs(document: Document) -> tuple[Document, ...]:
+    """Make one document of each image and the sentence that follows it; all other text is dropped.
+
+    Several images before one sentence each get that sentence. Source: VILA, section 3.2, "MMC4-pairs".
+    """
+    found: list[Document] = []
+    waiting: list[Image] = []
+    for segment in document.segments:
+        if isinstance(segment, Image):
+            waiting.append(segment)
+        elif isinstance(segment, Text):
+            if segment.text:
+                found += [Document((image, segment), key=document.key) for image in waiting]
+            waiting = []
+    return tuple(found)
+
+
+def images_first(document: Document) -> tuple[Document, ...]:
+    """Move all images before all text, both in order. Source: VILA, appendix, "reformatted" MMC4."""
+    text = tuple(segment for segment in document.segments if isinstance(segment, Text))
+    return (Document((*document.images, *text), key=document.key),)
+
+
+def text_only(document: Document) -> tuple[Document, ...]:
+    """Drop the images."""
+    text = tuple(segment for segment in document.segments if isinstance(segment, Text))
+    return (Document(text, key=document.key),) if text else ()
+
+
+VARIANTS: dict[str, Callable[[Document], Sequence[Document]]] = {
+    "full": full,
+    "pairs": pairs,
+    "images-first": images_first,
+    "text-only": text_only,
+}

@@ -1,0 +1,175 @@
+import gzip
+import json
+import time
+import zipfile
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_vlm.data.documents import RejectError
+from megatron_vlm.data.sources import records
+from megatron_vlm.data.sources.records import field, parse_record, read_records
+
+GOOD = [{"a": 1, "text": 'quote " brace } comma , [ \\'}, {"a": 2, "b": [{"c": "]"}]}, {"a": 3}]
+
+
+def read(path, **options):
+    return [
+        (r.line, r.value.reason if isinstance(r.value, RejectError) else r.value) for r in read_records(path, **options)
+    ]
+
+
+def write(path, content: bytes):
+    path.write_bytes(content)
+    return path
+
+
+def lines(values=GOOD) -> bytes:
+    return b"".join(json.dumps(value).encode() + b"\n" for value in values)
+
+
+def test_every_container_gives_the_same_records(tmp_path):
+    content = lines()
+    plain = write(tmp_path / "a.jsonl", content)
+    packed = write(tmp_path / "a.jsonl.gz", gzip.compress(content))
+    with zipfile.ZipFile(tmp_path / "a.jsonl.zip", "w") as archive:
+        archive.writestr("folder/a.jsonl", content)
+    compact = write(tmp_path / "a.json", json.dumps(GOOD).encode())
+    pretty = write(tmp_path / "b.json", json.dumps(GOOD, indent=2).encode())
+    for path in (plain, packed, tmp_path / "a.jsonl.zip", compact, pretty):
+        assert [value for _, value in read(path)] == GOOD
+
+
+def test_bom_and_crlf_and_blank_lines_are_no_part_of_the_records(tmp_path):
+    content = b"\xef\xbb\xbf" + lines().replace(b"\n", b"\r\n") + b"\r\n  \r\n"
+    assert read(write(tmp_path / "a.jsonl", content)) == list(zip((1, 2, 3), GOOD, strict=True))
+
+
+def test_line_numbers_of_an_array_are_those_of_the_file(tmp_path):
+    path = write(tmp_path / "a.json", b'[\n\n{"a": 1},\n {"b":\n 2}, {"c": 3}\n]\n')
+    assert [line for line, _ in read(path)] == [3, 4, 5]
+
+
+BAD_RECORDS = [
+    (b'{"a": 1', "json_syntax"),
+    (b"{'a': 1}", "json_syntax"),
+    (b'{"a": NaN}', "json_syntax"),
+    (b'{"a": ' + b"9" * 5000 + b"}", "json_syntax"),
+    (b'{"a": 1, "a": 2}', "json_duplicate_key"),
+    (b'{"x": {"a": 1, "a": 1}}', "json_duplicate_key"),
+    (b'"text"', "json_type"),
+    (b"17", "json_type"),
+    (b"null", "json_type"),
+    (b'{"a": "\xff\xfe"}', "invalid_utf8"),
+    (b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "json_nesting"),
+    (b'{"a": "' + b"x" * 3000 + b'"}', "record_too_long"),
+    (b"\x00" * 100, "json_syntax"),
+    (b"<html>", "json_syntax"),
+]
+
+
+@pytest.mark.parametrize(("bad", "reason"), BAD_RECORDS)
+def test_a_bad_line_is_rejected_and_its_neighbours_are_intact(tmp_path, bad, reason):
+    path = write(tmp_path / "a.jsonl", b'{"a": 0}\n' + bad + b'\n{"a": 2}\n')
+    limit = 2000 if reason == "record_too_long" else records.MAX_RECORD_BYTES
+    assert read(path, max_bytes=limit) == [(1, {"a": 0}), (2, reason), (3, {"a": 2})]
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [case for case in BAD_RECORDS if case[0] != b'{"a": 1'] + [(b'{"a": [1}', "json_syntax"), (b"{}}", "json_syntax")],
+)
+def test_a_bad_array_element_is_rejected_and_its_neighbours_are_intact(tmp_path, bad, reason):
+    path = write(tmp_path / "a.json", b'[{"a": 0},\n' + bad + b',\n{"a": 2}]\n')
+    limit = 2000 if reason == "record_too_long" else records.MAX_RECORD_BYTES
+    assert read(path, max_bytes=limit) == [(1, {"a": 0}), (2, reason), (3, {"a": 2})]
+
+
+def test_a_string_without_its_end_spoils_its_own_line_of_an_array_only(tmp_path):
+    path = write(tmp_path / "a.json", b'[\n{"a": 0},\n{"a": "x},\n{"a": 2}\n]\n')
+    assert read(path)[0] == (2, {"a": 0})
+    assert [value for _, value in read(path)].count("json_syntax") <= 1
+
+
+def test_truncated_array_keeps_what_is_whole(tmp_path):
+    content = json.dumps(GOOD).encode()
+    path = write(tmp_path / "a.json", content[:-4])
+    assert read(path) == [(1, GOOD[0]), (1, GOOD[1]), (1, "file_truncated")]
+
+
+def test_data_after_an_array_is_a_reject(tmp_path):
+    assert read(write(tmp_path / "a.json", b'[{"a": 1}] {"b": 2}')) == [(1, {"a": 1}), (1, "json_syntax")]
+
+
+def test_truncated_gzip_keeps_the_lines_before(tmp_path):
+    content = gzip.compress(b"".join(b'{"a": %d, "b": "%d"}\n' % (i, i * 7919 % 10007) for i in range(3000)))
+    found = read(write(tmp_path / "a.jsonl.gz", content[: len(content) // 2]))
+    assert found[-1][1] == "file_truncated"
+    assert [value["a"] for _, value in found[:-1]] == list(range(len(found) - 1))
+
+
+def test_file_that_is_no_archive_is_one_reject(tmp_path):
+    assert read(write(tmp_path / "a.jsonl.gz", b"<html>")) == [(1, "file_truncated")]
+    assert read(write(tmp_path / "a.jsonl.zip", b"<html>")) == [(1, "file_truncated")]
+
+
+def test_empty_file_has_no_records(tmp_path):
+    assert read(write(tmp_path / "a.jsonl", b"")) == []
+    assert read(write(tmp_path / "a.json", b"[]")) == []
+
+
+@pytest.mark.parametrize("opening", [b"", b"["])
+def test_a_huge_record_takes_bounded_memory_and_time(tmp_path, opening):
+    import resource
+
+    path = tmp_path / "a.json"
+    with path.open("wb") as stream:
+        stream.write(opening + b'{"a": "')
+        for _ in range(200):
+            stream.write(b"x" * (1 << 20))
+        stream.write(b'"}' + (b',\n{"b": 1}]' if opening else b'\n{"b": 1}\n'))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = time.perf_counter()
+    assert read(path) == [(1, "record_too_long"), (2, {"b": 1})]
+    assert time.perf_counter() - start < 3
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 150_000
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-1000, 1000) | st.text(max_size=8),
+    lambda children: st.lists(children, max_size=3) | st.dictionaries(st.text(max_size=4), children, max_size=3),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    values=st.lists(st.dictionaries(st.text(max_size=6), JSON_VALUES, max_size=4), max_size=8),
+    indent=st.sampled_from([None, 1]),
+    ascii_only=st.booleans(),
+    chunk=st.integers(1, 40),
+)
+def test_any_array_is_split_as_json_reads_it_for_any_chunk_size(tmp_path_factory, values, indent, ascii_only, chunk):
+    path = tmp_path_factory.mktemp("a") / "a.json"
+    write(path, json.dumps(values, indent=indent, ensure_ascii=ascii_only).encode("utf-8", "surrogatepass"))
+    original = records._CHUNK_BYTES
+    records._CHUNK_BYTES = chunk
+    try:
+        found = [record.value for record in read_records(path)]
+    finally:
+        records._CHUNK_BYTES = original
+    assert found == values
+
+
+def test_field_checks_presence_and_type():
+    assert field({"a": 1}, "a", int) == 1
+    for record, message in (({}, "a is missing"), ({"a": "1"}, "is str, not int"), ({"a": True}, "is bool, not int")):
+        with pytest.raises(RejectError, match=message):
+            field(record, "a", int)
+
+
+def test_single_record_raises_what_a_file_would_yield():
+    assert parse_record(b'{"a": 1}') == {"a": 1}
+    with pytest.raises(RejectError, match="json_type"):
+        parse_record(b"[]")
