@@ -280,7 +280,7 @@ def write_conversations(pictures: list[Picture], folder: Path, options: CorpusOp
                 turns.append({"from": "human", "value": text if position else f"<image>\n{text}"})
                 turns.append({"from": "gpt", "value": question.answer})
             records.append({"id": f"train-{picture.number}-{view}", "image": f"images/{name}", "conversations": turns})
-    (folder / "instructions.json").write_text(json.dumps(records, indent=1))
+    (folder / "instructions.json").write_text(json.dumps(records))
     return len(records)
 
 
@@ -299,5 +299,5 @@ def write_test_questions(split: Path, path: Path, count: int | None) -> int:
         }
         for position in chosen
     ]
-    path.write_text(json.dumps(records, indent=1))
+    path.write_text(json.dumps(records))
     return len(records)

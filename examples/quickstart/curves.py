@@ -24,9 +24,9 @@ class ResumeCheck:
 
     @property
     def bit_equal(self) -> bool:
-        """Whether something was compared on both sides of the kill and nothing differed."""
+        """Whether it resumed, something was compared on both sides of the kill, and nothing differed."""
         crossed = any(iteration > self.killed_after for iteration in self.compared)
-        return crossed and not self.different
+        return self.resumed_from > 0 and crossed and not self.different
 
 
 def read_metrics(run_dir: Path) -> list[Record]:
@@ -39,14 +39,16 @@ def read_metrics(run_dir: Path) -> list[Record]:
     return sorted((json.loads(line) for line in lines[:-1] if line), key=lambda record: record["iteration"])
 
 
-def check_resume(straight: Sequence[Record], killed: Sequence[Record], resumed: Sequence[Record]) -> ResumeCheck:
+def check_resume(straight: Sequence[Record], killed: Sequence[Record], final: Sequence[Record]) -> ResumeCheck:
     """Compare loss and gradient norm, to the last bit, over all iterations of the uninterrupted run.
 
     Args:
         straight: records of the uninterrupted run.
         killed: records that the killed run had written when it died.
-        resumed: records of the same folder after the second start, from the checkpoint on.
+        final: records of the same folder after the second start. Those of the first start are still among them, with
+            the same seconds: they tell where the second one began.
     """
+    resumed = select_resumed(killed, final)
     expected = {record["iteration"]: _bits(record) for record in straight}
     # An iteration that ran on both sides of the kill is compared twice.
     found = [(record["iteration"], _bits(record)) for record in (*killed, *resumed)]
@@ -58,6 +60,12 @@ def check_resume(straight: Sequence[Record], killed: Sequence[Record], resumed: 
             sorted({iteration for iteration, bits in found if iteration in expected and bits != expected[iteration]})
         ),
     )
+
+
+def select_resumed(killed: Sequence[Record], final: Sequence[Record]) -> list[Record]:
+    """Return the records that the second start wrote."""
+    first = {record["iteration"]: record for record in killed}
+    return [record for record in final if first.get(record["iteration"]) != record]
 
 
 def measure_packing(records: Sequence[Record]) -> float:

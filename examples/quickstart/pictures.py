@@ -1,5 +1,6 @@
 """Other views of a training picture: the same shape mirrored and moved over the same background."""
 
+import functools
 import io
 import random
 
@@ -21,10 +22,9 @@ def draw_view(encoded: bytes, view: int, seed: str) -> bytes:
     if view == 0:
         return encoded
     draw = random.Random(f"{seed}/{view}")
-    pixels = np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB"))
+    pixels, background = _decode(encoded)
     if draw.random() < 0.5:
         pixels = pixels[:, ::-1]
-    background = _most_frequent_colour(pixels)
     drawn = (pixels != background).any(axis=2)
     moved = np.empty_like(pixels)
     moved[:] = background
@@ -35,13 +35,15 @@ def draw_view(encoded: bytes, view: int, seed: str) -> bytes:
         rows.start + row_shift : rows.stop + row_shift, columns.start + column_shift : columns.stop + column_shift
     ] = source
     out = io.BytesIO()
-    Image.fromarray(moved).save(out, format="PNG")
+    Image.fromarray(moved).save(out, format="PNG", compress_level=1)
     return out.getvalue()
 
 
-def _most_frequent_colour(pixels: np.ndarray) -> np.ndarray:
-    colours, counts = np.unique(pixels.reshape(-1, 3), axis=0, return_counts=True)
-    return colours[counts.argmax()]
+@functools.lru_cache(maxsize=4096)
+def _decode(encoded: bytes) -> tuple[np.ndarray, tuple[int, ...]]:
+    """Return uint8[height, width, 3] and the most frequent colour; kept, since a picture has several views."""
+    image = Image.open(io.BytesIO(encoded)).convert("RGB")
+    return np.asarray(image), max(image.getcolors(image.width * image.height), key=lambda found: found)[1]
 
 
 def _place(occupied: np.ndarray, draw: random.Random) -> tuple[slice, int]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from quickstart.charts import Band, Bar, BarChart, LineChart, Marker, Series, draw_bars, draw_lines
-from quickstart.curves import Record, measure_throughput, source_names
+from quickstart.curves import Record, measure_throughput, select_resumed, source_names
 from quickstart.findings import MAX_BLIND_ACCURACY, MIN_ACCURACY, Findings, check_requirements
 
 _STYLE = Path(__file__).with_name("report.css")
@@ -179,7 +179,7 @@ def _resume(findings: Findings) -> str:
     resume, kill = findings.resume, findings.kill
     first = max(1, resume.resumed_from - 15)
     last = resume.compared[-1] if resume.compared else resume.killed_after + 15
-    resumed = [record for record in findings.stages.get("pretrain", []) if record["iteration"] > resume.resumed_from]
+    resumed = select_resumed(findings.killed, findings.stages.get("pretrain", []))
     series = [
         _loss_series("uninterrupted run", findings.straight, first, last, color=4),
         _loss_series("until the kill", findings.killed, first, last, color=1, dashed=True),
@@ -222,11 +222,8 @@ def _loss_series(
 def _loss_table(findings: Findings) -> str:
     resume = findings.resume
     killed = {record["iteration"]: record["loss_hex"] for record in findings.killed}
-    final = {
-        record["iteration"]: record["loss_hex"]
-        for record in findings.stages.get("pretrain", [])
-        if record["iteration"] > resume.resumed_from
-    }
+    resumed = select_resumed(findings.killed, findings.stages.get("pretrain", []))
+    final = {record["iteration"]: record["loss_hex"] for record in resumed}
     shown = [
         record
         for record in findings.straight

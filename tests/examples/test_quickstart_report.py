@@ -26,17 +26,23 @@ def make_record(iteration: int, loss: float = 0.5, source: str = "coyo") -> dict
     }
 
 
-def make_run(first: int, last: int, source: str = "coyo") -> list[dict[str, Any]]:
-    return [make_record(iteration, 1.0 / iteration, source) for iteration in range(first, last + 1)]
+def make_run(first: int, last: int, source: str = "coyo", seconds: float = 0.5) -> list[dict[str, Any]]:
+    records = [make_record(iteration, 1.0 / iteration, source) for iteration in range(first, last + 1)]
+    return [{**record, "seconds": seconds} for record in records]
+
+
+def make_resumed() -> list[dict[str, Any]]:
+    """A folder's records after a kill at 18 and a second start from 10, which ran a little slower."""
+    return make_run(1, 10) + make_run(11, 40, seconds=0.6)
 
 
 def make_findings(**changes: Any) -> Findings:
     values: dict[str, Any] = {
         "smoke": False,
-        "stages": {"align": make_run(1, 20), "pretrain": make_run(1, 40, "mmc4"), "sft": make_run(1, 30, "llava")},
+        "stages": {"align": make_run(1, 20), "pretrain": make_resumed(), "sft": make_run(1, 30, "llava")},
         "straight": make_run(1, 25),
         "killed": make_run(1, 18),
-        "resume": check_resume(make_run(1, 25), make_run(1, 18), make_run(11, 40)),
+        "resume": check_resume(make_run(1, 25), make_run(1, 18), make_resumed()),
         "kill": {"rank": 1, "exit_code": 1, "seconds_to_end": 2.5},
         "accuracy": 0.9,
         "num_questions": 10,
@@ -80,7 +86,7 @@ class Page(HTMLParser):
 
 
 def test_resumed_run_is_bit_equal_where_all_losses_agree() -> None:
-    check = check_resume(make_run(1, 25), make_run(1, 18), make_run(11, 40))
+    check = check_resume(make_run(1, 25), make_run(1, 18), make_resumed())
     assert check.bit_equal
     assert (check.killed_after, check.resumed_from) == (18, 10)
     assert check.compared == tuple(range(1, 26))
@@ -88,7 +94,7 @@ def test_resumed_run_is_bit_equal_where_all_losses_agree() -> None:
 
 @pytest.mark.parametrize("part", ["killed", "resumed"])
 def test_one_bit_of_difference_on_either_side_of_the_kill_is_found(part: str) -> None:
-    runs = {"killed": make_run(1, 18), "resumed": make_run(11, 40)}
+    runs = {"killed": make_run(1, 18), "resumed": make_resumed()}
     changed = next(record for record in runs[part] if record["iteration"] == 15)
     changed["grad_norm_hex"] = (2.0 / 15 * (1 + 2**-52)).hex()
     check = check_resume(make_run(1, 25), runs["killed"], runs["resumed"])
@@ -97,7 +103,13 @@ def test_one_bit_of_difference_on_either_side_of_the_kill_is_found(part: str) ->
 
 
 def test_comparison_that_ends_before_the_kill_proves_nothing() -> None:
-    assert not check_resume(make_run(1, 18), make_run(1, 18), make_run(11, 40)).bit_equal
+    assert not check_resume(make_run(1, 18), make_run(1, 18), make_resumed()).bit_equal
+
+
+def test_second_start_from_the_beginning_is_no_resume() -> None:
+    check = check_resume(make_run(1, 25), make_run(1, 18), make_run(1, 40, seconds=0.6))
+    assert not check.bit_equal
+    assert check.resumed_from == 0
 
 
 def test_metrics_line_cut_short_by_a_kill_is_left_out(tmp_path: Path) -> None:
