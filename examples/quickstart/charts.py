@@ -53,6 +53,8 @@ class LineChart:
     markers: Sequence[Marker] = ()
     y_from_zero: bool = False
     y_percent: bool = False
+    y_log: bool = False
+    """Logarithmic y axis; values that are not positive are left out."""
     height: int = 300
 
 
@@ -102,7 +104,7 @@ def average_points(xs: Sequence[float], ys: Sequence[float], count: int) -> tupl
 
 def draw_lines(chart: LineChart) -> str:
     """Return the chart as an `<svg>` element with a legend and a tooltip on each smoothed point."""
-    values = [y for series in chart.series for y in series.ys if math.isfinite(y)]
+    values = [y for series in chart.series for y in series.ys if math.isfinite(y) and not (chart.y_log and y <= 0)]
     places = [x for series in chart.series for x in series.xs]
     if not values or not places:
         return f'<p class="empty">{html.escape(chart.title)}: no values.</p>'
@@ -148,21 +150,19 @@ class _Axes:
     y_low: float
     y_high: float
     height: int
+    y_log: bool = False
 
     @classmethod
     def around(cls, places: Sequence[float], values: Sequence[float], chart: LineChart) -> "_Axes":
-        # The few first losses of a run are far above all others: they may leave the frame at the top.
-        ordered = sorted(values)
-        high = ordered[min(len(ordered) - 1, int(len(ordered) * 0.995))]
-        low = 0.0 if chart.y_from_zero else ordered[0]
-        margin = (high - low) * 0.06 or max(abs(high), 1.0) * 0.06
         edges = list(places) + [edge for band in chart.bands for edge in (band.start, band.stop)]
+        low, high = _y_range(sorted(values), chart)
         return cls(
             x_low=min(edges),
             x_high=max(edges) if max(edges) > min(edges) else min(edges) + 1,
-            y_low=low if chart.y_from_zero else low - margin,
-            y_high=1.0 if chart.y_percent else high + margin,
+            y_low=low,
+            y_high=high,
             height=chart.height,
+            y_log=chart.y_log,
         )
 
     def x(self, value: float) -> float:
@@ -170,9 +170,28 @@ class _Axes:
 
     def y(self, value: float) -> float:
         inside = min(max(value, self.y_low), self.y_high)
-        return (
-            self.height - _BOTTOM - (inside - self.y_low) / (self.y_high - self.y_low) * (self.height - _TOP - _BOTTOM)
-        )
+        if self.y_log:
+            share = math.log(inside / self.y_low) / math.log(self.y_high / self.y_low)
+        else:
+            share = (inside - self.y_low) / (self.y_high - self.y_low)
+        return self.height - _BOTTOM - share * (self.height - _TOP - _BOTTOM)
+
+    def y_ticks(self) -> list[float]:
+        if not self.y_log:
+            return choose_ticks(self.y_low, self.y_high)
+        powers = range(math.floor(math.log10(self.y_low)), math.ceil(math.log10(self.y_high)) + 1)
+        ticks = [factor * 10.0**power for power in powers for factor in (1, 2, 5)]
+        return [round(tick, 12) for tick in ticks if self.y_low <= tick <= self.y_high]
+
+
+def _y_range(ordered: Sequence[float], chart: LineChart) -> tuple[float, float]:
+    if chart.y_log:
+        return ordered[0] / 1.2, ordered[-1] * 1.2
+    # A few outliers may leave the frame at the top, so that all others are not squeezed.
+    high = ordered[min(len(ordered) - 1, int(len(ordered) * 0.995))]
+    low = 0.0 if chart.y_from_zero else ordered[0]
+    margin = (high - low) * 0.06 or max(abs(high), 1.0) * 0.06
+    return low if chart.y_from_zero else low - margin, 1.0 if chart.y_percent else high + margin
 
 
 def _frame(title: str, height: float, parts: Sequence[str]) -> str:
@@ -193,7 +212,7 @@ def _draw_band(band: Band, number: int, axes: _Axes) -> str:
 def _draw_grid(chart: LineChart, axes: _Axes) -> list[str]:
     bottom = axes.height - _BOTTOM
     parts = []
-    for tick in choose_ticks(axes.y_low, axes.y_high):
+    for tick in axes.y_ticks():
         y = axes.y(tick)
         text = f"{tick:.0%}" if chart.y_percent else f"{tick:,.10g}"
         parts += [

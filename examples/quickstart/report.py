@@ -15,7 +15,7 @@ _SOURCE_LABELS = {"coyo": "pairs (coyo)", "mmc4": "interleaved (mmc4)", "llava":
 _LEAD = (
     "A small vision-language model, trained from random weights on real pictures and questions (easy-vqa, training "
     "split only) by the same commands that a cluster runs: prepare, three stages on 4 processes (tensor parallel 2 x "
-    "pipeline parallel 2, sequence parallel, packed rows), one kill -9 in the middle, export to Hugging Face, "
+    "pipeline parallel 2, sequence parallel, packed rows), one <code>kill&nbsp;-9</code> in the middle, export to Hugging Face, "
     "evaluation on the test split."
 )
 
@@ -167,8 +167,8 @@ def _losses(findings: Findings) -> str:
         series=series,
         bands=bands,
         x_label="iteration, all stages one after the other",
-        y_label="loss per token",
-        y_from_zero=True,
+        y_label="loss per token (log scale)",
+        y_log=True,
         height=340,
     )
     text = "Mean over the trained tokens of each dataset. Faint: every few iterations; strong: mean of neighbours."
@@ -235,7 +235,11 @@ def _loss_table(findings: Findings) -> str:
         before, after = killed.get(iteration), final.get(iteration)
         equal = all(found == expected for found in (before, after) if found is not None)
         rows.append(
-            [f"{iteration:,}", *(f"<code>{value or ''}</code>" for value in (expected, before, after)), _pill_of(equal)]
+            [
+                f"{iteration:,}",
+                *(f"<code>{value or ''}</code>" for value in (expected, before, after)),
+                _pill("equal" if equal else "differs", met=equal),
+            ]
         )
     return _table(["iteration", "uninterrupted", "until the kill", "after resuming", ""], rows)
 

@@ -222,6 +222,13 @@ def test_values_that_are_not_finite_are_left_out_of_lines() -> None:
     assert "nan" not in drawn
 
 
+def test_logarithmic_axis_gives_each_power_of_ten_the_same_height() -> None:
+    series = Series(name="a", xs=[1, 2, 3], ys=[0.1, 1.0, 10.0], smooth=False)
+    drawn = draw_lines(LineChart(title="t", series=[series], x_label="x", y_label="y", y_log=True))
+    heights = [float(point.split(",")[1]) for point in re.search(r'points="([^"]+)"', drawn)[1].split()]
+    assert heights[0] - heights[1] == pytest.approx(heights[1] - heights[2], abs=0.11)
+
+
 def test_chart_without_values_says_so() -> None:
     assert "no values" in draw_lines(LineChart(title="t", series=[], x_label="x", y_label="y"))
 
