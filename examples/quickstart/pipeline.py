@@ -173,7 +173,7 @@ class Quickstart:
 
     def convert_arguments(self) -> list[str]:
         """Return what follows `megatron-vlm`."""
-        return ["convert", "to-hf", "--format", "llava", "--checkpoint", self.sft, "--output", str(self.exported)]
+        return ["convert", "to-hf", self.sft, "--format", "llava", "--output", str(self.exported)]
 
     def compare_logits(self) -> list[dict[str, Any]]:
         """Compare our logits with those of the exported folder in transformers."""

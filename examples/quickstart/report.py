@@ -15,8 +15,8 @@ _SOURCE_LABELS = {"coyo": "pairs (coyo)", "mmc4": "interleaved (mmc4)", "llava":
 _LEAD = (
     "A small vision-language model, trained from random weights on real pictures and questions (easy-vqa, training "
     "split only) by the same commands that a cluster runs: prepare, three stages on 4 processes (tensor parallel 2 x "
-    "pipeline parallel 2, sequence parallel, packed rows), one <code>kill&nbsp;-9</code> in the middle, export to Hugging Face, "
-    "evaluation on the test split."
+    "pipeline parallel 2, sequence parallel, packed rows), one <code>kill&nbsp;-9</code> in the middle, export to "
+    "Hugging Face, evaluation on the test split."
 )
 
 
@@ -234,13 +234,8 @@ def _loss_table(findings: Findings) -> str:
         iteration, expected = record["iteration"], record["loss_hex"]
         before, after = killed.get(iteration), final.get(iteration)
         equal = all(found == expected for found in (before, after) if found is not None)
-        rows.append(
-            [
-                f"{iteration:,}",
-                *(f"<code>{value or ''}</code>" for value in (expected, before, after)),
-                _pill("equal" if equal else "differs", met=equal),
-            ]
-        )
+        losses = [f"<code>{value or ''}</code>" for value in (expected, before, after)]
+        rows.append([f"{iteration:,}", *losses, _pill("equal" if equal else "differs", met=equal)])
     return _table(["iteration", "uninterrupted", "until the kill", "after resuming", ""], rows)
 
 
