@@ -1,0 +1,146 @@
+"""The Llama family: names of LlamaForCausalLM and settings of its config.json."""
+
+from typing import Any
+
+from megatron_vlm.config import CheckpointError, LanguageConfig
+from megatron_vlm.convert.rules import GatedMLP, QueryKeyValue, Rule
+
+KEY_PREFIX = "model.language_model."
+RENAMES: tuple[tuple[str, str], ...] = ()
+"""Regular expressions that turn names of other versions into those of the table."""
+UNUSED = (r".*\.rotary_emb\.inv_freq",)
+"""Tensors that a file may hold and the model does not need."""
+EMBEDDING_KEY = KEY_PREFIX + "embedding.word_embeddings.weight"
+OUTPUT_KEY = KEY_PREFIX + "output_layer.weight"
+
+_EMBEDDING_NAME = "model.embed_tokens.weight"
+_OUTPUT_NAME = "lm_head.weight"
+
+
+def rules(language: LanguageConfig, *, vocab_rows: int) -> list[Rule]:
+    """Return the table.
+
+    Args:
+        language: sizes of the decoder.
+        vocab_rows: rows of their embedding; ours has `padded_vocab_size`.
+    """
+    hidden, ffn, layers = language.hidden_size, language.ffn_hidden_size, language.num_layers
+    heads, groups, channels = language.num_attention_heads, language.query_groups, language.head_channels
+    qkv = QueryKeyValue(num_attention_heads=heads, num_query_groups=groups, kv_channels=channels)
+    ours, theirs = KEY_PREFIX + "decoder.layers.", "model.layers.{layer}."
+    attention, mlp = theirs + "self_attn.", theirs + "mlp."
+    rows = (heads + 2 * groups) * channels
+    table = [
+        Rule(EMBEDDING_KEY, (vocab_rows, hidden), (_EMBEDDING_NAME,)),
+        Rule(KEY_PREFIX + "decoder.final_layernorm.weight", (hidden,), ("model.norm.weight",)),
+        Rule(
+            ours + "self_attention.linear_qkv.weight",
+            (rows, hidden),
+            (attention + "q_proj.weight", attention + "k_proj.weight", attention + "v_proj.weight"),
+            qkv,
+            layers,
+        ),
+        Rule(
+            ours + "self_attention.linear_proj.weight",
+            (hidden, heads * channels),
+            (attention + "o_proj.weight",),
+            num_layers=layers,
+        ),
+        Rule(
+            ours + "mlp.linear_fc1.weight",
+            (2 * ffn, hidden),
+            (mlp + "gate_proj.weight", mlp + "up_proj.weight"),
+            GatedMLP(),
+            layers,
+        ),
+        Rule(ours + "mlp.linear_fc2.weight", (hidden, ffn), (mlp + "down_proj.weight",), num_layers=layers),
+    ]
+    for key, name in (
+        ("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight"),
+        ("mlp.linear_fc1.layer_norm_weight", "post_attention_layernorm.weight"),
+    ):
+        table.append(Rule(ours + key, (hidden,), (theirs + name,), num_layers=layers))
+    if not language.share_embeddings_and_output_weights:
+        table.append(Rule(OUTPUT_KEY, (vocab_rows, hidden), (_OUTPUT_NAME,)))
+    return table
+
+
+def unused(language: LanguageConfig) -> tuple[str, ...]:
+    """Return regular expressions of tensors that a file may hold beside those of the table."""
+    return (*UNUSED, _OUTPUT_NAME) if language.share_embeddings_and_output_weights else UNUSED
+
+
+def config_to_hf(language: LanguageConfig) -> dict[str, Any]:
+    """Return config.json of the decoder; RoPE in the spelling of transformers 4 and of 5."""
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": language.padded_vocab_size,
+        "hidden_size": language.hidden_size,
+        "intermediate_size": language.ffn_hidden_size,
+        "num_hidden_layers": language.num_layers,
+        "num_attention_heads": language.num_attention_heads,
+        "num_key_value_heads": language.query_groups,
+        "head_dim": language.head_channels,
+        "hidden_act": "silu",
+        "max_position_embeddings": language.max_position_embeddings,
+        "rms_norm_eps": language.layernorm_epsilon,
+        "rope_theta": language.rotary_base,
+        "rope_parameters": {"rope_type": "default", "rope_theta": language.rotary_base},
+        "initializer_range": language.init_method_std,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "mlp_bias": False,
+        "pad_token_id": language.pad_token_id,
+        "tie_word_embeddings": language.share_embeddings_and_output_weights,
+        "use_cache": True,
+    }
+
+
+def config_from_hf(settings: dict[str, Any], *, vocab_size: int, where: str) -> LanguageConfig:
+    """Return our settings.
+
+    Args:
+        settings: config.json of a LlamaForCausalLM.
+        vocab_size: pieces of its tokenizer.
+        where: the file, for messages.
+
+    Raises:
+        CheckpointError: the model has a part that ours has not.
+    """
+    for key, usual in (("attention_bias", False), ("mlp_bias", False), ("hidden_act", "silu")):
+        if settings.get(key, usual) != usual:
+            raise CheckpointError(
+                f"the language model has {key}={settings[key]}", where=where, fix=f"use one with {key}={usual}"
+            )
+    return LanguageConfig(
+        vocab_size=vocab_size,
+        num_layers=settings["num_hidden_layers"],
+        hidden_size=settings["hidden_size"],
+        ffn_hidden_size=settings["intermediate_size"],
+        num_attention_heads=settings["num_attention_heads"],
+        num_query_groups=settings.get("num_key_value_heads"),
+        kv_channels=settings.get("head_dim"),
+        # The defaults are those of transformers' LlamaConfig: older files leave them out.
+        max_position_embeddings=settings.get("max_position_embeddings", 2048),
+        rotary_base=_rotary_base(settings, where),
+        layernorm_epsilon=float(settings.get("rms_norm_eps", 1e-6)),
+        share_embeddings_and_output_weights=bool(settings.get("tie_word_embeddings", False)),
+        init_method_std=float(settings.get("initializer_range", 0.02)),
+    )
+
+
+def _rotary_base(settings: dict[str, Any], where: str) -> float:
+    """Read RoPE's base from `rope_theta` (transformers 4) or `rope_parameters` (5)."""
+    parameters = {**(settings.get("rope_scaling") or {}), **(settings.get("rope_parameters") or {})}
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    if kind != "default":
+        raise CheckpointError(
+            f"the language model scales its rotary positions ({kind})", where=where, fix="use one that does not"
+        )
+    base = float(parameters.get("rope_theta", settings.get("rope_theta", 10000.0)))
+    if not base.is_integer():
+        raise CheckpointError(
+            f"the language model has the rotary base {base}", where=where, fix="use one with a whole number"
+        )
+    return base

@@ -1,0 +1,69 @@
+"""Checkpoints with random weights and no two alike, and the folders that they become."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_vlm.checkpoint.run_settings import read_run_settings
+from megatron_vlm.checkpoint.tensors import write_weights
+from megatron_vlm.config import ModelConfig, config_to_dict
+from megatron_vlm.convert import llava
+from megatron_vlm.convert.to_hf import export_llava
+from tests.support.configs import tiny_model
+from tests.support.sentence_piece import NUM_PIECES, train_sentence_piece
+
+
+@pytest.fixture(scope="session")
+def tokenizer_path(tmp_path_factory) -> Path:
+    return train_sentence_piece(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="session")
+def model_config() -> ModelConfig:
+    return tiny_model(vocab_size=NUM_PIECES)
+
+
+@pytest.fixture(scope="session")
+def make_run(tmp_path_factory, tokenizer_path):
+    """Return a run with random weights, made once for each model and only to be read: make_run(model)."""
+    made: dict[str, Path] = {}
+
+    def make(model: ModelConfig) -> Path:
+        if str(model) not in made:
+            made[str(model)] = tmp_path_factory.mktemp("run")
+            data = {"tokenizer": str(tokenizer_path), "image_aspect": "pad"}
+            write_weights(made[str(model)], random_weights(model), {"model": config_to_dict(model), "data": data})
+        return made[str(model)]
+
+    return make
+
+
+def random_weights(model: ModelConfig) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    tensors = {}
+    for rule in llava.rules(model):
+        # Biases and norms too: a new model has zeros and ones there, which hide a swap.
+        noise = torch.randn(rule.checkpoint_shape, generator=generator)
+        is_norm = rule.key.endswith(("norm_weight", "layernorm.weight"))
+        tensors[rule.key] = 1 + 0.1 * noise if is_norm else 0.12 * noise
+    return tensors
+
+
+@pytest.fixture(scope="session")
+def exported(make_run, model_config, tmp_path_factory) -> Path:
+    """A folder exported with default options, only to be read."""
+    folder = tmp_path_factory.mktemp("exported") / "hf"
+    export_llava(read_run_settings(make_run(model_config)), folder)
+    return folder
+
+
+@pytest.fixture
+def with_vision():
+    """Return a model with other settings of the tower: with_vision(model, feature_layer=-1)."""
+
+    def change(model: ModelConfig, **settings) -> ModelConfig:
+        return replace(model, vision=replace(model.vision, **settings))
+
+    return change

@@ -1,0 +1,353 @@
+import json
+import logging
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_vlm.checkpoint.open_model import open_model
+from megatron_vlm.checkpoint.run_settings import read_run_settings
+from megatron_vlm.checkpoint.tensors import hash_weights, read_tensor
+from megatron_vlm.config import CheckpointError, UsageError, load_section
+from megatron_vlm.convert.from_hf import ImportOptions, import_llava, import_parts
+from megatron_vlm.convert.to_hf import export_llava
+from tests.support.sentence_piece import NUM_PIECES
+
+WEIGHTS = "model.safetensors"
+TOLERANCE = 2e-5
+
+
+@pytest.fixture(scope="session")
+def llama_dir(tmp_path_factory, tokenizer_path):
+    """A Llama with grouped queries, heads wider than hidden_size / heads, and a rotary base of its own."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return save_llama(tmp_path_factory.mktemp("llama"), tokenizer_path, LlamaConfig, LlamaForCausalLM)
+
+
+def save_llama(folder, tokenizer_path, config_class, model_class, **settings):
+    torch.manual_seed(0)
+    config = config_class(
+        **{
+            "vocab_size": NUM_PIECES,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 12,
+            "rope_theta": 5000.0,
+            "initializer_range": 0.3,
+            "max_position_embeddings": 512,
+            **settings,
+        }
+    )
+    model_class(config).save_pretrained(folder)
+    shutil.copyfile(tokenizer_path, folder / "tokenizer.model")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def clip_dir(tmp_path_factory):
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    torch.manual_seed(1)
+    folder = tmp_path_factory.mktemp("clip")
+    sizes = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 2}
+    config = CLIPVisionConfig(**sizes, image_size=32, patch_size=8, initializer_factor=8.0)
+    CLIPVisionModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def imported(llama_dir, clip_dir, tmp_path_factory):
+    """The run of both folders, only to be read."""
+    run = tmp_path_factory.mktemp("imported")
+    import_parts(llama_dir, clip_dir, run, ImportOptions(projection="mlp2x_gelu"))
+    return run
+
+
+@pytest.fixture
+def changed_copy(tmp_path):
+    """Copy a folder and change its tensors: changed_copy(folder, change)."""
+
+    def copy(folder, change):
+        target = tmp_path / folder.name
+        shutil.copytree(folder, target)
+        save_file(change(load_file(target / WEIGHTS)), target / WEIGHTS, metadata={"format": "pt"})
+        return target
+
+    return copy
+
+
+def assert_logits_of_llama(run, llama_dir):
+    from transformers import LlamaForCausalLM
+
+    ids = torch.randint(3, NUM_PIECES, (1, 40), generator=torch.Generator().manual_seed(0))
+    none = torch.zeros(0, dtype=torch.long)
+    with open_model(read_run_settings(run)) as model, torch.no_grad():
+        ours = model(ids, torch.zeros(0, 3, 32, 32), none, num_images=0)[..., :NUM_PIECES]
+        theirs = LlamaForCausalLM.from_pretrained(llama_dir)(ids).logits
+    assert theirs.std() > 0.3
+    assert (ours - theirs).abs().max() <= TOLERANCE
+
+
+def test_imported_llama_computes_the_logits_of_transformers(imported, llama_dir):
+    assert_logits_of_llama(imported, llama_dir)
+
+
+def test_imported_tower_computes_the_features_of_transformers(imported, clip_dir):
+    from transformers import CLIPVisionModel
+
+    pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with open_model(read_run_settings(imported)) as model, torch.no_grad():
+        ours = model.vision_model(pixels)
+        theirs = CLIPVisionModel.from_pretrained(clip_dir)(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
+    assert theirs.std() > 0.3
+    assert (ours - theirs).abs().max() <= TOLERANCE
+
+
+def test_imported_run_exports_and_loads(imported, tmp_path):
+    from transformers import LlavaForConditionalGeneration
+
+    export_llava(read_run_settings(imported), tmp_path / "hf")
+    _, info = LlavaForConditionalGeneration.from_pretrained(tmp_path / "hf", output_loading_info=True)
+    assert not any(info.values())
+
+
+def test_rows_beyond_the_vocabulary_hold_the_mean_of_the_others(imported):
+    rows = read_tensor(read_run_settings(imported).checkpoint, "model.language_model.output_layer.weight")
+    assert rows.shape[0] == 448
+    assert torch.allclose(rows[NUM_PIECES:], rows[:NUM_PIECES].mean(0), atol=1e-7)
+
+
+def test_the_projection_is_drawn_with_the_scale_of_a_new_model(imported):
+    checkpoint = read_run_settings(imported).checkpoint
+    first = read_tensor(checkpoint, "model.vision_projection.encoder.linear_fc1.weight")
+    second = read_tensor(checkpoint, "model.vision_projection.encoder.linear_fc2.weight")
+    assert first.std().item() == pytest.approx(0.02, rel=0.15)
+    assert second.std().item() == pytest.approx(0.02 / 2**0.5, rel=0.15)
+    assert not read_tensor(checkpoint, "model.vision_projection.encoder.linear_fc1.bias").any()
+
+
+def test_the_seed_decides_the_projection(llama_dir, clip_dir, tmp_path, imported):
+    hashes = set()
+    for seed in (1234, 1):
+        import_parts(llama_dir, clip_dir, tmp_path / f"{seed}", ImportOptions(projection="mlp2x_gelu", seed=seed))
+        hashes.add(hash_weights(read_run_settings(tmp_path / f"{seed}").checkpoint))
+    assert len(hashes) == 2
+    assert hash_weights(read_run_settings(imported).checkpoint) in hashes
+
+
+def test_export_after_import_of_a_llava_gives_the_same_file(exported, tmp_path):
+    import_llava(exported, tmp_path / "run")
+    export_llava(read_run_settings(tmp_path / "run"), tmp_path / "again")
+    assert (tmp_path / "again" / WEIGHTS).read_bytes() == (exported / WEIGHTS).read_bytes()
+    for name in ("config.json", "tokenizer.json", "generation_config.json", "preprocessor_config.json"):
+        assert json.loads((tmp_path / "again" / name).read_text()) == json.loads((exported / name).read_text())
+
+
+def test_import_after_export_gives_the_same_weights(make_run, model_config, exported, tmp_path):
+    import_llava(exported, tmp_path / "run")
+    ours, theirs = (read_run_settings(run).checkpoint for run in (make_run(model_config), tmp_path / "run"))
+    assert hash_weights(ours) == hash_weights(theirs)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("vision_tower.vision_model.", "vision_tower."),  # files of transformers 5
+        ("vision_tower.vision_model.", "model.vision_tower."),  # its names in memory
+        ("vision_tower.", "model.vision_tower."),
+        ("language_model.model.", "model.language_model."),
+        ("language_model.lm_head.", "lm_head."),
+        ("multi_modal_projector.", "model.multi_modal_projector."),
+    ],
+)
+def test_names_of_other_versions_of_transformers_are_read(
+    old, new, exported, changed_copy, tmp_path, make_run, model_config
+):
+    folder = changed_copy(exported, lambda tensors: {n.replace(old, new): t for n, t in tensors.items()})
+    import_llava(folder, tmp_path / "run")
+    ours, theirs = (read_run_settings(run).checkpoint for run in (make_run(model_config), tmp_path / "run"))
+    assert hash_weights(ours) == hash_weights(theirs)
+
+
+def test_a_tower_saved_by_transformers_5_is_read(llama_dir, clip_dir, changed_copy, imported, tmp_path):
+    renamed = changed_copy(clip_dir, lambda tensors: {n.removeprefix("vision_model."): t for n, t in tensors.items()})
+    import_parts(llama_dir, renamed, tmp_path / "run", ImportOptions(projection="mlp2x_gelu"))
+    ours, theirs = (read_run_settings(run).checkpoint for run in (imported, tmp_path / "run"))
+    assert hash_weights(ours) == hash_weights(theirs)
+
+
+def test_a_whole_clip_model_is_read(llama_dir, clip_dir, imported, tmp_path):
+    from transformers import CLIPConfig, CLIPModel, CLIPVisionModel
+
+    vision = CLIPVisionModel.from_pretrained(clip_dir)
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    clip = CLIPModel(CLIPConfig(text_config={**small, "vocab_size": 50}, vision_config=vision.config.to_dict()))
+    clip.vision_model.load_state_dict(vision.vision_model.state_dict())
+    clip.save_pretrained(tmp_path / "clip")
+    import_parts(llama_dir, tmp_path / "clip", tmp_path / "run", ImportOptions(projection="mlp2x_gelu"))
+    ours, theirs = (read_run_settings(run).checkpoint for run in (imported, tmp_path / "run"))
+    assert hash_weights(ours) == hash_weights(theirs)
+
+
+def test_pytorch_model_bin_and_several_files_are_read(llama_dir, clip_dir, imported, tmp_path):
+    from transformers import CLIPVisionModel, LlamaForCausalLM
+
+    llama = LlamaForCausalLM.from_pretrained(llama_dir)
+    llama.save_pretrained(tmp_path / "llama", max_shard_size="60KB", safe_serialization=False)
+    assert len(list((tmp_path / "llama").glob("pytorch_model-*.bin"))) > 1
+    shutil.copy(llama_dir / "tokenizer.model", tmp_path / "llama")
+    CLIPVisionModel.from_pretrained(clip_dir).save_pretrained(tmp_path / "clip", max_shard_size="20KB")
+    assert len(list((tmp_path / "clip").glob("model-*.safetensors"))) > 1
+    import_parts(tmp_path / "llama", tmp_path / "clip", tmp_path / "run", ImportOptions(projection="mlp2x_gelu"))
+    ours, theirs = (read_run_settings(run).checkpoint for run in (imported, tmp_path / "run"))
+    assert hash_weights(ours) == hash_weights(theirs)
+
+
+def test_tied_embeddings_are_read(clip_dir, tokenizer_path, tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    llama_dir = tmp_path / "llama"
+    save_llama(llama_dir, tokenizer_path, LlamaConfig, LlamaForCausalLM, tie_word_embeddings=True)
+    import_parts(llama_dir, clip_dir, tmp_path / "run", ImportOptions())
+    assert_logits_of_llama(tmp_path / "run", llama_dir)
+
+
+def test_half_precision_weights_load_into_a_model_of_full_precision(clip_dir, tokenizer_path, tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    llama_dir = tmp_path / "llama"
+    save_llama(llama_dir, tokenizer_path, LlamaConfig, LlamaForCausalLM)
+    LlamaForCausalLM.from_pretrained(llama_dir, dtype=torch.float16).save_pretrained(llama_dir)
+    import_parts(llama_dir, clip_dir, tmp_path / "run", ImportOptions())
+    LlamaForCausalLM.from_pretrained(llama_dir).float().save_pretrained(llama_dir)
+    assert_logits_of_llama(tmp_path / "run", llama_dir)
+
+
+@pytest.mark.distributed
+def test_imported_weights_load_at_another_layout(imported, workers, tmp_path):
+    from tests.support.configs import tiny_run
+
+    settings = read_run_settings(imported)
+    layout = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "sequence_parallel": True}
+    config = tiny_run(str(tmp_path / "sharded"), parallel=layout, model=settings.model)
+    workers.run("tests.convert.jobs:save_again", 4, config=config, weights=str(imported))
+    sharded = read_run_settings(tmp_path / "sharded", tokenizer=str(settings.tokenizer))
+    assert hash_weights(sharded.checkpoint) == hash_weights(settings.checkpoint)
+
+
+def test_the_model_section_of_a_config_must_fit(llama_dir, clip_dir, imported, tmp_path):
+    from megatron_vlm.config import ModelConfig
+
+    model = load_section(ModelConfig, imported / "config.yaml", "model")
+    wrong = replace(model, language=replace(model.language, ffn_hidden_size=64, rotary_base=7.0))
+    message = (
+        r"model.language.ffn_hidden_size=64, the folder has 48; model.language.rotary_base=7.0, the folder has 5000"
+    )
+    with pytest.raises(CheckpointError, match=message):
+        import_parts(llama_dir, clip_dir, tmp_path / "run", ImportOptions(), wrong)
+
+
+def test_a_config_may_choose_another_feature_layer(llama_dir, clip_dir, imported, tmp_path):
+    from megatron_vlm.config import ModelConfig
+
+    model = load_section(ModelConfig, imported / "config.yaml", "model")
+    model = replace(model, vision=replace(model.vision, feature_layer=-1))
+    import_parts(llama_dir, clip_dir, tmp_path / "run", ImportOptions(), model)
+    key = "model.vision_model.decoder.layers.mlp.linear_fc1.weight"
+    assert read_tensor(read_run_settings(tmp_path / "run").checkpoint, key).size(0) == 3
+
+
+def test_missing_unexpected_and_misshapen_tensors_are_named(llama_dir, clip_dir, changed_copy, tmp_path):
+    def change(tensors):
+        del tensors["model.norm.weight"]
+        tensors["model.extra.weight"] = torch.zeros(3)
+        tensors["lm_head.weight"] = torch.zeros(7, 32)
+        return tensors
+
+    message = (
+        r"1 missing: model.norm.weight; 1 unexpected: model.extra.weight; "
+        r"1 of another shape: lm_head.weight \[7, 32\] instead of \[400, 32\]"
+    )
+    with pytest.raises(CheckpointError, match=message):
+        import_parts(changed_copy(llama_dir, change), clip_dir, tmp_path / "run", ImportOptions())
+
+
+def test_a_run_with_a_checkpoint_is_not_overwritten(llama_dir, clip_dir, imported):
+    with pytest.raises(UsageError, match="has a checkpoint already"):
+        import_parts(llama_dir, clip_dir, imported, ImportOptions())
+
+
+def test_a_folder_of_another_kind_is_refused(llama_dir, tmp_path):
+    with pytest.raises(CheckpointError, match="model_type is llama, not clip_vision_model or clip"):
+        import_parts(llama_dir, llama_dir, tmp_path / "run", ImportOptions())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"attention_bias": True}, "the language model has attention_bias=True"),
+        ({"hidden_act": "gelu"}, "the language model has hidden_act=gelu"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, r"scales its rotary positions \(linear\)"),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, r"scales its rotary positions \(llama3\)"),
+        ({"rope_theta": 0.5}, "has the rotary base 0.5"),
+        ({"vocab_size": 100}, "tokenizer has 400 pieces, the embedding 100 rows"),
+    ],
+)
+def test_a_llama_with_a_part_that_ours_has_not_is_refused(settings, message, llama_dir, clip_dir, tmp_path):
+    folder = copy_with_config(llama_dir, tmp_path / "llama", settings)
+    with pytest.raises(CheckpointError, match=message):
+        import_parts(folder, clip_dir, tmp_path / "run", ImportOptions())
+
+
+def copy_with_config(folder, target, settings):
+    shutil.copytree(folder, target)
+    config = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps({**config, **settings}))
+    return target
+
+
+def test_a_tower_with_an_unknown_activation_is_refused(llama_dir, clip_dir, tmp_path):
+    folder = copy_with_config(clip_dir, tmp_path / "clip", {"hidden_act": "relu"})
+    with pytest.raises(CheckpointError, match="the tower has hidden_act=relu"):
+        import_parts(llama_dir, folder, tmp_path / "run", ImportOptions())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"vision_feature_select_strategy": "full"}, "the class token is handed on"),
+        ({"vision_feature_layer": [-2, -1]}, r"vision_feature_layer=\[-2, -1\]"),
+        ({"image_token_index": 300}, "448 rows in the vocabulary with the image token 300, not 320"),
+        ({"projector_hidden_act": "relu"}, "projector_hidden_act=relu"),
+        ({"projector_hidden_act": "linear"}, "second layer of a linear projection is not the identity"),
+        ({"vision_config": {"model_type": "siglip_vision_model"}}, "a LLaVA of llama and siglip_vision_model"),
+        ({"model_type": "llama"}, "model_type is llama, not llava"),
+    ],
+)
+def test_a_llava_that_ours_cannot_be_is_refused(settings, message, exported, tmp_path):
+    folder = copy_with_config(exported, tmp_path / "llava", settings)
+    with pytest.raises(CheckpointError, match=message):
+        import_llava(folder, tmp_path / "run")
+
+
+def test_a_missing_tokenizer_is_said(llama_dir, clip_dir, tmp_path, caplog):
+    shutil.copytree(llama_dir, tmp_path / "llama")
+    (tmp_path / "llama" / "tokenizer.model").unlink()
+    with caplog.at_level(logging.WARNING):
+        import_parts(tmp_path / "llama", clip_dir, tmp_path / "run", ImportOptions())
+    assert "no tokenizer.model" in caplog.text
+
+
+def test_colours_come_from_the_folder(llama_dir, clip_dir, tmp_path):
+    folder = tmp_path / "clip"
+    shutil.copytree(clip_dir, folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5] * 3, "image_std": [0.25] * 3}))
+    model = import_parts(llama_dir, folder, tmp_path / "run", ImportOptions())
+    assert model.vision.image_mean == (0.5, 0.5, 0.5)
+    assert model.vision.image_std == (0.25, 0.25, 0.25)

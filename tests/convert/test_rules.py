@@ -1,0 +1,49 @@
+import pytest
+import torch
+
+from megatron_vlm.convert.rules import GatedMLP, LinearAsMLP, QueryKeyValue, Reshaped, Rule, Same
+
+QKV = QueryKeyValue(num_attention_heads=4, num_query_groups=2, kv_channels=3)
+
+
+@pytest.mark.parametrize(
+    ("transform", "shape"),
+    [
+        (Same(), (3, 4)),
+        (Reshaped((1, 1, 6), (6,)), (1, 1, 6)),
+        (QKV, (24, 5)),
+        (QKV, (24,)),
+        (GatedMLP(), (8, 3)),
+        (LinearAsMLP(4, False), (4, 3)),
+        (LinearAsMLP(4, True), (4,)),
+    ],
+)
+def test_join_undoes_split(transform, shape):
+    whole = torch.randn(shape)
+    assert torch.equal(transform.join(transform.split(whole)), whole)
+
+
+def test_query_key_value_keeps_the_queries_of_a_group_together():
+    query = torch.arange(12).view(12, 1)
+    key, value = torch.arange(100, 106).view(6, 1), torch.arange(200, 206).view(6, 1)
+    rows = QKV.join([query, key, value]).flatten().tolist()
+    assert rows == [0, 1, 2, 3, 4, 5, 100, 101, 102, 200, 201, 202, 6, 7, 8, 9, 10, 11, 103, 104, 105, 203, 204, 205]
+
+
+def test_gated_mlp_has_the_gate_first():
+    assert GatedMLP().join([torch.zeros(2, 1), torch.ones(2, 1)]).flatten().tolist() == [0, 0, 1, 1]
+
+
+def test_linear_as_mlp_refuses_a_second_layer_that_changes_something():
+    with pytest.raises(ValueError, match="not the identity"):
+        LinearAsMLP(2, False).join([torch.ones(2, 3), 2 * torch.eye(2)])
+
+
+def test_rule_names_each_layer():
+    rule = Rule("model.x", (2,), ("a.{layer}.b",), num_layers=3)
+    assert [rule.names_of(layer) for layer in rule.layers] == [("a.0.b",), ("a.1.b",), ("a.2.b",)]
+    assert rule.checkpoint_shape == (3, 2)
+
+
+def test_rule_knows_their_shapes_without_values():
+    assert Rule("model.x", (24, 5), ("q", "k", "v"), QKV).their_shapes() == [(12, 5), (6, 5), (6, 5)]

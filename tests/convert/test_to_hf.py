@@ -1,0 +1,279 @@
+import io
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image as PILImage
+
+from megatron_vlm.checkpoint.open_model import open_model
+from megatron_vlm.checkpoint.run_settings import read_run_settings
+from megatron_vlm.checkpoint.tensors import list_tensors
+from megatron_vlm.config import CheckpointError, ModelConfig, ProjectionConfig, StorageError, UsageError
+from megatron_vlm.convert.to_hf import ExportOptions, export_llava
+from megatron_vlm.data.documents import Image, Text
+from megatron_vlm.data.images import decode_image
+from megatron_vlm.data.shards import ImageSegment
+from megatron_vlm.data.templates import TEMPLATES, Turn, encode_prompt
+from megatron_vlm.data.tokenizer import load_tokenizer
+from tests.support.configs import tiny_model, tiny_run
+from tests.support.sentence_piece import NUM_PIECES
+
+# Same weights, same operations in fp32: what is left is the order of additions inside kernels.
+LOGIT_TOLERANCE = 2e-5
+NAME = "model.safetensors"
+
+
+def random_batch(model: ModelConfig, num_images: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return int64[1, s] with images between the text, and uint8 pixels."""
+    generator = torch.Generator().manual_seed(3)
+    side = model.vision.image_size
+    pixels = torch.randint(0, 256, (num_images, 3, side, side), generator=generator, dtype=torch.uint8)
+    image = torch.full((model.vision.num_image_tokens,), model.language.image_token_id)
+    parts = [torch.tensor([1])]
+    for _ in range(num_images):
+        parts += [torch.randint(3, model.language.vocab_size, (5,), generator=generator), image]
+    parts.append(torch.randint(3, model.language.vocab_size, (9,), generator=generator))
+    return torch.cat(parts)[None], pixels
+
+
+def our_logits(run) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return ids, normalised pixels and float[1, s, v] logits of a run."""
+    settings = read_run_settings(run)
+    ids, pixels = random_batch(settings.model)
+    index = (ids[0] == settings.model.language.image_token_id).nonzero()[:, 0]
+    with open_model(settings) as model, torch.no_grad():
+        logits = model(ids, pixels, index, num_images=pixels.size(0))
+        return ids, model.vision_model.normalise(pixels), logits
+
+
+def load_llava(folder) -> torch.nn.Module:
+    """Load with transformers, which must not complain about a single tensor."""
+    from transformers import LlavaForConditionalGeneration
+
+    model, info = LlavaForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values()), info
+    return model.eval()
+
+
+def assert_same_logits(run, folder) -> None:
+    ids, pixels, ours = our_logits(run)
+    with torch.no_grad():
+        theirs = load_llava(folder)(input_ids=ids, pixel_values=pixels).logits
+    assert ours.std() > 0.3, "logits this small would agree by themselves"
+    assert (ours - theirs).abs().max() <= LOGIT_TOLERANCE
+
+
+@pytest.mark.parametrize("projection", ["linear", "mlp2x_gelu"])
+def test_transformers_computes_the_same_logits(projection, make_run, model_config, tmp_path):
+    run = make_run(replace(model_config, projection=ProjectionConfig(type=projection)))
+    export_llava(read_run_settings(run), tmp_path / "hf")
+    assert_same_logits(run, tmp_path / "hf")
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
+def test_transformers_computes_the_same_logits_with_other_activations(
+    activation, make_run, model_config, with_vision, tmp_path
+):
+    run = make_run(with_vision(model_config, activation=activation, feature_layer=-1))
+    export_llava(read_run_settings(run), tmp_path / "hf")
+    assert_same_logits(run, tmp_path / "hf")
+
+
+def test_transformers_computes_the_same_logits_with_tied_embeddings(make_run, tmp_path):
+    run = make_run(tiny_model(vocab_size=NUM_PIECES, share_embeddings_and_output_weights=True, rotary_base=5e5))
+    export_llava(read_run_settings(run), tmp_path / "hf")
+    assert_same_logits(run, tmp_path / "hf")
+
+
+@pytest.mark.distributed
+def test_a_checkpoint_of_two_by_two_ranks_exports_like_one_of_one(
+    make_run, model_config, exported, tmp_path, workers, tokenizer_path
+):
+    run = make_run(model_config)
+    layout = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "sequence_parallel": True}
+    sharded = tiny_run(str(tmp_path / "sharded"), parallel=layout, model=model_config)
+    workers.run("tests.convert.jobs:save_again", 4, config=sharded, weights=str(run))
+    export_llava(read_run_settings(tmp_path / "sharded", tokenizer=str(tokenizer_path)), tmp_path / "hf")
+    assert (tmp_path / "hf" / NAME).read_bytes() == (exported / NAME).read_bytes()
+
+
+def test_a_large_model_is_written_in_several_files(make_run, model_config, tmp_path):
+    run = make_run(model_config)
+    export_llava(read_run_settings(run), tmp_path / "hf", ExportOptions(max_shard_bytes=200_000))
+    index = json.loads((tmp_path / "hf" / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 2
+    assert_same_logits(run, tmp_path / "hf")
+
+
+def test_dtype_bfloat16_halves_the_weights(make_run, model_config, exported, tmp_path):
+    run = make_run(model_config)
+    export_llava(read_run_settings(run), tmp_path / "hf", ExportOptions(dtype="bfloat16"))
+    assert (tmp_path / "hf" / NAME).stat().st_size < 0.55 * (exported / NAME).stat().st_size
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_transformers_never_generates_ids_beyond_the_tokenizer(model_config, exported):
+    ids, pixels = random_batch(model_config)
+    pixels = pixels / 255
+    model = load_llava(exported)
+    with torch.no_grad():
+        model.lm_head.weight[NUM_PIECES:] += 5.0  # without suppression these would win
+        made = model.generate(
+            input_ids=ids.repeat(4, 1),
+            pixel_values=pixels.repeat(4, 1, 1, 1),
+            attention_mask=torch.ones_like(ids).repeat(4, 1),
+            max_new_tokens=12,
+            do_sample=True,
+            temperature=5.0,
+        )
+    new = made[:, ids.size(1) :]
+    assert (new[new != model.generation_config.pad_token_id] < NUM_PIECES).all()
+
+
+def picture(width: int, height: int) -> bytes:
+    pixels = np.random.default_rng(1).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    stream = io.BytesIO()
+    PILImage.fromarray(pixels).save(stream, "PNG")
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("aspect", ["pad", "square", "resize"])
+def test_processor_makes_the_pixels_of_training(aspect, make_run, model_config, tmp_path):
+    from transformers import AutoProcessor
+
+    run = make_run(model_config)
+    export_llava(read_run_settings(run, image_aspect=aspect), tmp_path / "hf")
+    encoded, vision = picture(57, 41), model_config.vision
+    ours = decode_image(encoded, image_size=vision.image_size, aspect=aspect, mean=vision.image_mean)
+    processor = AutoProcessor.from_pretrained(tmp_path / "hf")
+    theirs = processor.image_processor(PILImage.open(io.BytesIO(encoded)), return_tensors="np")["pixel_values"][0]
+    mean, std = (np.array(values).reshape(3, 1, 1) for values in (vision.image_mean, vision.image_std))
+    assert np.abs((theirs * std + mean) * 255 - ours).max() < 0.01
+
+
+def expanded(segments, model: ModelConfig) -> list[int]:
+    ids: list[int] = []
+    for segment in segments:
+        if isinstance(segment, ImageSegment):
+            ids += [model.language.image_token_id] * model.vision.num_image_tokens
+        else:
+            ids += segment.input_ids.tolist()
+    return ids
+
+
+@pytest.mark.parametrize("template", ["vicuna_v1", "llama_2"])
+def test_chat_template_gives_the_ids_of_training(template, make_run, model_config, tokenizer_path, tmp_path):
+    from transformers import AutoProcessor
+
+    run = make_run(model_config)
+    export_llava(read_run_settings(run), tmp_path / "hf", ExportOptions(template=template))
+    data = picture(32, 32)
+    turns = [
+        Turn((Image(data), Text("\nWhat colour is the circle?")), "red, and it's not blue"),
+        Turn((Text("Is there a triangle?"),), "no"),
+        Turn((Image(data), Text("\nHow many shapes? <b>12</b> {x}")), None),
+    ]
+    wanted = expanded(encode_prompt(turns, load_tokenizer(tokenizer_path), template=TEMPLATES[template]), model_config)
+    messages = []
+    for turn in turns:
+        content = [{"type": "image"}] * isinstance(turn.question[0], Image)
+        content.append({"type": "text", "text": turn.question[-1].text.removeprefix("\n")})
+        messages.append({"role": "user", "content": content})
+        if turn.answer is not None:
+            messages.append({"role": "assistant", "content": [{"type": "text", "text": turn.answer}]})
+    processor = AutoProcessor.from_pretrained(tmp_path / "hf")
+    text = processor.apply_chat_template(messages, add_generation_prompt=True)
+    image = PILImage.open(io.BytesIO(data))
+    made = processor(images=[image, image], text=text, add_special_tokens=False)["input_ids"][0]
+    assert made == wanted
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Two dogs; 3 cats - \u00e9t\u00e9 \u4f60\u597d \U0001f600!",
+        "a  b   c",
+        "line\nbreak\n\nand\ttab",
+        "",
+        "x",
+        "0123456789",
+    ],
+)
+def test_tokenizer_json_cuts_text_as_sentencepiece_does(text, exported, tokenizer_path):
+    from transformers import AutoTokenizer
+
+    theirs = AutoTokenizer.from_pretrained(exported)
+    ours = load_tokenizer(tokenizer_path).encode(text)
+    assert theirs(text, add_special_tokens=False)["input_ids"] == ours
+    assert theirs.decode(ours) == text
+
+
+def test_an_existing_folder_is_refused(make_run, model_config, tmp_path):
+    (tmp_path / "hf").mkdir()
+    with pytest.raises(UsageError, match="hf exists; fix: name another one, or add --overwrite"):
+        export_llava(read_run_settings(make_run(model_config)), tmp_path / "hf")
+
+
+def test_overwrite_replaces_an_existing_folder(make_run, model_config, tmp_path):
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "old").write_text("old")
+    export_llava(read_run_settings(make_run(model_config)), tmp_path / "hf", ExportOptions(overwrite=True))
+    assert not (tmp_path / "hf" / "old").exists()
+    assert (tmp_path / "hf" / "model.safetensors").exists()
+
+
+def test_a_damaged_checkpoint_is_refused(make_run, model_config, tmp_path):
+    shutil.copytree(make_run(model_config), tmp_path / "run")
+    settings = read_run_settings(tmp_path / "run")
+    file = next(settings.checkpoint.glob("*.distcp"))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"damaged: .*distcp has another checksum"):
+        export_llava(settings, tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
+
+
+def test_a_checkpoint_of_another_model_is_refused_by_the_names_of_its_tensors(make_run, model_config, tmp_path):
+    settings = read_run_settings(make_run(model_config))
+    language = replace(model_config.language, num_layers=2, share_embeddings_and_output_weights=True)
+    wrong = replace(settings, model=replace(model_config, language=language))
+    with pytest.raises(
+        CheckpointError, match=r"1 unexpected: model\.language_model\.output_layer\.weight; 6 of another"
+    ):
+        export_llava(wrong, tmp_path / "hf")
+
+
+def test_a_tokenizer_of_another_size_is_refused(make_run, tmp_path):
+    run = make_run(tiny_model(vocab_size=NUM_PIECES + 7))
+    with pytest.raises(CheckpointError, match=f"tokenizer has {NUM_PIECES} pieces, the model {NUM_PIECES + 7}"):
+        export_llava(read_run_settings(run), tmp_path / "hf")
+
+
+def test_a_tower_that_is_no_clip_is_refused(make_run, model_config, with_vision, tmp_path):
+    settings = read_run_settings(make_run(model_config))
+    with pytest.raises(CheckpointError, match="is no CLIP tower"):
+        export_llava(replace(settings, model=with_vision(model_config, pre_norm=False)), tmp_path / "hf")
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_folder(make_run, model_config, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("megatron_vlm.convert.to_hf.write_json", fail)
+    with pytest.raises(StorageError, match="export not written: No space left on device"):
+        export_llava(read_run_settings(make_run(model_config)), tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
+
+
+def test_one_layer_is_read_alone(make_run, model_config):
+    from megatron_vlm.checkpoint.tensors import read_tensor
+
+    checkpoint = read_run_settings(make_run(model_config)).checkpoint
+    key = "model.language_model.decoder.layers.mlp.linear_fc1.weight"
+    assert list_tensors(checkpoint)[key][0][0] == 4
+    whole = read_tensor(checkpoint, key)
+    assert torch.equal(read_tensor(checkpoint, key, 2), whole[2])
