@@ -52,10 +52,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = sys.argv[1:] if argv is None else list(argv)
     try:
-        args = _parse(arguments)
-        exit_code = args.run(args)
-        sys.stdout.flush()
-        return exit_code
+        try:
+            args = _parse(arguments)
+            return args.run(args)
+        finally:
+            sys.stdout.flush()
     except BrokenPipeError:  # `megatron-vlm data stats D | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE

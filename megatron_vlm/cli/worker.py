@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -85,9 +86,12 @@ def _last_iteration(config: TrainConfig | None) -> int | None:
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - 65536))
             lines = file.read().splitlines()
-        return json.loads(lines[-1])["iteration"]
-    except (OSError, IndexError, KeyError, ValueError):  # no line yet, or one cut short by a kill
+    except OSError:  # the run has not begun
         return None
+    for line in reversed(lines):
+        with suppress(ValueError, KeyError, TypeError):  # a line that a kill cut short
+            return json.loads(line)["iteration"]
+    return None
 
 
 def _report(status: ExitStatus, config: TrainConfig | None, report_folder: Path | None) -> None:

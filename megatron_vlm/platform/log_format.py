@@ -10,10 +10,10 @@ _QUIET_LOGGERS = ("megatron", "torch.distributed", "torch.distributed.checkpoint
 
 
 class RankFormatter(logging.Formatter):
-    """`11:07:22 rank 3 | message`; the level is named from WARNING on, the rank only in a job of several."""
+    """`2026-01-31 11:07:22 rank 3 | message`; the level is named from WARNING on, the rank only in a job of several."""
 
     def __init__(self, rank: int, world_size: int) -> None:
-        super().__init__(datefmt="%H:%M:%S")
+        super().__init__(datefmt="%Y-%m-%d %H:%M:%S")
         self._place = f" rank {rank}" if world_size > 1 else ""
 
     def format(self, record: logging.LogRecord) -> str:

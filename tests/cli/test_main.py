@@ -1,0 +1,145 @@
+import argparse
+import errno
+import importlib
+import subprocess
+import sys
+import time
+import types
+
+import pytest
+
+from megatron_vlm.cli import main as cli
+from megatron_vlm.config import ConfigError, DataError
+
+
+@pytest.fixture
+def verb(monkeypatch):
+    """Make `train` do what the test says: `verb(function)`."""
+
+    def replace(function):
+        def add_parser(subparsers):
+            parser = subparsers.add_parser("train")
+            parser.add_argument("config")
+            parser.add_argument("overrides", nargs="*")
+            parser.add_argument("--nproc-per-node", type=int)
+            parser.set_defaults(run=function)
+
+        monkeypatch.setitem(cli.VERBS, "train", "stand_in")
+        monkeypatch.setitem(sys.modules, "stand_in", types.SimpleNamespace(add_parser=add_parser))
+
+    return replace
+
+
+def raising(error):
+    def run(args):
+        raise error
+
+    return run
+
+
+def test_verb_gets_its_arguments_and_returns_the_exit_code(verb):
+    seen = {}
+    verb(lambda args: seen.update(vars(args)) or 75)
+    assert cli.main(["train", "a.yaml", "x.y=1", "--nproc-per-node", "4"]) == 75
+    assert (seen["config"], seen["overrides"], seen["nproc_per_node"]) == ("a.yaml", ["x.y=1"], 4)
+
+
+def test_overrides_may_follow_an_option(verb):
+    seen = {}
+    verb(lambda args: seen.update(vars(args)) or 0)
+    assert cli.main(["train", "a.yaml", "x=1", "--nproc-per-node", "4", "y=2", "z=3"]) == 0
+    assert seen["overrides"] == ["x=1", "y=2", "z=3"]
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (ConfigError("bad", where="a.yaml:3", fix="good"), 78, "megatron-vlm: error: bad (a.yaml:3); fix: good\n"),
+        (DataError("bad"), 65, "megatron-vlm: error: bad\n"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "/data/x"),
+            74,
+            "megatron-vlm: error: No space left on device (/data/x); fix: check free space and permissions of the "
+            "folder\n",
+        ),
+    ],
+)
+def test_error_is_one_line_with_its_exit_code(verb, capsys, error, code, line):
+    verb(raising(error))
+    assert cli.main(["train", "a.yaml"]) == code
+    assert capsys.readouterr().err == line
+
+
+def test_interrupt_is_quiet(verb, capsys):
+    verb(raising(KeyboardInterrupt()))
+    assert cli.main(["train", "a.yaml"]) == 130
+    assert capsys.readouterr().err == ""
+
+
+def test_unforeseen_error_keeps_its_traceback(verb):
+    verb(raising(ZeroDivisionError("x")))
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["train", "a.yaml"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "the following arguments are required: VERB"),
+        (["trian"], "invalid choice: 'trian'"),
+        (["train"], "the following arguments are required: config"),
+        (["train", "a.yaml", "--bogus"], "unknown arguments --bogus"),
+        (["train", "a.yaml", "--nproc-per-node", "many"], "invalid int value: 'many'"),
+    ],
+)
+def test_wrong_command_line_is_one_line_with_exit_code_64(verb, capsys, arguments, message):
+    verb(lambda args: 0)
+    assert cli.main(arguments) == 64
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("megatron-vlm: error: ")
+    assert message in line
+    assert "--help" in line
+
+
+def test_reader_that_leaves_early_is_no_error():
+    process = subprocess.Popen(
+        [sys.executable, "-c", "import time; time.sleep(0.5); from megatron_vlm.__main__ import main; exit(main())"]
+        + ["--help"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    process.stdout.close()
+    errors = process.stderr.read()
+    process.stderr.close()
+    assert process.wait() == 141
+    assert errors == ""
+
+
+def test_version_is_printed():
+    done = subprocess.run(
+        [sys.executable, "-m", "megatron_vlm", "--version"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith("megatron-vlm ")
+
+
+@pytest.mark.parametrize("verb_name", sorted(cli.VERBS))
+def test_help_of_every_verb_shows_a_real_example(verb_name):
+    parser = argparse.ArgumentParser()
+    subparsers = parser.add_subparsers()
+    importlib.import_module(cli.VERBS[verb_name]).add_parser(subparsers)
+    assert f"megatron-vlm {verb_name} " in subparsers.choices[verb_name].format_help()
+
+
+@pytest.mark.parametrize("arguments", [["--help"], *([verb, "--help"] for verb in sorted(cli.VERBS))])
+def test_help_comes_at_once_and_without_torch(arguments):
+    code = (
+        "import sys\nfrom megatron_vlm.cli.main import main\n"
+        "try:\n    main(sys.argv[1:])\nexcept SystemExit as end:\n    assert end.code == 0\n"
+        "assert 'torch' not in sys.modules and 'megatron.core' not in sys.modules"
+    )
+    started = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("usage: megatron-vlm")
+    assert time.monotonic() - started < 5

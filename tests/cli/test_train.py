@@ -1,0 +1,188 @@
+import json
+import signal
+import subprocess
+import time
+
+import psutil
+import pytest
+
+from megatron_vlm.data.manifest import TokenizerFacts
+from megatron_vlm.data.shards import write_dataset
+from tests.support.samples import make_samples
+
+TWO_BY_TWO = ("parallel.tensor_model_parallel_size=2", "parallel.pipeline_model_parallel_size=2")
+LONG = ("training.train_iters=400", "optimizer.lr=1e-5")
+
+
+@pytest.fixture
+def start(project):
+    """Start `megatron-vlm train` and return the process; it is ended after the test."""
+    started = []
+
+    def start_process(run_dir, *arguments, **variables):
+        process = subprocess.Popen(
+            project.command("train", "train.yaml", f"run_dir={run_dir}", *arguments),
+            cwd=project.folder,
+            env=project.environment(**variables),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        started.append(process)
+        return process
+
+    yield start_process
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def wait_for_iteration(project, run_dir, iteration, timeout=90):
+    path, deadline = project.folder / run_dir / "metrics.jsonl", time.monotonic() + timeout
+    while not path.exists() or len(path.read_text().splitlines()) < iteration:
+        assert time.monotonic() < deadline, "training did not get that far"
+        time.sleep(0.05)
+
+
+def errors_of(text):
+    return [line for line in text.splitlines() if "megatron-vlm: error:" in line]
+
+
+def exit_status(project, run_dir):
+    return json.loads((project.folder / run_dir / "exit_status.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["nowhere.yaml"], 78, "config file does not exist (nowhere.yaml)"),
+        (["train.yaml", "optimizer.lr_warmup_iter=3"], 78, "did you mean optimizer.lr_warmup_iters"),
+        (["train.yaml", "optimizer.lr=fast"], 78, "optimizer.lr='fast' is not a number"),
+        (["train.yaml", *TWO_BY_TWO, "--nproc-per-node", "3"], 78, "3 ranks are not a multiple of"),
+        (["train.yaml", "training.global_batch_size=3", "--nproc-per-node", "2"], 78, "; fix: choose 4"),
+        (["train.yaml", "data.blend=[{path: nowhere}]"], 65, "nowhere"),
+        (["train.yaml", "data.tokenizer=nowhere.model"], 78, "tokenizer cannot be read"),
+        (["train.yaml", "model.language.vocab_size=500"], 78, "model.language.vocab_size is 500"),
+        (["train.yaml", "training.fp8=hybrid"], 78, "training.fp8=hybrid needs"),
+        (["train.yaml", "run_dir=train.yaml"], 78, "run_dir is a file"),
+        (["train.yaml", "--nproc-per-node", "0"], 64, "--nproc-per-node 0 is below 1"),
+    ],
+)
+def test_wrong_input_is_one_line_before_any_rank_starts(project, arguments, code, message):
+    started = time.monotonic()
+    done = project.run("train", *arguments)
+    assert time.monotonic() - started < 15
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == code
+    assert line.startswith("megatron-vlm: error: ")
+    assert message in line
+    assert len(line) <= 300
+
+
+def test_data_of_another_tokenizer_is_refused(project):
+    other = TokenizerFacts(name="other", sha256="0" * 64, vocab_size=400, bos_id=1, eos_id=2)
+    write_dataset(project.folder / "foreign", [make_samples(1)[0].sample], source="foreign", tokenizer=other)
+    done = project.run("train", "train.yaml", "data.blend=[{path: foreign}]")
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 65
+    assert "tokenizer" in line
+
+
+def test_checks_need_no_torch(project):
+    (project.folder / "torch.py").write_text("raise RuntimeError('torch was imported')")
+    try:
+        done = project.run("train", "train.yaml", "--nproc-per-node", "3", *TWO_BY_TWO)
+    finally:
+        (project.folder / "torch.py").unlink()
+    assert done.returncode == 78
+
+
+def test_error_before_the_start_is_written_for_job_scripts(project):
+    done = project.run("train", "train.yaml", "run_dir=early", "data.blend=[{path: nowhere}]")
+    status = exit_status(project, "early")
+    assert (status["exit_code"], status["iteration"]) == (65, None)
+    assert status["message"] in done.stderr
+
+
+def test_several_launchers_on_a_node_are_refused(project):
+    variables = {"SLURM_JOB_ID": "1", "SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_NUM_TASKS": "8"}
+    done = project.run("train", "train.yaml", **variables)
+    assert (done.returncode, "--ntasks-per-node=1" in done.stderr) == (78, True)
+
+
+@pytest.mark.distributed
+def test_error_of_every_rank_is_told_once_and_has_its_exit_code(project):
+    done = project.run(
+        "train", "train.yaml", "run_dir=once", "checkpoint.load_weights=nowhere", "--nproc-per-node", "2"
+    )
+    assert done.returncode == 65
+    assert len(errors_of(done.stderr)) == 1
+    assert "Traceback" not in done.stderr
+    assert exit_status(project, "once")["exit_code"] == 65
+
+
+@pytest.mark.distributed
+def test_crash_shows_one_traceback_and_names_the_rank(project):
+    (project.folder / "crash" / "metrics.jsonl").mkdir(parents=True)
+    done = project.run("train", "train.yaml", "run_dir=crash", *TWO_BY_TWO, "--nproc-per-node", "4")
+    assert done.returncode == 1
+    assert done.stderr.count("Traceback") == 1
+    assert "rank 2 crashed: IsADirectoryError" in errors_of(done.stderr)[0]
+
+
+@pytest.mark.distributed
+def test_killed_rank_ends_the_job_within_five_seconds_and_is_named(project, start):
+    process = start("killed", *LONG, "--nproc-per-node", "2")
+    wait_for_iteration(project, "killed", 2)
+    ranks = {child.environ()["RANK"]: child for child in psutil.Process(process.pid).children()}
+    ranks["1"].kill()
+    killed = time.monotonic()
+    _, errors = process.communicate(timeout=20)
+    assert time.monotonic() - killed < 5
+    assert process.returncode == 1
+    (line,) = errors_of(errors)
+    assert f"rank 1 (process {ranks['1'].pid}) was killed by SIGKILL" in line
+    assert "Traceback" not in errors
+    assert exit_status(project, "killed")["message"] in line
+
+
+@pytest.mark.distributed
+def test_stopped_run_loses_no_step_and_asks_to_be_requeued(project, start):
+    process = start("stopped", *LONG, "checkpoint.save_interval=100000", "--nproc-per-node", "2")
+    wait_for_iteration(project, "stopped", 2)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 75
+    status, lines = exit_status(project, "stopped"), (project.folder / "stopped" / "metrics.jsonl").read_text()
+    done = json.loads(lines.splitlines()[-1])["iteration"]
+    assert (status["exit_code"], status["iteration"]) == (75, done)
+    assert (project.folder / "stopped" / "checkpoints" / f"iter_{done:07d}" / "manifest.json").exists()
+
+
+@pytest.mark.distributed
+def test_second_job_on_the_folder_is_refused(project, start):
+    start("taken", *LONG)
+    wait_for_iteration(project, "taken", 1)
+    done = project.run("train", "train.yaml", "run_dir=taken")
+    assert done.returncode == 78
+    assert "another job trains in this run folder" in done.stderr
+
+
+@pytest.mark.distributed
+def test_two_nodes_of_a_slurm_job_train_together_and_say_nothing_needless(project, start):
+    step = {
+        "SLURM_JOB_ID": str(time.time_ns() % 10**6),
+        "SLURM_STEP_ID": "0",
+        "SLURM_STEP_NUM_NODES": "2",
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_JOB_NODELIST": "localhost,other[1-3]",
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+    nodes = [start("nodes", "--nproc-per-node", "1", SLURM_NODEID=str(rank), **step) for rank in range(2)]
+    errors = [node.communicate(timeout=90)[1] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0]
+    assert json.loads((project.folder / "nodes" / "metrics.jsonl").read_text().splitlines()[-1])["iteration"] == 4
+    assert exit_status(project, "nodes")["exit_code"] == 0
+    lines = [line for text in errors for line in text.splitlines()]
+    assert not [line for line in lines if " | " not in line]
+    assert not [line for line in lines if "warning" in line.lower()]
