@@ -9,7 +9,7 @@ import enum
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from megatron_vlm.config import DataError
 
@@ -79,39 +79,44 @@ class RejectError(DataError):
         return (RejectError, (self.reason, self.detail))
 
 
+PLACEHOLDER = "<image>"
+"""How corpora write the place of an image in a text."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TextLimits:
-    """Which text is taken."""
+class TextRules:
+    """Which text is taken, and what is changed in it."""
 
     max_characters: int = 500_000
     """Longest text of one document [characters]."""
     control_characters: bool = False
     """Whether control characters other than tab and line breaks are taken."""
+    placeholder: Literal["upper", "keep"] = "upper"
+    """What becomes of a literal "<image>" that stands for no image; the VILA code writes "<IMAGE>"."""
 
 
 _CONTROL_CHARACTERS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 _SURROGATES = re.compile("[\ud800-\udfff]")
 
 
-def check_text(text: str, limits: TextLimits) -> str:
-    """Return `text` if it is within the limits.
+def clean_text(text: str, rules: TextRules) -> str:
+    """Return `text` as the rules want it.
 
     Raises:
         RejectError: too long, with control characters, or with code points that are no characters.
     """
-    if len(text) > limits.max_characters:
-        raise RejectError("text_too_long", f"{len(text)} characters, the limit is {limits.max_characters}")
-    if text.isascii():
-        if text.isprintable():
-            return text
-    elif found := _SURROGATES.search(text):
+    if len(text) > rules.max_characters:
+        raise RejectError("text_too_long", f"{len(text)} characters, the limit is {rules.max_characters}")
+    if not text.isascii() and (found := _SURROGATES.search(text)):
         raise RejectError("invalid_unicode", f"code point U+{ord(found[0]):04X} at character {found.start()}")
-    if not limits.control_characters and (found := _CONTROL_CHARACTERS.search(text)):
+    if not rules.control_characters and not text.isprintable() and (found := _CONTROL_CHARACTERS.search(text)):
         raise RejectError("control_character", f"U+{ord(found[0]):04X} at character {found.start()}")
+    if rules.placeholder == "upper" and PLACEHOLDER in text:
+        return text.replace(PLACEHOLDER, PLACEHOLDER.upper())
     return text
 
 
-# A control character that check_text refuses in the input; with control_characters=True it is still unlikely, and
+# A control character that clean_text refuses in the input; with control_characters=True it is still unlikely, and
 # join_text replaces it first.
 _IMAGE_MARK = "\x00"
 

@@ -7,12 +7,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from megatron_vlm.config import ConfigError
-from megatron_vlm.data.documents import Control, Document, Image, RejectError, Segment, Special, Text
+from megatron_vlm.data.documents import PLACEHOLDER, Control, Document, Image, RejectError, Segment, Special, Text
 from megatron_vlm.data.encoding import Encoder, encode_segments
 from megatron_vlm.data.shards import ImageSegment, TextSegment
-
-PLACEHOLDER = "<image>"
-"""Where an image stands in the text of a question."""
 
 _EOS, _BOS = Special(Control.EOS), Special(Control.BOS)
 _Part = str | Special

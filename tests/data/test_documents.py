@@ -11,8 +11,8 @@ from megatron_vlm.data.documents import (
     JoinRules,
     RejectError,
     Text,
-    TextLimits,
-    check_text,
+    TextRules,
+    clean_text,
     join_text,
 )
 
@@ -109,16 +109,21 @@ def test_images_without_text_give_no_pair_and_no_text_only_document():
 )
 def test_bad_text_is_rejected(text, reason):
     with pytest.raises(RejectError, match=reason):
-        check_text(text, TextLimits(max_characters=100))
+        clean_text(text, TextRules(max_characters=100))
 
 
-@pytest.mark.parametrize("text", ["", "plain", "tab\tline\r\nbreak", "日本 é 😀", "<image>", "\u0085"])
+@pytest.mark.parametrize("text", ["", "plain", "tab\tline\r\nbreak", "日本 é 😀", "\u0085"])
 def test_other_text_is_taken(text):
-    assert check_text(text, TextLimits()) == text
+    assert clean_text(text, TextRules()) == text
+
+
+def test_literal_placeholders_are_written_in_capitals_unless_kept():
+    assert clean_text("an <image> tag", TextRules()) == "an <IMAGE> tag"
+    assert clean_text("an <image> tag", TextRules(placeholder="keep")) == "an <image> tag"
 
 
 def test_control_characters_are_taken_on_request():
-    assert check_text("a\x0cb", TextLimits(control_characters=True)) == "a\x0cb"
+    assert clean_text("a\x0cb", TextRules(control_characters=True)) == "a\x0cb"
 
 
 def test_a_reject_survives_the_way_between_processes():

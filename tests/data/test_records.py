@@ -126,13 +126,13 @@ def test_a_huge_record_takes_bounded_memory_and_time(tmp_path, opening):
     path = tmp_path / "a.json"
     with path.open("wb") as stream:
         stream.write(opening + b'{"a": "')
-        for _ in range(200):
+        for _ in range(100):
             stream.write(b"x" * (1 << 20))
         stream.write(b'"}' + (b',\n{"b": 1}]' if opening else b'\n{"b": 1}\n'))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    start = time.perf_counter()
+    start = time.process_time()
     assert read(path) == [(1, "record_too_long"), (2, {"b": 1})]
-    assert time.perf_counter() - start < 3
+    assert time.process_time() - start < 2
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 150_000
 
 

@@ -1,0 +1,231 @@
+"""`megatron-vlm prepare {interleaved,pairs,conversations,text}`: raw corpus to shards."""
+
+import argparse
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_vlm.config import ConfigError, ExitCode
+
+if TYPE_CHECKING:
+    from megatron_vlm.data.documents import TextRules
+    from megatron_vlm.data.image_check import ImageRules
+    from megatron_vlm.data.manifest import Manifest
+    from megatron_vlm.data.part import ImagePlace
+    from megatron_vlm.data.sources.source import Source
+
+_EXAMPLES = {
+    "interleaved": "prepare interleaved --input mmc4 --images mmc4/images --output shards/mmc4 --tokenizer T",
+    "pairs": "prepare pairs --input coyo --output shards/coyo --tokenizer T",
+    "conversations": "prepare conversations --input llava/instructions.json --images llava --output shards/llava "
+    "--tokenizer T",
+    "text": "prepare text --input flan.jsonl --output shards/flan --tokenizer T",
+}
+_HELP = {
+    "interleaved": "MMC4: JSON lines, with images in a folder, in tars or as base64",
+    "pairs": "COYO, LAION: tars of img2dataset, with or without parquet; or JSON lines and an image folder",
+    "conversations": "LLaVA: JSON of conversations about images",
+    "text": "FLAN: JSON lines of inputs and targets; or of text",
+}
+_SOURCE_NAMES = {"interleaved": "mmc4", "pairs": "coyo", "conversations": "llava", "text": "text"}
+_TEMPLATES = ("vicuna_v1", "plain", "llama_2", "hermes-2", "llama_3")
+_VARIANTS = ("full", "pairs", "images-first", "text-only")
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    """Add the verb to the command line."""
+    parser = subparsers.add_parser(
+        "prepare",
+        help="raw corpus to shards; parallel, resumable, every reject listed",
+        epilog="examples (T is a SentencePiece model):\n"
+        + "\n".join(f"  megatron-vlm {example}" for example in _EXAMPLES.values()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
+    for kind, text in _HELP.items():
+        options = kinds.add_parser(
+            kind,
+            help=text,
+            description=text,
+            epilog=f"example (T is a SentencePiece model):\n  megatron-vlm {_EXAMPLES[kind]}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        _add_common(options, kind)
+        if kind != "text":
+            _add_images(options)
+        if kind == "interleaved":
+            _add_interleaved(options)
+        if kind in ("conversations", "text"):
+            _add_template(options, kind)
+    parser.set_defaults(run=run)
+
+
+def _add_common(parser: argparse.ArgumentParser, kind: str) -> None:
+    add = parser.add_argument
+    add("--input", type=Path, nargs="+", required=True, metavar="PATH", help="files, or folders of them")
+    add("--output", type=Path, required=True, metavar="DIR", help="folder of the shards; new, or one to go on with")
+    add("--tokenizer", type=Path, required=True, metavar="T", help="SentencePiece model, or a folder with one")
+    add("--source", default=_SOURCE_NAMES[kind], metavar="NAME", help="name of its loss (default: %(default)s)")
+    add("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (default: one a core)")
+    add("--max-shard-bytes", type=int, default=4 << 30, metavar="N", help="size of a shard (default: 4 GiB)")
+    text = parser.add_argument_group("text")
+    text.add_argument("--max-characters", type=int, default=500_000, metavar="N", help="longest text of a document")
+    text.add_argument("--control-characters", action="store_true", help="take text with control characters")
+    text.add_argument("--keep-placeholders", action="store_true", help='keep a literal "<image>"; else "<IMAGE>"')
+    text.add_argument("--max-record-bytes", type=int, default=16 << 20, metavar="N", help="longest JSON record")
+
+
+def _add_images(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("images").add_argument
+    add("--images", type=Path, metavar="DIR", help="folder of image files, or of tars (default: the input's folder)")
+    add("--max-pixels", type=int, default=50_000_000, metavar="N", help="largest image (default: %(default)s)")
+    add("--min-side", type=int, default=4, metavar="N", help="smallest shorter side (default: %(default)s)")
+    add("--max-aspect-ratio", type=float, default=20.0, metavar="X", help="longest shape (default: %(default)s)")
+    add("--max-image-bytes", type=int, default=32 << 20, metavar="N", help="largest file (default: 32 MiB)")
+    add("--min-image-bytes", type=int, default=0, metavar="N", help="smallest file (default: %(default)s)")
+    add("--decode-images", action="store_true", help="decode each image to find damage inside of it; slow")
+    add("--resize-shorter-side", type=int, metavar="N", help="encode larger images again (the paper: 336)")
+    add("--jpeg-quality", type=int, default=75, metavar="N", help="of images encoded again (default: %(default)s)")
+
+
+def _add_interleaved(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("documents; the defaults are the paper's").add_argument
+    add("--variant", choices=_VARIANTS, default="full", help="form of the samples, for ablations")
+    add("--max-images", type=int, default=6, metavar="N", help="images of a document (default: %(default)s)")
+    add("--min-images", type=int, default=1, metavar="N", help="reject documents with fewer (default: %(default)s)")
+    add("--bad-image", choices=("document", "image"), default="document", help="what a bad image rejects")
+    add("--min-similarity", type=float, metavar="X", help="leave out images with a lower matched_sim")
+    add("--separator", default=" ", metavar="TEXT", help="between sentences (default: a blank)")
+    add("--keep-blanks", action="store_true", help="keep the separators beside images")
+    add("--no-eos", action="store_true", help="do not end documents with EOS")
+
+
+def _add_template(parser: argparse.ArgumentParser, kind: str) -> None:
+    add = parser.add_argument_group("conversations").add_argument
+    add("--template", choices=_TEMPLATES, default="vicuna_v1", help="plain is for the align stage")
+    add(
+        "--system",
+        default="none" if kind == "text" else "default",
+        metavar="TEXT",
+        help="system prompt: default (the template's), none, or a text (default: %(default)s)",
+    )
+    if kind == "conversations":
+        add("--image-position", choices=("keep", "front"), default="keep", help="front: before the question's text")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the verb; returns the exit code."""
+    from megatron_vlm.data.part import PartJob
+    from megatron_vlm.data.prepare import PrepareJob, prepare
+    from megatron_vlm.data.templates import check_template, find_template
+    from megatron_vlm.data.tokenizer import load_tokenizer
+
+    if args.workers < 1:
+        raise ConfigError(f"--workers {args.workers} is below 1", fix="use 1 or more")
+    tokenizer = load_tokenizer(args.tokenizer)
+    if "template" in args:
+        check_template(find_template(args.template), tokenizer)
+    part = PartJob(
+        source=_source(args),
+        recipe=_recipe(args),
+        tokenizer=args.tokenizer,
+        images=_image_place(args),
+        image_rules=_image_rules(args),
+        max_shard_bytes=args.max_shard_bytes,
+    )
+    manifest = prepare(PrepareJob(output=args.output, source_name=args.source, part=part), num_workers=args.workers)
+    _report(args.output, manifest)
+    return ExitCode.DONE
+
+
+def _source(args: argparse.Namespace) -> "Source":
+    from megatron_vlm.data.sources.conversations import ConversationRules, ConversationSource
+    from megatron_vlm.data.sources.interleaved import InterleavedRules, InterleavedSource
+    from megatron_vlm.data.sources.pairs import PairRules, find_pair_source
+    from megatron_vlm.data.sources.source import find_record_files
+    from megatron_vlm.data.sources.text import TextSource
+
+    paths, text, limit = tuple(args.input), _text_rules(args), args.max_record_bytes
+    if args.kind == "pairs":
+        return find_pair_source(paths, PairRules(text=text, max_record_bytes=limit))
+    files = find_record_files(paths)
+    if args.kind == "interleaved":
+        rules = InterleavedRules(
+            max_images=args.max_images,
+            min_images=args.min_images,
+            bad_image=args.bad_image,
+            min_similarity=args.min_similarity,
+            text=text,
+            max_record_bytes=limit,
+        )
+        return InterleavedSource(files, rules)
+    turns = ConversationRules(template=args.template, system=args.system, text=text, max_record_bytes=limit)
+    if args.kind == "text":
+        return TextSource(files, turns)
+    import dataclasses
+
+    return ConversationSource(files, dataclasses.replace(turns, image_position=args.image_position))
+
+
+def _recipe(args: argparse.Namespace):
+    from megatron_vlm.data.documents import JoinRules
+    from megatron_vlm.data.part import Recipe
+
+    if args.kind == "interleaved":
+        join = JoinRules(separator=args.separator, trim_at_images=not args.keep_blanks)
+        return Recipe(variant=args.variant, join=join, eos=not args.no_eos)
+    return Recipe() if args.kind == "pairs" else Recipe(bos=False, eos=False)
+
+
+def _text_rules(args: argparse.Namespace) -> "TextRules":
+    from megatron_vlm.data.documents import TextRules
+
+    return TextRules(
+        max_characters=args.max_characters,
+        control_characters=args.control_characters,
+        placeholder="keep" if args.keep_placeholders else "upper",
+    )
+
+
+def _image_rules(args: argparse.Namespace) -> "ImageRules":
+    from megatron_vlm.data.image_check import ImageRules
+    from megatron_vlm.data.images import ImageLimits
+
+    if args.kind == "text":
+        return ImageRules()
+    return ImageRules(
+        limits=ImageLimits(max_pixels=args.max_pixels, min_side=args.min_side, max_aspect_ratio=args.max_aspect_ratio),
+        max_bytes=args.max_image_bytes,
+        min_bytes=args.min_image_bytes,
+        decode=args.decode_images,
+        resize_shorter_side=args.resize_shorter_side,
+        jpeg_quality=args.jpeg_quality,
+    )
+
+
+def _image_place(args: argparse.Namespace) -> "ImagePlace":
+    from megatron_vlm.data.part import ImagePlace
+
+    if args.kind == "text":
+        return ImagePlace()
+    first = args.input[0]
+    folder = args.images or (first if first.is_dir() else first.parent)
+    if not folder.is_dir():
+        raise ConfigError("image folder does not exist", where=str(folder), fix="check --images")
+    tars = tuple(sorted(folder.glob("*.tar"))) if args.images else ()
+    return ImagePlace(folder=folder, tars=tars)
+
+
+def _report(output: Path, manifest: "Manifest") -> None:
+    from megatron_vlm.data.prepare import describe_rejects
+
+    counts, used = manifest.counts, manifest.documents - manifest.rejected
+    reasons = f" ({describe_rejects(manifest.rejects)})" if manifest.rejects else ""
+    print(f"documents {manifest.documents} = used {used} + rejected {manifest.rejected}{reasons}")
+    print(
+        f"samples {counts.samples}, images {counts.images} ({counts.image_bytes / 1e6:.1f} MB), "
+        f"text tokens {counts.text_tokens} of which {counts.trained_tokens} are trained, shards {len(manifest.shards)}"
+    )
+    for note, count in manifest.notes.items():
+        print(f"{note.replace('_', ' ')} {count}")
+    print(f"wrote {output}")

@@ -1,0 +1,220 @@
+"""Prepare one input file: its documents become one shard or more, and a list of rejects.
+
+Everything that `prepare` writes goes through `prepare_part`, whoever calls it: this process, a pool, a job array. A
+part depends on its input file and the options alone, is written beside its place and renamed into it when it is whole.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megatron_vlm.config import StorageError
+from megatron_vlm.data.documents import VARIANTS, Document, JoinRules, RejectError, join_text
+from megatron_vlm.data.encoding import encode_document
+from megatron_vlm.data.image_check import ImageRules
+from megatron_vlm.data.manifest import REJECTS_FILE, Counts, FileFacts, ShardFacts, write_durably
+from megatron_vlm.data.shards import EncodedSample, ShardWriter
+from megatron_vlm.data.sources.image_store import FolderImages, ImageReader, ImageStore, TarImages
+from megatron_vlm.data.sources.source import Found, ReadContext, Source
+from megatron_vlm.data.tokenizer import Tokenizer, load_tokenizer
+
+PART_FILE = "part.json"
+USED_ROWS_FILE = "used_rows.npy"
+_REPORT_EVERY = 100
+_MAX_DETAIL = 300
+
+Report = Callable[[int, int], None]
+"""Told how many more documents were read, and how many of them rejected."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """How a document becomes samples."""
+
+    variant: str = "full"
+    join: JoinRules | None = None
+    """How sentences are joined; None: the source has done it."""
+    bos: bool = True
+    eos: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImagePlace:
+    """Where images are found by name."""
+
+    folder: Path | None = None
+    tars: tuple[Path, ...] = ()
+    """Tars instead of a folder."""
+    index: Path | None = None
+    """Where `prepare` put the index of the tars."""
+
+    def open(self, max_bytes: int) -> ImageStore | None:
+        """Open the place in this process."""
+        if self.tars and self.index is not None:
+            return TarImages(self.tars, self.index, max_bytes=max_bytes)
+        return FolderImages(self.folder, max_bytes=max_bytes) if self.folder else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartJob:
+    """What the preparation of every input file has in common; small, since it travels with each task."""
+
+    source: Source
+    recipe: Recipe
+    tokenizer: Path
+    images: ImagePlace = ImagePlace()
+    image_rules: ImageRules = ImageRules()
+    max_shard_bytes: int = 4 << 30
+    """A shard that reaches this size is followed by another."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartFacts:
+    """What became of one input file."""
+
+    input: str
+    documents: int
+    rejects: dict[str, int]
+    notes: dict[str, int]
+    shards: tuple[ShardFacts, ...]
+
+
+def prepare_part(job: PartJob, path: Path, name: str, folder: Path, report: Report) -> PartFacts:
+    """Prepare one input file into `folder`, or read what is there if that was done before.
+
+    Args:
+        job: the options.
+        path: the input file.
+        name: what it is called in the manifest and among the rejects.
+        folder: the part's own folder; it exists only when it is whole.
+        report: is told about progress.
+
+    Raises:
+        StorageError: a file cannot be read or written.
+    """
+    if folder.exists():
+        return load_part(folder)
+    unfinished = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    try:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir()
+        facts = _write_part(job, path, name, unfinished, report)
+        with contextlib.suppress(FileExistsError):  # whoever was faster wrote the same bytes
+            unfinished.rename(folder)
+    except OSError as error:
+        raise StorageError(
+            f"preparation of {name} stopped: {error.strerror or error}",
+            where=str(error.filename or folder),
+            fix="check the disk, then run the same command again; finished input files are kept",
+        ) from error
+    return facts
+
+
+def load_part(folder: Path) -> PartFacts:
+    """Read what a finished part says about itself."""
+    tree = json.loads((folder / PART_FILE).read_bytes())
+    shards = tuple(
+        ShardFacts(
+            name=shard["name"],
+            input=shard["input"],
+            counts=Counts(**shard["counts"]),
+            files={suffix: FileFacts(**facts) for suffix, facts in shard["files"].items()},
+        )
+        for shard in tree.pop("shards")
+    )
+    return PartFacts(**tree, shards=shards)
+
+
+def reject_row(file: str, found: Found, error: RejectError) -> str:
+    """Return one line of the list of rejects."""
+    row = {"file": file, "line": found.line, "key": found.key, "reason": error.reason}
+    return json.dumps(row | {"detail": error.detail[:_MAX_DETAIL]}) + "\n"
+
+
+def _write_part(job: PartJob, path: Path, name: str, folder: Path, report: Report) -> PartFacts:
+    images = ImageReader(job.images.open(job.image_rules.max_bytes), job.image_rules)
+    context = ReadContext(images)
+    tokenizer = _tokenizer(job.tokenizer)
+    shards = _ShardSeries(folder, name, job.max_shard_bytes)
+    rejects: Counter[str] = Counter()
+    documents = reported_rejects = 0
+    with (folder / REJECTS_FILE).open("w") as log:
+        for documents, found in enumerate(job.source.read(path, context), start=1):
+            error = _add(found, job.recipe, tokenizer, shards)
+            if error is not None:
+                rejects[error.reason] += 1
+                log.write(reject_row(name, found, error))
+            if documents % _REPORT_EVERY == 0:
+                report(_REPORT_EVERY, sum(rejects.values()) - reported_rejects)
+                reported_rejects = sum(rejects.values())
+        log.flush()
+        os.fsync(log.fileno())
+    report(documents % _REPORT_EVERY, sum(rejects.values()) - reported_rejects)
+    np.save(folder / USED_ROWS_FILE, np.array(context.used_rows, dtype=np.int64))
+    facts = PartFacts(
+        input=name,
+        documents=documents,
+        rejects=dict(sorted(rejects.items())),
+        notes={note: count for note, count in sorted(images.notes.items()) if count},
+        shards=tuple(shards.close()),
+    )
+    write_durably(folder / PART_FILE, json.dumps(dataclasses.asdict(facts)).encode())
+    return facts
+
+
+def _add(found: Found, recipe: Recipe, tokenizer: Tokenizer, shards: "_ShardSeries") -> RejectError | None:
+    """Write the samples of a document: all of them, or none and why."""
+    if isinstance(found.document, RejectError):
+        return found.document
+    try:
+        samples = list(_encode(found.document, recipe, tokenizer))
+    except RejectError as error:
+        return error
+    for sample in samples:
+        shards.add(sample)
+    return None
+
+
+def _encode(document: Document, recipe: Recipe, tokenizer: Tokenizer) -> Iterator[EncodedSample]:
+    documents = VARIANTS[recipe.variant](document)
+    if not documents:
+        raise RejectError("variant_empty", f"variant {recipe.variant} leaves nothing of the document")
+    for variant in documents:
+        joined = join_text(variant, recipe.join) if recipe.join else variant
+        yield encode_document(joined, tokenizer, bos=recipe.bos, eos=recipe.eos)
+
+
+class _ShardSeries:
+    """Consecutive shards of one input file."""
+
+    def __init__(self, folder: Path, input_name: str, max_bytes: int) -> None:
+        self._folder, self._input, self._max_bytes = folder, input_name, max_bytes
+        self._finished: list[ShardFacts] = []
+        self._writer: ShardWriter | None = None
+
+    def add(self, sample: EncodedSample) -> None:
+        if self._writer is None:
+            self._writer = ShardWriter(self._folder / f"{len(self._finished):05d}")
+        self._writer.add(sample)
+        if self._writer.bytes_written >= self._max_bytes:
+            self.close()
+
+    def close(self) -> list[ShardFacts]:
+        if self._writer is not None:
+            self._finished.append(self._writer.close(self._input))
+            self._writer = None
+        return self._finished
+
+
+@functools.lru_cache(maxsize=1)
+def _tokenizer(path: Path) -> Tokenizer:
+    return load_tokenizer(path)

@@ -1,0 +1,292 @@
+"""Prepare a raw corpus: every input file becomes a part, in any order, by any number of workers; then they are joined.
+
+The output is the same bytes for any number of workers, and after any interruption. It is complete when it has a
+manifest; until then a folder `.prepare` inside of it keeps what is done.
+"""
+
+import dataclasses
+import fcntl
+import json
+import logging
+import os
+import shutil
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_vlm.config import ConfigError, DataError, StorageError
+from megatron_vlm.data.manifest import (
+    MANIFEST_FILE,
+    REJECTS_FILE,
+    WORK_FOLDER,
+    FileFacts,
+    Manifest,
+    ShardFacts,
+    load_manifest,
+    save_manifest,
+    write_durably,
+)
+from megatron_vlm.data.part import USED_ROWS_FILE, PartFacts, PartJob, load_part, prepare_part, reject_row
+from megatron_vlm.data.shards import SUFFIXES
+from megatron_vlm.data.sources.image_store import index_tar
+from megatron_vlm.data.sources.join_index import JoinRows, save_join_index
+from megatron_vlm.data.sources.pair_table import index_table
+from megatron_vlm.data.sources.pairs import TarPairSource
+from megatron_vlm.data.tokenizer import load_tokenizer
+from megatron_vlm.data.workers import run_tasks
+
+logger = logging.getLogger(__name__)
+
+_JOB_FILE, _LOCK_FILE, _PARTS, _IMAGE_INDEX, _TABLE_INDEX = "job.json", "lock", "parts", "images", "tables"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrepareJob:
+    """One dataset to prepare."""
+
+    output: Path
+    source_name: str
+    """Name under which its loss is reported."""
+    part: PartJob
+
+
+def prepare(job: PrepareJob, *, num_workers: int = 1) -> Manifest:
+    """Prepare a dataset, or go on where an earlier call with the same options was interrupted.
+
+    Args:
+        job: what to prepare, and how.
+        num_workers: processes; the result does not depend on it.
+
+    Returns:
+        The manifest, which is also in the output folder.
+
+    Raises:
+        ConfigError: the output folder holds something else, or the preparation of something else.
+        DataError: no document became a sample.
+        StorageError: the disk is full or not writable, or a worker was killed.
+    """
+    inputs = _name_inputs(job.part.source.inputs)
+    plan = _plan(job, inputs)
+    done = _finished_before(job.output, plan)
+    if done is not None:
+        logger.info("%s is already prepared with these options", job.output)
+        return done
+    work = job.output / WORK_FOLDER
+    with _claimed(work, plan):
+        part = _build_indexes(job.part, work, num_workers)
+        folders = [work / _PARTS / f"{number:05d}" for number in range(len(inputs))]
+        # Workers get their input file by itself; a list of thousands with every task would be most of the traffic.
+        small = dataclasses.replace(part, source=dataclasses.replace(part.source, inputs=()))  # type: ignore[type-var]
+        tasks = [(small, path, name, folder) for (name, path), folder in zip(inputs.items(), folders, strict=True)]
+        run_tasks(prepare_part, tasks, num_workers=num_workers, unit="documents", reports=True)
+        manifest = _join(job.output, plan, part, folders)
+        save_manifest(manifest, job.output)
+        shutil.rmtree(work)
+    return manifest
+
+
+def describe_rejects(rejects: dict[str, int]) -> str:
+    """Return the reasons with their counts, most frequent first."""
+    return ", ".join(f"{reason} {count}" for reason, count in sorted(rejects.items(), key=lambda item: -item[1]))
+
+
+def _plan(job: PrepareJob, inputs: dict[str, Path]) -> Manifest:
+    """Return the manifest as far as it is known before any data is read: what is prepared, from what and how."""
+    part = job.part
+    rules: Any = getattr(part.source, "rules", None)
+    options = {
+        "format": type(part.source).__name__,
+        "rules": dataclasses.asdict(rules),
+        "recipe": dataclasses.asdict(part.recipe),
+        "images": dataclasses.asdict(part.image_rules),
+        "max_shard_bytes": part.max_shard_bytes,
+        "inputs": {name: path.stat().st_size for name, path in inputs.items()},
+    }
+    if part.images.tars:
+        options["image_tars"] = {name: path.stat().st_size for name, path in _name_inputs(part.images.tars).items()}
+    if isinstance(part.source, TarPairSource):
+        options["tables"] = {table.path.name: table.num_rows for table in part.source.tables}
+    return Manifest(
+        source=job.source_name,
+        tokenizer=load_tokenizer(part.tokenizer).facts,
+        shards=(),
+        documents=0,
+        options=json.loads(json.dumps(options)),
+    )
+
+
+def _name_inputs(paths: tuple[Path, ...]) -> dict[str, Path]:
+    """Return the input files by name, relative to the folder that all are in."""
+    root = os.path.commonpath([path.resolve().parent for path in paths])
+    return {os.path.relpath(path.resolve(), root): path for path in paths}
+
+
+def _finished_before(output: Path, plan: Manifest) -> Manifest | None:
+    """Return the manifest of an earlier, complete preparation.
+
+    Raises:
+        ConfigError: the folder holds another dataset, or other files.
+    """
+    if (output / MANIFEST_FILE).exists():
+        found = load_manifest(output)
+        bare = dataclasses.replace(found, shards=(), documents=0, rejects={}, notes={}, rejects_file=None)
+        if bare != plan:
+            raise ConfigError(
+                f"output folder holds a dataset that differs in {_difference(bare, plan)}",
+                where=str(output),
+                fix="give another --output, or delete the folder",
+            )
+        shutil.rmtree(output / WORK_FOLDER, ignore_errors=True)  # left by a kill between the manifest and the end
+        return found
+    if output.exists() and not (output / WORK_FOLDER).exists() and any(output.iterdir()):
+        raise ConfigError("output folder is not empty", where=str(output), fix="give another --output")
+    return None
+
+
+def _difference(found: Manifest, wanted: Manifest) -> str:
+    if found.source != wanted.source:
+        return f"source: {found.source}"
+    if found.tokenizer != wanted.tokenizer:
+        return f"tokenizer: {found.tokenizer.name} of sha256 {found.tokenizer.sha256[:12]}"
+    names = sorted(found.options.keys() | wanted.options.keys())
+    return "options: " + ", ".join(name for name in names if found.options.get(name) != wanted.options.get(name))
+
+
+@contextmanager
+def _claimed(work: Path, plan: Manifest) -> Iterator[None]:
+    """Hold the work folder against other processes, and against other options.
+
+    Raises:
+        ConfigError: it is in use, or holds the unfinished preparation of something else.
+        StorageError: it cannot be written.
+    """
+    try:
+        (work / _PARTS).mkdir(parents=True, exist_ok=True)
+        lock = (work / _LOCK_FILE).open("w")
+    except OSError as error:
+        raise StorageError(
+            f"output folder cannot be written: {error.strerror}", where=str(work.parent), fix="check its permissions"
+        ) from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(
+                "another process is preparing this folder", where=str(work.parent), fix="wait for it, or stop it"
+            ) from None
+        content = json.dumps(dataclasses.asdict(plan))
+        if not (work / _JOB_FILE).exists():
+            write_durably(work / _JOB_FILE, content.encode())
+        elif (work / _JOB_FILE).read_text() != content:
+            raise ConfigError(
+                "output folder holds an unfinished preparation with other options or inputs",
+                where=str(work.parent),
+                fix="use the same options to go on, or delete the folder",
+            )
+        for left_over in [*work.glob("*.tmp"), *(work / _PARTS).glob("*.tmp")]:
+            shutil.rmtree(left_over)
+        yield
+
+
+def _build_indexes(part: PartJob, work: Path, num_workers: int) -> PartJob:
+    """Index what is joined by name or URL, and tell the job where the index is."""
+    if part.images.tars:
+        tasks = [(path, number) for number, path in enumerate(part.images.tars)]
+        index = _build_index(work / _IMAGE_INDEX, index_tar, tasks, num_workers)
+        part = dataclasses.replace(part, images=dataclasses.replace(part.images, index=index))
+    if isinstance(part.source, TarPairSource) and part.source.tables:
+        starts = np.cumsum([0, *(table.num_rows for table in part.source.tables)]).tolist()
+        tasks = [(table.path, start) for table, start in zip(part.source.tables, starts, strict=False)]
+        index = _build_index(work / _TABLE_INDEX, index_table, tasks, num_workers)
+        part = dataclasses.replace(part, source=dataclasses.replace(part.source, table_index=index))
+    return part
+
+
+def _build_index(folder: Path, function: Any, tasks: list[tuple], num_workers: int) -> Path:
+    if not folder.exists():
+        rows: list[JoinRows] = run_tasks(function, tasks, num_workers=num_workers, unit="files")
+        unfinished = folder.with_name(folder.name + ".tmp")
+        save_join_index(rows, unfinished)
+        unfinished.rename(folder)
+    return folder
+
+
+def _join(output: Path, plan: Manifest, part: PartJob, folders: list[Path]) -> Manifest:
+    """Put the parts together and return the complete manifest; may be done again after an interruption.
+
+    Raises:
+        DataError: no document became a sample.
+    """
+    parts = [load_part(folder) for folder in folders]
+    rejects, notes = Counter[str](), Counter[str]()
+    for one in parts:
+        rejects.update(one.rejects)
+        notes.update(one.notes)
+    missing = _write_rejects(output / REJECTS_FILE, folders, _missing_rows(part, folders))
+    if missing:
+        rejects["image_missing"] += missing
+    documents = sum(one.documents for one in parts) + missing
+    shards = _move_shards(output, folders, parts)
+    if not shards:
+        raise DataError(
+            f"none of {documents} documents became a sample: {describe_rejects(rejects) or 'the input is empty'}",
+            where=str(output / REJECTS_FILE),
+            fix="look at the rejects, then delete the folder and try with other options",
+        )
+    rejects_bytes = (output / REJECTS_FILE).read_bytes()
+    return dataclasses.replace(
+        plan,
+        shards=tuple(shards),
+        documents=documents,
+        rejects=dict(sorted(rejects.items())),
+        notes=dict(sorted(notes.items())),
+        rejects_file=FileFacts(bytes=len(rejects_bytes), crc32=zlib.crc32(rejects_bytes)),
+    )
+
+
+def _missing_rows(part: PartJob, folders: list[Path]) -> Iterator[str]:
+    """Yield a reject for each row of a joined table that no input file has an image for."""
+    if not isinstance(part.source, TarPairSource):
+        return
+    used = np.zeros(sum(table.num_rows for table in part.source.tables), dtype=bool)
+    for folder in folders:
+        used[np.load(folder / USED_ROWS_FILE)] = True
+    for path, found in part.source.missing(used):
+        if isinstance(found.document, DataError):
+            yield reject_row(path.name, found, found.document)
+
+
+def _write_rejects(path: Path, folders: list[Path], missing: Iterator[str]) -> int:
+    """Write the list of rejects of all parts; returns how many `missing` adds."""
+    count = 0
+    unfinished = path.with_name(path.name + ".tmp")
+    with unfinished.open("wb") as stream:
+        for folder in folders:
+            with (folder / REJECTS_FILE).open("rb") as own:
+                shutil.copyfileobj(own, stream)
+        for count, row in enumerate(missing, start=1):  # noqa: B007
+            stream.write(row.encode())
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(unfinished, path)
+    return count
+
+
+def _move_shards(output: Path, folders: list[Path], parts: list[PartFacts]) -> list[ShardFacts]:
+    """Rename the shards of all parts into the output folder, numbered through."""
+    moved: list[ShardFacts] = []
+    for folder, one in zip(folders, parts, strict=True):
+        for shard in one.shards:
+            name = f"{len(moved):05d}"
+            for suffix in SUFFIXES:
+                source = folder / f"{shard.name}.{suffix}"
+                if source.exists():  # not moved before an interruption
+                    os.replace(source, output / f"{name}.{suffix}")
+            moved.append(dataclasses.replace(shard, name=name))
+    return moved

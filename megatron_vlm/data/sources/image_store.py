@@ -1,0 +1,180 @@
+"""Where the images of a corpus are: a folder, or tars joined by name or URL."""
+
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from megatron_vlm.config import ConfigError, DataError
+from megatron_vlm.data.documents import RejectError
+from megatron_vlm.data.image_check import ImageRules, check_image, shrink_image
+from megatron_vlm.data.sources.join_index import JoinIndex, JoinRows, hash_texts
+from megatron_vlm.data.sources.records import parse_record
+from megatron_vlm.data.sources.tars import Member, TarReader, find_image, group_members
+
+_PLACE_DTYPE = np.dtype([("tar", "<u4"), ("size", "<u4"), ("offset", "<u8")])
+_MAX_SIZE = (1 << 32) - 1
+_MAX_OPEN_TARS = 64
+
+
+class ImageStore(Protocol):
+    """Finds the bytes of an image."""
+
+    def read(self, name: str | None, url: str | None) -> bytes:
+        """Return the file of an image.
+
+        Raises:
+            RejectError: image_missing, image_path, image_ambiguous or image_bytes.
+        """
+
+
+class FolderImages:
+    """Images as files of a folder, by path relative to it.
+
+    Args:
+        root: the folder; a path that leaves it is rejected.
+        max_bytes: largest file that is read.
+    """
+
+    def __init__(self, root: Path, *, max_bytes: int) -> None:
+        if not root.is_dir():
+            raise ConfigError("image folder does not exist", where=str(root), fix="check --images")
+        self._root, self._max_bytes = str(root), max_bytes
+
+    def read(self, name: str | None, url: str | None) -> bytes:
+        """Return the file named `name`; the URL is of no use here."""
+        if not name:
+            raise RejectError("image_missing", "the record names no image file")
+        path = os.path.normpath(os.path.join(self._root, name))
+        if os.path.isabs(name) or "\0" in name or not path.startswith(os.path.normpath(self._root) + os.sep):
+            raise RejectError("image_path", f"{name[:200]!r} leaves the image folder")
+        try:
+            # Without O_NONBLOCK, a named pipe in the folder would wait for ever.
+            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        except (OSError, UnicodeError) as error:
+            raise RejectError("image_missing", f"{name[:200]!r}: {getattr(error, 'strerror', error)}") from None
+        with os.fdopen(descriptor, "rb", buffering=0) as stream:
+            found = os.fstat(descriptor)
+            if not stat.S_ISREG(found.st_mode):
+                raise RejectError("image_missing", f"{name[:200]!r} is not a file")
+            if found.st_size > self._max_bytes:
+                raise RejectError("image_bytes", f"{found.st_size} bytes, at most {self._max_bytes} are taken")
+            return stream.read()
+
+
+class TarImages:
+    """Images in tars, by URL (the .json that img2dataset writes beside each), member name or key.
+
+    Args:
+        tars: the tar files, in the order that the index was built with.
+        index: folder that `save_join_index` wrote; mapped, so that all workers share it.
+        max_bytes: largest image that is read.
+    """
+
+    def __init__(self, tars: tuple[Path, ...], index: Path, *, max_bytes: int) -> None:
+        self._tars, self._max_bytes = tars, max_bytes
+        self._index = JoinIndex(index)
+        self._readers: dict[int, TarReader] = {}
+
+    def read(self, name: str | None, url: str | None) -> bytes:
+        """Return the image of this URL, or of this name."""
+        entry = self._find("url:" + url, unique=False) if url else None
+        if entry is None and name:
+            entry = self._find("name:" + name.rpartition("/")[2], unique=True)
+        if entry is None and name:
+            entry = self._find("key:" + Member(name, 0, 0).key.rpartition("/")[2], unique=True)
+        if entry is None:
+            raise RejectError("image_missing", f"no tar has an image of name {name!r} or URL {url!r}"[:300])
+        if entry["size"] > self._max_bytes:
+            raise RejectError("image_bytes", f"{entry['size']} bytes, at most {self._max_bytes} are taken")
+        return self._reader(int(entry["tar"])).read(Member("", int(entry["offset"]), int(entry["size"])))
+
+    def _find(self, text: str, *, unique: bool) -> np.void | None:
+        found = self._index.find(text)
+        if unique and len(found) > 1:
+            raise RejectError("image_ambiguous", f"several images of the tars are called {text[:200]!r}")
+        return found[0] if len(found) else None
+
+    def _reader(self, number: int) -> TarReader:
+        reader = self._readers.get(number)
+        if reader is None:
+            if len(self._readers) >= _MAX_OPEN_TARS:
+                self._readers.pop(next(iter(self._readers))).__exit__()
+            reader = self._readers[number] = TarReader(self._tars[number])
+        return reader
+
+
+def index_tar(path: Path, number: int) -> JoinRows:
+    """List the images of one tar under their URL, name and key.
+
+    Args:
+        path: the tar; members before damage are still listed.
+        number: its place among the tars.
+    """
+    names: list[str] = []
+    rows: list[tuple[int, int, int]] = []
+    with TarReader(path) as tar:
+        for key, group in group_members(_until_damage(tar)).items():
+            member = find_image(group)
+            if member is None:
+                continue
+            own = ["key:" + key.rpartition("/")[2], "name:" + member.name.rpartition("/")[2]]
+            own += _url_names(tar, group.get("json"))
+            names += own
+            rows += [(number, min(member.size, _MAX_SIZE), member.offset)] * len(own)
+    return JoinRows(hash_texts(names), np.array(rows, dtype=_PLACE_DTYPE))
+
+
+class ImageReader:
+    """Reads, checks and, where wanted, shrinks images, and counts what is worth telling.
+
+    Args:
+        store: where images are found by name; None for corpora that bring the bytes themselves.
+        rules: what is taken.
+    """
+
+    def __init__(self, store: ImageStore | None, rules: ImageRules) -> None:
+        self._store, self._rules = store, rules
+        self.notes = {"animated_images": 0, "shrunk_images": 0}
+
+    def find(self, name: str | None, url: str | None = None) -> bytes:
+        """Return the checked image of this name or URL.
+
+        Raises:
+            RejectError: it is missing or not taken.
+        """
+        if self._store is None:
+            raise DataError("the corpus names image files", fix="say where they are with --images")
+        return self.check(self._store.read(name, url))
+
+    def check(self, data: bytes) -> bytes:
+        """Return the image, checked, smaller where the rules want it.
+
+        Raises:
+            RejectError: it is not taken.
+        """
+        facts = check_image(data, self._rules)
+        self.notes["animated_images"] += facts.animated
+        shrunk = shrink_image(data, facts, self._rules)
+        self.notes["shrunk_images"] += shrunk is not data
+        return shrunk
+
+
+def _until_damage(tar: TarReader) -> Iterator[Member]:
+    try:
+        yield from tar.members()
+    except RejectError:
+        return
+
+
+def _url_names(tar: TarReader, member: Member | None) -> list[str]:
+    if member is None:
+        return []
+    try:
+        url = parse_record(tar.read(member)).get("url")
+    except RejectError:
+        return []
+    return ["url:" + url] if isinstance(url, str) else []

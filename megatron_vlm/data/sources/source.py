@@ -1,0 +1,73 @@
+"""What every reader of a raw corpus has in common."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from megatron_vlm.config import ConfigError
+from megatron_vlm.data.documents import Document, RejectError
+from megatron_vlm.data.sources.image_store import ImageReader
+from megatron_vlm.data.sources.records import SUFFIXES
+
+
+class Found(NamedTuple):
+    """One document of an input file, or why it is none."""
+
+    line: int | None
+    key: str | None
+    document: Document | RejectError
+
+
+@dataclass(slots=True)
+class ReadContext:
+    """What reading one input file uses and leaves behind."""
+
+    images: ImageReader
+    used_rows: list[int] = field(default_factory=list)
+    """Rows of a joined table that a document was found for."""
+
+
+class Source(Protocol):
+    """A corpus: which files it has, and how one of them is read. Picklable; workers get a copy."""
+
+    @property
+    def inputs(self) -> tuple[Path, ...]:
+        """The files, each read on its own; in the order of the shards."""
+
+    def read(self, path: Path, context: ReadContext) -> Iterator[Found]:
+        """Yield every document of one file, those that are rejected too."""
+
+
+def find_record_files(paths: tuple[Path, ...]) -> tuple[Path, ...]:
+    """Return the JSON files among `paths` and directly inside of the folders among them, by name.
+
+    Raises:
+        ConfigError: a path does not exist, or there is no such file.
+    """
+    return find_files(paths, SUFFIXES, "JSON or JSON-lines files (.jsonl, .json, also .gz or .zip)")
+
+
+def find_files(paths: tuple[Path, ...], suffixes: tuple[str, ...], what: str) -> tuple[Path, ...]:
+    """Return the files with one of `suffixes` among `paths` and directly inside of the folders among them, by name.
+
+    Raises:
+        ConfigError: a path does not exist, or there is no such file; `what` names the kind.
+    """
+    found: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            found += sorted(entry for entry in path.iterdir() if entry.name.lower().endswith(suffixes))
+        elif path.exists():
+            found.append(path)
+        else:
+            raise ConfigError("input does not exist", where=str(path), fix="check --input")
+    files = tuple(path for path in found if path.is_file())
+    if not files:
+        raise ConfigError(f"input has no {what}", where=", ".join(map(str, paths)), fix="check --input")
+    return files
+
+
+def key_of(value: object) -> str | None:
+    """Return the key of a record as text, cut to a length that fits a list of rejects."""
+    return str(value)[:300] if isinstance(value, (str, int)) else None

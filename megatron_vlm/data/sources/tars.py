@@ -1,0 +1,139 @@
+"""Members of tar files, found by their headers and read by position.
+
+A tar is scanned once, header by header; then each member is one read. That is several times faster than Python's
+tarfile, and pairs members by name however they are ordered.
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from megatron_vlm.data.documents import RejectError
+
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif")
+
+_BLOCK = 512
+_MAX_NAME_BYTES = 1 << 16
+_REGULAR, _LONG_NAME, _PAX, _PAX_GLOBAL = b"0\0", b"L", b"x", b"g"
+
+
+class Member(NamedTuple):
+    """One file of a tar."""
+
+    name: str
+    offset: int
+    size: int
+
+    @property
+    def key(self) -> str:
+        """Name up to the first dot after the folder: what the files of one sample share."""
+        folder, slash, name = self.name.rpartition("/")
+        return folder + slash + name.partition(".")[0]
+
+    @property
+    def extension(self) -> str:
+        """What follows the key, in lower case."""
+        return self.name.rpartition("/")[2].partition(".")[2].lower()
+
+
+class TarReader:
+    """One open tar file.
+
+    Args:
+        path: an uncompressed tar.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._descriptor = os.open(path, os.O_RDONLY)
+
+    def __enter__(self) -> "TarReader":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        os.close(self._descriptor)
+
+    def read(self, member: Member) -> bytes:
+        """Return the content of a member."""
+        return os.pread(self._descriptor, member.size, member.offset)
+
+    def members(self) -> Iterator[Member]:
+        """Yield the regular files in order.
+
+        Raises:
+            RejectError: tar_damaged or tar_truncated, after all members before the damage were yielded.
+        """
+        end = os.fstat(self._descriptor).st_size
+        position, long_name = 0, None
+        while position < end:
+            header = os.pread(self._descriptor, _BLOCK, position)
+            if len(header) == _BLOCK and not header.strip(b"\0"):
+                return  # the end mark; what follows is padding
+            size = self._check(header, position)
+            content, kind = position + _BLOCK, header[156:157]
+            position = content + -(-size // _BLOCK) * _BLOCK
+            if kind in (_LONG_NAME, _PAX):
+                if size > _MAX_NAME_BYTES:
+                    raise RejectError("tar_damaged", f"name of {size} bytes at byte {content}")
+                extra = os.pread(self._descriptor, size, content)
+                long_name = extra.rstrip(b"\0") if kind == _LONG_NAME else _pax_path(extra) or long_name
+                continue
+            if content + size > end:
+                raise RejectError(
+                    "tar_truncated", f"the member at byte {content} has {size} bytes, {end - content} are there"
+                )
+            if kind in _REGULAR:
+                name = long_name or _header_name(header)
+                yield Member(name.decode("utf-8", "surrogateescape"), content, size)
+            if kind != _PAX_GLOBAL:
+                long_name = None
+
+    def _check(self, header: bytes, position: int) -> int:
+        """Return the size of the member whose header this is."""
+        if len(header) < _BLOCK:
+            raise RejectError("tar_truncated", f"the file ends within the header at byte {position}")
+        try:
+            expected = int(header[148:156].strip(b"\0 "), 8)
+            size = (
+                int.from_bytes(header[125:136], "big")
+                if header[124] & 0x80
+                else int(header[124:136].strip(b"\0 ") or b"0", 8)
+            )
+        except ValueError:
+            raise RejectError("tar_damaged", f"no tar header at byte {position}") from None
+        if sum(header) - sum(header[148:156]) + 8 * 0x20 != expected:
+            raise RejectError("tar_damaged", f"the header at byte {position} has another checksum")
+        return size
+
+
+def group_members(members: Iterator[Member]) -> dict[str, dict[str, Member | None]]:
+    """Return the members of each key by extension, in order of first appearance; None where a name comes twice."""
+    groups: dict[str, dict[str, Member | None]] = {}
+    for member in members:
+        group = groups.setdefault(member.key, {})
+        group[member.extension] = None if member.extension in group else member
+    return groups
+
+
+def find_image(group: dict[str, Member | None]) -> Member | None:
+    """Return the image among the members of a key, by extension; None if there is none, or one comes twice."""
+    for extension in IMAGE_EXTENSIONS:
+        if extension in group:
+            return group[extension]
+    return None
+
+
+def _header_name(header: bytes) -> bytes:
+    name = header[:100].partition(b"\0")[0]
+    prefix = header[345:500].partition(b"\0")[0] if header[257:263] == b"ustar\0" else b""
+    return prefix + b"/" + name if prefix else name
+
+
+def _pax_path(content: bytes) -> bytes | None:
+    """Return the value of the record `<length> path=<value>`."""
+    for line in content.split(b"\n"):
+        _, _, record = line.partition(b" ")
+        if record.startswith(b"path="):
+            return record[len(b"path=") :]
+    return None
