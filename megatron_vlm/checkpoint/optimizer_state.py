@@ -22,6 +22,12 @@ def inner_optimizers(optimizer: MegatronOptimizer) -> list[Any]:
     return list(getattr(optimizer, "chained_optimizers", [optimizer]))
 
 
+def has_parameters(optimizer: MegatronOptimizer) -> bool:
+    """Return whether anything on this rank learns."""
+    adams = (getattr(inner, "optimizer", None) for inner in inner_optimizers(optimizer))
+    return any(group["params"] for adam in adams if adam is not None for group in adam.param_groups)
+
+
 def create_state(optimizer: MegatronOptimizer) -> None:
     """Give every parameter the state of an Adam that has not stepped yet.
 

@@ -14,7 +14,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron_vlm.checkpoint.folder import checkpoint_path, prune, write_latest
 from megatron_vlm.checkpoint.manifest import FileRecord, Manifest, checksum_file, list_files, write_manifest
 from megatron_vlm.checkpoint.optimizer_state import SHARDING_METADATA
-from megatron_vlm.checkpoint.sharded_state import describe
+from megatron_vlm.checkpoint.sharded_state import OPTIMIZER_KEY, describe
 from megatron_vlm.config import StorageError, TrainConfig, save_config
 from megatron_vlm.platform.run_folder import CONFIG_NAME
 
@@ -74,13 +74,23 @@ def _save(
     torch.distributed.barrier()
     distributed = config.parallel.use_distributed_optimizer
     state = describe(chunks, optimizer, is_loading=False, distributed=distributed)
-    dist_checkpointing.save(state, str(folder), content_metadata=dict(SHARDING_METADATA))
+    dist_checkpointing.save(
+        state,
+        str(folder),
+        content_metadata=dict(SHARDING_METADATA),
+        preprocess_common_before_consistancy_check=_leave_optimizer_out,
+    )
     if is_main:
         save_config(config, folder / CONFIG_NAME)
     torch.distributed.barrier()
     files = _checksum_together(folder)
     if is_main:
         write_manifest(folder, Manifest(iteration=progress["iteration"], progress=progress, files=files))
+
+
+def _leave_optimizer_out(common: dict[str, Any]) -> dict[str, Any]:
+    """Return what every rank must have alike; a stage of frozen parts alone has no optimizer."""
+    return {key: value for key, value in common.items() if key != OPTIMIZER_KEY}
 
 
 def _checksum_together(folder: Path) -> dict[str, FileRecord]:

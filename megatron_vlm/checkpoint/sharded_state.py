@@ -10,12 +10,12 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTenso
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer.module import MegatronModule
 
-from megatron_vlm.checkpoint.optimizer_state import SHARDING_METADATA, create_state, load_state
+from megatron_vlm.checkpoint.optimizer_state import SHARDING_METADATA, create_state, has_parameters, load_state
 from megatron_vlm.checkpoint.pickles import check_metadata
 from megatron_vlm.config import CheckpointError
 
 MODEL_PREFIX = "model."
-_OPTIMIZER = "optimizer"
+OPTIMIZER_KEY = "optimizer"
 
 
 def describe_model(chunks: Sequence[MegatronModule]) -> dict[str, dict[str, Any]]:
@@ -40,7 +40,10 @@ def describe(
     if is_loading or distributed:
         create_state(optimizer)
     state: dict[str, Any] = dict(describe_model(chunks))
-    state[_OPTIMIZER] = optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=dict(SHARDING_METADATA))
+    if not has_parameters(optimizer):
+        # A pipeline stage of frozen parts alone: megatron-core cannot describe an optimizer that has nothing to do.
+        return state
+    state[OPTIMIZER_KEY] = optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=dict(SHARDING_METADATA))
     return state
 
 
@@ -68,7 +71,8 @@ def load_all(
     check_tensors(checkpoint, state)
     loaded = dist_checkpointing.load(state, str(checkpoint))
     _fill_model(chunks, loaded)
-    load_state(optimizer, loaded[_OPTIMIZER], distributed)
+    if OPTIMIZER_KEY in state:
+        load_state(optimizer, loaded[OPTIMIZER_KEY], distributed)
 
 
 def check_tensors(checkpoint: Path, state: dict[str, Any]) -> None:

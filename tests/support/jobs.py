@@ -2,19 +2,26 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from megatron_vlm.checkpoint.load import load_weights
 from megatron_vlm.checkpoint.optimizer_state import inner_optimizers
 from megatron_vlm.checkpoint.save import save_checkpoint
 from megatron_vlm.config import CheckpointConfig, TrainConfig
 from megatron_vlm.data.batch import ImageShare, VLMBatch
 from megatron_vlm.data.collate import Collation, PlacedSample, collate
+from megatron_vlm.data.shards import ImageSegment
+from megatron_vlm.models.build import build_model
 from megatron_vlm.parallel.groups import RankLayout, build_groups, rank_layout
+from megatron_vlm.training.optimizer import build_optimizer, wrap_model
 from megatron_vlm.training.setup import build_state
 from megatron_vlm.training.state import TrainState
-from megatron_vlm.training.step import train_step
+from megatron_vlm.training.step import _Counts, _TimedIterator, forward_step, train_step
 from tests.support.samples import make_samples
 
 CPU = torch.device("cpu")
@@ -125,3 +132,65 @@ def train_steps_without_borders(config: TrainConfig, rows: Sequence[Sequence[int
     )
     metrics = _step(state, [merged])
     return Steps([metrics.loss], [metrics.grad_norm], [metrics.source_losses], [])
+
+
+def gradients_of_one_step(
+    config: TrainConfig, rows: Sequence[Sequence[int]], also_freeze: Sequence[str] = ()
+) -> dict[str, float]:
+    """Return the norm over all ranks of the finished gradient of every part, by name; frozen parts are left out.
+
+    Samples 0 to 7 hold pictures, 8 to 15 none.
+    """
+    build_groups(replace(config.parallel, use_distributed_optimizer=False, overlap_param_gather=False))
+    frozen = (*config.training.freeze, *also_freeze)
+    # With the plain optimizer every rank keeps its whole reduced gradient.
+    config = replace(
+        config, parallel=replace(config.parallel, use_distributed_optimizer=False, overlap_param_gather=False)
+    )
+    rank = rank_layout()
+    chunks = build_model(config)
+    load_weights(config.checkpoint.load_weights, chunks)
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            if name.startswith(tuple(frozen)) and frozen:
+                parameter.requires_grad_(False)
+    wrapped = wrap_model(config, chunks)
+    build_optimizer(config, wrapped)
+    samples = _pictures_then_text()
+    loader = _TimedIterator(
+        batches_of(config, rank, rows, samples, 0), _Counts(config.model.language.pad_token_id), CPU
+    )
+    wrapped[0].zero_grad_buffer()
+    get_forward_backward_func()(
+        forward_step_func=partial(forward_step, num_sources=len(SOURCES)),
+        data_iterator=loader,
+        model=wrapped[0],
+        num_microbatches=len(rows) // rank.dp_size,
+        seq_length=config.data.seq_length,
+        micro_batch_size=1,
+        forward_only=False,
+    )
+    squares: dict[str, torch.Tensor] = {}
+    for name, parameter in chunks[0].named_parameters():
+        if parameter.requires_grad:
+            part = ".".join(name.split(".")[:4])
+            square = parameter.main_grad.double().square().sum()
+            if not getattr(parameter, "tensor_model_parallel", False):
+                square = square / rank.tp_size
+            squares[part] = squares.get(part, torch.zeros((), dtype=torch.float64)) + square
+    group = parallel_state.get_tensor_model_parallel_group()
+    for square in squares.values():
+        torch.distributed.all_reduce(square, group=group)
+    return {name: float(square.sqrt()) for name, square in squares.items()}
+
+
+def _pictures_then_text() -> list[PlacedSample]:
+    candidates = make_samples(64)
+    has_image = [any(isinstance(s, ImageSegment) for s in placed.sample.segments) for placed in candidates]
+    pictures = [placed for placed, yes in zip(candidates, has_image, strict=True) if yes][:8]
+    text = [placed for placed, yes in zip(candidates, has_image, strict=True) if not yes][:8]
+    # sample 3 has one picture only
+    one = next(p for p in pictures if sum(isinstance(s, ImageSegment) for s in p.sample.segments) == 1)
+    pictures.remove(one)
+    pictures.insert(3, one)
+    return pictures + text

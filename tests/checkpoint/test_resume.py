@@ -1,0 +1,94 @@
+"""A run that is saved and loaded goes on as if nothing had happened."""
+
+from dataclasses import replace
+
+import pytest
+
+from tests.support.configs import SEQ_LENGTH, tiny_run
+from tests.support.samples import make_samples, pack_in_order, sample_length
+
+pytestmark = pytest.mark.distributed
+
+NUM_SAMPLES, STEPS_BEFORE, STEPS_AFTER = 84, 2, 3
+TP2_PP2_SP = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "sequence_parallel": True}
+# Another layout adds the same numbers up in another order (float32).
+TOLERANCE = 1e-5
+
+
+def rows():
+    lengths = [sample_length(placed.sample, 16) for placed in make_samples(NUM_SAMPLES)]
+    packed = pack_in_order(lengths, SEQ_LENGTH)
+    return packed + [[] for _ in range(4 * (STEPS_BEFORE + STEPS_AFTER) - len(packed))]
+
+
+def steps(workers, config, world_size, num_steps, save=False):
+    return workers.run(
+        "tests.support.jobs:train_steps",
+        world_size,
+        config=config,
+        rows=rows(),
+        num_samples=NUM_SAMPLES,
+        num_steps=num_steps,
+        save=save,
+    )[-1]
+
+
+LAYOUTS = {
+    "one_rank": (1, {}),
+    "dp2": (2, {}),
+    "dp2_plain_optimizer": (2, {"use_distributed_optimizer": False}),
+    "tp2_pp2_sp": (4, TP2_PP2_SP),
+}
+
+
+@pytest.fixture(scope="module", params=LAYOUTS)
+def interrupted(request, workers, tmp_path_factory):
+    """The config of a run that was saved after two steps, and the steps that an uninterrupted run does after them."""
+    world_size, parallel = LAYOUTS[request.param]
+    config = tiny_run(str(tmp_path_factory.mktemp(request.param)), parallel=parallel)
+    whole = steps(workers, replace(config, run_dir=config.run_dir + "_whole"), world_size, STEPS_BEFORE + STEPS_AFTER)
+    steps(workers, config, world_size, STEPS_BEFORE, save=True)
+    return config, world_size, whole
+
+
+def test_next_three_steps_are_bit_equal(workers, interrupted):
+    config, world_size, whole = interrupted
+    resumed = steps(workers, config, world_size, STEPS_AFTER)
+    assert [x.hex() for x in resumed.losses] == [x.hex() for x in whole.losses[STEPS_BEFORE:]]
+    assert [x.hex() for x in resumed.grad_norms] == [x.hex() for x in whole.grad_norms[STEPS_BEFORE:]]
+
+
+def test_every_parameter_counts_its_own_steps(workers, interrupted):
+    config, world_size, whole = interrupted
+    resumed = steps(workers, config, world_size, STEPS_AFTER)
+    assert resumed.adam_steps == whole.adam_steps == [STEPS_BEFORE + STEPS_AFTER]
+
+
+@pytest.mark.parametrize("target", ["one_rank", "dp2", "tp2_pp2_sp"])
+def test_another_layout_goes_on_with_the_same_losses(workers, interrupted, target):
+    config, _, whole = interrupted
+    world_size, parallel = LAYOUTS[target]
+    if not config.parallel.use_distributed_optimizer:
+        parallel = {**parallel, "use_distributed_optimizer": False}
+    moved = replace(config, parallel=tiny_run(parallel=parallel).parallel)
+    resumed = steps(workers, moved, world_size, STEPS_AFTER)
+    assert resumed.losses == pytest.approx(whole.losses[STEPS_BEFORE:], rel=TOLERANCE)
+    assert resumed.grad_norms == pytest.approx(whole.grad_norms[STEPS_BEFORE:], rel=TOLERANCE)
+
+
+def test_bf16_run_resumes_bit_equal(workers, tmp_path):
+    config = tiny_run(str(tmp_path / "run"), parallel=TP2_PP2_SP, training={"precision": "bf16"})
+    whole = steps(workers, replace(config, run_dir=str(tmp_path / "whole")), 4, STEPS_BEFORE + STEPS_AFTER)
+    steps(workers, config, 4, STEPS_BEFORE, save=True)
+    resumed = steps(workers, config, 4, STEPS_AFTER)
+    assert [x.hex() for x in resumed.losses] == [x.hex() for x in whole.losses[STEPS_BEFORE:]]
+
+
+def test_frozen_parts_resume_bit_equal(workers, tmp_path):
+    config = tiny_run(
+        str(tmp_path / "run"), parallel=TP2_PP2_SP, training={"freeze": ("vision_model", "language_model")}
+    )
+    whole = steps(workers, replace(config, run_dir=str(tmp_path / "whole")), 4, STEPS_BEFORE + STEPS_AFTER)
+    steps(workers, config, 4, STEPS_BEFORE, save=True)
+    resumed = steps(workers, config, 4, STEPS_AFTER)
+    assert [x.hex() for x in resumed.losses] == [x.hex() for x in whole.losses[STEPS_BEFORE:]]
