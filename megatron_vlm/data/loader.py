@@ -1,6 +1,5 @@
 """Feed one rank with its micro-batches; the position of a run is one integer, the iteration."""
 
-import ctypes
 import functools
 import logging
 import os
@@ -20,10 +19,9 @@ from megatron_vlm.data.batch import ImageShare, VLMBatch
 from megatron_vlm.data.collate import Collation, PlacedSample, collate
 from megatron_vlm.data.plan import Plan
 from megatron_vlm.data.shards import ShardedDataset
+from megatron_vlm.platform.parent import die_with_parent
 
 logger = logging.getLogger(__name__)
-
-_PR_SET_PDEATHSIG = 1
 
 
 class BatchLoader:
@@ -246,12 +244,11 @@ def _keep(batch: Any) -> Any:
 
 
 def _prepare_worker(parent: int, worker: int) -> None:
-    # The scheduler's SIGTERM and the terminal's SIGINT go to the whole group; the trainer still needs batches to save.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before the line above
-        os._exit(1)
+    # The scheduler's SIGTERM and SIGUSR1 and the terminal's SIGINT go to every process of the job; the trainer still
+    # needs batches for the step after which it saves.
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    die_with_parent(parent)
 
 
 def _kill_workers(workers: Sequence[Any]) -> None:

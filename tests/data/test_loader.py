@@ -207,13 +207,13 @@ def test_killed_worker_does_not_interrupt_other_code(datasets, plan):
     loader.close()
 
 
-def test_workers_ignore_sigterm_and_sigint(datasets, plan):
+def test_workers_ignore_signals_that_ask_the_job_to_stop(datasets, plan):
     expected = [batch.sample_ids.tolist() for batch in make_loader(datasets, plan)]
     loader = make_loader(datasets, plan, num_workers=2)
     found = [next(loader).sample_ids.tolist()]
     for worker in loader._batches._workers:
-        os.kill(worker.pid, signal.SIGTERM)
-        os.kill(worker.pid, signal.SIGINT)
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            os.kill(worker.pid, number)
     found += [batch.sample_ids.tolist() for batch in loader]
     assert found == expected
 
