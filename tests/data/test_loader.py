@@ -210,7 +210,7 @@ def test_killed_worker_does_not_interrupt_other_code(datasets, plan):
 def test_workers_ignore_signals_that_ask_the_job_to_stop(datasets, plan):
     expected = [batch.sample_ids.tolist() for batch in make_loader(datasets, plan)]
     loader = make_loader(datasets, plan, num_workers=2)
-    found = [next(loader).sample_ids.tolist()]
+    found = [next(loader).sample_ids.tolist() for _ in range(2)]  # one of each worker: both are ready
     for worker in loader._batches._workers:
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             os.kill(worker.pid, number)
