@@ -76,14 +76,17 @@ class PackedAttention(MegatronModule):
         return self._attend_packed_on_host(query, key, value, packed_seq_params)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Attend in float[b, n, s, d]."""
-        # With a cache the one new query sees every key; is_causal would align it with the first key instead.
-        causal = self.causal and query.size(2) > 1
-        if causal and query.size(2) != key.size(2):
-            raise ValueError(f"{query.size(2)} causal queries against {key.size(2)} keys; give one query, or all")
+        """Attend in float[b, n, s, d]; the last query stands at the last key."""
         grouped = query.size(1) != key.size(1)
+        cached = key.size(2) - query.size(2)
+        # torch's is_causal aligns the first query with the first key. One query after a cache sees every key;
+        # several see the cache and those among themselves that are not later.
+        causal, mask = self.causal and query.size(2) > 1, None
+        if causal and cached:
+            causal = False
+            mask = query.new_ones(query.size(2), key.size(2), dtype=torch.bool).tril(cached)
         return F.scaled_dot_product_attention(
-            query, key, value, is_causal=causal, scale=self.softmax_scale, enable_gqa=grouped
+            query, key, value, attn_mask=mask, is_causal=causal, scale=self.softmax_scale, enable_gqa=grouped
         )
 
     def _attend_plain(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
