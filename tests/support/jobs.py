@@ -17,7 +17,7 @@ from megatron_vlm.data.batch import ImageShare, VLMBatch
 from megatron_vlm.data.collate import Collation, PlacedSample, collate
 from megatron_vlm.data.shards import ImageSegment
 from megatron_vlm.models.build import build_model
-from megatron_vlm.parallel.groups import RankLayout, build_groups, rank_layout
+from megatron_vlm.parallel.groups import RankLayout, build_groups, rank_layout, seed_everything
 from megatron_vlm.training.optimizer import build_optimizer, wrap_model
 from megatron_vlm.training.setup import build_state
 from megatron_vlm.training.state import TrainState
@@ -141,12 +141,13 @@ def gradients_of_one_step(
 
     Samples 0 to 7 hold pictures, 8 to 15 none.
     """
-    build_groups(replace(config.parallel, use_distributed_optimizer=False, overlap_param_gather=False))
     frozen = (*config.training.freeze, *also_freeze)
     # With the plain optimizer every rank keeps its whole reduced gradient.
     config = replace(
         config, parallel=replace(config.parallel, use_distributed_optimizer=False, overlap_param_gather=False)
     )
+    build_groups(config.parallel)
+    seed_everything(config.training.seed)
     rank = rank_layout()
     chunks = build_model(config)
     load_weights(config.checkpoint.load_weights, chunks)

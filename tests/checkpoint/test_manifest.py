@@ -1,0 +1,68 @@
+import json
+
+import pytest
+
+from megatron_vlm.checkpoint.manifest import (
+    Manifest,
+    checksum_file,
+    find_faults,
+    list_files,
+    read_manifest,
+    write_manifest,
+)
+from megatron_vlm.config import CheckpointError
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    (tmp_path / "a.bin").write_bytes(bytes(range(256)) * 64)
+    (tmp_path / "b.bin").write_bytes(b"second")
+    files = {name: checksum_file(tmp_path / name) for name in list_files(tmp_path)}
+    write_manifest(tmp_path, Manifest(iteration=7, progress={"iteration": 7}, files=files))
+    return tmp_path
+
+
+def faults(folder):
+    manifest = read_manifest(folder)
+    return find_faults(folder, sorted(manifest.files), manifest)
+
+
+def test_an_untouched_checkpoint_has_no_fault(checkpoint):
+    assert read_manifest(checkpoint).iteration == 7
+    assert faults(checkpoint) == []
+
+
+def test_a_flipped_bit_is_found(checkpoint):
+    content = bytearray((checkpoint / "a.bin").read_bytes())
+    content[5000] ^= 1
+    (checkpoint / "a.bin").write_bytes(content)
+    assert faults(checkpoint) == ["a.bin has another checksum"]
+
+
+def test_a_truncated_file_is_found(checkpoint):
+    (checkpoint / "a.bin").write_bytes(b"short")
+    assert faults(checkpoint) == ["a.bin has 5 bytes, not 16384"]
+
+
+def test_a_missing_file_is_found(checkpoint):
+    (checkpoint / "b.bin").unlink()
+    assert faults(checkpoint) == ["b.bin is missing"]
+
+
+def test_a_missing_manifest_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match="has no manifest"):
+        read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"format_version": 1}'])
+def test_a_damaged_manifest_is_named(tmp_path, text):
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(CheckpointError, match="manifest is damaged"):
+        read_manifest(tmp_path)
+
+
+def test_a_newer_version_is_refused(checkpoint):
+    record = json.loads((checkpoint / "manifest.json").read_text())
+    (checkpoint / "manifest.json").write_text(json.dumps({**record, "format_version": 2}))
+    with pytest.raises(CheckpointError, match="format version 2, this program reads 1"):
+        read_manifest(checkpoint)
