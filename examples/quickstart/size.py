@@ -31,9 +31,9 @@ SMOKE = RunSize(
     ),
     stage_overrides={
         "align": ("training.train_iters=5",),
-        "pretrain": ("training.train_iters=24", "checkpoint.save_interval=8"),
+        "pretrain": ("training.train_iters=16", "checkpoint.save_interval=6"),
         "sft": ("training.train_iters=20",),
     },
-    kill_after=12,
-    straight_iterations=16,
+    kill_after=9,
+    straight_iterations=12,
 )
