@@ -1,10 +1,14 @@
 """Tiny generated corpora and a tiny tokenizer; nothing is downloaded."""
 
 import io
+import json
 import random
+import tarfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import sentencepiece
 from PIL import Image as PILImage
@@ -89,3 +93,86 @@ def make_samples(make_image):
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return tmp_path / "dataset"
+
+
+@pytest.fixture(scope="session")
+def make_tar():
+    """Write a tar: make_tar(path, [(name, content), ...], format=tarfile.GNU_FORMAT)."""
+
+    def make(path: Path, members: list[tuple[str, bytes]], **options) -> Path:
+        with tarfile.open(path, "w", **options) as archive:
+            for name, content in members:
+                entry = tarfile.TarInfo(name)
+                entry.size = len(content)
+                archive.addfile(entry, io.BytesIO(content))
+        return path
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_lines():
+    """Write JSON lines; bytes are taken as they are."""
+
+    def make(path: Path, records: list) -> Path:
+        lines = [record if isinstance(record, bytes) else json.dumps(record).encode() for record in records]
+        path.write_bytes(b"".join(line + b"\n" for line in lines))
+        return path
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_table():
+    """Write a parquet file from columns."""
+
+    def make(path: Path, columns: dict, **options) -> Path:
+        pyarrow.parquet.write_table(pyarrow.table(columns), path, **options)
+        return path
+
+    return make
+
+
+@pytest.fixture
+def mmc4(tmp_path, make_lines, make_image) -> Path:
+    """Two files of three documents with 1 to 3 images each, and their image folder."""
+    root = tmp_path / "mmc4"
+    (root / "images").mkdir(parents=True)
+    for shard in range(2):
+        records = []
+        for number in range(3):
+            infos = []
+            for image in range(number + 1):
+                name = f"{shard}{number}{image}.jpg"
+                (root / "images" / name).write_bytes(make_image(seed=100 * shard + 10 * number + image))
+                info = {"image_name": name, "raw_url": f"http://x/{name}", "matched_text_index": image}
+                infos.append(info | {"matched_sim": 0.2 + 0.1 * image})
+            text = [f"the red cat {number}", "a blue dog", "green trees", "the sky"]
+            records.append({"url": f"http://x/{shard}/{number}", "text_list": text, "image_info": infos})
+        make_lines(root / f"docs_shard_{shard}_v3.jsonl", records)
+    return root
+
+
+@pytest.fixture
+def coyo(tmp_path, make_tar, make_image, make_table) -> Path:
+    """Two tars of img2dataset with four pairs each, and one COYO parquet with all eight rows and one more."""
+    root = tmp_path / "coyo"
+    root.mkdir()
+    rows = []
+    for shard in range(2):
+        members = []
+        for number in range(4):
+            key, url = f"{shard:05d}{number:04d}", f"http://x/{shard}{number}.jpg"
+            caption = f"a red cat {shard} {number}"
+            rows.append((url, caption))
+            record = {"key": key, "url": url, "caption": caption, "status": "success"}
+            members += [
+                (f"{key}.jpg", make_image(seed=shard * 10 + number)),
+                (f"{key}.txt", caption.encode()),
+                (f"{key}.json", json.dumps(record).encode()),
+            ]
+        make_tar(root / f"{shard:05d}.tar", members)
+    rows.append(("http://x/gone.jpg", "an image that is gone"))
+    urls, captions = zip(*rows, strict=True)
+    make_table(root / "part-00000.parquet", {"url": list(urls), "text": list(captions)})
+    return root

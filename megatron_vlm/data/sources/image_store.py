@@ -56,13 +56,15 @@ class FolderImages:
             descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         except (OSError, UnicodeError) as error:
             raise RejectError("image_missing", f"{name[:200]!r}: {getattr(error, 'strerror', error)}") from None
-        with os.fdopen(descriptor, "rb", buffering=0) as stream:
+        try:
             found = os.fstat(descriptor)
             if not stat.S_ISREG(found.st_mode):
                 raise RejectError("image_missing", f"{name[:200]!r} is not a file")
             if found.st_size > self._max_bytes:
                 raise RejectError("image_bytes", f"{found.st_size} bytes, at most {self._max_bytes} are taken")
-            return stream.read()
+            return os.pread(descriptor, found.st_size, 0)
+        finally:
+            os.close(descriptor)
 
 
 class TarImages:

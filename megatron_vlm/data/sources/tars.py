@@ -88,6 +88,7 @@ class TarReader:
                 yield Member(name.decode("utf-8", "surrogateescape"), content, size)
             if kind != _PAX_GLOBAL:
                 long_name = None
+        raise RejectError("tar_truncated", f"the file ends after {position} bytes without the mark that ends a tar")
 
     def _check(self, header: bytes, position: int) -> int:
         """Return the size of the member whose header this is."""

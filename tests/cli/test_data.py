@@ -1,0 +1,63 @@
+import json
+
+import numpy as np
+import pytest
+
+from megatron_vlm.cli.main import main
+from megatron_vlm.data.manifest import TokenizerFacts
+from megatron_vlm.data.shards import EncodedSample, TextSegment, write_dataset
+
+FACTS = TokenizerFacts(name="tiny", sha256="ab" * 32, vocab_size=100, bos_id=1, eos_id=2)
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    samples = [EncodedSample((TextSegment(np.arange(1, 5, dtype=np.int32), True),))] * 3
+    write_dataset(tmp_path / "d", samples, source="tiny", tokenizer=FACTS)
+    return tmp_path / "d"
+
+
+def test_verify_of_a_whole_dataset_says_so(dataset, capsys):
+    assert main(["data", "verify", str(dataset)]) == 0
+    assert "whole; 3 documents = 3 used + 0 rejected; 3 samples, 0 images, 12 text tokens" in capsys.readouterr().out
+
+
+def test_verify_of_a_damaged_dataset_lists_the_faults_and_exits_65(dataset, capsys):
+    (dataset / "00000.bin").write_bytes(b"x")
+    assert main(["data", "verify", str(dataset)]) == 65
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "00000.bin: 1 bytes, the manifest says 48"
+    assert "1 faults" in lines[-1]
+
+
+def test_verify_of_nothing_is_one_line_and_exit_code_65(tmp_path, capsys):
+    assert main(["data", "verify", str(tmp_path / "none")]) == 65
+    assert capsys.readouterr().err.startswith("megatron-vlm: error: dataset folder does not exist")
+
+
+def test_stats_as_text_json_and_png(dataset, tmp_path, capsys):
+    assert main(["data", "stats", str(dataset)]) == 0
+    assert "text tokens per sample       4.0" in capsys.readouterr().out
+    assert main(["data", "stats", str(dataset), "--json", "--histograms", str(tmp_path / "plots")]) == 0
+    assert json.loads(capsys.readouterr().out)["samples"] == 3
+    assert len(list((tmp_path / "plots").glob("*.png"))) == 2
+
+
+def test_inspect_with_another_tokenizer_is_exit_code_65(dataset, tmp_path, capsys):
+    import sentencepiece
+
+    prefix = tmp_path / "other"
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["a b c d e f"] * 5), model_prefix=str(prefix), vocab_size=10, minloglevel=2
+    )
+    command = ["data", "inspect", str(dataset), "--tokenizer", f"{prefix}.model", "--output", str(tmp_path / "p.html")]
+    assert main(command) == 65
+    assert "shards were prepared with tokenizer tiny" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("action", [[], ["verify"], ["stats"], ["inspect"]])
+def test_help_is_shown(action, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["data", *action, "--help"])
+    assert caught.value.code == 0
+    assert "megatron-vlm data" in capsys.readouterr().out

@@ -1,0 +1,134 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+from PIL import Image as PILImage
+
+from megatron_vlm.cli.main import main
+from megatron_vlm.data.manifest import load_manifest
+
+
+@pytest.fixture(scope="module")
+def corpora(tmp_path_factory) -> Path:
+    """The four raw corpora and a tokenizer, as small as they get."""
+    root = tmp_path_factory.mktemp("corpora")
+    (root / "images").mkdir()
+    for number in range(3):
+        pixels = np.random.default_rng(number).integers(0, 256, (24, 32, 3), dtype=np.uint8)
+        PILImage.fromarray(pixels).save(root / "images" / f"{number}.jpg")
+    lines = {
+        "mmc4/docs_shard_0_v3.jsonl": [
+            {"url": "u", "text_list": ["a", "b"], "image_info": [{"image_name": "0.jpg", "matched_text_index": 1}]},
+            {"url": "bad", "text_list": ["a"], "image_info": [{"image_name": "9.jpg", "matched_text_index": 0}]},
+        ],
+        "pairs/pairs.jsonl": [{"image": "1.jpg", "caption": "a cat"}, {"image": "1.jpg", "caption": ""}],
+        "flan.jsonl": [{"inputs": "what?", "targets": "a cat"}],
+        "llava.json": [
+            {
+                "id": "x",
+                "image": "images/2.jpg",
+                "conversations": [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "a cat"}],
+            }
+        ],
+    }
+    for name, records in lines.items():
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_text("\n".join(map(json.dumps, records)) if name.endswith("l") else json.dumps(records))
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["a cat and b dog what USER ASSISTANT"] * 5),
+        model_prefix=str(root / "tiny"),
+        vocab_size=300,
+        model_type="bpe",
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    return root
+
+
+COMMANDS = {
+    "interleaved": "--input {root}/mmc4 --images {root}/images",
+    "pairs": "--input {root}/pairs --images {root}/images",
+    "conversations": "--input {root}/llava.json --images {root}",
+    "text": "--input {root}/flan.jsonl",
+}
+
+
+def run(corpora, kind, output, *more) -> int:
+    options = COMMANDS[kind].format(root=corpora).split()
+    tokenizer = str(corpora / "tiny.model")
+    return main(["prepare", kind, *options, "--output", str(output), "--tokenizer", tokenizer, "--workers", "1", *more])
+
+
+@pytest.mark.parametrize(("kind", "source"), [("interleaved", "mmc4"), ("pairs", "coyo"), ("conversations", "llava")])
+def test_each_kind_writes_a_dataset_that_verifies(corpora, tmp_path, kind, source, capsys):
+    assert run(corpora, kind, tmp_path / "d") == 0
+    manifest = load_manifest(tmp_path / "d")
+    assert manifest.source == source
+    assert manifest.documents == manifest.counts.samples + manifest.rejected
+    assert f"documents {manifest.documents} = used 1 + rejected {manifest.rejected}" in capsys.readouterr().out
+    assert main(["data", "verify", str(tmp_path / "d"), "--decode"]) == 0
+
+
+def test_text_is_prepared_without_a_system_prompt(corpora, tmp_path):
+    assert run(corpora, "text", tmp_path / "none") == 0
+    assert run(corpora, "text", tmp_path / "default", "--system", "default") == 0
+    counts = [load_manifest(tmp_path / name).counts for name in ("none", "default")]
+    assert counts[0].text_tokens < counts[1].text_tokens
+    assert counts[0].trained_tokens == counts[1].trained_tokens
+
+
+def test_source_name_and_options_reach_the_manifest(corpora, tmp_path):
+    assert (
+        run(corpora, "interleaved", tmp_path / "d", "--source", "web", "--variant", "pairs", "--max-images", "2") == 0
+    )
+    manifest = load_manifest(tmp_path / "d")
+    assert manifest.source == "web"
+    assert manifest.options["recipe"]["variant"] == "pairs"
+    assert manifest.options["rules"]["max_images"] == 2
+
+
+def test_missing_tokenizer_is_one_line_and_exit_code_78(corpora, tmp_path, capsys):
+    code = main(["prepare", "text", "--input", "x", "--output", str(tmp_path / "d"), "--tokenizer", "none.model"])
+    assert code == 78
+    error = capsys.readouterr().err
+    assert error.startswith("megatron-vlm: error: tokenizer cannot be read")
+    assert error.count("\n") == 1
+
+
+def test_missing_input_is_exit_code_78(corpora, tmp_path, capsys):
+    tokenizer = str(corpora / "tiny.model")
+    code = main(["prepare", "text", "--input", "none", "--output", str(tmp_path / "d"), "--tokenizer", tokenizer])
+    assert code == 78
+    assert "input does not exist (none)" in capsys.readouterr().err
+
+
+def test_missing_image_folder_is_exit_code_78(corpora, tmp_path, capsys):
+    assert run(corpora, "pairs", tmp_path / "d", "--images", str(tmp_path / "none")) == 78
+    assert "image folder does not exist" in capsys.readouterr().err
+
+
+def test_template_that_the_tokenizer_lacks_is_refused_before_reading(corpora, tmp_path, capsys):
+    assert run(corpora, "text", tmp_path / "d", "--template", "llama_3") == 78
+    assert "needs the piece <|start_header_id|>" in capsys.readouterr().err
+    assert not (tmp_path / "d").exists()
+
+
+def test_number_of_workers_is_checked(corpora, tmp_path, capsys):
+    assert run(corpora, "text", tmp_path / "d", "--workers", "0") == 78
+    assert "--workers 0 is below 1" in capsys.readouterr().err
+
+
+def test_nothing_but_rejects_is_exit_code_65(corpora, tmp_path, capsys):
+    assert run(corpora, "pairs", tmp_path / "d", "--min-side", "1000") == 65
+    assert "none of 2 documents became a sample" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["interleaved", "pairs", "conversations", "text", None])
+def test_help_shows_an_example(kind, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["prepare", *([kind] if kind else []), "--help"])
+    assert caught.value.code == 0
+    assert f"megatron-vlm prepare {kind or 'interleaved'} --input" in capsys.readouterr().out

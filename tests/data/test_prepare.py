@@ -1,0 +1,329 @@
+import dataclasses
+import fcntl
+import json
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_vlm.config import ConfigError, DataError, StorageError
+from megatron_vlm.data import prepare as prepare_module
+from megatron_vlm.data.documents import JoinRules
+from megatron_vlm.data.image_check import ImageRules
+from megatron_vlm.data.manifest import WORK_FOLDER, load_manifest
+from megatron_vlm.data.part import ImagePlace, PartJob, Recipe
+from megatron_vlm.data.prepare import PrepareJob, describe_rejects, prepare
+from megatron_vlm.data.shards import ImageSegment, ShardedDataset
+from megatron_vlm.data.sources.interleaved import InterleavedRules, InterleavedSource
+from megatron_vlm.data.sources.pairs import PairRules, find_pair_source
+from megatron_vlm.data.sources.source import find_record_files
+from megatron_vlm.data.sources.text import TextSource
+from megatron_vlm.data.verify import verify_dataset
+
+
+@pytest.fixture
+def output(tmp_path) -> Path:
+    return tmp_path / "shards"
+
+
+def mmc4_job(mmc4, tokenizer_path, output, *, variant="full", rules=None, images=None, **options) -> PrepareJob:
+    part = PartJob(
+        source=InterleavedSource(find_record_files((mmc4,)), rules or InterleavedRules()),
+        recipe=Recipe(variant=variant, join=JoinRules()),
+        tokenizer=tokenizer_path,
+        images=images or ImagePlace(folder=mmc4 / "images"),
+        **options,
+    )
+    return PrepareJob(output=output, source_name="mmc4", part=part)
+
+
+def coyo_job(coyo, tokenizer_path, output) -> PrepareJob:
+    part = PartJob(source=find_pair_source((coyo,), PairRules()), recipe=Recipe(), tokenizer=tokenizer_path)
+    return PrepareJob(output=output, source_name="coyo", part=part)
+
+
+def text_job(path, tokenizer_path, output, **options) -> PrepareJob:
+    part = PartJob(
+        source=TextSource(find_record_files((path,))),
+        recipe=Recipe(bos=False, eos=False),
+        tokenizer=tokenizer_path,
+        **options,
+    )
+    return PrepareJob(output=output, source_name="text", part=part)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def tokens_of(sample) -> list:
+    """Ids of text segments, and bytes of images."""
+    return [s.encoded if isinstance(s, ImageSegment) else s.input_ids.tolist() for s in sample.segments]
+
+
+def test_documents_become_the_expected_tokens(mmc4, tokenizer, tokenizer_path, output):
+    prepare(mmc4_job(mmc4, tokenizer_path, output))
+    dataset = ShardedDataset.open(output)
+    images = [(mmc4 / "images" / f"02{i}.jpg").read_bytes() for i in range(3)]
+    assert tokens_of(dataset[2]) == [
+        [1],
+        images[0],
+        tokenizer.encode("the red cat 2"),
+        images[1],
+        tokenizer.encode("a blue dog"),
+        images[2],
+        [*tokenizer.encode("green trees the sky"), 2],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("variant", "samples", "images", "first"),
+    [
+        ("full", 6, 12, ["", "I", "the red cat 0 a blue dog green trees the sky"]),
+        ("pairs", 12, 12, ["", "I", "the red cat 0"]),
+        ("images-first", 6, 12, ["", "I", "the red cat 0 a blue dog green trees the sky"]),
+        ("text-only", 6, 0, ["the red cat 0 a blue dog green trees the sky"]),
+    ],
+)
+def test_variants_count_samples_and_documents_apart(
+    mmc4, tokenizer, tokenizer_path, output, variant, samples, images, first
+):
+    manifest = prepare(mmc4_job(mmc4, tokenizer_path, output, variant=variant))
+    assert (manifest.documents, manifest.rejected) == (6, 0)
+    assert (manifest.counts.samples, manifest.counts.images) == (samples, images)
+    sample = ShardedDataset.open(output)[0]
+    assert ["I" if isinstance(s, ImageSegment) else tokenizer.decode(s.input_ids) for s in sample.segments] == first
+    assert list(verify_dataset(output)) == []
+
+
+def test_pairs_are_joined_with_their_table_and_the_sum_holds(coyo, tokenizer_path, output):
+    manifest = prepare(coyo_job(coyo, tokenizer_path, output))
+    assert manifest.documents == 9 == manifest.counts.samples + manifest.rejected
+    assert manifest.rejects == {"image_missing": 1}
+    (row,) = [json.loads(line) for line in (output / "rejects.jsonl").read_text().splitlines()]
+    assert (row["file"], row["line"], row["key"]) == ("part-00000.parquet", 9, "http://x/gone.jpg")
+
+
+def test_images_are_found_in_tars_by_url(mmc4, make_tar, tokenizer_path, output, tmp_path):
+    members = []
+    for number, path in enumerate(sorted((mmc4 / "images").iterdir())):
+        record = json.dumps({"url": f"http://x/{path.name}"}).encode()
+        members += [(f"{number:03d}.jpg", path.read_bytes()), (f"{number:03d}.json", record)]
+    tars = (make_tar(tmp_path / "0.tar", members[::2] + members[1::2]),)
+    prepare(mmc4_job(mmc4, tokenizer_path, output / "tars", images=ImagePlace(tars=tars)))
+    prepare(mmc4_job(mmc4, tokenizer_path, output / "folder"))
+    tar_samples, folder_samples = (ShardedDataset.open(output / name) for name in ("tars", "folder"))
+    assert [tokens_of(one) for one in tar_samples] == [tokens_of(one) for one in folder_samples]
+
+
+def test_any_number_of_workers_writes_the_same_bytes(mmc4, coyo, tokenizer_path, tmp_path):
+    for make, corpus in ((mmc4_job, mmc4), (coyo_job, coyo)):
+        written = []
+        for workers in (1, 2):
+            folder = tmp_path / f"{make.__name__}{workers}"
+            prepare(make(corpus, tokenizer_path, folder), num_workers=workers)
+            written.append(content(folder))
+        assert written[0] == written[1]
+
+
+def test_a_large_input_file_becomes_several_shards(mmc4, tokenizer_path, output):
+    manifest = prepare(mmc4_job(mmc4, tokenizer_path, output, max_shard_bytes=3000))
+    assert [shard.name for shard in manifest.shards] == [f"{i:05d}" for i in range(len(manifest.shards))]
+    assert len(manifest.shards) > 2
+    assert list(verify_dataset(output)) == []
+    assert len(ShardedDataset.open(output)) == 6
+
+
+def test_image_options_change_what_is_kept(mmc4, tokenizer_path, output):
+    manifest = prepare(mmc4_job(mmc4, tokenizer_path, output, image_rules=ImageRules(resize_shorter_side=16)))
+    assert manifest.notes == {"shrunk_images": 12}
+
+
+def test_prepared_again_with_the_same_options_is_left_alone(mmc4, tokenizer_path, output):
+    first = prepare(mmc4_job(mmc4, tokenizer_path, output))
+    before = {path.name: path.stat().st_mtime_ns for path in output.iterdir()}
+    assert prepare(mmc4_job(mmc4, tokenizer_path, output)) == first
+    assert {path.name: path.stat().st_mtime_ns for path in output.iterdir()} == before
+
+
+def test_prepared_again_with_other_options_is_refused(mmc4, tokenizer_path, output, tmp_path):
+    prepare(mmc4_job(mmc4, tokenizer_path, output))
+    with pytest.raises(ConfigError, match="holds a dataset that differs in options: rules"):
+        prepare(mmc4_job(mmc4, tokenizer_path, output, rules=InterleavedRules(max_images=2)))
+    with pytest.raises(ConfigError, match="differs in source: mmc4"):
+        prepare(dataclasses.replace(mmc4_job(mmc4, tokenizer_path, output), source_name="other"))
+    other = tmp_path / "other.model"
+    other.write_bytes(tokenizer_path.read_bytes() + b"\x1a\x04\x18\x00\x20\x00")
+    with pytest.raises(ConfigError, match="differs in tokenizer: tiny.model of sha256"):
+        prepare(mmc4_job(mmc4, other, output))
+
+
+def test_changed_input_is_refused(mmc4, tokenizer_path, output):
+    prepare(mmc4_job(mmc4, tokenizer_path, output))
+    with (mmc4 / "docs_shard_0_v3.jsonl").open("a") as stream:
+        stream.write("{}\n")
+    with pytest.raises(ConfigError, match="differs in options: inputs"):
+        prepare(mmc4_job(mmc4, tokenizer_path, output))
+
+
+def test_folder_with_other_files_is_refused(mmc4, tokenizer_path, output):
+    output.mkdir()
+    (output / "thesis.tex").write_text("x")
+    with pytest.raises(ConfigError, match="output folder is not empty"):
+        prepare(mmc4_job(mmc4, tokenizer_path, output))
+
+
+def test_folder_in_use_is_refused(mmc4, tokenizer_path, output):
+    (output / WORK_FOLDER).mkdir(parents=True)
+    with (output / WORK_FOLDER / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(ConfigError, match="another process is preparing this folder"):
+            prepare(mmc4_job(mmc4, tokenizer_path, output))
+
+
+def test_output_that_cannot_be_written_is_a_storage_error(mmc4, tokenizer_path, tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(StorageError, match="cannot be written"):
+        prepare(mmc4_job(mmc4, tokenizer_path, tmp_path / "file" / "shards"))
+
+
+def test_full_disk_is_a_storage_error_and_the_next_run_goes_on(mmc4, tokenizer_path, output, monkeypatch):
+    from megatron_vlm.data import part
+
+    def no_space(*_):
+        raise OSError(28, "No space left on device", "00000.bin")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(part.ShardWriter, "add", no_space)
+        with pytest.raises(StorageError, match="No space left on device .*00000.bin.*run the same command again"):
+            prepare(mmc4_job(mmc4, tokenizer_path, output))
+    assert prepare(mmc4_job(mmc4, tokenizer_path, output)).counts.samples == 6
+
+
+def test_nothing_but_rejects_is_an_error_that_says_why(tmp_path, make_lines, tokenizer_path, output):
+    path = make_lines(tmp_path / "a.jsonl", [{}, {"text": "\x00"}, b"{"])
+    with pytest.raises(DataError, match="none of 3 documents became a sample: .*json_type 1"):
+        prepare(text_job(path, tokenizer_path, output))
+    assert len((output / "rejects.jsonl").read_text().splitlines()) == 3
+
+
+def test_reject_rows_have_file_line_key_and_reason(tmp_path, make_lines, tokenizer_path, output):
+    path = make_lines(tmp_path / "a.jsonl", [{"text": "the sky"}, {"text": 5, "id": "k"}, {"text": "water"}])
+    manifest = prepare(text_job(path, tokenizer_path, output))
+    (row,) = [json.loads(line) for line in (output / "rejects.jsonl").read_text().splitlines()]
+    assert row == {
+        "file": "a.jsonl",
+        "line": 2,
+        "key": "k",
+        "reason": "json_type",
+        "detail": "field text is int, not str",
+    }
+    assert manifest.documents == 3 == manifest.counts.samples + manifest.rejected
+
+
+def test_input_files_of_one_name_in_two_folders_are_told_apart(tmp_path, make_lines, tokenizer_path, output):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        make_lines(tmp_path / name / "a.jsonl", [{"text": name}])
+    job = text_job(tmp_path / "one", tokenizer_path, output)
+    files = (tmp_path / "one" / "a.jsonl", tmp_path / "two" / "a.jsonl")
+    job = dataclasses.replace(job, part=dataclasses.replace(job.part, source=TextSource(files)))
+    assert list(prepare(job).options["inputs"]) == ["one/a.jsonl", "two/a.jsonl"]
+
+
+class _Killed(BaseException):
+    pass
+
+
+def run_until(moment: int, job: PrepareJob, monkeypatch) -> bool:
+    """Prepare, and stop dead before the operation of this number that changes the file system; True: it was over."""
+    original = {name: getattr(os, name) for name in ("replace", "rename", "fsync", "mkdir", "unlink", "rmdir")}
+    calls = 0
+
+    def counted(name):
+        def call(*args, **options):
+            nonlocal calls
+            calls += 1
+            if calls == moment:
+                raise _Killed
+            return original[name](*args, **options)
+
+        return call
+
+    with monkeypatch.context() as patched:
+        for name in original:
+            patched.setattr(os, name, counted(name))
+        try:
+            prepare(job)
+        except _Killed:
+            return False
+    return True
+
+
+@pytest.mark.parametrize("kind", ["mmc4", "coyo"])
+def test_an_interruption_at_any_write_gives_the_same_bytes_after_a_second_run(
+    request, kind, tokenizer_path, tmp_path, monkeypatch
+):
+    corpus, make = request.getfixturevalue(kind), {"mmc4": mmc4_job, "coyo": coyo_job}[kind]
+    prepare(make(corpus, tokenizer_path, tmp_path / "straight"))
+    expected = content(tmp_path / "straight")
+    finished, moment = False, 0
+    while not finished:
+        moment += 1
+        job = make(corpus, tokenizer_path, tmp_path / f"until_{moment}")
+        finished = run_until(moment, job, monkeypatch)
+        prepare(job)
+        assert content(job.output) == expected, f"stopped before operation {moment}"
+    assert moment > 30
+
+
+def test_kill_9_at_random_moments_gives_the_same_bytes(mmc4, tokenizer_path, tmp_path, make_lines):
+    corpus = tmp_path / "text"
+    corpus.mkdir()
+    words = "the red cat and a blue dog under green trees".split()
+    generator = random.Random(0)
+    for number in range(4):
+        records = [{"inputs": " ".join(generator.choices(words, k=20)), "targets": "yes"} for _ in range(3000)]
+        make_lines(corpus / f"{number}.jsonl", records)
+    command = [sys.executable, "-m", "megatron_vlm", "prepare", "text", "--input", str(corpus), "--workers", "2"]
+    command += ["--tokenizer", str(tokenizer_path), "--output"]
+    start = time.monotonic()
+    subprocess.run([*command, str(tmp_path / "straight")], check=True, capture_output=True)
+    seconds = time.monotonic() - start
+    folder = tmp_path / "killed"
+    for _ in range(5):
+        process = subprocess.Popen([*command, str(folder)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            process.wait(timeout=generator.uniform(0.2, 1.0) * seconds)
+        except subprocess.TimeoutExpired:
+            os.kill(process.pid, signal.SIGKILL)
+            process.wait()
+    subprocess.run([*command, str(folder)], check=True, capture_output=True)
+    assert content(folder) == content(tmp_path / "straight")
+
+
+def test_unfinished_preparation_with_other_options_is_refused(mmc4, tokenizer_path, output, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(prepare_module, "save_manifest", lambda *_: (_ for _ in ()).throw(_Killed))
+        with pytest.raises(_Killed):
+            prepare(mmc4_job(mmc4, tokenizer_path, output))
+    with pytest.raises(ConfigError, match="unfinished preparation with other options or inputs"):
+        prepare(mmc4_job(mmc4, tokenizer_path, output, variant="pairs"))
+    with pytest.raises(DataError, match="unfinished"):
+        load_manifest(output)
+    assert prepare(mmc4_job(mmc4, tokenizer_path, output)).counts.samples == 6
+
+
+def test_no_worker_process_is_left_behind(mmc4, tokenizer_path, output):
+    prepare(mmc4_job(mmc4, tokenizer_path, output), num_workers=2)
+    assert multiprocessing.active_children() == []
+
+
+def test_rejects_are_listed_by_frequency():
+    assert describe_rejects({"a": 1, "b": 3}) == "b 3, a 1"

@@ -1,0 +1,99 @@
+import tarfile
+
+import numpy as np
+import pytest
+
+from megatron_vlm.data.documents import RejectError
+from megatron_vlm.data.sources.tars import Member, TarReader, find_image, group_members
+
+LONG = "folder/" + "n" * 180 + ".tail.jpg"
+FILES = [("a.jpg", b"1" * 600), ("a.txt", b"caption"), ("folder/ä.png", b""), (LONG, b"x" * 512)]
+
+
+def read_all(path) -> list[tuple[str, bytes]]:
+    with TarReader(path) as tar:
+        return [(member.name, tar.read(member)) for member in tar.members()]
+
+
+@pytest.mark.parametrize("file_format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_members_equal_those_of_the_standard_library(tmp_path, make_tar, file_format):
+    assert read_all(make_tar(tmp_path / "a.tar", FILES, format=file_format)) == FILES
+
+
+def test_ustar_prefixes_are_read(tmp_path, make_tar):
+    files = [("p" * 90 + "/" + "n" * 90, b"x")]
+    assert read_all(make_tar(tmp_path / "a.tar", files, format=tarfile.USTAR_FORMAT)) == files
+
+
+def test_folders_and_links_are_no_members(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for kind in (tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE):
+            entry = tarfile.TarInfo("a")
+            entry.type, entry.linkname = kind, "/etc/passwd"
+            archive.addfile(entry)
+    assert read_all(tmp_path / "a.tar") == []
+
+
+def test_truncated_tar_gives_the_members_before_and_an_error(tmp_path, make_tar):
+    path = make_tar(tmp_path / "a.tar", [("a.jpg", b"1" * 600), ("b.jpg", b"2" * 600)])
+    path.write_bytes(path.read_bytes()[: 512 + 1024 + 512 + 100])
+    with TarReader(path) as tar:
+        members = tar.members()
+        assert next(members).name == "a.jpg"
+        with pytest.raises(RejectError, match="tar_truncated: the member at byte 2048 has 600 bytes, 100 are there"):
+            next(members)
+
+
+def test_tar_that_ends_between_two_members_is_truncated_too(tmp_path, make_tar):
+    path = make_tar(tmp_path / "a.tar", [("a.jpg", b"1" * 600), ("b.jpg", b"2" * 600)])
+    path.write_bytes(path.read_bytes()[: 512 + 1024])
+    with TarReader(path) as tar:
+        members = tar.members()
+        assert next(members).name == "a.jpg"
+        with pytest.raises(RejectError, match="tar_truncated: .* without the mark"):
+            next(members)
+
+
+@pytest.mark.parametrize("content", [b"<html>" * 200, b"\xff" * 2000])
+def test_file_that_is_no_tar_is_an_error(tmp_path, content):
+    (tmp_path / "a.tar").write_bytes(content)
+    with TarReader(tmp_path / "a.tar") as tar, pytest.raises(RejectError, match="tar_damaged"):
+        list(tar.members())
+
+
+def test_file_shorter_than_a_header_is_an_error(tmp_path):
+    (tmp_path / "a.tar").write_bytes(b"short")
+    with TarReader(tmp_path / "a.tar") as tar, pytest.raises(RejectError, match="tar_truncated"):
+        list(tar.members())
+
+
+def test_random_damage_is_an_error_or_nothing_but_never_a_crash_or_a_loop(tmp_path, make_tar):
+    content = make_tar(tmp_path / "a.tar", FILES).read_bytes()
+    generator = np.random.default_rng(0)
+    outcomes = set()
+    for _ in range(200):
+        damaged = bytearray(content)
+        damaged[generator.integers(0, 6000)] = generator.integers(0, 256)
+        (tmp_path / "b.tar").write_bytes(damaged)
+        try:
+            outcomes.add(len(read_all(tmp_path / "b.tar")) <= len(FILES))
+        except RejectError as error:
+            outcomes.add(error.reason.startswith("tar_"))
+    assert outcomes == {True}
+
+
+def test_key_and_extension_split_at_the_first_dot_of_the_name():
+    member = Member("a.b/000.seg.JPG", 0, 0)
+    assert (member.key, member.extension) == ("a.b/000", "seg.jpg")
+
+
+def test_files_are_grouped_by_key_however_they_are_ordered():
+    names = ["1.jpg", "2.jpg", "2.txt", "1.txt"]
+    groups = group_members(Member(name, 0, 0) for name in names)
+    assert {key: sorted(group) for key, group in groups.items()} == {"1": ["jpg", "txt"], "2": ["jpg", "txt"]}
+
+
+def test_a_name_that_comes_twice_is_marked():
+    group = group_members(iter([Member("1.jpg", 0, 0), Member("1.jpg", 512, 0)]))["1"]
+    assert group == {"jpg": None}
+    assert find_image(group) is None
