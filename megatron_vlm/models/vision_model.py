@@ -51,8 +51,8 @@ class VisionModel(MegatronModule):
         self.decoder = TransformerBlock(
             config, vision_block_spec(config), pre_process=True, post_process=False, pg_collection=groups
         )
-        for name, values in (("image_mean", vision_config.image_mean), ("image_std", vision_config.image_std)):
-            self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1) * 255, persistent=False)
+        # No buffers: a bf16 model would round them, and a mean of 122.7 levels by up to half a level.
+        self._mean_and_std: Tensor | None = None
         self._initialise(vision_config.init_method_std)
 
     def _initialise(self, std: float) -> None:
@@ -69,7 +69,11 @@ class VisionModel(MegatronModule):
         dtype = self.config.params_dtype
         if pixel_values.dtype != torch.uint8:
             return pixel_values.to(dtype)
-        return ((pixel_values.float() - self.image_mean) / self.image_std).to(dtype)
+        if self._mean_and_std is None or self._mean_and_std.device != pixel_values.device:
+            both = [self.vision_config.image_mean, self.vision_config.image_std]
+            self._mean_and_std = torch.tensor(both, device=pixel_values.device).view(2, 1, 3, 1, 1) * 255
+        mean, std = self._mean_and_std
+        return ((pixel_values.float() - mean) / std).to(dtype)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Encode images.

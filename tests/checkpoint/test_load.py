@@ -1,0 +1,132 @@
+"""What a run starts from: its newest valid checkpoint, another run's weights, or nothing."""
+
+import dataclasses
+import logging
+import shutil
+
+import pytest
+import torch
+
+from megatron_vlm.checkpoint.folder import checkpoint_path, list_iterations
+from megatron_vlm.checkpoint.tensors import hash_weights, write_weights
+from megatron_vlm.config import CheckpointConfig, CheckpointError, ConfigError
+from tests.support.configs import tiny_model, tiny_run
+from tests.support.jobs import FixedPlan, start
+
+
+@pytest.fixture
+def saved(one_rank, tmp_path):
+    """A run with checkpoints of iterations 1 and 2."""
+    config = dataclasses.replace(tiny_run(str(tmp_path / "run")), checkpoint=CheckpointConfig(keep_last=0))
+    save(config, 1, 2)
+    return config
+
+
+def save(config, *iterations):
+    from megatron_vlm.checkpoint.save import save_checkpoint
+
+    state = start(config)
+    for iteration in iterations:
+        state.iteration = iteration
+        save_checkpoint(config, state.chunks, state.optimizer, state.progress())
+
+
+def damage(config, iteration):
+    path = next(checkpoint_path(config.run_dir, iteration).glob("*.distcp"))
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_the_newest_checkpoint_is_resumed(saved):
+    assert start(saved).iteration == 2
+
+
+def test_a_damaged_newest_falls_back_with_one_warning(saved, caplog):
+    damage(saved, 2)
+    with caplog.at_level(logging.WARNING, logger="megatron_vlm"):
+        assert start(saved).iteration == 1
+    assert [record.message for record in caplog.records if "another checksum" in record.message]
+    assert len(caplog.records) == 1
+
+
+def test_a_newest_without_manifest_falls_back(saved):
+    (checkpoint_path(saved.run_dir, 2) / "manifest.json").unlink()
+    assert start(saved).iteration == 1
+
+
+def test_a_run_without_a_valid_checkpoint_never_starts_over(saved):
+    for iteration in (1, 2):
+        damage(saved, iteration)
+    with pytest.raises(CheckpointError, match="none of the 2 checkpoints is valid"):
+        start(saved)
+
+
+def test_weights_are_those_that_were_saved(saved, tmp_path):
+    other = dataclasses.replace(
+        saved, run_dir=str(tmp_path / "other"), checkpoint=CheckpointConfig(load_weights=saved.run_dir)
+    )
+    save(other, 1)
+    assert hash_weights(checkpoint_path(other.run_dir, 1)) == hash_weights(checkpoint_path(saved.run_dir, 2))
+
+
+def test_damaged_weights_are_refused(saved, tmp_path):
+    damage(saved, 2)
+    other = dataclasses.replace(
+        saved, run_dir=str(tmp_path / "other"), checkpoint=CheckpointConfig(load_weights=saved.run_dir)
+    )
+    with pytest.raises(CheckpointError, match="checkpoint is damaged"):
+        start(other)
+
+
+def test_weights_of_another_size_are_refused_by_tensor(saved, tmp_path):
+    other = dataclasses.replace(
+        saved,
+        run_dir=str(tmp_path / "other"),
+        model=tiny_model(vocab_size=200),
+        checkpoint=CheckpointConfig(load_weights=saved.run_dir),
+    )
+    with pytest.raises(CheckpointError, match=r"word_embeddings.weight has shape \[128, 64\] in the checkpoint"):
+        start(other)
+
+
+def test_a_missing_tensor_is_named(one_rank, tmp_path):
+    write_weights(tmp_path / "source", {"model.other": torch.zeros(1)}, {})
+    config = dataclasses.replace(
+        tiny_run(str(tmp_path / "run")), checkpoint=CheckpointConfig(load_weights=str(tmp_path / "source"))
+    )
+    with pytest.raises(CheckpointError, match="is not in the checkpoint"):
+        start(config)
+
+
+def test_a_folder_without_weights_is_named(one_rank, tmp_path):
+    config = dataclasses.replace(
+        tiny_run(str(tmp_path / "run")), checkpoint=CheckpointConfig(load_weights=str(tmp_path / "none"))
+    )
+    with pytest.raises(CheckpointError, match="no complete checkpoint found"):
+        start(config)
+
+
+def test_a_checkpoint_of_weights_alone_is_not_resumed(saved, tmp_path):
+    run_dir = tmp_path / "weights_only"
+    shutil.copytree(saved.run_dir, run_dir)
+    path = checkpoint_path(run_dir, 2) / "manifest.json"
+    path.write_text(path.read_text().replace('"progress": {', '"progress": {}, "unused": {'))
+    with pytest.raises(CheckpointError, match="holds weights alone"):
+        start(dataclasses.replace(saved, run_dir=str(run_dir)))
+
+
+def test_other_data_at_resume_is_refused(saved, monkeypatch):
+    monkeypatch.setattr(
+        FixedPlan,
+        "__init__",
+        lambda self, n: object.__setattr__(self, "num_iterations", n) or object.__setattr__(self, "hash", "changed"),
+    )
+    with pytest.raises(ConfigError, match="trained on data plan fixed, the config now gives changed"):
+        start(saved)
+
+
+def test_a_save_replaces_the_checkpoint_of_a_lost_attempt(saved):
+    save(saved, 2)
+    assert list_iterations(saved.run_dir) == [2, 1]
+    assert start(saved).iteration == 2

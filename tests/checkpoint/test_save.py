@@ -1,0 +1,59 @@
+import dataclasses
+import errno
+
+import pytest
+
+from megatron_vlm.checkpoint.folder import list_iterations
+from megatron_vlm.checkpoint.save import save_checkpoint
+from megatron_vlm.checkpoint.verify import checkpoint_folders, inspect_checkpoint
+from megatron_vlm.config import CheckpointConfig, CheckpointError, StorageError
+from tests.support.configs import tiny_run
+from tests.support.jobs import start
+
+
+@pytest.fixture
+def state(one_rank, tmp_path):
+    config = dataclasses.replace(tiny_run(str(tmp_path)), checkpoint=CheckpointConfig(keep_last=2))
+    return start(config)
+
+
+def save(state, *iterations):
+    for iteration in iterations:
+        state.iteration = iteration
+        save_checkpoint(state.config, state.chunks, state.optimizer, state.progress())
+
+
+def test_the_newest_are_kept_and_valid(state, tmp_path):
+    save(state, 1, 2, 3)
+    assert list_iterations(tmp_path) == [3, 2]
+    assert all(inspect_checkpoint(path, read_files=True).is_valid for path in checkpoint_folders(tmp_path))
+    assert (tmp_path / "checkpoints" / "latest_checkpointed_iteration.txt").read_text() == "3\n"
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint_as_it_was(state, tmp_path, monkeypatch):
+    save(state, 1)
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("megatron_vlm.checkpoint.save.dist_checkpointing.save", full)
+    with pytest.raises(StorageError, match="checkpoint not saved: No space left on device"):
+        save(state, 2)
+    assert list_iterations(tmp_path) == [1]
+    assert inspect_checkpoint(checkpoint_folders(tmp_path)[0], read_files=True).is_valid
+
+
+def test_a_flipped_bit_is_a_fault(state, tmp_path):
+    save(state, 1)
+    path = next((tmp_path / "checkpoints").glob("*/common.pt"))
+    content = bytearray(path.read_bytes())
+    content[-10] ^= 4
+    path.write_bytes(content)
+    (folder,) = checkpoint_folders(tmp_path)
+    assert inspect_checkpoint(folder, read_files=True).faults == ("common.pt has another checksum",)
+    assert inspect_checkpoint(folder, read_files=False).is_valid
+
+
+def test_a_folder_without_checkpoints_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match="no checkpoint found"):
+        checkpoint_folders(tmp_path)

@@ -1,0 +1,72 @@
+import dataclasses
+
+import pytest
+import torch
+
+from megatron_vlm.config import NumericError
+from megatron_vlm.training.hooks import EXIT_ITERATION, SIGNALLED, stop_hook
+from megatron_vlm.training.loop import train
+from megatron_vlm.training.step import train_step
+from tests.support.configs import tiny_run
+from tests.support.jobs import CPU, batches_of, start
+from tests.support.samples import make_samples
+
+ROWS = [[0, 1], [2, 3]] * 3
+
+
+@pytest.fixture
+def state(one_rank, tmp_path):
+    return start(tiny_run(str(tmp_path), training={"global_batch_size": 2, "train_iters": 3}))
+
+
+def loaders(state):
+    return [batches_of(state.config, state.rank, ROWS, make_samples(4), 0)]
+
+
+def test_counts_are_of_what_the_batch_holds(state):
+    metrics = train_step(state, loaders(state), device=CPU, stop_requested=False)
+    batches = list(batches_of(state.config, state.rank, ROWS[:2], make_samples(4), 0))
+    lengths = [length for batch in batches for length in batch.cu_seqlens.diff().tolist()[:-1]]  # the last is padding
+    assert metrics.num_tokens == sum(lengths) == sum(batch.num_tokens for batch in batches)
+    assert metrics.attention_pairs == sum(n * (n + 1) // 2 for n in lengths)
+    assert metrics.num_positions == 2 * state.config.data.seq_length
+    assert metrics.num_images == sum(batch.num_images for batch in batches)
+    assert metrics.num_labels == sum(len(batch.label_index) for batch in batches)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(state):
+    with torch.no_grad():
+        state.chunks[0].vision_projection.encoder.linear_fc1.weight.fill_(float("nan"))
+    with pytest.raises(NumericError, match="loss is nan at iteration 1"):
+        train_step(state, loaders(state), device=CPU, stop_requested=False)
+
+
+def test_a_stop_request_ends_the_run_after_the_step(state):
+    train(state, loaders(state), [stop_hook], device=CPU, stop_requested=lambda: state.iteration == 1)
+    assert state.iteration == 2
+    assert state.stop_reason == SIGNALLED
+
+
+def test_exit_iteration_ends_the_run(state):
+    state.config = dataclasses.replace(
+        state.config, training=dataclasses.replace(state.config.training, exit_iteration=1)
+    )
+    train(state, loaders(state), [stop_hook], device=CPU, stop_requested=lambda: False)
+    assert state.iteration == 1
+    assert state.stop_reason == EXIT_ITERATION
+
+
+def test_the_run_ends_at_train_iters(state):
+    train(state, loaders(state), [stop_hook], device=CPU, stop_requested=lambda: False)
+    assert state.iteration == 3
+    assert state.stop_reason is None
+
+
+def test_normalisation_of_a_bf16_model_is_not_rounded(one_rank):
+    from megatron_vlm.models.build import build_model
+
+    tower = build_model(tiny_run(training={"precision": "bf16"}))[0].vision_model
+    pixels = torch.arange(256, dtype=torch.uint8).repeat(3).view(1, 3, 16, 16)
+    mean = torch.tensor(tower.vision_config.image_mean).view(1, 3, 1, 1) * 255
+    std = torch.tensor(tower.vision_config.image_std).view(1, 3, 1, 1) * 255
+    assert torch.equal(tower.bfloat16().normalise(pixels), ((pixels.float() - mean) / std).bfloat16())
