@@ -1,8 +1,10 @@
 """What the ranks of distributed tests run; `WorkerPool.run` names these functions."""
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,12 +14,12 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron_vlm.checkpoint.load import load_weights
 from megatron_vlm.checkpoint.optimizer_state import inner_optimizers
 from megatron_vlm.checkpoint.save import save_checkpoint
-from megatron_vlm.config import CheckpointConfig, TrainConfig
+from megatron_vlm.config import CheckpointConfig, DataError, ParallelConfig, TrainConfig
 from megatron_vlm.data.batch import ImageShare, VLMBatch
 from megatron_vlm.data.collate import Collation, PlacedSample, collate
 from megatron_vlm.data.shards import ImageSegment
 from megatron_vlm.models.build import build_model
-from megatron_vlm.parallel.groups import RankLayout, build_groups, rank_layout, seed_everything
+from megatron_vlm.parallel.groups import RankLayout, build_groups, main_rank_first, rank_layout, seed_everything
 from megatron_vlm.training.optimizer import build_optimizer, wrap_model
 from megatron_vlm.training.setup import build_state
 from megatron_vlm.training.state import TrainState
@@ -195,3 +197,33 @@ def _pictures_then_text() -> list[PlacedSample]:
     pictures.remove(one)
     pictures.insert(3, one)
     return pictures + text
+
+
+def describe_rank(parallel: ParallelConfig) -> RankLayout:
+    """Return where this rank stands."""
+    build_groups(parallel)
+    return rank_layout()
+
+
+def fail_on_main() -> str:
+    """Return the error that this rank raises when the first rank fails."""
+    build_groups(ParallelConfig())
+    rank = rank_layout()
+    try:
+        with main_rank_first(rank):
+            if rank.rank == 0:
+                raise DataError("data is missing", where="shard 3", fix="prepare it")
+    except DataError as error:
+        return str(error)
+    return "no error"
+
+
+def write_then_read(path: str) -> str:
+    """Let the first rank write a file, slowly, and every rank return what it holds."""
+    build_groups(ParallelConfig())
+    rank = rank_layout()
+    with main_rank_first(rank):
+        if rank.rank == 0:
+            time.sleep(0.5)
+            Path(path).write_text("built")
+        return Path(path).read_text()
