@@ -3,11 +3,14 @@
 import argparse
 import logging
 import os
+import signal
 import sys
 import tempfile
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import FrameType
+from typing import NoReturn
 
 from megatron_vlm.config import ExitCode, TrainConfig, UsageError, derive_layout, load_config
 from megatron_vlm.platform.exit_status import (
@@ -57,9 +60,29 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.set_defaults(run=run)
 
 
+class _StoppedEarlyError(BaseException):
+    """A scheduler's signal came before the ranks were there to take it."""
+
+
 def run(args: argparse.Namespace) -> int:
     """Check, start the ranks, wait for them, and say in one line how it ended."""
     setup_logging()
+    previous = {number: signal.signal(number, _stop_early) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        return _run(args)
+    except _StoppedEarlyError as stop:
+        logger.info("stopped by %s before any rank was started", stop)
+        return ExitCode.REQUEUE
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _stop_early(number: int, frame: FrameType | None) -> NoReturn:
+    raise _StoppedEarlyError(signal.Signals(number).name)
+
+
+def _run(args: argparse.Namespace) -> int:
     config = load_config(TrainConfig, args.config, args.overrides)
     slurm = read_slurm_node(os.environ)
     num_gpus = count_visible_gpus(os.environ)

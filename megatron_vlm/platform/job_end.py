@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megatron_vlm.config import ExitCode
 from megatron_vlm.platform.exit_status import ExitStatus, read_exit_status
-from megatron_vlm.platform.launch import NodeEnd, WorkerEnd
+from megatron_vlm.platform.launch import HANDED_ON_AS, NodeEnd, WorkerEnd
 
 _ORDERLY_STOP = (ExitCode.DONE, ExitCode.REQUEUE, ExitCode.INTERRUPTED)
 
@@ -67,7 +67,8 @@ def _all_stopped(end: NodeEnd, failures: Sequence[WorkerEnd]) -> bool:
 
     A rank that is asked before it can answer dies of the signal; the others may lose their connection to it.
     """
-    died_of_it = {worker.rank for worker in failures if worker.exit_code == -(end.stop_signal or 0)}
+    handed_on = HANDED_ON_AS[end.stop_signal] if end.stop_signal else 0
+    died_of_it = {worker.rank for worker in failures if worker.exit_code == -handed_on}
     killed_otherwise = any(worker.exit_code < 0 and worker.rank not in died_of_it for worker in failures)
     return not killed_otherwise and (bool(died_of_it) or not failures)
 

@@ -25,7 +25,14 @@ GRACE_SECONDS = 3.0
 """What the other ranks are given to say why they ended, once one has failed."""
 _POLL_SECONDS = 0.05
 _DEATH_SECONDS = 10.0
-_HANDED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+HANDED_ON_AS = {
+    signal.SIGTERM: signal.SIGTERM,
+    signal.SIGUSR1: signal.SIGUSR1,
+    # Ctrl-C and a closed terminal ask for what the scheduler asks for, and ranks know one way to stop.
+    signal.SIGINT: signal.SIGTERM,
+    signal.SIGHUP: signal.SIGTERM,
+}
+"""What the ranks get when this process gets a signal."""
 # Exit codes after which the other ranks may finish what they are doing, a checkpoint for example.
 _ORDERLY = (ExitCode.DONE, ExitCode.REQUEUE)
 
@@ -97,6 +104,7 @@ class _Supervisor:
     ends: dict[int, WorkerEnd] = field(default_factory=dict)
     stop_signal: signal.Signals | None = None
     kill_at: float | None = None
+    is_stop_announced: bool = False
 
     def start(self) -> None:
         for local_rank in range(self.job.num_workers):
@@ -107,7 +115,7 @@ class _Supervisor:
                 list(self.job.command), env=environment, start_new_session=True, stdin=subprocess.DEVNULL
             )
         if self.stop_signal is not None:  # it came between two starts
-            self.send(self.stop_signal)
+            self.send(HANDED_ON_AS[self.stop_signal])
 
     def live(self) -> Iterator[tuple[int, subprocess.Popen]]:
         return ((rank, process) for rank, process in self.processes.items() if rank not in self.ends)
@@ -121,13 +129,15 @@ class _Supervisor:
         if received == signal.SIGINT and self.stop_signal == signal.SIGINT:
             self.kill_at = time.monotonic()  # the second Ctrl-C means now
             return
-        # A closed terminal asks for the same as the scheduler does; ranks handle the latter.
-        handed_on = signal.SIGTERM if received == signal.SIGHUP else received
-        self.stop_signal = self.stop_signal or handed_on
-        self.send(handed_on)
+        self.stop_signal = self.stop_signal or received
+        self.send(HANDED_ON_AS[received])
 
     def poll(self) -> bool:
         """Collect ranks that have ended; return whether any is left."""
+        if self.stop_signal is not None and not self.is_stop_announced:
+            self.is_stop_announced = True
+            again = "; Ctrl-C again ends them at once" if self.stop_signal == signal.SIGINT else ""
+            logger.info("%s: the ranks finish their step and save%s", self.stop_signal.name, again)
         for rank, process in list(self.live()):
             exit_code = process.poll()
             if exit_code is not None:
@@ -155,7 +165,7 @@ class _Supervisor:
 def run_node(job: NodeJob) -> NodeEnd:
     """Run the ranks of this node until all have ended.
 
-    SIGTERM, SIGINT and SIGUSR1 are handed on; the ranks decide what they mean. After the first rank that fails, the
+    Signals are handed on as `HANDED_ON_AS` says; the ranks decide what they mean. After the first rank that fails, the
     others have `GRACE_SECONDS`. Call it from the main thread.
     """
     supervisor = _Supervisor(job)
@@ -171,7 +181,7 @@ def run_node(job: NodeJob) -> NodeEnd:
 
 @contextmanager
 def _signals_to(supervisor: _Supervisor) -> Iterator[None]:
-    previous = {number: signal.getsignal(number) for number in _HANDED_ON}
+    previous = {number: signal.getsignal(number) for number in HANDED_ON_AS}
     # A signal that the shell had this process ignore (nohup) stays ignored.
     taken = [number for number, handler in previous.items() if handler is not signal.SIG_IGN]
     for number in taken:

@@ -2,6 +2,9 @@
 
 import errno
 import logging
+import os
+import signal
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -115,3 +118,13 @@ def test_status_that_cannot_be_written_does_not_hide_how_the_job_ended(launched,
 def test_ranks_that_do_not_fit_the_gpus_are_refused_before_they_start(launched):
     with pytest.raises(ConfigError, match="8 ranks on a node with 4 visible GPUs"):
         launched({}, "training.global_batch_size=8", nproc=8, num_gpus=4)
+
+
+def test_signal_before_the_ranks_are_there_asks_to_be_requeued(project, launched, monkeypatch):
+    def stopped(*args, **settings):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+
+    monkeypatch.setattr(train, "_check", stopped)
+    args = SimpleNamespace(config="train.yaml", overrides=["run_dir=wired"], nproc_per_node=None)
+    assert train.run(args) == 75

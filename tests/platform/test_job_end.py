@@ -93,7 +93,7 @@ def test_rank_killed_while_stopping_is_named():
 
 
 def test_interrupt_is_not_to_be_requeued():
-    assert explained(end(-2, -2, stop=signal.SIGINT))[0] == ExitCode.INTERRUPTED
+    assert explained(end(-15, -15, stop=signal.SIGINT))[0] == ExitCode.INTERRUPTED
 
 
 def test_run_that_was_done_when_the_signal_came_is_done():
