@@ -27,6 +27,12 @@ from megatron_vlm.data.sources.text import TextSource
 from megatron_vlm.data.verify import verify_dataset
 
 
+@pytest.fixture(autouse=True)
+def _no_waiting_for_the_disk(monkeypatch):
+    """What fsync guards against, a power failure, is not tested; thousands of them would be most of the time."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+
+
 @pytest.fixture
 def output(tmp_path) -> Path:
     return tmp_path / "shards"

@@ -81,7 +81,7 @@ def _open(path: Path) -> Iterator[BinaryIO]:
                 if not name.endswith("/"):
                     yield cast(BinaryIO, archive.open(name))
     else:
-        yield path.open("rb", buffering=_CHUNK_BYTES)
+        yield path.open("rb")
 
 
 def _split(stream: BinaryIO, max_bytes: int) -> Iterator[tuple[int, bytes | RejectError]]:
