@@ -10,7 +10,6 @@ from megatron.core.inference.contexts.static_context import StaticInferenceConte
 from torch import Tensor
 
 from megatron_vlm.config import ModelConfig
-from megatron_vlm.data.shards import ImageSegment, TextSegment
 from megatron_vlm.evaluation.sampling import SamplingOptions, choose_tokens, draw_uniforms
 from megatron_vlm.models.attention import PackedAttention
 from megatron_vlm.models.vlm import VisionLanguageModel, merge_image_embeddings
@@ -44,13 +43,6 @@ class Answer:
     """Whether the model ended it; False: `max_new_tokens` did."""
 
 
-def place_images(segments: Sequence[TextSegment | ImageSegment], model: ModelConfig) -> np.ndarray:
-    """Return int64[n] ids of encoded segments, each image as its placeholders."""
-    placeholders = np.full(model.vision.num_image_tokens, model.language.image_token_id, dtype=np.int64)
-    parts = [placeholders if isinstance(segment, ImageSegment) else segment.input_ids for segment in segments]
-    return np.concatenate(parts).astype(np.int64)
-
-
 class Generator:
     """A model, ready to answer.
 
@@ -81,6 +73,12 @@ class Generator:
         self._can_continue = isinstance(
             model.language_model.decoder.layers[0].self_attention.core_attention, PackedAttention
         )
+
+    @property
+    def feature_bytes(self) -> int:
+        """Size of the features of one image [bytes]."""
+        size = self._config.vision.num_image_tokens * self._config.language.hidden_size
+        return size * next(self._model.parameters()).dtype.itemsize
 
     @torch.inference_mode()
     def encode_images(self, pixel_values: np.ndarray) -> Tensor:

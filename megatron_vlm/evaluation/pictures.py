@@ -1,0 +1,65 @@
+"""Pictures of a task as the vision tower takes them, each file decoded once."""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megatron_vlm.config import DataError, VisionConfig
+from megatron_vlm.data.images import Aspect, decode_image
+
+_NUM_THREADS = 4
+_SHOWN = 3
+
+
+@dataclass(frozen=True, slots=True)
+class PictureReader:
+    """Reads image files.
+
+    Args:
+        vision: size and colours of the tower.
+        aspect: how an image becomes a square; as in training.
+    """
+
+    vision: VisionConfig
+    aspect: Aspect
+
+    def read(self, paths: Sequence[Path]) -> np.ndarray:
+        """Return uint8[n, 3, H, W].
+
+        Raises:
+            DataError: a file is missing or no image; names it.
+        """
+        with ThreadPoolExecutor(_NUM_THREADS) as threads:
+            pictures = list(threads.map(self._read_one, paths))
+        size = self.vision.image_size
+        return np.stack(pictures) if pictures else np.zeros((0, 3, size, size), dtype=np.uint8)
+
+    def _read_one(self, path: Path) -> np.ndarray:
+        try:
+            encoded = path.read_bytes()
+        except OSError as error:
+            raise DataError(f"picture cannot be read: {error.strerror}", where=str(path), fix="check it") from None
+        try:
+            return decode_image(
+                encoded, image_size=self.vision.image_size, aspect=self.aspect, mean=self.vision.image_mean
+            )
+        except DataError as error:
+            raise DataError(error.what, where=str(path), fix="replace the picture") from None
+
+
+def check_pictures(paths: Sequence[Path]) -> None:
+    """Check that all files are there, before anything long starts.
+
+    Raises:
+        DataError: counts the missing ones and names the first.
+    """
+    distinct = list(dict.fromkeys(paths))
+    missing = [str(path) for path in distinct if not path.is_file()]
+    if missing:
+        raise DataError(
+            f"{len(missing)} of {len(distinct)} pictures are missing, e.g. {', '.join(missing[:_SHOWN])}",
+            fix="name their folder with --images",
+        )

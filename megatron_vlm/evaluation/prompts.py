@@ -1,0 +1,78 @@
+"""From a question with pictures, and worked examples before it, to the token ids of a prompt."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_vlm.config import ModelConfig, UsageError
+from megatron_vlm.data.documents import PLACEHOLDER, Control, Image, RejectError, Segment, Special, Text
+from megatron_vlm.data.encoding import encode_segments
+from megatron_vlm.data.shards import ImageSegment, TextSegment
+from megatron_vlm.data.templates import Template, Turn, encode_prompt, split_placeholders
+from megatron_vlm.data.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """A question and, in a worked example, its answer."""
+
+    text: str
+    """May hold "<image>" where its pictures stand; otherwise they are put on lines of their own before it."""
+    num_images: int
+    answer: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptFormat:
+    """How prompts are written: as the conversations of the training were.
+
+    Args:
+        tokenizer: that of the model.
+        model: sizes of the model.
+        template: conversation template; None: the bare text, which the model continues.
+        system: system prompt as in `render_conversation`.
+    """
+
+    tokenizer: Tokenizer
+    model: ModelConfig
+    template: Template | None
+    system: object
+
+    def encode(self, exchanges: Sequence[Exchange]) -> np.ndarray:
+        """Return int64[n] ids up to the answer of the last question, each image as its placeholders.
+
+        Raises:
+            UsageError: a text has placeholders, but not one for each image.
+        """
+        if self.template is None:
+            return self._place(encode_segments(self._bare(exchanges), self.tokenizer))
+        turns = [Turn(_split(exchange), exchange.answer) for exchange in exchanges]
+        return self._place(encode_prompt(turns, self.tokenizer, template=self.template, system=self.system))
+
+    def _bare(self, exchanges: Sequence[Exchange]) -> list[Segment]:
+        segments: list[Segment] = [Special(Control.BOS, train=False)]
+        for exchange in exchanges:
+            segments += [piece if isinstance(piece, Image) else Text(piece.text, False) for piece in _split(exchange)]
+            if exchange.answer is not None:
+                segments.append(Text(f" {exchange.answer}\n", train=False))
+        return segments
+
+    def _place(self, segments: Sequence[TextSegment | ImageSegment]) -> np.ndarray:
+        placeholders = np.full(self.model.vision.num_image_tokens, self.model.language.image_token_id, dtype=np.int64)
+        parts = [placeholders if isinstance(segment, ImageSegment) else segment.input_ids for segment in segments]
+        return np.concatenate(parts).astype(np.int64)
+
+
+def _split(exchange: Exchange) -> tuple[Text | Image, ...]:
+    """Return text and images in reading order; the images are empty, their places matter alone."""
+    text = exchange.text
+    if PLACEHOLDER not in text:
+        text = f"{PLACEHOLDER}\n" * exchange.num_images + text
+    try:
+        return split_placeholders(text, [b""] * exchange.num_images)
+    except RejectError:
+        raise UsageError(
+            f"{text.count(PLACEHOLDER)} placeholders for {exchange.num_images} images in {exchange.text[:60]!r}",
+            fix=f"write {PLACEHOLDER} once for each image, or not at all",
+        ) from None
