@@ -1,9 +1,7 @@
-"""What guessing reaches: baselines that never look at a picture, and questions about the wrong one."""
+"""What guessing reaches: baselines that never look at a picture; and right answers by kind of question."""
 
-import json
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from quickstart.scenes import COLORS, SHAPES, Question
@@ -26,19 +24,6 @@ def most_frequent_answer_per_question(training: Sequence[Question], test: Sequen
     return _share(test, lambda item: _mode(answers[item["question"]]) if item["question"] in answers else overall)
 
 
-def write_other_pictures(source: Path, target: Path) -> int:
-    """Write the test questions again, each with the picture half the split further on: never its own.
-
-    Returns:
-        Number of questions.
-    """
-    items = json.loads(source.read_text())
-    images = list(dict.fromkeys(item["image"] for item in items))
-    other = {image: images[(number + len(images) // 2) % len(images)] for number, image in enumerate(images)}
-    target.write_text(json.dumps([{**item, "image": other[item["image"]]} for item in items], indent=1))
-    return len(items)
-
-
 def kind_of_answer(answer: str) -> str:
     """Return what kind of question has this answer."""
     if answer in COLORS:
@@ -46,13 +31,13 @@ def kind_of_answer(answer: str) -> str:
     return "shape" if answer in SHAPES else "yes or no"
 
 
-def count_by_kind(items: Sequence[Item], predictions: Sequence[str]) -> dict[str, tuple[int, int]]:
-    """Return right answers and questions by kind."""
+def count_by_kind(rows: Sequence[Item]) -> dict[str, tuple[int, int]]:
+    """Return right answers and questions by kind, from the rows that `evaluate` writes."""
     counts: dict[str, tuple[int, int]] = {kind: (0, 0) for kind in ("yes or no", "color", "shape")}
-    for item, predicted in zip(items, predictions, strict=True):
-        kind = kind_of_answer(item["answers"][0])
+    for row in rows:
+        kind = kind_of_answer(row["answers"][0])
         right, total = counts[kind]
-        counts[kind] = (right + (predicted == item["answers"][0]), total + 1)
+        counts[kind] = (right + int(row["exact_match"]), total + 1)
     return counts
 
 

@@ -57,8 +57,8 @@ class Quickstart:
         self.train("sft", after=["pretrain"])
         self.convert()
         logits = self.compare_logits()
-        own = self.evaluate("evaluate", "test.json")
-        other = self.evaluate("evaluate another picture", "test_other_picture.json")
+        own = self.evaluate("evaluate")
+        other = self.evaluate("evaluate another picture", "--swap-images", "0")
         return self._collect(kill=kill, logits=logits, own=own, other=other)
 
     def download(self) -> None:
@@ -78,11 +78,9 @@ class Quickstart:
 
         def action() -> dict[str, Any]:
             shutil.rmtree(self.raw, ignore_errors=True)
-            counts = build_corpus(self._package(), self.raw, self.size.corpus)
-            controls.write_other_pictures(self.raw / "test.json", self.raw / "test_other_picture.json")
-            return counts
+            return build_corpus(self._package(), self.raw, self.size.corpus)
 
-        code = [Path(__file__).with_name(name) for name in ("corpus.py", "scenes.py", "pictures.py", "controls.py")]
+        code = [Path(__file__).with_name(name) for name in ("corpus.py", "scenes.py", "pictures.py")]
         self.phases.run(
             "corpus", action, inputs=[repr(self.size.corpus), *code], after=["download"], outputs=[self.raw]
         )
@@ -189,23 +187,24 @@ class Quickstart:
         code = Path(__file__).with_name("logits.py")
         return self.phases.run("logits", action, inputs=[code], after=["convert"], outputs=[result])["samples"]
 
-    def evaluate(self, name: str, questions: str) -> dict[str, Any]:
-        """Answer the test questions of a file with the last checkpoint."""
-        arguments = self.evaluate_arguments(questions)
-        result = Path(arguments[-1])
+    def evaluate(self, name: str, *options: str) -> dict[str, Any]:
+        """Answer the test questions with the last checkpoint."""
+        arguments = self.evaluate_arguments(name, *options)
+        result = Path(arguments[arguments.index("--output") + 1])
         self.phases.run(
             name,
-            lambda: self._product(arguments, Path(questions).stem),
+            lambda: self._product(arguments, result.stem),
             inputs=[arguments],
             after=["sft", "corpus"],
             outputs=[result],
         )
         return json.loads(result.read_text())
 
-    def evaluate_arguments(self, questions: str) -> list[str]:
-        """Return what follows `megatron-vlm`; the result file stands last."""
-        arguments = ["evaluate", "--task", "vqa", "--checkpoint", self.sft, "--input", str(self.raw / questions)]
-        return [*arguments, "--output", str(self.output / f"answers_{Path(questions).stem}.json")]
+    def evaluate_arguments(self, name: str, *options: str) -> list[str]:
+        """Return what follows `megatron-vlm`."""
+        output = self.output / f"{name.replace(' ', '_')}.json"
+        arguments = ["evaluate", self.sft, "--task", "vqa", "--questions", str(self.raw / "test.json")]
+        return [*arguments, "--system", "none", "--max-new-tokens", "4", "--output", str(output), *options]
 
     @property
     def raw(self) -> Path:
@@ -252,7 +251,6 @@ class Quickstart:
         self, *, kill: dict[str, Any], logits: list[dict[str, Any]], own: dict[str, Any], other: dict[str, Any]
     ) -> Findings:
         items = json.loads((self.raw / "test.json").read_text())
-        predictions = [answer["prediction"] for answer in own["answers"]]
         training = read_questions(self._package() / "easy_vqa" / "data" / "train" / "questions.json")
         pretrain = read_metrics(self.output / "pretrain")
         straight = read_metrics(self.output / "pretrain_straight")
@@ -263,15 +261,15 @@ class Quickstart:
             killed=kill["killed"],
             resume=check_resume(straight, kill["killed"], pretrain),
             kill={name: kill[name] for name in ("rank", "exit_code", "seconds_to_end")},
-            accuracy=own["accuracy"],
+            accuracy=own["exact_match"],
             num_questions=len(items),
-            accuracy_by_kind=controls.count_by_kind(items, predictions),
+            accuracy_by_kind=controls.count_by_kind(own["answers"]),
             controls={
                 "most_frequent_answer": controls.most_frequent_answer(training, items),
                 "most_frequent_answer_per_question": controls.most_frequent_answer_per_question(training, items),
-                "other_picture": other["accuracy"],
+                "other_picture": other["exact_match"],
             },
-            answers=_show_answers(items, predictions),
+            answers=_show_answers(own["answers"]),
             logits=logits,
             seconds={name: seconds for name, seconds in self.phases.seconds.items() if name != "download"},
             facts=describe_machine(),
@@ -283,7 +281,7 @@ class Quickstart:
         named += [("align", self._stage("align").arguments), ("pretrain", self._stage("pretrain").arguments)]
         named += [("pretrain, uninterrupted", self.straight_stage().arguments)]
         named += [("sft", self._stage("sft").arguments), ("convert", self.convert_arguments())]
-        named += [("evaluate", self.evaluate_arguments("test.json"))]
+        named += [("evaluate", self.evaluate_arguments("evaluate"))]
         return [(name, " ".join(["megatron-vlm", *map(shlex.quote, arguments)])) for name, arguments in named]
 
 
@@ -295,19 +293,19 @@ def write_results(findings: Findings, output: Path) -> dict[str, Any]:
     return summary
 
 
-def _show_answers(items: Sequence[dict[str, Any]], predictions: Sequence[str]) -> list[Answer]:
+def _show_answers(rows: Sequence[dict[str, Any]]) -> list[Answer]:
     """Return a fixed draw of test questions, each about another picture."""
-    order = list(range(len(items)))
-    random.Random(0).shuffle(order)
-    chosen: dict[str, int] = {}
-    for number in order:
-        chosen.setdefault(items[number]["image"], number)
+    shuffled = list(rows)
+    random.Random(0).shuffle(shuffled)
+    chosen: dict[str, dict[str, Any]] = {}
+    for row in shuffled:
+        chosen.setdefault(row["images"][0], row)
     return [
         Answer(
-            picture=Path(items[number]["image"]).read_bytes(),
-            question=items[number]["question"],
-            expected=items[number]["answers"][0],
-            predicted=predictions[number],
+            picture=Path(image).read_bytes(),
+            question=row["question"],
+            expected=row["answers"][0],
+            predicted=row["prediction"],
         )
-        for number in list(chosen.values())[:_NUM_SHOWN]
+        for image, row in list(chosen.items())[:_NUM_SHOWN]
     ]
