@@ -101,20 +101,16 @@ class Quickstart:
     def prepare_arguments(self) -> list[list[str]]:
         """Return what follows `megatron-vlm` for each corpus."""
         llava, mmc4 = self.raw / "llava", self.raw / "mmc4"
-        commands: list[list[Any]] = [
-            ["pairs", "--input", self.raw / "coyo", "--output", self.data / "coyo"],
-            ["interleaved", "--input", mmc4, "--images", mmc4 / "images", "--output", self.data / "mmc4"],
-            [
-                "conversations",
-                "--input",
-                llava / "instructions.json",
-                "--images",
-                llava,
-                "--output",
-                self.data / "llava",
-            ],
+        commands: dict[str, list[Any]] = {
+            "coyo": ["pairs", "--input", self.raw / "coyo"],
+            "mmc4": ["interleaved", "--input", mmc4, "--images", mmc4 / "images"],
+            # A small model has better use for its tokens than the same system prompt in every conversation.
+            "llava": ["conversations", "--input", llava / "instructions.json", "--images", llava, "--system", "none"],
+        }
+        return [
+            ["prepare", *map(str, command), "--output", str(self.data / name), "--tokenizer", str(self.tokenizer)]
+            for name, command in commands.items()
         ]
-        return [["prepare", *map(str, command), "--tokenizer", str(self.tokenizer)] for command in commands]
 
     def train(self, name: str, after: Sequence[str]) -> None:
         """Run a stage."""
