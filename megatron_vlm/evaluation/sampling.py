@@ -60,4 +60,6 @@ def choose_tokens(logits: Tensor, options: SamplingOptions, uniforms: Tensor) ->
     probabilities = torch.where(before < options.top_p, probabilities, 0)
     cumulative = probabilities.cumsum(-1)
     chosen = (cumulative <= uniforms[:, None].to(cumulative) * cumulative[:, -1:]).sum(-1, keepdim=True)
-    return order.gather(-1, chosen).squeeze(-1)
+    # A draw next to 1 may be rounded up to the sum: the last token that can be drawn is meant.
+    last = (probabilities > 0).sum(-1, keepdim=True) - 1
+    return order.gather(-1, chosen.minimum(last)).squeeze(-1)

@@ -4,14 +4,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from megatron_vlm.checkpoint.run_settings import read_run_settings
-from megatron_vlm.checkpoint.tensors import write_weights
-from megatron_vlm.config import ModelConfig, config_to_dict
-from megatron_vlm.convert import llava
+from megatron_vlm.config import ModelConfig
 from megatron_vlm.convert.to_hf import export_llava
 from tests.support.configs import tiny_model
+from tests.support.random_run import write_random_run
 from tests.support.sentence_piece import NUM_PIECES, train_sentence_piece
 
 
@@ -33,22 +31,10 @@ def make_run(tmp_path_factory, tokenizer_path):
     def make(model: ModelConfig) -> Path:
         if str(model) not in made:
             made[str(model)] = tmp_path_factory.mktemp("run")
-            data = {"tokenizer": str(tokenizer_path), "image_aspect": "pad"}
-            write_weights(made[str(model)], random_weights(model), {"model": config_to_dict(model), "data": data})
+            write_random_run(made[str(model)], model, tokenizer_path)
         return made[str(model)]
 
     return make
-
-
-def random_weights(model: ModelConfig) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(5)
-    tensors = {}
-    for rule in llava.rules(model):
-        # Biases and norms too: a new model has zeros and ones there, which hide a swap.
-        noise = torch.randn(rule.checkpoint_shape, generator=generator)
-        is_norm = rule.key.endswith(("norm_weight", "layernorm.weight"))
-        tensors[rule.key] = 1 + 0.1 * noise if is_norm else 0.12 * noise
-    return tensors
 
 
 @pytest.fixture(scope="session")

@@ -6,9 +6,8 @@ import torch
 
 from megatron_vlm.checkpoint.open_model import open_model
 from megatron_vlm.checkpoint.run_settings import read_run_settings
-from megatron_vlm.data.shards import ImageSegment, TextSegment
 from megatron_vlm.evaluation import generation
-from megatron_vlm.evaluation.generation import Answer, Generator, Prompt, place_images
+from megatron_vlm.evaluation.generation import Answer, Generator, Prompt
 from megatron_vlm.evaluation.sampling import SamplingOptions
 from megatron_vlm.models.build import build_model
 from tests.support.configs import tiny_model, tiny_run
@@ -36,10 +35,9 @@ def make_prompts(count: int, *, num_images: int = 5, seed: int = 0) -> tuple[lis
     prompts = []
     for _ in range(count):
         images = tuple(int(image) for image in rng.integers(0, num_images, rng.integers(0, 3)))
-        segments: list[TextSegment | ImageSegment] = [TextSegment(np.array([1, 7, 8], dtype=np.int32), False)]
-        segments += [ImageSegment(b"")] * len(images)
-        segments.append(TextSegment(rng.integers(3, 100, rng.integers(2, 5)).astype(np.int32), False))
-        prompts.append(Prompt(place_images(segments, MODEL), images))
+        image = [MODEL.language.image_token_id] * MODEL.vision.num_image_tokens
+        ids = [1, 7, 8, *(image * len(images)), *rng.integers(3, 100, rng.integers(2, 5))]
+        prompts.append(Prompt(np.array(ids, dtype=np.int64), images))
     return prompts, rng.integers(0, 256, (num_images, 3, 32, 32), dtype=np.uint8)
 
 
