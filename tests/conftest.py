@@ -6,6 +6,7 @@ from megatron_vlm.platform.device import prepare_process  # noqa: E402
 
 prepare_process()
 
+from tests.support.fake_ranks import play  # noqa: E402
 from tests.support.fixtures import one_rank, workers  # noqa: E402
 
-__all__ = ["one_rank", "workers"]
+__all__ = ["one_rank", "play", "workers"]

@@ -102,18 +102,20 @@ def test_wrong_command_line_is_one_line_with_exit_code_64(verb, capsys, argument
 
 
 def test_reader_that_leaves_early_is_no_error():
-    process = subprocess.Popen(
-        [sys.executable, "-c", "import time; time.sleep(0.5); from megatron_vlm.__main__ import main; exit(main())"]
-        + ["--help"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
+    code = (
+        "import sys, types\nfrom megatron_vlm.cli import main as cli\n"
+        "def run(args):\n    sys.stdin.read()\n    sys.stdout.write('x' * 10**6)\n    return 0\n"
+        "def add_parser(subparsers):\n    subparsers.add_parser('train').set_defaults(run=run)\n"
+        "cli.VERBS['train'] = 'stand_in'\nsys.modules['stand_in'] = types.SimpleNamespace(add_parser=add_parser)\n"
+        "sys.exit(cli.main(['train']))"
     )
+    pipe = subprocess.PIPE
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=pipe, stdout=pipe, stderr=pipe, text=True)
     process.stdout.close()
+    process.stdin.close()  # now it writes
     errors = process.stderr.read()
     process.stderr.close()
-    assert process.wait() == 141
-    assert errors == ""
+    assert (process.wait(), errors) == (141, "")
 
 
 def test_version_is_printed():

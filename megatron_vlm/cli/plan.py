@@ -1,0 +1,132 @@
+"""`megatron-vlm plan`: what a run will hold and cost, without a GPU."""
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from typing import Any
+
+from megatron_vlm.config import ExitCode, TrainConfig, UsageError, derive_layout, load_config
+
+_EPILOG = """\
+example:
+  megatron-vlm plan examples/vila_7b/pretrain.yaml --world-size 128
+  megatron-vlm plan train.yaml parallel.tensor_model_parallel_size=4 --world-size 32 --no-data
+
+Parameters are exact, and so is the packing: it is what train would do. Activations leave out what libraries keep.
+"""
+# Dense BF16 operations per second, by NVIDIA's data sheets.
+_PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    """Add the verb to the command line."""
+    parser = subparsers.add_parser(
+        "plan",
+        help="memory, pipeline balance, packing and GPU hours of a run, without a GPU",
+        description="Show what a run will hold and cost.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("config", metavar="CONFIG", help="YAML file of the stage")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that go before the file's")
+    parser.add_argument(
+        "--world-size", type=int, metavar="N", help="ranks of the job; default: one data-parallel replica"
+    )
+    parser.add_argument("--gpu", choices=sorted(_PEAK_FLOPS), default="A100", help="(default: %(default)s)")
+    parser.add_argument(
+        "--mfu", type=float, default=0.4, metavar="X", help="share of its peak that is reached (default: %(default)s)"
+    )
+    parser.add_argument("--no-data", action="store_true", help="leave the packing out: the shards are not there yet")
+    parser.add_argument("--json", action="store_true", help="the same figures as JSON")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the verb; returns the exit code."""
+    if not 0 < args.mfu <= 1:
+        raise UsageError(f"--mfu {args.mfu} is not between 0 and 1", fix="give a share, e.g. 0.4")
+    config = load_config(TrainConfig, args.config, args.overrides)
+    parallel = config.parallel
+    replica = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    facts = _memory(config, args.world_size or replica)
+    if not args.no_data:
+        facts["data"] = _data(config, facts["world_size"], _PEAK_FLOPS[args.gpu] * args.mfu)
+    if args.json:
+        sys.stdout.write(json.dumps(facts, indent=2) + "\n")
+    else:
+        sys.stdout.write(_as_text(facts, f"{args.gpu} at {args.mfu:.0%} of its peak"))
+    return ExitCode.DONE
+
+
+def _memory(config: TrainConfig, world_size: int) -> dict[str, Any]:
+    from megatron_vlm.config.size import estimate_memory, stage_sizes
+
+    layout = derive_layout(config, world_size)
+    stages = []
+    for stage, size in enumerate(stage_sizes(config)):
+        memory = estimate_memory(config, stage, layout.data_parallel_size)
+        learning = size.learning(config.training.freeze)
+        stages.append({**asdict(size), "learning": learning, **asdict(memory), "total": memory.total})
+    num_micro_batches, pp = layout.num_micro_batches, config.parallel.pipeline_model_parallel_size
+    chunks = config.parallel.virtual_pipeline_model_parallel_size or 1
+    return {
+        **asdict(layout),
+        "tensor_model_parallel_size": config.parallel.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": pp,
+        "bubble": (pp - 1) / (num_micro_batches * chunks + pp - 1),
+        "stages": stages,
+    }
+
+
+def _data(config: TrainConfig, world_size: int, flops_per_second: float) -> dict[str, Any]:
+    from megatron_vlm.data.checks import check_data
+    from megatron_vlm.training.outlook import foresee
+
+    outlook = foresee(config, check_data(config))
+    gpu_hours = outlook.gpu_hours(flops_per_second)
+    return {
+        **asdict(outlook.packing),
+        "num_labels": outlook.num_labels,
+        "flops": outlook.flops,
+        "stage_shares": outlook.stage_shares,
+        "stage_imbalance": outlook.imbalance,
+        "gpu_hours": gpu_hours,
+        "hours": gpu_hours / world_size,
+    }
+
+
+def _as_text(facts: dict[str, Any], machine: str) -> str:
+    lines = [
+        f"{facts['world_size']} ranks = TP {facts['tensor_model_parallel_size']} x PP "
+        f"{facts['pipeline_model_parallel_size']} x DP {facts['data_parallel_size']}; {facts['num_micro_batches']} "
+        f"micro-batches of {facts['tokens_per_micro_batch']} tokens a step, {facts['bubble']:.1%} pipeline bubble",
+        "",
+        "stage  layers  parameters  learning   weights  gradients  optimizer  activations     total   (a rank)",
+    ]
+    for index, stage in enumerate(facts["stages"]):
+        parameters = stage["vision_model"] + stage["vision_projection"] + stage["language_model"]
+        lines.append(
+            f"{index:5d}  {stage['num_layers']:6d}  {parameters / 1e6:8.1f} M  {stage['learning'] / 1e6:6.1f} M"
+            f"  {_gib(stage['weights'])}  {_gib(stage['gradients'], 9)}  {_gib(stage['optimizer'], 9)}"
+            f"  {_gib(stage['activations'], 11)}  {_gib(stage['total'])}"
+        )
+    data = facts.get("data")
+    if data is None:
+        return "\n".join(lines) + "\n"
+    shares = " : ".join(f"{share:.1%}" for share in data["stage_shares"])
+    lines += [
+        "",
+        f"{data['num_samples']} samples with {data['num_images']} images in {data['num_rows']} rows: "
+        f"{data['num_iterations']} iterations, {data['utilisation']:.2%} of the positions used, "
+        f"{data['truncated']} samples cut, {data['dropped']} left out",
+        f"{data['num_tokens'] / 1e6:.1f} M tokens, {data['num_labels'] / 1e6:.1f} M with a loss; work of the stages "
+        f"{shares}, the slowest {data['stage_imbalance']:.1%} over the mean",
+        f"{data['flops']:.3g} operations: {data['gpu_hours']:.3g} GPU hours on {machine}, {data['hours']:.3g} hours on "
+        f"{facts['world_size']} of them",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _gib(size: int, width: int = 8) -> str:
+    return f"{f'{size / 2**30:.2f} GiB':>{width}}"

@@ -1,0 +1,65 @@
+import json
+
+import pytest
+
+from megatron_vlm.config import TrainConfig, load_config
+from megatron_vlm.data.plan import PlanSettings, build_plan
+from megatron_vlm.data.shards import ShardedDataset
+
+
+def facts(project, *arguments):
+    done = project.run("plan", "train.yaml", "--json", *arguments)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_packing_is_what_train_will_do(project, tmp_path):
+    found = facts(project)["data"]
+    config = load_config(TrainConfig, project.config)
+    plan = build_plan(PlanSettings.from_config(config), [ShardedDataset.open(project.folder / "shards")], tmp_path)
+    for name in ("num_rows", "num_iterations", "num_samples", "num_tokens", "num_images", "utilisation"):
+        assert found[name] == getattr(plan.summary, name)
+
+
+def test_layout_and_stages_are_those_of_the_job(project):
+    found = facts(project, "parallel.pipeline_model_parallel_size=2", "--world-size", "4", "--no-data")
+    assert (found["data_parallel_size"], len(found["stages"])) == (2, 2)
+    assert [stage["num_layers"] for stage in found["stages"]] == [2, 2]
+    assert found["bubble"] == pytest.approx(1 / 3)
+
+
+def test_stage_with_the_tower_does_more_of_the_work(project):
+    data = facts(project, "parallel.pipeline_model_parallel_size=2")["data"]
+    assert sum(data["stage_shares"]) == pytest.approx(1)
+    assert data["stage_imbalance"] == pytest.approx(2 * max(data["stage_shares"]) - 1)
+
+
+def test_hours_follow_from_the_share_of_the_peak(project):
+    fast, slow = (facts(project, "--mfu", mfu)["data"] for mfu in ("0.5", "0.25"))
+    assert slow["gpu_hours"] == pytest.approx(2 * fast["gpu_hours"])
+
+
+def test_text_names_memory_packing_and_hours(project):
+    done = project.run("plan", "train.yaml")
+    assert done.returncode == 0
+    for word in ("a rank", "GiB", "iterations", "of the positions used", "GPU hours on A100"):
+        assert word in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--mfu", "40"], 64, "--mfu 40.0 is not between 0 and 1"),
+        (["--world-size", "3", "parallel.pipeline_model_parallel_size=2"], 78, "3 ranks are not a multiple"),
+        (["data.blend=[{path: nowhere}]"], 65, "nowhere"),
+    ],
+)
+def test_wrong_input_is_one_line(project, arguments, code, message):
+    done = project.run("plan", "train.yaml", *arguments)
+    assert done.returncode == code
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_data_that_is_not_there_can_be_left_out(project):
+    assert "data" not in facts(project, "data.blend=[{path: nowhere}]", "--no-data")

@@ -1,0 +1,45 @@
+"""One process plays any rank of a large job: torch's "fake" process group answers every collective at once."""
+
+import pytest
+import torch
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from megatron_vlm.parallel.groups import build_groups, rank_layout, stop_distributed
+from megatron_vlm.training.setup import build_state
+from megatron_vlm.training.step import train_step
+from tests.support.jobs import CPU, SOURCES, FixedPlan, batches_of
+from tests.support.samples import make_samples
+
+
+@pytest.fixture
+def play(monkeypatch):
+    """Build, and step, one rank of a world that is not there: `play(config, rank, world_size)` returns its state."""
+    empty = torch.empty
+
+    def zeros(*args, **settings):
+        # What a fake peer "sends" is whatever the buffer held; zeros keep the numbers finite.
+        with torch.no_grad():
+            return empty(*args, **settings).zero_()
+
+    def tell(box, src):
+        box[0] = []  # what the first rank says of the checkpoints in the run folder
+
+    monkeypatch.setattr(torch, "empty", zeros)
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", tell)
+
+    def run(config, rank, world_size, *, step=True):
+        torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+        try:
+            build_groups(config.parallel)
+            state = build_state(config, rank_layout(), FixedPlan(2), SOURCES)
+            if not step:
+                return state
+            rows = [[index % 8] for index in range(config.training.global_batch_size)]
+            samples = make_samples(8, max_images=1)
+            loaders = [batches_of(config, state.rank, rows, samples, 0) for _ in state.chunks]
+            train_step(state, loaders, device=CPU, stop_requested=False)
+            return state
+        finally:
+            stop_distributed()
+
+    return run
