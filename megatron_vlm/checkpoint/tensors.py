@@ -2,7 +2,7 @@
 
 import hashlib
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -61,12 +61,14 @@ def hash_weights(checkpoint: Path) -> str:
     return digest.hexdigest()
 
 
-def write_weights(run_dir: str | Path, tensors: Mapping[str, Tensor], config: Mapping[str, object]) -> Path:
+def write_weights(
+    run_dir: str | Path, tensors: Mapping[str, Tensor | Sequence[Tensor]], config: Mapping[str, object]
+) -> Path:
     """Write whole tensors as checkpoint 0 of a new run folder, to be loaded at any layout.
 
     Args:
         run_dir: created where it does not exist.
-        tensors: by key, as `list_tensors` names them.
+        tensors: by key, as `list_tensors` names them; one that stacks layers may come as its layers.
         config: what `config.yaml` shall hold; at least the `model` section.
 
     Returns:
@@ -89,16 +91,15 @@ def write_weights(run_dir: str | Path, tensors: Mapping[str, Tensor], config: Ma
     return path
 
 
-def _in_pieces(tensors: Mapping[str, Tensor]) -> dict[str, ShardedTensor]:
+def _in_pieces(tensors: Mapping[str, Tensor | Sequence[Tensor]]) -> dict[str, ShardedTensor]:
     """Cut stacked tensors into layers, as a model saves them: a rank then reads only the layers that it needs."""
     pieces: dict[str, ShardedTensor] = {}
     for key, tensor in tensors.items():
         if _LAYERS not in key:
             pieces[key] = ShardedTensor.from_rank_offsets(key, tensor)
             continue
-        for layer in range(tensor.size(0)):
-            offset = (0, layer, tensor.size(0))
-            pieces[f"{key}.{layer}"] = ShardedTensor.from_rank_offsets(key, tensor[layer : layer + 1], offset)
+        for layer, part in enumerate(tensor):
+            pieces[f"{key}.{layer}"] = ShardedTensor.from_rank_offsets(key, part[None], (0, layer, len(tensor)))
     return pieces
 
 

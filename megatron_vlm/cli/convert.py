@@ -41,6 +41,12 @@ def _add_to_hf(actions: argparse._SubParsersAction) -> None:
     )
     action.add_argument("--tokenizer", metavar="FILE", help="SentencePiece model; default: that of the run")
     action.add_argument("--template", default="vicuna_v1", help="conversation template of the training (%(default)s)")
+    action.add_argument(
+        "--system",
+        default="default",
+        metavar="TEXT",
+        help="its system prompt: default (the template's), none, or a text",
+    )
     action.add_argument("--image-aspect", choices=("pad", "square", "resize"), help="default: that of the run")
     action.add_argument("--overwrite", action="store_true", help="replace DIR if it exists")
 
@@ -86,9 +92,11 @@ def run(args: argparse.Namespace) -> int:
 def _to_hf(args: argparse.Namespace) -> None:
     from megatron_vlm.checkpoint.run_settings import read_run_settings
     from megatron_vlm.convert.to_hf import ExportOptions, export_llava
+    from megatron_vlm.data.templates import DEFAULT_SYSTEM
 
     settings = read_run_settings(args.checkpoint, tokenizer=args.tokenizer, image_aspect=args.image_aspect)
-    options = ExportOptions(dtype=args.dtype, template=args.template, overwrite=args.overwrite)
+    system = {"default": DEFAULT_SYSTEM, "none": None}.get(args.system, args.system)
+    options = ExportOptions(dtype=args.dtype, template=args.template, system=system, overwrite=args.overwrite)
     export_llava(settings, args.output, options)
     print(f"{args.output}: {settings.checkpoint} for LlavaForConditionalGeneration.from_pretrained")
 

@@ -206,8 +206,8 @@ class _Source:
             )
 
 
-class _Tensors(Mapping[str, Tensor]):
-    """Our tensors by key, each made of the folders' when it is asked for."""
+class _Tensors(Mapping[str, Tensor | list[Tensor]]):
+    """Our tensors by key, each made of the folders' when it is asked for; those of layers as a list."""
 
     def __init__(self, sources: Iterable[_Source], drawn: dict[str, Tensor], language: LanguageConfig) -> None:
         self._rules: dict[str, tuple[HFFolder, Rule]] = {}
@@ -223,19 +223,18 @@ class _Tensors(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._rules) + len(self._drawn)
 
-    def __getitem__(self, key: str) -> Tensor:
+    def __getitem__(self, key: str) -> Tensor | list[Tensor]:
         if key in self._drawn:
             return self._drawn[key]
         folder, rule = self._rules[key]
-        layers = [self._join(folder, rule, layer) for layer in rule.layers]
-        tensor = layers[0] if rule.num_layers is None else torch.stack(layers)
-        if key in (llama.EMBEDDING_KEY, llama.OUTPUT_KEY):
-            tensor = pad_vocabulary(tensor, self._language)
-        return tensor.contiguous()
+        if rule.num_layers is not None:
+            return [self._join(folder, rule, layer) for layer in rule.layers]
+        tensor = self._join(folder, rule, None)
+        return pad_vocabulary(tensor, self._language) if key in (llama.EMBEDDING_KEY, llama.OUTPUT_KEY) else tensor
 
     def _join(self, folder: HFFolder, rule: Rule, layer: int | None) -> Tensor:
         try:
-            return rule.transform.join([folder.read(name) for name in rule.names_of(layer)])
+            return rule.transform.join([folder.read(name) for name in rule.names_of(layer)]).contiguous()
         except ValueError as error:
             raise CheckpointError(str(error), where=str(folder.path), fix="use another model") from None
 

@@ -6,7 +6,7 @@ from typing import Any, Literal
 from megatron_vlm.config import LanguageConfig, VisionConfig
 from megatron_vlm.convert.hf_io import write_json
 from megatron_vlm.data.documents import Control, Special
-from megatron_vlm.data.templates import Template
+from megatron_vlm.data.templates import DEFAULT_SYSTEM, Template
 
 Aspect = Literal["pad", "square", "resize"]
 _BICUBIC = 3
@@ -55,11 +55,19 @@ def generation_config(language: LanguageConfig, *, bos_id: int, eos_id: int) -> 
     }
 
 
-def chat_template(template: Template, *, bos: str, eos: str, image: str) -> str:
+def chat_template(template: Template, system: object, *, bos: str, eos: str, image: str) -> str:
     """Return the conversation template as Jinja; the rendered text becomes the token ids of training.
 
     Each image of a message is written as LLaVA does, with a line break after it.
+
+    Args:
+        template: that of the training.
+        system: system prompt of a conversation that brings none, as in `render_conversation`.
+        bos: name of the token that opens a sample.
+        eos: name of the token that ends an answer.
+        image: name of the placeholder.
     """
+    system_text = template.system_text if system is DEFAULT_SYSTEM else system
     marks = {Control.BOS: bos, Control.EOS: eos}
 
     def text(parts: tuple[str | Special, ...], content: str = "") -> str:
@@ -74,9 +82,9 @@ def chat_template(template: Template, *, bos: str, eos: str, image: str) -> str:
 
     # The first text of a sample starts with the word-begin mark, which text after <s> does not get by itself.
     begin = _literal(bos) + _literal(" ")
-    system = text(template.system, "{{ system }}")
+    with_system = text(template.system, "{{ system }}")
     no_system = text(template.no_system)
-    default = "none" if template.system_text is None else _quote(template.system_text)
+    default = "none" if system_text is None else _quote(str(system_text))
     question = "".join(
         (
             "{% if message['content'] is string %}{{ message['content'] }}{% else %}",
@@ -99,7 +107,7 @@ def chat_template(template: Template, *, bos: str, eos: str, image: str) -> str:
             "{% set turns = messages[1:] %}{% else %}",
             f"{{% set system = {default} %}}{{% set turns = messages %}}{{% endif %}}",
             begin,
-            f"{{% if system is none %}}{no_system}{{% else %}}{system}{{% endif %}}",
+            f"{{% if system is none %}}{no_system}{{% else %}}{with_system}{{% endif %}}",
             "{% for message in turns %}{% if message['role'] == 'user' %}",
             f"{{% if not loop.first %}}{text(template.between)}{{% endif %}}",
             text(template.before_question) + question + text(template.after_question),

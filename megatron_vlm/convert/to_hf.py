@@ -23,7 +23,7 @@ from megatron_vlm.convert.hf_io import CONFIG_NAME, Planned, WeightsWriter, writ
 from megatron_vlm.convert.processor_files import chat_template, generation_config, write_processor
 from megatron_vlm.convert.rules import Rule
 from megatron_vlm.convert.tokenizer_files import write_tokenizer
-from megatron_vlm.data.templates import Template, find_template
+from megatron_vlm.data.templates import DEFAULT_SYSTEM, find_template
 from megatron_vlm.data.tokenizer import load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -42,6 +42,8 @@ class ExportOptions:
     """Of the weights; None: bfloat16 where the checkpoint has it, else float32."""
     template: str = "vicuna_v1"
     """Conversation template that becomes the folder's chat template."""
+    system: object = DEFAULT_SYSTEM
+    """System prompt of the chat template, as in `render_conversation`."""
     max_shard_bytes: int = MAX_SHARD_BYTES
     """Largest file of weights [bytes]."""
     overwrite: bool = False
@@ -64,7 +66,7 @@ def export_llava(settings: RunSettings, output: Path, options: ExportOptions | N
     options = options or ExportOptions()
     if output.exists() and not options.overwrite:
         raise UsageError(f"folder {output} exists", fix="name another one, or add --overwrite")
-    template = find_template(options.template)
+    find_template(options.template)
     rules = llava.rules(settings.model)
     temporary = output.with_name(output.name + ".tmp")
     with single_process(), _storage_errors(temporary):
@@ -72,7 +74,7 @@ def export_llava(settings: RunSettings, output: Path, options: ExportOptions | N
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         # What can be wrong in the settings shows before the long part.
-        _write_settings(settings, template, temporary, dtype)
+        _write_settings(settings, options, temporary, dtype)
         _write_weights(settings, rules, temporary, dtype, options.max_shard_bytes)
         if output.exists():
             shutil.rmtree(output)
@@ -162,7 +164,7 @@ def _post_norm(model: ModelConfig, dtype: torch.dtype) -> list[tuple[str, Tensor
     ]
 
 
-def _write_settings(settings: RunSettings, template: Template, folder: Path, dtype: torch.dtype) -> None:
+def _write_settings(settings: RunSettings, options: ExportOptions, folder: Path, dtype: torch.dtype) -> None:
     model = settings.model
     tokenizer = load_tokenizer(settings.tokenizer)
     ids = {"bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id}
@@ -170,7 +172,8 @@ def _write_settings(settings: RunSettings, template: Template, folder: Path, dty
     write_processor(folder, model.vision, settings.image_aspect, added.image)
     write_json(folder / CONFIG_NAME, llava.config_to_hf(model, dtype=str(dtype).removeprefix("torch."), **ids))
     write_json(folder / "generation_config.json", generation_config(model.language, **ids))
+    template = find_template(options.template)
     if template.question_text:
         bos, eos = tokenizer.piece(tokenizer.bos_id), tokenizer.piece(tokenizer.eos_id)
-        text = chat_template(template, bos=bos, eos=eos, image=added.image)
+        text = chat_template(template, options.system, bos=bos, eos=eos, image=added.image)
         (folder / "chat_template.jinja").write_text(text)

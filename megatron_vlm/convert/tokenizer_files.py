@@ -7,6 +7,8 @@ is. It cuts text as the training did:
 - text after a control token does not;
 - text after an image does; here only where it starts with a line break, the convention of LLaVA's prompts, because a
   tokenizer cannot see which added token stands before a text.
+
+Runs of more than 14 blanks may be cut into other pieces than by SentencePiece, which gives all of these the same score.
 """
 
 import logging

@@ -16,7 +16,7 @@ from megatron_vlm.convert.to_hf import ExportOptions, export_llava
 from megatron_vlm.data.documents import Image, Text
 from megatron_vlm.data.images import decode_image
 from megatron_vlm.data.shards import ImageSegment
-from megatron_vlm.data.templates import TEMPLATES, Turn, encode_prompt
+from megatron_vlm.data.templates import DEFAULT_SYSTEM, TEMPLATES, Turn, encode_prompt
 from megatron_vlm.data.tokenizer import load_tokenizer
 from tests.support.configs import tiny_model, tiny_run
 from tests.support.sentence_piece import NUM_PIECES
@@ -164,19 +164,29 @@ def expanded(segments, model: ModelConfig) -> list[int]:
     return ids
 
 
-@pytest.mark.parametrize("template", ["vicuna_v1", "llama_2"])
-def test_chat_template_gives_the_ids_of_training(template, make_run, model_config, tokenizer_path, tmp_path):
+@pytest.mark.parametrize(
+    ("template", "system"),
+    [
+        ("vicuna_v1", DEFAULT_SYSTEM),
+        ("vicuna_v1", None),
+        ("vicuna_v1", "It's \\ {a} test."),
+        ("llama_2", DEFAULT_SYSTEM),
+    ],
+)
+def test_chat_template_gives_the_ids_of_training(template, system, make_run, model_config, tokenizer_path, tmp_path):
     from transformers import AutoProcessor
 
     run = make_run(model_config)
-    export_llava(read_run_settings(run), tmp_path / "hf", ExportOptions(template=template))
+    export_llava(read_run_settings(run), tmp_path / "hf", ExportOptions(template=template, system=system))
     data = picture(32, 32)
     turns = [
         Turn((Image(data), Text("\nWhat colour is the circle?")), "red, and it's not blue"),
         Turn((Text("Is there a triangle?"),), "no"),
         Turn((Image(data), Text("\nHow many shapes? <b>12</b> {x}")), None),
     ]
-    wanted = expanded(encode_prompt(turns, load_tokenizer(tokenizer_path), template=TEMPLATES[template]), model_config)
+    wanted = expanded(
+        encode_prompt(turns, load_tokenizer(tokenizer_path), template=TEMPLATES[template], system=system), model_config
+    )
     messages = []
     for turn in turns:
         content = [{"type": "image"}] * isinstance(turn.question[0], Image)
