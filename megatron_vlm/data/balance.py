@@ -3,13 +3,13 @@
 import numpy as np
 
 
-def order_rows(
+def deal_rows(
     num_images: np.ndarray, work: np.ndarray, *, first_slot: int, global_batch_size: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """Return which row goes to each of the slots that follow `first_slot`.
+    """Return which row goes to each of the slots that follow `first_slot`, so that batches are alike.
 
     The rows are sorted by images, then by work, and cut into as many strata as a batch has slots; every batch takes
-    one row of each stratum, at random. So batches are alike, and training still sees the rows in random order.
+    one row of each stratum, at random. So training still sees the rows in random order.
 
     Args:
         num_images: int[rows].
@@ -26,28 +26,61 @@ def order_rows(
     by_load = rng.permutation(rows)
     by_load = by_load[np.lexsort((work[by_load], num_images[by_load]))]
     slots = rng.permutation(rows)
-    strata = interleave_strata(global_batch_size)[(first_slot + slots) % global_batch_size]
+    strata = (first_slot + slots) % global_batch_size
     result = np.empty(rows, dtype=np.int64)
     result[slots[np.argsort(strata, kind="stable")]] = by_load
     return result
 
 
-def interleave_strata(global_batch_size: int) -> np.ndarray:
-    """Return the stratum of every position of a batch, so that the part of every rank is even.
+def balance_ranks(num_images: np.ndarray, work: np.ndarray, global_batch_size: int) -> np.ndarray:
+    """Return an order of the rows of each batch in which every rank's part is even in images and in work.
 
-    Rank r of dp takes the positions r, r + dp, r + 2 dp, ... Within blocks of 2, 4, 8, ... positions the order of the
-    strata turns round from one block to the next (the inverse of the reflected Gray code), so for every power of two
-    dp that divides the batch, low and high strata cancel in each rank's part.
+    Rank r of dp has the rows r, r + dp, r + 2 dp, ... of a batch. A batch is split into two even halves, the rows at
+    even and those at odd places, each half again, and so on: so the parts are even for every power of two dp that
+    divides the batch, which need not be known.
+
+    Args:
+        num_images: int[batches * global_batch_size]; of the rows in their order so far.
+        work: float[batches * global_batch_size].
+        global_batch_size: rows of a batch.
 
     Returns:
-        int64[global_batch_size]; a permutation.
+        int64[batches * global_batch_size]; element i is the row that stands at i.
     """
-    block = global_batch_size & -global_batch_size
-    positions = np.arange(global_batch_size)
-    within = positions % block
-    shift = 1
-    while shift < block:
-        within ^= within >> shift
-        shift *= 2
-    turned = (positions // block) % 2 == 1
-    return positions // block * block + np.where(turned, block - 1 - within, within)
+    if not len(work):
+        return np.empty(0, dtype=np.int64)
+    load = np.stack([num_images, work], axis=-1).astype(np.float64)
+    load /= np.maximum(load.mean(axis=0), 1e-9)
+    groups = np.arange(len(work)).reshape(-1, 1, global_batch_size)
+    while groups.shape[-1] % 2 == 0:
+        halves = _split_evenly(groups.reshape(-1, groups.shape[-1]), load)
+        # Group r of n holds the places r, r + n, r + 2 n, ...; its halves are the groups r and r + n of 2 n.
+        shape = (-1, groups.shape[1], groups.shape[2] // 2)
+        groups = np.concatenate([half.reshape(shape) for half in halves], axis=1)
+    return groups.transpose(0, 2, 1).reshape(-1)
+
+
+def _split_evenly(groups: np.ndarray, load: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Split each group into two of the same size and nearly the same load.
+
+    Rows of nearly the same load make a pair, one of which goes to each half; pairs that differ most are dealt first,
+    each so that the difference so far shrinks.
+
+    Args:
+        groups: int64[groups, size]; rows, size even.
+        load: float64[rows, 2]; each kind of load with mean 1.
+    """
+    key = load[groups, 0] + load[groups, 1] * (0.1 / load[:, 1].max(initial=1.0))
+    ordered = np.take_along_axis(groups, np.argsort(key, axis=1), axis=1)
+    first, second = ordered[:, 0::2], ordered[:, 1::2]
+    gap = load[first] - load[second]
+    largest_first = np.argsort(-np.abs(gap).sum(axis=-1), axis=1)
+    swap = np.zeros(first.shape, dtype=bool)
+    difference = np.zeros((len(groups), 2))
+    everyone = np.arange(len(groups))
+    for pair in largest_first.T:
+        step = gap[everyone, pair]
+        swapped = (difference * step).sum(axis=-1) > 0
+        difference += np.where(swapped[:, None], -step, step)
+        swap[everyone, pair] = swapped
+    return np.where(swap, second, first), np.where(swap, first, second)

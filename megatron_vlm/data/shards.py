@@ -322,12 +322,8 @@ class ShardedDataset(Sequence[EncodedSample]):
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def __getitem__(self, sample: int) -> EncodedSample:  # type: ignore[override]
-        sample = int(sample)
-        if not 0 <= sample < len(self):
-            raise IndexError(f"sample {sample} of a dataset of {len(self)}")
-        shard = int(np.searchsorted(self._ends, sample, side="right"))
-        start = int(self._ends[shard - 1]) if shard else 0
-        return self._shard(shard).read(sample - start)
+        shard, index = self._locate(int(sample))
+        return self._shard(shard).read(index)
 
     def __getstate__(self) -> dict:
         return {"folder": self.folder, "manifest": self.manifest, "fingerprint": self.fingerprint}
@@ -344,6 +340,19 @@ class ShardedDataset(Sequence[EncodedSample]):
     def text_lengths(self) -> np.ndarray:
         """Text tokens of each sample, int32[samples], from the index files alone."""
         return self._lengths[1]
+
+    def outline(self, sample: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return which segments of a sample are images, bool[n], and the tokens of each, int32[n], 0 for images.
+
+        Raises:
+            IndexError: the dataset has no such sample.
+            DataError: the index is damaged.
+        """
+        shard, number = self._locate(int(sample))
+        index = self._shard(shard).index
+        segments = slice(int(index.borders[number]), int(index.borders[number + 1]))
+        is_image = index.modes[segments] == MODE_IMAGE
+        return is_image, np.where(is_image, 0, index.lengths[segments] // TOKEN_DTYPE.itemsize)
 
     def check_tokenizer(self, tokenizer: TokenizerFacts) -> None:
         """Refuse token ids of another tokenizer.
@@ -371,6 +380,13 @@ class ShardedDataset(Sequence[EncodedSample]):
             tokens.append(index.text_lengths())
         empty = np.zeros(0, dtype=np.int32)
         return np.concatenate([empty, *images]), np.concatenate([empty, *tokens])
+
+    def _locate(self, sample: int) -> tuple[int, int]:
+        """Return the shard of a sample and its number in it."""
+        if not 0 <= sample < len(self):
+            raise IndexError(f"sample {sample} of a dataset of {len(self)}")
+        shard = int(np.searchsorted(self._ends, sample, side="right"))
+        return shard, sample - (int(self._ends[shard - 1]) if shard else 0)
 
     def _check_index(self, number: int) -> None:
         """Check an index against the manifest, once in each process."""

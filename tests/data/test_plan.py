@@ -1,0 +1,291 @@
+"""A plan holds every sample once per epoch, fits its rows, and is the same wherever it is built."""
+
+import dataclasses
+import json
+import pickle
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_vlm.config import BlendEntry, ConfigError, DataError, StorageError
+from megatron_vlm.data.collate import cut_sample
+from megatron_vlm.data.plan import PlanSettings, build_plan, hash_plan, open_plan, plan_rows
+from megatron_vlm.data.planning import cut_outline
+from megatron_vlm.data.shards import EncodedSample, ImageSegment, TextSegment
+
+IMAGE_TOKENS = 16
+
+
+class Lengths:
+    """A dataset of which only the lengths exist: all text first, then all images."""
+
+    def __init__(self, num_images, text_lengths) -> None:
+        self.num_images = np.array(num_images, dtype=np.int32)
+        self.text_lengths = np.array(text_lengths, dtype=np.int32)
+        self.fingerprint = f"{self.num_images.tolist()} {self.text_lengths.tolist()}"
+
+    def __len__(self) -> int:
+        return len(self.num_images)
+
+    def outline(self, sample):
+        images = int(self.num_images[sample])
+        return np.array([False] + [True] * images), np.array([self.text_lengths[sample]] + [0] * images)
+
+
+def make_dataset(number: int, seed: int = 0) -> Lengths:
+    rng = np.random.default_rng(seed)
+    return Lengths(rng.integers(0, 4, number), rng.integers(1, 40, number))
+
+
+def make_settings(**changes) -> PlanSettings:
+    base = PlanSettings(
+        blend=(BlendEntry(path="a"), BlendEntry(path="b")),
+        seq_length=128,
+        num_image_tokens=IMAGE_TOKENS,
+        packing=True,
+        overflow="fail",
+        seed=3,
+        global_batch_size=8,
+        train_iters=None,
+        train_epochs=1.0,
+    )
+    return dataclasses.replace(base, **changes)
+
+
+@pytest.fixture
+def datasets():
+    return [make_dataset(200), make_dataset(90, seed=1)]
+
+
+def lengths_of(datasets) -> np.ndarray:
+    return np.concatenate([dataset.num_images * IMAGE_TOKENS + dataset.text_lengths for dataset in datasets])
+
+
+def counts_of(rows, datasets) -> np.ndarray:
+    return np.bincount(rows.sample_ids, minlength=sum(map(len, datasets)))
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    sizes=st.tuples(st.integers(1, 60), st.integers(1, 60)),
+    epochs=st.integers(1, 3),
+    packing=st.booleans(),
+    batch=st.integers(1, 16),
+    seed=st.integers(0, 99),
+)
+def test_every_sample_occurs_once_per_epoch(sizes, epochs, packing, batch, seed):
+    datasets = [make_dataset(sizes[0], seed), make_dataset(sizes[1], seed + 1)]
+    plan = make_settings(packing=packing, train_epochs=float(epochs), global_batch_size=batch, seed=seed)
+    rows = plan_rows(plan, datasets)
+    assert (counts_of(rows, datasets) == epochs).all()
+    assert np.add.reduceat(lengths_of(datasets)[rows.sample_ids], rows.row_borders[:-1]).max() <= 128
+
+
+def test_epochs_follow_each_other(datasets):
+    rows = plan_rows(make_settings(train_epochs=2.0, global_batch_size=1), datasets)
+    first = rows.sample_ids[: sum(map(len, datasets))]
+    assert len(set(first.tolist())) == len(first)
+
+
+def test_fraction_of_an_epoch_repeats_nothing(datasets):
+    rows = plan_rows(make_settings(train_epochs=0.5), datasets)
+    assert counts_of(rows, datasets).max() == 1
+    assert len(rows.sample_ids) == 100 + 45
+
+
+def test_train_iters_fills_exactly_that_many_batches(datasets):
+    rows = plan_rows(make_settings(train_iters=40, train_epochs=None), datasets)
+    assert (rows.summary.num_rows, rows.summary.num_iterations) == (320, 40)
+    counts = counts_of(rows, datasets)
+    assert counts.max() - counts.min() <= 1
+
+
+def test_longer_training_begins_with_the_same_batches(datasets):
+    short, long = (plan_rows(make_settings(train_iters=n, train_epochs=None), datasets) for n in (13, 50))
+    assert (long.sample_ids[: len(short.sample_ids)] == short.sample_ids).all()
+    assert (long.row_borders[: len(short.row_borders)] == short.row_borders).all()
+
+
+def test_without_packing_every_sample_has_a_row_of_its_own(datasets):
+    rows = plan_rows(make_settings(packing=False), datasets)
+    assert rows.row_borders.tolist() == list(range(291))
+
+
+def test_weights_give_shares_of_samples(datasets):
+    blend = (BlendEntry(path="a", weight=1.0), BlendEntry(path="b", weight=1.0))
+    rows = plan_rows(make_settings(blend=blend), datasets)
+    assert (rows.sample_ids < 200).sum() == (rows.sample_ids >= 200).sum() == 200
+
+
+def test_images_give_shares_of_images(datasets):
+    blend = (BlendEntry(path="a", images=1.0), BlendEntry(path="b", images=1.0))
+    rows = plan_rows(make_settings(blend=blend), datasets)
+    images = np.concatenate([dataset.num_images for dataset in datasets])[rows.sample_ids]
+    first, second = (images[rows.sample_ids < 200].sum(), images[rows.sample_ids >= 200].sum())
+    assert first == pytest.approx(second, rel=0.05)
+
+
+def test_batches_are_even(datasets):
+    datasets = [make_dataset(5000), make_dataset(5000, seed=1)]
+    rows = plan_rows(make_settings(global_batch_size=32), datasets)
+    images = np.concatenate([dataset.num_images for dataset in datasets])
+    full = rows.summary.num_rows // 32 * 32
+    per_row = np.add.reduceat(images[rows.sample_ids], rows.row_borders[:-1])[:full]
+    batches = per_row.reshape(-1, 32).sum(axis=1)
+    assert batches.max() / batches.mean() < 1.05
+
+
+def test_summary_counts_what_is_there(datasets):
+    rows = plan_rows(make_settings(), datasets)
+    assert rows.summary.num_samples == 290
+    assert rows.summary.num_tokens == lengths_of(datasets).sum()
+    assert rows.summary.num_images == sum(int(dataset.num_images.sum()) for dataset in datasets)
+    assert rows.summary.utilisation == lengths_of(datasets).sum() / (rows.summary.num_rows * 128)
+
+
+def test_overflow_fail_names_the_longest_sample():
+    datasets = [Lengths([0, 9, 0], [5, 5, 200])]
+    with pytest.raises(DataError, match=r"2 samples are longer .*128; the longest has 200 tokens \(a sample 2\)"):
+        plan_rows(make_settings(blend=(BlendEntry(path="a"),)), datasets)
+
+
+def test_overflow_drop_leaves_long_samples_out_and_counts_them():
+    datasets = [Lengths([0, 9, 0], [5, 5, 200])]
+    rows = plan_rows(make_settings(blend=(BlendEntry(path="a"),), overflow="drop"), datasets)
+    assert (rows.sample_ids.tolist(), rows.summary.dropped) == ([0], 2)
+
+
+def test_overflow_truncate_counts_what_is_left():
+    # 5 + 9 x 16 = 149: seven images fit behind the text.
+    datasets = [Lengths([0, 9, 0], [5, 5, 200])]
+    rows = plan_rows(make_settings(blend=(BlendEntry(path="a"),), overflow="truncate"), datasets)
+    assert sorted(rows.sample_ids.tolist()) == [0, 1, 2]
+    summary = rows.summary
+    assert (summary.truncated, summary.num_images, summary.num_tokens) == (2, 7, 5 + (5 + 7 * 16) + 128)
+
+
+def test_sample_of_which_nothing_fits_is_dropped():
+    class ImageFirst(Lengths):
+        def outline(self, sample):
+            return np.array([True, False]), np.array([0, self.text_lengths[sample]])
+
+    datasets = [ImageFirst([0, 1], [5, 5])]
+    plan = make_settings(blend=(BlendEntry(path="a"),), overflow="truncate", num_image_tokens=200)
+    rows = plan_rows(plan, datasets)
+    assert (rows.sample_ids.tolist(), rows.summary.dropped, rows.summary.truncated) == ([0], 1, 0)
+
+
+@given(outline=st.lists(st.one_of(st.none(), st.integers(1, 40)), min_size=1, max_size=8), limit=st.integers(0, 120))
+def test_plan_cuts_where_the_batch_is_cut(outline, limit):
+    segments = [
+        ImageSegment(b"x") if text is None else TextSegment(np.zeros(text, dtype=np.int32), True) for text in outline
+    ]
+    kept = cut_sample(EncodedSample(tuple(segments)), limit, IMAGE_TOKENS).segments
+    images = sum(isinstance(segment, ImageSegment) for segment in kept)
+    tokens = sum(len(segment.input_ids) for segment in kept if isinstance(segment, TextSegment))
+    is_image = np.array([text is None for text in outline])
+    text_lengths = np.array([text or 0 for text in outline])
+    assert cut_outline(is_image, text_lengths, limit, IMAGE_TOKENS) == (images * IMAGE_TOKENS + tokens, images)
+
+
+def test_no_usable_sample_is_refused():
+    with pytest.raises(ConfigError, match="a has no samples"):
+        plan_rows(make_settings(blend=(BlendEntry(path="a"),), overflow="drop"), [Lengths([0], [500])])
+
+
+def test_saved_plan_is_the_computed_one(datasets, tmp_path):
+    plan, rows = build_plan(make_settings(), datasets, tmp_path), plan_rows(make_settings(), datasets)
+    found = [plan.row(index) for index in range(rows.summary.num_rows)]
+    assert np.concatenate(found).tolist() == rows.sample_ids.tolist()
+    assert list(map(len, found)) == np.diff(rows.row_borders).tolist()
+
+
+def test_iteration_is_its_rows_in_order(datasets, tmp_path):
+    plan = build_plan(make_settings(), datasets, tmp_path)
+    for iteration in range(plan.num_iterations):
+        rows = [plan.row(iteration * 8 + row) for row in range(8)]
+        assert plan.sample_ids(iteration).tolist() == np.concatenate(rows).tolist()
+
+
+def test_rows_after_the_last_sample_are_empty(datasets, tmp_path):
+    plan = build_plan(make_settings(global_batch_size=64), datasets, tmp_path)
+    assert plan.num_rows % 64 == 0
+    sizes = [len(plan.row(index)) for index in range(plan.num_rows)]
+    assert min(sizes[: plan.summary.num_rows]) > 0
+    assert max(sizes[plan.summary.num_rows :], default=0) == 0
+
+
+def test_second_build_opens_the_first(datasets, tmp_path):
+    first = build_plan(make_settings(), datasets, tmp_path)
+    written = (first.folder / "plan.json").stat().st_mtime_ns
+    assert build_plan(make_settings(), datasets, tmp_path).folder == first.folder
+    assert (first.folder / "plan.json").stat().st_mtime_ns == written
+    assert [path.name for path in tmp_path.iterdir()] == [first.hash]
+
+
+def test_pickled_plan_carries_no_arrays(datasets, tmp_path):
+    plan = build_plan(make_settings(), datasets, tmp_path)
+    content = pickle.dumps(plan)
+    assert len(content) < 2000
+    assert pickle.loads(content).sample_ids(0).tolist() == plan.sample_ids(0).tolist()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"seed": 4}, {"seq_length": 256}, {"train_epochs": 2.0}, {"global_batch_size": 4}, {"packing": False}]
+    + [
+        {"overflow": "drop"},
+        {"num_image_tokens": 8},
+        {"blend": (BlendEntry(path="a"), BlendEntry(path="b", epochs=2))},
+    ],
+)
+def test_hash_depends_on_every_setting(datasets, changes):
+    assert hash_plan(make_settings(**changes), datasets) != hash_plan(make_settings(), datasets)
+
+
+def test_hash_depends_on_the_datasets(datasets):
+    assert hash_plan(make_settings(), datasets) != hash_plan(make_settings(), datasets[::-1])
+
+
+def test_hash_does_not_depend_on_where_the_datasets_lie(datasets):
+    moved = make_settings(blend=(BlendEntry(path="elsewhere"), BlendEntry(path="b")))
+    assert hash_plan(moved, datasets) == hash_plan(make_settings(), datasets)
+
+
+def test_row_outside_the_plan_is_an_index_error(datasets, tmp_path):
+    plan = build_plan(make_settings(), datasets, tmp_path)
+    with pytest.raises(IndexError, match="row"):
+        plan.row(plan.num_rows)
+    with pytest.raises(IndexError, match="iteration"):
+        plan.sample_ids(plan.num_iterations)
+
+
+def test_missing_plan_is_refused(datasets, tmp_path):
+    with pytest.raises(DataError, match="plan is missing"):
+        open_plan(make_settings(), datasets, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["sample_ids.npy", "row_borders.npy"])
+def test_flipped_bit_of_a_plan_is_found(datasets, tmp_path, name):
+    path = build_plan(make_settings(), datasets, tmp_path).folder / name
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=f"plan is damaged: {name}"):
+        open_plan(make_settings(), datasets, tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "[]", json.dumps({"summary": {}})])
+def test_damaged_summary_is_found(datasets, tmp_path, text):
+    path = build_plan(make_settings(), datasets, tmp_path).folder / "plan.json"
+    path.write_text(text)
+    with pytest.raises(DataError, match="plan is damaged"):
+        open_plan(make_settings(), datasets, tmp_path)
+
+
+def test_folder_that_cannot_be_written_is_one_line(datasets, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="plan cannot be written"):
+        build_plan(make_settings(), datasets, tmp_path / "file")
