@@ -14,6 +14,7 @@ from megatron_vlm.platform.exit_status import describe_error, error_line
 
 VERBS = {
     "prepare": "megatron_vlm.cli.prepare",
+    "select": "megatron_vlm.cli.select",
     "data": "megatron_vlm.cli.data",
     "plan": "megatron_vlm.cli.plan",
     "train": "megatron_vlm.cli.train",

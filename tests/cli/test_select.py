@@ -1,0 +1,55 @@
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from megatron_vlm.cli.main import main
+
+
+@pytest.fixture
+def coyo(tmp_path):
+    folder = tmp_path / "coyo"
+    folder.mkdir()
+    for number in range(2):
+        scores = [0.1 * number + 0.01 * row for row in range(5)]
+        table = pyarrow.table({"url": [f"u{row}" for row in range(5)], "b32": scores, "l14": scores})
+        pyarrow.parquet.write_table(table, folder / f"part-{number}.parquet")
+    return folder
+
+
+def select(coyo, output, *more) -> int:
+    return main(["select", "pairs", "--input", str(coyo), "--output", str(output), "--by", "b32 + l14", *more])
+
+
+def test_top_pairs_of_a_folder_are_written_and_counted(coyo, tmp_path, capsys):
+    assert select(coyo, tmp_path / "out", "--top", "0.003K") == 0
+    assert pyarrow.parquet.read_table(tmp_path / "out").column("url").to_pylist() == ["u2", "u3", "u4"]
+    assert "rows 10 = kept 3 + dropped 7 (score_too_low 7)" in capsys.readouterr().out
+
+
+def test_fraction_and_min_score_reach_the_selection(coyo, tmp_path, capsys):
+    assert select(coyo, tmp_path / "out", "--fraction", "0.4", "--min-score", "0.2") == 0
+    assert "kept 2 " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("amount", [["--top", "lots"], ["--fraction", "1/0"], ["--top", "1", "--fraction", "1"], []])
+def test_wrong_amount_is_exit_code_64(coyo, tmp_path, amount, capsys):
+    assert select(coyo, tmp_path / "out", *amount) == 64
+    assert capsys.readouterr().err.startswith("megatron-vlm: error: ")
+
+
+def test_missing_column_is_exit_code_65(coyo, tmp_path, capsys):
+    assert select(coyo, tmp_path / "out", "--top", "1", "--by", "aesthetic") == 65
+    assert "parquet file has no column aesthetic" in capsys.readouterr().err
+
+
+def test_folder_without_parquet_is_exit_code_78(tmp_path, capsys):
+    assert select(tmp_path, tmp_path / "out", "--top", "1") == 78
+    assert "input has no parquet files" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", [[], ["pairs"]])
+def test_help_shows_an_example(kind, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["select", *kind, "--help"])
+    assert caught.value.code == 0
+    assert "megatron-vlm select pairs --input coyo-700m" in capsys.readouterr().out
