@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -83,7 +84,8 @@ def _data(config: TrainConfig, world_size: int, flops_per_second: float) -> dict
     from megatron_vlm.data.checks import check_data
     from megatron_vlm.training.outlook import foresee
 
-    outlook = foresee(config, check_data(config))
+    datasets = check_data(config)
+    outlook = foresee(config, datasets)
     gpu_hours = outlook.gpu_hours(flops_per_second)
     return {
         **asdict(outlook.packing),
@@ -93,7 +95,19 @@ def _data(config: TrainConfig, world_size: int, flops_per_second: float) -> dict
         "stage_imbalance": outlook.imbalance,
         "gpu_hours": gpu_hours,
         "hours": gpu_hours / world_size,
+        **_row_lengths(config, datasets),
     }
+
+
+def _row_lengths(config: TrainConfig, datasets: Sequence[Any]) -> dict[str, Any]:
+    from megatron_vlm.data.planning import PlanSettings
+    from megatron_vlm.data.row_lengths import choose_row_length, compare_row_lengths
+
+    if not config.data.packing:
+        return {}
+    candidates = compare_row_lengths(PlanSettings.from_config(config), datasets)
+    best = choose_row_length(candidates, config.data.seq_length)
+    return {"row_lengths": [asdict(candidate) for candidate in candidates], "best_row_length": best.seq_length}
 
 
 def _as_text(facts: dict[str, Any], machine: str) -> str:
@@ -124,8 +138,19 @@ def _as_text(facts: dict[str, Any], machine: str) -> str:
         f"{shares}, the slowest {data['stage_imbalance']:.1%} over the mean",
         f"{data['flops']:.3g} operations: {data['gpu_hours']:.3g} GPU hours on {machine}, {data['hours']:.3g} hours on "
         f"{facts['world_size']} of them",
+        *_row_length_lines(data),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _row_length_lines(data: dict[str, Any]) -> list[str]:
+    if "row_lengths" not in data:
+        return []
+    lines = ["", "data.seq_length  positions used  samples too long"]
+    for row in data["row_lengths"]:
+        best = "  <- wastes least" if row["seq_length"] == data["best_row_length"] else ""
+        lines.append(f"{row['seq_length']:15d}  {row['utilisation']:14.2%}  {row['too_long']:16.3%}{best}")
+    return lines
 
 
 def _gib(size: int, width: int = 8) -> str:

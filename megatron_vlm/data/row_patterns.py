@@ -32,9 +32,11 @@ _SLOPES = (1.0, 10.0, 30.0, 55.0, 100.0, 1000.0)
 _FILL_PREFERENCES = (1e-1, 1e-2)
 _SUPPLY_PREFERENCE = 1e-5
 _LEARNING_ROUNDS = 5
-# A packing within this factor of the bound ends the search; so does one search where there are only so many rows.
+# A packing within this factor of the bound ends the search; where there are few rows the first search does, and where
+# there are very few there is none.
 _GOOD_ENOUGH = 1.001
 _FEW_ROWS = 5000
+_VERY_FEW_ROWS = 20
 _UNAVAILABLE = -1e9
 # The table of best values is renewed whenever this share of the lengths has run out.
 _RENEWALS = 12
@@ -70,7 +72,7 @@ def find_patterns(counts: np.ndarray, seq_length: int) -> RowPatterns:
     counts = counts.astype(np.int64)
     share = np.arange(seq_length + 1) / seq_length
     best, fewest_rows = _pack_by_length(counts, seq_length), float(counts @ share)
-    if best.num_rows <= _GOOD_ENOUGH * fewest_rows:
+    if best.num_rows <= max(_GOOD_ENOUGH * fewest_rows, _VERY_FEW_ROWS):
         return best
     prices, staircase_rows = _choose_staircase(counts, seq_length)
     searches: Iterator[RowPatterns]

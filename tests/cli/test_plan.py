@@ -63,3 +63,15 @@ def test_wrong_input_is_one_line(project, arguments, code, message):
 
 def test_data_that_is_not_there_can_be_left_out(project):
     assert "data" not in facts(project, "data.blend=[{path: nowhere}]", "--no-data")
+
+
+def test_neighbouring_row_lengths_are_compared(project):
+    data = facts(project)["data"]
+    lengths = [row["seq_length"] for row in data["row_lengths"]]
+    assert load_config(TrainConfig, project.config).data.seq_length in lengths
+    assert data["best_row_length"] in lengths
+    assert "<- wastes least" in project.run("plan", "train.yaml").stdout
+
+
+def test_without_packing_no_row_length_is_better(project):
+    assert "row_lengths" not in facts(project, "data.packing=false")["data"]
