@@ -4,8 +4,6 @@ from megatron_vlm.config import ConfigError, TrainConfig
 from megatron_vlm.data.shards import ShardedDataset
 from megatron_vlm.data.tokenizer import load_tokenizer
 
-_RESIZE_OPTION = "resize_shorter_side"
-
 
 def check_data(config: TrainConfig) -> tuple[ShardedDataset, ...]:
     """Check that tokenizer, shards and model fit together.
@@ -44,7 +42,7 @@ def _check_images(config: TrainConfig, dataset: ShardedDataset) -> None:
             f"one image takes {vision.num_image_tokens} tokens, data.seq_length is {config.data.seq_length}",
             fix=f"raise data.seq_length above {vision.num_image_tokens}, or lower model.vision.image_size",
         )
-    side = dataset.manifest.options.get(_RESIZE_OPTION)
+    side = dataset.manifest.options.get("images", {}).get("resize_shorter_side")
     if side is not None and side < vision.image_size:
         raise ConfigError(
             f"images were made smaller at preparation, to {side} pixels; model.vision.image_size is "

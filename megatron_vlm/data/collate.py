@@ -8,10 +8,12 @@ import torch
 
 from megatron_vlm.config import IGNORE_INDEX, DataConfig, DataError, ModelConfig
 from megatron_vlm.data.batch import ImageShare, VLMBatch
-from megatron_vlm.data.images import Aspect, decode_image
+from megatron_vlm.data.images import Aspect, ImageLimits, decode_image
 from megatron_vlm.data.shards import EncodedSample, ImageSegment, TextSegment
 
 _MAX_SEQLEN_MULTIPLE = 64
+# Preparation decides which images are taken, by the user's limits; what it took must not end a run.
+_NO_LIMITS = ImageLimits(max_pixels=1 << 40, min_side=1, max_aspect_ratio=float("inf"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -204,7 +206,11 @@ def _decode_share(
     for position, (encoded, where) in enumerate(images[first:last]):
         try:
             pixels[position] = decode_image(
-                encoded, image_size=side, aspect=collation.image_aspect, mean=collation.image_mean
+                encoded,
+                image_size=side,
+                aspect=collation.image_aspect,
+                mean=collation.image_mean,
+                limits=_NO_LIMITS,
             )
         except DataError as error:
             raise DataError(error.what, where=where, fix="prepare the dataset again without this image") from None

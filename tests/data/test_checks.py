@@ -17,6 +17,7 @@ from megatron_vlm.config import (
     VisionConfig,
 )
 from megatron_vlm.data.checks import check_data
+from megatron_vlm.data.image_check import ImageRules
 from megatron_vlm.data.manifest import load_manifest, save_manifest
 from megatron_vlm.data.shards import write_dataset
 
@@ -81,6 +82,7 @@ def test_row_that_holds_no_image_is_refused(dataset, tokenizer_path, tokenizer):
 
 
 def test_images_made_smaller_than_the_model_wants_are_refused(dataset, tokenizer_path, tokenizer):
-    save_manifest(dataclasses.replace(load_manifest(dataset), options={"resize_shorter_side": 14}), dataset)
+    options = {"images": dataclasses.asdict(ImageRules(resize_shorter_side=14))}
+    save_manifest(dataclasses.replace(load_manifest(dataset), options=options), dataset)
     with pytest.raises(ConfigError, match=r"to 14 pixels; model\.vision\.image_size is 28"):
         check_data(make_config(tokenizer_path, dataset, vocab_size=tokenizer.vocab_size))

@@ -192,6 +192,12 @@ def test_broken_image_names_its_sample():
         make_batch([[place(text(1), ImageSegment(b"broken"), sample_id=2)]], 4)
 
 
+def test_image_that_preparation_took_is_not_refused_again():
+    buffer = io.BytesIO()
+    Image.new("RGB", (200, 2)).save(buffer, "PNG")
+    assert make_batch([[place(text(1), ImageSegment(buffer.getvalue()))]], 4).num_images == 1
+
+
 segments = st.one_of(
     st.builds(text, st.integers(3, 99), st.integers(3, 99), train=st.booleans()), st.builds(image, st.integers(0, 255))
 )
