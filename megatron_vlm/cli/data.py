@@ -1,4 +1,4 @@
-"""`megatron-vlm data {verify,stats,inspect} DIR`."""
+"""`megatron-vlm data {verify,stats,inspect,merge}`."""
 
 import argparse
 from pathlib import Path
@@ -9,6 +9,7 @@ _EXAMPLES = """examples:
   megatron-vlm data verify shards/mmc4 --decode
   megatron-vlm data stats shards/mmc4 --histograms plots
   megatron-vlm data inspect shards/mmc4 --tokenizer T --output mmc4.html
+  megatron-vlm data merge shards/mmc4 shards/mmc4.part-*
 """
 
 
@@ -35,12 +36,15 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     inspect.add_argument("--samples", type=int, nargs="+", default=[], metavar="I", help="these samples")
     inspect.add_argument("--number", type=int, default=20, metavar="N", help="or this many (default: %(default)s)")
     inspect.add_argument("--seed", type=int, metavar="S", help="a random choice; without it, the first ones")
+    merge = actions.add_parser("merge", help="join what prepare --part 1/N to N/N wrote; hard links, nothing is copied")
+    merge.add_argument("output", type=Path, metavar="OUT", help="new folder, on the file system of the parts")
+    merge.add_argument("parts", type=Path, nargs="+", metavar="PART", help="all parts, in any order")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the verb; returns the exit code."""
-    return {"verify": _verify, "stats": _stats, "inspect": _inspect}[args.action](args)
+    return {"verify": _verify, "stats": _stats, "inspect": _inspect, "merge": _merge}[args.action](args)
 
 
 def _verify(args: argparse.Namespace) -> int:
@@ -90,4 +94,15 @@ def _inspect(args: argparse.Namespace) -> int:
     page = render_page(dataset, load_tokenizer(args.tokenizer), indices)
     args.output.write_text(page, encoding="utf-8")
     print(f"wrote {len(indices)} samples to {args.output}")
+    return ExitCode.DONE
+
+
+def _merge(args: argparse.Namespace) -> int:
+    from megatron_vlm.data.merge import merge_datasets
+
+    manifest = merge_datasets(args.output, args.parts)
+    documents, rejected = manifest.documents, manifest.rejected
+    print(f"documents {documents} = used {documents - rejected} + rejected {rejected}")
+    print(f"samples {manifest.counts.samples}, images {manifest.counts.images}, shards {len(manifest.shards)}")
+    print(f"wrote {args.output}; the parts are no longer needed")
     return ExitCode.DONE

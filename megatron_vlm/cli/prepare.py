@@ -67,6 +67,7 @@ def _add_common(parser: argparse.ArgumentParser, kind: str) -> None:
     add("--tokenizer", type=Path, required=True, metavar="T", help="SentencePiece model, or a folder with one")
     add("--source", default=_SOURCE_NAMES[kind], metavar="NAME", help="name of its loss (default: %(default)s)")
     add("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (default: one a core)")
+    add("--part", metavar="I/N", help="this part of the input files, into DIR.part-I-of-N; then: data merge")
     add("--max-shard-bytes", type=int, default=4 << 30, metavar="N", help="size of a shard (default: 4 GiB)")
     text = parser.add_argument_group("text")
     text.add_argument("--max-characters", type=int, default=500_000, metavar="N", help="longest text of a document")
@@ -117,6 +118,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the verb; returns the exit code."""
     from megatron_vlm.data.part import PartJob
     from megatron_vlm.data.prepare import PrepareJob, prepare
+    from megatron_vlm.data.share import Share
     from megatron_vlm.data.templates import check_template, find_template
     from megatron_vlm.data.tokenizer import load_tokenizer
 
@@ -133,8 +135,10 @@ def run(args: argparse.Namespace) -> int:
         image_rules=_image_rules(args),
         max_shard_bytes=args.max_shard_bytes,
     )
-    manifest = prepare(PrepareJob(output=args.output, source_name=args.source, part=part), num_workers=args.workers)
-    _report(args.output, manifest)
+    share = Share.parse(args.part) if args.part is not None else None
+    output = args.output if share is None else share.folder(args.output)
+    job = PrepareJob(output=output, source_name=args.source, part=part, share=share)
+    _report(output, prepare(job, num_workers=args.workers))
     return ExitCode.DONE
 
 
@@ -217,7 +221,7 @@ def _image_place(args: argparse.Namespace) -> "ImagePlace":
 
 
 def _report(output: Path, manifest: "Manifest") -> None:
-    from megatron_vlm.data.prepare import describe_rejects
+    from megatron_vlm.data.joining import describe_rejects
 
     counts, used = manifest.counts, manifest.documents - manifest.rejected
     reasons = f" ({describe_rejects(manifest.rejects)})" if manifest.rejects else ""

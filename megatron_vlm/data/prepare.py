@@ -10,8 +10,6 @@ import json
 import logging
 import os
 import shutil
-import zlib
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,20 +18,20 @@ from typing import Any
 
 import numpy as np
 
-from megatron_vlm.config import ConfigError, DataError, StorageError
+from megatron_vlm.config import ConfigError, StorageError
+from megatron_vlm.data.joining import check_not_empty, join_facts, missing_rows, save_used_rows
 from megatron_vlm.data.manifest import (
     MANIFEST_FILE,
     REJECTS_FILE,
     WORK_FOLDER,
-    FileFacts,
     Manifest,
-    ShardFacts,
     load_manifest,
     save_manifest,
     write_durably,
 )
-from megatron_vlm.data.part import USED_ROWS_FILE, PartFacts, PartJob, load_part, prepare_part, reject_row
+from megatron_vlm.data.part import USED_ROWS_FILE, PartFacts, PartJob, load_part, prepare_part
 from megatron_vlm.data.shards import SUFFIXES
+from megatron_vlm.data.share import SHARE_OPTION, Share
 from megatron_vlm.data.sources.image_store import index_tar
 from megatron_vlm.data.sources.join_index import JoinRows, save_join_index
 from megatron_vlm.data.sources.pair_table import index_table
@@ -54,6 +52,8 @@ class PrepareJob:
     source_name: str
     """Name under which its loss is reported."""
     part: PartJob
+    share: Share | None = None
+    """Prepare only this share of the input files; the output is a dataset for `data merge`."""
 
 
 def prepare(job: PrepareJob, *, num_workers: int = 1) -> Manifest:
@@ -67,12 +67,14 @@ def prepare(job: PrepareJob, *, num_workers: int = 1) -> Manifest:
         The manifest, which is also in the output folder.
 
     Raises:
-        ConfigError: the output folder holds something else, or the preparation of something else.
+        ConfigError: the output folder holds something else, or the preparation of something else; or there are more
+            shares than input files.
         DataError: no document became a sample.
         StorageError: the disk is full or not writable, or a worker was killed.
     """
     inputs = _name_inputs(job.part.source.inputs)
     plan = _plan(job, inputs)
+    own = list(inputs.items()) if job.share is None else job.share.choose(list(inputs.items()))
     done = _finished_before(job.output, plan)
     if done is not None:
         logger.info("%s is already prepared with these options", job.output)
@@ -80,20 +82,15 @@ def prepare(job: PrepareJob, *, num_workers: int = 1) -> Manifest:
     work = job.output / WORK_FOLDER
     with _claimed(work, plan):
         part = _build_indexes(job.part, work, num_workers)
-        folders = [work / _PARTS / f"{number:05d}" for number in range(len(inputs))]
+        folders = [work / _PARTS / f"{number:05d}" for number in range(len(own))]
         # Workers get their input file by itself; a list of thousands with every task would be most of the traffic.
         small = dataclasses.replace(part, source=dataclasses.replace(part.source, inputs=()))  # type: ignore[type-var]
-        tasks = [(small, path, name, folder) for (name, path), folder in zip(inputs.items(), folders, strict=True)]
+        tasks = [(small, path, name, folder) for (name, path), folder in zip(own, folders, strict=True)]
         run_tasks(prepare_part, tasks, num_workers=num_workers, unit="documents", reports=True)
-        manifest = _join(job.output, plan, part, folders)
+        manifest = _join(job.output, plan, job, folders)
         save_manifest(manifest, job.output)
         shutil.rmtree(work)
     return manifest
-
-
-def describe_rejects(rejects: dict[str, int]) -> str:
-    """Return the reasons with their counts, most frequent first."""
-    return ", ".join(f"{reason} {count}" for reason, count in sorted(rejects.items(), key=lambda item: -item[1]))
 
 
 def _plan(job: PrepareJob, inputs: dict[str, Path]) -> Manifest:
@@ -112,6 +109,13 @@ def _plan(job: PrepareJob, inputs: dict[str, Path]) -> Manifest:
         options["image_tars"] = {name: path.stat().st_size for name, path in _name_inputs(part.images.tars).items()}
     if isinstance(part.source, TarPairSource):
         options["tables"] = {table.path.name: table.num_rows for table in part.source.tables}
+    if job.share is not None:
+        tables = part.source.tables if isinstance(part.source, TarPairSource) else ()
+        options[SHARE_OPTION] = {
+            "index": job.share.index,
+            "count": job.share.count,
+            "tables": {str(table.path.resolve()): table.num_rows for table in tables},
+        }
     return Manifest(
         source=job.source_name,
         tokenizer=load_tokenizer(part.tokenizer).facts,
@@ -217,76 +221,31 @@ def _build_index(folder: Path, function: Any, tasks: list[tuple], num_workers: i
     return folder
 
 
-def _join(output: Path, plan: Manifest, part: PartJob, folders: list[Path]) -> Manifest:
+def _join(output: Path, plan: Manifest, job: PrepareJob, folders: list[Path]) -> Manifest:
     """Put the parts together and return the complete manifest; may be done again after an interruption.
 
     Raises:
-        DataError: no document became a sample.
+        DataError: no document became a sample, of all input files.
     """
     parts = [load_part(folder) for folder in folders]
-    rejects, notes = Counter[str](), Counter[str]()
-    for one in parts:
-        rejects.update(one.rejects)
-        notes.update(one.notes)
-    missing = _write_rejects(output / REJECTS_FILE, folders, _missing_rows(part, folders))
-    if missing:
-        rejects["image_missing"] += missing
-    documents = sum(one.documents for one in parts) + missing
-    shards = _move_shards(output, folders, parts)
-    if not shards:
-        raise DataError(
-            f"none of {documents} documents became a sample: {describe_rejects(rejects) or 'the input is empty'}",
-            where=str(output / REJECTS_FILE),
-            fix="look at the rejects, then delete the folder and try with other options",
-        )
-    rejects_bytes = (output / REJECTS_FILE).read_bytes()
-    return dataclasses.replace(
-        plan,
-        shards=tuple(shards),
-        documents=documents,
-        rejects=dict(sorted(rejects.items())),
-        notes=dict(sorted(notes.items())),
-        rejects_file=FileFacts(bytes=len(rejects_bytes), crc32=zlib.crc32(rejects_bytes)),
-    )
+    tables = job.part.source.tables if isinstance(job.part.source, TarPairSource) else ()
+    used_rows = [np.load(folder / USED_ROWS_FILE) for folder in folders] if tables else []
+    # What a job of an array has no image for may be in the tars of another one: `data merge` finds out.
+    missing = missing_rows(tables, used_rows) if job.share is None else iter(())
+    manifest = join_facts(plan, parts, folders, output / REJECTS_FILE, missing)
+    if job.share is None:
+        check_not_empty(manifest, output / REJECTS_FILE)
+    elif tables:
+        save_used_rows(output, used_rows)
+    _move_shards(output, folders, parts, manifest)
+    return manifest
 
 
-def _missing_rows(part: PartJob, folders: list[Path]) -> Iterator[str]:
-    """Yield a reject for each row of a joined table that no input file has an image for."""
-    if not isinstance(part.source, TarPairSource):
-        return
-    used = np.zeros(sum(table.num_rows for table in part.source.tables), dtype=bool)
-    for folder in folders:
-        used[np.load(folder / USED_ROWS_FILE)] = True
-    for path, found in part.source.missing(used):
-        if isinstance(found.document, DataError):
-            yield reject_row(path.name, found, found.document)
-
-
-def _write_rejects(path: Path, folders: list[Path], missing: Iterator[str]) -> int:
-    """Write the list of rejects of all parts; returns how many `missing` adds."""
-    count = 0
-    unfinished = path.with_name(path.name + ".tmp")
-    with unfinished.open("wb") as stream:
-        for folder in folders:
-            with (folder / REJECTS_FILE).open("rb") as own:
-                shutil.copyfileobj(own, stream)
-        for count, row in enumerate(missing, start=1):  # noqa: B007
-            stream.write(row.encode())
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(unfinished, path)
-    return count
-
-
-def _move_shards(output: Path, folders: list[Path], parts: list[PartFacts]) -> list[ShardFacts]:
-    """Rename the shards of all parts into the output folder, numbered through."""
-    moved: list[ShardFacts] = []
-    for folder, one in zip(folders, parts, strict=True):
-        for shard in one.shards:
-            name = f"{len(moved):05d}"
-            for suffix in SUFFIXES:
-                source = folder / f"{shard.name}.{suffix}"
-                if source.exists():  # not moved before an interruption
-                    os.replace(source, output / f"{name}.{suffix}")
-            moved.append(dataclasses.replace(shard, name=name))
-    return moved
+def _move_shards(output: Path, folders: list[Path], parts: list[PartFacts], manifest: Manifest) -> None:
+    """Rename the shards of all parts into the output folder."""
+    sources = [folder / shard.name for folder, part in zip(folders, parts, strict=True) for shard in part.shards]
+    for source, shard in zip(sources, manifest.shards, strict=True):
+        for suffix in SUFFIXES:
+            found = source.with_name(f"{source.name}.{suffix}")
+            if found.exists():  # not moved before an interruption
+                os.replace(found, output / f"{shard.name}.{suffix}")

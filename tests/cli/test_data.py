@@ -55,7 +55,7 @@ def test_inspect_with_another_tokenizer_is_exit_code_65(dataset, tmp_path, capsy
     assert "shards were prepared with tokenizer tiny" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("action", [[], ["verify"], ["stats"], ["inspect"]])
+@pytest.mark.parametrize("action", [[], ["verify"], ["stats"], ["inspect"], ["merge"]])
 def test_help_is_shown(action, capsys):
     with pytest.raises(SystemExit) as caught:
         main(["data", *action, "--help"])

@@ -90,6 +90,22 @@ def test_source_name_and_options_reach_the_manifest(corpora, tmp_path):
     assert manifest.options["rules"]["max_images"] == 2
 
 
+def test_parts_are_written_beside_the_output_and_merged(corpora, tmp_path, capsys):
+    assert run(corpora, "text", tmp_path / "d", "--part", "1/1") == 0
+    part = tmp_path / "d.part-1-of-1"
+    assert f"wrote {part}" in capsys.readouterr().out
+    assert main(["data", "merge", str(tmp_path / "d"), str(part)]) == 0
+    assert "documents 1 = used 1 + rejected 0" in capsys.readouterr().out
+    assert run(corpora, "text", tmp_path / "d") == 0  # is the very dataset, so that there is nothing to do
+    assert main(["data", "merge", str(tmp_path / "d"), str(tmp_path / "d")]) == 78
+
+
+@pytest.mark.parametrize("part", ["x", "2/1", "1/9"])
+def test_wrong_part_is_exit_code_78(corpora, tmp_path, part, capsys):
+    assert run(corpora, "text", tmp_path / "d", "--part", part) == 78
+    assert f"--part {part}" in capsys.readouterr().err
+
+
 def test_missing_tokenizer_is_one_line_and_exit_code_78(corpora, tmp_path, capsys):
     code = main(["prepare", "text", "--input", "x", "--output", str(tmp_path / "d"), "--tokenizer", "none.model"])
     assert code == 78

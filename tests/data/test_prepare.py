@@ -18,7 +18,7 @@ from megatron_vlm.data.documents import JoinRules
 from megatron_vlm.data.image_check import ImageRules
 from megatron_vlm.data.manifest import WORK_FOLDER, load_manifest
 from megatron_vlm.data.part import ImagePlace, PartJob, Recipe
-from megatron_vlm.data.prepare import PrepareJob, describe_rejects, prepare
+from megatron_vlm.data.prepare import PrepareJob, prepare
 from megatron_vlm.data.shards import ImageSegment, ShardedDataset
 from megatron_vlm.data.sources.interleaved import InterleavedRules, InterleavedSource
 from megatron_vlm.data.sources.pairs import PairRules, find_pair_source
@@ -329,7 +329,3 @@ def test_unfinished_preparation_with_other_options_is_refused(mmc4, tokenizer_pa
 def test_no_worker_process_is_left_behind(mmc4, tokenizer_path, output):
     prepare(mmc4_job(mmc4, tokenizer_path, output), num_workers=2)
     assert multiprocessing.active_children() == []
-
-
-def test_rejects_are_listed_by_frequency():
-    assert describe_rejects({"a": 1, "b": 3}) == "b 3, a 1"

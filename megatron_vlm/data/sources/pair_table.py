@@ -98,15 +98,6 @@ class PairTable:
             raise RejectError("not_selected", f"row {row} has another URL")
         return captions[row - first]
 
-    def rows_except(self, used: np.ndarray) -> Iterator[tuple[Path, int, str | None]]:
-        """Yield file, row number in it from 1, and URL of the rows that are not in `used`, bool[rows]."""
-        for file, start in zip(self._files, self._starts, strict=False):
-            first = start
-            for urls in _batches(file.path, _URL_COLUMNS):
-                for row in np.flatnonzero(~used[first : first + len(urls)]).tolist():
-                    yield file.path, first - start + row + 1, urls[row]
-                first += len(urls)
-
     def _read_group(self, row: int) -> tuple[int, int, list[Any], list[Any]]:
         number = bisect_right(self._starts, row) - 1
         path = self._files[number].path
@@ -120,6 +111,18 @@ class PairTable:
                     return first, end, *(content.column(name).to_pylist() for name in names)
                 first = end
         raise DataError(f"table has fewer rows than when it was indexed: {row} is not there", where=str(path))
+
+
+def unused_rows(files: tuple[TableFile, ...], used: np.ndarray) -> Iterator[tuple[Path, int, str | None]]:
+    """Yield file, row number in it from 1, and URL of the rows of all tables that are not in `used`, bool[rows]."""
+    start = 0
+    for file in files:
+        first = start
+        for urls in _batches(file.path, _URL_COLUMNS):
+            for row in np.flatnonzero(~used[first : first + len(urls)]).tolist():
+                yield file.path, first - start + row + 1, urls[row]
+            first += len(urls)
+        start += file.num_rows
 
 
 def _open(path: Path) -> pyarrow.parquet.ParquetFile:

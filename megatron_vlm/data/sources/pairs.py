@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from megatron_vlm.data.documents import Document, Image, RejectError, Text, TextRules, clean_text
-from megatron_vlm.data.sources.pair_table import PairTable, TableFile, is_shard_table, read_shard_table
+from megatron_vlm.data.sources.pair_table import PairTable, TableFile, is_shard_table, read_shard_table, unused_rows
 from megatron_vlm.data.sources.records import MAX_RECORD_BYTES, field, parse_record, read_records
 from megatron_vlm.data.sources.source import Found, ReadContext, find_files, find_record_files, key_of
 from megatron_vlm.data.sources.tars import Member, TarReader, find_image, group_members
@@ -81,11 +81,9 @@ class TarPairSource:
         Args:
             used_rows: bool[rows of all tables].
         """
-        if self.table_index is not None:
-            table = PairTable(self.tables, self.table_index)
-            for path, row, url in table.rows_except(used_rows):
-                error = RejectError("image_missing", "no tar has an image of this URL")
-                yield path, Found(row, key_of(url), error)
+        for path, row, url in unused_rows(self.tables, used_rows):
+            error = RejectError("image_missing", "no tar has an image of this URL")
+            yield path, Found(row, key_of(url), error)
 
     def _document(self, pair: "_TarPair", table: PairTable | None, context: ReadContext) -> Document:
         caption = pair.caption()

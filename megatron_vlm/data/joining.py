@@ -1,0 +1,134 @@
+"""Make one dataset of finished pieces: the parts of `prepare`, or the datasets of a job array."""
+
+import dataclasses
+import io
+import os
+import shutil
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from megatron_vlm.config import DataError
+from megatron_vlm.data.manifest import REJECTS_FILE, FileFacts, Manifest, ShardFacts, write_durably
+from megatron_vlm.data.part import USED_ROWS_FILE, PartFacts, reject_row
+from megatron_vlm.data.sources.pair_table import TableFile
+from megatron_vlm.data.sources.pairs import TarPairSource
+
+_PREPARE_PART = "prepare this part again"
+
+
+def describe_rejects(rejects: dict[str, int]) -> str:
+    """Return the reasons with their counts, most frequent first."""
+    return ", ".join(f"{reason} {count}" for reason, count in sorted(rejects.items(), key=lambda item: -item[1]))
+
+
+def number_shards(pieces: Sequence[PartFacts | Manifest]) -> list[ShardFacts]:
+    """Return the shards of all pieces, numbered through."""
+    shards = [shard for piece in pieces for shard in piece.shards]
+    return [dataclasses.replace(shard, name=f"{number:05d}") for number, shard in enumerate(shards)]
+
+
+def join_facts(
+    plan: Manifest,
+    pieces: Sequence[PartFacts | Manifest],
+    folders: Sequence[Path],
+    rejects: Path,
+    missing: Iterator[str],
+) -> Manifest:
+    """Write the list of rejects of all pieces and return the manifest of the whole; may be done again.
+
+    Args:
+        plan: what was known before any data was read.
+        pieces: in order.
+        folders: of the pieces.
+        rejects: where the list goes.
+        missing: more rows of the list, each a rejected document that no piece has counted.
+    """
+    reasons, notes = Counter[str](), Counter[str]()
+    for piece in pieces:
+        reasons.update(piece.rejects)
+        notes.update(piece.notes)
+    num_missing = _write_rejects(rejects, folders, missing)
+    if num_missing:
+        reasons["image_missing"] += num_missing
+    content = rejects.read_bytes()
+    return dataclasses.replace(
+        plan,
+        shards=tuple(number_shards(pieces)),
+        documents=sum(piece.documents for piece in pieces) + num_missing,
+        rejects=dict(sorted(reasons.items())),
+        notes=dict(sorted(notes.items())),
+        rejects_file=FileFacts(bytes=len(content), crc32=zlib.crc32(content)),
+    )
+
+
+def missing_rows(tables: tuple[TableFile, ...], used_rows: Sequence[np.ndarray]) -> Iterator[str]:
+    """Yield a reject for each row of the joined tables that no piece has an image for.
+
+    Args:
+        tables: all tables, in the order they were indexed in.
+        used_rows: int64[n] of each piece.
+    """
+    used = np.zeros(sum(table.num_rows for table in tables), dtype=bool)
+    for rows in used_rows:
+        used[rows] = True
+    for path, found in TarPairSource((), tables=tables).missing(used):
+        if isinstance(found.document, DataError):
+            yield reject_row(path.name, found, found.document)
+
+
+def save_used_rows(folder: Path, used_rows: Sequence[np.ndarray]) -> None:
+    """Keep with a share of a dataset which rows of the joined tables it has used, int64[n] of each piece."""
+    stream = io.BytesIO()
+    np.save(stream, np.unique(np.concatenate([np.zeros(0, dtype=np.int64), *used_rows])))
+    write_durably(folder / USED_ROWS_FILE, stream.getvalue())
+
+
+def load_used_rows(folder: Path, num_rows: int) -> np.ndarray:
+    """Read what `save_used_rows` has written, int64[n].
+
+    Raises:
+        DataError: the file is missing or damaged, or names rows outside of `num_rows`.
+    """
+    path = folder / USED_ROWS_FILE
+    try:
+        rows = np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise DataError(f"list of used rows cannot be read: {error}", where=str(path), fix=_PREPARE_PART) from None
+    if len(rows) and not 0 <= rows.min() <= rows.max() < num_rows:
+        raise DataError(f"list of used rows goes beyond the {num_rows} there are", where=str(path), fix=_PREPARE_PART)
+    return rows
+
+
+def check_not_empty(manifest: Manifest, where: Path) -> None:
+    """Refuse a dataset without a sample.
+
+    Raises:
+        DataError: no document became a sample.
+    """
+    if not manifest.shards:
+        raise DataError(
+            f"none of {manifest.documents} documents became a sample: "
+            f"{describe_rejects(manifest.rejects) or 'the input is empty'}",
+            where=str(where),
+            fix="look at the rejects, then delete the folder and try with other options",
+        )
+
+
+def _write_rejects(path: Path, folders: Sequence[Path], missing: Iterator[str]) -> int:
+    """Write the list of rejects of all pieces; returns how many `missing` adds."""
+    count = 0
+    unfinished = path.with_name(path.name + ".tmp")
+    with unfinished.open("wb") as stream:
+        for folder in folders:
+            with (folder / REJECTS_FILE).open("rb") as own:
+                shutil.copyfileobj(own, stream)
+        for count, row in enumerate(missing, start=1):  # noqa: B007
+            stream.write(row.encode())
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(unfinished, path)
+    return count

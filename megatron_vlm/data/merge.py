@@ -1,0 +1,151 @@
+"""Join the shares that the jobs of an array have prepared into one dataset, and divide a dataset, copying no shard.
+
+The shards are hard links: the result is an ordinary dataset, to the byte the one that a single job would have written,
+so that no reader needs to know of parts; and the parts may be deleted afterwards. References in the manifest would
+have made every reader follow them, and a moved or deleted part would break the whole.
+"""
+
+import dataclasses
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from megatron_vlm.config import ConfigError, DataError, StorageError
+from megatron_vlm.data.joining import check_not_empty, join_facts, load_used_rows, missing_rows
+from megatron_vlm.data.manifest import MANIFEST_FILE, REJECTS_FILE, Manifest, ShardFacts, load_manifest, save_manifest
+from megatron_vlm.data.shards import SUFFIXES, ShardedDataset
+from megatron_vlm.data.share import SHARE_OPTION, Share
+from megatron_vlm.data.sources.pair_table import TableFile
+
+
+def merge_datasets(output: Path, folders: Sequence[Path]) -> Manifest:
+    """Join all shares of one preparation, in any order, into the dataset that one job would have written.
+
+    Args:
+        output: new folder on the file system of the parts; left alone if it holds this very dataset.
+        folders: what `prepare --part 1/N` to `N/N` wrote.
+
+    Returns:
+        The manifest of the whole.
+
+    Raises:
+        ConfigError: a part is missing, given twice or of another preparation; or the output folder is not empty.
+        DataError: a part is unfinished or damaged, a joined table has changed, or no document became a sample.
+        StorageError: the output cannot be written, or is on another file system.
+    """
+    if not folders:
+        raise ConfigError("no part is given", fix="give the folders that prepare --part wrote")
+    manifests = {folder: ShardedDataset.open(folder).manifest for folder in folders}
+    ordered = _order_shares(manifests)
+    plan = _common_plan({folder: manifests[folder] for folder in ordered})
+    tables = _open_tables(manifests[ordered[0]])
+    num_rows = sum(table.num_rows for table in tables)
+    used_rows = [load_used_rows(folder, num_rows) for folder in ordered] if tables else []
+    pieces = [manifests[folder] for folder in ordered]
+    with _written_beside(output) as unfinished:
+        manifest = join_facts(plan, pieces, ordered, unfinished / REJECTS_FILE, missing_rows(tables, used_rows))
+        check_not_empty(manifest, ordered[0] / REJECTS_FILE)
+        sources = [folder / shard.name for folder in ordered for shard in manifests[folder].shards]
+        _link_shards(sources, manifest.shards, unfinished)
+        save_manifest(manifest, unfinished)
+    return manifest
+
+
+def _order_shares(manifests: dict[Path, Manifest]) -> list[Path]:
+    """Return the folders by their number.
+
+    Raises:
+        ConfigError: not all of them, or not each once.
+    """
+    shares: dict[Share, Path] = {}
+    for folder, manifest in manifests.items():
+        option = manifest.options.get(SHARE_OPTION)
+        if option is None:
+            raise ConfigError(
+                "dataset is whole, not a part of one", where=str(folder), fix="list several datasets in data.blend"
+            )
+        share = Share(option["index"], option["count"])
+        if share in shares:
+            raise ConfigError(f"part {share} is given twice", where=f"{shares[share]}, {folder}", fix="give it once")
+        shares[share] = folder
+    counts = {share.count for share in shares}
+    if len(counts) > 1:
+        raise ConfigError(f"parts are of {sorted(counts)} parts", fix="give the parts of one preparation")
+    missing = [str(share) for share in (Share(i + 1, *counts) for i in range(*counts)) if share not in shares]
+    if missing:
+        raise ConfigError(
+            f"{len(missing)} parts are missing: {', '.join(missing[:20])}", fix="prepare them, or give their folders"
+        )
+    return [shares[share] for share in sorted(shares, key=lambda share: share.index)]
+
+
+def _common_plan(manifests: dict[Path, Manifest]) -> Manifest:
+    """Return what all parts were prepared with, as the manifest of a single job begins."""
+    plans: dict[Path, Manifest] = {}
+    for folder, manifest in manifests.items():
+        options = {name: value for name, value in manifest.options.items() if name != SHARE_OPTION}
+        plans[folder] = dataclasses.replace(
+            manifest, shards=(), documents=0, rejects={}, notes={}, rejects_file=None, options=options
+        )
+    first, plan = next(iter(plans.items()))
+    for folder, other in plans.items():
+        if other != plan:
+            raise ConfigError(
+                "parts were prepared with different inputs, options or tokenizers",
+                where=f"{first}, {folder}",
+                fix="prepare one of them again",
+            )
+    return plan
+
+
+def _open_tables(manifest: Manifest) -> tuple[TableFile, ...]:
+    """Open the parquet tables that the pairs were joined with; rows without an image in any part are rejects."""
+    tables = []
+    for name, num_rows in manifest.options[SHARE_OPTION]["tables"].items():
+        table = TableFile.open(Path(name))
+        if table.num_rows != num_rows:
+            raise DataError(
+                f"table has {table.num_rows} rows, had {num_rows}", where=name, fix="prepare all parts again"
+            )
+        tables.append(table)
+    return tuple(tables)
+
+
+@contextmanager
+def _written_beside(output: Path) -> Iterator[Path]:
+    """Give a folder that becomes `output` when all is written; nothing changes if `output` is already the same.
+
+    Raises:
+        ConfigError: the output folder holds something else.
+        StorageError: it cannot be written.
+    """
+    unfinished = output.with_name(output.name + ".tmp")
+    try:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        yield unfinished
+        if output.is_dir() and any(output.iterdir()):
+            _check_same(output, load_manifest(unfinished))
+        else:
+            os.replace(unfinished, output)
+    except OSError as error:
+        raise StorageError(
+            f"dataset cannot be written: {error.strerror or error}",
+            where=str(error.filename2 or error.filename or output),
+            fix="give an output folder on the file system of the input, where hard links are allowed",
+        ) from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _check_same(output: Path, manifest: Manifest) -> None:
+    if not (output / MANIFEST_FILE).exists() or ShardedDataset.open(output).manifest != manifest:
+        raise ConfigError("output folder holds something else", where=str(output), fix="give another, or delete it")
+
+
+def _link_shards(sources: Sequence[Path], shards: Sequence[ShardFacts], output: Path) -> None:
+    for source, shard in zip(sources, shards, strict=True):
+        for suffix in SUFFIXES:
+            os.link(source.with_name(f"{source.name}.{suffix}"), output / f"{shard.name}.{suffix}")
