@@ -1,4 +1,4 @@
-"""`megatron-vlm data {verify,stats,inspect,merge}`."""
+"""`megatron-vlm data {verify,stats,inspect,merge,split}`."""
 
 import argparse
 from pathlib import Path
@@ -10,6 +10,7 @@ _EXAMPLES = """examples:
   megatron-vlm data stats shards/mmc4 --histograms plots
   megatron-vlm data inspect shards/mmc4 --tokenizer T --output mmc4.html
   megatron-vlm data merge shards/mmc4 shards/mmc4.part-*
+  megatron-vlm data split shards/mmc4 shards/mmc4 --number 4
 """
 
 
@@ -39,12 +40,17 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     merge = actions.add_parser("merge", help="join what prepare --part 1/N to N/N wrote; hard links, nothing is copied")
     merge.add_argument("output", type=Path, metavar="OUT", help="new folder, on the file system of the parts")
     merge.add_argument("parts", type=Path, nargs="+", metavar="PART", help="all parts, in any order")
+    split = actions.add_parser("split", help="divide a dataset at the borders of its shards; nothing is copied")
+    split.add_argument("folder", type=Path, metavar="DIR")
+    split.add_argument("output", type=Path, metavar="OUT", help="writes OUT-1-of-N to OUT-N-of-N")
+    split.add_argument("--number", type=int, required=True, metavar="N", help="datasets, of about equal size")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the verb; returns the exit code."""
-    return {"verify": _verify, "stats": _stats, "inspect": _inspect, "merge": _merge}[args.action](args)
+    actions = {"verify": _verify, "stats": _stats, "inspect": _inspect, "merge": _merge, "split": _split}
+    return actions[args.action](args)
 
 
 def _verify(args: argparse.Namespace) -> int:
@@ -105,4 +111,14 @@ def _merge(args: argparse.Namespace) -> int:
     print(f"documents {documents} = used {documents - rejected} + rejected {rejected}")
     print(f"samples {manifest.counts.samples}, images {manifest.counts.images}, shards {len(manifest.shards)}")
     print(f"wrote {args.output}; the parts are no longer needed")
+    return ExitCode.DONE
+
+
+def _split(args: argparse.Namespace) -> int:
+    from megatron_vlm.data.manifest import load_manifest
+    from megatron_vlm.data.merge import split_dataset
+
+    for folder in split_dataset(args.folder, args.output, args.number):
+        counts = load_manifest(folder).counts
+        print(f"wrote {folder}: samples {counts.samples}, images {counts.images}")
     return ExitCode.DONE

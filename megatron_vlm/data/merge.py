@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 
 from megatron_vlm.config import ConfigError, DataError, StorageError
@@ -51,6 +52,67 @@ def merge_datasets(output: Path, folders: Sequence[Path]) -> Manifest:
         _link_shards(sources, manifest.shards, unfinished)
         save_manifest(manifest, unfinished)
     return manifest
+
+
+def split_dataset(folder: Path, output: Path, count: int) -> list[Path]:
+    """Divide a dataset at the borders of its shards into datasets with about equally many samples.
+
+    What the datasets were made from is known of the whole only, so that each counts its samples as its documents and
+    has no rejects; their samples, in order, are those of the whole in order.
+
+    Args:
+        folder: the dataset; it stays as it is.
+        output: `output-1-of-3` to `output-3-of-3` are written, on the same file system.
+        count: how many.
+
+    Returns:
+        The new folders.
+
+    Raises:
+        ConfigError: fewer shards than datasets, a part of a dataset, or an output folder that holds something else.
+        DataError: the dataset is unfinished or damaged.
+        StorageError: the output cannot be written, or is on another file system.
+    """
+    whole = ShardedDataset.open(folder).manifest
+    if SHARE_OPTION in whole.options:
+        raise ConfigError("dataset is a part of one", where=str(folder), fix="join the parts first: data merge")
+    if not 1 <= count <= len(whole.shards):
+        raise ConfigError(
+            f"{len(whole.shards)} shards cannot become {count} datasets",
+            where=str(folder),
+            fix=f"use 1 to {len(whole.shards)}, or prepare with a smaller --max-shard-bytes",
+        )
+    written = []
+    for number, shards in enumerate(_divide(whole.shards, count), start=1):
+        share = output.with_name(f"{output.name}-{number}-of-{count}")
+        named = [dataclasses.replace(shard, name=f"{index:05d}") for index, shard in enumerate(shards)]
+        manifest = dataclasses.replace(
+            whole,
+            shards=tuple(named),
+            documents=sum(shard.counts.samples for shard in shards),
+            rejects={},
+            notes={},
+            rejects_file=None,
+            options=whole.options | {"split": {"index": number, "count": count}},
+        )
+        with _written_beside(share) as unfinished:
+            _link_shards([folder / shard.name for shard in shards], named, unfinished)
+            save_manifest(manifest, unfinished)
+        written.append(share)
+    return written
+
+
+def _divide(shards: Sequence[ShardFacts], count: int) -> Iterator[Sequence[ShardFacts]]:
+    """Yield runs of consecutive shards, none empty, each ending nearest to its share of all samples."""
+    ends = list(accumulate(shard.counts.samples for shard in shards))
+    first = 0
+    for number in range(1, count + 1):
+        target = ends[-1] * number / count
+        # one shard at least for this run and for each of those after it
+        candidates = range(first + 1, len(shards) - (count - number) + 1)
+        last = min(candidates, key=lambda end: abs(ends[end - 1] - target))
+        yield shards[first:last]
+        first = last
 
 
 def _order_shares(manifests: dict[Path, Manifest]) -> list[Path]:

@@ -55,7 +55,13 @@ def test_inspect_with_another_tokenizer_is_exit_code_65(dataset, tmp_path, capsy
     assert "shards were prepared with tokenizer tiny" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("action", [[], ["verify"], ["stats"], ["inspect"], ["merge"]])
+def test_split_names_what_it_wrote(dataset, tmp_path, capsys):
+    assert main(["data", "split", str(dataset), str(tmp_path / "piece"), "--number", "1"]) == 0
+    assert capsys.readouterr().out == f"wrote {tmp_path / 'piece-1-of-1'}: samples 3, images 0\n"
+    assert main(["data", "split", str(dataset), str(tmp_path / "piece"), "--number", "2"]) == 78
+
+
+@pytest.mark.parametrize("action", [[], ["verify"], ["stats"], ["inspect"], ["merge"], ["split"]])
 def test_help_is_shown(action, capsys):
     with pytest.raises(SystemExit) as caught:
         main(["data", *action, "--help"])

@@ -10,7 +10,7 @@ import pytest
 from megatron_vlm.config import ConfigError, DataError, StorageError
 from megatron_vlm.data.documents import JoinRules
 from megatron_vlm.data.manifest import REJECTS_FILE
-from megatron_vlm.data.merge import merge_datasets
+from megatron_vlm.data.merge import merge_datasets, split_dataset
 from megatron_vlm.data.part import ImagePlace, PartJob, Recipe
 from megatron_vlm.data.prepare import PrepareJob, prepare
 from megatron_vlm.data.shards import ShardedDataset
@@ -205,3 +205,36 @@ def test_nothing_but_rejects_in_all_parts_is_a_data_error(tmp_path, make_lines, 
     assert (parts[0] / REJECTS_FILE).exists()
     with pytest.raises(DataError, match="none of 2 documents became a sample"):
         merge_datasets(tmp_path / "joined", parts)
+
+
+def token_lists(folder: Path) -> list[list[int]]:
+    return [sample.segments[0].input_ids.tolist() for sample in ShardedDataset.open(folder)]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_a_split_dataset_has_every_sample_once_and_in_order(texts, tokenizer_path, tmp_path, count):
+    prepare(text_job(texts, tokenizer_path, tmp_path / "whole"))
+    folders = split_dataset(tmp_path / "whole", tmp_path / "piece", count)
+    assert [folder.name for folder in folders] == [f"piece-{i + 1}-of-{count}" for i in range(count)]
+    assert sum(map(token_lists, folders), []) == token_lists(tmp_path / "whole")
+    assert [fault for folder in folders for fault in verify_dataset(folder)] == []
+    assert (folders[0] / "00000.bin").samefile(tmp_path / "whole" / "00000.bin")
+
+
+def test_a_dataset_is_split_where_the_pieces_are_most_even(texts, tokenizer_path, tmp_path):
+    prepare(text_job(texts, tokenizer_path, tmp_path / "whole", max_shard_bytes=1))  # 6 shards of one sample
+    folders = split_dataset(tmp_path / "whole", tmp_path / "piece", 3)
+    assert [len(ShardedDataset.open(folder)) for folder in folders] == [2, 2, 2]
+
+
+def test_more_pieces_than_shards_are_refused(texts, tokenizer_path, tmp_path):
+    prepare(text_job(texts, tokenizer_path, tmp_path / "whole"))
+    for count in (0, 4):
+        with pytest.raises(ConfigError, match=f"3 shards cannot become {count} datasets"):
+            split_dataset(tmp_path / "whole", tmp_path / "piece", count)
+
+
+def test_a_part_is_not_split(texts, tokenizer_path, tmp_path):
+    (part, _) = prepare_shares(text_job(texts, tokenizer_path, tmp_path / "joined"), 2)
+    with pytest.raises(ConfigError, match="dataset is a part of one .*join the parts first"):
+        split_dataset(part, tmp_path / "piece", 1)
