@@ -32,6 +32,7 @@ setup(
         "fsspec>=2024.2",
     ],
     extras_require={
+        "fast": ["simplejpeg>=1.8"],
         "gpu": ["transformer-engine[pytorch]>=2.9"],
         "hf": ["transformers>=4.57,<6"],
         "eval": ["pycocoevalcap>=1.2"],

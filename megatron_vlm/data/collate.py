@@ -8,7 +8,8 @@ import torch
 
 from megatron_vlm.config import IGNORE_INDEX, DataConfig, DataError, ModelConfig
 from megatron_vlm.data.batch import ImageShare, VLMBatch
-from megatron_vlm.data.images import Aspect, ImageLimits, decode_image
+from megatron_vlm.data.images import ImageLimits
+from megatron_vlm.data.pixels import Aspect, decode_image
 from megatron_vlm.data.shards import EncodedSample, ImageSegment, TextSegment
 
 _MAX_SEQLEN_MULTIPLE = 64

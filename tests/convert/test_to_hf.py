@@ -14,7 +14,7 @@ from megatron_vlm.checkpoint.tensors import list_tensors
 from megatron_vlm.config import CheckpointError, ModelConfig, ProjectionConfig, StorageError, UsageError
 from megatron_vlm.convert.to_hf import ExportOptions, export_llava
 from megatron_vlm.data.documents import Image, Text
-from megatron_vlm.data.images import decode_image
+from megatron_vlm.data.pixels import decode_image
 from megatron_vlm.data.shards import ImageSegment
 from megatron_vlm.data.templates import DEFAULT_SYSTEM, TEMPLATES, Turn, encode_prompt
 from megatron_vlm.data.tokenizer import load_tokenizer
