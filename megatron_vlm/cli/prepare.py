@@ -96,6 +96,12 @@ def _add_interleaved(parser: argparse.ArgumentParser) -> None:
     add("--min-images", type=int, default=1, metavar="N", help="reject documents with fewer (default: %(default)s)")
     add("--bad-image", choices=("document", "image"), default="document", help="what a bad image rejects")
     add("--min-similarity", type=float, metavar="X", help="leave out images with a lower matched_sim")
+    add(
+        "--assignment",
+        choices=("listed", "linear", "best"),
+        default="listed",
+        help="sentence of an image: matched_text_index, or from similarity_matrix (linear: one image a sentence)",
+    )
     add("--separator", default=" ", metavar="TEXT", help="between sentences (default: a blank)")
     add("--keep-blanks", action="store_true", help="keep the separators beside images")
     add("--no-eos", action="store_true", help="do not end documents with EOS")
@@ -159,6 +165,7 @@ def _source(args: argparse.Namespace) -> "Source":
             min_images=args.min_images,
             bad_image=args.bad_image,
             min_similarity=args.min_similarity,
+            assignment=args.assignment,
             text=text,
             max_record_bytes=limit,
         )

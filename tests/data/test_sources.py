@@ -92,6 +92,19 @@ def test_mmc4_images_below_the_similarity_are_left_out(tmp_path, make_lines, con
     assert shown(read_mmc4(tmp_path, make_lines, context, record, min_similarity=0.5)) == "too_few_images"
 
 
+def test_mmc4_assignment_is_computed_again_on_request(tmp_path, make_lines, context, names):
+    infos = [info("a.jpg", 0, matched_sim=0.9), info("b.jpg", 0, matched_sim=0.9)]
+    record = {"text_list": ["s0", "s1"], "image_info": infos, "similarity_matrix": [[0.9, 0.8], [0.9, 0.1]]}
+    seen = {
+        assignment: shown(read_mmc4(tmp_path, make_lines, context, record, assignment=assignment), names)
+        for assignment in ("listed", "linear", "best")
+    }
+    assert seen["listed"] == seen["best"] == ["a.jpg", "b.jpg", "s0", "s1"]
+    assert seen["linear"] == ["b.jpg", "s0", "a.jpg", "s1"]
+    only = read_mmc4(tmp_path, make_lines, context, record, assignment="linear", min_similarity=0.85)
+    assert shown(only, names) == ["b.jpg", "s0", "s1"]
+
+
 def test_mmc4_images_inside_of_the_json_are_read(tmp_path, make_lines, context, names, make_image):
     encoded = base64.b64encode(make_image(seed=1)).decode()
     record = {"text_list": ["s0"], "image_info": [info("x", 0, image_base64=encoded)]}

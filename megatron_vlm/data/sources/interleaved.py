@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_vlm.data.documents import Document, Image, RejectError, Segment, Text, TextRules, clean_text
+from megatron_vlm.data.sources.assignment import reassign
 from megatron_vlm.data.sources.image_store import ImageReader
 from megatron_vlm.data.sources.records import MAX_RECORD_BYTES, field, read_records
 from megatron_vlm.data.sources.source import Found, ReadContext, key_of
@@ -26,6 +27,9 @@ class InterleavedRules:
     """What is left out for an image that is missing or damaged."""
     min_similarity: float | None = None
     """Images whose `matched_sim` is lower are left out; None keeps all."""
+    assignment: Literal["listed", "linear", "best"] = "listed"
+    """The sentence of an image: the record's `matched_text_index`, or computed from its `similarity_matrix` for all
+    listed images, before any is left out; each with a sentence of its own, or each with its most similar one."""
     text: TextRules = TextRules()
     max_record_bytes: int = MAX_RECORD_BYTES
 
@@ -64,6 +68,11 @@ class InterleavedSource:
         infos = field(record, "image_info", list)
         if len(infos) > _MAX_LISTED_IMAGES:
             raise RejectError("too_many_images", f"{len(infos)} images, at most {_MAX_LISTED_IMAGES} are read")
+        if self.rules.assignment != "listed":
+            matched = reassign(record, len(sentences), self.rules.assignment)
+            if unmatched := len(infos) - len(matched):
+                images.notes["unmatched_images"] = images.notes.get("unmatched_images", 0) + unmatched
+            infos = matched
         placed = self._place(infos, len(sentences), images)
         if len(placed) < self.rules.min_images:
             raise RejectError("too_few_images", f"{len(placed)} images, at least {self.rules.min_images} are wanted")
