@@ -21,8 +21,8 @@ class RunSize:
 REAL = RunSize(
     corpus=CorpusOptions(),
     stage_overrides={},
-    kill_after=170,
-    straight_iterations=190,
+    kill_after=120,
+    straight_iterations=140,
 )
 
 SMOKE = RunSize(
