@@ -61,7 +61,7 @@ def test_decode_image_equals_the_clip_processor(aspect, shape, size):
     difference = np.abs(clip_reference(encoded, size, aspect).astype(int) - decode(encoded, size, aspect))
     # Stretched images may differ in the rounding between the two passes: Pillow 13 takes them in either order.
     assert difference.mean() <= (0.3 if aspect == "resize" else 0.01)
-    assert difference.max() <= 2
+    assert difference.max() <= (3 if aspect == "resize" else 2)
 
 
 @pytest.mark.parametrize("aspect", ["pad", "square", "resize"])
