@@ -1,19 +1,19 @@
 """What serving needs beside weights and tokenizer: image processing, prompt template and generation settings."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from megatron_vlm.config import LanguageConfig, VisionConfig
 from megatron_vlm.convert.hf_io import write_json
 from megatron_vlm.data.documents import Control, Special
+from megatron_vlm.data.pixels import Aspect
 from megatron_vlm.data.templates import DEFAULT_SYSTEM, Template
 
-Aspect = Literal["pad", "square", "resize"]
 _BICUBIC = 3
 
 
 def image_processor_config(vision: VisionConfig, aspect: Aspect) -> dict[str, Any]:
-    """Return preprocessor_config.json: the same square of pixels as in training."""
+    """Return preprocessor_config.json: the square of pixels of training, up to the rounding of the filter."""
     side = {"height": vision.image_size, "width": vision.image_size}
     return {
         # Only LLaVA's own class pads; the other two are plain CLIP processing, which every version has.

@@ -151,7 +151,10 @@ def test_processor_makes_the_pixels_of_training(aspect, make_run, model_config, 
     processor = AutoProcessor.from_pretrained(tmp_path / "hf")
     theirs = processor.image_processor(PILImage.open(io.BytesIO(encoded)), return_tensors="np")["pixel_values"][0]
     mean, std = (np.array(values).reshape(3, 1, 1) for values in (vision.image_mean, vision.image_std))
-    assert np.abs((theirs * std + mean) * 255 - ours).max() < 0.01
+    difference = np.abs((theirs * std + mean) * 255 - ours)
+    # Two implementations of the same bicubic filter on uint8: rounding, see data/pixels.py.
+    assert difference.max() < 2.01
+    assert difference.mean() < 0.05
 
 
 def expanded(segments, model: ModelConfig) -> list[int]:

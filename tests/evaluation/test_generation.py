@@ -64,7 +64,7 @@ def answer_without_cache(model, prompt: Prompt, pixels: np.ndarray, count: int, 
 
 
 def test_answers_with_cache_and_batches_equal_decoding_without(model):
-    prompts, pixels = make_prompts(40)
+    prompts, pixels = make_prompts(24)
     wanted = [answer_without_cache(model, prompt, pixels, 10, EOS) for prompt in prompts]
     answers = answer_all(make_generator(model), prompts, pixels)
     assert [answer.ids for answer in answers] == wanted
