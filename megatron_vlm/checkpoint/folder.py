@@ -5,8 +5,9 @@ import re
 import shutil
 from pathlib import Path
 
-from megatron_vlm.checkpoint.manifest import MANIFEST_NAME, read_manifest, write_atomically
+from megatron_vlm.checkpoint.manifest import MANIFEST_NAME, read_manifest
 from megatron_vlm.config import CheckpointError
+from megatron_vlm.platform.durable_files import write_durably
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ def list_iterations(run_dir: str | Path) -> list[int]:
 
 def write_latest(run_dir: str | Path, iteration: int) -> None:
     """Record the newest iteration for people and other tools; nothing here depends on it."""
-    write_atomically(checkpoints_folder(run_dir) / LATEST_NAME, f"{iteration}\n")
+    write_durably(checkpoints_folder(run_dir) / LATEST_NAME, f"{iteration}\n".encode())
 
 
 def prune(run_dir: str | Path, keep_last: int) -> None:

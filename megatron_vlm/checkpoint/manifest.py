@@ -1,13 +1,13 @@
 """The manifest of a checkpoint: size and checksum of every file, written last. Without it a checkpoint is not one."""
 
 import json
-import os
 import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_vlm.config import CheckpointError
+from megatron_vlm.platform.durable_files import write_durably
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 1
@@ -56,17 +56,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         "progress": manifest.progress,
         "files": {name: asdict(entry) for name, entry in manifest.files.items()},
     }
-    write_atomically(folder / MANIFEST_NAME, json.dumps(record, indent=1))
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a small file beside its place and rename it there, both flushed to the disk."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, path)
+    write_durably(folder / MANIFEST_NAME, json.dumps(record, indent=1).encode())
 
 
 def read_manifest(folder: Path) -> Manifest:

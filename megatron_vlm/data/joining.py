@@ -12,10 +12,11 @@ from pathlib import Path
 import numpy as np
 
 from megatron_vlm.config import DataError
-from megatron_vlm.data.manifest import REJECTS_FILE, FileFacts, Manifest, ShardFacts, write_durably
+from megatron_vlm.data.manifest import REJECTS_FILE, FileFacts, Manifest, ShardFacts
 from megatron_vlm.data.part import USED_ROWS_FILE, PartFacts, reject_row
 from megatron_vlm.data.sources.pair_table import TableFile
 from megatron_vlm.data.sources.pairs import TarPairSource
+from megatron_vlm.platform.durable_files import write_durably
 
 _PREPARE_PART = "prepare this part again"
 

@@ -2,13 +2,13 @@
 
 import dataclasses
 import json
-import os
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megatron_vlm.config import DataError
+from megatron_vlm.platform.durable_files import write_durably
 
 FORMAT_NAME = "megatron_vlm shards"
 FORMAT_VERSION = 1
@@ -109,16 +109,6 @@ def crc32_of_file(path: Path) -> int:
         while chunk := stream.read(_CHUNK_BYTES):
             value = zlib.crc32(chunk, value)
     return value
-
-
-def write_durably(path: Path, content: bytes) -> None:
-    """Write a file so that it exists either whole or not at all, also after a crash."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, path)
 
 
 def save_manifest(manifest: Manifest, folder: Path) -> None:

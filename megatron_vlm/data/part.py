@@ -21,11 +21,12 @@ from megatron_vlm.config import StorageError
 from megatron_vlm.data.documents import VARIANTS, Document, JoinRules, RejectError, join_text
 from megatron_vlm.data.encoding import encode_document
 from megatron_vlm.data.image_check import ImageRules
-from megatron_vlm.data.manifest import REJECTS_FILE, Counts, FileFacts, ShardFacts, write_durably
+from megatron_vlm.data.manifest import REJECTS_FILE, Counts, FileFacts, ShardFacts
 from megatron_vlm.data.shards import EncodedSample, ShardWriter
 from megatron_vlm.data.sources.image_store import FolderImages, ImageReader, ImageStore, TarImages
 from megatron_vlm.data.sources.source import Found, ReadContext, Source
 from megatron_vlm.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_vlm.platform.durable_files import write_durably
 
 PART_FILE = "part.json"
 USED_ROWS_FILE = "used_rows.npy"

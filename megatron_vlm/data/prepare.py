@@ -27,7 +27,6 @@ from megatron_vlm.data.manifest import (
     Manifest,
     load_manifest,
     save_manifest,
-    write_durably,
 )
 from megatron_vlm.data.part import USED_ROWS_FILE, PartFacts, PartJob, load_part, prepare_part
 from megatron_vlm.data.shards import SUFFIXES
@@ -38,6 +37,7 @@ from megatron_vlm.data.sources.pair_table import index_table
 from megatron_vlm.data.sources.pairs import TarPairSource
 from megatron_vlm.data.tokenizer import load_tokenizer
 from megatron_vlm.data.workers import run_tasks
+from megatron_vlm.platform.durable_files import write_durably
 
 logger = logging.getLogger(__name__)
 

@@ -23,8 +23,8 @@ import pyarrow.parquet
 from tqdm import tqdm
 
 from megatron_vlm.config import ConfigError, DataError, StorageError
-from megatron_vlm.data.manifest import write_durably
 from megatron_vlm.data.score_histogram import ScoreHistogram, draw_histogram, histogram_rows
+from megatron_vlm.platform.durable_files import write_durably
 
 logger = logging.getLogger(__name__)
 
