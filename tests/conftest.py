@@ -6,7 +6,13 @@ from megatron_vlm.platform.device import prepare_process  # noqa: E402
 
 prepare_process()
 
+import hypothesis  # noqa: E402
+
 from tests.support.fake_ranks import play  # noqa: E402
 from tests.support.fixtures import one_rank, workers  # noqa: E402
 
 __all__ = ["one_rank", "play", "workers"]
+
+# How long an example takes says more about the machine's other work than about the code.
+hypothesis.settings.register_profile("no_deadline", deadline=None)
+hypothesis.settings.load_profile("no_deadline")
