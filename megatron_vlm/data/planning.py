@@ -28,8 +28,8 @@ class SampleLengths(Protocol):
 
     def __len__(self) -> int: ...
 
-    def outline(self, sample: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return which segments of a sample are images, and the tokens of each."""
+    def outlines(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return borders, kinds and tokens of the segments of some samples, as `ShardedDataset.outlines` does."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,9 +177,8 @@ def _collect(settings: PlanSettings, datasets: Sequence[SampleLengths]) -> _Pool
             dropped += len(longer)
         elif len(longer):
             num_images = num_images.copy()
-            for sample in longer:
-                cut = cut_outline(*dataset.outline(int(sample)), settings.seq_length, settings.num_image_tokens)
-                total[sample], num_images[sample] = cut
+            cut = cut_outlines(*dataset.outlines(longer), settings.seq_length, settings.num_image_tokens)
+            total[longer], num_images[longer] = cut
             nothing_fits = longer[total[longer] == 0]
             kept = np.delete(kept, nothing_fits)
             dropped += len(nothing_fits)
@@ -191,23 +190,31 @@ def _collect(settings: PlanSettings, datasets: Sequence[SampleLengths]) -> _Pool
     return _Pool(np.concatenate(lengths), np.concatenate(images), tuple(usable), truncated, dropped)
 
 
-def cut_outline(
-    is_image: np.ndarray, text_lengths: np.ndarray, max_tokens: int, num_image_tokens: int
-) -> tuple[int, int]:
-    """Return tokens and images of a sample that is cut after the last whole image and the last token that fit.
+def cut_outlines(
+    borders: np.ndarray, is_image: np.ndarray, text_lengths: np.ndarray, max_tokens: int, num_image_tokens: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return tokens and images of samples that are cut after the last whole image and the last token that fit.
 
     Args:
+        borders: int64[samples + 1]; segments of each sample, at least one.
         is_image: bool[segments]; in reading order.
         text_lengths: int[segments]; 0 for images [tokens].
-        max_tokens: where it is cut.
+        max_tokens: where the samples are cut.
         num_image_tokens: tokens of an image.
+
+    Returns:
+        Two int64[samples].
     """
-    ends = np.cumsum(np.where(is_image, num_image_tokens, text_lengths))
-    whole = int(np.searchsorted(ends, max_tokens, side="right"))
-    num_images = int(is_image[:whole].sum())
-    if whole < len(ends) and not is_image[whole]:
-        return max_tokens, num_images
-    return int(ends[whole - 1]) if whole else 0, num_images
+    ends = np.cumsum(np.where(is_image, num_image_tokens, text_lengths), dtype=np.int64)
+    starts = np.concatenate([[0], ends])[borders[:-1]]
+    ends -= np.repeat(starts, np.diff(borders))
+    fits = ends <= max_tokens
+    whole = np.add.reduceat(fits, borders[:-1], dtype=np.int64)
+    num_images = np.add.reduceat(fits & is_image, borders[:-1], dtype=np.int64)
+    last = borders[:-1] + whole - 1
+    kept = np.where(whole > 0, ends[last], 0)
+    cut_in_text = (whole < np.diff(borders)) & ~is_image[np.minimum(last + 1, len(is_image) - 1)]
+    return np.where(cut_in_text, max_tokens, kept), num_images
 
 
 def _too_long(entry: BlendEntry, seq_length: int, total: np.ndarray, number: int) -> DataError:

@@ -322,8 +322,12 @@ class ShardedDataset(Sequence[EncodedSample]):
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def __getitem__(self, sample: int) -> EncodedSample:  # type: ignore[override]
-        shard, index = self._locate(int(sample))
-        return self._shard(shard).read(index)
+        sample = int(sample)
+        if not 0 <= sample < len(self):
+            raise IndexError(f"sample {sample} of a dataset of {len(self)}")
+        shard = int(np.searchsorted(self._ends, sample, side="right"))
+        start = int(self._ends[shard - 1]) if shard else 0
+        return self._shard(shard).read(sample - start)
 
     def __getstate__(self) -> dict:
         return {"folder": self.folder, "manifest": self.manifest, "fingerprint": self.fingerprint}
@@ -341,18 +345,30 @@ class ShardedDataset(Sequence[EncodedSample]):
         """Text tokens of each sample, int32[samples], from the index files alone."""
         return self._lengths[1]
 
-    def outline(self, sample: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return which segments of a sample are images, bool[n], and the tokens of each, int32[n], 0 for images.
+    def outlines(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the segments of some samples, from the index files alone.
+
+        Args:
+            samples: int[n]; ascending.
+
+        Returns:
+            Borders int64[n + 1] of each sample's segments in the two others; whether each segment is an image, bool[m];
+            and its tokens, int32[m], 0 for images.
 
         Raises:
-            IndexError: the dataset has no such sample.
-            DataError: the index is damaged.
+            DataError: an index is damaged.
         """
-        shard, number = self._locate(int(sample))
-        index = self._shard(shard).index
-        segments = slice(int(index.borders[number]), int(index.borders[number + 1]))
-        is_image = index.modes[segments] == MODE_IMAGE
-        return is_image, np.where(is_image, 0, index.lengths[segments] // TOKEN_DTYPE.itemsize)
+        sizes, images, tokens = [np.zeros(1, dtype=np.int64)], [np.zeros(0, dtype=bool)], [np.zeros(0, dtype=np.int32)]
+        shards = np.searchsorted(self._ends, samples, side="right")
+        for number in np.unique(shards):
+            index = self._shard(int(number)).index
+            own = samples[shards == number] - (self._ends[number - 1] if number else 0)
+            sizes.append(index.borders[own + 1] - index.borders[own])
+            ends = np.cumsum(sizes[-1])
+            segments = np.arange(ends[-1]) + np.repeat(index.borders[own] - (ends - sizes[-1]), sizes[-1])
+            images.append(index.modes[segments] == MODE_IMAGE)
+            tokens.append(np.where(images[-1], 0, index.lengths[segments] // TOKEN_DTYPE.itemsize))
+        return np.cumsum(np.concatenate(sizes)), np.concatenate(images), np.concatenate(tokens)
 
     def check_tokenizer(self, tokenizer: TokenizerFacts) -> None:
         """Refuse token ids of another tokenizer.
@@ -380,13 +396,6 @@ class ShardedDataset(Sequence[EncodedSample]):
             tokens.append(index.text_lengths())
         empty = np.zeros(0, dtype=np.int32)
         return np.concatenate([empty, *images]), np.concatenate([empty, *tokens])
-
-    def _locate(self, sample: int) -> tuple[int, int]:
-        """Return the shard of a sample and its number in it."""
-        if not 0 <= sample < len(self):
-            raise IndexError(f"sample {sample} of a dataset of {len(self)}")
-        shard = int(np.searchsorted(self._ends, sample, side="right"))
-        return shard, sample - (int(self._ends[shard - 1]) if shard else 0)
 
     def _check_index(self, number: int) -> None:
         """Check an index against the manifest, once in each process."""

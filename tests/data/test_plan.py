@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from megatron_vlm.config import BlendEntry, ConfigError, DataError, StorageError
 from megatron_vlm.data.collate import cut_sample
 from megatron_vlm.data.plan import PlanSettings, build_plan, hash_plan, open_plan, plan_rows
-from megatron_vlm.data.planning import cut_outline
+from megatron_vlm.data.planning import cut_outlines
 from megatron_vlm.data.shards import EncodedSample, ImageSegment, TextSegment
 
 IMAGE_TOKENS = 16
@@ -29,9 +29,10 @@ class Lengths:
     def __len__(self) -> int:
         return len(self.num_images)
 
-    def outline(self, sample):
-        images = int(self.num_images[sample])
-        return np.array([False] + [True] * images), np.array([self.text_lengths[sample]] + [0] * images)
+    def outlines(self, samples):
+        parts = [[int(self.text_lengths[sample])] + [0] * int(self.num_images[sample]) for sample in samples]
+        tokens = np.array(sum(parts, []))
+        return np.cumsum([0, *map(len, parts)]), tokens == 0, tokens
 
 
 def make_dataset(number: int, seed: int = 0) -> Lengths:
@@ -168,8 +169,9 @@ def test_overflow_truncate_counts_what_is_left():
 
 def test_sample_of_which_nothing_fits_is_dropped():
     class ImageFirst(Lengths):
-        def outline(self, sample):
-            return np.array([True, False]), np.array([0, self.text_lengths[sample]])
+        def outlines(self, samples):
+            assert samples.tolist() == [1]
+            return np.array([0, 2]), np.array([True, False]), np.array([0, 5])
 
     datasets = [ImageFirst([0, 1], [5, 5])]
     plan = make_settings(blend=(BlendEntry(path="a"),), overflow="truncate", num_image_tokens=200)
@@ -177,17 +179,26 @@ def test_sample_of_which_nothing_fits_is_dropped():
     assert (rows.sample_ids.tolist(), rows.summary.dropped, rows.summary.truncated) == ([0], 1, 0)
 
 
-@given(outline=st.lists(st.one_of(st.none(), st.integers(1, 40)), min_size=1, max_size=8), limit=st.integers(0, 120))
-def test_plan_cuts_where_the_batch_is_cut(outline, limit):
-    segments = [
-        ImageSegment(b"x") if text is None else TextSegment(np.zeros(text, dtype=np.int32), True) for text in outline
-    ]
-    kept = cut_sample(EncodedSample(tuple(segments)), limit, IMAGE_TOKENS).segments
-    images = sum(isinstance(segment, ImageSegment) for segment in kept)
-    tokens = sum(len(segment.input_ids) for segment in kept if isinstance(segment, TextSegment))
-    is_image = np.array([text is None for text in outline])
-    text_lengths = np.array([text or 0 for text in outline])
-    assert cut_outline(is_image, text_lengths, limit, IMAGE_TOKENS) == (images * IMAGE_TOKENS + tokens, images)
+segments = st.one_of(
+    st.just(ImageSegment(b"x")),
+    st.integers(1, 40).map(lambda size: TextSegment(np.zeros(size, dtype=np.int32), True)),
+)
+
+
+@given(samples=st.lists(st.lists(segments, min_size=1, max_size=8), min_size=1, max_size=5), limit=st.integers(0, 120))
+def test_plan_cuts_where_the_batch_is_cut(samples, limit):
+    expected = []
+    for sample in samples:
+        kept = cut_sample(EncodedSample(tuple(sample)), limit, IMAGE_TOKENS).segments
+        images = sum(isinstance(segment, ImageSegment) for segment in kept)
+        tokens = sum(len(segment.input_ids) for segment in kept if isinstance(segment, TextSegment))
+        expected.append((images * IMAGE_TOKENS + tokens, images))
+    flat = [segment for sample in samples for segment in sample]
+    is_image = np.array([isinstance(segment, ImageSegment) for segment in flat])
+    tokens = np.array([0 if isinstance(segment, ImageSegment) else len(segment.input_ids) for segment in flat])
+    borders = np.cumsum([0, *map(len, samples)])
+    found = cut_outlines(borders, is_image, tokens, limit, IMAGE_TOKENS)
+    assert list(zip(*(values.tolist() for values in found), strict=True)) == expected
 
 
 def test_no_usable_sample_is_refused():

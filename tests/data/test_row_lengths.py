@@ -32,7 +32,7 @@ class Lengths:
     def __len__(self) -> int:
         return len(self.num_images)
 
-    def outline(self, sample):
+    def outlines(self, samples):
         raise AssertionError("advice needs lengths only")
 
 

@@ -220,3 +220,17 @@ def test_opening_a_million_samples_takes_under_ten_milliseconds(folder, tokenize
 def test_reading_does_not_import_torch():
     command = "import sys, megatron_vlm.data.shards; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", command], check=False).returncode == 0
+
+
+def test_outlines_equal_the_segments_of_the_samples(folder, make_samples, tokenizer_facts):
+    samples = make_samples(30)
+    write_dataset(folder, samples, source="tiny", tokenizer=tokenizer_facts, samples_per_shard=7)
+    chosen = np.array([0, 5, 6, 7, 20, 29])
+    borders, is_image, tokens = ShardedDataset.open(folder).outlines(chosen)
+    for place, number in enumerate(chosen):
+        part = slice(borders[place], borders[place + 1])
+        expected = [
+            (True, 0) if isinstance(segment, ImageSegment) else (False, len(segment.input_ids))
+            for segment in samples[number].segments
+        ]
+        assert list(zip(is_image[part].tolist(), tokens[part].tolist(), strict=True)) == expected
