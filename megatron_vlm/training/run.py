@@ -1,6 +1,7 @@
 """A run from its settings to its last checkpoint: what a worker process does."""
 
 import logging
+import shutil
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from types import FrameType
 
 import torch
 
+from megatron_vlm.checkpoint.run_settings import TOKENIZER_NAME
 from megatron_vlm.config import TrainConfig, derive_layout, save_config
 from megatron_vlm.data.batch import ImageShare
 from megatron_vlm.data.collate import Collation
@@ -59,6 +61,8 @@ def _run(config: TrainConfig, rank: RankLayout, device: torch.device, stop_reque
     state = build_state(config, rank, plan, [dataset.manifest.source for dataset in datasets])
     if rank.rank == 0:
         save_config(config, Path(config.run_dir) / CONFIG_NAME)
+        # The run folder is all that generation and conversion need, wherever they are started.
+        shutil.copyfile(config.data.tokenizer, Path(config.run_dir) / TOKENIZER_NAME)
     loaders = [_build_loader(state, plan, datasets, device, has_tower=chunk.pre_process) for chunk in state.chunks]
     hooks: list[Hook] = [stop_hook, save_hook]
     writer = ledger = None
