@@ -327,5 +327,6 @@ def test_unfinished_preparation_with_other_options_is_refused(mmc4, tokenizer_pa
 
 
 def test_no_worker_process_is_left_behind(mmc4, tokenizer_path, output):
+    before = set(multiprocessing.active_children())  # other tests keep processes of their own
     prepare(mmc4_job(mmc4, tokenizer_path, output), num_workers=2)
-    assert multiprocessing.active_children() == []
+    assert set(multiprocessing.active_children()) <= before
