@@ -6,6 +6,7 @@ import torch
 from megatron_vlm.config import ParallelConfig
 from megatron_vlm.parallel.groups import build_groups, seed_everything, stop_distributed
 from tests.support.pool import WorkerPool
+from tests.support.release import release_models
 
 
 @pytest.fixture(scope="session")
@@ -25,3 +26,4 @@ def one_rank(tmp_path):
     seed_everything(7)
     yield
     stop_distributed()
+    release_models()

@@ -85,6 +85,7 @@ def _work(pipe: Connection, parent_pid: int) -> None:
     import torch
 
     from megatron_vlm.parallel.groups import stop_distributed
+    from tests.support.release import release_models
 
     torch.set_num_threads(1)
     while True:
@@ -98,6 +99,7 @@ def _work(pipe: Connection, parent_pid: int) -> None:
             module, name = job.split(":")
             answer = (True, getattr(importlib.import_module(module), name)(**arguments))
             stop_distributed()
+            release_models()
         except BaseException:
             answer = (False, traceback.format_exc())
         pipe.send(answer)
