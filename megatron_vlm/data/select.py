@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import shutil
+import textwrap
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -215,16 +216,23 @@ def _list_files(inputs: tuple[Path, ...]) -> list[_InputFile]:
 def _check_columns(path: Path, columns: tuple[str, ...]) -> None:
     with _open(path) as table:
         schema = table.schema_arrow
+    numbers = [field.name for field in schema if _is_number(field.type)]
     for name in columns:
         if name not in schema.names:
+            # Most scores are floats.
+            numbers.sort(key=lambda number: pyarrow.types.is_integer(schema.field(number).type))
             raise DataError(
                 f"parquet file has no column {name}",
                 where=str(path),
-                fix=f"use --by with some of its columns: {', '.join(schema.names)[:300]}",
+                fix=f"use --by with {textwrap.shorten(', '.join(numbers), 120, placeholder=' ...') or 'other files'}",
             )
         kind = schema.field(name).type
-        if not (pyarrow.types.is_floating(kind) or pyarrow.types.is_integer(kind)):
+        if name not in numbers:
             raise DataError(f"column {name} is of type {kind}, not a number", where=str(path), fix="use another --by")
+
+
+def _is_number(kind: pyarrow.DataType) -> bool:
+    return pyarrow.types.is_floating(kind) or pyarrow.types.is_integer(kind)
 
 
 def _choose(

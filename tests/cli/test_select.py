@@ -31,10 +31,20 @@ def test_fraction_and_min_score_reach_the_selection(coyo, tmp_path, capsys):
     assert "kept 2 " in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("amount", [["--top", "lots"], ["--fraction", "1/0"], ["--top", "1", "--fraction", "1"], []])
-def test_wrong_amount_is_exit_code_64(coyo, tmp_path, amount, capsys):
+@pytest.mark.parametrize(
+    ("amount", "message"),
+    [
+        (["--top", "lots"], "--top lots is not a number"),
+        (["--fraction", "1/0"], "--fraction 1/0 is not a number"),
+        (["--top", "1", "--fraction", "1"], "not allowed with"),
+        ([], "required"),
+    ],
+)
+def test_wrong_amount_is_exit_code_64(coyo, tmp_path, amount, message, capsys):
     assert select(coyo, tmp_path / "out", *amount) == 64
-    assert capsys.readouterr().err.startswith("megatron-vlm: error: ")
+    line = capsys.readouterr().err
+    assert line.startswith("megatron-vlm: error: ")
+    assert message in line
 
 
 def test_missing_column_is_exit_code_65(coyo, tmp_path, capsys):

@@ -13,6 +13,7 @@ import pytest
 from megatron_vlm.config import ConfigError, DataError, StorageError
 from megatron_vlm.data import select as select_module
 from megatron_vlm.data.select import SelectRules, TopRows, parse_count, select_pairs
+from megatron_vlm.platform.exit_status import shorten
 
 B32, L14 = "clip_similarity_vitb32", "clip_similarity_vitl14"
 
@@ -188,9 +189,20 @@ def test_missing_column_names_file_and_column_before_anything_is_read(tmp_path):
     good = write_table(tmp_path / "a.parquet", [0.1])
     bad = tmp_path / "b.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"url": ["u"]}), bad)
-    with pytest.raises(DataError, match=r"no column score \(.*b\.parquet\).*some of its columns: url"):
+    with pytest.raises(DataError, match=r"no column score \(.*b\.parquet\)"):
         select_pairs((good, bad), tmp_path / "out", by_score(top=1))
     assert not (tmp_path / "out").exists()
+
+
+def test_missing_column_is_named_in_the_line_however_many_others_there_are(tmp_path):
+    path = tmp_path / "coyo.parquet"
+    names = {f"number_of_something_{i:02d}": [i] for i in range(40)}
+    pyarrow.parquet.write_table(pyarrow.table({"url": ["u"], **names, "clip_similarity": [0.1]}), path)
+    with pytest.raises(DataError) as caught:
+        select_pairs((path,), tmp_path / "out", by_score(top=1))
+    line = shorten(caught.value)
+    assert "no column score " in line
+    assert "use --by with clip_similarity, number_of_something_00" in line
 
 
 def test_column_of_text_is_refused(tmp_path):
