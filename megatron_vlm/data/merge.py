@@ -138,7 +138,8 @@ def _order_shares(manifests: dict[Path, Manifest]) -> list[Path]:
     missing = [str(share) for share in (Share(i + 1, *counts) for i in range(*counts)) if share not in shares]
     if missing:
         raise ConfigError(
-            f"{len(missing)} parts are missing: {', '.join(missing[:20])}", fix="prepare them, or give their folders"
+            f"{len(missing)} of {len(shares) + len(missing)} parts missing: {', '.join(missing[:20])}",
+            fix="prepare them, or give their folders",
         )
     return [shares[share] for share in sorted(shares, key=lambda share: share.index)]
 

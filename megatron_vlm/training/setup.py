@@ -74,7 +74,7 @@ def _take_progress(state: TrainState, progress: dict) -> None:
             f"the run was trained on data plan {progress['plan_hash'][:12]}, the config now gives "
             f"{state.plan_hash[:12]}",
             where=state.config.run_dir,
-            fix="restore data, seed, seq_length and global_batch_size, or start another run_dir from its weights",
+            fix="restore data, seed, batch size and length of the training, or start another run_dir from its weights",
         )
     state.iteration = progress["iteration"]
     state.consumed_samples = progress["consumed_samples"]

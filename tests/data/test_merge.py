@@ -128,7 +128,7 @@ def test_what_an_interrupted_merge_left_is_replaced(texts, tokenizer_path, tmp_p
 
 def test_missing_parts_are_named(texts, tokenizer_path, tmp_path):
     parts = prepare_shares(text_job(texts, tokenizer_path, tmp_path / "joined"), 4)
-    with pytest.raises(ConfigError, match="2 parts are missing: 2/4, 4/4"):
+    with pytest.raises(ConfigError, match="2 of 4 parts missing: 2/4, 4/4"):
         merge_datasets(tmp_path / "joined", [parts[0], parts[2]])
     with pytest.raises(ConfigError, match="no part is given"):
         merge_datasets(tmp_path / "joined", [])
