@@ -67,6 +67,17 @@ def inspect_checkpoint(path: Path, *, read_files: bool) -> CheckpointFacts:
     )
 
 
+def check_whole(path: Path) -> None:
+    """Compare every byte of a checkpoint with its manifest.
+
+    Raises:
+        CheckpointError: something differs.
+    """
+    faults = inspect_checkpoint(path, read_files=True).faults
+    if faults:
+        raise CheckpointError(faults[0], where=str(path), fix="use another checkpoint, or copy this one again")
+
+
 def _iteration_of(path: Path) -> int:
     digits = path.name.removeprefix("iter_")
     return int(digits) if digits.isdigit() else -1

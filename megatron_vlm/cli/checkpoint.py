@@ -52,7 +52,9 @@ def _hash(folder: Path) -> int:
     prepare_process()
     from megatron_vlm.checkpoint.folder import find_checkpoint
     from megatron_vlm.checkpoint.tensors import hash_weights
+    from megatron_vlm.checkpoint.verify import check_whole
 
     checkpoint = find_checkpoint(folder)
+    check_whole(checkpoint)
     print(f"{hash_weights(checkpoint)}  {checkpoint}")
     return ExitCode.DONE

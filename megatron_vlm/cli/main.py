@@ -1,6 +1,7 @@
 """The command `megatron-vlm`: finds the verb, runs it, and turns errors into one line and an exit code."""
 
 import argparse
+import difflib
 import importlib
 import os
 import signal
@@ -38,7 +39,24 @@ exit codes: 0 done, 1 crash or dead rank, 64 usage, 65 bad data or checkpoint, 7
 class _Parser(argparse.ArgumentParser):
     """A parser whose errors are one line, with the exit code for a wrong command line."""
 
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[override]
+        """Parse, after a look for options that do not exist: a mistyped one would be told as a missing one."""
+        if self._subparsers is None:
+            for argument in args or ():
+                self._check_option(argument.partition("=")[0])
+        return super().parse_known_args(args, namespace)
+
+    def _check_option(self, name: str) -> None:
+        options = [option for option in self._option_string_actions if option.startswith("--")]
+        if not name.startswith("--") or any(option.startswith(name) for option in options):
+            return
+        guess = difflib.get_close_matches(name, options, n=1)
+        raise UsageError(
+            f"unknown option {name}", fix=f"did you mean {guess[0]}?" if guess else f"see {self.prog} --help"
+        )
+
     def error(self, message: str) -> NoReturn:
+        """Raise what argparse would print."""
         raise UsageError(message, fix=f"see {self.prog} --help")
 
 

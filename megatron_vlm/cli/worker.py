@@ -113,5 +113,9 @@ def _report(status: ExitStatus, config: TrainConfig | None, report_folder: Path 
         sys.stderr.write(error_line(status.message) + "\n")
 
 
+if __name__ == "__mp_main__":
+    # A process that this rank spawned, such as megatron-core's checkpoint helper, which would outlive a killed rank.
+    die_with_parent(os.getppid())
+
 if __name__ == "__main__":
     sys.exit(main())

@@ -37,6 +37,8 @@ def load_config(cls: type[T], path: str | Path, overrides: typing.Sequence[str] 
         except yaml.YAMLError as error:
             raise ConfigError(f"override {override!r} is not valid YAML", fix="quote the value") from error
         _set_dotted(tree, key, value)
+        for below in [name for name in lines if name.startswith((f"{key}.", f"{key}["))]:
+            del lines[below]  # the file's lines no longer say where these values come from
         lines[key] = f"override {override}"
     return _build(cls, tree, key="", lines=lines, source=str(path))
 
@@ -137,7 +139,7 @@ def _set_dotted(tree: dict[str, Any], key: str, value: Any) -> None:
 
 def _build(kind: Any, value: Any, *, key: str, lines: dict[str, str], source: str) -> Any:
     """Convert a YAML value to `kind`, or say which key is wrong."""
-    where = lines.get(key, source)
+    where = _place_of(key, lines, source)
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in arguments:
@@ -194,8 +196,15 @@ def _build_float(value: Any, *, key: str, where: str) -> float:
     return number
 
 
+def _place_of(key: str, lines: dict[str, str], source: str) -> str:
+    """Return what set a key: a line, an override of it or of a section or list around it, else the file."""
+    while key not in lines and (borders := [i for i, sign in enumerate(key) if sign in ".["]):
+        key = key[: borders[-1]]
+    return lines.get(key, source)
+
+
 def _build_dataclass(cls: Any, value: Any, *, key: str, lines: dict[str, str], source: str) -> Any:
-    where = lines.get(key, source)
+    where = _place_of(key, lines, source)
     if value is None:
         value = {}
     if not isinstance(value, dict):
@@ -208,7 +217,7 @@ def _build_dataclass(cls: Any, value: Any, *, key: str, lines: dict[str, str], s
         dotted = f"{key}.{name}" if key else str(name)
         guess = difflib.get_close_matches(str(name), fields, n=1, cutoff=0.5)
         fix = f"did you mean {key + '.' if key else ''}{guess[0]}" if guess else f"keys here: {', '.join(fields)}"
-        raise ConfigError(f"unknown key {dotted}", where=lines.get(dotted, source), fix=fix)
+        raise ConfigError(f"unknown key {dotted}", where=_place_of(dotted, lines, source), fix=fix)
     built = {}
     for name, field in fields.items():
         dotted = f"{key}.{name}" if key else name

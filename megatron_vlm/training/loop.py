@@ -1,5 +1,6 @@
 """The loop: steps until the run is done; everything beside the step is a hook."""
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -7,6 +8,8 @@ import torch
 from megatron_vlm.data.batch import VLMBatch
 from megatron_vlm.training.state import TrainState
 from megatron_vlm.training.step import StepMetrics, train_step
+
+logger = logging.getLogger(__name__)
 
 Hook = Callable[[TrainState, StepMetrics], None]
 
@@ -28,6 +31,8 @@ def train(
         device: where the batches go.
         stop_requested: says whether this process was told to stop.
     """
+    if state.iteration >= state.train_iters:
+        logger.info("the run is complete: %d of %d iterations are done", state.iteration, state.train_iters)
     while state.iteration < state.train_iters and state.stop_reason is None:
         metrics = train_step(state, loaders, device=device, stop_requested=stop_requested())
         state.iteration += 1

@@ -5,7 +5,7 @@ import pytest
 
 from megatron_vlm.checkpoint.folder import list_iterations
 from megatron_vlm.checkpoint.save import save_checkpoint
-from megatron_vlm.checkpoint.verify import checkpoint_folders, inspect_checkpoint
+from megatron_vlm.checkpoint.verify import check_whole, checkpoint_folders, inspect_checkpoint
 from megatron_vlm.config import CheckpointConfig, CheckpointError, StorageError
 from tests.support.configs import tiny_run
 from tests.support.jobs import start
@@ -52,6 +52,8 @@ def test_a_flipped_bit_is_a_fault(state, tmp_path):
     (folder,) = checkpoint_folders(tmp_path)
     assert inspect_checkpoint(folder, read_files=True).faults == ("common.pt has another checksum",)
     assert inspect_checkpoint(folder, read_files=False).is_valid
+    with pytest.raises(CheckpointError, match="common.pt has another checksum"):
+        check_whole(folder)
 
 
 def test_a_folder_without_checkpoints_is_named(tmp_path):

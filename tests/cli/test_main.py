@@ -88,7 +88,7 @@ def test_unforeseen_error_keeps_its_traceback(verb):
         ([], "the following arguments are required: VERB"),
         (["trian"], "invalid choice: 'trian'"),
         (["train"], "the following arguments are required: config"),
-        (["train", "a.yaml", "--bogus"], "unknown arguments --bogus"),
+        (["train", "a.yaml", "--bogus"], "unknown option --bogus"),
         (["train", "a.yaml", "--nproc-per-node", "many"], "invalid int value: 'many'"),
     ],
 )
@@ -99,6 +99,12 @@ def test_wrong_command_line_is_one_line_with_exit_code_64(verb, capsys, argument
     assert line.startswith("megatron-vlm: error: ")
     assert message in line
     assert "--help" in line
+
+
+def test_mistyped_option_is_named_before_what_is_missing(verb, capsys):
+    verb(lambda args: 0)
+    assert cli.main(["train", "--nproc-pre-node", "2"]) == 64
+    assert "unknown option --nproc-pre-node; fix: did you mean --nproc-per-node?" in capsys.readouterr().err
 
 
 def test_reader_that_leaves_early_is_no_error():

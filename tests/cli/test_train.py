@@ -161,6 +161,18 @@ def test_stopped_run_loses_no_step_and_asks_to_be_requeued(project, start):
 
 
 @pytest.mark.distributed
+def test_nothing_is_left_of_a_job_whose_launcher_is_killed(project, start):
+    process = start("launcher", *LONG, "checkpoint.save_interval=1", "--nproc-per-node", "2")
+    wait_for_iteration(project, "launcher", 2)
+    everything = psutil.Process(process.pid).children(recursive=True)
+    # The two ranks, and at least megatron-core's checkpoint helper of each of them.
+    assert len(everything) >= 4
+    process.kill()
+    process.wait(timeout=20)
+    assert not psutil.wait_procs(everything, timeout=10)[1]
+
+
+@pytest.mark.distributed
 def test_second_job_on_the_folder_is_refused(project, start):
     start("taken", *LONG)
     wait_for_iteration(project, "taken", 1)

@@ -129,6 +129,13 @@ def test_unknown_key_of_an_override_names_the_override(load):
         load(WHOLE, "inner.stpes=3")
 
 
+@pytest.mark.parametrize("text", ["[a.tar]", "[{pth: a}]"])
+def test_wrong_list_of_an_override_names_the_override_and_not_the_file(load, text):
+    with pytest.raises(ConfigError, match=r"items\[0\].*\(override items=") as caught:
+        load(WHOLE + "items:\n  - path: a\n", f"items={text}")
+    assert "outer.yaml" not in str(caught.value)
+
+
 def test_unknown_key_of_a_base_names_the_base(tmp_path):
     (tmp_path / "base.yaml").write_text(WHOLE + "nme: x\n")
     (tmp_path / "top.yaml").write_text("base: base.yaml\n")
