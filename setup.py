@@ -24,6 +24,7 @@ setup(
         "pyyaml>=6.0",
         "sentencepiece>=0.2",
         "pillow>=10.3",
+        "simplejpeg>=1.8",
         "safetensors>=0.4",
         "psutil>=5.9",
         "tqdm>=4.66",
@@ -32,7 +33,6 @@ setup(
         "fsspec>=2024.2",
     ],
     extras_require={
-        "fast": ["simplejpeg>=1.8"],
         "gpu": ["transformer-engine[pytorch]>=2.9"],
         "hf": ["transformers>=4.57,<6"],
         "eval": ["pycocoevalcap>=1.2"],
