@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_vlm.config import ConfigError, ExitCode
+from megatron_vlm.data.sources.locations import RemoteFile, folder_of, is_folder, list_location, parse_location
 
 if TYPE_CHECKING:
     from megatron_vlm.data.documents import TextRules
@@ -62,7 +63,14 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def _add_common(parser: argparse.ArgumentParser, kind: str) -> None:
     add = parser.add_argument
-    add("--input", type=Path, nargs="+", required=True, metavar="PATH", help="files, or folders of them")
+    add(
+        "--input",
+        type=parse_location,
+        nargs="+",
+        required=True,
+        metavar="PATH",
+        help='files, or folders of them; or URLs of them, "s3://bucket/mmc4/*.jsonl.gz" for example',
+    )
     add("--output", type=Path, required=True, metavar="DIR", help="folder of the shards; new, or one to go on with")
     add("--tokenizer", type=Path, required=True, metavar="T", help="SentencePiece model, or a folder with one")
     add("--source", default=_SOURCE_NAMES[kind], metavar="NAME", help="name of its loss (default: %(default)s)")
@@ -78,7 +86,12 @@ def _add_common(parser: argparse.ArgumentParser, kind: str) -> None:
 
 def _add_images(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("images").add_argument
-    add("--images", type=Path, metavar="DIR", help="folder of image files, or of tars (default: the input's folder)")
+    add(
+        "--images",
+        type=parse_location,
+        metavar="DIR",
+        help="folder of image files, or of tars, or the URL of one (default: the input's folder)",
+    )
     add("--max-pixels", type=int, default=50_000_000, metavar="N", help="largest image (default: %(default)s)")
     add("--min-side", type=int, default=4, metavar="N", help="smallest shorter side (default: %(default)s)")
     add("--max-aspect-ratio", type=float, default=20.0, metavar="X", help="longest shape (default: %(default)s)")
@@ -219,12 +232,12 @@ def _image_place(args: argparse.Namespace) -> "ImagePlace":
 
     if args.kind == "text":
         return ImagePlace()
-    first = args.input[0]
-    folder = args.images or (first if first.is_dir() else first.parent)
-    if not folder.is_dir():
+    if isinstance(args.images, RemoteFile) and args.images.is_pattern:
+        return ImagePlace(tars=tuple(list_location(args.images, (".tar",), "--images")))
+    folder = args.images or folder_of(args.input[0])
+    if not is_folder(folder):
         raise ConfigError("image folder does not exist", where=str(folder), fix="check --images")
-    tars = tuple(sorted(folder.glob("*.tar"))) if args.images else ()
-    return ImagePlace(folder=folder, tars=tars)
+    return ImagePlace(folder=folder, tars=tuple(list_location(folder, (".tar",), "--images")) if args.images else ())
 
 
 def _report(output: Path, manifest: "Manifest") -> None:

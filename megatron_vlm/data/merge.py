@@ -18,6 +18,7 @@ from megatron_vlm.data.joining import check_not_empty, join_facts, load_used_row
 from megatron_vlm.data.manifest import MANIFEST_FILE, REJECTS_FILE, Manifest, ShardFacts, load_manifest, save_manifest
 from megatron_vlm.data.shards import SUFFIXES, ShardedDataset
 from megatron_vlm.data.share import SHARE_OPTION, Share
+from megatron_vlm.data.sources.locations import parse_location
 from megatron_vlm.data.sources.pair_table import TableFile
 
 
@@ -167,7 +168,7 @@ def _open_tables(manifest: Manifest) -> tuple[TableFile, ...]:
     """Open the parquet tables that the pairs were joined with; rows without an image in any part are rejects."""
     tables = []
     for name, num_rows in manifest.options[SHARE_OPTION]["tables"].items():
-        table = TableFile.open(Path(name))
+        table = TableFile.open(parse_location(name))
         if table.num_rows != num_rows:
             raise DataError(
                 f"table has {table.num_rows} rows, had {num_rows}", where=name, fix="prepare all parts again"

@@ -23,7 +23,8 @@ from megatron_vlm.data.encoding import encode_document
 from megatron_vlm.data.image_check import ImageRules
 from megatron_vlm.data.manifest import REJECTS_FILE, Counts, FileFacts, ShardFacts
 from megatron_vlm.data.shards import EncodedSample, ShardWriter
-from megatron_vlm.data.sources.image_store import FolderImages, ImageReader, ImageStore, TarImages
+from megatron_vlm.data.sources.image_store import FolderImages, ImageReader, ImageStore, RemoteImages, TarImages
+from megatron_vlm.data.sources.locations import Location, RemoteFile
 from megatron_vlm.data.sources.source import Found, ReadContext, Source
 from megatron_vlm.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_vlm.platform.durable_files import write_durably
@@ -52,8 +53,8 @@ class Recipe:
 class ImagePlace:
     """Where images are found by name."""
 
-    folder: Path | None = None
-    tars: tuple[Path, ...] = ()
+    folder: Location | None = None
+    tars: tuple[Location, ...] = ()
     """Tars instead of a folder."""
     index: Path | None = None
     """Where `prepare` put the index of the tars."""
@@ -62,6 +63,8 @@ class ImagePlace:
         """Open the place in this process."""
         if self.tars and self.index is not None:
             return TarImages(self.tars, self.index, max_bytes=max_bytes)
+        if isinstance(self.folder, RemoteFile):
+            return RemoteImages(self.folder, max_bytes=max_bytes)
         return FolderImages(self.folder, max_bytes=max_bytes) if self.folder else None
 
 
@@ -89,7 +92,7 @@ class PartFacts:
     shards: tuple[ShardFacts, ...]
 
 
-def prepare_part(job: PartJob, path: Path, name: str, folder: Path, report: Report) -> PartFacts:
+def prepare_part(job: PartJob, path: Location, name: str, folder: Path, report: Report) -> PartFacts:
     """Prepare one input file into `folder`, or read what is there if that was done before.
 
     Args:
@@ -141,7 +144,7 @@ def reject_row(file: str, found: Found, error: RejectError) -> str:
     return json.dumps(row | {"detail": error.detail[:_MAX_DETAIL]}) + "\n"
 
 
-def _write_part(job: PartJob, path: Path, name: str, folder: Path, report: Report) -> PartFacts:
+def _write_part(job: PartJob, path: Location, name: str, folder: Path, report: Report) -> PartFacts:
     images = ImageReader(job.images.open(job.image_rules.max_bytes), job.image_rules)
     context = ReadContext(images)
     tokenizer = _tokenizer(job.tokenizer)

@@ -33,6 +33,7 @@ from megatron_vlm.data.shards import SUFFIXES
 from megatron_vlm.data.share import SHARE_OPTION, Share
 from megatron_vlm.data.sources.image_store import index_tar
 from megatron_vlm.data.sources.join_index import JoinRows, save_join_index
+from megatron_vlm.data.sources.locations import Location, absolute, place_of, size_of
 from megatron_vlm.data.sources.pair_table import index_table
 from megatron_vlm.data.sources.pairs import TarPairSource
 from megatron_vlm.data.tokenizer import load_tokenizer
@@ -93,7 +94,7 @@ def prepare(job: PrepareJob, *, num_workers: int = 1) -> Manifest:
     return manifest
 
 
-def _plan(job: PrepareJob, inputs: dict[str, Path]) -> Manifest:
+def _plan(job: PrepareJob, inputs: dict[str, Location]) -> Manifest:
     """Return the manifest as far as it is known before any data is read: what is prepared, from what and how."""
     part = job.part
     rules: Any = getattr(part.source, "rules", None)
@@ -103,10 +104,10 @@ def _plan(job: PrepareJob, inputs: dict[str, Path]) -> Manifest:
         "recipe": dataclasses.asdict(part.recipe),
         "images": dataclasses.asdict(part.image_rules),
         "max_shard_bytes": part.max_shard_bytes,
-        "inputs": {name: path.stat().st_size for name, path in inputs.items()},
+        "inputs": {name: size_of(path) for name, path in inputs.items()},
     }
     if part.images.tars:
-        options["image_tars"] = {name: path.stat().st_size for name, path in _name_inputs(part.images.tars).items()}
+        options["image_tars"] = {name: size_of(path) for name, path in _name_inputs(part.images.tars).items()}
     if isinstance(part.source, TarPairSource):
         options["tables"] = {table.path.name: table.num_rows for table in part.source.tables}
     if job.share is not None:
@@ -114,7 +115,7 @@ def _plan(job: PrepareJob, inputs: dict[str, Path]) -> Manifest:
         options[SHARE_OPTION] = {
             "index": job.share.index,
             "count": job.share.count,
-            "tables": {str(table.path.resolve()): table.num_rows for table in tables},
+            "tables": {absolute(table.path): table.num_rows for table in tables},
         }
     return Manifest(
         source=job.source_name,
@@ -125,10 +126,11 @@ def _plan(job: PrepareJob, inputs: dict[str, Path]) -> Manifest:
     )
 
 
-def _name_inputs(paths: tuple[Path, ...]) -> dict[str, Path]:
+def _name_inputs(paths: tuple[Location, ...]) -> dict[str, Location]:
     """Return the input files by name, relative to the folder that all are in."""
-    root = os.path.commonpath([path.resolve().parent for path in paths])
-    return {os.path.relpath(path.resolve(), root): path for path in paths}
+    places = [place_of(path) for path in paths]
+    root = os.path.commonpath([place.parent for place in places])
+    return {os.path.relpath(place, root): path for place, path in zip(places, paths, strict=True)}
 
 
 def _finished_before(output: Path, plan: Manifest) -> Manifest | None:

@@ -1,6 +1,7 @@
-"""Where the images of a corpus are: a folder, or tars joined by name or URL."""
+"""Where the images of a corpus are: a folder, here or in an object store, or tars joined by name or URL."""
 
 import os
+import posixpath
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,8 @@ from megatron_vlm.config import ConfigError, DataError
 from megatron_vlm.data.documents import RejectError
 from megatron_vlm.data.image_check import ImageRules, check_image, shrink_image
 from megatron_vlm.data.sources.join_index import JoinIndex, JoinRows, hash_texts
-from megatron_vlm.data.sources.records import parse_record
+from megatron_vlm.data.sources.locations import Location, RemoteFile, RemoteStore
+from megatron_vlm.data.sources.records import MAX_RECORD_BYTES, parse_record
 from megatron_vlm.data.sources.tars import Member, TarReader, find_image, group_members
 
 _PLACE_DTYPE = np.dtype([("tar", "<u4"), ("size", "<u4"), ("offset", "<u8")])
@@ -67,6 +69,33 @@ class FolderImages:
             os.close(descriptor)
 
 
+class RemoteImages:
+    """Images as objects under a URL, by path relative to it.
+
+    Args:
+        root: the folder; a path that leaves it is rejected.
+        max_bytes: largest object that is read.
+    """
+
+    def __init__(self, root: RemoteFile, *, max_bytes: int) -> None:
+        self._store, self._max_bytes = RemoteStore(root), max_bytes
+
+    def read(self, name: str | None, url: str | None) -> bytes:
+        """Return the object named `name`; the URL in the corpus is of no use here."""
+        if not name:
+            raise RejectError("image_missing", "the record names no image file")
+        path = posixpath.normpath(name.replace("\0", ".."))
+        if path.startswith("/") or path in (".", "..") or path.startswith("../") or "\0" in name:
+            raise RejectError("image_path", f"{name[:200]!r} leaves the image folder")
+        try:
+            data = self._store.read_inside(path, self._max_bytes)
+        except FileNotFoundError:
+            raise RejectError("image_missing", f"{name[:200]!r}: no such object") from None
+        if isinstance(data, int):
+            raise RejectError("image_bytes", f"{data} bytes, at most {self._max_bytes} are taken")
+        return data
+
+
 class TarImages:
     """Images in tars, by URL (the .json that img2dataset writes beside each), member name or key.
 
@@ -76,7 +105,7 @@ class TarImages:
         max_bytes: largest image that is read.
     """
 
-    def __init__(self, tars: tuple[Path, ...], index: Path, *, max_bytes: int) -> None:
+    def __init__(self, tars: tuple[Location, ...], index: Path, *, max_bytes: int) -> None:
         self._tars, self._max_bytes = tars, max_bytes
         self._index = JoinIndex(index)
         self._readers: dict[int, TarReader] = {}
@@ -84,15 +113,16 @@ class TarImages:
     def read(self, name: str | None, url: str | None) -> bytes:
         """Return the image of this URL, or of this name."""
         entry = self._find("url:" + url, unique=False) if url else None
+        # The last part of a URL is no name: "1.jpg" of another site would be taken for this one.
+        name = None if name and "://" in name else name
         if entry is None and name:
             entry = self._find("name:" + name.rpartition("/")[2], unique=True)
         if entry is None and name:
             entry = self._find("key:" + Member(name, 0, 0).key.rpartition("/")[2], unique=True)
         if entry is None:
             raise RejectError("image_missing", f"no tar has an image of name {name!r} or URL {url!r}"[:300])
-        if entry["size"] > self._max_bytes:
-            raise RejectError("image_bytes", f"{entry['size']} bytes, at most {self._max_bytes} are taken")
-        return self._reader(int(entry["tar"])).read(Member("", int(entry["offset"]), int(entry["size"])))
+        member = Member("", int(entry["offset"]), int(entry["size"]))
+        return self._reader(int(entry["tar"])).read(member, self._max_bytes, "image_bytes")
 
     def _find(self, text: str, *, unique: bool) -> np.void | None:
         found = self._index.find(text)
@@ -109,7 +139,7 @@ class TarImages:
         return reader
 
 
-def index_tar(path: Path, number: int) -> JoinRows:
+def index_tar(path: Location, number: int) -> JoinRows:
     """List the images of one tar under their URL, name and key.
 
     Args:
@@ -140,6 +170,7 @@ class ImageReader:
 
     def __init__(self, store: ImageStore | None, rules: ImageRules) -> None:
         self._store, self._rules = store, rules
+        self.max_bytes = rules.max_bytes
         self.notes = {"animated_images": 0, "shrunk_images": 0}
 
     def find(self, name: str | None, url: str | None = None) -> bytes:
@@ -176,7 +207,7 @@ def _url_names(tar: TarReader, member: Member | None) -> list[str]:
     if member is None:
         return []
     try:
-        url = parse_record(tar.read(member)).get("url")
+        url = parse_record(tar.read(member, MAX_RECORD_BYTES, "record_too_long")).get("url")
     except RejectError:
         return []
     return ["url:" + url] if isinstance(url, str) else []

@@ -3,12 +3,12 @@
 import base64
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from megatron_vlm.data.documents import Document, Image, RejectError, Segment, Text, TextRules, clean_text
 from megatron_vlm.data.sources.assignment import reassign
 from megatron_vlm.data.sources.image_store import ImageReader
+from megatron_vlm.data.sources.locations import Location
 from megatron_vlm.data.sources.records import MAX_RECORD_BYTES, field, read_records
 from megatron_vlm.data.sources.source import Found, ReadContext, key_of
 
@@ -44,10 +44,10 @@ class InterleavedSource:
     Source: allenai/mmc4, README; VILA, llava/data/dataset.py, LazyMMC4Dataset.
     """
 
-    inputs: tuple[Path, ...]
+    inputs: tuple[Location, ...]
     rules: InterleavedRules = InterleavedRules()
 
-    def read(self, path: Path, context: ReadContext) -> Iterator[Found]:
+    def read(self, path: Location, context: ReadContext) -> Iterator[Found]:
         """Yield the documents of one file, sentences and images not yet joined."""
         for line, value in read_records(path, max_bytes=self.rules.max_record_bytes):
             if isinstance(value, RejectError):

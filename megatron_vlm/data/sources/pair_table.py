@@ -14,6 +14,7 @@ import pyarrow.parquet
 from megatron_vlm.config import DataError
 from megatron_vlm.data.documents import RejectError
 from megatron_vlm.data.sources.join_index import JoinIndex, JoinRows, hash_texts
+from megatron_vlm.data.sources.locations import Location, is_file, open_stream
 
 _URL_COLUMNS = ("url", "URL")
 _CAPTION_COLUMNS = ("text", "caption", "TEXT", "top_caption")
@@ -21,7 +22,7 @@ _SHARD_COLUMNS = ("key", "url", "caption", "status", "error_message")
 _BATCH_ROWS = 1 << 16
 
 
-def read_shard_table(path: Path) -> dict[str, dict[str, Any]]:
+def read_shard_table(path: Location) -> dict[str, dict[str, Any]]:
     """Return the rows of the table that img2dataset writes beside a tar, by key; nothing if there is none."""
     if not is_shard_table(path):
         return {}
@@ -30,15 +31,15 @@ def read_shard_table(path: Path) -> dict[str, dict[str, Any]]:
         return {str(row["key"]): row for row in table.read(columns=columns).to_pylist()}
 
 
-def is_shard_table(path: Path) -> bool:
+def is_shard_table(path: Location) -> bool:
     """Tell whether a parquet file is the one that img2dataset writes beside the tar of the same name."""
-    if not path.is_file() or not path.with_suffix(".tar").is_file():
+    if not is_file(path) or not is_file(path.with_suffix(".tar")):
         return False
     with _open(path) as table:
         return "key" in table.schema_arrow.names
 
 
-def index_table(path: Path, first_row: int) -> JoinRows:
+def index_table(path: Location, first_row: int) -> JoinRows:
     """List the rows of one table under their URLs.
 
     Args:
@@ -54,11 +55,11 @@ def index_table(path: Path, first_row: int) -> JoinRows:
 class TableFile:
     """A parquet file and its number of rows."""
 
-    path: Path
+    path: Location
     num_rows: int
 
     @classmethod
-    def open(cls, path: Path) -> "TableFile":
+    def open(cls, path: Location) -> "TableFile":
         """Look at a file.
 
         Raises:
@@ -113,7 +114,7 @@ class PairTable:
         raise DataError(f"table has fewer rows than when it was indexed: {row} is not there", where=str(path))
 
 
-def unused_rows(files: tuple[TableFile, ...], used: np.ndarray) -> Iterator[tuple[Path, int, str | None]]:
+def unused_rows(files: tuple[TableFile, ...], used: np.ndarray) -> Iterator[tuple[Location, int, str | None]]:
     """Yield file, row number in it from 1, and URL of the rows of all tables that are not in `used`, bool[rows]."""
     start = 0
     for file in files:
@@ -125,23 +126,23 @@ def unused_rows(files: tuple[TableFile, ...], used: np.ndarray) -> Iterator[tupl
         start += file.num_rows
 
 
-def _open(path: Path) -> pyarrow.parquet.ParquetFile:
+def _open(path: Location) -> pyarrow.parquet.ParquetFile:
     try:
-        return pyarrow.parquet.ParquetFile(path)
+        return pyarrow.parquet.ParquetFile(path if isinstance(path, Path) else open_stream(path))
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(
             f"parquet file cannot be read: {' '.join(str(error).split())[:120]}", where=str(path), fix="copy it again"
         ) from None
 
 
-def _batches(path: Path, names: tuple[str, ...]) -> Iterator[list[Any]]:
+def _batches(path: Location, names: tuple[str, ...]) -> Iterator[list[Any]]:
     with _open(path) as table:
         column = _column(table, path, names)
         for batch in table.iter_batches(_BATCH_ROWS, columns=[column]):
             yield batch.column(0).to_pylist()
 
 
-def _column(table: pyarrow.parquet.ParquetFile, path: Path, names: tuple[str, ...]) -> str:
+def _column(table: pyarrow.parquet.ParquetFile, path: Location, names: tuple[str, ...]) -> str:
     found = next((name for name in names if name in table.schema_arrow.names), None)
     if found is None:
         raise DataError(

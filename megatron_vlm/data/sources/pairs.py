@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 
 from megatron_vlm.data.documents import Document, Image, RejectError, Text, TextRules, clean_text
+from megatron_vlm.data.sources.image_store import ImageReader
+from megatron_vlm.data.sources.locations import Location, list_location
 from megatron_vlm.data.sources.pair_table import PairTable, TableFile, is_shard_table, read_shard_table, unused_rows
 from megatron_vlm.data.sources.records import MAX_RECORD_BYTES, field, parse_record, read_records
-from megatron_vlm.data.sources.source import Found, ReadContext, find_files, find_record_files, key_of
+from megatron_vlm.data.sources.source import Found, ReadContext, find_record_files, key_of
 from megatron_vlm.data.sources.tars import Member, TarReader, find_image, group_members
 
 _IMAGE_FIELDS = ("image", "image_name", "file_name", "image_path", "path")
@@ -47,14 +49,14 @@ class TarPairSource:
     it as well. Files are paired by their names, in whatever order the tar has them.
     """
 
-    inputs: tuple[Path, ...]
+    inputs: tuple[Location, ...]
     rules: PairRules = PairRules()
     tables: tuple[TableFile, ...] = ()
     """Parquet files that are joined by URL."""
     table_index: Path | None = None
     """Where `prepare` put the index of the tables."""
 
-    def read(self, path: Path, context: ReadContext) -> Iterator[Found]:
+    def read(self, path: Location, context: ReadContext) -> Iterator[Found]:
         """Yield the pairs of one tar."""
         table = PairTable(self.tables, self.table_index) if self.table_index else None
         own = read_shard_table(path.with_suffix(".parquet"))
@@ -64,7 +66,7 @@ class TarPairSource:
             groups = group_members(iter(members))
             for key, group in groups.items():
                 try:
-                    pair = _TarPair(tar, key, group, own.get(key, {}))
+                    pair = _TarPair(tar, key, group, own.get(key, {}), self.rules)
                     yield Found(None, key, self._document(pair, table, context))
                 except RejectError as error:
                     yield Found(None, key, error)
@@ -75,7 +77,7 @@ class TarPairSource:
         if damage is not None:
             yield Found(None, None, damage)
 
-    def missing(self, used_rows: np.ndarray) -> Iterator[tuple[Path, Found]]:
+    def missing(self, used_rows: np.ndarray) -> Iterator[tuple[Location, Found]]:
         """Yield the rows of the joined tables that no tar has an image for.
 
         Args:
@@ -96,29 +98,29 @@ class TarPairSource:
             caption = table.caption(rows[0], url) if caption is None else caption
         if caption is None:
             raise RejectError("caption_missing", "neither the tar nor a table has a caption")
-        return make_pair(context.images.check(pair.image()), caption, pair.key, self.rules)
+        return make_pair(pair.image(context.images), caption, pair.key, self.rules)
 
 
 class _TarPair:
     """The members of one key."""
 
-    def __init__(self, tar: TarReader, key: str, group: _Group, row: dict[str, Any]) -> None:
-        self._tar, self.key, self._group, self._row = tar, key, group, row
+    def __init__(self, tar: TarReader, key: str, group: _Group, row: dict[str, Any], rules: PairRules) -> None:
+        self._tar, self.key, self._group, self._row, self._rules = tar, key, group, row, rules
         self._record: dict[str, Any] | None = None
         if None in group.values():
             name = next(extension for extension, member in group.items() if member is None)
             raise RejectError("duplicate_name", f"the tar has {key[:200]}.{name} twice")
 
-    def image(self) -> bytes:
+    def image(self, images: ImageReader) -> bytes:
         member = find_image(self._group)
         if member is None:
             raise RejectError("image_missing", f"the key has {', '.join(self._group) or 'nothing'}"[:200])
-        return self._tar.read(member)
+        return images.check(self._tar.read(member, images.max_bytes, "image_bytes"))
 
     def caption(self) -> str | None:
         if text := self._group.get("txt"):
             try:
-                return self._tar.read(text).decode()
+                return self._tar.read(text, 4 * self._rules.text.max_characters, "text_too_long").decode()
             except UnicodeDecodeError as error:
                 raise RejectError("invalid_utf8", f"byte {error.start} of the caption") from None
         if isinstance(caption := self._row.get("caption"), str):
@@ -137,7 +139,9 @@ class _TarPair:
     def _json(self) -> dict[str, Any]:
         if self._record is None:
             member = self._group.get("json")
-            self._record = parse_record(self._tar.read(member)) if member else {}
+            self._record = {}
+            if member:
+                self._record = parse_record(self._tar.read(member, self._rules.max_record_bytes, "record_too_long"))
         return self._record
 
 
@@ -153,10 +157,10 @@ def _list_members(tar: TarReader, members: list[Member]) -> RejectError | None:
 class RecordPairSource:
     """JSON lines that name an image file, or a URL in tars, and have a caption."""
 
-    inputs: tuple[Path, ...]
+    inputs: tuple[Location, ...]
     rules: PairRules = PairRules()
 
-    def read(self, path: Path, context: ReadContext) -> Iterator[Found]:
+    def read(self, path: Location, context: ReadContext) -> Iterator[Found]:
         """Yield the pairs of one file."""
         for line, value in read_records(path, max_bytes=self.rules.max_record_bytes):
             if isinstance(value, RejectError):
@@ -177,15 +181,15 @@ def _first(record: dict[str, Any], names: tuple[str, ...]) -> str | None:
     return next((record[name] for name in names if isinstance(record.get(name), str)), None)
 
 
-def find_pair_source(paths: tuple[Path, ...], rules: PairRules) -> TarPairSource | RecordPairSource:
+def find_pair_source(paths: tuple[Location, ...], rules: PairRules) -> TarPairSource | RecordPairSource:
     """Look at what the input has: tars, with or without parquet tables, or JSON lines.
 
     Raises:
         ConfigError: neither is there.
     """
-    if not any(path.suffix == ".tar" or (path.is_dir() and any(path.glob("*.tar"))) for path in paths):
+    files = tuple(file for path in paths for file in list_location(path, (".tar", ".parquet")))
+    if not any(file.suffix == ".tar" for file in files):
         return RecordPairSource(find_record_files(paths), rules)
-    files = find_files(paths, (".tar", ".parquet"), "tars")
     tables = [path for path in files if path.suffix == ".parquet" and not is_shard_table(path)]
     return TarPairSource(
         tuple(path for path in files if path.suffix == ".tar"), rules, tuple(map(TableFile.open, tables))

@@ -7,10 +7,10 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
 from megatron_vlm.data.documents import RejectError
+from megatron_vlm.data.sources.locations import Location, open_stream
 
 SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zip", ".json.zip")
 MAX_RECORD_BYTES = 16 << 20
@@ -35,7 +35,7 @@ class Record(NamedTuple):
     value: dict[str, Any] | RejectError
 
 
-def read_records(path: Path, *, max_bytes: int = MAX_RECORD_BYTES) -> Iterator[Record]:
+def read_records(path: Location, *, max_bytes: int = MAX_RECORD_BYTES) -> Iterator[Record]:
     """Read the records of one file: an array if its first character is "[", otherwise one record a line.
 
     Args:
@@ -72,16 +72,17 @@ def field(record: dict[str, Any], name: str, kind: type | tuple[type, ...]) -> A
     return value
 
 
-def _open(path: Path) -> Iterator[BinaryIO]:
+def _open(path: Location) -> Iterator[BinaryIO]:
     if path.suffix == ".gz":
-        yield cast(BinaryIO, gzip.open(path, "rb"))
+        with open_stream(path) as packed:
+            yield cast(BinaryIO, gzip.open(packed, "rb"))
     elif path.suffix == ".zip":
-        with zipfile.ZipFile(path) as archive:
+        with open_stream(path) as packed, zipfile.ZipFile(packed) as archive:
             for name in sorted(archive.namelist()):
                 if not name.endswith("/"):
                     yield cast(BinaryIO, archive.open(name))
     else:
-        yield path.open("rb")
+        yield open_stream(path)
 
 
 def _split(stream: BinaryIO, max_bytes: int) -> Iterator[tuple[int, bytes | RejectError]]:

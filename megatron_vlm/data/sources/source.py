@@ -2,12 +2,12 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from megatron_vlm.config import ConfigError
 from megatron_vlm.data.documents import Document, RejectError
 from megatron_vlm.data.sources.image_store import ImageReader
+from megatron_vlm.data.sources.locations import Location, list_location
 from megatron_vlm.data.sources.records import SUFFIXES
 
 
@@ -32,14 +32,14 @@ class Source(Protocol):
     """A corpus: which files it has, and how one of them is read. Picklable; workers get a copy."""
 
     @property
-    def inputs(self) -> tuple[Path, ...]:
+    def inputs(self) -> tuple[Location, ...]:
         """The files, each read on its own; in the order of the shards."""
 
-    def read(self, path: Path, context: ReadContext) -> Iterator[Found]:
+    def read(self, path: Location, context: ReadContext) -> Iterator[Found]:
         """Yield every document of one file, those that are rejected too."""
 
 
-def find_record_files(paths: tuple[Path, ...]) -> tuple[Path, ...]:
+def find_record_files(paths: tuple[Location, ...]) -> tuple[Location, ...]:
     """Return the JSON files among `paths` and directly inside of the folders among them, by name.
 
     Raises:
@@ -48,21 +48,13 @@ def find_record_files(paths: tuple[Path, ...]) -> tuple[Path, ...]:
     return find_files(paths, SUFFIXES, "JSON or JSON-lines files (.jsonl, .json, also .gz or .zip)")
 
 
-def find_files(paths: tuple[Path, ...], suffixes: tuple[str, ...], what: str) -> tuple[Path, ...]:
+def find_files(paths: tuple[Location, ...], suffixes: tuple[str, ...], what: str) -> tuple[Location, ...]:
     """Return the files with one of `suffixes` among `paths` and directly inside of the folders among them, by name.
 
     Raises:
         ConfigError: a path does not exist, or there is no such file; `what` names the kind.
     """
-    found: list[Path] = []
-    for path in paths:
-        if path.is_dir():
-            found += sorted(entry for entry in path.iterdir() if entry.name.lower().endswith(suffixes))
-        elif path.exists():
-            found.append(path)
-        else:
-            raise ConfigError("input does not exist", where=str(path), fix="check --input")
-    files = tuple(path for path in found if path.is_file())
+    files = tuple(file for path in paths for file in list_location(path, suffixes))
     if not files:
         raise ConfigError(f"input has no {what}", where=", ".join(map(str, paths)), fix="check --input")
     return files

@@ -4,12 +4,13 @@ A tar is scanned once, header by header; then each member is one read. That is s
 tarfile, and pairs members by name however they are ordered.
 """
 
+import functools
 import os
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from megatron_vlm.data.documents import RejectError
+from megatron_vlm.data.sources.locations import Location, RangeReader, RemoteFile
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif")
 
@@ -44,19 +45,33 @@ class TarReader:
         path: an uncompressed tar.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._descriptor = os.open(path, os.O_RDONLY)
+    def __init__(self, path: Location) -> None:
+        self._descriptor: int | None = None
+        self._pread: Callable[[int, int], bytes]
+        if isinstance(path, RemoteFile):
+            reader = RangeReader(path)
+            self._pread, self._size = reader.pread, reader.size
+        else:
+            self._descriptor = os.open(path, os.O_RDONLY)
+            self._pread = functools.partial(os.pread, self._descriptor)
+            self._size = os.fstat(self._descriptor).st_size
 
     def __enter__(self) -> "TarReader":
         return self
 
     def __exit__(self, *exception: object) -> None:
-        os.close(self._descriptor)
+        if self._descriptor is not None:
+            os.close(self._descriptor)
 
-    def read(self, member: Member) -> bytes:
-        """Return the content of a member."""
-        return os.pread(self._descriptor, member.size, member.offset)
+    def read(self, member: Member, max_bytes: int, reason: str) -> bytes:
+        """Return the content of a member.
+
+        Raises:
+            RejectError: it has more than `max_bytes`; with the given reason.
+        """
+        if member.size > max_bytes:
+            raise RejectError(reason, f"{member.size} bytes, at most {max_bytes} are taken")
+        return self._pread(member.size, member.offset)
 
     def members(self) -> Iterator[Member]:
         """Yield the regular files in order.
@@ -64,10 +79,10 @@ class TarReader:
         Raises:
             RejectError: tar_damaged or tar_truncated, after all members before the damage were yielded.
         """
-        end = os.fstat(self._descriptor).st_size
+        end = self._size
         position, long_name = 0, None
         while position < end:
-            header = os.pread(self._descriptor, _BLOCK, position)
+            header = self._pread(_BLOCK, position)
             if len(header) == _BLOCK and not header.strip(b"\0"):
                 return  # the end mark; what follows is padding
             size = self._check(header, position)
@@ -76,7 +91,7 @@ class TarReader:
             if kind in (_LONG_NAME, _PAX):
                 if size > _MAX_NAME_BYTES:
                     raise RejectError("tar_damaged", f"name of {size} bytes at byte {content}")
-                extra = os.pread(self._descriptor, size, content)
+                extra = self._pread(size, content)
                 long_name = extra.rstrip(b"\0") if kind == _LONG_NAME else _pax_path(extra) or long_name
                 continue
             if content + size > end:
