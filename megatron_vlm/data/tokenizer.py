@@ -9,6 +9,7 @@ import sentencepiece
 
 from megatron_vlm.config import ConfigError
 from megatron_vlm.data.manifest import TokenizerFacts
+from megatron_vlm.data.words import WordEncoder, read_word_rule
 
 # Serialised protobuf messages merge when they are concatenated. These bytes are a ModelProto that holds only
 # normalizer_spec {add_dummy_prefix: false, remove_extra_whitespaces: false}.
@@ -81,6 +82,8 @@ class Tokenizer:
             continuation: whether the text follows other tokens directly, so that the word-begin mark that Llama's
                 tokenizer puts before a text is left out (Hugging Face calls this `legacy=False`).
         """
+        if self._words is not None:
+            return self._words.encode(text, continuation=continuation)
         return (self._continuing if continuation else self._processor).encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -95,6 +98,11 @@ class Tokenizer:
         """Return the id of the piece with exactly this name, None if there is none."""
         token = self._processor.piece_to_id(piece)
         return None if self._processor.is_unknown(token) and piece != self.piece(token) else int(token)
+
+    @cached_property
+    def _words(self) -> WordEncoder | None:
+        adds_blank = read_word_rule(self._content, self._processor)
+        return None if adds_blank is None else WordEncoder(self._continuing, adds_blank=adds_blank)
 
     @cached_property
     def _continuing(self) -> sentencepiece.SentencePieceProcessor:

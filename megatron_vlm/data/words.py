@@ -1,0 +1,106 @@
+"""Tokenise word by word and remember words, where that gives exactly what SentencePiece gives for the whole text.
+
+In a model of Llama's kind (BPE without normalisation, pieces hold the mark of a blank only at their start) no piece
+crosses from a word into the next, so that a text's ids are those of its words, one after the other. Real text repeats
+few words most of the time: looking them up is several times faster than merging their characters again.
+"""
+
+import re
+from collections.abc import Iterator
+from itertools import chain
+from typing import Any
+
+import sentencepiece
+
+_BLANK_MARK = "▁"
+_WORD = re.compile(f"{_BLANK_MARK}*[^{_BLANK_MARK}]+|{_BLANK_MARK}+")
+_CROSSES = re.compile(f"[^{_BLANK_MARK}]{_BLANK_MARK}| ")
+_MAX_WORDS = 100_000  # about 20 MB in each process; what does not fit is tokenised each time
+_MAX_CHARACTERS = 24  # longer ones seldom come again, and a script without blanks would fill memory with sentences
+
+# Field numbers of sentencepiece_model.proto, whose Python module works with one version of protobuf only.
+_SPECS = (2, 3)  # how the model was trained, how it normalises
+_MODEL_TYPE, _MARK_IS_SUFFIX, _BYTE_FALLBACK, _BPE = 3, 24, 35, 2
+_CHARACTER_MAP, _ADDS_BLANK, _REMOVES_BLANKS, _MARKS_BLANKS = 2, 3, 4, 5
+
+
+class WordEncoder:
+    """Encode text by its words.
+
+    Args:
+        continuing: the model without the blank that it puts before a text.
+        adds_blank: whether the model itself puts one there.
+    """
+
+    def __init__(self, continuing: sentencepiece.SentencePieceProcessor, *, adds_blank: bool) -> None:
+        self._words = _Words(continuing)
+        self._blank = _BLANK_MARK if adds_blank else ""
+
+    def encode(self, text: str, *, continuation: bool = False) -> list[int]:
+        """Return what the model makes of `text`; `continuation` leaves out the blank before it."""
+        marked = text.replace(" ", _BLANK_MARK)
+        if text and not continuation:
+            marked = self._blank + marked
+        return list(chain.from_iterable(map(self._words.__getitem__, _WORD.findall(marked))))
+
+
+class _Words(dict[str, tuple[int, ...]]):
+    def __init__(self, processor: sentencepiece.SentencePieceProcessor) -> None:
+        super().__init__()
+        self._processor = processor
+
+    def __missing__(self, word: str) -> tuple[int, ...]:
+        ids = tuple(self._processor.encode(word))
+        if len(word) <= _MAX_CHARACTERS and len(self) < _MAX_WORDS:
+            self[word] = ids
+        return ids
+
+
+def read_word_rule(content: bytes, processor: sentencepiece.SentencePieceProcessor) -> bool | None:
+    """Say whether a model encodes words independently of each other.
+
+    Args:
+        content: the serialised SentencePiece model.
+        processor: the same model.
+
+    Returns:
+        None if it does not; otherwise whether it puts a blank before a text.
+    """
+    specs = {number: dict(_fields(value)) for number, value in _fields(content) if number in _SPECS}
+    trainer, normalizer = (specs.get(number, {}) for number in _SPECS)
+    # The second argument is the value of a field that the file leaves out.
+    plain = not normalizer.get(_CHARACTER_MAP) and normalizer.get(_MARKS_BLANKS, 1)
+    if not plain or normalizer.get(_REMOVES_BLANKS, 1) or trainer.get(_MARK_IS_SUFFIX):
+        return None
+    # Without byte fallback, neighbouring characters that are not in the vocabulary become one id, across words too.
+    if trainer.get(_MODEL_TYPE) != _BPE or not trainer.get(_BYTE_FALLBACK):
+        return None
+    ids = list(range(processor.vocab_size()))
+    # An unused piece is taken apart in a way that depends on the merges before it.
+    if any(processor.is_unused(ids)) or any(map(_CROSSES.search, processor.id_to_piece(ids))):
+        return None
+    return bool(normalizer.get(_ADDS_BLANK, 1))
+
+
+def _fields(message: Any) -> Iterator[tuple[int, Any]]:
+    """Yield number and value of each field of a protobuf message."""
+    position = 0
+    while position < len(message):
+        key, position = _varint(message, position)
+        if (kind := key & 7) == 0:
+            value, position = _varint(message, position)
+        else:
+            size, position = _varint(message, position) if kind == 2 else ({1: 8, 5: 4}[kind], position)
+            value, position = message[position : position + size], position + size
+        yield key >> 3, value
+
+
+def _varint(message: bytes, position: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = message[position]
+        position += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, position
+        shift += 7
