@@ -127,8 +127,8 @@ def group_members(members: Iterator[Member]) -> dict[str, dict[str, Member | Non
     """Return the members of each key by extension, in order of first appearance; None where a name comes twice."""
     groups: dict[str, dict[str, Member | None]] = {}
     for member in members:
-        group = groups.setdefault(member.key, {})
-        group[member.extension] = None if member.extension in group else member
+        group, extension = groups.setdefault(member.key, {}), member.extension
+        group[extension] = None if extension in group else member
     return groups
 
 
