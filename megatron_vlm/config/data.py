@@ -40,9 +40,19 @@ class DataConfig:
     """Length of a packed row, image tokens included [tokens]."""
     packing: bool = True
     """Several samples a row, each with its own attention and positions; False: one sample a row."""
-    overflow: Literal["truncate", "drop", "fail"] = "truncate"
-    """What is done with a sample longer than a row: cut after the last whole image and token that fit; leave it
-    out, counted; or refuse to start."""
+    overflow: Literal["truncate", "split", "drop", "fail"] = "truncate"
+    """What is done with a sample longer than a row: cut it after the last whole image and token that fit; make it
+    several samples, each as long as fits, images kept whole and no token lost (what crosses a cut is not seen, and the
+    first token behind it has no loss); leave it out, counted; or refuse to start."""
+    sample_multiple: int = 1
+    """Every sample starts at a multiple of it in its row; what lies between two samples is padding that belongs to the
+    first one's segment [tokens]. Context parallelism needs 2 * context_parallel_size; FP8 needs nothing of single
+    samples, but kernels that work sample by sample want 16 (tensor scaling) or 32 (MXFP8)."""
+    length_clustering: bool = False
+    """Without packing: samples of similar length share a global batch, and its rows are as long as the longest of them,
+    rounded up to `length_multiple`."""
+    length_multiple: int = 64
+    """Row lengths of `length_clustering` are multiples of it [tokens]."""
     image_aspect: Literal["pad", "square", "resize"] = "pad"
     """How an image becomes a square: pad with the mean colour; crop the centre (CLIP's own); stretch."""
     num_workers: int = 2
@@ -61,5 +71,25 @@ class DataConfig:
             raise ConfigError(
                 f"data.blend mixes {', '.join(sorted(kinds))}", fix="use one kind of proportion for all entries"
             )
-        check_positive("data", self, "seq_length", "prefetch_factor")
+        check_positive("data", self, "seq_length", "prefetch_factor", "sample_multiple", "length_multiple")
         check_not_negative("data", self, "num_workers")
+        self._check_multiples()
+
+    def _check_multiples(self) -> None:
+        multiple = self.sample_multiple
+        if self.seq_length % multiple:
+            lower = self.seq_length - self.seq_length % multiple
+            raise ConfigError(
+                f"data.seq_length={self.seq_length} is not a multiple of data.sample_multiple={multiple}",
+                fix=f"set data.seq_length={lower or multiple}",
+            )
+        if self.length_clustering and self.packing:
+            raise ConfigError(
+                "data.length_clustering is for rows of one sample, data.packing fills rows with several",
+                fix="turn one of them off",
+            )
+        if self.length_clustering and self.length_multiple % multiple:
+            raise ConfigError(
+                f"data.length_multiple={self.length_multiple} is not a multiple of data.sample_multiple={multiple}",
+                fix=f"set data.length_multiple={-(-self.length_multiple // multiple) * multiple}",
+            )

@@ -5,6 +5,10 @@ from dataclasses import dataclass
 from megatron_vlm.config.errors import ConfigError
 from megatron_vlm.config.train import TrainConfig
 
+# The matrix products of the backward pass need it; megatron-core's fp8_utils.get_fp8_align_size says the same of the
+# recipes with one scale a tensor. Measured by others with sequence parallelism: NVIDIA-NeMo/RL issue 1551.
+_FP8_MULTIPLE = 16
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
@@ -15,7 +19,7 @@ class Layout:
     num_micro_batches: int
     """Forward passes of one data-parallel rank in one step."""
     tokens_per_micro_batch: int
-    """Positions of one forward, padding included [tokens]."""
+    """Positions of one forward, padding included; the most there are where rows differ in length [tokens]."""
 
 
 def derive_layout(config: TrainConfig, world_size: int) -> Layout:
@@ -50,8 +54,7 @@ def derive_layout(config: TrainConfig, world_size: int) -> Layout:
         )
     _check_pipeline(config, pp)
     tokens = training.micro_batch_size * config.data.seq_length
-    if parallel.sequence_parallel:
-        _check_divides("micro_batch_size * seq_length", tokens, "tensor parallel size", tp)
+    _check_tokens(config)
     num_micro_batches = training.global_batch_size // rows
     if parallel.virtual_pipeline_model_parallel_size:
         _check_divides("the number of micro-batches", num_micro_batches, "pipeline size", pp)
@@ -61,6 +64,25 @@ def derive_layout(config: TrainConfig, world_size: int) -> Layout:
         num_micro_batches=num_micro_batches,
         tokens_per_micro_batch=tokens,
     )
+
+
+def _check_tokens(config: TrainConfig) -> None:
+    """Check that the positions of a micro-batch, at every row length, can be divided as the layout needs it."""
+    rows, tp = config.training.micro_batch_size, config.parallel.tensor_model_parallel_size
+    names = {"seq_length": config.data.seq_length}
+    if config.data.length_clustering:
+        names["length_multiple"] = config.data.length_multiple
+    for name, length in names.items():
+        if config.parallel.sequence_parallel:
+            _check_divides(f"micro_batch_size * {name}", rows * length, "tensor parallel size", tp)
+        if config.training.fp8 is not None:
+            share = tp if config.parallel.sequence_parallel else 1
+            _check_divides(
+                f"micro_batch_size * {name}",
+                rows * length,
+                f"{_FP8_MULTIPLE} tokens a rank for FP8",
+                _FP8_MULTIPLE * share,
+            )
 
 
 def _check_pipeline(config: TrainConfig, pp: int) -> None:

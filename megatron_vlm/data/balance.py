@@ -49,18 +49,21 @@ def balance_ranks(num_images: np.ndarray, work: np.ndarray, global_batch_size: i
     """
     if not len(work):
         return np.empty(0, dtype=np.int64)
-    load = np.stack([num_images, work], axis=-1).astype(np.float64)
-    load /= np.maximum(load.mean(axis=0), 1e-9)
+    loads = np.stack([num_images, work], axis=-1).astype(np.float64).reshape(-1, global_batch_size, 2)
+    # Each batch by its own mean: a batch must not look at the others, which a longer training has more of.
+    loads /= np.maximum(loads.mean(axis=1, keepdims=True), 1e-9)
+    keys = loads[..., 0] + loads[..., 1] * (0.1 / np.maximum(loads[..., 1].max(axis=1, keepdims=True), 1.0))
+    load, key = loads.reshape(-1, 2), keys.reshape(-1)
     groups = np.arange(len(work)).reshape(-1, 1, global_batch_size)
     while groups.shape[-1] % 2 == 0:
-        halves = _split_evenly(groups.reshape(-1, groups.shape[-1]), load)
+        halves = _split_evenly(groups.reshape(-1, groups.shape[-1]), load, key)
         # Group r of n holds the places r, r + n, r + 2 n, ...; its halves are the groups r and r + n of 2 n.
         shape = (-1, groups.shape[1], groups.shape[2] // 2)
         groups = np.concatenate([half.reshape(shape) for half in halves], axis=1)
     return groups.transpose(0, 2, 1).reshape(-1)
 
 
-def _split_evenly(groups: np.ndarray, load: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _split_evenly(groups: np.ndarray, load: np.ndarray, key: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Split each group into two of the same size and nearly the same load.
 
     Rows of nearly the same load make a pair, one of which goes to each half; pairs that differ most are dealt first,
@@ -69,9 +72,9 @@ def _split_evenly(groups: np.ndarray, load: np.ndarray) -> tuple[np.ndarray, np.
     Args:
         groups: int64[groups, size]; rows, size even.
         load: float64[rows, 2]; each kind of load with mean 1.
+        key: float64[rows]; rows of nearly the same key have nearly the same load.
     """
-    key = load[groups, 0] + load[groups, 1] * (0.1 / load[:, 1].max(initial=1.0))
-    ordered = np.take_along_axis(groups, np.argsort(key, axis=1), axis=1)
+    ordered = np.take_along_axis(groups, np.argsort(key[groups], axis=1), axis=1)
     first, second = ordered[:, 0::2], ordered[:, 1::2]
     gap = load[first] - load[second]
     largest_first = np.argsort(-np.abs(gap).sum(axis=-1), axis=1)

@@ -42,7 +42,8 @@ class VLMBatch:
     """One micro-batch: its rows laid one after the other in one packed sequence of t positions.
 
     Every sample is an attention segment of its own, and so is the padding at the end of a row: the segments cover all t
-    positions. t is micro_batch_size * seq_length.
+    positions. t is micro_batch_size * seq_length. With `sample_multiple`, a sample's segment ends with padding up to
+    the next multiple.
     """
 
     input_ids: Tensor
@@ -66,7 +67,7 @@ class VLMBatch:
     pixel_values: Tensor | None
     """uint8[share, 3, height, width]; this rank's share of the images. None where the stage needs no pixels."""
     sample_ids: Tensor
-    """int64[num_samples]; in the order of their segments."""
+    """int64[num_samples]; in the order of their segments; as the plan counts them, pieces of long samples included."""
     num_tokens: int
     """Positions that are not padding."""
 

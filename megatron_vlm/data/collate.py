@@ -33,6 +33,8 @@ class Collation:
     """Side of the decoded images [pixels]."""
     image_aspect: Aspect
     image_mean: tuple[float, float, float]
+    sample_multiple: int = 1
+    """Every sample starts at a multiple of it in its row, which is one of seq_length [tokens]."""
 
     @classmethod
     def from_config(cls, model: ModelConfig, data: DataConfig) -> "Collation":
@@ -46,6 +48,7 @@ class Collation:
             image_size=model.vision.image_size,
             image_aspect=data.image_aspect,
             image_mean=model.vision.image_mean,
+            sample_multiple=data.sample_multiple,
         )
 
 
@@ -65,7 +68,9 @@ class PlacedSample:
 def collate(rows: Sequence[Sequence[PlacedSample]], collation: Collation, image_share: ImageShare | None) -> VLMBatch:
     """Lay rows one after the other in one packed sequence.
 
-    A sample longer than a row is cut after the last whole image and the last token that fit.
+    A sample longer than a row is cut after the last whole image and the last token that fit. The padding up to the next
+    multiple belongs to the sample's own segment, so that all borders are multiples: attention is causal, so it changes
+    nothing before it.
 
     Args:
         rows: the samples of each row, in order; a row may be empty.
@@ -142,16 +147,19 @@ class _Pieces:
             left -= size
             if left < 0:
                 raise DataError(
-                    f"samples of a row have {-left} tokens more than data.seq_length={self.collation.seq_length}",
+                    f"samples of a row have {-left} tokens more than its length of {self.collation.seq_length}",
                     where=placed.where,
                     fix="the shards changed since the plan was made: delete the plan",
                 )
             if size:
-                self._close_segment(size, placed.source)
+                padding = min(-size % self.collation.sample_multiple, left)
+                self._add_padding(padding)
+                self._close_segment(size + padding, placed.source)
+                left -= padding
             self.sample_ids.append(placed.sample_id)
             self.num_tokens += size
         if left:
-            self._add(np.full(left, self.collation.pad_token_id), trained=False)
+            self._add_padding(left)
             self._close_segment(left, source=0)
 
     def _add_sample(self, placed: PlacedSample) -> int:
@@ -165,6 +173,10 @@ class _Pieces:
                 self._add(segment.input_ids, segment.train)
             size += len(self.ids[-1])
         return size
+
+    def _add_padding(self, size: int) -> None:
+        if size:
+            self._add(np.full(size, self.collation.pad_token_id), trained=False)
 
     def _add(self, ids: np.ndarray, trained: bool) -> None:
         self.ids.append(ids)

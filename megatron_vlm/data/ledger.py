@@ -45,7 +45,8 @@ def hash_sample_ids(sample_ids: np.ndarray) -> str:
 class Ledger:
     """Append one entry per iteration; written by one rank, from the plan, without communication.
 
-    `sample_ids.bin` holds little-endian int64 ids, `iterations.jsonl` one `LedgerEntry` a line.
+    `sample_ids.bin` holds little-endian int64 ids, as the plan counts them (pieces of long samples have their own; see
+    `Plan.pieces`), `iterations.jsonl` one `LedgerEntry` a line.
 
     Args:
         folder: `<run>/ledger`.

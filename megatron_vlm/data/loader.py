@@ -1,5 +1,6 @@
 """Feed one rank with its micro-batches; the position of a run is one integer, the iteration."""
 
+import dataclasses
 import functools
 import logging
 import os
@@ -17,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from megatron_vlm.config import DataError, UserError
 from megatron_vlm.data.batch import ImageShare, VLMBatch
 from megatron_vlm.data.collate import Collation, PlacedSample, collate
+from megatron_vlm.data.pieces import PieceTable, take_piece
 from megatron_vlm.data.plan import Plan
 from megatron_vlm.data.shards import ShardedDataset
 from megatron_vlm.platform.parent import die_with_parent
@@ -75,7 +77,7 @@ class BatchLoader:
         last = plan.num_iterations * self.num_micro_batches
         self._positions = range(first, max(first, last))
         self._source = _MicroBatches(
-            _SampleReader(datasets),
+            _SampleReader(datasets, plan.pieces, collation.num_image_tokens),
             plan,
             collation,
             image_share,
@@ -165,36 +167,45 @@ class _RowSlice:
 
 
 class _SampleReader:
-    """Samples of all datasets of the blend under their global ids."""
+    """Samples of all datasets of the blend, and pieces of them, under their global ids."""
 
-    def __init__(self, datasets: Sequence[ShardedDataset]) -> None:
-        self.datasets = tuple(datasets)
+    def __init__(self, datasets: Sequence[ShardedDataset], pieces: PieceTable | None, num_image_tokens: int) -> None:
+        self.datasets, self.pieces, self.num_image_tokens = tuple(datasets), pieces, num_image_tokens
         self._ends = np.cumsum([len(dataset) for dataset in datasets])
         self._shard_ends = [
             np.cumsum([shard.counts.samples for shard in dataset.manifest.shards]) for dataset in datasets
         ]
 
-    def locate(self, sample_id: int) -> tuple[int, int]:
-        """Return blend entry and index in its dataset."""
-        source = int(np.searchsorted(self._ends, sample_id, side="right"))
-        return source, int(sample_id - (self._ends[source - 1] if source else 0))
-
     def describe(self, sample_id: int) -> str:
-        """Name dataset, shard and sample for an error message."""
-        source, index = self.locate(sample_id)
+        """Name dataset, shard, sample and, of a piece, its tokens for an error message."""
+        sample, first, last = self._find(sample_id)
+        source, index = self._locate(sample)
         dataset, ends = self.datasets[source], self._shard_ends[source]
         shard = int(np.searchsorted(ends, index, side="right"))
-        first = int(ends[shard - 1]) if shard else 0
-        return f"{dataset.folder}/{dataset.manifest.shards[shard].name}.bin sample {index - first}"
+        place = index - (int(ends[shard - 1]) if shard else 0)
+        tokens = "" if last is None else f" tokens {first} to {last - 1}"
+        return f"{dataset.folder}/{dataset.manifest.shards[shard].name}.bin sample {place}{tokens}"
 
     def read(self, sample_id: int) -> PlacedSample:
-        """Read one sample.
+        """Read one sample or piece.
 
         Raises:
             DataError: it is damaged or cannot be read.
         """
-        source, index = self.locate(sample_id)
-        return PlacedSample(self.datasets[source][index], sample_id, source, self.describe(sample_id))
+        number, first, last = self._find(sample_id)
+        source, index = self._locate(number)
+        sample = self.datasets[source][index]
+        if last is not None:
+            sample = take_piece(sample, first, last, self.num_image_tokens)
+        return PlacedSample(sample, sample_id, source, self.describe(sample_id))
+
+    def _find(self, sample_id: int) -> tuple[int, int, int | None]:
+        return (sample_id, 0, None) if self.pieces is None else self.pieces.find(sample_id)
+
+    def _locate(self, sample: int) -> tuple[int, int]:
+        """Return blend entry and index in its dataset."""
+        source = int(np.searchsorted(self._ends, sample, side="right"))
+        return source, int(sample - (self._ends[source - 1] if source else 0))
 
 
 class _MicroBatches(Dataset):
@@ -218,7 +229,8 @@ class _MicroBatches(Dataset):
             rows = []
             for row in self._rows(position):
                 rows.append([self.reader.read(sample_id := int(value)) for value in self.plan.row(row)])
-            return collate(rows, self.collation, self.image_share)
+            seq_length = self.plan.seq_length(position // self.row_slice.num_micro_batches)
+            return collate(rows, dataclasses.replace(self.collation, seq_length=seq_length), self.image_share)
         except UserError as error:
             return error
         except Exception as error:

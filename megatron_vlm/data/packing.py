@@ -48,17 +48,18 @@ def pack_samples(lengths: np.ndarray, seq_length: int, rng: np.random.Generator)
     return PackedRows(order, borders)
 
 
-def packed_utilisation(lengths: np.ndarray, seq_length: int) -> float:
+def packed_utilisation(lengths: np.ndarray, seq_length: int, multiple: int = 1) -> float:
     """Return the share of positions that hold a token when the samples are packed into rows of `seq_length`.
 
     Args:
         lengths: int[n], n > 0, each 1 to seq_length [tokens].
-        seq_length: length of a row [tokens].
+        seq_length: length of a row, a multiple of `multiple` [tokens].
+        multiple: where every sample starts [tokens].
 
     Raises:
         ValueError: a length is outside 1 to seq_length.
     """
-    cells, row = _to_cells(lengths, seq_length)
+    cells, row = _to_cells(-(-lengths // multiple), seq_length // multiple)
     patterns = _patterns_of(np.bincount(cells, minlength=row + 1).tobytes())
     return int(lengths.sum(dtype=np.int64)) / (patterns.num_rows * seq_length)
 

@@ -13,38 +13,50 @@ import shutil
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from megatron_vlm.config import DataError, StorageError, config_to_dict
-from megatron_vlm.data.planning import PlannedRows, PlanSettings, PlanSummary, SampleLengths, plan_rows
+from megatron_vlm.data.pieces import PieceTable
+from megatron_vlm.data.planning import PlannedRows, PlanSettings, PlanSummary, plan_rows
+from megatron_vlm.data.sample_pool import SampleLengths
 
 __all__ = ["Plan", "PlanSettings", "PlanSummary", "PlannedRows", "build_plan", "hash_plan", "open_plan", "plan_rows"]
 
 logger = logging.getLogger(__name__)
 
-_PLAN_VERSION = 1
+_PLAN_VERSION = 2
 """Part of the hash; to be raised by every change that orders samples in another way."""
 _SUMMARY_FILE = "plan.json"
-_ARRAYS = ("sample_ids", "row_borders")
+_LENGTH_OF_TRAINING = ("train_iters", "train_epochs")
 
 
 class Plan:
     """An open plan; its arrays are memory-mapped.
 
+    Sample ids count the samples of all datasets of the blend, one after the other; with overflow "split", ids after
+    those are of the further pieces of long samples, and `pieces` says which tokens an id stands for.
+
     Args:
         folder: folder of this one plan.
         settings: what it was built from.
         summary: what it holds.
+        data_hash: hash of everything but the length of the training.
     """
 
-    def __init__(self, folder: Path, settings: PlanSettings, summary: PlanSummary) -> None:
-        self.folder, self.settings, self.summary = folder, settings, summary
-        self._sample_ids, self._borders = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in _ARRAYS)
+    def __init__(self, folder: Path, settings: PlanSettings, summary: PlanSummary, data_hash: str) -> None:
+        self.folder, self.settings, self.summary, self.data_hash = folder, settings, summary, data_hash
+        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in _array_names(settings)}
+        self._sample_ids, self._borders = arrays["sample_ids"], arrays["row_borders"]
+        self._seq_lengths = arrays.get("seq_lengths")
+        pieces = arrays.get("pieces")
+        self.pieces = None if pieces is None else PieceTable(pieces, summary.first_piece_id)
+        """Which tokens an id stands for; None: every id is a sample of a dataset, cut to a row at most."""
 
     def __reduce__(self) -> tuple:
         # A memory-mapped array would be pickled with its whole content.
-        return Plan, (self.folder, self.settings, self.summary)
+        return Plan, (self.folder, self.settings, self.summary, self.data_hash)
 
     @property
     def hash(self) -> str:
@@ -55,6 +67,20 @@ class Plan:
     def num_iterations(self) -> int:
         """Global batches."""
         return self.summary.num_iterations
+
+    @property
+    def stable_iterations(self) -> int:
+        """Leading global batches that every plan of the same `data_hash` begins with, as far as it has them."""
+        return self.summary.stable_iterations
+
+    def seq_length(self, iteration: int) -> int:
+        """Return the length of the rows of a global batch [tokens].
+
+        Raises:
+            IndexError: the plan has no such iteration.
+        """
+        self._check_iteration(iteration)
+        return self.settings.seq_length if self._seq_lengths is None else int(self._seq_lengths[iteration])
 
     @property
     def utilisation(self) -> float:
@@ -84,11 +110,14 @@ class Plan:
         Raises:
             IndexError: the plan has no such iteration.
         """
-        if not 0 <= iteration < self.num_iterations:
-            raise IndexError(f"iteration {iteration} of a plan of {self.num_iterations}")
+        self._check_iteration(iteration)
         size = self.settings.global_batch_size
         first, last = (min(row, self.summary.num_rows) for row in (iteration * size, (iteration + 1) * size))
         return self._sample_ids[self._borders[first] : self._borders[last]].astype(np.int64)
+
+    def _check_iteration(self, iteration: int) -> None:
+        if not 0 <= iteration < self.num_iterations:
+            raise IndexError(f"iteration {iteration} of a plan of {self.num_iterations}")
 
 
 def build_plan(settings: PlanSettings, datasets: Sequence[SampleLengths], folder: str | Path) -> Plan:
@@ -101,7 +130,8 @@ def build_plan(settings: PlanSettings, datasets: Sequence[SampleLengths], folder
 
     Raises:
         ConfigError: the blend cannot be made from these datasets.
-        DataError: with overflow "fail", a sample is longer than a row; or an existing plan is damaged.
+        DataError: with overflow "fail", a sample is longer than a row, with "split" an image; or an existing plan is
+            damaged.
         StorageError: the plan cannot be written.
     """
     name = hash_plan(settings, datasets)
@@ -120,7 +150,7 @@ def build_plan(settings: PlanSettings, datasets: Sequence[SampleLengths], folder
             raise StorageError(f"plan cannot be written: {error}", where=str(folder), fix="make room there") from None
     plan = open_plan(settings, datasets, folder)
     logger.info(
-        "plan %s: %d samples in %d rows of %d, %d iterations, utilisation %.4f, %d truncated, %d dropped",
+        "plan %s: %d samples in %d rows of %d, %d iterations, utilisation %.4f, %d truncated, %d split, %d dropped",
         name,
         plan.summary.num_samples,
         plan.summary.num_rows,
@@ -128,6 +158,7 @@ def build_plan(settings: PlanSettings, datasets: Sequence[SampleLengths], folder
         plan.num_iterations,
         plan.utilisation,
         plan.summary.truncated,
+        plan.summary.split,
         plan.summary.dropped,
     )
     return plan
@@ -143,10 +174,10 @@ def open_plan(settings: PlanSettings, datasets: Sequence[SampleLengths], folder:
     try:
         tree = json.loads((path / _SUMMARY_FILE).read_bytes())
         summary = PlanSummary(**tree["summary"])
-        for name in _ARRAYS:
+        for name in _array_names(settings):
             if zlib.crc32((path / f"{name}.npy").read_bytes()) != tree["crc32"][name]:
                 raise ValueError(f"{name}.npy does not have the checksum it was written with")
-        return Plan(path, settings, summary)
+        return Plan(path, settings, summary, _hash(settings, datasets, without=_LENGTH_OF_TRAINING))
     except FileNotFoundError as error:
         raise DataError(f"plan is missing: {error.filename}", where=str(path), fix="build it again") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -155,19 +186,43 @@ def open_plan(settings: PlanSettings, datasets: Sequence[SampleLengths], folder:
 
 def hash_plan(settings: PlanSettings, datasets: Sequence[SampleLengths]) -> str:
     """Return a hash of everything a plan depends on; where the datasets lie is no part of it."""
+    return _hash(settings, datasets, without=())
+
+
+def _hash(settings: PlanSettings, datasets: Sequence[SampleLengths], without: Sequence[str]) -> str:
     tree = config_to_dict(settings)
     for entry in tree["blend"]:
         del entry["path"]
+    for name in without:
+        del tree[name]
+    if not settings.length_clustering:
+        del tree["length_multiple"]
     tree["datasets"] = [dataset.fingerprint for dataset in datasets]
     tree["version"] = _PLAN_VERSION
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def _array_names(settings: PlanSettings) -> tuple[str, ...]:
+    """Return which files a plan has."""
+    names = ["sample_ids", "row_borders"]
+    if settings.overflow == "split":
+        names.append("pieces")
+    if settings.length_clustering:
+        names.append("seq_lengths")
+    return tuple(names)
+
+
 def _write(folder: Path, rows: PlannedRows, settings: PlanSettings, summary: PlanSummary) -> None:
     checksums = {}
-    for name in _ARRAYS:
+    arrays: dict[str, Any] = {
+        "sample_ids": rows.sample_ids,
+        "row_borders": rows.row_borders,
+        "pieces": rows.pool.pieces,
+        "seq_lengths": rows.seq_lengths,
+    }
+    for name in _array_names(settings):
         path = folder / f"{name}.npy"
-        np.save(path, getattr(rows, name))
+        np.save(path, arrays[name])
         checksums[name] = zlib.crc32(path.read_bytes())
     tree = {"summary": dataclasses.asdict(summary), "settings": config_to_dict(settings), "crc32": checksums}
     (folder / _SUMMARY_FILE).write_text(json.dumps(tree, indent=1) + "\n")

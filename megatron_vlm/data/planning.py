@@ -2,34 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
-from megatron_vlm.config import BlendEntry, DataError, TrainConfig
+from megatron_vlm.config import BlendEntry, TrainConfig
 from megatron_vlm.data.balance import balance_ranks, deal_rows
 from megatron_vlm.data.blend import read_in_epochs, samples_per_pass
+from megatron_vlm.data.clustering import cluster_by_length, clustered_row_lengths
 from megatron_vlm.data.packing import pack_samples
-
-
-class SampleLengths(Protocol):
-    """What the plan needs to know of a dataset; `ShardedDataset` has it."""
-
-    fingerprint: str
-    """Changes with the content."""
-
-    @property
-    def num_images(self) -> np.ndarray:
-        """int32[samples]."""
-
-    @property
-    def text_lengths(self) -> np.ndarray:
-        """int32[samples] [tokens]."""
-
-    def __len__(self) -> int: ...
-
-    def outlines(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return borders, kinds and tokens of the segments of some samples, as `ShardedDataset.outlines` does."""
+from megatron_vlm.data.sample_pool import Overflow, SampleLengths, SamplePool, collect_samples
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,11 +22,14 @@ class PlanSettings:
     seq_length: int
     num_image_tokens: int
     packing: bool
-    overflow: str
+    overflow: Overflow
     seed: int
     global_batch_size: int
     train_iters: int | None
     train_epochs: float | None
+    sample_multiple: int = 1
+    length_clustering: bool = False
+    length_multiple: int = 64
 
     @classmethod
     def from_config(cls, config: TrainConfig) -> "PlanSettings":
@@ -59,6 +44,9 @@ class PlanSettings:
             global_batch_size=config.training.global_batch_size,
             train_iters=config.training.train_iters,
             train_epochs=config.training.train_epochs,
+            sample_multiple=config.data.sample_multiple,
+            length_clustering=config.data.length_clustering,
+            length_multiple=config.data.length_multiple,
         )
 
 
@@ -82,6 +70,12 @@ class PlanSummary:
     """Samples of the datasets that are left out for the same reason."""
     utilisation: float
     """Share of the positions of the rows that hold a token."""
+    split: int = 0
+    """Samples of the datasets that become several pieces for the same reason."""
+    first_piece_id: int = 0
+    """Number of samples of all datasets; ids from here on are of the pieces after the first one of split samples."""
+    stable_iterations: int = 0
+    """Leading global batches that every longer training over the same data begins with, too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,40 +86,36 @@ class PlannedRows:
     """uint32 or int64[samples]; row after row."""
     row_borders: np.ndarray
     """int64[rows + 1]."""
+    seq_lengths: np.ndarray | None
+    """int32[iterations]; length of the rows of each global batch; None where it is always `seq_length` [tokens]."""
+    pool: SamplePool
     summary: PlanSummary
-
-
-@dataclass(frozen=True, slots=True)
-class _Pool:
-    """The samples of all datasets under their global ids."""
-
-    lengths: np.ndarray
-    """int32[samples], cut to a row [tokens]."""
-    num_images: np.ndarray
-    """int32[samples]."""
-    usable: tuple[np.ndarray, ...]
-    """Per dataset: global ids of the samples that take part."""
-    truncated: int
-    dropped: int
 
 
 def plan_rows(settings: PlanSettings, datasets: Sequence[SampleLengths]) -> PlannedRows:
     """Compute a plan without saving it.
 
-    The plan of a longer training over the same datasets begins with the rows of the shorter one.
+    The plan of a longer training over the same datasets begins with the same global batches, `stable_iterations` of
+    them: all if the length is given as train_iters, those of whole passes if as train_epochs.
 
     Raises:
         ConfigError: the blend cannot be made from these datasets.
-        DataError: with overflow "fail", a sample is longer than a row.
+        DataError: with overflow "fail", a sample is longer than a row; with "split", an image is.
     """
-    pool = _collect(settings, datasets)
+    pool = collect_samples(
+        settings.blend,
+        datasets,
+        seq_length=settings.seq_length,
+        num_image_tokens=settings.num_image_tokens,
+        overflow=settings.overflow,
+    )
     sizes = [len(ids) for ids in pool.usable]
     images = [int(pool.num_images[ids].sum(dtype=np.int64)) for ids in pool.usable]
     per_pass = samples_per_pass(settings.blend, sizes, images)
     wanted_rows = None if settings.train_iters is None else settings.train_iters * settings.global_batch_size
     kind: Any = np.uint32 if len(pool.lengths) <= np.iinfo(np.uint32).max else np.int64
     ids, borders = np.empty(0, dtype=kind), np.zeros(1, dtype=np.int64)
-    num_passes = 0
+    num_passes = stable_rows = 0
     while _wants_more(num_passes, len(borders) - 1, wanted_rows, settings.train_epochs):
         end = num_passes + 1.0 if settings.train_epochs is None else min(num_passes + 1.0, settings.train_epochs)
         samples = _samples_of_pass(settings, pool, num_passes * per_pass, end * per_pass)
@@ -135,23 +125,53 @@ def plan_rows(settings: PlanSettings, datasets: Sequence[SampleLengths]) -> Plan
         ids = np.concatenate([ids, samples.astype(kind)])
         borders = np.concatenate([borders, ends[1:] + borders[-1]])
         num_passes += 1
+        if end == num_passes:
+            stable_rows = len(borders) - 1
     ids, borders = _balance(settings, pool, ids, borders)
-    return PlannedRows(ids, borders, _summarise(settings, pool, ids, len(borders) - 1, num_passes))
+    seq_lengths = _row_lengths(settings, pool, ids)
+    summary = _summarise(settings, pool, ids, len(borders) - 1, num_passes, seq_lengths, stable_rows)
+    return PlannedRows(ids, borders, seq_lengths, pool, summary)
 
 
-def _summarise(settings: PlanSettings, pool: "_Pool", ids: np.ndarray, num_rows: int, num_passes: int) -> PlanSummary:
-    num_tokens = int(pool.lengths[ids].sum(dtype=np.int64))
+def _summarise(
+    settings: PlanSettings,
+    pool: SamplePool,
+    ids: np.ndarray,
+    num_rows: int,
+    num_passes: int,
+    seq_lengths: np.ndarray | None,
+    stable_rows: int,
+) -> PlanSummary:
+    num_tokens, batch = int(pool.lengths[ids].sum(dtype=np.int64)), settings.global_batch_size
+    num_positions = num_rows * settings.seq_length
+    if seq_lengths is not None:
+        num_positions = int(np.repeat(seq_lengths, batch)[:num_rows].sum(dtype=np.int64))
     return PlanSummary(
         hash="",
         num_rows=num_rows,
-        num_iterations=-(-num_rows // settings.global_batch_size),
+        num_iterations=-(-num_rows // batch),
         num_samples=len(ids),
         num_tokens=num_tokens,
         num_images=int(pool.num_images[ids].sum(dtype=np.int64)),
         num_passes=num_passes,
         truncated=pool.truncated,
         dropped=pool.dropped,
-        utilisation=num_tokens / (max(num_rows, 1) * settings.seq_length),
+        utilisation=num_tokens / max(num_positions, 1),
+        split=pool.split,
+        first_piece_id=pool.num_samples,
+        # A batch that is not full would get the first rows of the next pass.
+        stable_iterations=stable_rows // batch,
+    )
+
+
+def _row_lengths(settings: PlanSettings, pool: SamplePool, ids: np.ndarray) -> np.ndarray | None:
+    if not settings.length_clustering:
+        return None
+    return clustered_row_lengths(
+        pool.lengths[ids],
+        global_batch_size=settings.global_batch_size,
+        multiple=settings.length_multiple,
+        seq_length=settings.seq_length,
     )
 
 
@@ -161,72 +181,7 @@ def _wants_more(num_passes: int, num_rows: int, wanted_rows: int | None, train_e
     return train_epochs is not None and num_passes < train_epochs
 
 
-def _collect(settings: PlanSettings, datasets: Sequence[SampleLengths]) -> _Pool:
-    """Number the samples of all datasets and settle what happens to those longer than a row."""
-    lengths, images, usable = [], [], []
-    truncated = dropped = first = 0
-    for entry, dataset in zip(settings.blend, datasets, strict=True):
-        num_images = dataset.num_images
-        total = num_images * np.int32(settings.num_image_tokens) + dataset.text_lengths
-        longer = np.flatnonzero(total > settings.seq_length)
-        kept = np.arange(first, first + len(total))
-        if len(longer) and settings.overflow == "fail":
-            raise _too_long(entry, settings.seq_length, total, len(longer))
-        if settings.overflow == "drop":
-            kept = np.delete(kept, longer)
-            dropped += len(longer)
-        elif len(longer):
-            num_images = num_images.copy()
-            cut = cut_outlines(*dataset.outlines(longer), settings.seq_length, settings.num_image_tokens)
-            total[longer], num_images[longer] = cut
-            nothing_fits = longer[total[longer] == 0]
-            kept = np.delete(kept, nothing_fits)
-            dropped += len(nothing_fits)
-            truncated += len(longer) - len(nothing_fits)
-        lengths.append(total)
-        images.append(num_images)
-        usable.append(kept)
-        first += len(total)
-    return _Pool(np.concatenate(lengths), np.concatenate(images), tuple(usable), truncated, dropped)
-
-
-def cut_outlines(
-    borders: np.ndarray, is_image: np.ndarray, text_lengths: np.ndarray, max_tokens: int, num_image_tokens: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return tokens and images of samples that are cut after the last whole image and the last token that fit.
-
-    Args:
-        borders: int64[samples + 1]; segments of each sample, at least one.
-        is_image: bool[segments]; in reading order.
-        text_lengths: int[segments]; 0 for images [tokens].
-        max_tokens: where the samples are cut.
-        num_image_tokens: tokens of an image.
-
-    Returns:
-        Two int64[samples].
-    """
-    ends = np.cumsum(np.where(is_image, num_image_tokens, text_lengths), dtype=np.int64)
-    starts = np.concatenate([[0], ends])[borders[:-1]]
-    ends -= np.repeat(starts, np.diff(borders))
-    fits = ends <= max_tokens
-    whole = np.add.reduceat(fits, borders[:-1], dtype=np.int64)
-    num_images = np.add.reduceat(fits & is_image, borders[:-1], dtype=np.int64)
-    last = borders[:-1] + whole - 1
-    kept = np.where(whole > 0, ends[last], 0)
-    cut_in_text = (whole < np.diff(borders)) & ~is_image[np.minimum(last + 1, len(is_image) - 1)]
-    return np.where(cut_in_text, max_tokens, kept), num_images
-
-
-def _too_long(entry: BlendEntry, seq_length: int, total: np.ndarray, number: int) -> DataError:
-    worst = int(total.argmax())
-    return DataError(
-        f"{number} samples are longer than data.seq_length={seq_length}; the longest has {int(total[worst])} tokens",
-        where=f"{entry.path} sample {worst}",
-        fix="raise data.seq_length, or set data.overflow to truncate or drop",
-    )
-
-
-def _samples_of_pass(settings: PlanSettings, pool: _Pool, start: np.ndarray, stop: np.ndarray) -> np.ndarray:
+def _samples_of_pass(settings: PlanSettings, pool: SamplePool, start: np.ndarray, stop: np.ndarray) -> np.ndarray:
     """Return the global ids of one pass; passes together read every dataset in whole epochs."""
     pieces = []
     for index, ids in enumerate(pool.usable):
@@ -237,15 +192,24 @@ def _samples_of_pass(settings: PlanSettings, pool: _Pool, start: np.ndarray, sto
 
 def _rows_of_pass(
     settings: PlanSettings,
-    pool: _Pool,
+    pool: SamplePool,
     samples: np.ndarray,
     first_slot: int,
     limit: int | None,
     rng: np.random.Generator,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the samples of a pass row after row, and the borders of the rows."""
+    if settings.length_clustering:
+        order = cluster_by_length(
+            pool.lengths[samples], first_slot=first_slot, global_batch_size=settings.global_batch_size, rng=rng
+        )
+        samples = samples[order[:limit]]
+        return samples, np.arange(len(samples) + 1)
     if settings.packing:
-        packed = pack_samples(pool.lengths[samples], settings.seq_length, rng)
+        # Counted in multiples: a sample takes its last one whole.
+        multiple = settings.sample_multiple
+        lengths = pool.lengths[samples] if multiple == 1 else -(-pool.lengths[samples] // multiple)
+        packed = pack_samples(lengths, settings.seq_length // multiple, rng)
         samples, borders = samples[packed.order], packed.borders
     else:
         borders = np.arange(len(samples) + 1)
@@ -257,7 +221,7 @@ def _rows_of_pass(
 
 
 def _balance(
-    settings: PlanSettings, pool: _Pool, ids: np.ndarray, borders: np.ndarray
+    settings: PlanSettings, pool: SamplePool, ids: np.ndarray, borders: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Put the rows of every full batch in an order in which every rank's part is even."""
     rows = len(borders) - 1
@@ -269,7 +233,7 @@ def _balance(
     return _take_rows(ids, borders, np.concatenate([order, np.arange(full, rows)]))
 
 
-def _row_loads(pool: _Pool, ids: np.ndarray, borders: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _row_loads(pool: SamplePool, ids: np.ndarray, borders: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return images and attention work (the sum of squares of the lengths) of each row."""
     images = np.add.reduceat(pool.num_images[ids], borders[:-1])
     return images, np.add.reduceat(np.square(pool.lengths[ids], dtype=np.float64), borders[:-1])

@@ -1,5 +1,6 @@
 """Advise on the length of a row: how full rows of neighbouring lengths would be."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -7,7 +8,8 @@ import numpy as np
 
 from megatron_vlm.data.blend import samples_per_pass
 from megatron_vlm.data.packing import packed_utilisation
-from megatron_vlm.data.planning import PlanSettings, SampleLengths
+from megatron_vlm.data.planning import PlanSettings
+from megatron_vlm.data.sample_pool import Overflow, SampleLengths
 
 _NEIGHBOURS = range(-2, 5)
 _STEPS_PER_ROW = 32
@@ -30,24 +32,35 @@ class RowLength:
 def compare_row_lengths(settings: PlanSettings, datasets: Sequence[SampleLengths]) -> list[RowLength]:
     """Pack one pass over the blend into rows of the planned length and of lengths 3 to 12 % away.
 
-    Samples longer than a row count as full rows, or not at all where they are dropped. Where a pass has more than a
-    million samples, a million of them are drawn.
+    Samples longer than a row count as full rows, as full rows and a rest where they are split, or not at all where they
+    are dropped. Where a pass has more than a million samples, a million of them are drawn.
 
     Raises:
         ConfigError: the blend cannot be made from these datasets.
     """
     lengths = _draw_lengths(settings, datasets)
-    step = max(_MULTIPLE, settings.seq_length // _STEPS_PER_ROW // _MULTIPLE * _MULTIPLE)
+    grain = math.lcm(_MULTIPLE, settings.sample_multiple)
+    step = max(grain, settings.seq_length // _STEPS_PER_ROW // grain * grain)
     result = []
     for neighbour in _NEIGHBOURS:
         seq_length = settings.seq_length + neighbour * step
         if seq_length <= 0:
             continue
         too_long = lengths > seq_length
-        packed = lengths[~too_long] if settings.overflow == "drop" else np.minimum(lengths, seq_length)
+        packed = _fit(lengths, seq_length, settings.overflow)
         if packed.size:
-            result.append(RowLength(seq_length, packed_utilisation(packed, seq_length), float(too_long.mean())))
+            utilisation = packed_utilisation(packed, seq_length, settings.sample_multiple)
+            result.append(RowLength(seq_length, utilisation, float(too_long.mean())))
     return result
+
+
+def _fit(lengths: np.ndarray, seq_length: int, overflow: Overflow) -> np.ndarray:
+    if overflow == "drop":
+        return lengths[lengths <= seq_length]
+    if overflow == "split":
+        whole, rest = np.divmod(lengths, seq_length)
+        return np.concatenate([np.full(whole.sum(), seq_length), rest[rest > 0]])
+    return np.minimum(lengths, seq_length)
 
 
 def choose_row_length(candidates: Sequence[RowLength], seq_length: int) -> RowLength:

@@ -35,8 +35,7 @@ def build_state(config: TrainConfig, rank: RankLayout, plan: Plan, source_names:
         chunks=chunks,
         wrapped=wrapped,
         optimizer=optimizer,
-        train_iters=plan.num_iterations,
-        plan_hash=plan.hash,
+        plan=plan,
         source_names=source_names,
     )
     _load(state)
@@ -69,15 +68,37 @@ def _take_progress(state: TrainState, progress: dict) -> None:
             where=state.config.run_dir,
             fix="name it in checkpoint.load_weights and train in another run_dir",
         )
-    if progress["plan_hash"] != state.plan_hash:
-        raise ConfigError(
-            f"the run was trained on data plan {progress['plan_hash'][:12]}, the config now gives "
-            f"{state.plan_hash[:12]}",
-            where=state.config.run_dir,
-            fix="restore data, seed, batch size and length of the training, or start another run_dir from its weights",
-        )
+    if progress["plan_hash"] != state.plan.hash:
+        _check_continues(state, progress)
     state.iteration = progress["iteration"]
     state.consumed_samples = progress["consumed_samples"]
+
+
+def _check_continues(state: TrainState, progress: dict) -> None:
+    """Check that another plan begins with the batches that the run has had: the run is only made longer or shorter."""
+    plan, iteration = state.plan, progress["iteration"]
+    # Checkpoints of earlier versions do not have it.
+    if progress.get("plan_data_hash") != plan.data_hash:
+        raise ConfigError(
+            f"the run was trained on data plan {progress['plan_hash'][:12]}, the config now gives {plan.hash[:12]}",
+            where=state.config.run_dir,
+            fix="restore data, seed and batch size of the training, or start another run_dir from its weights",
+        )
+    alike = min(progress["plan_stable_iterations"], plan.stable_iterations)
+    if iteration > alike:
+        raise ConfigError(
+            f"the run has done {iteration} iterations, and the plans of {progress['train_iters']} and "
+            f"{plan.num_iterations} iterations are alike in the first {alike} alone",
+            where=state.config.run_dir,
+            fix="restore the length of the training, or start another run_dir from its weights",
+        )
+    if state.is_reporter and plan.num_iterations != progress["train_iters"]:
+        logger.warning(
+            "train_iters changes from %d to %d: from iteration %d on, the learning rate is that of the new length",
+            progress["train_iters"],
+            plan.num_iterations,
+            iteration + 1,
+        )
 
 
 def _log_parameters(state: TrainState) -> None:

@@ -8,6 +8,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_vlm.config import Layout, TrainConfig
+from megatron_vlm.data.plan import Plan
 from megatron_vlm.models.vlm import VisionLanguageModel
 from megatron_vlm.parallel.groups import RankLayout
 
@@ -24,8 +25,7 @@ class TrainState:
     wrapped: Sequence[DistributedDataParallel]
     """The same with gradient buffers, as the schedules want it."""
     optimizer: MegatronOptimizer
-    train_iters: int
-    plan_hash: str
+    plan: Plan
     iteration: int = 0
     """Steps done."""
     consumed_samples: int = 0
@@ -33,12 +33,20 @@ class TrainState:
     """Why the loop ends before train_iters; None: it goes on."""
     source_names: Sequence[str] = field(default=())
 
+    @property
+    def train_iters(self) -> int:
+        """Steps of the whole run."""
+        return self.plan.num_iterations
+
     def progress(self) -> dict[str, Any]:
         """Return what a checkpoint keeps beside the tensors, as plain values."""
         return {
             "iteration": self.iteration,
             "consumed_samples": self.consumed_samples,
-            "plan_hash": self.plan_hash,
+            "train_iters": self.train_iters,
+            "plan_hash": self.plan.hash,
+            "plan_data_hash": self.plan.data_hash,
+            "plan_stable_iterations": self.plan.stable_iterations,
             "stage": self.config.stage,
         }
 

@@ -59,8 +59,9 @@ class _Counts:
     data_wait: float = 0.0
 
     def add(self, batch: VLMBatch) -> None:
-        is_padding = batch.input_ids[0, batch.cu_seqlens[:-1].long()] == self.pad_token_id
-        lengths = batch.cu_seqlens.diff()[~is_padding].double()
+        # A segment may end with padding; one that is nothing else counts as 0 tokens.
+        filled = (batch.input_ids[0] != self.pad_token_id).cumsum(0)
+        lengths = torch.cat([filled.new_zeros(1), filled[batch.cu_seqlens[1:].long() - 1]]).diff().double()
         self.num_tokens += batch.num_tokens
         self.num_positions += batch.input_ids.numel()
         self.num_images += batch.num_images
@@ -133,7 +134,7 @@ def train_step(
         data_iterator=iterators if len(iterators) > 1 else iterators[0],
         model=list(state.wrapped) if len(state.wrapped) > 1 else state.wrapped[0],
         num_microbatches=state.layout.num_micro_batches,
-        seq_length=state.layout.tokens_per_micro_batch,
+        seq_length=config.training.micro_batch_size * state.plan.seq_length(state.iteration),
         micro_batch_size=1,  # the rows of a micro-batch are one packed sequence
         forward_only=False,
     )

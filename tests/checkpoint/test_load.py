@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import re
 import shutil
 
 import pytest
@@ -116,14 +117,21 @@ def test_a_checkpoint_of_weights_alone_is_not_resumed(saved, tmp_path):
         start(dataclasses.replace(saved, run_dir=str(run_dir)))
 
 
-def test_other_data_at_resume_is_refused(saved, monkeypatch):
-    monkeypatch.setattr(
-        FixedPlan,
-        "__init__",
-        lambda self, n: object.__setattr__(self, "num_iterations", n) or object.__setattr__(self, "hash", "changed"),
-    )
+def test_other_data_at_resume_is_refused(saved):
     with pytest.raises(ConfigError, match="trained on data plan fixed, the config now gives changed"):
-        start(saved)
+        start(saved, FixedPlan.of(saved, hash="changed", data_hash="changed"))
+
+
+def test_a_longer_plan_of_the_same_data_is_resumed_with_one_warning(saved, caplog):
+    longer = FixedPlan.of(saved, hash="longer", num_iterations=9)
+    assert start(saved, longer).iteration == 2
+    (warning,) = [record.message for record in caplog.records if "train_iters" in record.message]
+    assert re.match(r"train_iters changes from \d to 9: from iteration 3 on, the learning rate", warning)
+
+
+def test_a_plan_that_begins_otherwise_is_refused(saved):
+    with pytest.raises(ConfigError, match=r"has done 2 iterations, .* alike in the first 1 alone.*restore the length"):
+        start(saved, FixedPlan.of(saved, hash="longer", stable_iterations=1))
 
 
 def test_a_save_replaces_the_checkpoint_of_a_lost_attempt(saved):

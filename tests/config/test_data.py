@@ -47,3 +47,21 @@ def test_row_without_a_length_is_refused(seq_length):
 def test_negative_number_of_loader_processes_is_refused():
     with pytest.raises(ConfigError, match="data.num_workers=-1 is negative"):
         data(BlendEntry(path="a"), num_workers=-1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"sample_multiple": 0}, "data.sample_multiple=0 is not positive"),
+        ({"sample_multiple": 24}, r"seq_length=4096 is not a multiple of .*=24; fix: set data.seq_length=4080"),
+        ({"seq_length": 8, "sample_multiple": 16}, "fix: set data.seq_length=16"),
+        ({"length_clustering": True}, "data.packing fills rows with several; fix: turn one of them off"),
+        (
+            {"packing": False, "length_clustering": True, "length_multiple": 40, "sample_multiple": 16},
+            r"length_multiple=40 is not a multiple of .*=16; fix: set data.length_multiple=48",
+        ),
+    ],
+)
+def test_multiples_that_do_not_go_together_are_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        data(BlendEntry(path="a"), **settings)

@@ -1,3 +1,4 @@
+import dataclasses
 import re
 
 import pytest
@@ -110,3 +111,39 @@ def test_row_that_sequence_parallelism_does_not_divide_is_refused():
     config = run_of(tp=5, sequence_parallel=True, model=model, global_batch_size=1)
     with pytest.raises(ConfigError, match=r"micro_batch_size \* seq_length \(192\) is not a multiple of .* \(5\)"):
         derive_layout(config, 5)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "data", "message"),
+    [
+        ({}, {"seq_length": 200}, r"micro_batch_size \* seq_length \(200\) is not a multiple of .* for FP8 \(16\)"),
+        (
+            {"tensor_model_parallel_size": 4, "sequence_parallel": True},
+            {"seq_length": 208},
+            r"seq_length \(208\) is not a multiple of .* for FP8 \(64\)",
+        ),
+        (
+            {},
+            {"packing": False, "length_clustering": True, "length_multiple": 8},
+            r"length_multiple \(8\) is not a multiple of .* for FP8 \(16\)",
+        ),
+    ],
+)
+def test_positions_that_fp8_cannot_divide_are_refused(parallel, data, message):
+    config = tiny_run(parallel=parallel, training={"fp8": "hybrid"})
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, **data))
+    with pytest.raises(ConfigError, match=message):
+        derive_layout(config, 4)
+
+
+def test_positions_of_any_number_are_accepted_without_fp8():
+    config = tiny_run()
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, seq_length=201))
+    assert derive_layout(config, 1).tokens_per_micro_batch == 201
+
+
+def test_rows_of_every_length_divide_over_tensor_parallel_ranks():
+    config = tiny_run(parallel={"tensor_model_parallel_size": 4, "sequence_parallel": True})
+    data = dataclasses.replace(config.data, packing=False, length_clustering=True, length_multiple=6)
+    with pytest.raises(ConfigError, match=r"length_multiple \(6\) is not a multiple of tensor parallel size \(4\)"):
+        derive_layout(dataclasses.replace(config, data=data), 4)

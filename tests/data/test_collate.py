@@ -177,7 +177,7 @@ def test_sample_longer_than_a_row_fills_it():
 
 
 def test_samples_that_do_not_fit_in_their_row_are_refused():
-    with pytest.raises(DataError, match=r"2 tokens more than data.seq_length=4 \(shard sample 3\)"):
+    with pytest.raises(DataError, match=r"2 tokens more than its length of 4 \(shard sample 3\)"):
         make_batch([[place(text(1, 5, 6)), place(text(1, 5, 6), sample_id=3)]], 4)
 
 

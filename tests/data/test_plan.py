@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from megatron_vlm.config import BlendEntry, ConfigError, DataError, StorageError
 from megatron_vlm.data.collate import cut_sample
 from megatron_vlm.data.plan import PlanSettings, build_plan, hash_plan, open_plan, plan_rows
-from megatron_vlm.data.planning import cut_outlines
+from megatron_vlm.data.sample_pool import cut_outlines
 from megatron_vlm.data.shards import EncodedSample, ImageSegment, TextSegment
 
 IMAGE_TOKENS = 16
@@ -114,6 +114,81 @@ def test_without_packing_every_sample_has_a_row_of_its_own(datasets):
     assert rows.row_borders.tolist() == list(range(291))
 
 
+@settings(max_examples=25, deadline=None)
+@given(
+    lengths=st.tuples(st.sampled_from([3, 13, 1.0, 1.7, 2.0, 2.5]), st.sampled_from([5, 50, 1.0, 1.5, 2.0, 3.0])),
+    mode=st.sampled_from(["packed", "plain", "clustered"]),
+    batch=st.integers(1, 24),
+    seed=st.integers(0, 99),
+)
+def test_stable_batches_are_alike_in_trainings_of_any_two_lengths(lengths, mode, batch, seed):
+    datasets = [make_dataset(150, seed), make_dataset(70, seed=seed + 1)]
+    plans = []
+    for length in lengths:
+        given_as = {"train_iters": length} if isinstance(length, int) else {"train_epochs": length, "train_iters": None}
+        changes = {"train_epochs": None, **given_as, "global_batch_size": batch, "seed": seed}
+        changes |= {"packing": mode == "packed", "length_clustering": mode == "clustered"}
+        plans.append(plan_rows(make_settings(**changes), datasets))
+    rows = min(plan.summary.stable_iterations for plan in plans) * batch
+    first, second = plans
+    assert (first.row_borders[: rows + 1] == second.row_borders[: rows + 1]).all()
+    samples = first.row_borders[rows]
+    assert (first.sample_ids[:samples] == second.sample_ids[:samples]).all()
+    if mode == "clustered":
+        assert (first.seq_lengths[: rows // batch] == second.seq_lengths[: rows // batch]).all()
+
+
+def test_all_batches_of_a_training_of_so_many_iterations_are_stable(datasets):
+    assert plan_rows(make_settings(train_iters=13, train_epochs=None), datasets).summary.stable_iterations == 13
+
+
+def test_a_last_batch_with_empty_rows_is_not_stable(datasets):
+    summary = plan_rows(make_settings(global_batch_size=64), datasets).summary
+    assert summary.num_rows % 64
+    assert summary.stable_iterations == summary.num_iterations - 1
+
+
+def test_rows_of_a_part_of_a_pass_are_not_stable(datasets):
+    one, more = (plan_rows(make_settings(train_epochs=epochs), datasets).summary for epochs in (1.0, 1.5))
+    assert more.stable_iterations == one.stable_iterations < more.num_iterations
+
+
+@settings(max_examples=25, deadline=None)
+@given(multiple=st.sampled_from([2, 8, 16, 32]), packing=st.booleans(), seed=st.integers(0, 99))
+def test_aligned_samples_fit_in_their_rows_once_each(multiple, packing, seed):
+    datasets = [make_dataset(120, seed), make_dataset(50, seed=seed + 1)]
+    rows = plan_rows(make_settings(sample_multiple=multiple, packing=packing, seed=seed), datasets)
+    assert (counts_of(rows, datasets) == 1).all()
+    aligned = -(-lengths_of(datasets) // multiple) * multiple
+    assert np.add.reduceat(aligned[rows.sample_ids], rows.row_borders[:-1]).max() <= 128
+
+
+def test_alignment_counts_as_padding(datasets):
+    rows = plan_rows(make_settings(sample_multiple=32), datasets)
+    assert rows.summary.num_tokens == lengths_of(datasets).sum()
+    assert rows.summary.utilisation == lengths_of(datasets).sum() / (rows.summary.num_rows * 128)
+
+
+def test_clustered_batches_have_the_length_of_their_longest_sample(datasets):
+    rows = plan_rows(make_settings(packing=False, length_clustering=True, length_multiple=8), datasets)
+    assert (counts_of(rows, datasets) == 1).all()
+    lengths = lengths_of(datasets)[rows.sample_ids]
+    for batch, seq_length in enumerate(rows.seq_lengths):
+        assert seq_length == -(-lengths[8 * batch : 8 * batch + 8].max() // 8) * 8
+    positions = np.repeat(rows.seq_lengths, 8)[: len(lengths)].sum()
+    assert rows.summary.utilisation == lengths.sum() / positions
+
+
+def test_clustering_wastes_less_than_full_rows(datasets):
+    datasets = [make_dataset(2000), make_dataset(900, seed=1)]
+    plain, clustered = (
+        plan_rows(make_settings(packing=False, length_clustering=on, length_multiple=8), datasets).summary.utilisation
+        for on in (False, True)
+    )
+    assert plain < 0.4
+    assert clustered > 0.9
+
+
 def test_weights_give_shares_of_samples(datasets):
     blend = (BlendEntry(path="a", weight=1.0), BlendEntry(path="b", weight=1.0))
     rows = plan_rows(make_settings(blend=blend), datasets)
@@ -179,6 +254,52 @@ def test_sample_of_which_nothing_fits_is_dropped():
     assert (rows.sample_ids.tolist(), rows.summary.dropped, rows.summary.truncated) == ([0], 1, 0)
 
 
+def test_overflow_split_gives_every_piece_an_id_of_its_own():
+    # 300 tokens of text are three pieces; 20 of text and 9 images two: 20 + 6 x 16 = 116 and 3 x 16.
+    datasets = [Lengths([0, 0], [300, 5]), Lengths([9], [20])]
+    rows = plan_rows(make_settings(overflow="split"), datasets)
+    assert sorted(rows.sample_ids.tolist()) == [0, 1, 2, 3, 4, 5]
+    assert rows.pool.lengths.tolist() == [128, 5, 116, 128, 44, 48]
+    assert rows.pool.num_images.tolist() == [0, 0, 6, 0, 0, 3]
+    assert rows.pool.pieces.tolist() == [[0, 0, 2], [128, 256, 116], [256, 300, 164]]
+    summary = rows.summary
+    assert (summary.split, summary.truncated, summary.dropped, summary.first_piece_id) == (2, 0, 0, 3)
+    assert (summary.num_tokens, summary.num_images) == (300 + 5 + 164, 9)
+
+
+@settings(max_examples=20, deadline=None)
+@given(epochs=st.sampled_from([1, 2]), batch=st.integers(1, 9), seed=st.integers(0, 99))
+def test_every_piece_occurs_once_per_epoch(epochs, batch, seed):
+    datasets = [make_dataset(60, seed), make_dataset(40, seed=seed + 1)]
+    changes = {"overflow": "split", "seq_length": 40, "train_epochs": float(epochs), "global_batch_size": batch}
+    rows = plan_rows(make_settings(**changes), datasets)
+    assert (np.bincount(rows.sample_ids, minlength=len(rows.pool.lengths)) == epochs).all()
+    assert rows.pool.lengths.max() <= 40
+    assert rows.summary.num_tokens == epochs * lengths_of(datasets).sum()
+
+
+def test_pieces_belong_to_their_samples():
+    rows = plan_rows(make_settings(overflow="split"), [Lengths([0, 0], [300, 5]), Lengths([9], [20])])
+    assert rows.pool.samples_of(np.arange(6, dtype=np.uint32)).tolist() == [0, 1, 2, 0, 0, 2]
+
+
+def test_image_larger_than_a_row_names_its_sample():
+    datasets = [Lengths([0, 0, 1], [5, 500, 5])]
+    plan = make_settings(blend=(BlendEntry(path="a"),), overflow="split", num_image_tokens=200)
+    with pytest.raises(DataError, match=r"an image takes 200 tokens, data.seq_length is 128.*\(a sample 2\)"):
+        plan_rows(plan, datasets)
+
+
+def test_saved_pieces_are_those_of_the_plan(tmp_path):
+    datasets = [Lengths([0, 0], [300, 5]), Lengths([9], [20])]
+    plan = build_plan(make_settings(overflow="split"), datasets, tmp_path)
+    assert [plan.pieces.find(number) for number in range(4)] == [(0, 0, 128), (1, 0, None), (2, 0, 116), (0, 128, 256)]
+
+
+def test_plan_without_split_has_no_pieces(datasets, tmp_path):
+    assert build_plan(make_settings(), datasets, tmp_path).pieces is None
+
+
 segments = st.one_of(
     st.just(ImageSegment(b"x")),
     st.integers(1, 40).map(lambda size: TextSegment(np.zeros(size, dtype=np.int32), True)),
@@ -220,6 +341,15 @@ def test_iteration_is_its_rows_in_order(datasets, tmp_path):
         assert plan.sample_ids(iteration).tolist() == np.concatenate(rows).tolist()
 
 
+def test_plan_knows_the_row_length_of_every_iteration(datasets, tmp_path):
+    clustered = make_settings(packing=False, length_clustering=True)
+    plan, rows = build_plan(clustered, datasets, tmp_path), plan_rows(clustered, datasets)
+    assert [plan.seq_length(iteration) for iteration in range(plan.num_iterations)] == rows.seq_lengths.tolist()
+    assert build_plan(make_settings(), datasets, tmp_path).seq_length(0) == 128
+    with pytest.raises(IndexError, match="iteration"):
+        plan.seq_length(plan.num_iterations)
+
+
 def test_rows_after_the_last_sample_are_empty(datasets, tmp_path):
     plan = build_plan(make_settings(global_batch_size=64), datasets, tmp_path)
     assert plan.num_rows % 64 == 0
@@ -248,12 +378,31 @@ def test_pickled_plan_carries_no_arrays(datasets, tmp_path):
     [{"seed": 4}, {"seq_length": 256}, {"train_epochs": 2.0}, {"global_batch_size": 4}, {"packing": False}]
     + [
         {"overflow": "drop"},
+        {"overflow": "split"},
         {"num_image_tokens": 8},
+        {"sample_multiple": 2},
+        {"packing": False, "length_clustering": True},
         {"blend": (BlendEntry(path="a"), BlendEntry(path="b", epochs=2))},
     ],
 )
 def test_hash_depends_on_every_setting(datasets, changes):
     assert hash_plan(make_settings(**changes), datasets) != hash_plan(make_settings(), datasets)
+
+
+def test_data_hash_depends_on_everything_but_the_length_of_the_training(datasets, tmp_path):
+    first, longer, other = (
+        build_plan(make_settings(**changes), datasets, tmp_path).data_hash
+        for changes in ({}, {"train_epochs": None, "train_iters": 3}, {"seed": 4})
+    )
+    assert first == longer != other
+
+
+def test_row_multiple_matters_with_clustering_alone(datasets):
+    plain, clustered = (
+        {hash_plan(make_settings(packing=False, length_clustering=on, length_multiple=n), datasets) for n in (8, 16)}
+        for on in (False, True)
+    )
+    assert (len(plain), len(clustered)) == (1, 2)
 
 
 def test_hash_depends_on_the_datasets(datasets):

@@ -31,7 +31,7 @@ def play(monkeypatch):
         torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
         try:
             build_groups(config.parallel)
-            state = build_state(config, rank_layout(), FixedPlan(2), SOURCES)
+            state = build_state(config, rank_layout(), FixedPlan.of(config, num_iterations=2), SOURCES)
             if not step:
                 return state
             rows = [[index % 8] for index in range(config.training.global_batch_size)]

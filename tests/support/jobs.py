@@ -35,7 +35,19 @@ class FixedPlan:
     """Stands for a plan whose rows the test gives itself."""
 
     num_iterations: int
+    row_lengths: Sequence[int]
+    """Of each iteration; the last one goes on."""
     hash: str = "fixed"
+    data_hash: str = "fixed"
+    stable_iterations: int = 100
+
+    @classmethod
+    def of(cls, config: TrainConfig, row_lengths: Sequence[int] = (), **changes: Any) -> "FixedPlan":
+        settings = {"num_iterations": config.training.train_iters, "row_lengths": row_lengths, **changes}
+        return cls(**{**settings, "row_lengths": tuple(row_lengths) or (config.data.seq_length,)})
+
+    def seq_length(self, iteration: int) -> int:
+        return self.row_lengths[min(iteration, len(self.row_lengths) - 1)]
 
 
 @dataclass(frozen=True)
@@ -49,21 +61,28 @@ class Steps:
     """Distinct step counts of the optimizer at the end."""
 
 
-def start(config: TrainConfig) -> TrainState:
+def start(config: TrainConfig, plan: FixedPlan | None = None) -> TrainState:
     """Build groups, model and optimizer on this rank, and load what the config names."""
     build_groups(config.parallel)
-    return build_state(config, rank_layout(), FixedPlan(config.training.train_iters), SOURCES)
+    return build_state(config, rank_layout(), plan or FixedPlan.of(config), SOURCES)
 
 
 def batches_of(
-    config: TrainConfig, rank: RankLayout, rows: Sequence[Sequence[int]], samples: Sequence[PlacedSample], first: int
+    config: TrainConfig,
+    rank: RankLayout,
+    rows: Sequence[Sequence[int]],
+    samples: Sequence[PlacedSample],
+    first: int,
+    plan: FixedPlan | None = None,
 ) -> Iterator[VLMBatch]:
     """Yield this rank's micro-batches of every global batch from iteration `first` on."""
+    plan = plan or FixedPlan.of(config)
     size, micro = config.training.global_batch_size, config.training.micro_batch_size
     share = ImageShare(rank.tp_rank, rank.tp_size) if rank.is_first_stage else None
     collation = Collation.from_config(config.model, config.data)
     for begin in range(first * size, len(rows), size):
         mine = list(rows[begin : begin + size])[rank.dp_rank :: rank.dp_size]
+        collation = replace(collation, seq_length=plan.seq_length(begin // size))
         for index in range(0, len(mine), micro):
             yield collate([[samples[i] for i in row] for row in mine[index : index + micro]], collation, share)
 
@@ -76,11 +95,13 @@ def train_steps(
     num_steps: int,
     max_images: int = 3,
     save: bool = False,
+    row_lengths: Sequence[int] = (),
 ) -> Steps:
     """Do steps over given rows, after loading what the config names; save at the end if asked to."""
-    state = start(config)
+    plan = FixedPlan.of(config, row_lengths)
+    state = start(config, plan)
     samples = make_samples(num_samples, max_images=max_images)
-    loaders = [batches_of(config, state.rank, rows, samples, state.iteration) for _ in state.chunks]
+    loaders = [batches_of(config, state.rank, rows, samples, state.iteration, plan) for _ in state.chunks]
     measured = [_step(state, loaders) for _ in range(num_steps)]
     if save:
         save_checkpoint(config, state.chunks, state.optimizer, state.progress())
