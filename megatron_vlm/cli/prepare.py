@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from megatron_vlm.data.image_check import ImageRules
     from megatron_vlm.data.manifest import Manifest
     from megatron_vlm.data.part import ImagePlace
+    from megatron_vlm.data.prepare import PrepareJob
     from megatron_vlm.data.sources.source import Source
 
 _EXAMPLES = {
@@ -75,8 +76,15 @@ def _add_common(parser: argparse.ArgumentParser, kind: str) -> None:
     add("--tokenizer", type=Path, required=True, metavar="T", help="SentencePiece model, or a folder with one")
     add("--source", default=_SOURCE_NAMES[kind], metavar="NAME", help="name of its loss (default: %(default)s)")
     add("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (default: one a core)")
+    add("--distributor", choices=("processes", "ray"), default="processes", help="ray: a cluster with a shared disk")
+    add("--ray-address", metavar="A", help="of the cluster (default: RAY_ADDRESS, else one is started here)")
     add("--part", metavar="I/N", help="this part of the input files, into DIR.part-I-of-N; then: data merge")
     add("--max-shard-bytes", type=int, default=4 << 30, metavar="N", help="size of a shard (default: 4 GiB)")
+    add(
+        "--drop-duplicates",
+        choices=("documents", "images"),
+        help="reject samples with the text and images, or the images, of an earlier one",
+    )
     text = parser.add_argument_group("text")
     text.add_argument("--max-characters", type=int, default=500_000, metavar="N", help="longest text of a document")
     text.add_argument("--control-characters", action="store_true", help="take text with control characters")
@@ -153,12 +161,28 @@ def run(args: argparse.Namespace) -> int:
         images=_image_place(args),
         image_rules=_image_rules(args),
         max_shard_bytes=args.max_shard_bytes,
+        drop_duplicates=args.drop_duplicates,
     )
     share = Share.parse(args.part) if args.part is not None else None
     output = args.output if share is None else share.folder(args.output)
     job = PrepareJob(output=output, source_name=args.source, part=part, share=share)
-    _report(output, prepare(job, num_workers=args.workers))
+    if args.distributor == "ray":
+        manifest = _prepare_on_ray(job, args.ray_address or os.environ.get("RAY_ADDRESS"), args.workers)
+    else:
+        manifest = prepare(job, num_workers=args.workers)
+    _report(output, manifest)
     return ExitCode.DONE
+
+
+def _prepare_on_ray(job: "PrepareJob", address: str | None, num_workers: int) -> "Manifest":
+    from megatron_vlm.data.prepare import prepare
+    from megatron_vlm.data.ray_engine import ray_cluster
+
+    # Ray reports its use to its makers, and tells of its plans for GPUs, unless told not to.
+    for variable in ("RAY_USAGE_STATS_ENABLED", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"):
+        os.environ.setdefault(variable, "0")
+    with ray_cluster(address, num_workers=num_workers) as engine:
+        return prepare(job, engine=engine)
 
 
 def _source(args: argparse.Namespace) -> "Source":

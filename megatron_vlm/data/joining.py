@@ -38,6 +38,7 @@ def join_facts(
     folders: Sequence[Path],
     rejects: Path,
     missing: Iterator[str],
+    duplicates: Path | None = None,
 ) -> Manifest:
     """Write the list of rejects of all pieces and return the manifest of the whole; may be done again.
 
@@ -47,12 +48,14 @@ def join_facts(
         folders: of the pieces.
         rejects: where the list goes.
         missing: more rows of the list, each a rejected document that no piece has counted.
+        duplicates: file of more rows, each of a rejected document that its piece has counted.
     """
     reasons, notes = Counter[str](), Counter[str]()
     for piece in pieces:
         reasons.update(piece.rejects)
         notes.update(piece.notes)
-    num_missing = _write_rejects(rejects, folders, missing)
+    lists = [folder / REJECTS_FILE for folder in folders] + ([duplicates] if duplicates else [])
+    num_missing = _write_rejects(rejects, lists, missing)
     if num_missing:
         reasons["image_missing"] += num_missing
     content = rejects.read_bytes()
@@ -119,13 +122,13 @@ def check_not_empty(manifest: Manifest, where: Path) -> None:
         )
 
 
-def _write_rejects(path: Path, folders: Sequence[Path], missing: Iterator[str]) -> int:
-    """Write the list of rejects of all pieces; returns how many `missing` adds."""
+def _write_rejects(path: Path, lists: Sequence[Path], missing: Iterator[str]) -> int:
+    """Put the lists of rejects together; returns how many `missing` adds."""
     count = 0
     unfinished = path.with_name(path.name + ".tmp")
     with unfinished.open("wb") as stream:
-        for folder in folders:
-            with (folder / REJECTS_FILE).open("rb") as own:
+        for rows in lists:
+            with rows.open("rb") as own:
                 shutil.copyfileobj(own, stream)
         for count, row in enumerate(missing, start=1):  # noqa: B007
             stream.write(row.encode())

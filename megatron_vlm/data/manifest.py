@@ -69,6 +69,20 @@ class ShardFacts:
     files: dict[str, FileFacts]
     """By suffix: bin, idx, crc."""
 
+    @classmethod
+    def from_tree(cls, tree: dict[str, Any]) -> "ShardFacts":
+        """Read what `dataclasses.asdict` wrote as JSON.
+
+        Raises:
+            KeyError, TypeError: a field is missing, or there is another one.
+        """
+        return cls(
+            name=tree["name"],
+            input=tree["input"],
+            counts=Counts(**tree["counts"]),
+            files={suffix: FileFacts(**facts) for suffix, facts in tree["files"].items()},
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
@@ -124,6 +138,10 @@ def load_manifest(folder: Path) -> Manifest:
     Raises:
         DataError: the folder, or its manifest, is missing, damaged, unfinished or of another format version.
     """
+    if folder.is_file():
+        raise DataError(
+            "path is a file, not the folder of a dataset", where=str(folder), fix=f"give the folder: {folder.parent}"
+        )
     path = folder / MANIFEST_FILE
     try:
         tree = json.loads(path.read_bytes())
@@ -163,19 +181,10 @@ def _missing(folder: Path) -> DataError:
 
 
 def _from_tree(tree: dict[str, Any]) -> Manifest:
-    shards = tuple(
-        ShardFacts(
-            name=shard["name"],
-            input=shard["input"],
-            counts=Counts(**shard["counts"]),
-            files={suffix: FileFacts(**facts) for suffix, facts in shard["files"].items()},
-        )
-        for shard in tree["shards"]
-    )
     return Manifest(
         source=tree["source"],
         tokenizer=TokenizerFacts(**tree["tokenizer"]),
-        shards=shards,
+        shards=tuple(ShardFacts.from_tree(shard) for shard in tree["shards"]),
         documents=tree["documents"],
         rejects=dict(tree["rejects"]),
         notes=dict(tree["notes"]),

@@ -6,28 +6,35 @@ have made every reader follow them, and a moved or deleted part would break the 
 """
 
 import dataclasses
+import functools
 import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 from megatron_vlm.config import ConfigError, DataError, StorageError
+from megatron_vlm.data.deduplicate import drop_repeats
 from megatron_vlm.data.joining import check_not_empty, join_facts, load_used_rows, missing_rows
 from megatron_vlm.data.manifest import MANIFEST_FILE, REJECTS_FILE, Manifest, ShardFacts, load_manifest, save_manifest
 from megatron_vlm.data.shards import SUFFIXES, ShardedDataset
 from megatron_vlm.data.share import SHARE_OPTION, Share
 from megatron_vlm.data.sources.locations import parse_location
 from megatron_vlm.data.sources.pair_table import TableFile
+from megatron_vlm.data.workers import run_tasks
+
+_UNIQUE = ".unique"
 
 
-def merge_datasets(output: Path, folders: Sequence[Path]) -> Manifest:
+def merge_datasets(output: Path, folders: Sequence[Path], *, num_workers: int = 1) -> Manifest:
     """Join all shares of one preparation, in any order, into the dataset that one job would have written.
 
     Args:
         output: new folder on the file system of the parts; left alone if it holds this very dataset.
         folders: what `prepare --part 1/N` to `N/N` wrote.
+        num_workers: processes that write the shards again that have duplicates, where these are to be dropped.
 
     Returns:
         The manifest of the whole.
@@ -45,12 +52,20 @@ def merge_datasets(output: Path, folders: Sequence[Path]) -> Manifest:
     tables = _open_tables(manifests[ordered[0]])
     num_rows = sum(table.num_rows for table in tables)
     used_rows = [load_used_rows(folder, num_rows) for folder in ordered] if tables else []
-    pieces = [manifests[folder] for folder in ordered]
+    pieces: Sequence[Any] = [manifests[folder] for folder in ordered]
+    sources = [folder / shard.name for folder in ordered for shard in manifests[folder].shards]
+    duplicates = None
     with _written_beside(output) as unfinished:
-        manifest = join_facts(plan, pieces, ordered, unfinished / REJECTS_FILE, missing_rows(tables, used_rows))
+        if kind := plan.options.get("drop_duplicates"):
+            run = functools.partial(run_tasks, num_workers=num_workers)
+            work = unfinished / _UNIQUE
+            unique = drop_repeats(pieces, ordered, kind=kind, tokenizer=plan.tokenizer, work=work, run=run)
+            pieces, sources, duplicates = unique.pieces, unique.sources, unique.rows
+        missing = missing_rows(tables, used_rows)
+        manifest = join_facts(plan, pieces, ordered, unfinished / REJECTS_FILE, missing, duplicates)
         check_not_empty(manifest, ordered[0] / REJECTS_FILE)
-        sources = [folder / shard.name for folder in ordered for shard in manifests[folder].shards]
         _link_shards(sources, manifest.shards, unfinished)
+        shutil.rmtree(unfinished / _UNIQUE, ignore_errors=True)
         save_manifest(manifest, unfinished)
     return manifest
 

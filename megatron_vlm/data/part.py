@@ -4,14 +4,16 @@ Everything that `prepare` writes goes through `prepare_part`, whoever calls it: 
 part depends on its input file and the options alone, is written beside its place and renamed into it when it is whole.
 """
 
-import contextlib
 import dataclasses
+import errno
 import functools
 import json
 import os
 import shutil
+import socket
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,9 +21,10 @@ import numpy as np
 
 from megatron_vlm.config import StorageError
 from megatron_vlm.data.documents import VARIANTS, Document, JoinRules, RejectError, join_text
+from megatron_vlm.data.duplicates import FingerprintWriter
 from megatron_vlm.data.encoding import encode_document
 from megatron_vlm.data.image_check import ImageRules
-from megatron_vlm.data.manifest import REJECTS_FILE, Counts, FileFacts, ShardFacts
+from megatron_vlm.data.manifest import REJECTS_FILE, ShardFacts
 from megatron_vlm.data.shards import EncodedSample, ShardWriter
 from megatron_vlm.data.sources.image_store import FolderImages, ImageReader, ImageStore, RemoteImages, TarImages
 from megatron_vlm.data.sources.locations import Location, RemoteFile
@@ -79,6 +82,8 @@ class PartJob:
     image_rules: ImageRules = ImageRules()
     max_shard_bytes: int = 4 << 30
     """A shard that reaches this size is followed by another."""
+    drop_duplicates: str | None = None
+    """Which samples go when the parts are joined, one of `duplicates.KINDS`; None: all stay."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,34 +112,49 @@ def prepare_part(job: PartJob, path: Location, name: str, folder: Path, report: 
     """
     if folder.exists():
         return load_part(folder)
-    unfinished = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    with built_beside(folder, f"preparation of {name}") as unfinished:
+        return _write_part(job, path, name, unfinished, report)
+
+
+@contextmanager
+def built_beside(folder: Path, what: str) -> Iterator[Path]:
+    """Give a folder that becomes `folder` when all is written; several processes, also of several nodes, may try.
+
+    Raises:
+        StorageError: a file cannot be read or written; `what` names the work.
+    """
+    unfinished = folder.with_name(f"{folder.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     try:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir()
-        facts = _write_part(job, path, name, unfinished, report)
-        with contextlib.suppress(FileExistsError):  # whoever was faster wrote the same bytes
+        yield unfinished
+        try:
             unfinished.rename(folder)
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise
+            shutil.rmtree(unfinished)  # whoever was faster wrote the same bytes
     except OSError as error:
         raise StorageError(
-            f"preparation of {name} stopped: {error.strerror or error}",
+            f"{what} stopped: {error.strerror or error}",
             where=str(error.filename or folder),
             fix="check the disk, then run the same command again; finished input files are kept",
         ) from error
-    return facts
+
+
+def discard(unfinished: Path) -> None:
+    """Remove what an interrupted `built_beside` left, even if a process on another node still writes to it."""
+    # Under another name it cannot become whole any more, whatever is removed when.
+    gone = unfinished.with_name(unfinished.name + ".gone")
+    shutil.rmtree(gone, ignore_errors=True)
+    unfinished.rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)
 
 
 def load_part(folder: Path) -> PartFacts:
     """Read what a finished part says about itself."""
     tree = json.loads((folder / PART_FILE).read_bytes())
-    shards = tuple(
-        ShardFacts(
-            name=shard["name"],
-            input=shard["input"],
-            counts=Counts(**shard["counts"]),
-            files={suffix: FileFacts(**facts) for suffix, facts in shard["files"].items()},
-        )
-        for shard in tree.pop("shards")
-    )
+    shards = tuple(ShardFacts.from_tree(shard) for shard in tree.pop("shards"))
     return PartFacts(**tree, shards=shards)
 
 
@@ -149,20 +169,28 @@ def _write_part(job: PartJob, path: Location, name: str, folder: Path, report: R
     context = ReadContext(images)
     tokenizer = _tokenizer(job.tokenizer)
     shards = _ShardSeries(folder, name, job.max_shard_bytes)
+    fingerprints = FingerprintWriter(folder, job.drop_duplicates) if job.drop_duplicates else None
     rejects: Counter[str] = Counter()
     documents = reported_rejects = 0
     with (folder / REJECTS_FILE).open("w") as log:
         for documents, found in enumerate(job.source.read(path, context), start=1):
-            error = _add(found, job.recipe, tokenizer, shards)
-            if error is not None:
-                rejects[error.reason] += 1
-                log.write(reject_row(name, found, error))
+            samples = _samples(found, job.recipe, tokenizer)
+            if isinstance(samples, RejectError):
+                rejects[samples.reason] += 1
+                log.write(reject_row(name, found, samples))
+            else:
+                for sample in samples:
+                    shards.add(sample)
+                if fingerprints is not None:
+                    fingerprints.add(samples, name, found.line, found.key)
             if documents % _REPORT_EVERY == 0:
                 report(_REPORT_EVERY, sum(rejects.values()) - reported_rejects)
                 reported_rejects = sum(rejects.values())
         log.flush()
         os.fsync(log.fileno())
     report(documents % _REPORT_EVERY, sum(rejects.values()) - reported_rejects)
+    if fingerprints is not None:
+        fingerprints.close()
     np.save(folder / USED_ROWS_FILE, np.array(context.used_rows, dtype=np.int64))
     facts = PartFacts(
         input=name,
@@ -175,17 +203,14 @@ def _write_part(job: PartJob, path: Location, name: str, folder: Path, report: R
     return facts
 
 
-def _add(found: Found, recipe: Recipe, tokenizer: Tokenizer, shards: "_ShardSeries") -> RejectError | None:
-    """Write the samples of a document: all of them, or none and why."""
+def _samples(found: Found, recipe: Recipe, tokenizer: Tokenizer) -> list[EncodedSample] | RejectError:
+    """Return the samples of a document: all of them, or why there are none."""
     if isinstance(found.document, RejectError):
         return found.document
     try:
-        samples = list(_encode(found.document, recipe, tokenizer))
+        return list(_encode(found.document, recipe, tokenizer))
     except RejectError as error:
         return error
-    for sample in samples:
-        shards.add(sample)
-    return None
 
 
 def _encode(document: Document, recipe: Recipe, tokenizer: Tokenizer) -> Iterator[EncodedSample]:

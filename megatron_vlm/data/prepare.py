@@ -6,11 +6,12 @@ manifest; until then a folder `.prepare` inside of it keeps what is done.
 
 import dataclasses
 import fcntl
+import functools
 import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ from typing import Any
 import numpy as np
 
 from megatron_vlm.config import ConfigError, StorageError
+from megatron_vlm.data.deduplicate import drop_repeats
+from megatron_vlm.data.duplicates import join_fingerprints
 from megatron_vlm.data.joining import check_not_empty, join_facts, missing_rows, save_used_rows
 from megatron_vlm.data.manifest import (
     MANIFEST_FILE,
@@ -28,7 +31,7 @@ from megatron_vlm.data.manifest import (
     load_manifest,
     save_manifest,
 )
-from megatron_vlm.data.part import USED_ROWS_FILE, PartFacts, PartJob, load_part, prepare_part
+from megatron_vlm.data.part import USED_ROWS_FILE, PartJob, discard, load_part, prepare_part
 from megatron_vlm.data.shards import SUFFIXES
 from megatron_vlm.data.share import SHARE_OPTION, Share
 from megatron_vlm.data.sources.image_store import index_tar
@@ -37,12 +40,13 @@ from megatron_vlm.data.sources.locations import Location, absolute, place_of, si
 from megatron_vlm.data.sources.pair_table import index_table
 from megatron_vlm.data.sources.pairs import TarPairSource
 from megatron_vlm.data.tokenizer import load_tokenizer
-from megatron_vlm.data.workers import run_tasks
+from megatron_vlm.data.workers import Engine, run_tasks
 from megatron_vlm.platform.durable_files import write_durably
 
 logger = logging.getLogger(__name__)
 
-_JOB_FILE, _LOCK_FILE, _PARTS, _IMAGE_INDEX, _TABLE_INDEX = "job.json", "lock", "parts", "images", "tables"
+_JOB_FILE, _LOCK_FILE = "job.json", "lock"
+_PARTS, _UNIQUE, _IMAGE_INDEX, _TABLE_INDEX = "parts", "unique", "images", "tables"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,12 +61,13 @@ class PrepareJob:
     """Prepare only this share of the input files; the output is a dataset for `data merge`."""
 
 
-def prepare(job: PrepareJob, *, num_workers: int = 1) -> Manifest:
+def prepare(job: PrepareJob, *, num_workers: int = 1, engine: Engine | None = None) -> Manifest:
     """Prepare a dataset, or go on where an earlier call with the same options was interrupted.
 
     Args:
         job: what to prepare, and how.
         num_workers: processes; the result does not depend on it.
+        engine: runs the tasks instead of processes of this machine, e.g. `ray_engine.ray_cluster`; nor on this.
 
     Returns:
         The manifest, which is also in the output folder.
@@ -80,15 +85,16 @@ def prepare(job: PrepareJob, *, num_workers: int = 1) -> Manifest:
     if done is not None:
         logger.info("%s is already prepared with these options", job.output)
         return done
+    run: Engine = engine or functools.partial(run_tasks, num_workers=num_workers)
     work = job.output / WORK_FOLDER
     with _claimed(work, plan):
-        part = _build_indexes(job.part, work, num_workers)
+        part = _build_indexes(job.part, work, run)
         folders = [work / _PARTS / f"{number:05d}" for number in range(len(own))]
         # Workers get their input file by itself; a list of thousands with every task would be most of the traffic.
         small = dataclasses.replace(part, source=dataclasses.replace(part.source, inputs=()))  # type: ignore[type-var]
         tasks = [(small, path, name, folder) for (name, path), folder in zip(own, folders, strict=True)]
-        run_tasks(prepare_part, tasks, num_workers=num_workers, unit="documents", reports=True)
-        manifest = _join(job.output, plan, job, folders)
+        run(prepare_part, tasks, unit="documents", reports=True)
+        manifest = _join(job, plan, folders, run)
         save_manifest(manifest, job.output)
         shutil.rmtree(work)
     return manifest
@@ -106,6 +112,8 @@ def _plan(job: PrepareJob, inputs: dict[str, Location]) -> Manifest:
         "max_shard_bytes": part.max_shard_bytes,
         "inputs": {name: size_of(path) for name, path in inputs.items()},
     }
+    if part.drop_duplicates:
+        options["drop_duplicates"] = part.drop_duplicates
     if part.images.tars:
         options["image_tars"] = {name: size_of(path) for name, path in _name_inputs(part.images.tars).items()}
     if isinstance(part.source, TarPairSource):
@@ -195,57 +203,66 @@ def _claimed(work: Path, plan: Manifest) -> Iterator[None]:
                 where=str(work.parent),
                 fix="use the same options to go on, or delete the folder",
             )
-        for left_over in [*work.glob("*.tmp"), *(work / _PARTS).glob("*.tmp")]:
-            shutil.rmtree(left_over)
+        for left_over in [path for folder in (work, work / _PARTS, work / _UNIQUE) for path in folder.glob("*.tmp")]:
+            discard(left_over)
         yield
 
 
-def _build_indexes(part: PartJob, work: Path, num_workers: int) -> PartJob:
+def _build_indexes(part: PartJob, work: Path, run: Engine) -> PartJob:
     """Index what is joined by name or URL, and tell the job where the index is."""
     if part.images.tars:
         tasks = [(path, number) for number, path in enumerate(part.images.tars)]
-        index = _build_index(work / _IMAGE_INDEX, index_tar, tasks, num_workers)
+        index = _build_index(work / _IMAGE_INDEX, index_tar, tasks, run)
         part = dataclasses.replace(part, images=dataclasses.replace(part.images, index=index))
     if isinstance(part.source, TarPairSource) and part.source.tables:
         starts = np.cumsum([0, *(table.num_rows for table in part.source.tables)]).tolist()
         tasks = [(table.path, start) for table, start in zip(part.source.tables, starts, strict=False)]
-        index = _build_index(work / _TABLE_INDEX, index_table, tasks, num_workers)
+        index = _build_index(work / _TABLE_INDEX, index_table, tasks, run)
         part = dataclasses.replace(part, source=dataclasses.replace(part.source, table_index=index))
     return part
 
 
-def _build_index(folder: Path, function: Any, tasks: list[tuple], num_workers: int) -> Path:
+def _build_index(folder: Path, function: Any, tasks: list[tuple], run: Engine) -> Path:
     if not folder.exists():
-        rows: list[JoinRows] = run_tasks(function, tasks, num_workers=num_workers, unit="files")
+        rows: list[JoinRows] = run(function, tasks, unit="files")
         unfinished = folder.with_name(folder.name + ".tmp")
         save_join_index(rows, unfinished)
         unfinished.rename(folder)
     return folder
 
 
-def _join(output: Path, plan: Manifest, job: PrepareJob, folders: list[Path]) -> Manifest:
+def _join(job: PrepareJob, plan: Manifest, folders: list[Path], run: Engine) -> Manifest:
     """Put the parts together and return the complete manifest; may be done again after an interruption.
 
     Raises:
         DataError: no document became a sample, of all input files.
     """
-    parts = [load_part(folder) for folder in folders]
+    output, kind = job.output, job.part.drop_duplicates
+    parts: Sequence[Any] = [load_part(folder) for folder in folders]
+    shards = [folder / shard.name for folder, part in zip(folders, parts, strict=True) for shard in part.shards]
+    duplicates = None
+    if kind and job.share is None:
+        work = output / WORK_FOLDER / _UNIQUE
+        unique = drop_repeats(parts, folders, kind=kind, tokenizer=plan.tokenizer, work=work, run=run)
+        parts, shards, duplicates = unique.pieces, unique.sources, unique.rows
     tables = job.part.source.tables if isinstance(job.part.source, TarPairSource) else ()
     used_rows = [np.load(folder / USED_ROWS_FILE) for folder in folders] if tables else []
     # What a job of an array has no image for may be in the tars of another one: `data merge` finds out.
     missing = missing_rows(tables, used_rows) if job.share is None else iter(())
-    manifest = join_facts(plan, parts, folders, output / REJECTS_FILE, missing)
+    manifest = join_facts(plan, parts, folders, output / REJECTS_FILE, missing, duplicates)
     if job.share is None:
         check_not_empty(manifest, output / REJECTS_FILE)
-    elif tables:
-        save_used_rows(output, used_rows)
-    _move_shards(output, folders, parts, manifest)
+    else:
+        if tables:
+            save_used_rows(output, used_rows)
+        if kind:  # so does which sample is the first of its kind
+            join_fingerprints(output, folders)
+    _move_shards(output, shards, manifest)
     return manifest
 
 
-def _move_shards(output: Path, folders: list[Path], parts: list[PartFacts], manifest: Manifest) -> None:
+def _move_shards(output: Path, sources: Sequence[Path], manifest: Manifest) -> None:
     """Rename the shards of all parts into the output folder."""
-    sources = [folder / shard.name for folder, part in zip(folders, parts, strict=True) for shard in part.shards]
     for source, shard in zip(sources, manifest.shards, strict=True):
         for suffix in SUFFIXES:
             found = source.with_name(f"{source.name}.{suffix}")

@@ -6,7 +6,7 @@ import signal
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any
+from typing import Any, Protocol
 
 from tqdm import tqdm
 
@@ -16,6 +16,13 @@ from megatron_vlm.platform.parent import die_with_parent
 _POLL_SECONDS = 0.5
 _worker_counters: Any = None
 """In a worker process: what was done and what was rejected, shared with the process that shows it."""
+
+
+class Engine(Protocol):
+    """Runs tasks: `run_tasks` with its number of workers, or a cluster in its place."""
+
+    def __call__(self, function: Callable, tasks: Sequence[tuple], *, unit: str, reports: bool = False) -> list[Any]:
+        """Call `function(*task)` for each task and return the results in order; see `run_tasks`."""
 
 
 def run_tasks(
