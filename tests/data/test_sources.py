@@ -256,7 +256,7 @@ def test_running_text_is_trained_whole(tmp_path, make_lines, context):
         ({"inputs": "q", "targets": ""}, "empty_text"),
         ({"inputs": ["q"], "targets": "a"}, "json_type"),
         ({"text": 5}, "json_type"),
-        ({}, "json_type"),
+        ({}, "unknown_fields"),
         (b"{", "json_syntax"),
     ],
 )

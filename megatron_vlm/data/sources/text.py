@@ -1,31 +1,33 @@
-"""Text without images: FLAN-like questions and answers, and running text."""
+"""Text without images: FLAN-like questions and answers, conversations, and running text."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from megatron_vlm.data.documents import Control, Document, RejectError, Special, Text, clean_text
 from megatron_vlm.data.sources.conversations import ConversationRules
-from megatron_vlm.data.sources.records import field, read_records
+from megatron_vlm.data.sources.instruction_records import read_conversation
+from megatron_vlm.data.sources.locations import Location
+from megatron_vlm.data.sources.records import field
 from megatron_vlm.data.sources.source import Found, ReadContext, key_of
+from megatron_vlm.data.sources.table_records import read_any_records
 from megatron_vlm.data.templates import Turn, find_template, render_conversation
 
 
 @dataclass(frozen=True, slots=True)
 class TextSource:
-    """JSON lines of `inputs` and `targets`, or of `text`.
+    """JSON, JSON lines or parquet with `text`, or in any form that `read_conversation` knows, FLAN's first of all.
 
-    The former are a question and its answer in a conversation template; the latter is trained as it is, with BOS and
-    EOS. VILA's code gives FLAN no system prompt.
+    The former is trained as it is, with BOS and EOS; the others are conversations in a template. VILA's code gives
+    FLAN no system prompt. A record with images is rejected here.
     """
 
-    inputs: tuple[Path, ...]
+    inputs: tuple[Location, ...]
     rules: ConversationRules = ConversationRules(system="none")
 
-    def read(self, path: Path, context: ReadContext) -> Iterator[Found]:
+    def read(self, path: Location, context: ReadContext) -> Iterator[Found]:
         """Yield the documents of one file."""
-        for line, value in read_records(path, max_bytes=self.rules.max_record_bytes):
+        for line, value in read_any_records(path, max_bytes=self.rules.max_record_bytes):
             if isinstance(value, RejectError):
                 yield Found(line, None, value)
                 continue
@@ -36,12 +38,20 @@ class TextSource:
                 yield Found(line, key, error)
 
     def _document(self, record: dict[str, Any]) -> Document:
+        rules = self.rules.text
         if "text" in record:
-            text = clean_text(field(record, "text", str), self.rules.text)
+            text = clean_text(field(record, "text", str), rules)
             return Document((Special(Control.BOS), Text(text), Special(Control.EOS)))
-        question = clean_text(field(record, "inputs", str), self.rules.text)
-        answer = clean_text(field(record, "targets", str), self.rules.text)
-        if not answer.strip():
-            raise RejectError("empty_text", "targets is empty")
-        template = find_template(self.rules.template)
-        return render_conversation([Turn((Text(question),), answer)], template, self.rules.system_text)
+        conversation = read_conversation(record)
+        if conversation.images:
+            detail = f"{len(conversation.images)} images; `prepare conversations` takes them"
+            raise RejectError("images_in_text", detail)
+        turns = [
+            Turn((Text(clean_text(question, rules)),), clean_text(answer, rules))
+            for question, answer in conversation.exchanges
+        ]
+        total = sum(len(text) for exchange in conversation.exchanges for text in exchange)
+        if len(turns) > 1 and total > rules.max_characters:
+            raise RejectError("text_too_long", f"more than {rules.max_characters} characters")
+        system = self.rules.system_text if conversation.system is None else conversation.system
+        return render_conversation(turns, find_template(self.rules.template), system)

@@ -1,0 +1,94 @@
+"""The images that a record of instruction data names or holds."""
+
+import base64
+from typing import Any, NamedTuple
+
+from megatron_vlm.data.documents import RejectError
+from megatron_vlm.data.sources.image_store import ImageReader
+
+PATH_FIELDS = ("image", "images")
+BASE64_FIELDS = ("image_base64_str", "image_base64", "image_str")
+_DATA_URI = "data:"
+_URL_STARTS = ("http://", "https://")
+
+
+class ImageRef(NamedTuple):
+    """Where one image is: in the image folder or tars by name or URL, or in the record itself."""
+
+    name: str | None = None
+    url: str | None = None
+    data: bytes | None = None
+
+    def load(self, images: ImageReader) -> bytes:
+        """Return the checked image.
+
+        Raises:
+            RejectError: it is missing or not taken.
+        """
+        return images.find(self.name, self.url) if self.data is None else images.check(self.data)
+
+
+def find_images(record: dict[str, Any]) -> list[ImageRef]:
+    """Return the images of a record, in order, from the first of the known fields that has any.
+
+    `image` and `images` hold paths, URLs, `data:` URIs or the `{bytes, path}` of parquet files, one or a list;
+    `image_base64_str`, `image_base64` and `image_str` the file itself as base64, one or a list.
+
+    Raises:
+        RejectError: a field has another type, or is not base64.
+    """
+    for name in (*PATH_FIELDS, *BASE64_FIELDS):
+        if refs := read_refs(record.get(name), name, is_base64=name in BASE64_FIELDS):
+            return refs
+    return []
+
+
+def read_refs(value: Any, name: str, *, is_base64: bool = False) -> list[ImageRef]:
+    """Return the images of one field: nothing, one, or a list.
+
+    Raises:
+        RejectError: a value has another type, or is not base64.
+    """
+    if value is None:
+        return []
+    values = value if isinstance(value, list) else [value]
+    if is_base64:
+        return [ImageRef(data=decode_base64(one, name)) for one in values if one != ""]
+    return [read_ref(one, name) for one in values]
+
+
+def read_ref(value: Any, name: str) -> ImageRef:
+    """Return one image that is given by path, URL, `data:` URI or as `{bytes, path}`.
+
+    Raises:
+        RejectError: it is something else.
+    """
+    if isinstance(value, dict):
+        data, path = value.get("bytes"), value.get("path")
+        if isinstance(data, bytes):
+            return ImageRef(data=data)
+        if isinstance(data, str):
+            return ImageRef(data=decode_base64(data, name))
+        value = path
+    if not isinstance(value, str):
+        raise RejectError("json_type", f"{name} is neither a path nor a list of paths")
+    if value.startswith(_DATA_URI):
+        return ImageRef(data=decode_base64(value, name))
+    # A file of a folder may have the name of a URL, and a member of a tar is found by either.
+    return ImageRef(name=value, url=value if value.startswith(_URL_STARTS) else None)
+
+
+def decode_base64(text: Any, name: str) -> bytes:
+    """Return the bytes of base64 text, with or without line breaks or a `data:` head.
+
+    Raises:
+        RejectError: it is no text, or not base64.
+    """
+    if not isinstance(text, str):
+        raise RejectError("json_type", f"{name} is {type(text).__name__}, not base64 text")
+    if text.startswith(_DATA_URI):
+        text = text.partition(",")[2]
+    try:
+        return base64.b64decode("".join(text.split()), validate=True)
+    except ValueError:
+        raise RejectError("image_base64", f"{len(text)} characters of {name} are not base64") from None

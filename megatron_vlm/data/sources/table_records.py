@@ -1,0 +1,87 @@
+"""Records from parquet: a row is a record, as a line of JSON is."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron_vlm.config import ConfigError
+from megatron_vlm.data.documents import RejectError
+from megatron_vlm.data.sources.locations import Location, list_location, open_stream
+from megatron_vlm.data.sources.records import MAX_RECORD_BYTES, SUFFIXES, Record, read_records
+
+TABLE_SUFFIX = ".parquet"
+_BATCH_ROWS = 32
+
+
+def find_instruction_files(paths: tuple[Location, ...]) -> tuple[Location, ...]:
+    """Return the JSON files among `paths` and directly inside of the folders among them; of a folder without, parquet.
+
+    Raises:
+        ConfigError: a path does not exist, or there is no such file.
+    """
+    found: list[Location] = []
+    for path in paths:
+        files = list_location(path, (*SUFFIXES, TABLE_SUFFIX))
+        records = [file for file in files if not is_table(file)]
+        found += records or files
+    if not found:
+        what = "input has no JSON, JSON-lines or parquet files (.jsonl, .json, also .gz or .zip; .parquet)"
+        raise ConfigError(what, where=", ".join(map(str, paths)), fix="check --input")
+    return tuple(found)
+
+
+def is_table(path: Location) -> bool:
+    """Tell by its name whether a file is parquet."""
+    return path.name.lower().endswith(TABLE_SUFFIX)
+
+
+def read_any_records(path: Location, *, max_bytes: int = MAX_RECORD_BYTES) -> Iterator[Record]:
+    """Read the records of a JSON file or of a parquet file, whichever its name says it is."""
+    if is_table(path):
+        return read_table_records(path, max_bytes=max_bytes)
+    return read_records(path, max_bytes=max_bytes)
+
+
+def read_table_records(path: Location, *, max_bytes: int = MAX_RECORD_BYTES) -> Iterator[Record]:
+    """Read the rows of a parquet file, a few at a time.
+
+    Args:
+        path: parquet file.
+        max_bytes: longest row, counted in the bytes of its texts; a longer one is rejected.
+
+    Yields:
+        A record whose line is the number of the row, from 1; empty cells are left out of it. Or a RejectError with
+        reason record_too_long or file_truncated.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    row = 0
+    try:
+        # By pread in pieces: a column chunk of pictures is often hundreds of MB.
+        file = path if isinstance(path, Path) else open_stream(path)
+        with pyarrow.parquet.ParquetFile(file, memory_map=False, buffer_size=1 << 20) as table:
+            for batch in table.iter_batches(_BATCH_ROWS):
+                names = batch.schema.names
+                for cells in zip(*(column for column in batch.columns), strict=True):
+                    row += 1
+                    yield Record(row, _record(names, cells, max_bytes))
+    except (pyarrow.ArrowException, OSError) as error:
+        yield Record(row + 1, RejectError("file_truncated", " ".join(str(error).split())[:200]))
+
+
+def _record(names: list[str], cells: tuple[Any, ...], max_bytes: int) -> dict[str, Any] | RejectError:
+    value = {name: found for name, cell in zip(names, cells, strict=True) if (found := cell.as_py()) is not None}
+    size = _num_bytes(value)
+    if size > max_bytes:
+        return RejectError("record_too_long", f"{size} bytes, the limit is {max_bytes}")
+    return value
+
+
+def _num_bytes(value: Any) -> int:
+    """Return the length of all texts and bytes in a value."""
+    if isinstance(value, (str, bytes)):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(map(_num_bytes, value.values()))
+    return sum(map(_num_bytes, value)) if isinstance(value, list) else 0
