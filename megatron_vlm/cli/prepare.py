@@ -26,8 +26,24 @@ _EXAMPLES = {
 _HELP = {
     "interleaved": "MMC4: JSON lines, with images in a folder, in tars or as base64",
     "pairs": "COYO, LAION: tars of img2dataset, with or without parquet; or JSON lines and an image folder",
-    "conversations": "LLaVA: JSON of conversations about images",
-    "text": "FLAN: JSON lines of inputs and targets; or of text",
+    "conversations": "LLaVA, ShareGPT4V, M3IT, annotations: instructions with images, in JSON or parquet",
+    "text": "FLAN: instructions without images, or running text, in JSON or parquet",
+}
+_FORMS = """forms of a record, found out by its fields:
+  conversations: [{from, value}, ...]      LLaVA, ShareGPT4V
+  messages: [{role, content}, ...]         OpenAI; content is a text, or a list of text and image parts
+  instruction, inputs, outputs             M3IT
+  instruction, input, output               Alpaca; also instruction, context, response
+  question, answer                         also question, response; prompt, response; prompt, completion
+  inputs, targets                          FLAN
+"""
+_MORE_HELP = {
+    "conversations": _FORMS
+    + """Images are in image or images (a path, a URL, a data: URI, {bytes, path}) or image_base64_str, one or a list.
+With --prompts SET, records are annotations of that data set instead.
+
+""",
+    "text": _FORMS + "  text                                     trained as it is\n\n",
 }
 _SOURCE_NAMES = {"interleaved": "mmc4", "pairs": "coyo", "conversations": "llava", "text": "text"}
 _TEMPLATES = ("vicuna_v1", "plain", "llama_2", "hermes-2", "llama_3")
@@ -49,7 +65,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
             kind,
             help=text,
             description=text,
-            epilog=f"example (T is a SentencePiece model):\n  megatron-vlm {_EXAMPLES[kind]}",
+            epilog=f"{_MORE_HELP.get(kind, '')}example (T is a SentencePiece model):\n  megatron-vlm {_EXAMPLES[kind]}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         _add_common(options, kind)
@@ -59,6 +75,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
             _add_interleaved(options)
         if kind in ("conversations", "text"):
             _add_template(options, kind)
+        if kind == "conversations":
+            _add_prompts(options)
     parser.set_defaults(run=run)
 
 
@@ -141,6 +159,17 @@ def _add_template(parser: argparse.ArgumentParser, kind: str) -> None:
         add("--image-position", choices=("keep", "front"), default="keep", help="front: before the question's text")
 
 
+def _add_prompts(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("prompts for annotations").add_argument
+    add(
+        "--prompts",
+        metavar="SET",
+        help="ask in the wordings of this set, e.g. vqav2; see data/sources/prompt_pools.yaml",
+    )
+    add("--prompt-file", type=Path, metavar="YAML", help="sets of your own (default: the 18 of the paper)")
+    add("--seed", type=int, metavar="S", help="of the choice among the wordings (default: 0)")
+
+
 def run(args: argparse.Namespace) -> int:
     """Run the verb; returns the exit code."""
     from megatron_vlm.data.part import PartJob
@@ -165,7 +194,7 @@ def run(args: argparse.Namespace) -> int:
     )
     share = Share.parse(args.part) if args.part is not None else None
     output = args.output if share is None else share.folder(args.output)
-    job = PrepareJob(output=output, source_name=args.source, part=part, share=share)
+    job = PrepareJob(output=output, source_name=_source_name(args), part=part, share=share)
     if args.distributor == "ray":
         manifest = _prepare_on_ray(job, args.ray_address or os.environ.get("RAY_ADDRESS"), args.workers)
     else:
@@ -186,16 +215,13 @@ def _prepare_on_ray(job: "PrepareJob", address: str | None, num_workers: int) ->
 
 
 def _source(args: argparse.Namespace) -> "Source":
-    from megatron_vlm.data.sources.conversations import ConversationRules, ConversationSource
     from megatron_vlm.data.sources.interleaved import InterleavedRules, InterleavedSource
     from megatron_vlm.data.sources.pairs import PairRules, find_pair_source
     from megatron_vlm.data.sources.source import find_record_files
-    from megatron_vlm.data.sources.text import TextSource
 
     paths, text, limit = tuple(args.input), _text_rules(args), args.max_record_bytes
     if args.kind == "pairs":
         return find_pair_source(paths, PairRules(text=text, max_record_bytes=limit))
-    files = find_record_files(paths)
     if args.kind == "interleaved":
         rules = InterleavedRules(
             max_images=args.max_images,
@@ -206,13 +232,41 @@ def _source(args: argparse.Namespace) -> "Source":
             text=text,
             max_record_bytes=limit,
         )
-        return InterleavedSource(files, rules)
-    turns = ConversationRules(template=args.template, system=args.system, text=text, max_record_bytes=limit)
-    if args.kind == "text":
-        return TextSource(files, turns)
-    import dataclasses
+        return InterleavedSource(find_record_files(paths), rules)
+    return _instruction_source(args)
 
-    return ConversationSource(files, dataclasses.replace(turns, image_position=args.image_position))
+
+def _instruction_source(args: argparse.Namespace) -> "Source":
+    from megatron_vlm.data.sources.conversations import ConversationRules, ConversationSource
+    from megatron_vlm.data.sources.prompt_pools import load_prompt_set
+    from megatron_vlm.data.sources.prompted import PromptedSource, PromptRules
+    from megatron_vlm.data.sources.table_records import find_instruction_files
+    from megatron_vlm.data.sources.text import TextSource
+
+    rules = ConversationRules(
+        template=args.template,
+        system=args.system,
+        image_position="keep" if args.kind == "text" else args.image_position,
+        text=_text_rules(args),
+        max_record_bytes=args.max_record_bytes,
+    )
+    files = find_instruction_files(tuple(args.input))
+    if args.kind == "text":
+        return TextSource(files, rules)
+    if args.prompts is None:
+        if args.prompt_file is not None or args.seed is not None:
+            raise ConfigError(
+                "--prompt-file and --seed are for --prompts", fix="name a set with --prompts, or leave them out"
+            )
+        return ConversationSource(files, rules)
+    prompts = load_prompt_set(args.prompts, args.prompt_file)
+    return PromptedSource(files, PromptRules(prompts=prompts, seed=args.seed or 0, turns=rules))
+
+
+def _source_name(args: argparse.Namespace) -> str:
+    """Return the name of the loss; annotations are called as their set, if the user names nothing."""
+    is_default = args.source == _SOURCE_NAMES[args.kind]
+    return args.prompts if is_default and getattr(args, "prompts", None) else args.source
 
 
 def _recipe(args: argparse.Namespace):
