@@ -27,7 +27,7 @@ IMAGE, PAD, NONE = LANGUAGE.image_token_id, LANGUAGE.pad_token_id, IGNORE_INDEX
 NUM_IMAGE_TOKENS = 2
 
 
-def make_collation(seq_length: int) -> Collation:
+def make_collation(seq_length: int, sample_multiple: int = 1) -> Collation:
     return Collation(
         seq_length=seq_length,
         num_image_tokens=NUM_IMAGE_TOKENS,
@@ -37,6 +37,7 @@ def make_collation(seq_length: int) -> Collation:
         image_size=4,
         image_aspect="pad",
         image_mean=(0.5, 0.5, 0.5),
+        sample_multiple=sample_multiple,
     )
 
 
@@ -54,8 +55,8 @@ def place(*segments, sample_id: int = 0, source: int = 0) -> PlacedSample:
     return PlacedSample(EncodedSample(tuple(segments)), sample_id, source, f"shard sample {sample_id}")
 
 
-def make_batch(rows, seq_length: int, image_share=ImageShare()):  # noqa: B008 -- frozen
-    return collate(rows, make_collation(seq_length), image_share)
+def make_batch(rows, seq_length: int, image_share=ImageShare(), sample_multiple: int = 1):  # noqa: B008 -- frozen
+    return collate(rows, make_collation(seq_length, sample_multiple), image_share)
 
 
 def test_two_packed_samples_written_out():
@@ -68,6 +69,16 @@ def test_two_packed_samples_written_out():
     assert (batch.label_index.tolist(), batch.label_sources.tolist()) == ([2, 3, 6], [0, 0, 1])
     assert batch.image_token_index.tolist() == [1, 2]
     assert (batch.sample_ids.tolist(), batch.num_tokens, batch.num_images) == ([0, 5], 8, 1)
+
+
+def test_two_aligned_samples_written_out():
+    rows = [[place(text(1), image(), text(7, 8)), place(text(1, 9, train=False), text(2), sample_id=5, source=1)]]
+    batch = make_batch(rows, 16, sample_multiple=4)
+    assert batch.input_ids.tolist() == [[1, IMAGE, IMAGE, 7, 8, PAD, PAD, PAD, 1, 9, 2, PAD, PAD, PAD, PAD, PAD]]
+    assert batch.labels.tolist() == [[NONE, NONE, 7, 8, NONE, NONE, NONE, NONE, NONE, 2] + [NONE] * 6]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 0, 1, 2, 3]]
+    assert batch.cu_seqlens.tolist() == [0, 8, 12, 16]
+    assert (batch.label_sources.tolist(), batch.num_tokens) == ([0, 0, 1], 8)
 
 
 def test_tensors_have_the_agreed_types():
@@ -204,27 +215,36 @@ segments = st.one_of(
 samples = st.lists(segments, max_size=3).map(lambda parts: [text(1), *parts])
 
 
-@settings(max_examples=50, deadline=None)
-@given(rows=st.lists(st.lists(samples, max_size=4), min_size=1, max_size=3))
-def test_batch_equals_its_samples_one_by_one(rows):
+@settings(max_examples=60, deadline=None)
+@given(rows=st.lists(st.lists(samples, max_size=4), min_size=1, max_size=3), multiple=st.sampled_from([1, 2, 4, 8]))
+def test_batch_equals_its_samples_one_by_one(rows, multiple):
     placed = [[place(*parts) for parts in row] for row in rows]
-    batch = make_batch(placed, 40)
+    batch = make_batch(placed, 64, sample_multiple=multiple)
     batch.validate(LANGUAGE, NUM_IMAGE_TOKENS, ImageShare())
-    for row, row_start in zip(placed, range(0, 40 * len(rows), 40), strict=True):
+    assert (batch.cu_seqlens % multiple == 0).all()
+    assert batch.num_tokens == int((batch.input_ids != PAD).sum())
+    for row, row_start in zip(placed, range(0, 64 * len(rows), 64), strict=True):
         position = row_start
         for sample in row:
-            alone = make_batch([[sample]], 40)
+            alone = make_batch([[sample]], 64)
             size = alone.num_tokens
             here = slice(position, position + size)
-            assert torch.equal(batch.input_ids[0, here], alone.input_ids[0, :size])
-            assert torch.equal(batch.labels[0, here], alone.labels[0, :size])
-            position += size
-        assert (batch.input_ids[0, position : row_start + 40] == PAD).all()
+            for name in ("input_ids", "labels", "position_ids"):
+                assert torch.equal(getattr(batch, name)[0, here], getattr(alone, name)[0, :size]), name
+            end = position + -(-size // multiple) * multiple
+            assert (batch.input_ids[0, position + size : end] == PAD).all()
+            assert (batch.labels[0, position + size : end] == NONE).all()
+            assert {position, end} <= set(batch.cu_seqlens.tolist())
+            position = end
+        assert (batch.input_ids[0, position : row_start + 64] == PAD).all()
 
 
 def test_collation_follows_the_settings():
     vision = VisionConfig(image_size=28, num_layers=2, hidden_size=8, ffn_hidden_size=8, num_attention_heads=1)
-    data = DataConfig(tokenizer="t", blend=(BlendEntry(path="d"),), seq_length=32, image_aspect="square")
+    data = DataConfig(
+        tokenizer="t", blend=(BlendEntry(path="d"),), seq_length=32, image_aspect="square", sample_multiple=8
+    )
     collation = Collation.from_config(ModelConfig(language=LANGUAGE, vision=vision), data)
     assert (collation.num_image_tokens, collation.image_size, collation.image_aspect) == (4, 28, "square")
     assert (collation.image_token_id, collation.pad_token_id, collation.seq_length) == (IMAGE, PAD, 32)
+    assert collation.sample_multiple == 8

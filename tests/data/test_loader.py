@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import itertools
 import os
 import signal
 import time
@@ -16,7 +17,7 @@ from megatron_vlm.data.batch import ImageShare
 from megatron_vlm.data.collate import Collation
 from megatron_vlm.data.loader import BatchLoader
 from megatron_vlm.data.manifest import TokenizerFacts
-from megatron_vlm.data.plan import PlanSettings, build_plan
+from megatron_vlm.data.plan import PlanSettings, build_plan, open_plan
 from megatron_vlm.data.shards import EncodedSample, ImageSegment, ShardedDataset, TextSegment, write_dataset
 
 TOKENIZER = TokenizerFacts(name="tiny", sha256="0" * 64, vocab_size=100, bos_id=1, eos_id=2)
@@ -62,9 +63,9 @@ def datasets(tmp_path_factory):
     return [ShardedDataset.open(folder / name) for name in ("pictures", "text")]
 
 
-def make_plan(datasets, folder, **changes):
+def make_plan_settings(blend, **changes):
     settings = PlanSettings(
-        blend=tuple(BlendEntry(path=str(dataset.folder)) for dataset in datasets),
+        blend=tuple(blend),
         seq_length=64,
         num_image_tokens=4,
         packing=True,
@@ -74,7 +75,12 @@ def make_plan(datasets, folder, **changes):
         train_iters=None,
         train_epochs=1.5,
     )
-    return build_plan(dataclasses.replace(settings, **changes), datasets, folder)
+    return dataclasses.replace(settings, **changes)
+
+
+def make_plan(datasets, folder, **changes):
+    blend = [BlendEntry(path=str(dataset.folder)) for dataset in datasets]
+    return build_plan(make_plan_settings(blend, **changes), datasets, folder)
 
 
 @pytest.fixture(scope="module")
@@ -87,14 +93,29 @@ def make_loader(datasets, plan, **options):
 
 
 def ids_of_iterations(datasets, plan, dp=1, **options) -> list[list[int]]:
-    """Sorted sample ids of every global batch, over all ranks."""
-    result = [[] for _ in range(plan.num_iterations)]
+    """Sample ids of every global batch in the order of its rows, put together from the batches of all ranks."""
+    result = []
+    per_rank = []
     for rank in range(dp):
         loader = make_loader(datasets, plan, data_parallel_rank=rank, data_parallel_size=dp, **options)
-        for number, batch in enumerate(loader):
-            result[number // loader.num_micro_batches] += batch.sample_ids.tolist()
+        per_rank.append((loader.num_micro_batches, [_ids_of_rows(batch) for batch in loader]))
         loader.close()
-    return [sorted(ids) for ids in result]
+    for iteration in range(plan.num_iterations):
+        rows = []
+        for number, batches in per_rank:
+            rows.append(sum(batches[iteration * number : (iteration + 1) * number], []))
+        result.append([ids for place in zip(*rows, strict=True) for ids in place])
+    return result
+
+
+def _ids_of_rows(batch) -> list[list[int]]:
+    """Sample ids of each row of a micro-batch, from where its samples begin."""
+    size = batch.input_ids.numel()
+    starts = batch.cu_seqlens[:-1][batch.input_ids[0, batch.cu_seqlens[:-1].long()] != COLLATION.pad_token_id]
+    rows = [[] for _ in range(size // 64)]
+    for start, sample_id in zip(starts.tolist(), batch.sample_ids.tolist(), strict=True):
+        rows[start // 64].append(sample_id)
+    return rows
 
 
 def equal_batches(first, second) -> bool:
@@ -105,10 +126,106 @@ def equal_batches(first, second) -> bool:
     return True
 
 
-@pytest.mark.parametrize(("dp", "workers", "micro"), [(1, 0, 2), (2, 0, 1), (2, 1, 2), (4, 0, 1), (1, 4, 1), (1, 1, 4)])
-def test_global_batches_do_not_depend_on_ranks_workers_or_micro_batch(datasets, plan, dp, workers, micro):
-    expected = [sorted(plan.sample_ids(iteration).tolist()) for iteration in range(plan.num_iterations)]
-    assert ids_of_iterations(datasets, plan, dp, num_workers=workers, micro_batch_size=micro) == expected
+LENGTHS_OF_TRAINING = {
+    "epochs": {"train_epochs": 2.5},
+    "iterations": {"train_epochs": None, "train_iters": 40},  # 1.9 passes
+}
+
+
+@pytest.mark.parametrize("length", LENGTHS_OF_TRAINING)
+@pytest.mark.parametrize("dp", [1, 2, 4])
+@pytest.mark.parametrize("workers", [0, 1, 4])
+@pytest.mark.parametrize("micro", [1, 2])
+def test_global_batches_do_not_depend_on_ranks_workers_or_micro_batch(datasets, tmp_path, length, dp, workers, micro):
+    plan = make_plan(datasets, tmp_path, global_batch_size=8, **LENGTHS_OF_TRAINING[length])
+    expected = [[plan.row(8 * batch + row).tolist() for row in range(8)] for batch in range(plan.num_iterations)]
+    found = ids_of_iterations(datasets, plan, dp, num_workers=workers, micro_batch_size=micro, prefetch_factor=2)
+    assert found == expected
+
+
+def test_every_sample_comes_once_per_epoch_across_the_ends_of_epochs(datasets, tmp_path):
+    one_pass = make_plan(datasets, tmp_path, global_batch_size=8, train_epochs=1).summary.num_rows
+    assert one_pass % 8, "the pass ends in the middle of a batch"
+    plan = make_plan(datasets, tmp_path, global_batch_size=8, train_epochs=2.5)
+    batches = [sum(rows, []) for rows in ids_of_iterations(datasets, plan)]
+    number = sum(map(len, datasets))
+    assert len(set(sum(batches[: one_pass // 8], []))) == len(sum(batches[: one_pass // 8], []))
+    assert set(sum(batches[: one_pass // 8 + 1], [])) == set(range(number))
+    counts = np.bincount(sum(batches, []), minlength=number)
+    assert set(counts.tolist()) == {2, 3}
+    assert (counts == 3).sum() == number // 2
+
+
+def test_position_in_the_middle_is_found_at_once(tmp_path):
+    class Many:
+        """A dataset of lengths alone."""
+
+        num_images = np.zeros(1_000_000, dtype=np.int32)
+        text_lengths = np.random.default_rng(0).integers(1, 64, 1_000_000).astype(np.int32)
+        fingerprint = "many"
+
+        def __len__(self):
+            return 1_000_000
+
+    settings = make_plan_settings([BlendEntry(path="many")])
+    plan = build_plan(settings, [Many()], tmp_path)
+    started = time.perf_counter()
+    plan = open_plan(settings, [Many()], tmp_path)
+    ids = plan.sample_ids(plan.num_iterations // 2)
+    assert time.perf_counter() - started < 1
+    assert len(ids) >= GLOBAL_BATCH_SIZE
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_pieces_of_a_sample_are_the_sample(datasets, tmp_path, workers):
+    plan = make_plan(datasets, tmp_path, overflow="split", seq_length=16, train_epochs=1)
+    assert plan.summary.split > 20
+    collation = dataclasses.replace(COLLATION, seq_length=16)
+    found = {}
+    for batch in BatchLoader(datasets, plan, collation=collation, num_workers=workers, micro_batch_size=2):
+        batch.validate(LANGUAGE, COLLATION.num_image_tokens, ImageShare())
+        borders = batch.cu_seqlens.tolist()
+        segments = [batch.input_ids[0, a:b].tolist() for a, b in itertools.pairwise(borders)]
+        segments = [segment for segment in segments if segment[0] != COLLATION.pad_token_id]
+        for sample_id, segment in zip(batch.sample_ids.tolist(), segments, strict=True):
+            sample, first, _ = plan.pieces.find(sample_id)
+            found.setdefault(sample, {})[first] = segment
+    samples = [dataset[index] for dataset in datasets for index in range(len(dataset))]
+    assert sorted(found) == list(range(len(samples)))
+    for number, sample in enumerate(samples):
+        joined = sum((piece for _, piece in sorted(found[number].items())), [])
+        assert joined == _ids_of(sample)
+
+
+def _ids_of(sample) -> list[int]:
+    ids = []
+    for segment in sample.segments:
+        is_image = isinstance(segment, ImageSegment)
+        ids += [COLLATION.image_token_id] * COLLATION.num_image_tokens if is_image else segment.input_ids.tolist()
+    return ids
+
+
+def test_error_in_a_piece_names_its_tokens(tmp_path):
+    samples = make_samples(4, False, seed=1)
+    long = TextSegment(np.full(40, 7, dtype=np.int32), True)
+    samples.append(EncodedSample((long, ImageSegment(b"no image"))))
+    write_dataset(tmp_path / "d", samples, source="d", tokenizer=TOKENIZER)
+    datasets = [ShardedDataset.open(tmp_path / "d")]
+    plan = make_plan(datasets, tmp_path, overflow="split", seq_length=32)
+    with pytest.raises(DataError, match=r"not a JPEG.*d/00000\.bin sample 4 tokens 32 to 43"):
+        list(BatchLoader(datasets, plan, collation=dataclasses.replace(COLLATION, seq_length=32)))
+
+
+def test_clustered_rows_are_as_long_as_the_plan_says(datasets, tmp_path):
+    plan = make_plan(datasets, tmp_path, packing=False, length_clustering=True, length_multiple=8)
+    loader = make_loader(datasets, plan, micro_batch_size=2)
+    lengths = set()
+    for number, batch in enumerate(loader):
+        seq_length = plan.seq_length(number // loader.num_micro_batches)
+        assert batch.input_ids.numel() == 2 * seq_length
+        batch.validate(LANGUAGE, COLLATION.num_image_tokens, ImageShare())
+        lengths.add(seq_length)
+    assert len(lengths) > 2
 
 
 def test_every_batch_is_sound(datasets, plan):

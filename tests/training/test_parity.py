@@ -99,6 +99,40 @@ def test_packed_rows_equal_one_sample_a_row(workers, initial, reference, world_s
     assert steps.grad_norms == pytest.approx(reference.grad_norms, rel=TOLERANCE)
 
 
+@pytest.mark.parametrize("multiple", [8, 32])
+def test_aligned_samples_equal_the_others(workers, initial, multiple):
+    lengths = [-(-sample_length(placed.sample, 16) // multiple) * multiple for placed in make_samples(NUM_SAMPLES)]
+    rows = pack_in_order(lengths, SEQ_LENGTH)
+    rows = rows[: len(rows) // ROWS_PER_STEP * ROWS_PER_STEP]
+    steps = {}
+    for sample_multiple in (1, multiple):
+        config = tiny_run(training={"train_iters": 3})
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, sample_multiple=sample_multiple))
+        steps[sample_multiple] = run(workers, config, initial, rows=rows, num_steps=3)
+    assert steps[multiple].losses == pytest.approx(steps[1].losses, rel=TOLERANCE)
+    assert steps[multiple].grad_norms == pytest.approx(steps[1].grad_norms, rel=TOLERANCE)
+
+
+def clustered_rows():
+    """Single samples, sorted, and the row length of each batch: its longest sample in steps of 8."""
+    samples = make_samples(NUM_STEPS * ROWS_PER_STEP)
+    lengths = sorted((sample_length(placed.sample, 16), index) for index, placed in enumerate(samples))
+    batches = [lengths[i : i + ROWS_PER_STEP] for i in range(0, len(lengths), ROWS_PER_STEP)]
+    row_lengths = [-(-batch[-1][0] // 8) * 8 for batch in batches]
+    assert len(set(row_lengths)) > 2
+    return [[index] for _, index in lengths], row_lengths
+
+
+@pytest.mark.parametrize("name", ["one_rank", "pp2", "tp2_pp2_sp", "pp2_virtual2"])
+def test_shorter_rows_equal_full_ones(workers, initial, name):
+    rows, row_lengths = clustered_rows()
+    world_size, parallel = LAYOUTS.get(name, (1, {}))
+    full = run(workers, tiny_run(), initial, rows=rows)
+    steps = run(workers, tiny_run(parallel=parallel), initial, world_size, rows=rows, row_lengths=row_lengths)
+    assert steps.losses == pytest.approx(full.losses, rel=TOLERANCE)
+    assert steps.grad_norms == pytest.approx(full.grad_norms, rel=TOLERANCE)
+
+
 def test_ignoring_sample_borders_changes_the_loss(workers, initial, reference, monkeypatch):
     steps = workers.run(
         "tests.support.jobs:train_steps_without_borders",

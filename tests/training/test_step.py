@@ -9,7 +9,7 @@ from megatron_vlm.training.loop import train
 from megatron_vlm.training.step import train_step
 from tests.support.configs import tiny_run
 from tests.support.jobs import CPU, batches_of, start
-from tests.support.samples import make_samples
+from tests.support.samples import make_samples, sample_length
 
 ROWS = [[0, 1], [2, 3]] * 3
 
@@ -32,6 +32,14 @@ def test_counts_are_of_what_the_batch_holds(state):
     assert metrics.num_positions == 2 * state.config.data.seq_length
     assert metrics.num_images == sum(batch.num_images for batch in batches)
     assert metrics.num_labels == sum(len(batch.label_index) for batch in batches)
+
+
+def test_padding_inside_segments_is_not_counted(state):
+    state.config = dataclasses.replace(state.config, data=dataclasses.replace(state.config.data, sample_multiple=32))
+    metrics = train_step(state, loaders(state), device=CPU, stop_requested=False)
+    lengths = [sample_length(placed.sample, 16) for placed in make_samples(4)]
+    assert metrics.num_tokens == sum(lengths)
+    assert metrics.attention_pairs == sum(n * (n + 1) // 2 for n in lengths)
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(state):
