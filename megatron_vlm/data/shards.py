@@ -219,11 +219,9 @@ class ShardIndex:
             raise DataError(
                 f"shard index has {len(buffer)} bytes, its header says {expected}", where=str(path), fix=_PREPARE_AGAIN
             )
-        arrays, offset = [], _HEADER.size
-        for dtype, count in (("<i4", sequences), ("<i8", sequences), ("<i8", borders), ("<i1", sequences)):
-            arrays.append(np.frombuffer(buffer, dtype=dtype, count=count, offset=offset))
-            offset += arrays[-1].nbytes
-        return cls(*arrays)
+        kinds = (("<i4", sequences), ("<i8", sequences), ("<i8", borders), ("<i1", sequences))
+        offsets = _offsets(sequences, borders)
+        return cls(*(np.frombuffer(buffer, *kind, offset) for kind, offset in zip(kinds, offsets, strict=True)))
 
     def num_images(self) -> np.ndarray:
         """Return the images of each sample, int32[samples]."""
@@ -233,6 +231,12 @@ class ShardIndex:
         """Return the text tokens of each sample, int32[samples]."""
         tokens = np.where(self.modes == MODE_IMAGE, 0, self.lengths // TOKEN_DTYPE.itemsize)
         return _sum_between(tokens, self.borders)
+
+
+def _offsets(sequences: int, borders: int) -> tuple[int, int, int, int]:
+    """Return where lengths, pointers, borders and modes begin in an index [bytes]."""
+    pointers = _HEADER.size + 4 * sequences
+    return _HEADER.size, pointers, pointers + 8 * sequences, pointers + 8 * sequences + 8 * borders
 
 
 _PREPARE_AGAIN = "prepare the dataset again, or copy it again from where it is whole"
@@ -245,34 +249,43 @@ def _sum_between(values: np.ndarray, borders: np.ndarray) -> np.ndarray:
 
 
 class _OpenShard:
-    """File descriptors and index of one shard in this process."""
+    """File descriptors of one shard in this process.
+
+    All three files are read by pread, not mapped: a file truncated under a mapping kills the process without a
+    message, and mapped pages of the index would add up in the memory of every reader.
+    """
 
     def __init__(self, folder: Path, facts: ShardFacts) -> None:
-        self.path = folder / f"{facts.name}.bin"
-        self.index = ShardIndex.open(folder / f"{facts.name}.idx")
-        if (len(self.index.lengths), len(self.index.borders) - 1) != (facts.counts.sequences, facts.counts.samples):
+        self.prefix, self.samples = folder / facts.name, facts.counts.samples
+        index = self.map_index()
+        if (len(index.lengths), len(index.borders) - 1) != (facts.counts.sequences, self.samples):
             raise DataError(
-                f"shard index holds {len(self.index.borders) - 1} samples, the manifest says {facts.counts.samples}",
-                where=str(folder / f"{facts.name}.idx"),
+                f"shard index holds {len(index.borders) - 1} samples, the manifest says {self.samples}",
+                where=f"{self.prefix}.idx",
                 fix=_PREPARE_AGAIN,
             )
-        self.crcs = np.memmap(folder / f"{facts.name}.crc", mode="r", dtype="<u4")
-        # Read by pread, not mmap: a file truncated under a mapping kills the process without a message.
-        self.descriptor = os.open(self.path, os.O_RDONLY)
+        self._offsets = _offsets(facts.counts.sequences, self.samples + 1)
+        self._descriptors: dict[str, int] = {}
+        for suffix in SUFFIXES:
+            self._descriptors[suffix] = os.open(f"{self.prefix}.{suffix}", os.O_RDONLY)
 
     def __del__(self) -> None:
-        if hasattr(self, "descriptor"):
-            os.close(self.descriptor)
+        for descriptor in getattr(self, "_descriptors", {}).values():
+            os.close(descriptor)
+
+    def map_index(self) -> ShardIndex:
+        """Return the whole index, for what looks at many samples."""
+        return ShardIndex.open(Path(f"{self.prefix}.idx"))
 
     def read(self, sample: int) -> EncodedSample:
-        first, last = int(self.index.borders[sample]), int(self.index.borders[sample + 1])
-        lengths = self.index.lengths[first:last].tolist()
-        modes = self.index.modes[first:last].tolist()
-        crcs = self.crcs[first:last].tolist()
-        try:
-            content = os.pread(self.descriptor, sum(lengths), int(self.index.pointers[first]))
-        except OSError as error:
-            raise StorageError(f"shard cannot be read: {error}", where=f"{self.path} sample {sample}") from None
+        lengths_at, pointers_at, borders_at, modes_at = self._offsets
+        first, last = struct.unpack("<2q", self._pread("idx", 16, borders_at + 8 * sample, sample))
+        count = last - first
+        lengths = struct.unpack(f"<{count}i", self._pread("idx", 4 * count, lengths_at + 4 * first, sample))
+        (pointer,) = struct.unpack("<q", self._pread("idx", 8, pointers_at + 8 * first, sample))
+        modes = self._pread("idx", count, modes_at + first, sample)
+        crcs = struct.unpack(f"<{count}I", self._pread("crc", 4 * count, 4 * first, sample))
+        content = self._pread("bin", sum(lengths), pointer, sample)
         segments: list[TextSegment | ImageSegment] = []
         start = 0
         for length, mode, crc in zip(lengths, modes, crcs, strict=True):
@@ -281,7 +294,7 @@ class _OpenShard:
             if zlib.crc32(piece) != crc:
                 raise DataError(
                     f"shard is damaged: the checksum of sequence {first + len(segments)} differs",
-                    where=f"{self.path} sample {sample}",
+                    where=f"{self.prefix}.bin sample {sample}",
                     fix=_PREPARE_AGAIN,
                 )
             if mode == MODE_IMAGE:
@@ -289,6 +302,20 @@ class _OpenShard:
             else:
                 segments.append(TextSegment(np.frombuffer(piece, dtype=TOKEN_DTYPE), mode == MODE_TRAINED))
         return EncodedSample(tuple(segments))
+
+    def _pread(self, suffix: str, size: int, offset: int, sample: int) -> bytes:
+        try:
+            content = os.pread(self._descriptors[suffix], size, offset)
+        except OSError as error:
+            where = f"{self.prefix}.{suffix} sample {sample}"
+            raise StorageError(f"shard cannot be read: {error}", where=where) from None
+        if len(content) != size:
+            raise DataError(
+                f"shard is damaged: {size} bytes are expected at byte {offset}, {len(content)} are there",
+                where=f"{self.prefix}.{suffix} sample {sample}",
+                fix=_PREPARE_AGAIN,
+            )
+        return content
 
 
 class ShardedDataset(Sequence[EncodedSample]):
@@ -361,7 +388,7 @@ class ShardedDataset(Sequence[EncodedSample]):
         sizes, images, tokens = [np.zeros(1, dtype=np.int64)], [np.zeros(0, dtype=bool)], [np.zeros(0, dtype=np.int32)]
         shards = np.searchsorted(self._ends, samples, side="right")
         for number in np.unique(shards):
-            index = self._shard(int(number)).index
+            index = self._shard(int(number)).map_index()
             own = samples[shards == number] - (self._ends[number - 1] if number else 0)
             sizes.append(index.borders[own + 1] - index.borders[own])
             ends = np.cumsum(sizes[-1])

@@ -140,10 +140,13 @@ def test_flipped_bit_of_the_index_is_found_before_planning_and_before_reading(da
         ShardedDataset.open(dataset.folder)[0]
 
 
-def test_data_truncated_after_opening_is_an_error_not_a_crash(dataset):
+@pytest.mark.parametrize("suffix", ["bin", "idx", "crc"])
+def test_file_truncated_after_opening_is_an_error_not_a_crash(dataset, suffix):
     dataset[0]
-    (dataset.folder / "00000.bin").write_bytes(b"")
-    with pytest.raises(DataError, match="shard is damaged"):
+    (dataset.folder / f"00000.{suffix}").write_bytes(b"")
+    with pytest.raises(
+        DataError, match=f"shard is damaged: .* bytes are expected .*, 0 are there .*00000.{suffix} sample 1"
+    ):
         dataset[1]
 
 
