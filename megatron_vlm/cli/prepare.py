@@ -24,7 +24,8 @@ _EXAMPLES = {
     "text": "prepare text --input flan.jsonl --output shards/flan --tokenizer T",
 }
 _HELP = {
-    "interleaved": "MMC4: JSON lines, with images in a folder, in tars or as base64",
+    "interleaved": "MMC4: JSON lines, with images in a folder, in tars or as base64; WebDataset or Energon: tars of "
+    "texts and images; OBELICS: parquet of texts and images",
     "pairs": "COYO, LAION: tars of img2dataset, with or without parquet; or JSON lines and an image folder",
     "conversations": "LLaVA, ShareGPT4V, M3IT, annotations: instructions with images, in JSON or parquet",
     "text": "FLAN: instructions without images, or running text, in JSON or parquet",
@@ -139,7 +140,7 @@ def _add_interleaved(parser: argparse.ArgumentParser) -> None:
         "--assignment",
         choices=("listed", "linear", "best"),
         default="listed",
-        help="sentence of an image: matched_text_index, or from similarity_matrix (linear: one image a sentence)",
+        help="sentence of an image: matched_text_index, or from similarity_matrix (linear: of its own, if it can be)",
     )
     add("--separator", default=" ", metavar="TEXT", help="between sentences (default: a blank)")
     add("--keep-blanks", action="store_true", help="keep the separators beside images")
@@ -215,9 +216,8 @@ def _prepare_on_ray(job: "PrepareJob", address: str | None, num_workers: int) ->
 
 
 def _source(args: argparse.Namespace) -> "Source":
-    from megatron_vlm.data.sources.interleaved import InterleavedRules, InterleavedSource
+    from megatron_vlm.data.sources.interleaved import InterleavedRules, find_interleaved_source
     from megatron_vlm.data.sources.pairs import PairRules, find_pair_source
-    from megatron_vlm.data.sources.source import find_record_files
 
     paths, text, limit = tuple(args.input), _text_rules(args), args.max_record_bytes
     if args.kind == "pairs":
@@ -232,7 +232,7 @@ def _source(args: argparse.Namespace) -> "Source":
             text=text,
             max_record_bytes=limit,
         )
-        return InterleavedSource(find_record_files(paths), rules)
+        return find_interleaved_source(paths, rules)
     return _instruction_source(args)
 
 

@@ -135,29 +135,57 @@ class JoinRules:
 
 
 def join_text(document: Document, rules: JoinRules) -> Document:
-    """Join sentences into one text segment between images; every segment is trained.
+    """Join sentences into one text segment between images; a new segment begins where `train` changes as well.
 
     Example: `("a", image, "b", "c")` becomes `("a", image, "b c")`.
     """
-    pieces: list[str] = []
-    marks = ""
+    runs: list[list[Text | Image]] = [[]]
+    train: bool | None = None
     for segment in document.segments:
+        if isinstance(segment, Text):
+            if train is not None and segment.train != train:
+                runs.append([])
+            train = segment.train
+        if isinstance(segment, (Text, Image)):
+            runs[-1].append(segment)
+    segments: list[Segment] = []
+    for run in runs:
+        joined = _join_run(run, rules)
+        if segments and joined and _are_glued(segments[-1], joined[0]):
+            joined[0] = joined[0]._replace(text=rules.separator + joined[0].text)  # type: ignore[union-attr, call-arg]
+        segments += joined
+    return dataclasses.replace(document, segments=tuple(segments))
+
+
+def _are_glued(left: Segment, right: Segment) -> bool:
+    """Tell whether two texts would meet without a blank between them."""
+    if not isinstance(left, Text) or not isinstance(right, Text):
+        return False
+    return not left.text[-1].isspace() and not right.text[0].isspace()
+
+
+def _join_run(run: Sequence[Text | Image], rules: JoinRules) -> list[Segment]:
+    """Join the sentences of a run of segments with the same `train`."""
+    pieces: list[str] = []
+    train, marks = True, ""
+    for segment in run:
         if isinstance(segment, Image):
             marks += _IMAGE_MARK
-        elif isinstance(segment, Text):
+        else:
             pieces.append(marks + segment.text.replace(_IMAGE_MARK, ""))
-            marks = ""
+            train, marks = segment.train, ""
     joined = rules.separator.join(pieces) + marks if pieces else marks
     if rules.trim_at_images and rules.separator:
         joined = joined.replace(_IMAGE_MARK + rules.separator, _IMAGE_MARK)
         joined = joined.replace(rules.separator + _IMAGE_MARK, _IMAGE_MARK)
     chunks = joined.split(_IMAGE_MARK)
-    segments: list[Segment] = [Text(chunks[0])] if chunks[0] else []
-    for image, chunk in zip(document.images, chunks[1:], strict=True):
+    segments: list[Segment] = [Text(chunks[0], train)] if chunks[0] else []
+    images = [segment for segment in run if isinstance(segment, Image)]
+    for image, chunk in zip(images, chunks[1:], strict=True):
         segments.append(image)
         if chunk:
-            segments.append(Text(chunk))
-    return dataclasses.replace(document, segments=tuple(segments))
+            segments.append(Text(chunk, train))
+    return segments
 
 
 def full(document: Document) -> tuple[Document, ...]:

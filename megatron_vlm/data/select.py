@@ -25,6 +25,8 @@ from tqdm import tqdm
 
 from megatron_vlm.config import ConfigError, DataError, StorageError
 from megatron_vlm.data.score_histogram import ScoreHistogram, draw_histogram, histogram_rows
+from megatron_vlm.data.sources.locations import Location, place_of
+from megatron_vlm.data.sources.parquet_files import open_parquet, unreadable
 from megatron_vlm.platform.durable_files import write_durably
 
 logger = logging.getLogger(__name__)
@@ -134,13 +136,13 @@ class TopRows:
 
 @dataclass(frozen=True, slots=True)
 class _InputFile:
-    path: Path
+    path: Location
     output: str
     first_row: int
     num_rows: int
 
 
-def select_pairs(inputs: tuple[Path, ...], output: Path, rules: SelectRules) -> dict[str, Any]:
+def select_pairs(inputs: tuple[Location, ...], output: Path, rules: SelectRules) -> dict[str, Any]:
     """Write the chosen rows as parquet files, one for each input file that has any, and a report.
 
     Args:
@@ -196,8 +198,8 @@ def select_pairs(inputs: tuple[Path, ...], output: Path, rules: SelectRules) -> 
     return report
 
 
-def _list_files(inputs: tuple[Path, ...]) -> list[_InputFile]:
-    resolved = [path.resolve() for path in inputs]
+def _list_files(inputs: tuple[Location, ...]) -> list[_InputFile]:
+    resolved = [place_of(path) for path in inputs]
     if len(set(resolved)) < len(resolved):
         twice = next(path for path, count in Counter(resolved).items() if count > 1)
         raise ConfigError("input file is given twice", where=str(twice), fix="give each file once")
@@ -206,15 +208,15 @@ def _list_files(inputs: tuple[Path, ...]) -> list[_InputFile]:
     files: list[_InputFile] = []
     first = 0
     for number, path in enumerate(inputs):
-        with _open(path) as table:
+        with open_parquet(path, streamed=True) as table:
             num_rows = table.metadata.num_rows
         files.append(_InputFile(path, path.name if unique else f"{number:05d}-{path.name}", first, num_rows))
         first += num_rows
     return files
 
 
-def _check_columns(path: Path, columns: tuple[str, ...]) -> None:
-    with _open(path) as table:
+def _check_columns(path: Location, columns: tuple[str, ...]) -> None:
+    with open_parquet(path, streamed=True) as table:
         schema = table.schema_arrow
     numbers = [field.name for field in schema if _is_number(field.type)]
     for name in columns:
@@ -306,7 +308,7 @@ def _write_file(file: _InputFile, rows: np.ndarray, path: Path, bar: tqdm) -> No
     """Copy rows, int64[n] and ascending, of one file; row groups without any of them are not read."""
     waiting: list[pyarrow.RecordBatch] = []
     num_waiting = first = 0
-    with _open(file.path) as table:
+    with open_parquet(file.path, streamed=True) as table:
         schema = table.schema_arrow
         sizes = [table.metadata.row_group(group).num_rows for group in range(table.num_row_groups)]
     groups, places = _place_in_groups(rows, sizes)
@@ -366,23 +368,9 @@ def _check_num_rows(file: _InputFile, found: int) -> None:
         )
 
 
-def _open(path: Path) -> pyarrow.parquet.ParquetFile:
-    try:
-        # By pread in pieces: a mapped file that is cut short kills the process, a whole column chunk may be 100 MB.
-        return pyarrow.parquet.ParquetFile(path, memory_map=False, buffer_size=1 << 20)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise _unreadable(path, error) from None
-
-
-def _batches(path: Path, **choice: Any) -> Iterator[pyarrow.RecordBatch]:
-    with _open(path) as table:
+def _batches(path: Location, **choice: Any) -> Iterator[pyarrow.RecordBatch]:
+    with open_parquet(path, streamed=True) as table:
         try:
             yield from table.iter_batches(_BATCH_ROWS, **choice)
         except (pyarrow.ArrowException, OSError) as error:
-            raise _unreadable(path, error) from None
-
-
-def _unreadable(path: Path, error: Exception) -> DataError:
-    return DataError(
-        f"parquet file cannot be read: {' '.join(str(error).split())[:120]}", where=str(path), fix="copy it again"
-    )
+            raise unreadable(path, error) from None

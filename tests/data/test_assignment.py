@@ -22,9 +22,33 @@ def test_linear_assignment_is_the_best_of_all_ways(shape, ties):
     for _ in range(30):
         similarity = generator.integers(0, 4, shape) / 4 if ties else generator.normal(size=shape)
         found = assign_linear(similarity)
-        matched = [(image, sentence) for image, sentence in enumerate(found) if sentence is not None]
-        assert len({sentence for _, sentence in matched}) == len(matched) == min(shape)
-        assert sum(similarity[pair] for pair in matched) == pytest.approx(best_sum(similarity))
+        if shape[0] <= shape[1]:
+            assert len(set(found)) == len(found)
+            assert sum(similarity[image, sentence] for image, sentence in enumerate(found)) == pytest.approx(
+                best_sum(similarity)
+            )
+        else:
+            assert set(found) == set(range(shape[1]))
+
+
+def test_images_beyond_the_sentences_go_to_their_most_similar_one():
+    similarity = np.array([[0.9, 0.1], [0.8, 0.2], [0.1, 0.7], [0.3, 0.2]])
+    assert assign_linear(similarity) == [0, 0, 1, 0]
+    assert assign_linear(np.array([[0.9, 0.8], [0.9, 0.1], [0.2, 0.1]])) == [1, 0, 0]
+    assert assign_linear(np.array([[0.1], [0.9], [0.5]])) == [0, 0, 0]
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (5, 2), (4, 1)])
+def test_each_sentence_has_one_image_of_the_best_assignment_and_the_rest_is_argmax(shape):
+    generator = np.random.default_rng(sum(shape))
+    for _ in range(30):
+        similarity = generator.normal(size=shape)
+        found = assign_linear(similarity)
+        ways = itertools.permutations(range(shape[0]), shape[1])
+        best = max(ways, key=lambda way: sum(similarity[image, column] for column, image in enumerate(way)))
+        expected = similarity.argmax(axis=1)
+        expected[list(best)] = range(shape[1])
+        assert found == expected.tolist()
 
 
 def test_each_best_may_share_a_sentence():
@@ -60,7 +84,7 @@ def test_images_get_their_new_sentence_and_its_similarity_and_keep_their_order()
 
 
 def test_an_image_without_a_sentence_is_left_out():
-    assert [info["image_name"] for info in reassign(record([[0.1], [0.3], [0.2]]), 1, "linear")] == ["b"]
+    assert reassign(record([[], [], []]), 0, "linear") == []
 
 
 @pytest.mark.parametrize(

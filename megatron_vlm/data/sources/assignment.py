@@ -24,22 +24,30 @@ def assign_each_best(similarity: np.ndarray) -> list[int | None]:
 def assign_linear(similarity: np.ndarray) -> list[int | None]:
     """Return a sentence of its own for each image such that the sum of the similarities is the highest.
 
+    Where there are more images than sentences, each sentence has an image of its own, and the images that are left
+    over go to their most similar sentence, as in MMC4's own assignment.
+
     Args:
         similarity: float64[images, sentences].
 
     Returns:
-        The sentence of each image; None for those that get none because there are more images than sentences.
+        The sentence of each image; None only if there are no sentences.
 
-    Source: MMC4, arXiv:2304.06939, section 3 (linear assignment); Kuhn's Hungarian method with shortest augmenting
-    paths, in O(images^2 * sentences).
+    Source: MMC4, arXiv:2304.06939, section 3, and its scripts/compute_assignments.py; Kuhn's Hungarian method with
+    shortest augmenting paths, in O(images^2 * sentences).
     """
     images, sentences = similarity.shape
     if images > sentences:
-        found: list[int | None] = [None] * images
-        for sentence, image in enumerate(assign_linear(similarity.T)):
-            if image is not None:
-                found[image] = sentence
+        found = assign_each_best(similarity)
+        for sentence, image in enumerate(_assign_all(similarity.T)):
+            found[image] = sentence
         return found
+    return list(_assign_all(similarity))
+
+
+def _assign_all(similarity: np.ndarray) -> list[int]:
+    """Return a column of its own for each row; there are at least as many columns as rows."""
+    images, sentences = similarity.shape
     # Column 0 is no sentence: it holds the image that is looking for one.
     image_price, price = np.zeros(images), np.zeros(sentences + 1)
     owner = np.full(sentences + 1, -1)

@@ -3,7 +3,6 @@
 import os
 import posixpath
 import stat
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -15,7 +14,7 @@ from megatron_vlm.data.image_check import ImageRules, check_image, shrink_image
 from megatron_vlm.data.sources.join_index import JoinIndex, JoinRows, hash_texts
 from megatron_vlm.data.sources.locations import Location, RemoteFile, RemoteStore
 from megatron_vlm.data.sources.records import MAX_RECORD_BYTES, parse_record
-from megatron_vlm.data.sources.tars import Member, TarReader, find_image, group_members
+from megatron_vlm.data.sources.tars import Member, TarReader, find_image, group_members, list_members
 
 _PLACE_DTYPE = np.dtype([("tar", "<u4"), ("size", "<u4"), ("offset", "<u8")])
 _MAX_SIZE = (1 << 32) - 1
@@ -149,7 +148,7 @@ def index_tar(path: Location, number: int) -> JoinRows:
     names: list[str] = []
     rows: list[tuple[int, int, int]] = []
     with TarReader(path) as tar:
-        for key, group in group_members(_until_damage(tar)).items():
+        for key, group in group_members(iter(list_members(tar)[0])).items():
             member = find_image(group)
             if member is None:
                 continue
@@ -173,6 +172,10 @@ class ImageReader:
         self.max_bytes = rules.max_bytes
         self.notes = {"animated_images": 0, "shrunk_images": 0}
 
+    def count(self, note: str, count: int = 1) -> None:
+        """Add to a note."""
+        self.notes[note] = self.notes.get(note, 0) + count
+
     def find(self, name: str | None, url: str | None = None) -> bytes:
         """Return the checked image of this name or URL.
 
@@ -194,13 +197,6 @@ class ImageReader:
         shrunk = shrink_image(data, facts, self._rules)
         self.notes["shrunk_images"] += shrunk is not data
         return shrunk
-
-
-def _until_damage(tar: TarReader) -> Iterator[Member]:
-    try:
-        yield from tar.members()
-    except RejectError:
-        return
 
 
 def _url_names(tar: TarReader, member: Member | None) -> list[str]:

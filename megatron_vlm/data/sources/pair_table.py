@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow
 import pyarrow.parquet
 
 from megatron_vlm.config import DataError
 from megatron_vlm.data.documents import RejectError
 from megatron_vlm.data.sources.join_index import JoinIndex, JoinRows, hash_texts
-from megatron_vlm.data.sources.locations import Location, is_file, open_stream
+from megatron_vlm.data.sources.locations import Location, is_file
+from megatron_vlm.data.sources.parquet_files import open_parquet
 
 _URL_COLUMNS = ("url", "URL")
 _CAPTION_COLUMNS = ("text", "caption", "TEXT", "top_caption")
@@ -26,7 +26,7 @@ def read_shard_table(path: Location) -> dict[str, dict[str, Any]]:
     """Return the rows of the table that img2dataset writes beside a tar, by key; nothing if there is none."""
     if not is_shard_table(path):
         return {}
-    with _open(path) as table:
+    with open_parquet(path) as table:
         columns = [name for name in _SHARD_COLUMNS if name in table.schema_arrow.names]
         return {str(row["key"]): row for row in table.read(columns=columns).to_pylist()}
 
@@ -35,7 +35,7 @@ def is_shard_table(path: Location) -> bool:
     """Tell whether a parquet file is the one that img2dataset writes beside the tar of the same name."""
     if not is_file(path) or not is_file(path.with_suffix(".tar")):
         return False
-    with _open(path) as table:
+    with open_parquet(path) as table:
         return "key" in table.schema_arrow.names
 
 
@@ -65,7 +65,7 @@ class TableFile:
         Raises:
             DataError: the file is not parquet.
         """
-        with _open(path) as table:
+        with open_parquet(path) as table:
             return cls(path, table.metadata.num_rows)
 
 
@@ -102,7 +102,7 @@ class PairTable:
     def _read_group(self, row: int) -> tuple[int, int, list[Any], list[Any]]:
         number = bisect_right(self._starts, row) - 1
         path = self._files[number].path
-        with _open(path) as table:
+        with open_parquet(path) as table:
             names = [_column(table, path, _URL_COLUMNS), _column(table, path, _CAPTION_COLUMNS)]
             first = self._starts[number]
             for group in range(table.num_row_groups):
@@ -126,17 +126,8 @@ def unused_rows(files: tuple[TableFile, ...], used: np.ndarray) -> Iterator[tupl
         start += file.num_rows
 
 
-def _open(path: Location) -> pyarrow.parquet.ParquetFile:
-    try:
-        return pyarrow.parquet.ParquetFile(path if isinstance(path, Path) else open_stream(path))
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(
-            f"parquet file cannot be read: {' '.join(str(error).split())[:120]}", where=str(path), fix="copy it again"
-        ) from None
-
-
 def _batches(path: Location, names: tuple[str, ...]) -> Iterator[list[Any]]:
-    with _open(path) as table:
+    with open_parquet(path) as table:
         column = _column(table, path, names)
         for batch in table.iter_batches(_BATCH_ROWS, columns=[column]):
             yield batch.column(0).to_pylist()

@@ -13,7 +13,7 @@ from megatron_vlm.data.sources.locations import Location, list_location
 from megatron_vlm.data.sources.pair_table import PairTable, TableFile, is_shard_table, read_shard_table, unused_rows
 from megatron_vlm.data.sources.records import MAX_RECORD_BYTES, field, parse_record, read_records
 from megatron_vlm.data.sources.source import Found, ReadContext, find_record_files, key_of
-from megatron_vlm.data.sources.tars import Member, TarReader, find_image, group_members
+from megatron_vlm.data.sources.tars import Member, TarReader, find_image, group_members, list_members
 
 _IMAGE_FIELDS = ("image", "image_name", "file_name", "image_path", "path")
 _CAPTION_FIELDS = ("caption", "text", "txt")
@@ -61,8 +61,7 @@ class TarPairSource:
         table = PairTable(self.tables, self.table_index) if self.table_index else None
         own = read_shard_table(path.with_suffix(".parquet"))
         with TarReader(path) as tar:
-            members: list[Member] = []
-            damage = _list_members(tar, members)
+            members, damage = list_members(tar)
             groups = group_members(iter(members))
             for key, group in groups.items():
                 try:
@@ -143,14 +142,6 @@ class _TarPair:
             if member:
                 self._record = parse_record(self._tar.read(member, self._rules.max_record_bytes, "record_too_long"))
         return self._record
-
-
-def _list_members(tar: TarReader, members: list[Member]) -> RejectError | None:
-    try:
-        members.extend(tar.members())
-    except RejectError as error:
-        return error
-    return None
 
 
 @dataclass(frozen=True, slots=True)

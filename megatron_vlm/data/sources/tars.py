@@ -123,6 +123,16 @@ class TarReader:
         return size
 
 
+def list_members(tar: TarReader) -> tuple[list[Member], RejectError | None]:
+    """Return the regular files up to the first damage, and what that is; None if the tar is whole."""
+    members: list[Member] = []
+    try:
+        members.extend(tar.members())
+    except RejectError as error:
+        return members, error
+    return members, None
+
+
 def group_members(members: Iterator[Member]) -> dict[str, dict[str, Member | None]]:
     """Return the members of each key by extension, in order of first appearance; None where a name comes twice."""
     groups: dict[str, dict[str, Member | None]] = {}
