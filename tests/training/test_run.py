@@ -29,9 +29,11 @@ def shards(tmp_path_factory):
     return folder
 
 
-def config_of(shards, run_dir, **training):
+def config_of(shards, run_dir, lr_decay_style="cosine", **training):
     settings = {"global_batch_size": 2, "train_iters": 6, **training}
-    config = tiny_run(str(run_dir), parallel=TP2_PP2_SP, training=settings, optimizer={"lr_decay_style": "cosine"})
+    config = tiny_run(
+        str(run_dir), parallel=TP2_PP2_SP, training=settings, optimizer={"lr_decay_style": lr_decay_style}
+    )
     blend = tuple(BlendEntry(path=str(shards / name), images=1) for name in ("coyo", "mmc4"))
     data = dataclasses.replace(
         config.data, blend=blend, tokenizer=str(shards / "tokenizer.model"), num_workers=1, prefetch_factor=2
@@ -69,3 +71,17 @@ def check_folder(run_dir, lines):
     assert [entry.sample_ids_sha for entry in entries] == [line["sample_ids_sha"] for line in lines]
     assert {key for line in lines for key in line if key.startswith("loss/")} == {"loss/coyo", "loss/mmc4"}
     assert all(0 <= line["padding"] < 1 and line["tokens_per_s"] > 0 for line in lines)
+
+
+def test_a_finished_run_that_is_made_longer_equals_one_that_was_as_long(workers, shards, tmp_path):
+    # With a decay, the learning rates would be those of the two lengths.
+    for train_iters in (4, 7):
+        assert run(workers, config_of(shards, tmp_path / "parts", "constant", train_iters=train_iters)) == [None] * 4
+    assert run(workers, config_of(shards, tmp_path / "whole", "constant", train_iters=7)) == [None] * 4
+    whole, parts = metrics(tmp_path / "whole"), metrics(tmp_path / "parts")
+    for name in ("iteration", "loss_hex", "grad_norm_hex", "sample_ids_sha", "consumed_samples"):
+        assert [line[name] for line in parts] == [line[name] for line in whole], name
+    entries = [
+        [entry.sample_ids_sha for entry, _ in read_ledger(tmp_path / name / "ledger")] for name in ("whole", "parts")
+    ]
+    assert entries[0] == entries[1]
