@@ -1,17 +1,26 @@
-"""`megatron-vlm select pairs`: keep the best pairs before their images are downloaded."""
+"""`megatron-vlm select {pairs,text}`: keep the best pairs before they are downloaded, or a part of a lot of text."""
 
 import argparse
+import os
 from pathlib import Path
 
-from megatron_vlm.config import ExitCode, UsageError
+from megatron_vlm.config import ConfigError, ExitCode, UsageError
 
-_EXAMPLES = """example (the paper's 25M of COYO-700M):
+_PAIRS_EXAMPLE = """example (the paper's 25M of COYO-700M):
   megatron-vlm select pairs --input coyo-700m --output coyo-25m --top 25M \\
       --by clip_similarity_vitb32+clip_similarity_vitl14
-
+"""
+_PAIRS_NOTES = """
 Then download, for example with img2dataset --input_format parquet --url_list coyo-25m --url_col url --caption_col text.
 Of equal scores the row that comes first is kept: files by name within a folder, then rows.
 --fraction 0.2 --min-score 0.6 is what VILA's published script does, file by file.
+"""
+_TEXT_EXAMPLE = """example (the paper's 1M of FLAN):
+  megatron-vlm select text --input flan/*_data --output flan-1m --number 1M --seed 0
+"""
+_TEXT_NOTES = """
+The records with the smallest hashes of their bytes and the seed are kept: the same ones for any order of files and any
+number of workers. They are copied as they are, into one .jsonl for each input file that has any of them.
 """
 
 
@@ -19,15 +28,21 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Add the verb to the command line."""
     parser = subparsers.add_parser(
         "select",
-        help="keep the top pairs by CLIP similarity over all parquet files",
-        epilog=_EXAMPLES,
+        help="keep the top pairs by CLIP similarity over all parquet files, or N records of text",
+        epilog=f"{_PAIRS_EXAMPLE}\n{_TEXT_EXAMPLE}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
+    _add_pairs(kinds)
+    _add_text(kinds)
+    parser.set_defaults(run=run)
+
+
+def _add_pairs(kinds: argparse._SubParsersAction) -> None:
     pairs = kinds.add_parser(
         "pairs",
         help="rows of parquet files; exact, in memory that depends on --top alone",
-        epilog=_EXAMPLES,
+        epilog=_PAIRS_EXAMPLE + _PAIRS_NOTES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = pairs.add_argument
@@ -38,11 +53,39 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     amount.add_argument("--top", metavar="N", help="rows to keep of all files together: 25M, 400K, 1000")
     amount.add_argument("--fraction", metavar="F", help="or the share of its rows that each file keeps, e.g. 0.2")
     add("--min-score", type=float, metavar="X", help="keep only scores above this")
-    parser.set_defaults(run=run)
+
+
+def _add_text(kinds: argparse._SubParsersAction) -> None:
+    from megatron_vlm.data.sources.locations import parse_location
+
+    text = kinds.add_parser(
+        "text",
+        help="records of JSON or parquet; exact, in memory that depends on --number alone",
+        epilog=_TEXT_EXAMPLE + _TEXT_NOTES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = text.add_argument
+    add(
+        "--input",
+        type=parse_location,
+        nargs="+",
+        required=True,
+        metavar="PATH",
+        help="JSON lines or arrays, also .gz or .zip, or parquet; files, folders of them, or URLs",
+    )
+    add("--output", type=Path, required=True, metavar="DIR", help="new folder: .jsonl, _report/select.json")
+    add("--number", required=True, metavar="N", help="records to keep of all files together: 1M, 400K, 1000")
+    add("--seed", type=int, default=0, metavar="S", help="another one keeps other records (default: %(default)s)")
+    add("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (default: one a core)")
+    add("--max-record-bytes", type=int, default=16 << 20, metavar="N", help="longest record (default: 16 MiB)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the verb; returns the exit code."""
+    return _run_text(args) if args.kind == "text" else _run_pairs(args)
+
+
+def _run_pairs(args: argparse.Namespace) -> int:
     from fractions import Fraction
 
     from megatron_vlm.data.select import SelectRules, parse_count, select_pairs
@@ -60,5 +103,27 @@ def run(args: argparse.Namespace) -> int:
     reasons = ", ".join(f"{reason} {count}" for reason, count in report["dropped"].items())
     print(f"rows {report['rows']} = kept {report['kept']} + dropped {report['rows'] - report['kept']} ({reasons})")
     print(f"scores kept: {report['lowest_kept_score']:.6g} to {report['highest_score']:.6g}")
+    print(f"wrote {args.output}")
+    return ExitCode.DONE
+
+
+def _run_text(args: argparse.Namespace) -> int:
+    from megatron_vlm.data.select import parse_count
+    from megatron_vlm.data.select_text import TextSelectRules, select_text
+    from megatron_vlm.data.sources.table_records import find_instruction_files
+
+    try:
+        number = parse_count(args.number)
+    except (ValueError, ZeroDivisionError):
+        raise UsageError(f"--number {args.number} is not a whole number above 0", fix="use --number 1M") from None
+    if args.workers < 1:
+        raise ConfigError(f"--workers {args.workers} is below 1", fix="use 1 or more")
+    rules = TextSelectRules(number=number, seed=args.seed, max_record_bytes=args.max_record_bytes)
+    report = select_text(find_instruction_files(tuple(args.input)), args.output, rules, num_workers=args.workers)
+    reasons = ", ".join(f"{reason} {count}" for reason, count in report["rejects"].items())
+    print(
+        f"records {report['records']} = kept {report['kept']} + not chosen {report['not_chosen']} "
+        f"+ rejected {report['rejected']}{f' ({reasons})' if reasons else ''}"
+    )
     print(f"wrote {args.output}")
     return ExitCode.DONE

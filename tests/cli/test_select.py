@@ -63,3 +63,41 @@ def test_help_shows_an_example(kind, capsys):
         main(["select", *kind, "--help"])
     assert caught.value.code == 0
     assert "megatron-vlm select pairs --input coyo-700m" in capsys.readouterr().out
+
+
+@pytest.fixture
+def flan(tmp_path):
+    folder = tmp_path / "flan"
+    folder.mkdir()
+    for number in range(2):
+        lines = [f'{{"inputs": "q {number} {line}", "targets": "a"}}\n' for line in range(5)]
+        (folder / f"part-{number}.jsonl").write_text("".join([*lines, "{\n"]))
+    return folder
+
+
+def select_text(flan, output, number, *more) -> int:
+    options = ["--input", str(flan), "--output", str(output), "--number", number, "--workers", "1", *more]
+    return main(["select", "text", *options])
+
+
+def test_text_records_are_chosen_and_counted(flan, tmp_path, capsys):
+    assert select_text(flan, tmp_path / "out", "0.004K", "--seed", "7") == 0
+    assert sum(len(path.read_text().splitlines()) for path in (tmp_path / "out").glob("*.jsonl")) == 4
+    assert "records 12 = kept 4 + not chosen 6 + rejected 2 (json_syntax 2)" in capsys.readouterr().out
+
+
+def test_wrong_number_of_text_records_is_exit_code_64(flan, tmp_path, capsys):
+    assert select_text(flan, tmp_path / "out", "lots") == 64
+    assert "--number lots is not a whole number above 0; fix: use --number 1M" in capsys.readouterr().err
+
+
+def test_wrong_number_of_workers_for_text_is_exit_code_78(flan, tmp_path, capsys):
+    assert select_text(flan, tmp_path / "out", "1", "--workers", "0") == 78
+    assert "--workers 0 is below 1" in capsys.readouterr().err
+
+
+def test_help_of_text_shows_an_example(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["select", "text", "--help"])
+    assert caught.value.code == 0
+    assert "megatron-vlm select text --input flan" in capsys.readouterr().out

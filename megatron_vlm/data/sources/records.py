@@ -46,15 +46,25 @@ def read_records(path: Location, *, max_bytes: int = MAX_RECORD_BYTES) -> Iterat
         A record, or a RejectError with reason json_syntax, json_nesting, json_duplicate_key, json_type,
         invalid_utf8, record_too_long or file_truncated.
     """
+    for line, raw in read_raw_records(path, max_bytes=max_bytes):
+        yield Record(line, raw if isinstance(raw, RejectError) else _parse(raw))
+
+
+def read_raw_records(path: Location, *, max_bytes: int = MAX_RECORD_BYTES) -> Iterator[tuple[int, bytes | RejectError]]:
+    """Find the records of one file without parsing them; see `read_records`.
+
+    Yields:
+        The line, and the bytes of the record or a RejectError with reason record_too_long or file_truncated.
+    """
     line = 1
     try:
         for stream in _open(path):
             with closing(stream):
                 for line, raw in _split(stream, max_bytes):  # noqa: B007
-                    yield Record(line, raw if isinstance(raw, RejectError) else _parse(raw))
+                    yield line, raw
     except (EOFError, zlib.error, gzip.BadGzipFile, zipfile.BadZipFile, RuntimeError) as error:
         # RuntimeError: a zip with a password or an unknown compression.
-        yield Record(line, RejectError("file_truncated", f"{type(error).__name__}: {error}"))
+        yield line, RejectError("file_truncated", f"{type(error).__name__}: {error}")
 
 
 def field(record: dict[str, Any], name: str, kind: type | tuple[type, ...]) -> Any:
