@@ -114,6 +114,11 @@ def _run(ray: Any, function: Callable, tasks: Sequence[tuple], *, unit: str, rep
                 _show(ray, bar, progress, len(tasks) - len(pending))
         return ray.get(results)
     except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, ray.exceptions.RayError):
+            raise ConfigError(
+                f"nodes of the Ray cluster cannot run the tasks: {str(error.cause).splitlines()[0]}",
+                fix="install this version of megatron_vlm, with the same Python, on all nodes",
+            ) from None
         raise error.cause from None
     except ray.exceptions.RayError as error:
         raise StorageError(
