@@ -35,6 +35,7 @@ setup(
     extras_require={
         "gpu": ["transformer-engine[pytorch]>=2.9"],
         "hf": ["transformers>=4.57,<6"],
+        "ray": ["ray>=2.9"],
         "eval": ["pycocoevalcap>=1.2"],
         "dev": [
             "pytest>=8",

@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
 # Make the virtual environment .venv (or $VENV) with megatron_vlm, its tests' tools and transformers, at tested versions.
-# Run again, it returns at once unless setup.py or constraints.txt changed. $PYTHON names an interpreter of one's choice.
+# Run again, it returns at once unless setup.py or constraints.txt changed. $PYTHON names an interpreter of one's choice,
+# $EXTRAS the extras to install (setup.py); the slow tests of Ray need EXTRAS=dev,hf,ray.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 venv="${VENV:-.venv}"
+extras="${EXTRAS:-dev,hf}"
 cpu_index="https://download.pytorch.org/whl/cpu"
 stamp_file="$venv/.megatron_vlm_installed"
 
@@ -35,7 +37,7 @@ urllib.request.urlopen(sys.argv[1] + "/torch/", timeout=5)
 PYTHON
 }
 
-fingerprint() { cat setup.py constraints.txt tools/setup_venv.sh | sha256sum | cut -d' ' -f1; }
+fingerprint() { { cat setup.py constraints.txt tools/setup_venv.sh; printf '%s' "$extras"; } | sha256sum | cut -d' ' -f1; }
 
 wanted="$(fingerprint)"
 if [ -x "$venv/bin/python" ] && [ "$(cat "$stamp_file" 2>/dev/null)" = "$wanted" ]; then
@@ -64,6 +66,6 @@ fi
 
 say "installing megatron_vlm and what it needs into $venv (a few minutes the first time)"
 "$venv/bin/python" -m pip install --disable-pip-version-check --constraint constraints.txt \
-  ${index[@]+"${index[@]}"} --editable ".[dev,hf]"
+  ${index[@]+"${index[@]}"} --editable ".[$extras]"
 printf '%s\n' "$wanted" >"$stamp_file"
 say "done: $("$venv/bin/python" -c 'import torch; print("torch", torch.__version__)')"
