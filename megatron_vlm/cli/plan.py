@@ -5,14 +5,16 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
-from megatron_vlm.config import ExitCode, TrainConfig, UsageError, derive_layout, load_config
+from megatron_vlm.config import ExitCode, TrainConfig, UsageError, UserError, derive_layout, load_config
 
 _EPILOG = """\
 example:
   megatron-vlm plan examples/vila_7b/pretrain.yaml --world-size 128
   megatron-vlm plan train.yaml parallel.tensor_model_parallel_size=4 --world-size 32 --no-data
+  megatron-vlm plan train.yaml --balance 8 64 512
 
 Parameters are exact, and so is the packing: it is what train would do. Activations leave out what libraries keep.
 """
@@ -39,6 +41,14 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "--mfu", type=float, default=0.4, metavar="X", help="share of its peak that is reached (default: %(default)s)"
     )
     parser.add_argument("--no-data", action="store_true", help="leave the packing out: the shards are not there yet")
+    parser.add_argument(
+        "--balance",
+        nargs="+",
+        type=int,
+        default=[],
+        metavar="N",
+        help="numbers of data-parallel ranks: how even images and attention work are, against random order",
+    )
     parser.add_argument("--json", action="store_true", help="the same figures as JSON")
     parser.set_defaults(run=run)
 
@@ -52,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     replica = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
     facts = _memory(config, args.world_size or replica)
     if not args.no_data:
-        facts["data"] = _data(config, facts["world_size"], _PEAK_FLOPS[args.gpu] * args.mfu)
+        facts["data"] = _data(config, facts["world_size"], _PEAK_FLOPS[args.gpu] * args.mfu, args.balance)
     if args.json:
         sys.stdout.write(json.dumps(facts, indent=2) + "\n")
     else:
@@ -80,12 +90,13 @@ def _memory(config: TrainConfig, world_size: int) -> dict[str, Any]:
     }
 
 
-def _data(config: TrainConfig, world_size: int, flops_per_second: float) -> dict[str, Any]:
-    from megatron_vlm.data.checks import check_data
+def _data(
+    config: TrainConfig, world_size: int, flops_per_second: float, data_parallel_sizes: Sequence[int]
+) -> dict[str, Any]:
     from megatron_vlm.training.outlook import foresee
 
-    datasets = check_data(config)
-    outlook = foresee(config, datasets)
+    datasets = _open(config)
+    outlook = foresee(config, datasets, data_parallel_sizes)
     gpu_hours = outlook.gpu_hours(flops_per_second)
     return {
         **asdict(outlook.packing),
@@ -95,8 +106,23 @@ def _data(config: TrainConfig, world_size: int, flops_per_second: float) -> dict
         "stage_imbalance": outlook.imbalance,
         "gpu_hours": gpu_hours,
         "hours": gpu_hours / world_size,
+        "shortest_row": outlook.row_lengths[0],
+        "longest_row": outlook.row_lengths[1],
+        "balance": [asdict(balance) for balance in outlook.balance],
         **_row_lengths(config, datasets),
     }
+
+
+def _open(config: TrainConfig) -> Sequence[Any]:
+    from megatron_vlm.data.checks import check_data
+
+    try:
+        return check_data(config)
+    except UserError as error:
+        paths = [config.data.tokenizer, *(entry.path for entry in config.data.blend)]
+        if all(Path(path).exists() for path in paths):
+            raise
+        raise type(error)(error.what, where=error.where, fix=f"{error.fix}, or plan without it: --no-data") from None
 
 
 def _row_lengths(config: TrainConfig, datasets: Sequence[Any]) -> dict[str, Any]:
@@ -133,12 +159,14 @@ def _as_text(facts: dict[str, Any], machine: str) -> str:
         "",
         f"{data['num_samples']} samples with {data['num_images']} images in {data['num_rows']} rows: "
         f"{data['num_iterations']} iterations, {data['utilisation']:.2%} of the positions used, "
-        f"{data['truncated']} samples cut, {data['dropped']} left out",
+        f"{data['truncated']} samples cut, {data['split']} split, {data['dropped']} left out",
+        *_clustering_lines(data),
         f"{data['num_tokens'] / 1e6:.1f} M tokens, {data['num_labels'] / 1e6:.1f} M with a loss; work of the stages "
         f"{shares}, the slowest {data['stage_imbalance']:.1%} over the mean",
         f"{data['flops']:.3g} operations: {data['gpu_hours']:.3g} GPU hours on {machine}, {data['hours']:.3g} hours on "
         f"{facts['world_size']} of them",
         *_row_length_lines(data),
+        *_balance_lines(data),
     ]
     return "\n".join(lines) + "\n"
 
@@ -150,6 +178,22 @@ def _row_length_lines(data: dict[str, Any]) -> list[str]:
     for row in data["row_lengths"]:
         best = "  <- wastes least" if row["seq_length"] == data["best_row_length"] else ""
         lines.append(f"{row['seq_length']:15d}  {row['utilisation']:14.2%}  {row['too_long']:16.3%}{best}")
+    return lines
+
+
+def _clustering_lines(data: dict[str, Any]) -> list[str]:
+    if data["shortest_row"] == data["longest_row"]:
+        return []
+    return [f"rows of {data['shortest_row']} to {data['longest_row']} tokens, as long as each global batch needs them"]
+
+
+def _balance_lines(data: dict[str, Any]) -> list[str]:
+    if not data["balance"]:
+        return []
+    lines = ["", "fullest data-parallel rank over the mean, all global batches    this plan  random order  lower bound"]
+    for row in data["balance"]:
+        name = f"{row['load']} on {row['data_parallel_size']} ranks"
+        lines.append(f"  {name:58s}  {row['planned']:11.4f}  {row['random']:12.4f}  {row['lower_bound']:11.4f}")
     return lines
 
 

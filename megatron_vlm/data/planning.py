@@ -215,7 +215,7 @@ def _rows_of_pass(
         borders = np.arange(len(samples) + 1)
     if not len(samples):
         return samples, borders
-    images, work = _row_loads(pool, samples, borders)
+    images, work = row_loads(pool, samples, borders)
     rows = deal_rows(images, work, first_slot=first_slot, global_batch_size=settings.global_batch_size, rng=rng)
     return _take_rows(samples, borders, rows[:limit])
 
@@ -228,13 +228,19 @@ def _balance(
     full = rows - rows % settings.global_batch_size
     if not full:
         return ids, borders
-    images, work = _row_loads(pool, ids, borders)
+    images, work = row_loads(pool, ids, borders)
     order = balance_ranks(images[:full], work[:full], settings.global_batch_size)
     return _take_rows(ids, borders, np.concatenate([order, np.arange(full, rows)]))
 
 
-def _row_loads(pool: SamplePool, ids: np.ndarray, borders: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return images and attention work (the sum of squares of the lengths) of each row."""
+def row_loads(pool: SamplePool, ids: np.ndarray, borders: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return images and attention work (the sum of squares of the lengths) of each row.
+
+    Args:
+        pool: samples under their ids.
+        ids: int[n]; samples, row after row.
+        borders: int64[rows + 1]; none of the rows is empty.
+    """
     images = np.add.reduceat(pool.num_images[ids], borders[:-1])
     return images, np.add.reduceat(np.square(pool.lengths[ids], dtype=np.float64), borders[:-1])
 

@@ -7,7 +7,8 @@ import numpy as np
 
 from megatron_vlm.config import TrainConfig
 from megatron_vlm.config.size import stage_sizes
-from megatron_vlm.data.plan import PlanSettings, PlanSummary, plan_rows
+from megatron_vlm.data.balance_report import Balance, report_balance
+from megatron_vlm.data.plan import PlannedRows, PlanSettings, PlanSummary, plan_rows
 from megatron_vlm.data.shards import ShardedDataset
 from megatron_vlm.training.flops import language_flops, projection_flops, step_flops, vision_flops
 
@@ -23,6 +24,10 @@ class Outlook:
     """Operations of all steps; padding and recomputation excluded."""
     stage_shares: tuple[float, ...]
     """Share of the operations that each pipeline stage does."""
+    row_lengths: tuple[int, int]
+    """Shortest and longest rows; they differ between global batches where lengths are clustered [tokens]."""
+    balance: tuple[Balance, ...]
+    """For the numbers of data-parallel ranks that were asked for."""
 
     @property
     def imbalance(self) -> float:
@@ -34,39 +39,52 @@ class Outlook:
         return self.flops / flops_per_second / 3600
 
 
-def foresee(config: TrainConfig, datasets: Sequence[ShardedDataset]) -> Outlook:
+def foresee(
+    config: TrainConfig, datasets: Sequence[ShardedDataset], data_parallel_sizes: Sequence[int] = ()
+) -> Outlook:
     """Pack the data and count what all steps will do.
+
+    Args:
+        config: settings of the run.
+        datasets: one per entry of the blend.
+        data_parallel_sizes: numbers of data-parallel ranks for which the balance is simulated.
 
     Raises:
         ConfigError: the blend cannot be made from the datasets.
-        DataError: with overflow "fail", a sample is longer than a row.
+        DataError: with overflow "fail", a sample is longer than a row; with "split", an image is.
+        UsageError: the balance is asked for a number of ranks that does not divide the global batch.
     """
-    rows = plan_rows(PlanSettings.from_config(config), datasets)
-    num_image_tokens = config.model.vision.num_image_tokens
-    images = np.concatenate([dataset.num_images for dataset in datasets])
-    text = np.concatenate([dataset.text_lengths for dataset in datasets])
-    lengths = np.minimum(text + images.astype(np.int64) * num_image_tokens, config.data.seq_length)
-    used = lengths[rows.sample_ids].astype(np.float64)
+    settings = PlanSettings.from_config(config)
+    rows = plan_rows(settings, datasets)
+    # As they are in the rows: cut samples are shorter, and pieces have lengths of their own.
+    used = rows.pool.lengths[rows.sample_ids].astype(np.float64)
     counts = {
         "num_tokens": rows.summary.num_tokens,
         "attention_pairs": int((used * (used + 1) / 2).sum()),
-        "num_labels": _count_labels(datasets, rows.sample_ids, text),
+        "num_labels": _count_labels(rows, datasets, config.model.vision.num_image_tokens),
         "num_images": rows.summary.num_images,
     }
+    lengths = [settings.seq_length] if rows.seq_lengths is None else rows.seq_lengths.tolist()
     return Outlook(
         packing=rows.summary,
         num_labels=counts["num_labels"],
         flops=step_flops(config.model, config.training.freeze, **counts),
         stage_shares=_stage_shares(config, **counts),
+        row_lengths=(min(lengths), max(lengths)),
+        balance=tuple(report_balance(settings, rows, data_parallel_sizes)) if data_parallel_sizes else (),
     )
 
 
-def _count_labels(datasets: Sequence[ShardedDataset], sample_ids: np.ndarray, text: np.ndarray) -> int:
-    trained = []
-    for dataset in datasets:
-        counts = dataset.manifest.counts
-        trained.append(np.full(len(dataset), counts.trained_tokens / max(1, counts.text_tokens)))
-    return int((text * np.concatenate(trained))[sample_ids].sum())
+def _count_labels(rows: PlannedRows, datasets: Sequence[ShardedDataset], num_image_tokens: int) -> int:
+    """Return the tokens with a loss, as if every text had its dataset's share of trained tokens."""
+    pool = rows.pool
+    labels = (pool.lengths - pool.num_images * np.int32(num_image_tokens)).astype(np.float64)
+    counts = [dataset.manifest.counts for dataset in datasets]
+    shares = np.array([count.trained_tokens / max(1, count.text_tokens) for count in counts])
+    sizes = [len(dataset) for dataset in datasets]
+    sources = np.searchsorted(np.cumsum(sizes), pool.pieces[0], side="right")
+    labels *= np.concatenate([np.repeat(shares, sizes), shares[sources]])
+    return int(labels[rows.sample_ids].sum())
 
 
 def _stage_shares(

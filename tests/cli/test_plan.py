@@ -52,6 +52,9 @@ def test_text_names_memory_packing_and_hours(project):
         (["--mfu", "40"], 64, "--mfu 40.0 is not between 0 and 1"),
         (["--world-size", "3", "parallel.pipeline_model_parallel_size=2"], 78, "3 ranks are not a multiple"),
         (["data.blend=[{path: nowhere}]"], 65, "nowhere"),
+        (["data.blend=[{path: nowhere}]"], 65, "or plan without it: --no-data"),
+        (["data.tokenizer=nowhere.model"], 78, "or plan without it: --no-data"),
+        (["--balance", "3"], 64, "3 data-parallel ranks do not share training.global_batch_size=4 evenly"),
     ],
 )
 def test_wrong_input_is_one_line(project, arguments, code, message):
@@ -75,3 +78,24 @@ def test_neighbouring_row_lengths_are_compared(project):
 
 def test_without_packing_no_row_length_is_better(project):
     assert "row_lengths" not in facts(project, "data.packing=false")["data"]
+
+
+def test_balance_is_compared_with_random_order(project):
+    found = facts(project, "--balance", "2", "4")["data"]["balance"]
+    assert [(row["load"], row["data_parallel_size"]) for row in found] == [
+        ("images", 2),
+        ("attention work", 2),
+        ("images", 4),
+        ("attention work", 4),
+    ]
+    assert all(row["lower_bound"] - 1e-9 <= row["planned"] for row in found)
+    text = project.run("plan", "train.yaml", "--balance", "2").stdout
+    assert "attention work on 2 ranks" in text
+    assert "random order" in text
+
+
+def test_clustering_shows_how_long_the_rows_are(project):
+    text = project.run(
+        "plan", "train.yaml", "data.packing=false", "data.length_clustering=true", "data.length_multiple=8"
+    ).stdout
+    assert "as long as each global batch needs them" in text

@@ -3,8 +3,10 @@ import dataclasses
 import pytest
 
 from megatron_vlm.config import BlendEntry
+from megatron_vlm.data.collate import cut_sample
 from megatron_vlm.data.manifest import TokenizerFacts
 from megatron_vlm.data.shards import ImageSegment, ShardedDataset, write_dataset
+from megatron_vlm.training.flops import step_flops
 from megatron_vlm.training.outlook import foresee
 from tests.support.configs import VOCAB_SIZE, tiny_run
 from tests.support.samples import make_samples, sample_length
@@ -39,6 +41,51 @@ def test_one_epoch_counts_every_sample_once(dataset):
         for segment in sample.segments
         if not isinstance(segment, ImageSegment) and segment.train
     )
+
+
+def short_rows(overflow):
+    run = one_epoch()
+    return dataclasses.replace(run, data=dataclasses.replace(run.data, seq_length=32, overflow=overflow))
+
+
+def test_pieces_of_split_samples_are_counted_once(dataset):
+    whole, split = foresee(one_epoch(), [dataset]), foresee(short_rows("split"), [dataset])
+    assert split.packing.split > 3
+    assert split.packing.num_tokens == whole.packing.num_tokens
+    assert split.num_labels == pytest.approx(whole.num_labels, abs=1)
+    assert split.flops < whole.flops  # nothing looks across a cut
+
+
+def test_cut_samples_are_counted_as_long_as_they_are_in_their_rows(dataset):
+    samples = [cut_sample(placed.sample, 32, 16) for placed in make_samples(NUM_SAMPLES)]
+    lengths = [sample_length(sample, 16) for sample in samples]
+    assert any(16 < length < 32 for length in lengths)
+    run = short_rows("truncate")
+    outlook = foresee(run, [dataset])
+    assert outlook.packing.num_tokens == sum(lengths)
+    expected = step_flops(
+        run.model,
+        (),
+        num_tokens=sum(lengths),
+        attention_pairs=sum(length * (length + 1) // 2 for length in lengths),
+        num_labels=outlook.num_labels,
+        num_images=outlook.packing.num_images,
+    )
+    assert outlook.flops == pytest.approx(expected)
+
+
+def test_balance_is_reported_for_the_ranks_asked_for(dataset):
+    run = one_epoch()
+    run = dataclasses.replace(run, training=dataclasses.replace(run.training, global_batch_size=4))
+    assert foresee(run, [dataset]).balance == ()
+    assert [balance.data_parallel_size for balance in foresee(run, [dataset], [2, 4]).balance] == [2, 2, 4, 4]
+
+
+def test_clustered_rows_have_several_lengths(dataset):
+    run = one_epoch()
+    data = dataclasses.replace(run.data, packing=False, length_clustering=True, length_multiple=8)
+    shortest, longest = foresee(dataclasses.replace(run, data=data), [dataset]).row_lengths
+    assert shortest < longest <= run.data.seq_length
 
 
 def test_operations_grow_with_the_epochs(dataset):

@@ -1,0 +1,95 @@
+"""The report counts what each data-parallel rank would get."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from megatron_vlm.config import BlendEntry, UsageError
+from megatron_vlm.data.balance_report import report_balance
+from megatron_vlm.data.plan import PlanSettings, plan_rows
+
+
+class Lengths:
+    """A dataset of lengths alone."""
+
+    fingerprint = "lengths"
+
+    def __init__(self, number: int, seed: int = 0) -> None:
+        rng = np.random.default_rng(seed)
+        self.num_images = rng.integers(0, 6, number).astype(np.int32)
+        self.text_lengths = rng.integers(1, 60, number).astype(np.int32)
+
+    def __len__(self) -> int:
+        return len(self.num_images)
+
+
+SETTINGS = PlanSettings(
+    blend=(BlendEntry(path="a"),),
+    seq_length=256,
+    num_image_tokens=16,
+    packing=True,
+    overflow="fail",
+    seed=3,
+    global_batch_size=32,
+    train_iters=None,
+    train_epochs=1.0,
+)
+
+
+@pytest.fixture(scope="module")
+def dataset():
+    return Lengths(8000)
+
+
+def count_by_hand(rows, per_sample, size):
+    """Fullest rank of every full batch, and the mean rank, row by row."""
+    fullest, means = [], []
+    for batch in range((len(rows.row_borders) - 1) // 32):
+        ranks = [0.0] * size
+        for place in range(32):
+            row = 32 * batch + place
+            ids = rows.sample_ids[rows.row_borders[row] : rows.row_borders[row + 1]]
+            ranks[place % size] += float(per_sample[ids].sum())
+        fullest.append(max(ranks))
+        means.append(sum(ranks) / size)
+    return fullest, means
+
+
+@pytest.mark.parametrize("size", [1, 4, 32])
+def test_figures_equal_a_count_by_hand(dataset, size):
+    rows = plan_rows(SETTINGS, [dataset])
+    lengths = (dataset.num_images * 16 + dataset.text_lengths).astype(np.float64)
+    found = {balance.load: balance for balance in report_balance(SETTINGS, rows, [size])}
+    for load, per_sample in (("images", dataset.num_images), ("attention work", lengths**2)):
+        fullest, means = count_by_hand(rows, per_sample, size)
+        assert found[load].planned == pytest.approx(sum(fullest) / sum(means))
+        assert found[load].worst == pytest.approx(max(f / m for f, m in zip(fullest, means, strict=True)))
+
+
+def test_planned_order_is_more_even_than_a_random_one_and_not_below_the_bound(dataset):
+    for balance in report_balance(SETTINGS, plan_rows(SETTINGS, [dataset]), [2, 8, 16]):
+        assert 1 - 1e-9 <= balance.lower_bound <= balance.planned + 1e-9 < balance.random
+        assert balance.worst < balance.random_worst
+
+
+def test_one_row_a_rank_is_the_bound_of_work(dataset):
+    balance = report_balance(SETTINGS, plan_rows(SETTINGS, [dataset]), [32])[1]
+    assert balance.planned == pytest.approx(balance.lower_bound)
+
+
+def test_clustered_rows_stay_in_their_batch(dataset):
+    settings = dataclasses.replace(SETTINGS, packing=False, length_clustering=True)
+    for balance in report_balance(settings, plan_rows(settings, [dataset]), [8]):
+        assert balance.planned <= balance.random < 1.5
+
+
+@pytest.mark.parametrize("size", [0, 3, 64])
+def test_ranks_that_do_not_share_the_batch_are_refused(dataset, size):
+    with pytest.raises(UsageError, match=f"{size} data-parallel ranks do not share .*=32 evenly"):
+        report_balance(SETTINGS, plan_rows(SETTINGS, [dataset]), [8, size])
+
+
+def test_less_than_a_batch_is_refused():
+    with pytest.raises(UsageError, match=r"\d rows are no full global batch of 32"):
+        report_balance(SETTINGS, plan_rows(SETTINGS, [Lengths(20)]), [8])
