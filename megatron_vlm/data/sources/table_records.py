@@ -1,12 +1,14 @@
 """Records from parquet: a row is a record, as a line of JSON is."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-from megatron_vlm.config import ConfigError
+import pyarrow
+
+from megatron_vlm.config import ConfigError, DataError
 from megatron_vlm.data.documents import RejectError
-from megatron_vlm.data.sources.locations import Location, list_location, open_stream
+from megatron_vlm.data.sources.locations import Location, list_location
+from megatron_vlm.data.sources.parquet_files import open_parquet
 from megatron_vlm.data.sources.records import MAX_RECORD_BYTES, SUFFIXES, Record, read_records
 
 TABLE_SUFFIX = ".parquet"
@@ -47,27 +49,23 @@ def read_table_records(path: Location, *, max_bytes: int = MAX_RECORD_BYTES) -> 
 
     Args:
         path: parquet file.
-        max_bytes: longest row, counted in the bytes of its texts; a longer one is rejected.
+        max_bytes: longest row, counted in the characters of its texts; a longer one is rejected.
 
     Yields:
         A record whose line is the number of the row, from 1; empty cells are left out of it. Or a RejectError with
         reason record_too_long or file_truncated.
     """
-    import pyarrow
-    import pyarrow.parquet
-
     row = 0
     try:
-        # By pread in pieces: a column chunk of pictures is often hundreds of MB.
-        file = path if isinstance(path, Path) else open_stream(path)
-        with pyarrow.parquet.ParquetFile(file, memory_map=False, buffer_size=1 << 20) as table:
+        with open_parquet(path, streamed=True) as table:
             for batch in table.iter_batches(_BATCH_ROWS):
                 names = batch.schema.names
                 for cells in zip(*(column for column in batch.columns), strict=True):
                     row += 1
                     yield Record(row, _record(names, cells, max_bytes))
-    except (pyarrow.ArrowException, OSError) as error:
-        yield Record(row + 1, RejectError("file_truncated", " ".join(str(error).split())[:200]))
+    except (DataError, pyarrow.ArrowException, OSError) as error:
+        detail = error.what if isinstance(error, DataError) else " ".join(str(error).split())[:200]
+        yield Record(row + 1, RejectError("file_truncated", detail))
 
 
 def _record(names: list[str], cells: tuple[Any, ...], max_bytes: int) -> dict[str, Any] | RejectError:
