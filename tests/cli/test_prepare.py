@@ -121,6 +121,20 @@ def test_missing_input_is_exit_code_78(corpora, tmp_path, capsys):
     assert "input does not exist (none)" in capsys.readouterr().err
 
 
+def test_urls_stand_for_paths(corpora, tmp_path):
+    assert run(corpora, "interleaved", tmp_path / "a") == 0
+    given = ["--input", f"file://{corpora}/mmc4/*.jsonl", "--images", f"file://{corpora}/images"]
+    assert run(corpora, "interleaved", tmp_path / "b", *given) == 0
+    assert load_manifest(tmp_path / "a") == load_manifest(tmp_path / "b")
+
+
+def test_missing_bucket_is_exit_code_78(corpora, tmp_path, capsys):
+    assert run(corpora, "pairs", tmp_path / "d", "--input", "memory://none/*.tar") == 78
+    assert "no file matches --input (memory://none/*.tar)" in capsys.readouterr().err
+    assert run(corpora, "pairs", tmp_path / "d", "--images", "memory://none/images") == 78
+    assert "image folder does not exist (memory://none/images)" in capsys.readouterr().err
+
+
 def test_missing_image_folder_is_exit_code_78(corpora, tmp_path, capsys):
     assert run(corpora, "pairs", tmp_path / "d", "--images", str(tmp_path / "none")) == 78
     assert "image folder does not exist" in capsys.readouterr().err

@@ -129,3 +129,10 @@ def test_control_characters_are_taken_on_request():
 def test_a_reject_survives_the_way_between_processes():
     error = pickle.loads(pickle.dumps(RejectError("image_empty", "0 bytes")))
     assert (error.reason, error.detail, str(error)) == ("image_empty", "0 bytes", "image_empty: 0 bytes")
+
+
+def test_texts_of_different_masks_stay_apart_and_no_blank_is_lost_or_doubled():
+    image = Image(b"")
+    given = (Text("q", False), Text("one"), Text("two"), image, Text("a ", True), Text("b", False), Text("c", False))
+    joined = join_text(Document(given), JoinRules())
+    assert joined.segments == (Text("q", False), Text(" one two"), image, Text("a "), Text("b c", False))

@@ -89,7 +89,7 @@ class RemoteImages:
         try:
             data = self._store.read_inside(path, self._max_bytes)
         except FileNotFoundError:
-            raise RejectError("image_missing", f"{name[:200]!r}: no such object") from None
+            raise RejectError("image_missing", f"{name[:200]!r}: No such file or directory") from None
         if isinstance(data, int):
             raise RejectError("image_bytes", f"{data} bytes, at most {self._max_bytes} are taken")
         return data

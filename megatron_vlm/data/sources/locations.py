@@ -239,8 +239,19 @@ class RemoteStore:
         return self._attempt(lambda: self._system.ls(self._path, detail=True))
 
     def glob(self) -> list[dict[str, Any]]:
-        """Return `info` of everything that matches the pattern."""
-        return self._attempt(lambda: list(self._system.glob(self._path, detail=True).values()))
+        """Return `info` of everything that matches the pattern.
+
+        Raises:
+            ConfigError: it is no pattern.
+        """
+
+        def match() -> list[dict[str, Any]]:
+            try:
+                return list(self._system.glob(self._path, detail=True).values())
+            except ValueError as error:
+                raise self._wrong(error) from None
+
+        return self._attempt(match)
 
     def url_of(self, name: str) -> str:
         """Return the URL of a name that this file system gave."""
@@ -301,7 +312,7 @@ class RemoteStore:
                 fix=f"pip install {package}",
             ) from None
         except ValueError as error:
-            raise ConfigError(f"URL cannot be used: {error}", where=str(self._location), fix="check it") from None
+            raise self._wrong(error) from None
 
     def _attempt(self, function: Callable[[], _Result]) -> _Result:
         for wait in (*_WAIT_SECONDS, None):
@@ -324,6 +335,9 @@ class RemoteStore:
                     ) from error
                 time.sleep(wait)
         raise AssertionError("the last try returns or raises")
+
+    def _wrong(self, error: ValueError) -> ConfigError:
+        return ConfigError(f"URL cannot be used: {error}", where=str(self._location), fix="check it")
 
     def _gone(self) -> StorageError:
         return StorageError("file is gone", where=str(self._location), fix="check the bucket, then run again")
