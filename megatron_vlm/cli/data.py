@@ -1,55 +1,93 @@
-"""`megatron-vlm data {verify,stats,inspect,merge,split}`."""
+"""`megatron-vlm data {verify,stats,inspect,export,merge,split}`."""
 
 import argparse
+import os
 from pathlib import Path
 
-from megatron_vlm.config import ExitCode
+from megatron_vlm.config import ConfigError, ExitCode
 
-_EXAMPLES = """examples:
-  megatron-vlm data verify shards/mmc4 --decode
-  megatron-vlm data stats shards/mmc4 --histograms plots
-  megatron-vlm data inspect shards/mmc4 --tokenizer T --output mmc4.html
-  megatron-vlm data merge shards/mmc4 shards/mmc4.part-*
-  megatron-vlm data split shards/mmc4 shards/mmc4 --number 4
-"""
+_EXAMPLES = {
+    "verify": "data verify shards/mmc4 --decode",
+    "stats": "data stats shards/mmc4 --histograms plots",
+    "inspect": "data inspect shards/mmc4 --tokenizer T --output mmc4.html",
+    "export": "data export shards/mmc4 --format webdataset --tokenizer T --output tars/mmc4",
+    "merge": "data merge shards/mmc4 shards/mmc4.part-*",
+    "split": "data split shards/mmc4 shards/mmc4 --number 4",
+}
+_HELP = {
+    "verify": "hold every byte against the manifest; exit code 65 on any fault",
+    "stats": "samples, images per sample, text tokens per image; from the index alone",
+    "inspect": "samples as an HTML page: pictures, text coloured by its mask",
+    "export": "samples as WebDataset tars, for other programs or to prepare again",
+    "merge": "join what prepare --part 1/N to N/N wrote; hard links, only shards with duplicates are written",
+    "split": "divide a dataset at the borders of its shards; nothing is copied",
+}
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Add the verb to the command line."""
     parser = subparsers.add_parser(
         "data",
-        help="check, count and show prepared shards",
-        epilog=_EXAMPLES,
+        help="check, count, show, export and join prepared shards",
+        epilog="examples:\n" + "\n".join(f"  megatron-vlm {example}" for example in _EXAMPLES.values()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
-    verify = actions.add_parser("verify", help="hold every byte against the manifest; exit code 65 on any fault")
-    verify.add_argument("folder", type=Path, metavar="DIR")
-    verify.add_argument("--decode", action="store_true", help="decode every image as well")
-    stats = actions.add_parser("stats", help="samples, images per sample, text tokens per image; from the index alone")
-    stats.add_argument("folder", type=Path, metavar="DIR")
-    stats.add_argument("--json", action="store_true", help="as JSON")
-    stats.add_argument("--histograms", type=Path, metavar="DIR", help="also draw histograms, as PNG in this folder")
-    inspect = actions.add_parser("inspect", help="samples as an HTML page: pictures, text coloured by its mask")
-    inspect.add_argument("folder", type=Path, metavar="DIR")
-    inspect.add_argument("--tokenizer", type=Path, required=True, metavar="T", help="that of the shards")
-    inspect.add_argument("--output", type=Path, required=True, metavar="FILE", help="the page")
-    inspect.add_argument("--samples", type=int, nargs="+", default=[], metavar="I", help="these samples")
-    inspect.add_argument("--number", type=int, default=20, metavar="N", help="or this many (default: %(default)s)")
-    inspect.add_argument("--seed", type=int, metavar="S", help="a random choice; without it, the first ones")
-    merge = actions.add_parser("merge", help="join what prepare --part 1/N to N/N wrote; hard links, nothing is copied")
-    merge.add_argument("output", type=Path, metavar="OUT", help="new folder, on the file system of the parts")
-    merge.add_argument("parts", type=Path, nargs="+", metavar="PART", help="all parts, in any order")
-    split = actions.add_parser("split", help="divide a dataset at the borders of its shards; nothing is copied")
-    split.add_argument("folder", type=Path, metavar="DIR")
-    split.add_argument("output", type=Path, metavar="OUT", help="writes OUT-1-of-N to OUT-N-of-N")
-    split.add_argument("--number", type=int, required=True, metavar="N", help="datasets, of about equal size")
+    parsers = {
+        action: actions.add_parser(
+            action,
+            help=text,
+            description=text,
+            epilog=f"example:\n  megatron-vlm {_EXAMPLES[action]}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        for action, text in _HELP.items()
+    }
+    for action in ("verify", "stats", "inspect", "export", "split"):
+        parsers[action].add_argument("folder", type=Path, metavar="DIR", help="folder of shards")
+    parsers["verify"].add_argument("--decode", action="store_true", help="decode every image as well")
+    add = parsers["stats"].add_argument
+    add("--json", action="store_true", help="as JSON")
+    add("--histograms", type=Path, metavar="DIR", help="also draw histograms, as PNG in this folder")
+    add = parsers["inspect"].add_argument
+    add("--tokenizer", type=Path, required=True, metavar="T", help="that of the shards")
+    add("--output", type=Path, required=True, metavar="FILE", help="the page")
+    add("--samples", type=int, nargs="+", default=[], metavar="I", help="these samples")
+    add("--number", type=int, default=20, metavar="N", help="or this many (default: %(default)s)")
+    add("--seed", type=int, metavar="S", help="a random choice; without it, the first ones")
+    add = parsers["export"].add_argument
+    add("--format", choices=("webdataset",), default="webdataset", help="tars: KEY.json, KEY.0.jpg, KEY.1.png, ...")
+    add("--output", type=Path, required=True, metavar="OUT", help="folder of the tars; new, or one to go on with")
+    add("--tokenizer", type=Path, required=True, metavar="T", help="that of the shards")
+    add("--samples-per-shard", type=int, default=10_000, metavar="N", help="of a tar (default: %(default)s)")
+    add = parsers["merge"].add_argument
+    add("output", type=Path, metavar="OUT", help="new folder, on the file system of the parts")
+    add("parts", type=Path, nargs="+", metavar="PART", help="all parts, in any order")
+    for action in ("export", "merge"):
+        _add_workers(parsers[action])
+    add = parsers["split"].add_argument
+    add("output", type=Path, metavar="OUT", help="writes OUT-1-of-N to OUT-N-of-N")
+    add("--number", type=int, required=True, metavar="N", help="datasets, of about equal size")
     parser.set_defaults(run=run)
+
+
+def _add_workers(parser: argparse.ArgumentParser) -> None:
+    default = os.cpu_count() or 1
+    parser.add_argument("--workers", type=int, default=default, metavar="N", help="processes (default: one a core)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the verb; returns the exit code."""
-    actions = {"verify": _verify, "stats": _stats, "inspect": _inspect, "merge": _merge, "split": _split}
+    actions = {
+        "verify": _verify,
+        "stats": _stats,
+        "inspect": _inspect,
+        "export": _export,
+        "merge": _merge,
+        "split": _split,
+    }
+    if getattr(args, "workers", 1) < 1:
+        raise ConfigError(f"--workers {args.workers} is below 1", fix="use 1 or more")
     return actions[args.action](args)
 
 
@@ -103,10 +141,25 @@ def _inspect(args: argparse.Namespace) -> int:
     return ExitCode.DONE
 
 
+def _export(args: argparse.Namespace) -> int:
+    from megatron_vlm.data.export import ExportJob, export_webdataset
+    from megatron_vlm.data.manifest import load_manifest
+
+    job = ExportJob(
+        folder=args.folder,
+        output=args.output,
+        tokenizer=args.tokenizer,
+        samples_per_shard=args.samples_per_shard,
+    )
+    tars, counts = export_webdataset(job, num_workers=args.workers), load_manifest(args.folder).counts
+    print(f"wrote {args.output}: samples {counts.samples}, images {counts.images}, tars {tars}")
+    return ExitCode.DONE
+
+
 def _merge(args: argparse.Namespace) -> int:
     from megatron_vlm.data.merge import merge_datasets
 
-    manifest = merge_datasets(args.output, args.parts)
+    manifest = merge_datasets(args.output, args.parts, num_workers=args.workers)
     documents, rejected = manifest.documents, manifest.rejected
     print(f"documents {documents} = used {documents - rejected} + rejected {rejected}")
     print(f"samples {manifest.counts.samples}, images {manifest.counts.images}, shards {len(manifest.shards)}")

@@ -72,26 +72,23 @@ def _verify_file(path: Path, size: int, crc32: int) -> Iterator[str]:
 
 
 def _verify_shard(folder: Path, shard: ShardFacts, vocab_size: int, decode: bool) -> Iterator[str]:
+    faults: list[str] = []
     for suffix in ("idx", "crc"):
-        facts = shard.files[suffix]
-        faults = list(_verify_file(folder / f"{shard.name}.{suffix}", facts.bytes, facts.crc32))
-        yield from faults
-        if faults:
-            return  # the data cannot be read without them
-    try:
-        index = ShardIndex.open(folder / f"{shard.name}.idx")
-    except DataError as error:
-        yield f"{shard.name}.idx: {error.what}"
-        return
-    faults = list(_verify_index(shard, index))
-    yield from faults
-    path = folder / f"{shard.name}.bin"
-    if not path.is_file() or path.stat().st_size != shard.files["bin"].bytes:
-        yield from _verify_file(path, shard.files["bin"].bytes, 0)
-        return
+        faults += _verify_file(folder / f"{shard.name}.{suffix}", shard.files[suffix].bytes, shard.files[suffix].crc32)
+    index = None
     if not faults:
-        crcs = np.fromfile(folder / f"{shard.name}.crc", dtype="<u4")
-        yield from _verify_data(path, shard, index, crcs, vocab_size, decode)
+        try:
+            index = ShardIndex.open(folder / f"{shard.name}.idx")
+            faults += _verify_index(shard, index)
+        except DataError as error:
+            faults.append(f"{shard.name}.idx: {error.what}")
+    yield from faults
+    path, facts = folder / f"{shard.name}.bin", shard.files["bin"]
+    if faults or index is None or not path.is_file() or path.stat().st_size != facts.bytes:
+        yield from _verify_file(path, facts.bytes, facts.crc32)  # what is in it cannot be told, but whether it is whole
+        return
+    crcs = np.fromfile(folder / f"{shard.name}.crc", dtype="<u4")
+    yield from _verify_data(path, shard, index, crcs, vocab_size, decode)
 
 
 def _verify_index(shard: ShardFacts, index: ShardIndex) -> Iterator[str]:

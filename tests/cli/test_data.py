@@ -6,6 +6,8 @@ import pytest
 from megatron_vlm.cli.main import main
 from megatron_vlm.data.manifest import TokenizerFacts
 from megatron_vlm.data.shards import EncodedSample, TextSegment, write_dataset
+from megatron_vlm.data.tokenizer import load_tokenizer
+from tests.support.sentence_piece import train_sentence_piece
 
 FACTS = TokenizerFacts(name="tiny", sha256="ab" * 32, vocab_size=100, bos_id=1, eos_id=2)
 
@@ -15,6 +17,11 @@ def dataset(tmp_path):
     samples = [EncodedSample((TextSegment(np.arange(1, 5, dtype=np.int32), True),))] * 3
     write_dataset(tmp_path / "d", samples, source="tiny", tokenizer=FACTS)
     return tmp_path / "d"
+
+
+@pytest.fixture
+def tiny_tokenizer(tmp_path):
+    return train_sentence_piece(tmp_path)
 
 
 def test_verify_of_a_whole_dataset_says_so(dataset, capsys):
@@ -61,9 +68,28 @@ def test_split_names_what_it_wrote(dataset, tmp_path, capsys):
     assert main(["data", "split", str(dataset), str(tmp_path / "piece"), "--number", "2"]) == 78
 
 
-@pytest.mark.parametrize("action", [[], ["verify"], ["stats"], ["inspect"], ["merge"], ["split"]])
+@pytest.mark.parametrize("action", [[], ["verify"], ["stats"], ["inspect"], ["export"], ["merge"], ["split"]])
 def test_help_is_shown(action, capsys):
     with pytest.raises(SystemExit) as caught:
         main(["data", *action, "--help"])
     assert caught.value.code == 0
-    assert "megatron-vlm data" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "example" in shown
+    assert " ".join(["  megatron-vlm data", *action]) in shown
+
+
+def test_verify_of_a_file_is_one_line_and_exit_code_65(dataset, capsys):
+    assert main(["data", "verify", str(dataset / "00000.bin")]) == 65
+    error = capsys.readouterr().err
+    assert error.startswith("megatron-vlm: error: path is a file, not the folder of a dataset")
+    assert error.count("\n") == 1
+
+
+def test_export_names_what_it_wrote(tmp_path, tiny_tokenizer, capsys):
+    samples = [EncodedSample((TextSegment(np.arange(3, 5, dtype=np.int32), True),))] * 3
+    write_dataset(tmp_path / "d", samples, source="tiny", tokenizer=load_tokenizer(tiny_tokenizer).facts)
+    command = ["data", "export", str(tmp_path / "d"), "--output", str(tmp_path / "tars"), "--tokenizer"]
+    command += [str(tiny_tokenizer), "--samples-per-shard", "2", "--workers", "1"]
+    assert main(command) == 0
+    assert capsys.readouterr().out == f"wrote {tmp_path / 'tars'}: samples 3, images 0, tars 2\n"
+    assert main([*command, "--workers", "0"]) == 78

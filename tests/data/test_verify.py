@@ -56,6 +56,14 @@ def test_truncated_and_missing_files_are_found(dataset, suffix):
     assert f"00000.{suffix}: file is missing" in faults(dataset)
 
 
+def test_damage_of_data_and_index_is_found_at_once(dataset):
+    flip(dataset / "00000.idx", 40)
+    flip(dataset / "00000.crc", 0)
+    flip(dataset / "00000.bin", 0)
+    wanted = [f"00000.{suffix}: checksum differs from the manifest" for suffix in ("idx", "crc", "bin")]
+    assert faults(dataset) == wanted
+
+
 def test_hole_of_zeros_is_found(dataset):
     path = dataset / "00000.bin"
     content = bytearray(path.read_bytes())
@@ -168,6 +176,13 @@ def test_many_faults_of_a_shard_are_cut_short(folder, tokenizer_facts):
     found = faults(folder)
     assert len(found) == 101
     assert found[-1] == "00000: more faults follow"
+
+
+def test_file_in_place_of_a_folder_is_an_error_that_names_the_folder(dataset):
+    with pytest.raises(
+        DataError, match=f"path is a file, not the folder of a dataset.*fix: give the folder: {dataset}$"
+    ):
+        faults(dataset / "00000.bin")
 
 
 def test_folder_without_dataset_is_an_error(tmp_path):

@@ -1,0 +1,224 @@
+"""Prepared shards as WebDataset tars: the way back for other programs, and for `prepare interleaved`.
+
+Each sample is `KEY.json`, with `texts`, `images` and `train`, and its images `KEY.0.jpg`, `KEY.1.png` and so on. The
+tars are the same bytes whenever and by however many processes they are written, and each is whole or not there.
+"""
+
+import functools
+import io
+import json
+import os
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from megatron_vlm.config import ConfigError, DataError, StorageError
+from megatron_vlm.data.part import Report
+from megatron_vlm.data.shards import EncodedSample, ImageSegment, ShardedDataset
+from megatron_vlm.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_vlm.data.workers import Engine, run_tasks
+from megatron_vlm.platform.durable_files import write_durably
+
+_STATE_FILE = ".export"  # no suffix: nothing that looks for tars or JSON finds it
+_REPORT_EVERY = 100
+_EXTENSIONS = {b"\xff\xd8": "jpg", b"\x89P": "png", b"RI": "webp", b"GI": "gif"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportJob:
+    """What is exported; small, since it travels with each task."""
+
+    folder: Path
+    """The dataset."""
+    output: Path
+    """Folder of the tars."""
+    tokenizer: Path
+    """That of the shards."""
+    samples_per_shard: int = 10_000
+    """Samples of a tar, except for the last."""
+
+
+def export_webdataset(job: ExportJob, *, num_workers: int = 1) -> int:
+    """Write a dataset as WebDataset tars `00000.tar` and so on; goes on where an earlier call was interrupted.
+
+    Args:
+        job: what to export.
+        num_workers: processes; the result does not depend on it.
+
+    Returns:
+        How many tars there are.
+
+    Raises:
+        ConfigError: the output folder holds something else, or a tar would have no sample.
+        DataError: the dataset is damaged, or of another tokenizer.
+        StorageError: a tar cannot be written.
+    """
+    if job.samples_per_shard < 1:
+        raise ConfigError(f"--samples-per-shard {job.samples_per_shard} is below 1", fix="use 1 or more")
+    dataset, tokenizer = ShardedDataset.open(job.folder), load_tokenizer(job.tokenizer)
+    dataset.check_tokenizer(tokenizer.facts)
+    state = {
+        "dataset": dataset.fingerprint,
+        "tokenizer": tokenizer.sha256,
+        "samples_per_shard": job.samples_per_shard,
+    }
+    _claim(job.output, state)
+    count = -(-len(dataset) // job.samples_per_shard)
+    width = max(5, len(str(count - 1)))
+    tasks = [(job, dataset.fingerprint, number, job.output / f"{number:0{width}d}.tar") for number in range(count)]
+    run: Engine = functools.partial(run_tasks, num_workers=num_workers)
+    run(write_tar, tasks, unit="samples", reports=True)
+    return count
+
+
+def write_tar(job: ExportJob, fingerprint: str, number: int, path: Path, report: Report) -> None:
+    """Write one tar, unless it is there.
+
+    Args:
+        job: the options.
+        fingerprint: of the dataset.
+        number: of the tar.
+        path: of the tar.
+        report: is told about progress.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    dataset, tokenizer = _open(job.folder, job.tokenizer, fingerprint)
+    first = number * job.samples_per_shard
+    last = min(first + job.samples_per_shard, len(dataset))
+    if path.exists():
+        report(last - first, 0)
+        return
+    unfinished = path.with_name(f"{path.name}.tmp")
+    try:
+        with unfinished.open("wb") as stream:
+            _write_samples(stream, dataset, tokenizer, range(first, last), report)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(unfinished, path)
+    except OSError as error:
+        raise StorageError(
+            f"export stopped: {error.strerror or error}",
+            where=str(error.filename or path),
+            fix="check the disk, then run the same command again; finished tars are kept",
+        ) from error
+
+
+def describe_sample(sample: EncodedSample, tokenizer: Tokenizer) -> tuple[dict[str, list], dict[str, bytes]]:
+    """Return a sample as three lists, with one entry for each text and each image, and its image files by name.
+
+    BOS and EOS are left out: they are the recipe's, not the document's.
+
+    Args:
+        sample: of the shards.
+        tokenizer: that of the shards.
+
+    Raises:
+        DataError: an image is none.
+    """
+    texts: list[str | None] = []
+    images: list[str | None] = []
+    train: list[bool] = []
+    files: dict[str, bytes] = {}
+    before: list[int] = []  # the text that the next one continues
+    for segment in sample.segments:
+        if isinstance(segment, ImageSegment):
+            name = f"{len(files)}.{_extension(segment.encoded)}"
+            files[name] = segment.encoded
+            before = []
+            text = None
+        else:
+            name = None
+            text, before = _decode(segment.input_ids.tolist(), before, tokenizer)
+            if not text:
+                continue
+        texts.append(text)
+        images.append(name)
+        train.append(text is not None and segment.train)  # type: ignore[union-attr]
+    return {"texts": texts, "images": images, "train": train}, files
+
+
+def _decode(input_ids: list[int], before: list[int], tokenizer: Tokenizer) -> tuple[str, list[int]]:
+    """Return the text of some ids that continue the text of others, and the ids that the next text continues."""
+    text = ""
+    for run in _runs(input_ids, tokenizer):
+        # Decoded alone, a text loses the blank that it may begin with; decoded with what it continues, it does not.
+        text += tokenizer.decode(before + run)[len(tokenizer.decode(before)) :]
+        before = run
+    return text, before
+
+
+def _runs(input_ids: list[int], tokenizer: Tokenizer) -> Iterator[list[int]]:
+    run: list[int] = []
+    for token in input_ids:
+        if token in (tokenizer.bos_id, tokenizer.eos_id):
+            if run:
+                yield run
+            run = []
+        else:
+            run.append(token)
+    if run:
+        yield run
+
+
+def _extension(image: bytes) -> str:
+    extension = _EXTENSIONS.get(image[:2])
+    if extension is None:
+        raise DataError(f"image has an unknown format; starts with {image[:12]!r}", fix="check the shards: data verify")
+    return extension
+
+
+def _write_samples(
+    stream: BinaryIO, dataset: ShardedDataset, tokenizer: Tokenizer, samples: range, report: Report
+) -> None:
+    # Without names, times and owners of this machine: USTAR entries hold nothing else.
+    with tarfile.open(fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT) as archive:
+        for done, sample in enumerate(samples, start=1):
+            record, files = describe_sample(dataset[sample], tokenizer)
+            content = json.dumps(record, ensure_ascii=False).encode()
+            for name, data in (("json", content), *files.items()):
+                entry = tarfile.TarInfo(f"{sample:09d}.{name}")
+                entry.size = len(data)
+                archive.addfile(entry, io.BytesIO(data))
+            if done % _REPORT_EVERY == 0:
+                report(_REPORT_EVERY, 0)
+    report(len(samples) % _REPORT_EVERY, 0)
+
+
+def _claim(output: Path, state: dict[str, Any]) -> None:
+    """Make the output folder, or check that it is of the same export.
+
+    Raises:
+        ConfigError: it holds something else.
+        StorageError: it cannot be written.
+    """
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        path, content = output / _STATE_FILE, json.dumps(state).encode()
+        if path.exists():
+            if path.read_bytes() != content:
+                raise ConfigError(
+                    "output folder holds an export of another dataset, or with other options",
+                    where=str(output),
+                    fix="give another --output, or delete the folder",
+                )
+            return
+        if any(entry.name != _STATE_FILE + ".tmp" for entry in output.iterdir()):
+            raise ConfigError("output folder is not empty", where=str(output), fix="give another --output")
+        write_durably(path, content)
+    except OSError as error:
+        raise StorageError(
+            f"output folder cannot be written: {error.strerror}", where=str(output), fix="check its permissions"
+        ) from None
+
+
+@functools.lru_cache(maxsize=1)
+def _open(folder: Path, tokenizer: Path, fingerprint: str) -> tuple[ShardedDataset, Tokenizer]:
+    """Open what the tars of one export have in common, once in a process."""
+    dataset = ShardedDataset.open(folder)
+    if dataset.fingerprint != fingerprint:
+        raise DataError("dataset has changed meanwhile", where=str(folder), fix="export it again into another folder")
+    return dataset, load_tokenizer(tokenizer)
