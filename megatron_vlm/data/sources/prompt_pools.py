@@ -131,10 +131,14 @@ def prompt_set_names(path: Path) -> list[str]:
 
 
 def _load(name: str, path: Path) -> PromptSet:
-    names = prompt_set_names(path)
-    if names and name not in names:
-        raise ConfigError(f"no prompts for {name!r}", where=str(path), fix=f"choose from {', '.join(sorted(names))}")
-    return load_section(PromptSet, path, name)
+    try:
+        return load_section(PromptSet, path, name)
+    except ConfigError:
+        names = prompt_set_names(path)
+        if not names or name in names:
+            raise
+        choice = f"choose from {', '.join(sorted(names))}"
+    raise ConfigError(f"no prompts for {name!r}", where=str(path), fix=choice)
 
 
 def check_prompt(text: str, parts: Iterable[str], key: str) -> tuple[str, ...]:

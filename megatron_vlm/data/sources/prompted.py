@@ -57,37 +57,42 @@ class PromptedSource:
                 yield Found(line, None, value)
                 continue
             key = key_of(_first(value, self.rules.prompts.fields.get("key", ("id",))))
+            identity = key or f"{path.name}:{line}"
             try:
-                conversations = self._conversations(value, key or f"{path.name}:{line}")
+                captions = self._captions(value)
             except RejectError as error:
                 yield Found(line, key, error)
                 continue
-            for conversation in conversations:
+            for number, caption in enumerate(captions):
                 try:
+                    conversation = self._conversation(value, caption, (identity, number))
                     yield Found(line, key, make_document(conversation, context.images, rules))
                 except RejectError as error:
                     yield Found(line, key, error)
 
-    def _conversations(self, record: dict[str, Any], identity: str) -> list[Conversation]:
+    def _captions(self, record: dict[str, Any]) -> list[Any]:
+        """Return what is trained of each document: one caption after the other, or all answers."""
+        prompts = self.rules.prompts
+        answers = _needed(record, prompts, KINDS[prompts.kind].answer)
+        return answers if prompts.kind == "caption" and isinstance(answers, list) else [answers]
+
+    def _conversation(self, record: dict[str, Any], answers: Any, identity: tuple[str, int]) -> Conversation:
         prompts = self.rules.prompts
         kind = KINDS[prompts.kind]
         images = _images(record, prompts)
-        answers = _needed(record, prompts, kind.answer)
         if prompts.kind == "caption":
-            captions = answers if isinstance(answers, list) else [answers]
-            exchanges = [self._exchange(record, {}, one, (identity, number)) for number, one in enumerate(captions)]
-            return [Conversation([exchange], images) for exchange in exchanges]
+            return Conversation([self._exchange(record, {}, answers, identity)], images)
         asked = _needed(record, prompts, kind.needed[0])
         if not isinstance(asked, list):
-            return [Conversation([self._exchange(record, {kind.needed[0]: asked}, answers, (identity, 0))], images)]
+            return Conversation([self._exchange(record, {kind.needed[0]: asked}, answers, identity)], images)
         if not isinstance(answers, list) or len(answers) != len(asked):
             count = len(answers) if isinstance(answers, list) else 1
             raise RejectError("answer_count", f"{len(asked)} questions, but {count} answers")
         exchanges = [
-            self._exchange(record, {kind.needed[0]: question}, answer, (identity, number))
+            self._exchange(record, {kind.needed[0]: question}, answer, (identity[0], number))
             for number, (question, answer) in enumerate(zip(asked, answers, strict=True))
         ]
-        return [Conversation(exchanges, images)]
+        return Conversation(exchanges, images)
 
     def _exchange(
         self, record: dict[str, Any], parts: dict[str, Any], answer: Any, identity: tuple[str, int]
