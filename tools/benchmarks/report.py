@@ -1,59 +1,130 @@
-"""What all benchmarks share: CPU time of interleaved rounds, the table and the JSON file."""
+"""What all benchmarks share: CPU time of interleaved rounds, the rows of the result, the table and the JSON file.
+
+A row of the JSON file has `work`, `unit`, `ours`, `peers`, `ratio`, `required` and `met`. Where `ratio` is a number, it
+is ours over the best peer's, and `required` the least ratio. Where it is null, `required` is a bound of `ours` in
+`unit`: the least share of positions, or the most of everything else. A ratio without an installed peer is null, too,
+and never met.
+"""
 
 import argparse
+import importlib.metadata
+import importlib.util
 import json
+import resource
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 
+_REQUIREMENTS = Path(__file__).with_name("requirements.txt")
+_HEADINGS = ("work", "ours", "peers", "unit", "ratio", "required", "")
+
 
 @dataclass(frozen=True, kw_only=True)
-class Result:
-    """One line of the table."""
+class Row:
+    """One fact of the result."""
 
     work: str
     unit: str
     ours: float
-    peers: dict[str, float]
-    ratio: float | None
-    """Ours over the best peer where more is better, the inverse where less is; None without a peer."""
-    required: str
-    met: bool
+    required: float
+    judged: Literal["ratio", "at least", "at most"] = "ratio"
+    """What `required` is: the least ratio to the best peer, where more is better, or a bound of `ours`."""
+    peers: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def ratio(self) -> float | None:
+        """Ours over the best peer; None where a bound decides, and without a peer."""
+        return self.ours / max(self.peers.values()) if self.judged == "ratio" and self.peers else None
+
+    @property
+    def met(self) -> bool:
+        """Whether the requirement is met."""
+        if self.judged == "ratio":
+            return self.ratio is not None and self.ratio >= self.required
+        return self.ours >= self.required if self.judged == "at least" else self.ours <= self.required
+
+    def tree(self) -> dict[str, Any]:
+        """Return the row of the JSON file."""
+        names = ("work", "unit", "ours", "peers", "ratio", "required", "met")
+        return {name: getattr(self, name) for name in names}
+
+    def cells(self) -> tuple[str, ...]:
+        """Return the row of the table."""
+        peers = ", ".join(f"{name} {value:.5g}" for name, value in self.peers.items())
+        if self.judged == "ratio" and not peers:
+            peers = "none installed"
+        ratio = "" if self.ratio is None else f"{self.ratio:.2f}x"
+        sign, times = "<=" if self.judged == "at most" else ">=", "x" if self.judged == "ratio" else ""
+        required = f"{sign} {self.required:g}{times}"
+        return self.work, f"{self.ours:.5g}", peers, self.unit, ratio, required, "met" if self.met else "NOT MET"
 
 
 def parse_arguments(description: str, add: Callable[[argparse.ArgumentParser], None] = lambda _: None):
     """Return the command line: `--json FILE` and what `add` adds."""
-    parser = argparse.ArgumentParser(description=description)
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there as well")
     add(parser)
     return parser.parse_args()
 
 
-def report(results: list[Result], json_file: Path | None) -> int:
-    """Print the table, write the JSON file, and return 0 if every requirement is met."""
-    for result in results:
-        peers = ", ".join(f"{name} {value:.4g}" for name, value in result.peers.items())
-        ratio = "" if result.ratio is None else f", ratio {result.ratio:.2f}"
-        state = "met" if result.met else "NOT MET"
-        sys.stdout.write(
-            f"{result.work}: {result.ours:.4g} {result.unit} ({peers or 'no peer'}{ratio}); "
-            f"required {result.required}: {state}\n"
-        )
+def report(rows: Sequence[Row], json_file: Path | None, notes: Sequence[str] = ()) -> int:
+    """Print table and notes, write the JSON file, and return 0 if every requirement is met."""
+    lines = [_HEADINGS, *(row.cells() for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        text = "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+        sys.stdout.write(text.rstrip() + "\n")
+    for note in notes:
+        sys.stdout.write(f"note: {note}\n")
     if json_file is not None:
-        json_file.write_text(json.dumps([asdict(result) for result in results], indent=1) + "\n")
-    return 0 if all(result.met for result in results) else 1
+        json_file.write_text(json.dumps([row.tree() for row in rows], indent=1) + "\n")
+    return 0 if all(row.met for row in rows) else 1
 
 
-def cpu_seconds(rounds: int, **work: Callable[[], object]) -> dict[str, float]:
-    """Return the median CPU seconds of each piece of work, in turns, so that a busy machine slows all alike."""
+def is_installed(module: str) -> bool:
+    """Whether a peer can be imported."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of a package that the module lies in
+        return False
+
+
+def how_to_install(package: str) -> str:
+    """Return what to tell of a peer that is missing."""
+    return f"{package} is not installed, so nothing is compared with it: pip install -r {_REQUIREMENTS}"
+
+
+def describe_versions(*packages: str) -> str:
+    """Return name and version of those of the packages that are installed."""
+    found = []
+    for package in packages:
+        try:
+            found.append(f"{package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return "measured with " + ", ".join(found)
+
+
+def cpu_seconds(rounds: int, work: Mapping[str, Callable[[], object]]) -> dict[str, float]:
+    """Return the median CPU seconds of each piece of work, of this process and its children.
+
+    All take turns, so that a busy machine slows all alike; the first turn, which imports modules, is not counted.
+    """
     taken: dict[str, list[float]] = {name: [] for name in work}
-    for _ in range(rounds):
+    for number in range(rounds + 1):
         for name, run in work.items():
-            started = time.process_time()
+            started = _cpu_clock()
             run()
-            taken[name].append(time.process_time() - started)
+            if number:
+                taken[name].append(_cpu_clock() - started)
     return {name: float(np.median(seconds)) for name, seconds in taken.items()}
+
+
+def _cpu_clock() -> float:
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + children.ru_utime + children.ru_stime
