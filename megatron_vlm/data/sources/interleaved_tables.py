@@ -20,7 +20,7 @@ TABLE_SUFFIX = ".parquet"
 _KEY_COLUMNS = ("url", "id", "key", "__key__")
 _METADATA = "general_metadata"
 _WANTED = ("texts", "images")
-_BATCH_ROWS = 16  # rows with pictures inside are decoded together
+_BATCH_BYTES, _MAX_BATCH_ROWS = 32 << 20, 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +98,11 @@ def _missing_columns(table: pyarrow.parquet.ParquetFile) -> list[str]:
 
 def _rows(table: pyarrow.parquet.ParquetFile, group: int, columns: list[str]) -> Iterator[dict[str, Any]]:
     """Yield the cells of each row by column, not yet converted."""
-    for batch in table.iter_batches(_BATCH_ROWS, row_groups=[group], columns=columns):
+    facts = table.metadata.row_group(group)
+    num_bytes = sum(facts.column(number).total_uncompressed_size for number in range(facts.num_columns))
+    # Rows are as large as the pictures in them.
+    batch_rows = min(max(_BATCH_BYTES * facts.num_rows // max(num_bytes, 1), 1), _MAX_BATCH_ROWS)
+    for batch in table.iter_batches(batch_rows, row_groups=[group], columns=columns):
         for cells in zip(*(batch.column(name) for name in columns), strict=True):
             yield dict(zip(columns, cells, strict=True))
 
