@@ -52,7 +52,8 @@ _LLAVA_SYSTEM = (
 _START, _END = Special("<|im_start|>"), Special("<|im_end|>")
 _HEADER, _HEADER_END, _TURN_END = Special("<|start_header_id|>"), Special("<|end_header_id|>"), Special("<|eot_id|>")
 
-# Source: LLaVA, llava/conversation.py; VILA, llava/conversation.py.
+# Source: LLaVA, llava/conversation.py; VILA, llava/conversation.py. The last two follow the models' own chat templates
+# where VILA's code differs: it has no line break after <|im_end|>, and ends Llama 3's last answer with <|end_of_text|>.
 _ALL = (
     Template(
         name="vicuna_v1",
