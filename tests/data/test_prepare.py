@@ -1,9 +1,11 @@
+import contextlib
 import dataclasses
 import fcntl
 import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,9 +19,11 @@ from megatron_vlm.data import prepare as prepare_module
 from megatron_vlm.data.documents import JoinRules
 from megatron_vlm.data.image_check import ImageRules
 from megatron_vlm.data.manifest import WORK_FOLDER, load_manifest
+from megatron_vlm.data.merge import merge_datasets
 from megatron_vlm.data.part import ImagePlace, PartJob, Recipe
 from megatron_vlm.data.prepare import PrepareJob, prepare
 from megatron_vlm.data.shards import ImageSegment, ShardedDataset
+from megatron_vlm.data.share import Share
 from megatron_vlm.data.sources.interleaved import InterleavedRules, InterleavedSource
 from megatron_vlm.data.sources.pairs import PairRules, find_pair_source
 from megatron_vlm.data.sources.source import find_record_files
@@ -128,14 +132,28 @@ def test_images_are_found_in_tars_by_url(mmc4, make_tar, tokenizer_path, output,
     assert [tokens_of(one) for one in tar_samples] == [tokens_of(one) for one in folder_samples]
 
 
-def test_any_number_of_workers_writes_the_same_bytes(mmc4, coyo, tokenizer_path, tmp_path):
-    for make, corpus in ((mmc4_job, mmc4), (coyo_job, coyo)):
-        written = []
-        for workers in (1, 2):
-            folder = tmp_path / f"{make.__name__}{workers}"
-            prepare(make(corpus, tokenizer_path, folder), num_workers=workers)
-            written.append(content(folder))
-        assert written[0] == written[1]
+@pytest.mark.parametrize("drop_duplicates", [None, "documents"])
+def test_any_number_of_workers_and_of_parts_writes_the_same_bytes(mmc4, tokenizer_path, tmp_path, drop_duplicates):
+    for number in (2, 3, 4):
+        shutil.copy(mmc4 / f"docs_shard_{number % 2}_v3.jsonl", mmc4 / f"docs_shard_{number}_v3.jsonl")
+    options = {"max_shard_bytes": 3000, "drop_duplicates": drop_duplicates}
+    prepare(mmc4_job(mmc4, tokenizer_path, tmp_path / "straight", **options))
+    for workers in (2, 4):
+        prepare(mmc4_job(mmc4, tokenizer_path, tmp_path / f"{workers}", **options), num_workers=workers)
+    job = mmc4_job(mmc4, tokenizer_path, tmp_path / "parts", **options)
+    shares = [Share(index, 3) for index in (1, 2, 3)]
+    for share in shares:
+        prepare(dataclasses.replace(job, output=share.folder(job.output), share=share))
+    merge_datasets(job.output, [share.folder(job.output) for share in shares])
+    for name in ("2", "4", "parts"):
+        assert content(tmp_path / name) == content(tmp_path / "straight")
+    assert load_manifest(job.output).rejects == ({"duplicate": 9} if drop_duplicates else {})
+
+
+def test_any_number_of_workers_writes_the_same_bytes_of_pairs(coyo, tokenizer_path, tmp_path):
+    for workers in (1, 2):
+        prepare(coyo_job(coyo, tokenizer_path, tmp_path / f"{workers}"), num_workers=workers)
+    assert content(tmp_path / "1") == content(tmp_path / "2")
 
 
 def test_a_large_input_file_becomes_several_shards(mmc4, tokenizer_path, output):
@@ -243,6 +261,9 @@ def test_input_files_of_one_name_in_two_folders_are_told_apart(tmp_path, make_li
     assert list(prepare(job).options["inputs"]) == ["one/a.jsonl", "two/a.jsonl"]
 
 
+WORDS = "the red cat and a blue dog under green trees".split()
+
+
 class _Killed(BaseException):
     pass
 
@@ -289,29 +310,96 @@ def test_an_interruption_at_any_write_gives_the_same_bytes_after_a_second_run(
     assert moment > 30
 
 
-def test_kill_9_at_random_moments_gives_the_same_bytes(mmc4, tokenizer_path, tmp_path, make_lines):
+@pytest.fixture
+def words(tmp_path, make_lines) -> Path:
+    """Four files of texts, of which many repeat others."""
     corpus = tmp_path / "text"
     corpus.mkdir()
-    words = "the red cat and a blue dog under green trees".split()
     generator = random.Random(0)
     for number in range(4):
-        records = [{"inputs": " ".join(generator.choices(words, k=20)), "targets": "yes"} for _ in range(3000)]
+        records = [{"inputs": " ".join(generator.choices(WORDS, k=4)), "targets": "yes"} for _ in range(1000)]
         make_lines(corpus / f"{number}.jsonl", records)
-    command = [sys.executable, "-m", "megatron_vlm", "prepare", "text", "--input", str(corpus), "--workers", "2"]
-    command += ["--tokenizer", str(tokenizer_path), "--output"]
-    start = time.monotonic()
-    subprocess.run([*command, str(tmp_path / "straight")], check=True, capture_output=True)
-    seconds = time.monotonic() - start
-    folder = tmp_path / "killed"
-    for _ in range(5):
-        process = subprocess.Popen([*command, str(folder)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        try:
-            process.wait(timeout=generator.uniform(0.2, 1.0) * seconds)
-        except subprocess.TimeoutExpired:
-            os.kill(process.pid, signal.SIGKILL)
+    return corpus
+
+
+def kill_at_random_moments(start, folder: Path, times: int) -> None:
+    """Start a preparation into `folder_0`, kill it and start it again; the next folder's begins where one ends."""
+    start(folder.with_name("straight")).wait()  # the first one of its kind takes longer
+    began = time.monotonic()
+    start(folder.with_name("timed")).wait()
+    seconds, expected = time.monotonic() - began, content(folder.with_name("straight"))
+    generator = random.Random(0)
+    kills = finished = 0
+    while True:
+        output = folder.with_name(f"{folder.name}_{finished}")
+        process = start(output)
+        if kills < times:
+            process.wait(generator.uniform(0, seconds))
+        else:
             process.wait()
-    subprocess.run([*command, str(folder)], check=True, capture_output=True)
-    assert content(folder) == content(tmp_path / "straight")
+        if process.poll() is None:
+            kills += 1
+            process.kill()
+            process.wait()
+            continue
+        assert process.poll() == 0
+        assert content(output) == expected
+        finished += 1
+        if kills == times:
+            return
+
+
+class _Forked:
+    """A process that has imported everything before it starts, so that each costs milliseconds."""
+
+    def __init__(self, context, job: PrepareJob) -> None:
+        self._process = context.Process(target=prepare, args=(job,))
+        self._process.start()
+
+    def wait(self, timeout: float | None = None) -> None:
+        self._process.join(timeout)
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def kill(self) -> None:
+        self._process.kill()
+
+
+def test_kill_9_at_twenty_random_moments_gives_the_same_bytes(words, tokenizer_path, tmp_path):
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["megatron_vlm.data.prepare", "megatron_vlm.data.sources.text"])
+
+    def start(output: Path) -> _Forked:
+        return _Forked(context, text_job(words, tokenizer_path, output, drop_duplicates="documents"))
+
+    kill_at_random_moments(start, tmp_path / "killed", 20)
+
+
+class _Command(subprocess.Popen):
+    """The command with two workers: the parent is killed, which its workers follow, or all at once."""
+
+    kills = 0
+
+    def wait(self, timeout: float | None = None) -> None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            super().wait(timeout)
+
+    def kill(self) -> None:
+        _Command.kills += 1
+        (os.kill if _Command.kills % 2 else os.killpg)(self.pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("times", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_kill_9_of_the_command_and_its_workers_gives_the_same_bytes(words, tokenizer_path, tmp_path, times):
+    command = [sys.executable, "-m", "megatron_vlm", "prepare", "text", "--input", str(words), "--workers", "2"]
+    command += ["--tokenizer", str(tokenizer_path), "--drop-duplicates", "documents", "--output"]
+
+    def start(output: Path) -> _Command:
+        quiet = subprocess.DEVNULL
+        return _Command([*command, str(output)], stdout=quiet, stderr=quiet, start_new_session=True)
+
+    kill_at_random_moments(start, tmp_path / "killed", times)
 
 
 def test_unfinished_preparation_with_other_options_is_refused(mmc4, tokenizer_path, output, monkeypatch):
