@@ -4,6 +4,7 @@ import sys
 import time
 
 import numpy as np
+import psutil
 import pytest
 
 from megatron_vlm.config import DataError
@@ -218,6 +219,20 @@ def test_opening_a_million_samples_takes_under_ten_milliseconds(folder, tokenize
         times.append(time.perf_counter() - start)
     assert min(times) < 0.010
     assert equal(dataset[999_999], sample)
+
+
+def test_private_memory_stays_flat_over_50k_random_reads(folder, make_samples, tokenizer_facts):
+    # More shards than are kept open at a time.
+    write_dataset(folder, make_samples(140), source="tiny", tokenizer=tokenizer_facts, samples_per_shard=2)
+    dataset = ShardedDataset.open(folder)
+    order = np.random.default_rng(0).integers(0, len(dataset), 52_000).tolist()
+    process = psutil.Process()
+    for sample in order[:2_000]:
+        dataset[sample]
+    before = process.memory_full_info().uss
+    for sample in order[2_000:]:
+        dataset[sample]
+    assert process.memory_full_info().uss - before < 1 << 20
 
 
 def test_reading_does_not_import_torch():
