@@ -43,16 +43,15 @@ def test_damaged_file_is_a_reject(tmp_path, make_table, size):
     assert read(path) == [(1, "file_truncated")]
 
 
-def test_damage_inside_keeps_the_rows_before_it(tmp_path, make_table):
+def test_damage_inside_loses_its_row_group_alone(tmp_path, make_table):
     texts = [f"{n}" * 100 for n in range(96)]
     path = make_table(tmp_path / "a.parquet", {"q": texts}, row_group_size=32, use_dictionary=False)
-    at = pyarrow.parquet.read_metadata(path).row_group(2).column(0).data_page_offset
+    at = pyarrow.parquet.read_metadata(path).row_group(1).column(0).data_page_offset
     content = bytearray(path.read_bytes())
     content[at : at + 40] = b"\xff" * 40
     path.write_bytes(bytes(content))
-    found = read(path)
-    assert found[:64] == [(n + 1, {"q": texts[n]}) for n in range(64)]
-    assert found[-1][1] == "file_truncated"
+    rest = [(n + 1, {"q": texts[n]}) for n in range(96)]
+    assert read(path) == [*rest[:32], (33, "file_truncated"), *rest[64:]]
 
 
 def test_rows_of_pictures_are_not_held_all_at_once(tmp_path, make_table):
