@@ -45,9 +45,9 @@ class DataConfig:
     several samples, each as long as fits, images kept whole and no token lost (what crosses a cut is not seen, and the
     first token behind it has no loss); leave it out, counted; or refuse to start."""
     sample_multiple: int = 1
-    """Every sample starts at a multiple of it in its row; what lies between two samples is padding that belongs to the
-    first one's segment [tokens]. Context parallelism needs 2 * context_parallel_size; FP8 needs nothing of single
-    samples, but kernels that work sample by sample want 16 (tensor scaling) or 32 (MXFP8)."""
+    """Every sample starts at a multiple of it in its row; the padding between two samples belongs to the first one's
+    segment and has no loss [tokens]. Context parallelism needs 2 * context_parallel_size. FP8 needs 16 (32 with MXFP8)
+    of a whole micro-batch, which seq_length settles, and of every sample only where kernels work sample by sample."""
     length_clustering: bool = False
     """Without packing: samples of similar length share a global batch, and its rows are as long as the longest of them,
     rounded up to `length_multiple`."""

@@ -150,10 +150,11 @@ def build_plan(settings: PlanSettings, datasets: Sequence[SampleLengths], folder
             raise StorageError(f"plan cannot be written: {error}", where=str(folder), fix="make room there") from None
     plan = open_plan(settings, datasets, folder)
     logger.info(
-        "plan %s: %d samples in %d rows of %d, %d iterations, utilisation %.4f, %d truncated, %d split, %d dropped",
+        "plan %s: %d samples in %d rows of %s%d, %d iterations, utilisation %.4f, %d truncated, %d split, %d dropped",
         name,
         plan.summary.num_samples,
         plan.summary.num_rows,
+        "up to " if settings.length_clustering else "",
         settings.seq_length,
         plan.num_iterations,
         plan.utilisation,

@@ -56,15 +56,6 @@ class SamplePool:
         """Samples of all datasets; the ids from here on are of pieces."""
         return len(self.lengths) - self.pieces.shape[1]
 
-    def samples_of(self, ids: np.ndarray) -> np.ndarray:
-        """Return the sample of a dataset that each id is, or is a piece of, int[n]."""
-        if not self.pieces.shape[1]:
-            return ids
-        samples = ids.astype(np.int64)
-        is_piece = samples >= self.num_samples
-        samples[is_piece] = self.pieces[0, samples[is_piece] - self.num_samples]
-        return samples
-
 
 def collect_samples(
     blend: Sequence[BlendEntry],

@@ -278,11 +278,6 @@ def test_every_piece_occurs_once_per_epoch(epochs, batch, seed):
     assert rows.summary.num_tokens == epochs * lengths_of(datasets).sum()
 
 
-def test_pieces_belong_to_their_samples():
-    rows = plan_rows(make_settings(overflow="split"), [Lengths([0, 0], [300, 5]), Lengths([9], [20])])
-    assert rows.pool.samples_of(np.arange(6, dtype=np.uint32)).tolist() == [0, 1, 2, 0, 0, 2]
-
-
 def test_image_larger_than_a_row_names_its_sample():
     datasets = [Lengths([0, 0, 1], [5, 500, 5])]
     plan = make_settings(blend=(BlendEntry(path="a"),), overflow="split", num_image_tokens=200)
