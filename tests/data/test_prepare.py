@@ -232,7 +232,7 @@ def test_full_disk_is_a_storage_error_and_the_next_run_goes_on(mmc4, tokenizer_p
 
 def test_nothing_but_rejects_is_an_error_that_says_why(tmp_path, make_lines, tokenizer_path, output):
     path = make_lines(tmp_path / "a.jsonl", [{}, {"text": "\x00"}, b"{"])
-    with pytest.raises(DataError, match="none of 3 documents became a sample: .*json_type 1"):
+    with pytest.raises(DataError, match="none of 3 documents became a sample: .*json_syntax 1, unknown_fields 1"):
         prepare(text_job(path, tokenizer_path, output))
     assert len((output / "rejects.jsonl").read_text().splitlines()) == 3
 
