@@ -152,9 +152,9 @@ def _add_template(parser: argparse.ArgumentParser, kind: str) -> None:
     add("--template", choices=_TEMPLATES, default="vicuna_v1", help="plain is for the align stage")
     add(
         "--system",
-        default="none" if kind == "text" else "default",
         metavar="TEXT",
-        help="system prompt: default (the template's), none, or a text (default: %(default)s)",
+        help="system prompt: default (the template's), none, or a text (default: "
+        + ("none)" if kind == "text" else "default; with --prompts none, as VILA's code)"),
     )
     if kind == "conversations":
         add("--image-position", choices=("keep", "front"), default="keep", help="front: before the question's text")
@@ -243,9 +243,10 @@ def _instruction_source(args: argparse.Namespace) -> "Source":
     from megatron_vlm.data.sources.table_records import find_instruction_files
     from megatron_vlm.data.sources.text import TextSource
 
+    bare = args.kind == "text" or args.prompts is not None
     rules = ConversationRules(
         template=args.template,
-        system=args.system,
+        system=args.system if args.system is not None else "none" if bare else "default",
         image_position="keep" if args.kind == "text" else args.image_position,
         text=_text_rules(args),
         max_record_bytes=args.max_record_bytes,

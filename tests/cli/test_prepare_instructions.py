@@ -90,6 +90,7 @@ def test_annotations_are_asked_in_the_wordings_of_their_set(raw, tmp_path):
     dataset = ShardedDataset.open(tmp_path / "d")
     asked = {tokenizer.decode(dataset[i].segments[2].input_ids) for i in range(len(dataset))}
     assert len(asked) > 3
+    assert tokenizer.decode(dataset[0].segments[0].input_ids) == " USER: "  # VILA's code gives them no system prompt
     assert all("red?" in text for text in asked)
 
 
@@ -99,6 +100,12 @@ def test_prompts_do_not_depend_on_workers_parts_or_the_name_of_the_source(raw, t
     assert prepare(raw, "conversations", VQA, tmp_path / "b", *options, "--workers", "2", "--source", "mine") == 0
     assert load_manifest(tmp_path / "b").source == "mine"
     assert shard_bytes(tmp_path / "a") == shard_bytes(tmp_path / "b")
+
+
+def test_system_prompt_is_given_to_annotations_on_request(raw, tmp_path):
+    options = ("--prompts", "vqav2", "--system", "default")
+    assert prepare(raw, "conversations", VQA, tmp_path / "d", *options) == 0
+    assert load_manifest(tmp_path / "d").options["rules"]["turns"]["system"] == "default"
 
 
 def test_another_seed_is_another_dataset_and_refused_in_the_same_folder(raw, tmp_path, capsys):
