@@ -36,8 +36,8 @@ _DRIVERS = {
     "ssh": "paramiko",
 }
 _WAIT_SECONDS = (0.3, 1.0, 3.0)  # on top of what the drivers themselves try again
-# One request of this size takes about as long as it waits for its first byte, and 64 open tars stay at 256 MiB.
-_READ_AHEAD = 4 << 20
+# One request of this size takes about as long as it waits for its first byte, and 64 open tars stay below 256 MiB.
+_BLOCK, _KEPT_BLOCKS = 2 << 20, 2
 _STREAM_BUFFER = 1 << 20
 
 
@@ -348,7 +348,10 @@ def _brief(error: Exception) -> str:
 
 
 class RangeReader:
-    """Reads pieces of a file at a URL; reads ahead where one piece follows the other.
+    """Reads pieces of a file at a URL; where they are near each other, whole blocks, of which it keeps the last two.
+
+    So a tar is read in few requests even though the files of a key are not read in their order, and a single image of
+    another tar costs no more than itself.
 
     Args:
         file: what to read.
@@ -357,22 +360,33 @@ class RangeReader:
     def __init__(self, file: RemoteFile) -> None:
         self.size = size_of(file)
         self._store = RemoteStore(file)
-        self._start, self._buffer = 0, b""
-        self._next = 0  # where the last piece ended
+        self._blocks: dict[int, bytes] = {}
+        self._end = 0  # of the last piece
 
     def pread(self, size: int, offset: int) -> bytes:
         """Return up to `size` bytes from `offset`; fewer only at the end of the file. As `os.pread`."""
-        size = max(0, min(size, self.size - offset))
-        near = 0 <= offset - self._next <= _READ_AHEAD
-        self._next = offset + size
-        first = offset - self._start
-        if first < 0 or first + size > len(self._buffer):
-            if size > _READ_AHEAD:
-                return self._store.read(offset, offset + size, self.size)  # too large to keep
-            end = min(offset + (_READ_AHEAD if near else size), self.size)
-            self._start, first = offset, 0
-            self._buffer = self._store.read(offset, end, self.size) if end > offset else b""
-        return self._buffer[first : first + size]
+        size = min(size, self.size - offset)
+        if size <= 0:
+            return b""
+        near = abs(offset - self._end) <= _BLOCK
+        self._end = offset + size
+        first, last = offset // _BLOCK, (self._end - 1) // _BLOCK
+        if last > first + 1 or not (near or (first in self._blocks and last in self._blocks)):
+            return self._store.read(offset, self._end, self.size)
+        start = offset - first * _BLOCK
+        if first == last:
+            return self._block(first)[start : start + size]
+        return self._block(first)[start:] + self._block(last)[: self._end - last * _BLOCK]
+
+    def _block(self, number: int) -> bytes:
+        block = self._blocks.pop(number, None)
+        if block is None:
+            start = number * _BLOCK
+            block = self._store.read(start, min(start + _BLOCK, self.size), self.size)
+        self._blocks[number] = block
+        if len(self._blocks) > _KEPT_BLOCKS:
+            self._blocks.pop(next(iter(self._blocks)))
+        return block
 
 
 class _RemoteStream(io.RawIOBase):
