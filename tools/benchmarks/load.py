@@ -113,7 +113,7 @@ def main() -> int:
 
     def add(parser):
         parser.add_argument("--samples", type=int, default=240, help="pairs (default: %(default)s)")
-        parser.add_argument("--rounds", type=int, default=7, help="of all, in turns (default: %(default)s)")
+        parser.add_argument("--rounds", type=int, default=11, help="of all, in turns (default: %(default)s)")
 
     arguments = parse_arguments(__doc__, add)
     torch.set_num_threads(1)
