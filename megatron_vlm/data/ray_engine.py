@@ -74,9 +74,9 @@ def _check_answers(address: str) -> None:
 
 def _no_cluster(address: str, why: str) -> ConfigError:
     return ConfigError(
-        f"no Ray cluster can be used: {why[:200]}",
+        f"no Ray cluster can be used: {why[:120]}",
         where=address,
-        fix="check --ray-address and RAY_ADDRESS; `ray start --head` starts a cluster; without address, one is started",
+        fix="check --ray-address or RAY_ADDRESS; set RAY_AUTH_MODE=token if the cluster wants a token",
     )
 
 
