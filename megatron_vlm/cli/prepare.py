@@ -6,7 +6,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_vlm.config import ConfigError, ExitCode
-from megatron_vlm.data.sources.locations import RemoteFile, folder_of, is_folder, list_location, parse_location
+from megatron_vlm.data.sources.locations import (
+    RemoteFile,
+    can_list,
+    folder_of,
+    is_folder,
+    list_location,
+    parse_location,
+)
 
 if TYPE_CHECKING:
     from megatron_vlm.data.documents import TextRules
@@ -311,12 +318,16 @@ def _image_place(args: argparse.Namespace) -> "ImagePlace":
 
     if args.kind == "text":
         return ImagePlace()
-    if isinstance(args.images, RemoteFile) and args.images.is_pattern:
+    if args.images is None:
+        folder = folder_of(args.input[0])
+    elif isinstance(args.images, RemoteFile) and (args.images.is_pattern or args.images.suffix == ".tar"):
         return ImagePlace(tars=tuple(list_location(args.images, (".tar",), "--images")))
-    folder = args.images or folder_of(args.input[0])
+    else:
+        folder = args.images
     if not is_folder(folder):
         raise ConfigError("image folder does not exist", where=str(folder), fix="check --images")
-    return ImagePlace(folder=folder, tars=tuple(list_location(folder, (".tar",), "--images")) if args.images else ())
+    tars = list_location(folder, (".tar",), "--images") if args.images is not None and can_list(folder) else []
+    return ImagePlace(folder=folder, tars=tuple(tars))
 
 
 def _report(output: Path, manifest: "Manifest") -> None:

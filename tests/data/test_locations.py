@@ -23,6 +23,7 @@ from megatron_vlm.data.sources.locations import (
     RangeReader,
     RemoteFile,
     RemoteStore,
+    can_list,
     folder_of,
     is_file,
     is_folder,
@@ -102,6 +103,7 @@ def test_files_and_folders_are_told_apart(bucket):
     file, folder, none = (RemoteFile(f"memory:///{name}") for name in ("c/a.tar", "c", "none"))
     assert [is_file(one) for one in (file, folder, none)] == [True, False, False]
     assert [is_folder(one) for one in (file, folder, none)] == [False, True, False]
+    assert [can_list(one) for one in (folder, RemoteFile("http://host/c"), Path("c"))] == [True, False, True]
     assert size_of(file) == 3
     assert [folder_of(one).url for one in (folder, file, RemoteFile("memory:///c/*.tar"))] == [
         "memory:///c",
@@ -241,6 +243,20 @@ def test_what_no_second_try_mends_is_told_at_once(failing, error, message):
     with pytest.raises(StorageError, match=message):
         RangeReader(RemoteFile("memory:///a")).pread(7, 0)
     assert len(calls) == 1
+
+
+def test_a_web_server_that_cannot_be_reached_is_no_missing_file(failing, monkeypatch):
+    missing = FileNotFoundError("http://host/a")
+    missing.__cause__ = ConnectionError("refused")
+    calls = failing(missing, 99)
+    monkeypatch.setattr("fsspec.core.url_to_fs", lambda _: (fsspec.filesystem("memory"), "/a"))
+    store = RemoteStore(RemoteFile("http://host/a"))
+    with pytest.raises(StorageError, match="URL cannot be read, tried 4 times: FileNotFoundError"):
+        store.read(0, 7, 7)
+    assert len(calls) == 4
+    missing.__cause__ = None
+    with pytest.raises(StorageError, match="file is gone"):
+        store.read(0, 7, 7)
 
 
 def test_a_server_without_ranges_is_read_all_the_same(bucket, monkeypatch):

@@ -21,6 +21,7 @@ _Result = TypeVar("_Result")
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(://|::)")
 _PASSWORD = re.compile("^[^/@]*:[^/@]*@")
 _QUERY_SCHEMES = ("http", "https")
+_STATUS_MISSING = (404, 410)
 _DRIVERS = {
     "s3": "s3fs",
     "s3a": "s3fs",
@@ -165,6 +166,11 @@ def is_folder(location: Location) -> bool:
         return RemoteStore(location).info()["type"] == "directory"
     except FileNotFoundError:
         return False
+
+
+def can_list(folder: Location) -> bool:
+    """Tell whether the files of a folder are known; a web server need not tell them."""
+    return not isinstance(folder, RemoteFile) or folder.scheme not in _QUERY_SCHEMES
 
 
 def folder_of(location: Location) -> Location:
@@ -318,15 +324,17 @@ class RemoteStore:
         for wait in (*_WAIT_SECONDS, None):
             try:
                 return function()
-            except (UserError, FileNotFoundError, NotADirectoryError):
+            except UserError:
                 raise
-            except IsADirectoryError as error:
+            except (IsADirectoryError, NotADirectoryError) as error:
                 raise FileNotFoundError(str(error)) from None
             except PermissionError as error:
                 raise StorageError(
                     f"access denied: {_brief(error)}", where=str(self._location), fix="check your credentials"
                 ) from error
             except Exception as error:  # each driver has errors of its own
+                if isinstance(error, FileNotFoundError) and not self._is_unreachable(error):
+                    raise
                 if wait is None:
                     raise StorageError(
                         f"URL cannot be read, tried {len(_WAIT_SECONDS) + 1} times: {_brief(error)}",
@@ -335,6 +343,15 @@ class RemoteStore:
                     ) from error
                 time.sleep(wait)
         raise AssertionError("the last try returns or raises")
+
+    def _is_unreachable(self, error: FileNotFoundError) -> bool:
+        """Tell whether it is the server that was not found: over HTTP, fsspec calls a broken connection a missing file."""
+        cause = error.__cause__
+        return (
+            self._location.scheme in _QUERY_SCHEMES
+            and cause is not None
+            and getattr(cause, "status", None) not in _STATUS_MISSING
+        )
 
     def _wrong(self, error: ValueError) -> ConfigError:
         return ConfigError(f"URL cannot be used: {error}", where=str(self._location), fix="check it")
