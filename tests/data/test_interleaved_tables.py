@@ -143,7 +143,7 @@ def test_a_damaged_row_group_is_one_reject_and_the_others_are_read(tmp_path, mak
     path.write_bytes(content)
     found = list(InterleavedTableSource((path,)).read(path, context))
     reasons = [one.document.reason for one in found if isinstance(one.document, RejectError)]
-    assert reasons == ["file_damaged"]
+    assert reasons == ["file_truncated"]
     assert [one.line for one in found] == [*range(1, 12), *range(21, 31)]
 
 

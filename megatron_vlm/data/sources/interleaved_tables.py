@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import pyarrow
 import pyarrow.parquet
 
 from megatron_vlm.config import DataError
@@ -12,7 +11,7 @@ from megatron_vlm.data.documents import Document, RejectError, Text
 from megatron_vlm.data.sources.image_store import ImageReader
 from megatron_vlm.data.sources.interleaved_documents import InterleavedRules, LoadImage, pair_up, placed_document
 from megatron_vlm.data.sources.locations import Location
-from megatron_vlm.data.sources.parquet_files import open_parquet
+from megatron_vlm.data.sources.parquet_files import open_parquet, read_rows
 from megatron_vlm.data.sources.records import field, parse_record
 from megatron_vlm.data.sources.source import Found, ReadContext, key_of
 
@@ -20,7 +19,6 @@ TABLE_SUFFIX = ".parquet"
 _KEY_COLUMNS = ("url", "id", "key", "__key__")
 _METADATA = "general_metadata"
 _WANTED = ("texts", "images")
-_BATCH_BYTES, _MAX_BATCH_ROWS = 32 << 20, 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +35,7 @@ class InterleavedTableSource:
     rules: InterleavedRules = InterleavedRules()
 
     def read(self, path: Location, context: ReadContext) -> Iterator[Found]:
-        """Yield the documents of one table, a few rows in memory at a time.
-
-        A row group that is damaged is one reject from its first row that cannot be read; the others are read.
-        """
+        """Yield the documents of one table."""
         try:
             table = open_parquet(path, streamed=True)
         except DataError as error:
@@ -51,28 +46,18 @@ class InterleavedTableSource:
                 yield Found(None, None, RejectError("column_missing", f"no column {' and '.join(missing)}"))
                 return
             columns = [name for name in (*_WANTED, *_KEY_COLUMNS, _METADATA) if name in table.schema_arrow.names]
-            end = 0
-            for group in range(table.num_row_groups):
-                row, end = end, end + table.metadata.row_group(group).num_rows
+            for number, cells in read_rows(table, columns):
+                if isinstance(cells, RejectError):
+                    yield Found(number, None, cells)
+                    continue
+                key = _key(cells)
                 try:
-                    for cells in _rows(table, group, columns):
-                        row += 1
-                        yield self._find(row, cells, context.images)
-                except (pyarrow.ArrowException, OSError) as error:
-                    detail = f"rows {row + 1} to {end}: {' '.join(str(error).split())[:200]}"
-                    yield Found(row + 1, None, RejectError("file_damaged", detail))
+                    yield Found(number, key, self._document(cells, key or "", context.images))
+                except RejectError as error:
+                    yield Found(number, key, error)
 
-    def _find(self, row: int, cells: dict[str, Any], images: ImageReader) -> Found:
-        key = None
-        try:
-            values = {name: _value(name, cell) for name, cell in cells.items()}
-            key = _key(values)
-            return Found(row, key, self._document(values, key or "", images))
-        except RejectError as error:
-            return Found(row, key, error)
-
-    def _document(self, values: dict[str, Any], key: str, images: ImageReader) -> Document:
-        texts, listed = field(values, "texts", list), field(values, "images", list)
+    def _document(self, cells: dict[str, Any], key: str, images: ImageReader) -> Document:
+        texts, listed = field(cells, "texts", list), field(cells, "images", list)
         places = [place if isinstance(place, Text) else _loader(place, images) for place in pair_up(texts, listed)]
         return placed_document(places, key, self.rules, images)
 
@@ -96,29 +81,11 @@ def _missing_columns(table: pyarrow.parquet.ParquetFile) -> list[str]:
     return [name for name in _WANTED if name not in table.schema_arrow.names]
 
 
-def _rows(table: pyarrow.parquet.ParquetFile, group: int, columns: list[str]) -> Iterator[dict[str, Any]]:
-    """Yield the cells of each row by column, not yet converted."""
-    facts = table.metadata.row_group(group)
-    num_bytes = sum(facts.column(number).total_uncompressed_size for number in range(facts.num_columns))
-    # Rows are as large as the pictures in them.
-    batch_rows = min(max(_BATCH_BYTES * facts.num_rows // max(num_bytes, 1), 1), _MAX_BATCH_ROWS)
-    for batch in table.iter_batches(batch_rows, row_groups=[group], columns=columns):
-        for cells in zip(*(batch.column(name) for name in columns), strict=True):
-            yield dict(zip(columns, cells, strict=True))
-
-
-def _value(name: str, cell: Any) -> Any:
-    try:
-        return cell.as_py()
-    except UnicodeDecodeError as error:
-        raise RejectError("invalid_utf8", f"byte {error.start} of a text in column {name}") from None
-
-
-def _key(values: dict[str, Any]) -> str | None:
+def _key(cells: dict[str, Any]) -> str | None:
     for name in _KEY_COLUMNS:
-        if (key := key_of(values.get(name))) is not None:
+        if (key := key_of(cells.get(name))) is not None:
             return key
-    metadata = values.get(_METADATA)
+    metadata = cells.get(_METADATA)
     if not isinstance(metadata, str):
         return None
     try:

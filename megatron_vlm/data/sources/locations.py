@@ -345,7 +345,7 @@ class RemoteStore:
         raise AssertionError("the last try returns or raises")
 
     def _is_unreachable(self, error: FileNotFoundError) -> bool:
-        """Tell whether it is the server that was not found: over HTTP, fsspec calls a broken connection a missing file."""
+        """Tell whether it is the server that was not found: over HTTP, fsspec says of that too that the file is."""
         cause = error.__cause__
         return (
             self._location.scheme in _QUERY_SCHEMES

@@ -3,18 +3,13 @@
 from collections.abc import Iterator
 from typing import Any
 
-import pyarrow
-import pyarrow.parquet
-
 from megatron_vlm.config import ConfigError, DataError
 from megatron_vlm.data.documents import RejectError
 from megatron_vlm.data.sources.locations import Location, list_location
-from megatron_vlm.data.sources.parquet_files import open_parquet
+from megatron_vlm.data.sources.parquet_files import open_parquet, read_rows
 from megatron_vlm.data.sources.records import MAX_RECORD_BYTES, SUFFIXES, Record, read_records
 
 TABLE_SUFFIX = ".parquet"
-_BATCH_BYTES = 4 << 20
-_MAX_BATCH_ROWS = 4096
 
 
 def find_instruction_files(paths: tuple[Location, ...]) -> tuple[Location, ...]:
@@ -55,35 +50,14 @@ def read_table_records(path: Location, *, max_bytes: int = MAX_RECORD_BYTES) -> 
 
     Yields:
         A record whose line is the number of the row, from 1; empty cells are left out of it. Or a RejectError with
-        reason record_too_long, or file_truncated for what is left of a row group from where it is damaged.
+        reason record_too_long, or as `read_rows` yields.
     """
     try:
         with open_parquet(path, streamed=True) as table:
-            row = 0
-            for group in range(table.num_row_groups):
-                yield from _read_group(table, group, row, max_bytes)
-                row += table.metadata.row_group(group).num_rows
+            for number, cells in read_rows(table):
+                yield Record(number, cells if isinstance(cells, RejectError) else _record(cells, max_bytes))
     except DataError as error:
         yield Record(1, RejectError("file_truncated", error.what))
-
-
-def _read_group(table: pyarrow.parquet.ParquetFile, group: int, row: int, max_bytes: int) -> Iterator[Record]:
-    """Yield the records of one row group, before which there are `row` rows."""
-    end = row + table.metadata.row_group(group).num_rows
-    batches = table.iter_batches(_num_batch_rows(table.metadata), row_groups=[group])
-    try:
-        for cells in (cells for batch in batches for cells in batch.to_pylist()):
-            row += 1
-            yield Record(row, _record(cells, max_bytes))
-    except (pyarrow.ArrowException, OSError) as error:
-        detail = " ".join(str(error).split())[:200]
-        yield Record(row + 1, RejectError("file_truncated", f"{end - row} rows: {detail}"))
-
-
-def _num_batch_rows(metadata: pyarrow.parquet.FileMetaData) -> int:
-    """Return how many rows are a few MiB: of text thousands, of pictures a few."""
-    num_bytes = sum(metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups))
-    return min(max(_BATCH_BYTES * metadata.num_rows // max(num_bytes, 1), 1), _MAX_BATCH_ROWS)
 
 
 def _record(cells: dict[str, Any], max_bytes: int) -> dict[str, Any] | RejectError:

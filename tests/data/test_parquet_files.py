@@ -1,0 +1,50 @@
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from megatron_vlm.config import DataError
+from megatron_vlm.data.documents import RejectError
+from megatron_vlm.data.sources.locations import RemoteFile
+from megatron_vlm.data.sources.parquet_files import open_parquet, read_rows
+
+
+def read(path, columns=None) -> list:
+    with open_parquet(path, streamed=True) as table:
+        return [
+            (number, cells.reason if isinstance(cells, RejectError) else cells)
+            for number, cells in read_rows(table, columns)
+        ]
+
+
+def test_rows_of_all_row_groups_are_read_by_column_from_a_path_or_a_url(tmp_path, make_table):
+    path = make_table(tmp_path / "a.parquet", {"n": list(range(50)), "rest": ["x"] * 50}, row_group_size=7)
+    expected = [(n + 1, {"n": n}) for n in range(50)]
+    assert read(path, ["n"]) == read(RemoteFile(f"file://{path}"), ["n"]) == expected
+    assert read(path)[0] == (1, {"n": 0, "rest": "x"})
+
+
+def test_row_with_text_that_is_not_utf8_is_a_reject_and_its_neighbours_are_intact(tmp_path):
+    raw = pyarrow.array([b"a", b"\xff", b"c"]).cast(pyarrow.string(), safe=False)
+    pyarrow.parquet.write_table(pyarrow.table({"t": raw}), tmp_path / "a.parquet")
+    assert read(tmp_path / "a.parquet") == [(1, {"t": "a"}), (2, "invalid_utf8"), (3, {"t": "c"})]
+
+
+def test_rows_that_a_row_group_lacks_are_a_reject(tmp_path, make_table, monkeypatch):
+    path = make_table(tmp_path / "a.parquet", {"n": list(range(6))}, row_group_size=3)
+    original = pyarrow.parquet.ParquetFile.iter_batches
+    short = lambda *given, **options: (batch.slice(0, 2) for batch in original(*given, **options))  # noqa: E731
+    monkeypatch.setattr(pyarrow.parquet.ParquetFile, "iter_batches", short)
+    assert [found for _, found in read(path)] == [
+        {"n": 0},
+        {"n": 1},
+        "file_truncated",
+        {"n": 3},
+        {"n": 4},
+        "file_truncated",
+    ]
+
+
+def test_file_that_is_not_parquet_is_named(tmp_path):
+    (tmp_path / "a.parquet").write_bytes(b"<html>")
+    with pytest.raises(DataError, match="parquet file cannot be read: .*a.parquet"):
+        open_parquet(tmp_path / "a.parquet")
