@@ -6,6 +6,7 @@ import pytest
 from megatron_vlm.config import ConfigError, DataError
 from megatron_vlm.data.documents import Image, RejectError, Special, Text, TextRules
 from megatron_vlm.data.image_check import ImageRules
+from megatron_vlm.data.images import ImageLimits
 from megatron_vlm.data.sources.conversations import ConversationRules, ConversationSource
 from megatron_vlm.data.sources.image_store import FolderImages, ImageReader
 from megatron_vlm.data.sources.interleaved import InterleavedRules, InterleavedSource
@@ -83,6 +84,34 @@ def test_mmc4_bad_image_rejects_the_document_or_is_left_out(tmp_path, make_lines
     found = read_mmc4(tmp_path, make_lines, context, record, bad_image="image")
     assert shown(found, names) == ["a.jpg", "s0"]
     assert context.images.notes["dropped_images"] == 1
+
+
+@pytest.mark.parametrize(
+    ("size", "rules", "reason"),
+    [
+        (20, ImageRules(min_bytes=1000), "image_bytes"),
+        (20, ImageRules(limits=ImageLimits(min_side=30)), "image_side"),
+        (400, ImageRules(max_bytes=10_000), "image_bytes"),
+    ],
+)
+def test_mmc4_images_outside_of_the_size_limits_are_left_out_and_counted(
+    tmp_path, make_lines, make_image, names, size, rules, reason
+):
+    (tmp_path / "pictures" / "other.jpg").write_bytes(make_image(size, size))
+    context = ReadContext(ImageReader(FolderImages(tmp_path / "pictures", max_bytes=10**6), rules))
+    record = {"text_list": ["s0"], "image_info": [info("other.jpg", 0), info("b.jpg", 0)]}
+    assert shown(read_mmc4(tmp_path, make_lines, context, record)) == reason
+    found = read_mmc4(tmp_path, make_lines, context, record, bad_image="image")
+    assert shown(found, names) == ["b.jpg", "s0"]
+    assert context.images.notes["dropped_images"] == 1
+
+
+def test_mmc4_images_beyond_the_sentences_go_to_their_most_similar_one(tmp_path, make_lines, context, names):
+    infos = [info(name, 0, matched_sim=0.0) for name in ("a.jpg", "b.jpg", "c.jpg")]
+    record = {"text_list": ["s0", "s1"], "image_info": infos}
+    record["similarity_matrix"] = [[0.9, 0.1], [0.8, 0.2], [0.1, 0.7]]
+    found = read_mmc4(tmp_path, make_lines, context, record, assignment="linear")
+    assert shown(found, names) == ["a.jpg", "b.jpg", "s0", "c.jpg", "s1"]
 
 
 def test_mmc4_images_below_the_similarity_are_left_out(tmp_path, make_lines, context, names):
