@@ -251,7 +251,7 @@ def test_a_web_server_that_cannot_be_reached_is_no_missing_file(failing, monkeyp
     calls = failing(missing, 99)
     monkeypatch.setattr("fsspec.core.url_to_fs", lambda _: (fsspec.filesystem("memory"), "/a"))
     store = RemoteStore(RemoteFile("http://host/a"))
-    with pytest.raises(StorageError, match="URL cannot be read, tried 4 times: FileNotFoundError"):
+    with pytest.raises(StorageError, match="URL cannot be read, tried 4 times: ConnectionError refused"):
         store.read(0, 7, 7)
     assert len(calls) == 4
     missing.__cause__ = None

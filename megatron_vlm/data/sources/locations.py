@@ -360,7 +360,9 @@ class RemoteStore:
         return StorageError("file is gone", where=str(self._location), fix="check the bucket, then run again")
 
 
-def _brief(error: Exception) -> str:
+def _brief(error: BaseException) -> str:
+    if isinstance(error, FileNotFoundError) and error.__cause__ is not None:
+        error = error.__cause__
     return f"{type(error).__name__} {error}"[:120]
 
 
