@@ -96,7 +96,7 @@ def _add_common(parser: argparse.ArgumentParser, kind: str) -> None:
         nargs="+",
         required=True,
         metavar="PATH",
-        help='files, or folders of them; or URLs of them, "s3://bucket/mmc4/*.jsonl.gz" for example',
+        help='files, folders of them, or patterns; or URLs of these, "s3://bucket/mmc4/*.jsonl.gz" for example',
     )
     add("--output", type=Path, required=True, metavar="DIR", help="folder of the shards; new, or one to go on with")
     add("--tokenizer", type=Path, required=True, metavar="T", help="SentencePiece model, or a folder with one")

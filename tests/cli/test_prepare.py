@@ -1,7 +1,11 @@
+import io
 import json
+import tarfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import sentencepiece
 from PIL import Image as PILImage
@@ -119,6 +123,34 @@ def test_missing_input_is_exit_code_78(corpora, tmp_path, capsys):
     code = main(["prepare", "text", "--input", "none", "--output", str(tmp_path / "d"), "--tokenizer", tokenizer])
     assert code == 78
     assert "input does not exist (none)" in capsys.readouterr().err
+
+
+def test_interleaved_documents_in_tars_and_parquet_are_told_by_their_files(corpora, tmp_path):
+    image = (corpora / "images" / "0.jpg").read_bytes()
+    record = json.dumps({"texts": ["a", None, "b"], "images": [None, "0.jpg", None]}).encode()
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for name, content in (("k.json", record), ("k.0.jpg", image)):
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+    columns = {"texts": [["a", None, "b"]], "images": [[None, image, None]]}
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
+    options = ["--tokenizer", str(corpora / "tiny.model"), "--workers", "1"]
+    for name in ("a.tar", "a.parquet"):
+        output = tmp_path / f"{name}.shards"
+        command = ["prepare", "interleaved", "--input", str(tmp_path / name), "--output", str(output)]
+        assert main([*command, *options]) == 0
+        assert main(["data", "verify", str(output)]) == 0
+    first, second = (load_manifest(tmp_path / f"{name}.shards") for name in ("a.tar", "a.parquet"))
+    assert first.shards[0].files == second.shards[0].files
+    assert first.options["format"] != second.options["format"]
+
+
+def test_similarities_of_parquet_are_exit_code_78(corpora, tmp_path, capsys):
+    pyarrow.parquet.write_table(pyarrow.table({"texts": [["a"]], "images": [[None]]}), tmp_path / "a.parquet")
+    given = ["--input", str(tmp_path / "a.parquet"), "--min-similarity", "0.2"]
+    assert run(corpora, "interleaved", tmp_path / "d", *given) == 78
+    assert "leave out --min-similarity" in capsys.readouterr().err
 
 
 def test_urls_stand_for_paths(corpora, tmp_path):

@@ -98,6 +98,16 @@ def test_what_is_not_there_is_named(bucket):
         list_location(RemoteFile("memory:///c/*.jpg"), (), "--images")
 
 
+def test_patterns_of_paths_are_matched_by_name(tmp_path):
+    for name in ("b.tar", "a.tar", "a[1].tar", "c.jpg"):
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "d.tar").mkdir()
+    assert [path.name for path in list_location(tmp_path / "*.tar", ())] == ["a.tar", "a[1].tar", "b.tar"]
+    assert list_location(tmp_path / "a[1].tar", ()) == [tmp_path / "a[1].tar"]
+    with pytest.raises(ConfigError, match=r"no file matches --input .*x\*.tar"):
+        list_location(tmp_path / "x*.tar", ())
+
+
 def test_files_and_folders_are_told_apart(bucket):
     bucket.pipe("/c/a.tar", b"xyz")
     file, folder, none = (RemoteFile(f"memory:///{name}") for name in ("c/a.tar", "c", "none"))

@@ -6,6 +6,7 @@ costs a second, not a preparation of days.
 """
 
 import dataclasses
+import glob
 import io
 import os
 import re
@@ -191,13 +192,22 @@ def list_location(location: Location, suffixes: tuple[str, ...], option: str = "
     if location.is_dir():
         found = sorted(entry for entry in location.iterdir() if entry.name.lower().endswith(suffixes))
         return [path for path in found if path.is_file()]
-    if not location.exists():
+    if location.exists():
+        return [location] if location.is_file() else []
+    if not glob.has_magic(str(location)):
         raise _missing(location, option)
-    return [location] if location.is_file() else []
+    matching = [path for path in map(Path, sorted(glob.glob(str(location), recursive=True))) if path.is_file()]
+    if not matching:
+        raise _unmatched(location, option)
+    return list(matching)
 
 
 def _missing(location: Location, option: str) -> ConfigError:
     return ConfigError(f"{option.strip('-')} does not exist", where=str(location), fix=f"check {option}")
+
+
+def _unmatched(location: Location, option: str) -> ConfigError:
+    return ConfigError(f"no file matches {option}", where=str(location), fix="check the pattern")
 
 
 def _list_remote(location: RemoteFile, suffixes: tuple[str, ...], option: str) -> list[RemoteFile]:
@@ -212,7 +222,7 @@ def _list_remote(location: RemoteFile, suffixes: tuple[str, ...], option: str) -
     except FileNotFoundError:
         raise _missing(location, option) from None
     if location.is_pattern and not entries:
-        raise ConfigError(f"no file matches {option}", where=str(location), fix="check the pattern")
+        raise _unmatched(location, option)
     files = [RemoteFile(store.url_of(entry["name"]), entry["size"]) for entry in entries if entry["type"] == "file"]
     return sorted(files, key=lambda file: file.url)
 
