@@ -16,13 +16,11 @@ from megatron_vlm.data.merge import merge_datasets
 from megatron_vlm.data.part import ImagePlace, PartJob, Recipe
 from megatron_vlm.data.prepare import PrepareJob, prepare
 from megatron_vlm.data.share import Share
-from megatron_vlm.data.sources import locations
+from megatron_vlm.data.sources import remote
 from megatron_vlm.data.sources.image_store import RemoteImages
 from megatron_vlm.data.sources.interleaved import InterleavedRules, InterleavedSource
 from megatron_vlm.data.sources.locations import (
-    RangeReader,
     RemoteFile,
-    RemoteStore,
     can_list,
     folder_of,
     is_file,
@@ -35,6 +33,7 @@ from megatron_vlm.data.sources.locations import (
 )
 from megatron_vlm.data.sources.pairs import PairRules, find_pair_source
 from megatron_vlm.data.sources.records import read_records
+from megatron_vlm.data.sources.remote import RangeReader, RemoteStore
 from megatron_vlm.data.sources.source import find_record_files
 from megatron_vlm.data.sources.tars import TarReader
 
@@ -44,7 +43,7 @@ def bucket(monkeypatch):
     """An empty object store in this process: bucket.pipe(path, content)."""
     monkeypatch.setattr(MemoryFileSystem, "store", {})
     monkeypatch.setattr(MemoryFileSystem, "pseudo_dirs", [""])
-    monkeypatch.setattr(locations, "_WAIT_SECONDS", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(remote, "_WAIT_SECONDS", (0.0, 0.0, 0.0))
     return fsspec.filesystem("memory")
 
 
@@ -124,7 +123,7 @@ def test_files_and_folders_are_told_apart(bucket):
 
 @pytest.mark.parametrize("block", [16, 1000, 1 << 22])
 def test_any_reads_give_the_bytes_of_the_file(bucket, monkeypatch, block):
-    monkeypatch.setattr(locations, "_BLOCK", block)
+    monkeypatch.setattr(remote, "_BLOCK", block)
     generator = np.random.default_rng(0)
     data = generator.bytes(5000)
     bucket.pipe("/a", data)
@@ -147,7 +146,7 @@ def requests(bucket, monkeypatch):
         return original(self, path, start=start, end=end, **options)
 
     monkeypatch.setattr(MemoryFileSystem, "cat_file", cat_file)
-    monkeypatch.setattr(locations, "_BLOCK", 10_000)
+    monkeypatch.setattr(remote, "_BLOCK", 10_000)
     return sizes
 
 

@@ -12,8 +12,9 @@ from megatron_vlm.config import ConfigError, DataError
 from megatron_vlm.data.documents import RejectError
 from megatron_vlm.data.image_check import ImageRules, check_image, shrink_image
 from megatron_vlm.data.sources.join_index import JoinIndex, JoinRows, hash_texts
-from megatron_vlm.data.sources.locations import Location, RemoteFile, RemoteStore
+from megatron_vlm.data.sources.locations import Location, RemoteFile
 from megatron_vlm.data.sources.records import MAX_RECORD_BYTES, parse_record
+from megatron_vlm.data.sources.remote import RemoteStore
 from megatron_vlm.data.sources.tars import Member, TarReader, find_image, group_members, list_members
 
 _PLACE_DTYPE = np.dtype([("tar", "<u4"), ("size", "<u4"), ("offset", "<u8")])

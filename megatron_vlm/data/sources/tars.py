@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from megatron_vlm.data.documents import RejectError
-from megatron_vlm.data.sources.locations import Location, RangeReader, RemoteFile
+from megatron_vlm.data.sources.locations import Location, RemoteFile
+from megatron_vlm.data.sources.remote import RangeReader
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif")
 

@@ -1,0 +1,352 @@
+"""Files at URLs: what fsspec reads, with further tries, in pieces, and with messages that users understand.
+
+fsspec is imported when the first URL is used. Reads go through one function that tries again, so that a store that
+hiccups for a second costs a second, not a preparation of days.
+"""
+
+import io
+import os
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import Any, TypeVar
+
+from megatron_vlm.config import ConfigError, StorageError, UserError
+
+WEB_SCHEMES = ("http", "https")
+"""Of servers that have no folders, and queries in their URLs."""
+
+_Result = TypeVar("_Result")
+_PASSWORD = re.compile("^[^/@]*:[^/@]*@")
+_STATUS_MISSING = (404, 410)
+_DRIVERS = {
+    "s3": "s3fs",
+    "s3a": "s3fs",
+    "gs": "gcsfs",
+    "gcs": "gcsfs",
+    "az": "adlfs",
+    "abfs": "adlfs",
+    "http": "aiohttp",
+    "https": "aiohttp",
+    "hf": "huggingface_hub",
+    "oss": "ossfs",
+    "sftp": "paramiko",
+    "ssh": "paramiko",
+}
+_WAIT_SECONDS = (0.3, 1.0, 3.0)  # on top of what the drivers themselves try again
+# One request of this size takes about as long as it waits for its first byte, and 64 open tars stay below 256 MiB.
+_BLOCK, _KEPT_BLOCKS = 2 << 20, 2
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteFile:
+    """A file, folder or pattern at a URL; has what readers use of a `Path`.
+
+    Args:
+        url: any URL of fsspec, chains such as `zip://a.jsonl::s3://bucket/docs.zip` included.
+        size: known from a listing [bytes]; None: it is asked for when it is needed.
+    """
+
+    url: str
+    size: int | None = field(default=None, compare=False)
+
+    def __str__(self) -> str:
+        """Return the URL without what may be a secret: the query of a signed URL, a password."""
+        return "::".join(self._shown(link) for link in self.url.split("::"))
+
+    @property
+    def scheme(self) -> str:
+        """What stands before the first colon."""
+        return re.split("://|::", self.url, maxsplit=1)[0].lower()
+
+    @property
+    def path(self) -> PurePosixPath:
+        """What the URL names within its store, bucket or host first; of a chain, the innermost archive first."""
+        links = []
+        for link in self.url.split("::"):
+            scheme, _, path = self._shown(link).rpartition("://")
+            links.append(PurePosixPath(scheme.lower(), path.strip("/")))
+        return PurePosixPath("/", *reversed(links))
+
+    @property
+    def name(self) -> str:
+        """Last part of the path."""
+        return self.path.name
+
+    @property
+    def suffix(self) -> str:
+        """Last suffix of the name, with its dot."""
+        return self.path.suffix
+
+    @property
+    def is_pattern(self) -> bool:
+        """Whether the URL stands for all that match it."""
+        first = self.url.partition("::")[0]
+        return "*" in first or "[" in first
+
+    def with_suffix(self, suffix: str) -> "RemoteFile":
+        """Return the file beside this one whose name ends otherwise."""
+        return self._with_name(PurePosixPath(self.name).with_suffix(suffix).name)
+
+    @property
+    def parent(self) -> "RemoteFile":
+        """The folder that the file is in."""
+        return self._with_name("")
+
+    def _with_name(self, name: str) -> "RemoteFile":
+        first, chain, rest = self.url.partition("::")
+        folder, slash, _ = first.rstrip("/").rpartition("/")
+        return RemoteFile(f"{folder}{slash}{name}{chain}{rest}")
+
+    @staticmethod
+    def _shown(link: str) -> str:
+        scheme, mark, path = link.rpartition("://")
+        path = path.partition("?")[0] if scheme.lower() in WEB_SCHEMES else path
+        return scheme + mark + _PASSWORD.sub("", path)
+
+
+class RemoteStore:
+    """The file system behind a URL; every call is tried again if it fails, except for what no second try mends.
+
+    Args:
+        location: a file, folder or pattern.
+
+    Raises:
+        ConfigError: the scheme is unknown, or needs a package that is not installed.
+        FileNotFoundError: an archive of the chain does not exist.
+    """
+
+    def __init__(self, location: RemoteFile) -> None:
+        self._location = location
+        self._system, self._path = self._attempt(self._open)
+
+    def info(self) -> dict[str, Any]:
+        """Return name, size and type ("file" or "directory").
+
+        Raises:
+            FileNotFoundError: there is none.
+        """
+        return self._attempt(lambda: self._system.info(self._path))
+
+    def entries(self) -> list[dict[str, Any]]:
+        """Return `info` of everything in the folder."""
+        return self._attempt(lambda: self._system.ls(self._path, detail=True))
+
+    def glob(self) -> list[dict[str, Any]]:
+        """Return `info` of everything that matches the pattern.
+
+        Raises:
+            ConfigError: it is no pattern.
+        """
+
+        def match() -> list[dict[str, Any]]:
+            try:
+                return list(self._system.glob(self._path, detail=True).values())
+            except ValueError as error:
+                raise self._wrong(error) from None
+
+        return self._attempt(match)
+
+    def url_of(self, name: str) -> str:
+        """Return the URL of a name that this file system gave."""
+        _, chain, rest = self._location.url.partition("::")
+        return self._system.unstrip_protocol(name) + chain + rest
+
+    def read(self, start: int, end: int, size: int) -> bytes:
+        """Return a piece of the file.
+
+        Args:
+            start: first byte.
+            end: one after the last byte; not beyond `size`.
+            size: of the whole file.
+
+        Raises:
+            StorageError: it cannot be read, or has become shorter.
+        """
+
+        def fetch() -> bytes:
+            data = self._system.cat_file(self._path, start=start, end=end)
+            if len(data) == size > end - start:  # a web server that knows no ranges sends everything
+                data = data[start:end]
+            if len(data) != end - start:
+                raise OSError(f"{len(data)} bytes came instead of {end - start}")
+            return data
+
+        try:
+            return self._attempt(fetch)
+        except FileNotFoundError:
+            raise self._gone() from None
+
+    def read_inside(self, name: str, max_bytes: int) -> bytes | int:
+        """Return the file `name` inside of this folder, or its size if that is more than `max_bytes`.
+
+        Raises:
+            FileNotFoundError: there is none, or it is a folder.
+        """
+        path = f"{self._path.rstrip('/')}/{name}"
+        found = self._attempt(lambda: self._system.info(path))
+        if found["type"] != "file":
+            raise FileNotFoundError(name)
+        if (size := found["size"] or 0) > max_bytes:
+            return int(size)
+        data = self._attempt(lambda: self._system.cat_file(path))
+        return data if len(data) <= max_bytes else len(data)
+
+    def _open(self) -> tuple[Any, str]:
+        from fsspec.core import url_to_fs  # takes a tenth of a second, which local files need not pay
+
+        try:
+            return url_to_fs(self._location.url)
+        except ImportError as error:
+            scheme = self._location.scheme
+            package = _DRIVERS.get(scheme, f"the package that fsspec names: {error}")
+            raise ConfigError(
+                f"{scheme}:// needs a package that is not installed",
+                where=str(self._location),
+                fix=f"pip install {package}",
+            ) from None
+        except ValueError as error:
+            raise self._wrong(error) from None
+
+    def _attempt(self, function: Callable[[], _Result]) -> _Result:
+        for wait in (*_WAIT_SECONDS, None):
+            try:
+                return function()
+            except UserError:
+                raise
+            except (IsADirectoryError, NotADirectoryError) as error:
+                raise FileNotFoundError(str(error)) from None
+            except PermissionError as error:
+                raise StorageError(
+                    f"access denied: {_brief(error)}", where=str(self._location), fix="check your credentials"
+                ) from error
+            except Exception as error:  # each driver has errors of its own
+                if isinstance(error, FileNotFoundError) and not self._is_unreachable(error):
+                    raise
+                if wait is None:
+                    raise StorageError(
+                        f"URL cannot be read, tried {len(_WAIT_SECONDS) + 1} times: {_brief(error)}",
+                        where=str(self._location),
+                        fix="check network and credentials, then run the same command again",
+                    ) from error
+                time.sleep(wait)
+        raise AssertionError("the last try returns or raises")
+
+    def _is_unreachable(self, error: FileNotFoundError) -> bool:
+        """Tell whether it is the server that was not found: over HTTP, fsspec says of that too that the file is."""
+        cause = error.__cause__
+        return (
+            self._location.scheme in WEB_SCHEMES
+            and cause is not None
+            and getattr(cause, "status", None) not in _STATUS_MISSING
+        )
+
+    def _wrong(self, error: ValueError) -> ConfigError:
+        return ConfigError(f"URL cannot be used: {error}", where=str(self._location), fix="check it")
+
+    def _gone(self) -> StorageError:
+        return StorageError("file is gone", where=str(self._location), fix="check the bucket, then run again")
+
+
+def _brief(error: BaseException) -> str:
+    if isinstance(error, FileNotFoundError) and error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__} {error}"[:120]
+
+
+def remote_size(file: RemoteFile) -> int:
+    """Return the size of a file [bytes].
+
+    Raises:
+        FileNotFoundError: there is none.
+        StorageError: the server does not tell.
+    """
+    if file.size is not None:
+        return file.size
+    size = RemoteStore(file).info()["size"]
+    if size is None:
+        raise StorageError(
+            "the server does not say how large the file is", where=str(file), fix="copy it to a disk or a bucket"
+        )
+    return int(size)
+
+
+class RangeReader:
+    """Reads pieces of a file at a URL; where they are near each other, whole blocks, of which it keeps the last two.
+
+    So a tar is read in few requests even though the files of a key are not read in their order, and a single image of
+    another tar costs no more than itself.
+
+    Args:
+        file: what to read.
+    """
+
+    def __init__(self, file: RemoteFile) -> None:
+        self.size = remote_size(file)
+        self._store = RemoteStore(file)
+        self._blocks: dict[int, bytes] = {}
+        self._end = 0  # of the last piece
+
+    def pread(self, size: int, offset: int) -> bytes:
+        """Return up to `size` bytes from `offset`; fewer only at the end of the file. As `os.pread`."""
+        size = min(size, self.size - offset)
+        if size <= 0:
+            return b""
+        near = abs(offset - self._end) <= _BLOCK
+        self._end = offset + size
+        first, last = offset // _BLOCK, (self._end - 1) // _BLOCK
+        if last > first + 1 or not (near or (first in self._blocks and last in self._blocks)):
+            return self._store.read(offset, self._end, self.size)
+        start = offset - first * _BLOCK
+        if first == last:
+            return self._block(first)[start : start + size]
+        return self._block(first)[start:] + self._block(last)[: self._end - last * _BLOCK]
+
+    def _block(self, number: int) -> bytes:
+        block = self._blocks.pop(number, None)
+        if block is None:
+            start = number * _BLOCK
+            block = self._store.read(start, min(start + _BLOCK, self.size), self.size)
+        self._blocks[number] = block
+        if len(self._blocks) > _KEPT_BLOCKS:
+            self._blocks.pop(next(iter(self._blocks)))
+        return block
+
+
+class RemoteStream(io.RawIOBase):
+    """A file at a URL as a stream that can seek, for parsers that want one.
+
+    Args:
+        file: what to read.
+    """
+
+    def __init__(self, file: RemoteFile) -> None:
+        self._reader = RangeReader(file)
+        self._position = 0
+
+    def readable(self) -> bool:
+        """Tell that it can be read."""
+        return True
+
+    def seekable(self) -> bool:
+        """Tell that it can seek."""
+        return True
+
+    def tell(self) -> int:
+        """Return the position."""
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Go to a position and return it."""
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._reader.size}[whence]
+        self._position = max(0, base + offset)
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill a buffer; returns how many bytes came."""
+        data = self._reader.pread(len(buffer), self._position)
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)
