@@ -6,15 +6,18 @@ import random
 import tarfile
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 import sentencepiece
+from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image as PILImage
 
 from megatron_vlm.data.manifest import TokenizerFacts
 from megatron_vlm.data.shards import EncodedSample, ImageSegment, TextSegment
+from megatron_vlm.data.sources import remote
 from megatron_vlm.data.tokenizer import Tokenizer, load_tokenizer
 
 _WORDS = (
@@ -176,3 +179,12 @@ def coyo(tmp_path, make_tar, make_image, make_table) -> Path:
     urls, captions = zip(*rows, strict=True)
     make_table(root / "part-00000.parquet", {"url": list(urls), "text": list(captions)})
     return root
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    """An empty object store in this process: bucket.pipe(path, content)."""
+    monkeypatch.setattr(MemoryFileSystem, "store", {})
+    monkeypatch.setattr(MemoryFileSystem, "pseudo_dirs", [""])
+    monkeypatch.setattr(remote, "_WAIT_SECONDS", (0.0, 0.0, 0.0))
+    return fsspec.filesystem("memory")
