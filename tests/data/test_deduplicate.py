@@ -1,4 +1,3 @@
-import dataclasses
 import json
 import os
 import random
@@ -15,10 +14,10 @@ from megatron_vlm.data.merge import merge_datasets
 from megatron_vlm.data.part import ImagePlace, PartJob, Recipe
 from megatron_vlm.data.prepare import PrepareJob, prepare
 from megatron_vlm.data.shards import ShardedDataset
-from megatron_vlm.data.share import Share
 from megatron_vlm.data.sources.interleaved import InterleavedRules, InterleavedSource
 from megatron_vlm.data.sources.source import find_record_files
 from megatron_vlm.data.verify import verify_dataset
+from tests.support.preparing import content, prepare_shares, run_until
 
 FILES_OF_CORPUS = 5
 
@@ -66,17 +65,6 @@ def make_job(corpus: Path, tokenizer_path: Path, output: Path, kind: str | None,
         **options,
     )
     return PrepareJob(output=output, source_name="mmc4", part=part)
-
-
-def prepare_shares(job: PrepareJob, count: int) -> list[Path]:
-    shares = [Share(index, count) for index in range(1, count + 1)]
-    for share in shares:
-        prepare(dataclasses.replace(job, output=share.folder(job.output), share=share))
-    return [share.folder(job.output) for share in shares]
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def reject_rows(folder: Path, reason: str = "duplicate") -> list[dict]:
@@ -209,35 +197,6 @@ def test_the_option_is_recorded_and_another_one_refused(corpus, tokenizer_path, 
     assert manifest.options["drop_duplicates"] == "images"
     with pytest.raises(ConfigError, match="differs in options: drop_duplicates"):
         prepare(make_job(folder, tokenizer_path, tmp_path / "shards", None))
-
-
-class _Killed(BaseException):
-    pass
-
-
-def run_until(moment: int, action, monkeypatch) -> bool:
-    """Stop dead before the operation of this number that changes the file system; True: it was over before."""
-    original = {name: getattr(os, name) for name in ("replace", "rename", "mkdir", "unlink", "rmdir", "link")}
-    calls = 0
-
-    def counted(name):
-        def call(*args, **options):
-            nonlocal calls
-            calls += 1
-            if calls == moment:
-                raise _Killed
-            return original[name](*args, **options)
-
-        return call
-
-    with monkeypatch.context() as patched:
-        for name in original:
-            patched.setattr(os, name, counted(name))
-        try:
-            action()
-        except _Killed:
-            return False
-    return True
 
 
 @pytest.mark.parametrize("way", ["run", "merge"])

@@ -20,6 +20,7 @@ from megatron_vlm.data.sources.image_store import ImageReader
 from megatron_vlm.data.sources.interleaved import InterleavedRules, InterleavedSource
 from megatron_vlm.data.sources.interleaved_tars import InterleavedTarSource
 from megatron_vlm.data.sources.source import ReadContext, find_record_files
+from tests.support.preparing import content
 
 
 @pytest.fixture
@@ -43,10 +44,6 @@ def job(shards, tokenizer_path, tmp_path) -> ExportJob:
 def members(path: Path) -> dict[str, bytes]:
     with tarfile.open(path) as archive:
         return {entry.name: archive.extractfile(entry).read() for entry in archive}
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
 def test_a_sample_is_a_json_file_and_its_images(job, mmc4):

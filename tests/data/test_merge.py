@@ -1,4 +1,3 @@
-import dataclasses
 import os
 import shutil
 from pathlib import Path
@@ -14,12 +13,12 @@ from megatron_vlm.data.merge import merge_datasets, split_dataset
 from megatron_vlm.data.part import ImagePlace, PartJob, Recipe
 from megatron_vlm.data.prepare import PrepareJob, prepare
 from megatron_vlm.data.shards import ShardedDataset
-from megatron_vlm.data.share import Share
 from megatron_vlm.data.sources.interleaved import InterleavedRules, InterleavedSource
 from megatron_vlm.data.sources.pairs import PairRules, find_pair_source
 from megatron_vlm.data.sources.source import find_record_files
 from megatron_vlm.data.sources.text import TextSource
 from megatron_vlm.data.verify import verify_dataset
+from tests.support.preparing import content, prepare_shares
 
 
 @pytest.fixture(autouse=True)
@@ -58,17 +57,6 @@ def mmc4_job(mmc4, tokenizer_path, output) -> PrepareJob:
         max_shard_bytes=3000,
     )
     return PrepareJob(output=output, source_name="mmc4", part=part)
-
-
-def prepare_shares(job: PrepareJob, count: int) -> list[Path]:
-    shares = [Share(index, count) for index in range(1, count + 1)]
-    for share in shares:
-        prepare(dataclasses.replace(job, output=share.folder(job.output), share=share))
-    return [share.folder(job.output) for share in shares]
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def test_three_parts_merged_are_the_bytes_of_one_run(texts, tokenizer_path, tmp_path):

@@ -29,6 +29,7 @@ from megatron_vlm.data.sources.pairs import PairRules, find_pair_source
 from megatron_vlm.data.sources.source import find_record_files
 from megatron_vlm.data.sources.text import TextSource
 from megatron_vlm.data.verify import verify_dataset
+from tests.support.preparing import content, run_until
 
 
 @pytest.fixture(autouse=True)
@@ -66,10 +67,6 @@ def text_job(path, tokenizer_path, output, **options) -> PrepareJob:
         **options,
     )
     return PrepareJob(output=output, source_name="text", part=part)
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def tokens_of(sample) -> list:
@@ -264,35 +261,6 @@ def test_input_files_of_one_name_in_two_folders_are_told_apart(tmp_path, make_li
 WORDS = "the red cat and a blue dog under green trees".split()
 
 
-class _Killed(BaseException):
-    pass
-
-
-def run_until(moment: int, job: PrepareJob, monkeypatch) -> bool:
-    """Prepare, and stop dead before the operation of this number that changes the file system; True: it was over."""
-    original = {name: getattr(os, name) for name in ("replace", "rename", "fsync", "mkdir", "unlink", "rmdir")}
-    calls = 0
-
-    def counted(name):
-        def call(*args, **options):
-            nonlocal calls
-            calls += 1
-            if calls == moment:
-                raise _Killed
-            return original[name](*args, **options)
-
-        return call
-
-    with monkeypatch.context() as patched:
-        for name in original:
-            patched.setattr(os, name, counted(name))
-        try:
-            prepare(job)
-        except _Killed:
-            return False
-    return True
-
-
 @pytest.mark.parametrize("kind", ["mmc4", "coyo"])
 def test_an_interruption_at_any_write_gives_the_same_bytes_after_a_second_run(
     request, kind, tokenizer_path, tmp_path, monkeypatch
@@ -304,7 +272,7 @@ def test_an_interruption_at_any_write_gives_the_same_bytes_after_a_second_run(
     while not finished:
         moment += 1
         job = make(corpus, tokenizer_path, tmp_path / f"until_{moment}")
-        finished = run_until(moment, job, monkeypatch)
+        finished = run_until(moment, lambda job=job: prepare(job), monkeypatch)
         prepare(job)
         assert content(job.output) == expected, f"stopped before operation {moment}"
     assert moment > 30
@@ -404,8 +372,8 @@ def test_kill_9_of_the_command_and_its_workers_gives_the_same_bytes(words, token
 
 def test_unfinished_preparation_with_other_options_is_refused(mmc4, tokenizer_path, output, monkeypatch):
     with monkeypatch.context() as patched:
-        patched.setattr(prepare_module, "save_manifest", lambda *_: (_ for _ in ()).throw(_Killed))
-        with pytest.raises(_Killed):
+        patched.setattr(prepare_module, "save_manifest", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
             prepare(mmc4_job(mmc4, tokenizer_path, output))
     with pytest.raises(ConfigError, match="unfinished preparation with other options or inputs"):
         prepare(mmc4_job(mmc4, tokenizer_path, output, variant="pairs"))

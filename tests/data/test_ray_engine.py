@@ -19,6 +19,7 @@ from megatron_vlm.cli.main import main
 from megatron_vlm.config import ConfigError, DataError, StorageError
 from megatron_vlm.data import ray_engine
 from megatron_vlm.data.ray_engine import Progress, absolute_paths, ray_cluster
+from tests.support.preparing import content
 
 
 @pytest.fixture
@@ -169,10 +170,6 @@ def test_nodes_without_the_package_are_named_as_such(engine, monkeypatch):
     monkeypatch.setitem(sys.modules, elsewhere.__name__, elsewhere)
     with pytest.raises(ConfigError, match="No module named 'installed_on_one_node_only'.*fix: install this version"):
         engine(elsewhere.square, [(3,)], unit="values")
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 @pytest.mark.slow
