@@ -1,3 +1,4 @@
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -42,6 +43,31 @@ def test_rows_that_a_row_group_lacks_are_a_reject(tmp_path, make_table, monkeypa
         {"n": 4},
         "file_truncated",
     ]
+
+
+def test_names_of_columns_that_are_not_utf8_are_damage(tmp_path, make_table):
+    path = make_table(tmp_path / "a.parquet", {"texts": ["a"]})
+    path.write_bytes(path.read_bytes().replace(b"texts", b"t\xecxts"))
+    with pytest.raises(DataError, match="parquet file cannot be read"):
+        open_parquet(path)
+
+
+def test_random_damage_is_rejected_or_read_but_never_another_error(tmp_path, make_table):
+    path = make_table(tmp_path / "a.parquet", {"texts": [["t", None]] * 12, "n": list(range(12))}, row_group_size=4)
+    content = path.read_bytes()
+    generator = np.random.default_rng(0)
+    outcomes = set()
+    for _ in range(200):
+        damaged = bytearray(content)
+        for position in generator.integers(0, len(content), 3):
+            damaged[position] = generator.integers(0, 256)
+        path.write_bytes(damaged)
+        try:
+            outcomes |= {isinstance(found, dict) or found for _, found in read(path)}
+        except DataError as error:
+            outcomes.add(error.what[:27])
+    assert outcomes <= {True, "file_truncated", "invalid_utf8", "parquet file cannot be read"}
+    assert len(outcomes) > 1
 
 
 def test_file_that_is_not_parquet_is_named(tmp_path):

@@ -11,6 +11,8 @@ from megatron_vlm.config import DataError
 from megatron_vlm.data.documents import RejectError
 from megatron_vlm.data.sources.locations import Location, open_stream
 
+DAMAGE = (pyarrow.ArrowException, OSError, ValueError)
+"""What pyarrow raises over a damaged file; ValueError for names that are not UTF-8."""
 _BUFFER_BYTES = 1 << 20
 _BATCH_BYTES, _MAX_BATCH_ROWS = 8 << 20, 4096
 
@@ -39,8 +41,10 @@ def open_parquet(path: Location, *, streamed: bool = False) -> pyarrow.parquet.P
     # By pread: a mapped file that is cut short while it is read kills the process.
     options = {"memory_map": False} | ({"buffer_size": _BUFFER_BYTES, "pre_buffer": False} if streamed else {})
     try:
-        return pyarrow.parquet.ParquetFile(path if isinstance(path, Path) else open_stream(path), **options)
-    except (pyarrow.ArrowException, OSError) as error:
+        table = pyarrow.parquet.ParquetFile(path if isinstance(path, Path) else open_stream(path), **options)
+        table.schema_arrow  # noqa: B018 - damage in it is found here
+        return table
+    except DAMAGE as error:
         raise unreadable(path, error) from None
 
 
@@ -72,7 +76,7 @@ def read_rows(table: pyarrow.parquet.ParquetFile, columns: Sequence[str] | None 
         while number < end:
             try:
                 batch = next(batches, None)
-            except (pyarrow.ArrowException, OSError) as error:
+            except DAMAGE as error:
                 detail = f"{end - number} rows: {' '.join(str(error).split())[:200]}"
                 yield Row(number + 1, RejectError("file_truncated", detail))
                 break
