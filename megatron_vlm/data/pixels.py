@@ -19,6 +19,7 @@ from megatron_vlm.data.images import ImageHeader, ImageLimits, check_limits, dec
 
 Aspect = Literal["pad", "square", "resize"]
 
+_upsample = torch.ops.aten._upsample_bicubic2d_aa.default
 _JPEG_START = b"\xff\xd8\xff"
 _JPEG_SCAN = b"\xda"
 _EXIF_START = b"Exif\x00\x00"
@@ -137,4 +138,12 @@ def _crop_centre(image: Tensor, size: int) -> Tensor:
     else:
         scaled_height, scaled_width = size, int(size * width / height)
     top, left = (scaled_height - size) // 2, (scaled_width - size) // 2
-    return _resize(image, scaled_height, scaled_width)[:, :, top : top + size, left : left + size]
+    # What F.interpolate calls; it takes a scale or a size, while with both the filter stops where the square ends.
+    ends = _end(top + size, scaled_height, height), _end(left + size, scaled_width, width)
+    resized = _upsample(image, ends, False, scaled_height / height, scaled_width / width)
+    return resized[:, :, top : top + size, left : left + size]
+
+
+def _end(end: int, scaled: int, original: int) -> int:
+    # Along a side whose length stays as it is, the filter does nothing, whatever the scale.
+    return scaled if end == original else end

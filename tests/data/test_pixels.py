@@ -5,6 +5,9 @@ import time
 
 import numpy as np
 import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from megatron_vlm.config import DataError
@@ -71,6 +74,20 @@ def test_jpeg_decoder_and_pillow_give_the_same(aspect, options, monkeypatch):
     fast = decode(encoded, 64, aspect)
     monkeypatch.setattr(pixels, "_decode_jpeg", lambda encoded, limits: None)
     assert (decode(encoded, 64, aspect) == fast).all()
+
+
+@settings(max_examples=300, deadline=None)
+@given(height=st.integers(2, 90), width=st.integers(2, 90), size=st.integers(1, 40))
+@example(height=26, width=40, size=32)  # the square ends where the image does, at another scale
+@example(height=32, width=46, size=32)  # the scale is 1
+def test_square_is_cut_from_the_whole_resized_image(height, width, size):
+    image = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+    image = image.permute(2, 0, 1)[None]
+    short = min(height, width)
+    scaled = [int(size * side / short) for side in (height, width)]
+    whole = torch.nn.functional.interpolate(image, scaled, mode="bicubic", antialias=True)
+    top, left = ((side - size) // 2 for side in scaled)
+    assert torch.equal(pixels._crop_centre(image, size), whole[:, :, top : top + size, left : left + size])
 
 
 def test_grey_jpeg_is_grey():
