@@ -19,7 +19,7 @@ from megatron_vlm.data.part import Report
 from megatron_vlm.data.shards import EncodedSample, ImageSegment, ShardedDataset
 from megatron_vlm.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_vlm.data.workers import Engine, run_tasks
-from megatron_vlm.platform.durable_files import write_durably
+from megatron_vlm.platform.durable_files import storage_errors, write_durably
 
 _STATE_FILE = ".export"  # no suffix: nothing that looks for tars or JSON finds it
 _REPORT_EVERY = 100
@@ -93,18 +93,12 @@ def write_tar(job: ExportJob, fingerprint: str, number: int, path: Path, report:
         report(last - first, 0)
         return
     unfinished = path.with_name(f"{path.name}.tmp")
-    try:
+    with storage_errors("export stopped", path, kept="finished tars are kept"):
         with unfinished.open("wb") as stream:
             _write_samples(stream, dataset, tokenizer, range(first, last), report)
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(unfinished, path)
-    except OSError as error:
-        raise StorageError(
-            f"export stopped: {error.strerror or error}",
-            where=str(error.filename or path),
-            fix="check the disk, then run the same command again; finished tars are kept",
-        ) from error
 
 
 def describe_sample(sample: EncodedSample, tokenizer: Tokenizer) -> tuple[dict[str, list], dict[str, bytes]]:

@@ -19,7 +19,6 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_vlm.config import StorageError
 from megatron_vlm.data.documents import VARIANTS, Document, JoinRules, RejectError, join_text
 from megatron_vlm.data.duplicates import FingerprintWriter
 from megatron_vlm.data.encoding import encode_document
@@ -30,7 +29,7 @@ from megatron_vlm.data.sources.image_store import FolderImages, ImageReader, Ima
 from megatron_vlm.data.sources.locations import Location, RemoteFile
 from megatron_vlm.data.sources.source import Found, ReadContext, Source
 from megatron_vlm.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_vlm.platform.durable_files import write_durably
+from megatron_vlm.platform.durable_files import storage_errors, write_durably
 
 PART_FILE = "part.json"
 USED_ROWS_FILE = "used_rows.npy"
@@ -124,7 +123,7 @@ def built_beside(folder: Path, what: str) -> Iterator[Path]:
         StorageError: a file cannot be read or written; `what` names the work.
     """
     unfinished = folder.with_name(f"{folder.name}.{socket.gethostname()}.{os.getpid()}.tmp")
-    try:
+    with storage_errors(f"{what} stopped", folder, kept="finished input files are kept"):
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir()
         yield unfinished
@@ -134,12 +133,6 @@ def built_beside(folder: Path, what: str) -> Iterator[Path]:
             if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
                 raise
             shutil.rmtree(unfinished)  # whoever was faster wrote the same bytes
-    except OSError as error:
-        raise StorageError(
-            f"{what} stopped: {error.strerror or error}",
-            where=str(error.filename or folder),
-            fix="check the disk, then run the same command again; finished input files are kept",
-        ) from error
 
 
 def discard(unfinished: Path) -> None:

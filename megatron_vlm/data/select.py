@@ -23,11 +23,11 @@ import pyarrow
 import pyarrow.parquet
 from tqdm import tqdm
 
-from megatron_vlm.config import ConfigError, DataError, StorageError
+from megatron_vlm.config import ConfigError, DataError
 from megatron_vlm.data.score_histogram import ScoreHistogram, draw_histogram, histogram_rows
 from megatron_vlm.data.sources.locations import Location, place_of
 from megatron_vlm.data.sources.parquet_files import open_parquet, unreadable
-from megatron_vlm.platform.durable_files import write_durably
+from megatron_vlm.platform.durable_files import storage_errors, write_durably
 
 logger = logging.getLogger(__name__)
 
@@ -177,7 +177,7 @@ def select_pairs(inputs: tuple[Location, ...], output: Path, rules: SelectRules)
     kept = ScoreHistogram(everything.width)
     kept.add(scores)
     unfinished = output.with_name(output.name + ".tmp")
-    try:
+    with storage_errors("selection cannot be written", output):
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
         written = _write_files(files, rows, unfinished)
@@ -189,12 +189,6 @@ def select_pairs(inputs: tuple[Location, ...], output: Path, rules: SelectRules)
         draw_histogram(title, report["histogram"], everything.width).save(unfinished / PICTURE_FILE)
         write_durably(unfinished / REPORT_FILE, (json.dumps(report, indent=1) + "\n").encode())
         os.replace(unfinished, output)
-    except OSError as error:
-        raise StorageError(
-            f"selection cannot be written: {error.strerror or error}",
-            where=str(error.filename or output),
-            fix="check the disk and its permissions, then run the same command again",
-        ) from error
     return report
 
 

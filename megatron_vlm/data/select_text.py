@@ -19,13 +19,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from megatron_vlm.config import ConfigError, DataError, StorageError
+from megatron_vlm.config import ConfigError, DataError
 from megatron_vlm.data.documents import RejectError
 from megatron_vlm.data.sources.locations import Location, place_of
 from megatron_vlm.data.sources.records import MAX_RECORD_BYTES, SUFFIXES, parse_record, read_raw_records
 from megatron_vlm.data.sources.table_records import TABLE_SUFFIX, is_table, read_table_records
 from megatron_vlm.data.workers import run_tasks
-from megatron_vlm.platform.durable_files import write_durably
+from megatron_vlm.platform.durable_files import storage_errors, write_durably
 
 logger = logging.getLogger(__name__)
 
@@ -140,7 +140,7 @@ def select_text(
         raise ConfigError("output folder is not empty", where=str(output), fix="give another --output, or delete it")
     files = _name_files(inputs)
     unfinished = output.with_name(output.name + ".tmp")
-    try:
+    with storage_errors("selection cannot be written", output):
         shutil.rmtree(unfinished, ignore_errors=True)
         (unfinished / _HASHES).mkdir(parents=True)
         tasks = [(file.path, rules, unfinished / _HASHES / f"{place}.npy") for place, file in enumerate(files)]
@@ -157,12 +157,6 @@ def select_text(
         (unfinished / REPORT_FILE).parent.mkdir()
         write_durably(unfinished / REPORT_FILE, (json.dumps(report, indent=1) + "\n").encode())
         os.replace(unfinished, output)
-    except OSError as error:
-        raise StorageError(
-            f"selection cannot be written: {error.strerror or error}",
-            where=str(error.filename or output),
-            fix="check the disk and its permissions, then run the same command again",
-        ) from error
     return report
 
 

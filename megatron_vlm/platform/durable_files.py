@@ -1,7 +1,11 @@
-"""Write a small file so that a reader, and a crash, see it whole or not at all."""
+"""Write files so that a reader, and a crash, see them whole or not at all; say why one could not be written."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from megatron_vlm.config import StorageError
 
 
 def write_durably(path: Path, content: bytes) -> None:
@@ -12,3 +16,25 @@ def write_durably(path: Path, content: bytes) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(temporary, path)
+
+
+@contextmanager
+def storage_errors(what: str, where: Path, *, kept: str = "") -> Iterator[None]:
+    """Turn errors of the file system into one that says what stopped.
+
+    Args:
+        what: what could not be done; begins the line.
+        where: the file or folder to name where the error names none.
+        kept: what is not lost.
+
+    Raises:
+        StorageError: a file cannot be read or written.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(
+            f"{what}: {error.strerror or error}",
+            where=str(error.filename or where),
+            fix="check the disk and its permissions, then run the same command again" + (f"; {kept}" if kept else ""),
+        ) from error
