@@ -1,7 +1,7 @@
 """Datasets that are indexes and holes: they plan and open as real ones do, and take little disk.
 
 Written by docs/shard_format.md. A hole of a data file reads as zeros, so that with `readable` every sample can be read:
-its texts are tokens 0, its images 30,000 bytes of zeros, and their checksums are true.
+its texts are tokens 0, its images 2,000 bytes of zeros, and their checksums are true.
 """
 
 import zlib
@@ -13,7 +13,7 @@ from megatron_vlm.data.manifest import Counts, FileFacts, Manifest, ShardFacts, 
 from megatron_vlm.data.shards import MODE_IMAGE, MODE_TRAINED, ShardedDataset
 
 _SAMPLES_PER_SHARD = 100_000
-_IMAGE_BYTES = 30_000
+_IMAGE_BYTES, _READABLE_IMAGE_BYTES = 30_000, 2_000  # what is read fills the page cache
 _TOKENIZER = TokenizerFacts(name="none", sha256="0" * 64, vocab_size=32000, bos_id=1, eos_id=2)
 
 
@@ -46,7 +46,8 @@ def _write_shard(folder: Path, name: str, images: np.ndarray, text: np.ndarray, 
     tokens = np.where(place == 0, 1, np.where(place == np.repeat(sequences - 1, sequences), 0, part))
     used = np.add.reduceat(np.where(is_image, 0, tokens), borders[:-1])
     tokens[borders[1:] - 1] = np.maximum(text - used, 1)
-    lengths = np.where(is_image, _IMAGE_BYTES, tokens * 4).astype("<i4")
+    image_bytes = _READABLE_IMAGE_BYTES if readable else _IMAGE_BYTES
+    lengths = np.where(is_image, image_bytes, tokens * 4).astype("<i4")
     pointers = np.concatenate([[0], np.cumsum(lengths[:-1], dtype=np.int64)]).astype("<i8")
     header = b"MMIDIDX\x00\x00" + np.array([1], "<u8").tobytes() + b"\x01"
     header += np.array([len(lengths), len(borders)], "<u8").tobytes()
