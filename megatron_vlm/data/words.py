@@ -15,7 +15,7 @@ import sentencepiece
 _BLANK_MARK = "▁"
 _WORD = re.compile(f"{_BLANK_MARK}*[^{_BLANK_MARK}]+|{_BLANK_MARK}+")
 _CROSSES = re.compile(f"[^{_BLANK_MARK}]{_BLANK_MARK}| ")
-_MAX_WORDS = 100_000  # about 20 MB in each process; what does not fit is tokenised each time
+_MAX_WORDS = 100_000  # up to 35 MB in each process; what does not fit is tokenised each time
 _MAX_CHARACTERS = 24  # longer ones seldom come again, and a script without blanks would fill memory with sentences
 
 # Field numbers of sentencepiece_model.proto, whose Python module works with one version of protobuf only.
