@@ -13,7 +13,7 @@ import sentencepiece
 from PIL import Image
 
 _NUM_PICTURES = 32
-_SHAPES = ((448, 336), (336, 448), (504, 336), (336, 336))  # the paper's tooling makes the shorter side 336
+STORED_SHAPES = ((448, 336), (336, 448), (504, 336), (336, 336))  # the paper's tooling makes the shorter side 336
 _MAX_PIECES = 8000
 
 
@@ -36,7 +36,8 @@ class Corpus:
         self._words = self.text.split(" ")
         self._sentences = [f"{part}." for part in self.text.split(". ") if 20 < len(part) < 400]
         self._pictures = [
-            make_jpeg(*_SHAPES[number % len(_SHAPES)], self.rng, quality=75) for number in range(_NUM_PICTURES)
+            make_jpeg(*STORED_SHAPES[number % len(STORED_SHAPES)], self.rng, quality=75)
+            for number in range(_NUM_PICTURES)
         ]
 
     def train_tokenizer(self, folder: Path) -> Path:
