@@ -4,7 +4,8 @@ import argparse
 import os
 from pathlib import Path
 
-from megatron_vlm.config import ConfigError, ExitCode
+from megatron_vlm.cli.numbers import positive
+from megatron_vlm.config import ExitCode
 
 _EXAMPLES = {
     "verify": "data verify shards/mmc4 --decode",
@@ -53,13 +54,13 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     add("--tokenizer", type=Path, required=True, metavar="T", help="that of the shards")
     add("--output", type=Path, required=True, metavar="FILE", help="the page")
     add("--samples", type=int, nargs="+", default=[], metavar="I", help="these samples")
-    add("--number", type=int, default=20, metavar="N", help="or this many (default: %(default)s)")
+    add("--number", type=positive, default=20, metavar="N", help="or this many (default: %(default)s)")
     add("--seed", type=int, metavar="S", help="a random choice; without it, the first ones")
     add = parsers["export"].add_argument
     add("--format", choices=("webdataset",), default="webdataset", help="tars: KEY.json, KEY.0.jpg, KEY.1.png, ...")
     add("--output", type=Path, required=True, metavar="OUT", help="folder of the tars; new, or one to go on with")
     add("--tokenizer", type=Path, required=True, metavar="T", help="that of the shards")
-    add("--samples-per-shard", type=int, default=10_000, metavar="N", help="of a tar (default: %(default)s)")
+    add("--samples-per-shard", type=positive, default=10_000, metavar="N", help="of a tar (default: %(default)s)")
     add = parsers["merge"].add_argument
     add("output", type=Path, metavar="OUT", help="new folder, on the file system of the parts")
     add("parts", type=Path, nargs="+", metavar="PART", help="all parts, in any order")
@@ -67,13 +68,15 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         _add_workers(parsers[action])
     add = parsers["split"].add_argument
     add("output", type=Path, metavar="OUT", help="writes OUT-1-of-N to OUT-N-of-N")
-    add("--number", type=int, required=True, metavar="N", help="datasets, of about equal size")
+    add("--number", type=positive, required=True, metavar="N", help="datasets, of about equal size")
     parser.set_defaults(run=run)
 
 
 def _add_workers(parser: argparse.ArgumentParser) -> None:
     default = os.cpu_count() or 1
-    parser.add_argument("--workers", type=int, default=default, metavar="N", help="processes (default: one a core)")
+    parser.add_argument(
+        "--workers", type=positive, default=default, metavar="N", help="processes (default: one a core)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -86,8 +89,6 @@ def run(args: argparse.Namespace) -> int:
         "merge": _merge,
         "split": _split,
     }
-    if getattr(args, "workers", 1) < 1:
-        raise ConfigError(f"--workers {args.workers} is below 1", fix="use 1 or more")
     return actions[args.action](args)
 
 

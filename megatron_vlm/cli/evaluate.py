@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 from megatron_vlm.cli.inference_options import add_model_options, opened_model
+from megatron_vlm.cli.numbers import positive, whole_number
 from megatron_vlm.config import ExitCode, UsageError
 
 _EXAMPLE = r"""example:
@@ -31,16 +32,18 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSON of the scores and all answers")
     parser.add_argument("--suffix", default="", metavar="TEXT", help=r"put after every question; \n is a line break")
-    parser.add_argument("--shots", type=int, default=0, metavar="K", help="worked examples before each question")
+    parser.add_argument(
+        "--shots", type=whole_number(0), default=0, metavar="K", help="worked examples before each question"
+    )
     parser.add_argument("--shots-from", type=Path, metavar="FILE", help="questions that the examples are drawn from")
     parser.add_argument("--shot-seed", type=int, default=0, metavar="SEED", help="decides which examples (%(default)s)")
-    parser.add_argument("--limit", type=int, metavar="N", help="ask N questions, spread evenly over the file")
+    parser.add_argument("--limit", type=positive, metavar="N", help="ask N questions, spread evenly over the file")
     parser.add_argument(
         "--swap-images", type=int, metavar="SEED", help="show each question another picture: what looking is worth"
     )
-    parser.add_argument("--max-new-tokens", type=int, default=32, metavar="N", help="longest answer (%(default)s)")
+    parser.add_argument("--max-new-tokens", type=positive, default=32, metavar="N", help="longest answer (%(default)s)")
     parser.add_argument(
-        "--batch-positions", type=int, metavar="N", help="tokens and image tokens that are answered together"
+        "--batch-positions", type=positive, metavar="N", help="tokens and image tokens that are answered together"
     )
     parser.set_defaults(run=run)
 
@@ -81,12 +84,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    if args.shots < 0 or bool(args.shots) != bool(args.shots_from):
+    if bool(args.shots) != bool(args.shots_from):
         raise UsageError(f"--shots {args.shots} and --shots-from belong together", fix="give both, or neither")
-    for name in ("limit", "batch_positions", "max_new_tokens"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise UsageError(f"--{name.replace('_', '-')} {value} is below 1", fix="give 1 or more")
     if not args.output.absolute().parent.is_dir():
         raise UsageError(f"folder {args.output.parent} does not exist", fix="create it, or change --output")
 

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from megatron_vlm.cli.numbers import positive
 from megatron_vlm.config import ExitCode, TrainConfig, UsageError, UserError, derive_layout, load_config
 
 _EPILOG = """\
@@ -34,7 +35,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("config", metavar="CONFIG", help="YAML file of the stage")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that go before the file's")
     parser.add_argument(
-        "--world-size", type=int, metavar="N", help="ranks of the job; default: one data-parallel replica"
+        "--world-size", type=positive, metavar="N", help="ranks of the job; default: one data-parallel replica"
     )
     parser.add_argument("--gpu", choices=sorted(_PEAK_FLOPS), default="A100", help="(default: %(default)s)")
     parser.add_argument(
@@ -44,7 +45,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--balance",
         nargs="+",
-        type=int,
+        type=positive,
         default=[],
         metavar="N",
         help="numbers of data-parallel ranks: how even images and attention work are, against random order",

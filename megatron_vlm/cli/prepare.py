@@ -5,7 +5,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_vlm.config import ConfigError, ExitCode
+from megatron_vlm.cli.numbers import positive, whole_number
+from megatron_vlm.config import ConfigError, ExitCode, UsageError
 from megatron_vlm.data.sources.locations import (
     RemoteFile,
     can_list,
@@ -101,21 +102,29 @@ def _add_common(parser: argparse.ArgumentParser, kind: str) -> None:
     add("--output", type=Path, required=True, metavar="DIR", help="folder of the shards; new, or one to go on with")
     add("--tokenizer", type=Path, required=True, metavar="T", help="SentencePiece model, or a folder with one")
     add("--source", default=_SOURCE_NAMES[kind], metavar="NAME", help="name of its loss (default: %(default)s)")
-    add("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (default: one a core)")
+    add(
+        "--workers",
+        type=positive,
+        default=os.cpu_count() or 1,
+        metavar="N",
+        help="processes (default: one a core)",
+    )
     add("--distributor", choices=("processes", "ray"), default="processes", help="ray: a cluster with a shared disk")
     add("--ray-address", metavar="A", help="of the cluster (default: RAY_ADDRESS, else one is started here)")
     add("--part", metavar="I/N", help="this part of the input files, into DIR.part-I-of-N; then: data merge")
-    add("--max-shard-bytes", type=int, default=4 << 30, metavar="N", help="size of a shard (default: 4 GiB)")
+    add("--max-shard-bytes", type=positive, default=4 << 30, metavar="N", help="size of a shard (default: 4 GiB)")
     add(
         "--drop-duplicates",
         choices=("documents", "images"),
         help="reject samples with the text and images, or the images, of an earlier one",
     )
     text = parser.add_argument_group("text")
-    text.add_argument("--max-characters", type=int, default=500_000, metavar="N", help="longest text of a document")
+    text.add_argument(
+        "--max-characters", type=positive, default=500_000, metavar="N", help="longest text of a document"
+    )
     text.add_argument("--control-characters", action="store_true", help="take text with control characters")
     text.add_argument("--keep-placeholders", action="store_true", help='keep a literal "<image>"; else "<IMAGE>"')
-    text.add_argument("--max-record-bytes", type=int, default=16 << 20, metavar="N", help="longest JSON record")
+    text.add_argument("--max-record-bytes", type=positive, default=16 << 20, metavar="N", help="longest JSON record")
 
 
 def _add_images(parser: argparse.ArgumentParser) -> None:
@@ -126,21 +135,39 @@ def _add_images(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="folder of image files, or of tars, or the URL of one (default: the input's folder)",
     )
-    add("--max-pixels", type=int, default=50_000_000, metavar="N", help="largest image (default: %(default)s)")
-    add("--min-side", type=int, default=4, metavar="N", help="smallest shorter side (default: %(default)s)")
+    add(
+        "--max-pixels",
+        type=positive,
+        default=50_000_000,
+        metavar="N",
+        help="largest image (default: %(default)s)",
+    )
+    add("--min-side", type=whole_number(1), default=4, metavar="N", help="smallest shorter side (default: %(default)s)")
     add("--max-aspect-ratio", type=float, default=20.0, metavar="X", help="longest shape (default: %(default)s)")
-    add("--max-image-bytes", type=int, default=32 << 20, metavar="N", help="largest file (default: 32 MiB)")
-    add("--min-image-bytes", type=int, default=0, metavar="N", help="smallest file (default: %(default)s)")
+    add("--max-image-bytes", type=positive, default=32 << 20, metavar="N", help="largest file (default: 32 MiB)")
+    add("--min-image-bytes", type=whole_number(0), default=0, metavar="N", help="smallest file (default: %(default)s)")
     add("--decode-images", action="store_true", help="decode each image to find damage inside of it; slow")
-    add("--resize-shorter-side", type=int, metavar="N", help="encode larger images again (the paper: 336)")
-    add("--jpeg-quality", type=int, default=75, metavar="N", help="of images encoded again (default: %(default)s)")
+    add("--resize-shorter-side", type=positive, metavar="N", help="encode larger images again (the paper: 336)")
+    add(
+        "--jpeg-quality",
+        type=whole_number(1, 95),
+        default=75,
+        metavar="N",
+        help="of images encoded again (default: %(default)s)",
+    )
 
 
 def _add_interleaved(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("documents; the defaults are the paper's").add_argument
     add("--variant", choices=_VARIANTS, default="full", help="form of the samples, for ablations")
-    add("--max-images", type=int, default=6, metavar="N", help="images of a document (default: %(default)s)")
-    add("--min-images", type=int, default=1, metavar="N", help="reject documents with fewer (default: %(default)s)")
+    add("--max-images", type=positive, default=6, metavar="N", help="images of a document (default: %(default)s)")
+    add(
+        "--min-images",
+        type=whole_number(0),
+        default=1,
+        metavar="N",
+        help="reject documents with fewer (default: %(default)s)",
+    )
     add("--bad-image", choices=("document", "image"), default="document", help="what a bad image rejects")
     add("--min-similarity", type=float, metavar="X", help="leave out images with a lower matched_sim")
     add(
@@ -186,8 +213,6 @@ def run(args: argparse.Namespace) -> int:
     from megatron_vlm.data.templates import check_template, find_template
     from megatron_vlm.data.tokenizer import load_tokenizer
 
-    if args.workers < 1:
-        raise ConfigError(f"--workers {args.workers} is below 1", fix="use 1 or more")
     tokenizer = load_tokenizer(args.tokenizer)
     if "template" in args:
         check_template(find_template(args.template), tokenizer)
@@ -263,7 +288,7 @@ def _instruction_source(args: argparse.Namespace) -> "Source":
         return TextSource(files, rules)
     if args.prompts is None:
         if args.prompt_file is not None or args.seed is not None:
-            raise ConfigError(
+            raise UsageError(
                 "--prompt-file and --seed are for --prompts", fix="name a set with --prompts, or leave them out"
             )
         return ConversationSource(files, rules)

@@ -4,7 +4,8 @@ import argparse
 import os
 from pathlib import Path
 
-from megatron_vlm.config import ConfigError, ExitCode, UsageError
+from megatron_vlm.cli.numbers import positive
+from megatron_vlm.config import ExitCode, UsageError
 
 _PAIRS_EXAMPLE = """example (the paper's 25M of COYO-700M):
   megatron-vlm select pairs --input coyo-700m --output coyo-25m --top 25M \\
@@ -76,8 +77,20 @@ def _add_text(kinds: argparse._SubParsersAction) -> None:
     add("--output", type=Path, required=True, metavar="DIR", help="new folder: .jsonl, _report/select.json")
     add("--number", required=True, metavar="N", help="records to keep of all files together: 1M, 400K, 1000")
     add("--seed", type=int, default=0, metavar="S", help="another one keeps other records (default: %(default)s)")
-    add("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (default: one a core)")
-    add("--max-record-bytes", type=int, default=16 << 20, metavar="N", help="longest record (default: 16 MiB)")
+    add(
+        "--workers",
+        type=positive,
+        default=os.cpu_count() or 1,
+        metavar="N",
+        help="processes (default: one a core)",
+    )
+    add(
+        "--max-record-bytes",
+        type=positive,
+        default=16 << 20,
+        metavar="N",
+        help="longest record (default: 16 MiB)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -116,8 +129,6 @@ def _run_text(args: argparse.Namespace) -> int:
         number = parse_count(args.number)
     except (ValueError, ZeroDivisionError):
         raise UsageError(f"--number {args.number} is not a whole number above 0", fix="use --number 1M") from None
-    if args.workers < 1:
-        raise ConfigError(f"--workers {args.workers} is below 1", fix="use 1 or more")
     rules = TextSelectRules(number=number, seed=args.seed, max_record_bytes=args.max_record_bytes)
     report = select_text(find_instruction_files(tuple(args.input)), args.output, rules, num_workers=args.workers)
     reasons = ", ".join(f"{reason} {count}" for reason, count in report["rejects"].items())

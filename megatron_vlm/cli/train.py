@@ -12,7 +12,8 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from megatron_vlm.config import ExitCode, TrainConfig, UsageError, derive_layout, load_config
+from megatron_vlm.cli.numbers import positive
+from megatron_vlm.config import ExitCode, TrainConfig, derive_layout, load_config
 from megatron_vlm.platform.exit_status import (
     ExitStatus,
     describe_error,
@@ -53,7 +54,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument(
         "--nproc-per-node",
-        type=int,
+        type=positive,
         metavar="N",
         help="ranks on this machine; default: SLURM_GPUS_ON_NODE, else the visible GPUs, else 1",
     )
@@ -106,8 +107,6 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _num_workers(asked: int | None, slurm: SlurmNode | None, num_gpus: int) -> int:
-    if asked is not None and asked < 1:
-        raise UsageError(f"--nproc-per-node {asked} is below 1", fix="start at least one rank")
     return asked or (slurm.num_gpus if slurm else None) or num_gpus or 1
 
 

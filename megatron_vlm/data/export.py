@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from megatron_vlm.config import ConfigError, DataError, StorageError
+from megatron_vlm.config import ConfigError, DataError, StorageError, UsageError
 from megatron_vlm.data.part import Report
 from megatron_vlm.data.shards import EncodedSample, ImageSegment, ShardedDataset
 from megatron_vlm.data.tokenizer import Tokenizer, load_tokenizer
@@ -51,12 +51,13 @@ def export_webdataset(job: ExportJob, *, num_workers: int = 1) -> int:
         How many tars there are.
 
     Raises:
-        ConfigError: the output folder holds something else, or a tar would have no sample.
+        ConfigError: the output folder holds something else.
+        UsageError: a tar would have no sample.
         DataError: the dataset is damaged, or of another tokenizer.
         StorageError: a tar cannot be written.
     """
     if job.samples_per_shard < 1:
-        raise ConfigError(f"--samples-per-shard {job.samples_per_shard} is below 1", fix="use 1 or more")
+        raise UsageError(f"--samples-per-shard {job.samples_per_shard} is below 1", fix="use 1 or more")
     dataset, tokenizer = ShardedDataset.open(job.folder), load_tokenizer(job.tokenizer)
     dataset.check_tokenizer(tokenizer.facts)
     state = {

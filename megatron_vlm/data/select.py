@@ -23,7 +23,7 @@ import pyarrow
 import pyarrow.parquet
 from tqdm import tqdm
 
-from megatron_vlm.config import ConfigError, DataError
+from megatron_vlm.config import ConfigError, DataError, UsageError
 from megatron_vlm.data.score_histogram import ScoreHistogram, draw_histogram, histogram_rows
 from megatron_vlm.data.sources.locations import Location, place_of
 from megatron_vlm.data.sources.parquet_files import open_parquet, unreadable
@@ -58,7 +58,7 @@ class SelectRules:
     What comes first is the order of the files, by name within a folder, and of the rows in a file.
 
     Raises:
-        ConfigError: not exactly one of `top` and `fraction`, no column, or a fraction outside of 0 to 1.
+        UsageError: not exactly one of `top` and `fraction`, no column, or a fraction outside of 0 to 1.
     """
 
     columns: tuple[str, ...]
@@ -72,11 +72,11 @@ class SelectRules:
 
     def __post_init__(self) -> None:
         if not self.columns or not all(self.columns):
-            raise ConfigError("--by names no column, or an empty one", fix="name columns, joined by +")
+            raise UsageError("--by names no column, or an empty one", fix="name columns, joined by +")
         if (self.top is None) == (self.fraction is None):
-            raise ConfigError("give either --top or --fraction", fix="--top 25M is the paper's")
+            raise UsageError("give either --top or --fraction", fix="--top 25M is the paper's")
         if self.fraction is not None and not 0 < self.fraction <= 1:
-            raise ConfigError(
+            raise UsageError(
                 f"--fraction {float(self.fraction)} is not above 0 and up to 1", fix="use 0.2, for example"
             )
 

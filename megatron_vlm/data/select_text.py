@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from megatron_vlm.config import ConfigError, DataError
+from megatron_vlm.config import ConfigError, DataError, UsageError
 from megatron_vlm.data.documents import RejectError
 from megatron_vlm.data.sources.locations import Location, place_of
 from megatron_vlm.data.sources.records import MAX_RECORD_BYTES, SUFFIXES, parse_record, read_raw_records
@@ -44,7 +44,7 @@ class TextSelectRules:
     """Which records are kept.
 
     Raises:
-        ConfigError: the number is below 1.
+        UsageError: the number is below 1.
     """
 
     number: int
@@ -55,7 +55,7 @@ class TextSelectRules:
 
     def __post_init__(self) -> None:
         if self.number < 1:
-            raise ConfigError(f"--number {self.number} is below 1", fix="--number 1M is the paper's")
+            raise UsageError(f"--number {self.number} is below 1", fix="--number 1M is the paper's")
 
 
 class SmallestHashes:

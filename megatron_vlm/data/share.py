@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_vlm.config import ConfigError
+from megatron_vlm.config import UsageError
 
 SHARE_OPTION = "part"
 """Among the options of a manifest: which share the dataset is; absent where it is whole."""
@@ -20,7 +20,7 @@ class Share:
         count: how many there are.
 
     Raises:
-        ConfigError: there is no such share.
+        UsageError: there is no such share.
     """
 
     index: int
@@ -28,7 +28,7 @@ class Share:
 
     def __post_init__(self) -> None:
         if not 1 <= self.index <= self.count:
-            raise ConfigError(f"--part {self} is none of 1/{self.count} to {self.count}/{self.count}", fix=_EXAMPLE)
+            raise UsageError(f"--part {self} is none of 1/{self.count} to {self.count}/{self.count}", fix=_EXAMPLE)
 
     def __str__(self) -> str:
         return f"{self.index}/{self.count}"
@@ -38,11 +38,11 @@ class Share:
         """Read `I/N`.
 
         Raises:
-            ConfigError: the text is something else.
+            UsageError: the text is something else.
         """
         index, _, count = text.partition("/")
         if not (index.isascii() and index.isdigit() and count.isascii() and count.isdigit() and int(count)):
-            raise ConfigError(f"--part {text} is not of the form I/N", fix=_EXAMPLE)
+            raise UsageError(f"--part {text} is not of the form I/N", fix=_EXAMPLE)
         return cls(int(index), int(count))
 
     def folder(self, output: Path) -> Path:
@@ -53,10 +53,10 @@ class Share:
         """Return the items of this share: consecutive ones, so that the shares in order are all items in order.
 
         Raises:
-            ConfigError: there are fewer items than shares.
+            UsageError: there are fewer items than shares.
         """
         if len(items) < self.count:
-            raise ConfigError(
+            raise UsageError(
                 f"--part {self}: there are {len(items)} input files for {self.count} parts",
                 fix=f"use at most {len(items)} parts; an input file is not divided",
             )

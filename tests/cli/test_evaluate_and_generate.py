@@ -74,9 +74,9 @@ def test_limit_spreads_over_the_file(place, tmp_path):
     ("options", "message"),
     [
         (["--shots", "2"], "--shots 2 and --shots-from belong together"),
-        (["--limit", "0"], "--limit 0 is below 1"),
-        (["--batch-positions", "0"], "--batch-positions 0 is below 1"),
-        (["--max-new-tokens", "0"], "--max-new-tokens 0 is below 1"),
+        (["--limit", "0"], "argument --limit: 0 is below 1"),
+        (["--batch-positions", "0"], "argument --batch-positions: 0 is below 1"),
+        (["--max-new-tokens", "0"], "argument --max-new-tokens: 0 is below 1"),
     ],
 )
 def test_evaluate_refuses_options_that_make_no_sense(options, message, place, tmp_path, capsys):

@@ -105,8 +105,8 @@ def test_parts_are_written_beside_the_output_and_merged(corpora, tmp_path, capsy
 
 
 @pytest.mark.parametrize("part", ["x", "2/1", "1/9"])
-def test_wrong_part_is_exit_code_78(corpora, tmp_path, part, capsys):
-    assert run(corpora, "text", tmp_path / "d", "--part", part) == 78
+def test_wrong_part_is_exit_code_64(corpora, tmp_path, part, capsys):
+    assert run(corpora, "text", tmp_path / "d", "--part", part) == 64
     assert f"--part {part}" in capsys.readouterr().err
 
 
@@ -179,8 +179,8 @@ def test_template_that_the_tokenizer_lacks_is_refused_before_reading(corpora, tm
 
 
 def test_number_of_workers_is_checked(corpora, tmp_path, capsys):
-    assert run(corpora, "text", tmp_path / "d", "--workers", "0") == 78
-    assert "--workers 0 is below 1" in capsys.readouterr().err
+    assert run(corpora, "text", tmp_path / "d", "--workers", "0") == 64
+    assert "argument --workers: 0 is below 1" in capsys.readouterr().err
 
 
 def test_nothing_but_rejects_is_exit_code_65(corpora, tmp_path, capsys):

@@ -91,9 +91,9 @@ def test_wrong_number_of_text_records_is_exit_code_64(flan, tmp_path, capsys):
     assert "--number lots is not a whole number above 0; fix: use --number 1M" in capsys.readouterr().err
 
 
-def test_wrong_number_of_workers_for_text_is_exit_code_78(flan, tmp_path, capsys):
-    assert select_text(flan, tmp_path / "out", "1", "--workers", "0") == 78
-    assert "--workers 0 is below 1" in capsys.readouterr().err
+def test_wrong_number_of_workers_for_text_is_exit_code_64(flan, tmp_path, capsys):
+    assert select_text(flan, tmp_path / "out", "1", "--workers", "0") == 64
+    assert "argument --workers: 0 is below 1" in capsys.readouterr().err
 
 
 def test_help_of_text_shows_an_example(capsys):

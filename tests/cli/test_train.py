@@ -66,7 +66,7 @@ def exit_status(project, run_dir):
         (["train.yaml", "model.language.vocab_size=500"], 78, "model.language.vocab_size is 500"),
         (["train.yaml", "training.fp8=hybrid"], 78, "training.fp8=hybrid needs"),
         (["train.yaml", "run_dir=train.yaml"], 78, "run_dir is a file"),
-        (["train.yaml", "--nproc-per-node", "0"], 64, "--nproc-per-node 0 is below 1"),
+        (["train.yaml", "--nproc-per-node", "0"], 64, "argument --nproc-per-node: 0 is below 1"),
     ],
 )
 def test_wrong_input_is_one_line_before_any_rank_starts(project, arguments, code, message):

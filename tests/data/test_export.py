@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_vlm.config import ConfigError, DataError, StorageError
+from megatron_vlm.config import ConfigError, DataError, StorageError, UsageError
 from megatron_vlm.data import export
 from megatron_vlm.data.documents import Image, JoinRules, Text
 from megatron_vlm.data.export import ExportJob, describe_sample, export_webdataset, write_tar
@@ -175,7 +175,7 @@ def test_other_options_and_other_files_are_refused(job, tmp_path):
     (tmp_path / "full" / "thesis.tex").write_text("x")
     with pytest.raises(ConfigError, match="output folder is not empty"):
         export_webdataset(dataclasses.replace(job, output=tmp_path / "full"))
-    with pytest.raises(ConfigError, match="--samples-per-shard 0 is below 1"):
+    with pytest.raises(UsageError, match="--samples-per-shard 0 is below 1"):
         export_webdataset(dataclasses.replace(job, samples_per_shard=0))
     with pytest.raises(StorageError, match="cannot be written"):
         export_webdataset(dataclasses.replace(job, output=tmp_path / "full" / "thesis.tex" / "out"))

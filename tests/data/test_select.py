@@ -10,7 +10,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from megatron_vlm.config import ConfigError, DataError, StorageError
+from megatron_vlm.config import ConfigError, DataError, StorageError, UsageError
 from megatron_vlm.data import select as select_module
 from megatron_vlm.data.select import SelectRules, TopRows, parse_count, select_pairs
 from megatron_vlm.platform.exit_status import shorten
@@ -288,5 +288,5 @@ def test_what_is_no_count_is_refused(text):
     ],
 )
 def test_rules_that_make_no_sense_are_refused(options, message):
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(UsageError, match=message):
         SelectRules(**options)

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_vlm.config import ConfigError, DataError, StorageError
+from megatron_vlm.config import ConfigError, DataError, StorageError, UsageError
 from megatron_vlm.data import select_text as module
 from megatron_vlm.data.select_text import REPORT_FILE, SmallestHashes, TextSelectRules, hash_record, select_text
 from megatron_vlm.data.sources.table_records import find_instruction_files
@@ -187,7 +187,7 @@ def test_memory_of_the_choice_does_not_grow_with_the_number_of_records():
 
 
 def test_number_below_one_is_refused():
-    with pytest.raises(ConfigError, match="--number 0 is below 1"):
+    with pytest.raises(UsageError, match="--number 0 is below 1"):
         TextSelectRules(number=0)
 
 

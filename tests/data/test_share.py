@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vlm.config import ConfigError
+from megatron_vlm.config import UsageError
 from megatron_vlm.data.share import Share
 
 
@@ -15,7 +15,7 @@ def test_shares_in_order_are_all_items_in_order_and_none_is_empty(items, count):
 
 
 def test_more_shares_than_files_are_refused():
-    with pytest.raises(ConfigError, match="--part 1/4: there are 3 input files for 4 parts; fix: use at most 3 parts"):
+    with pytest.raises(UsageError, match="--part 1/4: there are 3 input files for 4 parts; fix: use at most 3 parts"):
         Share(1, 4).choose("abc")
 
 
@@ -27,11 +27,11 @@ def test_a_share_is_read_from_text_and_written_beside_the_output():
 
 @pytest.mark.parametrize("text", ["", "2", "/", "1/", "/3", "a/b", "-1/3", "1/3/5", "1.0/3", "1/0"])
 def test_other_text_is_refused(text):
-    with pytest.raises(ConfigError, match="is not of the form I/N"):
+    with pytest.raises(UsageError, match="is not of the form I/N"):
         Share.parse(text)
 
 
 @pytest.mark.parametrize("text", ["0/3", "4/3"])
 def test_shares_are_numbered_from_1(text):
-    with pytest.raises(ConfigError, match=f"--part {text} is none of 1/3 to 3/3"):
+    with pytest.raises(UsageError, match=f"--part {text} is none of 1/3 to 3/3"):
         Share.parse(text)

@@ -1,0 +1,23 @@
+import argparse
+
+import pytest
+
+from megatron_vlm.cli.numbers import positive, whole_number
+
+
+def test_numbers_within_bounds_are_taken():
+    assert (positive("1"), whole_number(0)("0"), whole_number(1, 95)("95")) == (1, 0, 95)
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "message"),
+    [
+        (positive, "0", "0 is below 1"),
+        (whole_number(0), "-1", "-1 is below 0"),
+        (whole_number(1, 95), "96", "96 is not from 1 to 95"),
+        (positive, "1.5", "'1.5' is not a whole number"),
+    ],
+)
+def test_other_numbers_are_refused(kind, text, message):
+    with pytest.raises(argparse.ArgumentTypeError, match=message):
+        kind(text)
