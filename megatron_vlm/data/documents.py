@@ -196,7 +196,8 @@ def full(document: Document) -> tuple[Document, ...]:
 def pairs(document: Document) -> tuple[Document, ...]:
     """Make one document of each image and the sentence that follows it; all other text is dropped.
 
-    Several images before one sentence each get that sentence. Source: VILA, section 3.2, "MMC4-pairs".
+    Several images before one sentence each get that sentence; those before a blank one are dropped with it. Source:
+    VILA, section 3.2, "MMC4-pairs".
     """
     found: list[Document] = []
     waiting: list[Image] = []
@@ -204,7 +205,7 @@ def pairs(document: Document) -> tuple[Document, ...]:
         if isinstance(segment, Image):
             waiting.append(segment)
         elif isinstance(segment, Text):
-            if segment.text:
+            if segment.text.strip():
                 found += [Document((image, segment), key=document.key) for image in waiting]
             waiting = []
     return tuple(found)

@@ -92,6 +92,11 @@ def test_stacked_images_each_pair_with_their_sentence():
     assert [plain(doc) for doc in VARIANTS["pairs"](document(I1, I2, "a", "b"))] == [[I1, "a"], [I2, "a"]]
 
 
+@pytest.mark.parametrize("blank", ["", " ", "\n\t"])
+def test_a_blank_sentence_costs_its_own_pair_alone(blank):
+    assert [plain(doc) for doc in VARIANTS["pairs"](document(I1, blank, I2, "b"))] == [[I2, "b"]]
+
+
 def test_images_without_text_give_no_pair_and_no_text_only_document():
     assert VARIANTS["pairs"](document("a", I1)) == ()
     assert VARIANTS["text-only"](document(I1)) == ()
