@@ -80,7 +80,14 @@ def read_conversation(record: dict[str, Any]) -> Conversation:
         question += form.separator + _text(record, form.more)
     images = find_images(record)
     exchanges = split_dialog(question, answer) if images else [(question, answer)]
+    _check_answers(exchanges)
     return Conversation(exchanges, images, _system(record))
+
+
+def _check_answers(exchanges: list[tuple[str, str]]) -> None:
+    for number, (_, answer) in enumerate(exchanges, start=1):
+        if not answer.strip():
+            raise RejectError("empty_text", f"answer {number} of {len(exchanges)} is empty")
 
 
 def _text(record: dict[str, Any], name: str) -> str:
@@ -114,6 +121,7 @@ def _read_list(record: dict[str, Any], name: str) -> Conversation:
     if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
         raise RejectError("turn_order", f"{len(roles)} turns do not alternate between question and answer")
     exchanges = [(turns[i][1], turns[i + 1][1]) for i in range(0, len(turns), 2)]
+    _check_answers(exchanges)
     return Conversation(exchanges, _fill(places, images), system)
 
 
