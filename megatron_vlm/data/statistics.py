@@ -25,8 +25,9 @@ class Statistics:
     image_bytes: int
     documents: int
     rejected: int
-    images_per_sample: float
-    text_tokens_per_sample: float
+    images_per_sample: float | None
+    """None where there is no sample, as in a part of nothing but rejects."""
+    text_tokens_per_sample: float | None
     text_tokens_per_image: float | None
     """None where there is no image."""
     images_histogram: dict[int, int]
@@ -50,9 +51,9 @@ def compute_statistics(dataset: ShardedDataset) -> Statistics:
         image_bytes=counts.image_bytes,
         documents=manifest.documents,
         rejected=manifest.rejected,
-        images_per_sample=counts.images / counts.samples,
-        text_tokens_per_sample=counts.text_tokens / counts.samples,
-        text_tokens_per_image=counts.text_tokens / counts.images if counts.images else None,
+        images_per_sample=_ratio(counts.images, counts.samples),
+        text_tokens_per_sample=_ratio(counts.text_tokens, counts.samples),
+        text_tokens_per_image=_ratio(counts.text_tokens, counts.images),
         images_histogram=dict(zip(values.tolist(), frequencies.tolist(), strict=True)),
         text_tokens_histogram=dict(zip(classes.tolist(), class_sizes.tolist(), strict=True)),
     )
@@ -60,12 +61,11 @@ def compute_statistics(dataset: ShardedDataset) -> Statistics:
 
 def format_statistics(statistics: Statistics) -> str:
     """Return the statistics as lines of text; the first three as in Table 2 of the paper."""
-    per_image = statistics.text_tokens_per_image
     rows: list[tuple[str, Any]] = [
         ("source", statistics.source),
-        ("images per sample", f"{statistics.images_per_sample:.2f}"),
-        ("text tokens per image", "-" if per_image is None else f"{per_image:.1f}"),
-        ("text tokens per sample", f"{statistics.text_tokens_per_sample:.1f}"),
+        ("images per sample", _rounded(statistics.images_per_sample, 2)),
+        ("text tokens per image", _rounded(statistics.text_tokens_per_image, 1)),
+        ("text tokens per sample", _rounded(statistics.text_tokens_per_sample, 1)),
         ("samples", statistics.samples),
         ("images", statistics.images),
         ("text tokens", statistics.text_tokens),
@@ -95,6 +95,14 @@ def save_histograms(statistics: Statistics, folder: Path) -> list[Path]:
     return drawn
 
 
+def _ratio(count: int, of: int) -> float | None:
+    return count / of if of else None
+
+
+def _rounded(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
 def _power_of_two_below(values: np.ndarray) -> np.ndarray:
     return np.where(values > 0, 1 << np.log2(np.maximum(values, 1)).astype(np.int64), 0)
 
@@ -109,7 +117,7 @@ def _draw_bars(title: str, bars: dict[int, int]) -> Image.Image:
     image = Image.new("RGB", (width, _PLOT_HEIGHT + 2 * _MARGIN), (255, 255, 255))
     draw = ImageDraw.Draw(image)
     draw.text((_MARGIN, 10), title, fill=_BLACK)
-    bottom, highest = _MARGIN + _PLOT_HEIGHT, max(bars.values())
+    bottom, highest = _MARGIN + _PLOT_HEIGHT, max(bars.values(), default=1)
     draw.line((_MARGIN - 5, bottom, width - _MARGIN, bottom), fill=_GREY)
     for number, (value, count) in enumerate(bars.items()):
         left = _MARGIN + number * step

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image as PILImage
 
+from megatron_vlm.data.manifest import Manifest, save_manifest
 from megatron_vlm.data.shards import EncodedSample, ImageSegment, ShardedDataset, TextSegment, write_dataset
 from megatron_vlm.data.statistics import compute_statistics, format_statistics, save_histograms
 
@@ -46,6 +47,16 @@ def test_dataset_without_images_has_no_tokens_per_image(folder, tokenizer_facts)
     statistics = compute_statistics(ShardedDataset.open(folder))
     assert statistics.text_tokens_per_image is None
     assert "text tokens per image        -" in format_statistics(statistics)
+
+
+def test_a_part_without_a_sample_has_statistics_too(folder, tokenizer_facts, tmp_path):
+    folder.mkdir()
+    manifest = Manifest(source="text", tokenizer=tokenizer_facts, shards=(), documents=3, rejects={"empty_text": 3})
+    save_manifest(manifest, folder)
+    statistics = compute_statistics(ShardedDataset.open(folder))
+    assert (statistics.samples, statistics.images_per_sample, statistics.text_tokens_per_sample) == (0, None, None)
+    assert "images per sample            -" in format_statistics(statistics)
+    assert len(save_histograms(statistics, tmp_path / "plots")) == 2
 
 
 def test_histograms_are_drawn_as_png_with_higher_bars_for_more_samples(statistics, tmp_path):
