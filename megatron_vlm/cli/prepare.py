@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_vlm.cli.numbers import positive, whole_number
+from megatron_vlm.cli.numbers import number, positive, whole_number
 from megatron_vlm.config import ConfigError, ExitCode, UsageError
 from megatron_vlm.data.sources.locations import (
     RemoteFile,
@@ -56,6 +56,10 @@ With --prompts SET, records are annotations of that data set instead.
 }
 _SOURCE_NAMES = {"interleaved": "mmc4", "pairs": "coyo", "conversations": "llava", "text": "text"}
 _TEMPLATES = ("vicuna_v1", "plain", "llama_2", "hermes-2", "llama_3")
+_TEMPLATE_HELP = (
+    "plain is for the align stage; hermes-2 and llama_3 need a SentencePiece model with their pieces, which Llama 3's "
+    "own tokenizer is not"
+)
 _VARIANTS = ("full", "pairs", "images-first", "text-only")
 
 
@@ -143,7 +147,7 @@ def _add_images(parser: argparse.ArgumentParser) -> None:
         help="largest image (default: %(default)s)",
     )
     add("--min-side", type=whole_number(1), default=4, metavar="N", help="smallest shorter side (default: %(default)s)")
-    add("--max-aspect-ratio", type=float, default=20.0, metavar="X", help="longest shape (default: %(default)s)")
+    add("--max-aspect-ratio", type=number(1), default=20.0, metavar="X", help="longest shape (default: %(default)s)")
     add("--max-image-bytes", type=positive, default=32 << 20, metavar="N", help="largest file (default: 32 MiB)")
     add("--min-image-bytes", type=whole_number(0), default=0, metavar="N", help="smallest file (default: %(default)s)")
     add("--decode-images", action="store_true", help="decode each image to find damage inside of it; slow")
@@ -169,7 +173,7 @@ def _add_interleaved(parser: argparse.ArgumentParser) -> None:
         help="reject documents with fewer (default: %(default)s)",
     )
     add("--bad-image", choices=("document", "image"), default="document", help="what a bad image rejects")
-    add("--min-similarity", type=float, metavar="X", help="leave out images with a lower matched_sim")
+    add("--min-similarity", type=number(), metavar="X", help="leave out images with a lower matched_sim")
     add(
         "--assignment",
         choices=("listed", "linear", "best"),
@@ -183,7 +187,7 @@ def _add_interleaved(parser: argparse.ArgumentParser) -> None:
 
 def _add_template(parser: argparse.ArgumentParser, kind: str) -> None:
     add = parser.add_argument_group("conversations").add_argument
-    add("--template", choices=_TEMPLATES, default="vicuna_v1", help="plain is for the align stage")
+    add("--template", choices=_TEMPLATES, default="vicuna_v1", help=_TEMPLATE_HELP)
     add(
         "--system",
         metavar="TEXT",
@@ -213,6 +217,7 @@ def run(args: argparse.Namespace) -> int:
     from megatron_vlm.data.templates import check_template, find_template
     from megatron_vlm.data.tokenizer import load_tokenizer
 
+    _check_options(args)
     tokenizer = load_tokenizer(args.tokenizer)
     if "template" in args:
         check_template(find_template(args.template), tokenizer)
@@ -234,6 +239,21 @@ def run(args: argparse.Namespace) -> int:
         manifest = prepare(job, num_workers=args.workers)
     _report(output, manifest)
     return ExitCode.DONE
+
+
+def _check_options(args: argparse.Namespace) -> None:
+    """Refuse options that contradict each other before anything is read.
+
+    Raises:
+        UsageError: they leave nothing.
+    """
+    for name in ("images", "image_bytes"):
+        least, most = getattr(args, f"min_{name}", None), getattr(args, f"max_{name}", None)
+        if least is not None and most is not None and least > most:
+            option = name.replace("_", "-")
+            raise UsageError(
+                f"--min-{option} {least} is above --max-{option} {most}", fix="lower the one, or raise the other"
+            )
 
 
 def _prepare_on_ray(job: "PrepareJob", address: str | None, num_workers: int) -> "Manifest":

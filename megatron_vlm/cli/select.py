@@ -4,7 +4,7 @@ import argparse
 import os
 from pathlib import Path
 
-from megatron_vlm.cli.numbers import positive
+from megatron_vlm.cli.numbers import number, positive
 from megatron_vlm.config import ExitCode, UsageError
 
 _PAIRS_EXAMPLE = """example (the paper's 25M of COYO-700M):
@@ -53,7 +53,7 @@ def _add_pairs(kinds: argparse._SubParsersAction) -> None:
     amount = pairs.add_mutually_exclusive_group(required=True)
     amount.add_argument("--top", metavar="N", help="rows to keep of all files together: 25M, 400K, 1000")
     amount.add_argument("--fraction", metavar="F", help="or the share of its rows that each file keeps, e.g. 0.2")
-    add("--min-score", type=float, metavar="X", help="keep only scores above this")
+    add("--min-score", type=number(), metavar="X", help="keep only scores above this")
 
 
 def _add_text(kinds: argparse._SubParsersAction) -> None:

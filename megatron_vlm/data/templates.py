@@ -54,6 +54,8 @@ _HEADER, _HEADER_END, _TURN_END = Special("<|start_header_id|>"), Special("<|end
 
 # Source: LLaVA, llava/conversation.py; VILA, llava/conversation.py. The last two follow the models' own chat templates
 # where VILA's code differs: it has no line break after <|im_end|>, and ends Llama 3's last answer with <|end_of_text|>.
+# Their markers are single pieces, which the tokenizer must have. Llama 3's own tokenizer is no SentencePiece model and
+# cannot be loaded: llama_3 is for a SentencePiece model to which these pieces were added.
 _ALL = (
     Template(
         name="vicuna_v1",
@@ -116,6 +118,8 @@ def find_template(name: str) -> Template:
 
 def check_template(template: Template, tokenizer: Encoder) -> None:
     """Encode a turn, so that a template that does not fit the tokenizer fails before any data is read.
+
+    hermes-2 and llama_3 fit SentencePiece models alone that have their pieces, such as <|eot_id|>.
 
     Raises:
         ConfigError: the tokenizer lacks a piece of the template.

@@ -110,6 +110,24 @@ def test_wrong_part_is_exit_code_64(corpora, tmp_path, part, capsys):
     assert f"--part {part}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--max-aspect-ratio nan", "'nan' is not a finite number"),
+        ("--max-aspect-ratio 0.5", "0.5 is below 1"),
+        ("--min-similarity nan", "'nan' is not a finite number"),
+        ("--min-images 9 --max-images 6", "--min-images 9 is above --max-images 6"),
+        ("--min-image-bytes 9 --max-image-bytes 6", "--min-image-bytes 9 is above --max-image-bytes 6"),
+    ],
+)
+def test_options_that_leave_nothing_are_exit_code_64_before_anything_is_written(
+    corpora, tmp_path, options, message, capsys
+):
+    assert run(corpora, "interleaved", tmp_path / "d", *options.split()) == 64
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "d").exists()
+
+
 def test_missing_tokenizer_is_one_line_and_exit_code_78(corpora, tmp_path, capsys):
     code = main(["prepare", "text", "--input", "x", "--output", str(tmp_path / "d"), "--tokenizer", "none.model"])
     assert code == 78

@@ -47,6 +47,11 @@ def test_wrong_amount_is_exit_code_64(coyo, tmp_path, amount, message, capsys):
     assert message in line
 
 
+def test_score_that_is_no_number_is_exit_code_64(coyo, tmp_path, capsys):
+    assert select(coyo, tmp_path / "out", "--fraction", "0.4", "--min-score", "nan") == 64
+    assert "'nan' is not a finite number" in capsys.readouterr().err
+
+
 def test_missing_column_is_exit_code_65(coyo, tmp_path, capsys):
     assert select(coyo, tmp_path / "out", "--top", "1", "--by", "aesthetic") == 65
     assert "parquet file has no column aesthetic" in capsys.readouterr().err
