@@ -1,3 +1,4 @@
+import io
 import tarfile
 
 import numpy as np
@@ -97,3 +98,97 @@ def test_a_name_that_comes_twice_is_marked():
     group = group_members(iter([Member("1.jpg", 0, 0), Member("1.jpg", 512, 0)]))["1"]
     assert group == {"jpg": None}
     assert find_image(group) is None
+
+
+def with_size(path, number: int, field: bytes) -> bytes:
+    """Return a tar of one file of `number` zeros whose header has another size field, with its checksum right."""
+    header = bytearray(path.read_bytes()[:512])
+    header[124:136] = field
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header) + bytes(number)
+
+
+@pytest.mark.parametrize(
+    "field",
+    [b"-0000002000\0", b"+0000002000\0", b"0000_002000\0", b"\xff" * 12, b"\xff" * 11 + b"\0", b"0000002000\0x"],
+)
+def test_a_size_that_is_no_octal_number_is_damage_and_never_a_way_back(tmp_path, make_tar, field):
+    path = make_tar(tmp_path / "a.tar", [("a.jpg", bytes(1024)), ("b.jpg", b"")])
+    path.write_bytes(path.read_bytes()[:1536] + with_size(path, 1024, field))
+    with TarReader(path) as tar:
+        members = tar.members()
+        assert next(members).name == "a.jpg"
+        with pytest.raises(RejectError, match="tar_damaged: no tar header at byte 1536"):
+            next(members)
+
+
+def test_a_size_in_base_256_is_read(tmp_path, make_tar):
+    path = make_tar(tmp_path / "a.tar", [("a.jpg", bytes(512))])
+    path.write_bytes(with_size(path, 512 + 1024, b"\x80" + (512).to_bytes(11, "big")))
+    assert read_all(path) == [("a.jpg", bytes(512))]
+
+
+def make_pax(path, records: dict[str, str], content: bytes = b"x"):
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as archive:
+        entry = tarfile.TarInfo("right.jpg")
+        entry.size, entry.pax_headers = len(content), records
+        archive.addfile(entry, io.BytesIO(content))
+    return path
+
+
+def test_a_line_break_in_a_pax_record_begins_no_other(tmp_path):
+    path = make_pax(tmp_path / "a.tar", {"comment": "a\n21 path=../evil.jpg\nb", "path": "two\nlines.jpg"})
+    assert read_all(path) == [("two\nlines.jpg", b"x")]
+    assert read_all(make_pax(tmp_path / "b.tar", {"comment": "\n21 path=../evil.jpg"})) == [("right.jpg", b"x")]
+
+
+def test_a_size_of_a_pax_record_is_that_of_the_file(tmp_path):
+    path = make_pax(tmp_path / "a.tar", {"size": "1000", "comment": "of"}, bytes(1000))
+    content = bytearray(path.read_bytes())
+    content[1024:1536] = with_size_of_zero(bytes(content[1024:1536]))
+    path.write_bytes(content)
+    assert read_all(path) == [("right.jpg", bytes(1000))]
+
+
+def with_size_of_zero(header: bytes) -> bytes:
+    changed = bytearray(header)
+    changed[124:136] = b"00000000000\0"
+    changed[148:156] = b" " * 8
+    changed[148:156] = b"%06o\0 " % sum(changed)
+    return bytes(changed)
+
+
+@pytest.mark.parametrize(
+    "records",
+    [b"9 path=a\n", b"99 path=a\n", b"-9 path=a\n", b"path=a\n", b"10 path=abc\n", b"7 path\n", b"0 path=a\n"],
+)
+def test_damaged_pax_records_are_damage(tmp_path, records):
+    path = make_pax(tmp_path / "a.tar", {"comment": "x"})
+    content = path.read_bytes()
+    path.write_bytes(
+        content[:512] + records.replace(b"9 path", b"9 path") + b"#" * (512 - len(records)) + content[1024:]
+    )
+    with pytest.raises(RejectError, match="tar_damaged"):
+        read_all(path)
+
+
+@pytest.mark.parametrize("padding", [512, 10240, (1 << 20) + 512])
+def test_tars_written_one_after_the_other_have_all_their_members(tmp_path, make_tar, padding):
+    parts = [make_tar(tmp_path / f"{n}.tar", [(f"{n}.jpg", bytes([n + 1]) * 600)]) for n in range(2)]
+    first, second = (path.read_bytes()[: 512 + 1024] for path in parts)
+    (tmp_path / "a.tar").write_bytes(first + bytes(padding) + second + bytes(padding))
+    assert read_all(tmp_path / "a.tar") == [("0.jpg", b"\1" * 600), ("1.jpg", b"\2" * 600)]
+
+
+@pytest.mark.parametrize("rest", [b"junk" * 200, b"junk"])
+def test_what_follows_the_end_of_a_tar_and_is_none_is_told(tmp_path, make_tar, rest):
+    path = make_tar(tmp_path / "a.tar", [("a.jpg", b"1")])
+    path.write_bytes(path.read_bytes() + rest)
+    with TarReader(path) as tar:
+        members = tar.members()
+        assert next(members).name == "a.jpg"
+        with pytest.raises(
+            RejectError, match="tar_damaged: no tar header|tar_truncated: the file ends within the header"
+        ):
+            next(members)

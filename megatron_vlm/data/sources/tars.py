@@ -6,6 +6,7 @@ tarfile, and pairs members by name however they are ordered.
 
 import functools
 import os
+import re
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -18,6 +19,9 @@ IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif")
 _BLOCK = 512
 _MAX_NAME_BYTES = 1 << 16
 _REGULAR, _LONG_NAME, _PAX, _PAX_GLOBAL = b"0\0", b"L", b"x", b"g"
+_OCTAL, _DECIMAL = re.compile(rb"[0-7]*"), re.compile(rb"[0-9]{1,20}")
+_BASE_256 = 0x80  # first byte of a size above 8 GiB; 0xFF begins a negative one
+_PADDING = bytes(1 << 20)
 
 
 class Member(NamedTuple):
@@ -75,26 +79,37 @@ class TarReader:
         return self._pread(member.size, member.offset)
 
     def members(self) -> Iterator[Member]:
-        """Yield the regular files in order.
+        """Yield the regular files in order; those of tars that were written one after the other into a file as well.
 
         Raises:
             RejectError: tar_damaged or tar_truncated, after all members before the damage were yielded.
         """
         end = self._size
-        position, long_name = 0, None
+        position, long_name, long_size = 0, None, None
         while position < end:
             header = self._pread(_BLOCK, position)
             if len(header) == _BLOCK and not header.strip(b"\0"):
-                return  # the end mark; what follows is padding
+                position = self._skip_padding(position)
+                if position >= end:
+                    return
+                long_name = long_size = None
+                continue
             size = self._check(header, position)
             content, kind = position + _BLOCK, header[156:157]
-            position = content + -(-size // _BLOCK) * _BLOCK
             if kind in (_LONG_NAME, _PAX):
                 if size > _MAX_NAME_BYTES:
                     raise RejectError("tar_damaged", f"name of {size} bytes at byte {content}")
                 extra = self._pread(size, content)
-                long_name = extra.rstrip(b"\0") if kind == _LONG_NAME else _pax_path(extra) or long_name
+                if kind == _LONG_NAME:
+                    long_name = extra.rstrip(b"\0")
+                else:
+                    records = _pax_records(extra, content)
+                    long_name, long_size = records.get(b"path") or long_name, _pax_size(records, content)
+                position = content + -(-size // _BLOCK) * _BLOCK
                 continue
+            if kind != _PAX_GLOBAL and long_size is not None:
+                size = long_size
+            position = content + -(-size // _BLOCK) * _BLOCK
             if content + size > end:
                 raise RejectError(
                     "tar_truncated", f"the member at byte {content} has {size} bytes, {end - content} are there"
@@ -103,25 +118,28 @@ class TarReader:
                 name = long_name or _header_name(header)
                 yield Member(name.decode("utf-8", "surrogateescape"), content, size)
             if kind != _PAX_GLOBAL:
-                long_name = None
+                long_name = long_size = None
         raise RejectError("tar_truncated", f"the file ends after {position} bytes without the mark that ends a tar")
 
     def _check(self, header: bytes, position: int) -> int:
         """Return the size of the member whose header this is."""
         if len(header) < _BLOCK:
             raise RejectError("tar_truncated", f"the file ends within the header at byte {position}")
-        try:
-            expected = int(header[148:156].strip(b"\0 "), 8)
-            size = (
-                int.from_bytes(header[125:136], "big")
-                if header[124] & 0x80
-                else int(header[124:136].strip(b"\0 ") or b"0", 8)
-            )
-        except ValueError:
-            raise RejectError("tar_damaged", f"no tar header at byte {position}") from None
+        expected = _octal(header[148:156])
+        size = int.from_bytes(header[125:136], "big") if header[124] == _BASE_256 else _octal(header[124:136])
+        if expected is None or size is None:
+            raise RejectError("tar_damaged", f"no tar header at byte {position}")
         if sum(header) - sum(header[148:156]) + 8 * 0x20 != expected:
             raise RejectError("tar_damaged", f"the header at byte {position} has another checksum")
         return size
+
+    def _skip_padding(self, position: int) -> int:
+        """Return where the first block begins that is not of zeros, or the end of the file."""
+        while chunk := self._pread(len(_PADDING), position):
+            if chunk != _PADDING[: len(chunk)]:
+                return position + (len(chunk) - len(chunk.lstrip(b"\0"))) // _BLOCK * _BLOCK
+            position += len(chunk)
+        return position
 
 
 def list_members(tar: TarReader) -> tuple[list[Member], RejectError | None]:
@@ -157,10 +175,30 @@ def _header_name(header: bytes) -> bytes:
     return prefix + b"/" + name if prefix else name
 
 
-def _pax_path(content: bytes) -> bytes | None:
-    """Return the value of the record `<length> path=<value>`."""
-    for line in content.split(b"\n"):
-        _, _, record = line.partition(b" ")
-        if record.startswith(b"path="):
-            return record[len(b"path=") :]
-    return None
+def _octal(digits: bytes) -> int | None:
+    """Return a number of a header; None where there is none. Python would take signs and underscores as well."""
+    digits = digits.strip(b"\0 ")
+    return int(digits or b"0", 8) if _OCTAL.fullmatch(digits) else None
+
+
+def _pax_records(content: bytes, position: int) -> dict[bytes, bytes]:
+    """Return the records `<length> <name>=<value>` and a line break, of which a value may have more."""
+    records: dict[bytes, bytes] = {}
+    start = 0
+    while start < len(content) and content[start]:
+        digits, blank, _ = content[start : start + 21].partition(b" ")
+        length = int(digits) if blank and _DECIMAL.fullmatch(digits) else 0
+        name, equals, value = content[start + len(digits) + 1 : start + length].partition(b"=")
+        if start + length > len(content) or not equals or not value.endswith(b"\n"):
+            raise RejectError("tar_damaged", f"no extended header at byte {position + start}")
+        records[name] = value[:-1]
+        start += length
+    return records
+
+
+def _pax_size(records: dict[bytes, bytes], position: int) -> int | None:
+    """Return the size of a file that is too large for its header."""
+    size = records.get(b"size")
+    if size is not None and not _DECIMAL.fullmatch(size):
+        raise RejectError("tar_damaged", f"the extended header at byte {position} has no size")
+    return None if size is None else int(size)
