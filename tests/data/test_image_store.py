@@ -1,5 +1,6 @@
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -35,6 +36,17 @@ def test_files_of_the_folder_are_found_by_relative_path(images):
 @pytest.mark.parametrize("name", ["../secret.jpg", "sub/../../secret.jpg", "/etc/passwd", "a\0b", ".", "..", "sub/.."])
 def test_paths_that_leave_the_folder_are_rejected(images, name):
     assert reason_of(images, name) == "image_path"
+
+
+@pytest.mark.parametrize("root", [".", "../images", "sub/..", "/"])
+def test_a_relative_folder_and_the_whole_disk_have_their_images(images, tmp_path, monkeypatch, root):
+    monkeypatch.chdir(tmp_path / "images")
+    store = FolderImages(Path(root), max_bytes=100)
+    name = str(tmp_path / "images" / "a.jpg")[1:] if root == "/" else "a.jpg"
+    assert store.read(name, None) == b"picture"
+    assert reason_of(store, "/etc/passwd") == "image_path"
+    if root != "/":
+        assert reason_of(store, "../secret.jpg") == "image_path"
 
 
 def test_folder_whose_name_begins_alike_is_outside(images, tmp_path):

@@ -44,14 +44,14 @@ class FolderImages:
     def __init__(self, root: Path, *, max_bytes: int) -> None:
         if not root.is_dir():
             raise ConfigError("image folder does not exist", where=str(root), fix="check --images")
-        self._root, self._max_bytes = str(root), max_bytes
+        self._root, self._max_bytes = os.path.join(os.path.realpath(root), ""), max_bytes
 
     def read(self, name: str | None, url: str | None) -> bytes:
         """Return the file named `name`; the URL is of no use here."""
         if not name:
             raise RejectError("image_missing", "the record names no image file")
         path = os.path.normpath(os.path.join(self._root, name))
-        if os.path.isabs(name) or "\0" in name or not path.startswith(os.path.normpath(self._root) + os.sep):
+        if os.path.isabs(name) or "\0" in name or not path.startswith(self._root):
             raise RejectError("image_path", f"{name[:200]!r} leaves the image folder")
         try:
             # Without O_NONBLOCK, a named pipe in the folder would wait for ever.
