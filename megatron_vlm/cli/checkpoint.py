@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from megatron_vlm.cli.paths import local_path
 from megatron_vlm.config import ExitCode
 
 _EXAMPLE = """example:
@@ -27,7 +28,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         ("hash", "sha256 of the gathered weights, the same for every parallel layout"),
     ):
         action = actions.add_parser(name, help=text)
-        action.add_argument("folder", type=Path, help="run folder, or one checkpoint")
+        action.add_argument("folder", type=local_path, help="run folder, or one checkpoint")
     parser.set_defaults(run=run)
 
 

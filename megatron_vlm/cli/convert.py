@@ -1,8 +1,8 @@
 """`megatron-vlm convert {to-hf,from-hf}`."""
 
 import argparse
-from pathlib import Path
 
+from megatron_vlm.cli.paths import local_path, new_folder
 from megatron_vlm.config import ExitCode, ModelConfig, UsageError, load_section
 
 _EXAMPLE = """\
@@ -35,7 +35,7 @@ def _add_to_hf(actions: argparse._SubParsersAction) -> None:
     )
     action.add_argument("checkpoint", metavar="CHECKPOINT_OR_RUN", help="a run's newest checkpoint, or this one")
     action.add_argument("--format", choices=("llava",), default="llava", help="LlavaForConditionalGeneration (default)")
-    action.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write")
+    action.add_argument("--output", type=new_folder, required=True, metavar="DIR", help="folder to write")
     action.add_argument(
         "--dtype", choices=("float32", "bfloat16"), help="type of the weights; default: that of the checkpoint"
     )
@@ -61,10 +61,14 @@ def _add_from_hf(actions: argparse._SubParsersAction) -> None:
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    action.add_argument("--language", type=Path, metavar="LLAMA_DIR", help="folder of a LlamaForCausalLM")
-    action.add_argument("--vision", type=Path, metavar="CLIP_DIR", help="folder of a CLIPVisionModel or CLIPModel")
-    action.add_argument("--llava", type=Path, metavar="DIR", help="folder of a LlavaForConditionalGeneration instead")
-    action.add_argument("--output", type=Path, required=True, metavar="RUN_DIR", help="run folder to write")
+    action.add_argument("--language", type=local_path, metavar="LLAMA_DIR", help="folder of a LlamaForCausalLM")
+    action.add_argument(
+        "--vision", type=local_path, metavar="CLIP_DIR", help="folder of a CLIPVisionModel or CLIPModel"
+    )
+    action.add_argument(
+        "--llava", type=local_path, metavar="DIR", help="folder of a LlavaForConditionalGeneration instead"
+    )
+    action.add_argument("--output", type=new_folder, required=True, metavar="RUN_DIR", help="run folder to write")
     action.add_argument("--config", metavar="CONFIG", help="training config whose model section must fit")
     action.add_argument(
         "--projection", choices=("linear", "mlp2x_gelu"), default="linear", help="its weights are random (%(default)s)"

@@ -2,9 +2,9 @@
 
 import argparse
 import os
-from pathlib import Path
 
 from megatron_vlm.cli.numbers import positive
+from megatron_vlm.cli.paths import local_path, new_file, new_folder
 from megatron_vlm.config import ExitCode
 
 _EXAMPLES = {
@@ -45,29 +45,29 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         for action, text in _HELP.items()
     }
     for action in ("verify", "stats", "inspect", "export", "split"):
-        parsers[action].add_argument("folder", type=Path, metavar="DIR", help="folder of shards")
+        parsers[action].add_argument("folder", type=local_path, metavar="DIR", help="folder of shards")
     parsers["verify"].add_argument("--decode", action="store_true", help="decode every image as well")
     add = parsers["stats"].add_argument
     add("--json", action="store_true", help="as JSON")
-    add("--histograms", type=Path, metavar="DIR", help="also draw histograms, as PNG in this folder")
+    add("--histograms", type=new_folder, metavar="DIR", help="also draw histograms, as PNG in this folder")
     add = parsers["inspect"].add_argument
-    add("--tokenizer", type=Path, required=True, metavar="T", help="that of the shards")
-    add("--output", type=Path, required=True, metavar="FILE", help="the page")
+    add("--tokenizer", type=local_path, required=True, metavar="T", help="that of the shards")
+    add("--output", type=new_file, required=True, metavar="FILE", help="the page")
     add("--samples", type=int, nargs="+", default=[], metavar="I", help="these samples")
     add("--number", type=positive, default=20, metavar="N", help="or this many (default: %(default)s)")
     add("--seed", type=int, metavar="S", help="a random choice; without it, the first ones")
     add = parsers["export"].add_argument
     add("--format", choices=("webdataset",), default="webdataset", help="tars: KEY.json, KEY.0.jpg, KEY.1.png, ...")
-    add("--output", type=Path, required=True, metavar="OUT", help="folder of the tars; new, or one to go on with")
-    add("--tokenizer", type=Path, required=True, metavar="T", help="that of the shards")
+    add("--output", type=new_folder, required=True, metavar="OUT", help="folder of the tars; new, or one to go on with")
+    add("--tokenizer", type=local_path, required=True, metavar="T", help="that of the shards")
     add("--samples-per-shard", type=positive, default=10_000, metavar="N", help="of a tar (default: %(default)s)")
     add = parsers["merge"].add_argument
-    add("output", type=Path, metavar="OUT", help="new folder, on the file system of the parts")
-    add("parts", type=Path, nargs="+", metavar="PART", help="all parts, in any order")
+    add("output", type=new_folder, metavar="OUT", help="new folder, on the file system of the parts")
+    add("parts", type=local_path, nargs="+", metavar="PART", help="all parts, in any order")
     for action in ("export", "merge"):
         _add_workers(parsers[action])
     add = parsers["split"].add_argument
-    add("output", type=Path, metavar="OUT", help="writes OUT-1-of-N to OUT-N-of-N")
+    add("output", type=new_folder, metavar="OUT", help="writes OUT-1-of-N to OUT-N-of-N")
     add("--number", type=positive, required=True, metavar="N", help="datasets, of about equal size")
     parser.set_defaults(run=run)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from megatron_vlm.cli.inference_options import add_model_options, opened_model
 from megatron_vlm.cli.numbers import positive, whole_number
+from megatron_vlm.cli.paths import local_path, new_file
 from megatron_vlm.config import ExitCode, UsageError
 
 _EXAMPLE = r"""example:
@@ -26,16 +27,20 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     add_model_options(parser, bare_template=False)
     parser.add_argument("--task", choices=("vqa",), default="vqa", help="exact match and VQA accuracy (default)")
-    parser.add_argument("--questions", type=Path, required=True, metavar="FILE", help="JSON list of questions")
+    parser.add_argument("--questions", type=local_path, required=True, metavar="FILE", help="JSON list of questions")
     parser.add_argument(
-        "--images", type=Path, metavar="DIR", help="folder of the pictures (default: that of each questions file)"
+        "--images", type=local_path, metavar="DIR", help="folder of the pictures (default: that of each questions file)"
     )
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSON of the scores and all answers")
+    parser.add_argument(
+        "--output", type=new_file, required=True, metavar="FILE", help="JSON of the scores and all answers"
+    )
     parser.add_argument("--suffix", default="", metavar="TEXT", help=r"put after every question; \n is a line break")
     parser.add_argument(
         "--shots", type=whole_number(0), default=0, metavar="K", help="worked examples before each question"
     )
-    parser.add_argument("--shots-from", type=Path, metavar="FILE", help="questions that the examples are drawn from")
+    parser.add_argument(
+        "--shots-from", type=local_path, metavar="FILE", help="questions that the examples are drawn from"
+    )
     parser.add_argument("--shot-seed", type=int, default=0, metavar="SEED", help="decides which examples (%(default)s)")
     parser.add_argument("--limit", type=positive, metavar="N", help="ask N questions, spread evenly over the file")
     parser.add_argument(
@@ -86,8 +91,6 @@ def run(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> None:
     if bool(args.shots) != bool(args.shots_from):
         raise UsageError(f"--shots {args.shots} and --shots-from belong together", fix="give both, or neither")
-    if not args.output.absolute().parent.is_dir():
-        raise UsageError(f"folder {args.output.parent} does not exist", fix="create it, or change --output")
 
 
 def _write(path: Path, record: dict) -> None:

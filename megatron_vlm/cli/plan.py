@@ -10,17 +10,16 @@ from typing import Any
 
 from megatron_vlm.cli.numbers import positive
 from megatron_vlm.config import ExitCode, TrainConfig, UsageError, UserError, derive_layout, load_config
+from megatron_vlm.platform.gpus import PEAK_FLOPS
 
 _EPILOG = """\
 example:
   megatron-vlm plan examples/vila_7b/pretrain.yaml --world-size 128
   megatron-vlm plan train.yaml parallel.tensor_model_parallel_size=4 --world-size 32 --no-data
-  megatron-vlm plan train.yaml --balance 8 64 512
+  megatron-vlm plan train.yaml --balance 8,64,512
 
 Parameters are exact, and so is the packing: it is what train would do. Activations leave out what libraries keep.
 """
-# Dense BF16 operations per second, by NVIDIA's data sheets.
-_PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -37,33 +36,41 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--world-size", type=positive, metavar="N", help="ranks of the job; default: one data-parallel replica"
     )
-    parser.add_argument("--gpu", choices=sorted(_PEAK_FLOPS), default="A100", help="(default: %(default)s)")
+    parser.add_argument("--gpu", choices=sorted(PEAK_FLOPS), default="A100", help="(default: %(default)s)")
     parser.add_argument(
         "--mfu", type=float, default=0.4, metavar="X", help="share of its peak that is reached (default: %(default)s)"
     )
     parser.add_argument("--no-data", action="store_true", help="leave the packing out: the shards are not there yet")
     parser.add_argument(
         "--balance",
-        nargs="+",
-        type=positive,
-        default=[],
-        metavar="N",
+        type=_sizes,
+        default=(),
+        metavar="N[,N]",
         help="numbers of data-parallel ranks: how even images and attention work are, against random order",
     )
     parser.add_argument("--json", action="store_true", help="the same figures as JSON")
     parser.set_defaults(run=run)
 
 
+def _sizes(text: str) -> tuple[int, ...]:
+    return tuple(positive(part) for part in text.split(","))
+
+
 def run(args: argparse.Namespace) -> int:
     """Run the verb; returns the exit code."""
+    from megatron_vlm.data.balance_report import check_sizes
+
+    if args.balance and args.no_data:
+        raise UsageError("--balance looks at the packed rows, which --no-data leaves out", fix="give one of them")
     if not 0 < args.mfu <= 1:
         raise UsageError(f"--mfu {args.mfu} is not between 0 and 1", fix="give a share, e.g. 0.4")
     config = load_config(TrainConfig, args.config, args.overrides)
+    check_sizes(args.balance, config.training.global_batch_size)
     parallel = config.parallel
     replica = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
     facts = _memory(config, args.world_size or replica)
     if not args.no_data:
-        facts["data"] = _data(config, facts["world_size"], _PEAK_FLOPS[args.gpu] * args.mfu, args.balance)
+        facts["data"] = _data(config, facts["world_size"], PEAK_FLOPS[args.gpu] * args.mfu, args.balance)
     if args.json:
         sys.stdout.write(json.dumps(facts, indent=2) + "\n")
     else:
@@ -175,7 +182,7 @@ def _as_text(facts: dict[str, Any], machine: str) -> str:
 def _row_length_lines(data: dict[str, Any]) -> list[str]:
     if "row_lengths" not in data:
         return []
-    lines = ["", "data.seq_length  positions used  samples too long"]
+    lines = ["", "data.seq_length  positions used  samples too long   (of one pass; the best cuts no more of them)"]
     for row in data["row_lengths"]:
         best = "  <- wastes least" if row["seq_length"] == data["best_row_length"] else ""
         lines.append(f"{row['seq_length']:15d}  {row['utilisation']:14.2%}  {row['too_long']:16.3%}{best}")
@@ -191,10 +198,13 @@ def _clustering_lines(data: dict[str, Any]) -> list[str]:
 def _balance_lines(data: dict[str, Any]) -> list[str]:
     if not data["balance"]:
         return []
-    lines = ["", "fullest data-parallel rank over the mean, all global batches    this plan  random order  lower bound"]
+    lines = [
+        "",
+        "fullest data-parallel rank over the mean, all batches           this plan  random order  any order in its batches",
+    ]
     for row in data["balance"]:
         name = f"{row['load']} on {row['data_parallel_size']} ranks"
-        lines.append(f"  {name:58s}  {row['planned']:11.4f}  {row['random']:12.4f}  {row['lower_bound']:11.4f}")
+        lines.append(f"  {name:58s}  {row['planned']:11.4f}  {row['random']:12.4f}  {row['lower_bound']:24.4f}")
     return lines
 
 

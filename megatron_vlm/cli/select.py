@@ -2,9 +2,9 @@
 
 import argparse
 import os
-from pathlib import Path
 
 from megatron_vlm.cli.numbers import number, positive
+from megatron_vlm.cli.paths import local_path, new_folder
 from megatron_vlm.config import ExitCode, UsageError
 
 _PAIRS_EXAMPLE = """example (the paper's 25M of COYO-700M):
@@ -47,8 +47,10 @@ def _add_pairs(kinds: argparse._SubParsersAction) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = pairs.add_argument
-    add("--input", type=Path, nargs="+", required=True, metavar="PATH", help="parquet files, or folders of them")
-    add("--output", type=Path, required=True, metavar="DIR", help="new folder: parquet, _report.json, _scores.png")
+    add("--input", type=local_path, nargs="+", required=True, metavar="PATH", help="parquet files, or folders of them")
+    add(
+        "--output", type=new_folder, required=True, metavar="DIR", help="new folder: parquet, _report.json, _scores.png"
+    )
     add("--by", required=True, metavar="COLUMN[+COLUMN]", help="the score: a column, or the sum of several")
     amount = pairs.add_mutually_exclusive_group(required=True)
     amount.add_argument("--top", metavar="N", help="rows to keep of all files together: 25M, 400K, 1000")
@@ -74,7 +76,7 @@ def _add_text(kinds: argparse._SubParsersAction) -> None:
         metavar="PATH",
         help="JSON lines or arrays, also .gz or .zip, or parquet; files, folders of them, or URLs",
     )
-    add("--output", type=Path, required=True, metavar="DIR", help="new folder: .jsonl, _report/select.json")
+    add("--output", type=new_folder, required=True, metavar="DIR", help="new folder: .jsonl, _report/select.json")
     add("--number", required=True, metavar="N", help="records to keep of all files together: 1M, 400K, 1000")
     add("--seed", type=int, default=0, metavar="S", help="another one keeps other records (default: %(default)s)")
     add(

@@ -31,6 +31,20 @@ class Balance:
     random_worst: float
 
 
+def check_sizes(data_parallel_sizes: Sequence[int], global_batch_size: int) -> None:
+    """See that every number of ranks divides the global batch.
+
+    Raises:
+        UsageError: one does not.
+    """
+    for size in data_parallel_sizes:
+        if size < 1 or global_batch_size % size:
+            raise UsageError(
+                f"{size} data-parallel ranks do not share training.global_batch_size={global_batch_size} evenly",
+                fix="give sizes that divide it",
+            )
+
+
 def report_balance(settings: PlanSettings, rows: PlannedRows, data_parallel_sizes: Sequence[int]) -> list[Balance]:
     """Simulate which rank gets which rows, at several numbers of ranks; only full global batches are looked at.
 
@@ -43,12 +57,7 @@ def report_balance(settings: PlanSettings, rows: PlannedRows, data_parallel_size
         UsageError: a size does not divide the global batch, or there is no full one.
     """
     batch = settings.global_batch_size
-    for size in data_parallel_sizes:
-        if size < 1 or batch % size:
-            raise UsageError(
-                f"{size} data-parallel ranks do not share training.global_batch_size={batch} evenly",
-                fix="give sizes that divide it",
-            )
+    check_sizes(data_parallel_sizes, batch)
     num_batches = (len(rows.row_borders) - 1) // batch
     if not num_batches:
         raise UsageError(

@@ -54,6 +54,8 @@ def test_text_names_memory_packing_and_hours(project):
         (["data.blend=[{path: nowhere}]"], 65, "nowhere"),
         (["data.blend=[{path: nowhere}]"], 65, "or plan without it: --no-data"),
         (["data.tokenizer=nowhere.model"], 78, "or plan without it: --no-data"),
+        (["--balance", "2", "--no-data"], 64, "--balance looks at the packed rows"),
+        (["--balance", "2,x"], 64, "argument --balance: 'x' is not a whole number"),
         (["--balance", "3"], 64, "3 data-parallel ranks do not share training.global_batch_size=4 evenly"),
     ],
 )
@@ -81,7 +83,7 @@ def test_without_packing_no_row_length_is_better(project):
 
 
 def test_balance_is_compared_with_random_order(project):
-    found = facts(project, "--balance", "2", "4")["data"]["balance"]
+    found = facts(project, "--balance", "2,4")["data"]["balance"]
     assert [(row["load"], row["data_parallel_size"]) for row in found] == [
         ("images", 2),
         ("attention work", 2),

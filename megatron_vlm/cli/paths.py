@@ -1,0 +1,33 @@
+"""Paths on the command line: what is written, and what is only read from a disk, is on a file system."""
+
+import argparse
+import re
+from pathlib import Path
+
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+(://|::)")
+
+
+def local_path(text: str) -> Path:
+    """Return the path: a type for argparse that refuses a URL, which would become a folder named "s3:"."""
+    if _URL.match(text):
+        raise argparse.ArgumentTypeError(f"{text} is a URL; only a path of a file system can be used here")
+    return Path(text)
+
+
+def new_folder(text: str) -> Path:
+    """Return the path of a folder that may not exist yet; a type for argparse that refuses a file."""
+    path = local_path(text)
+    blocking = next((place for place in (path, *path.parents) if place.exists() and not place.is_dir()), None)
+    if blocking is not None:
+        raise argparse.ArgumentTypeError(f"{blocking} is a file, not a folder")
+    return path
+
+
+def new_file(text: str) -> Path:
+    """Return the path of a file to write; a type for argparse that refuses a folder, and a place in none."""
+    path = local_path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{path} is a folder; name a file")
+    if not path.absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"folder {path.parent} does not exist; create it first")
+    return path

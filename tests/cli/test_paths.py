@@ -1,0 +1,33 @@
+import argparse
+from pathlib import Path
+
+import pytest
+
+from megatron_vlm.cli.paths import local_path, new_file, new_folder
+
+
+def test_paths_of_the_file_system_are_taken(tmp_path):
+    assert local_path("a::b/c:d".replace("::", "_")) == Path("a_b/c:d")
+    assert new_folder(str(tmp_path / "a" / "b")) == tmp_path / "a" / "b"
+    assert new_file(str(tmp_path / "page.html")) == tmp_path / "page.html"
+
+
+@pytest.mark.parametrize("kind", [local_path, new_folder, new_file])
+@pytest.mark.parametrize("url", ["s3://bucket/x", "file:///tmp/x", "zip::s3://bucket/x"])
+def test_a_url_is_refused(kind, url):
+    with pytest.raises(argparse.ArgumentTypeError, match=f"{url} is a URL"):
+        kind(url)
+
+
+@pytest.mark.parametrize("below", ["", "shards"])
+def test_a_file_where_a_folder_is_wanted_is_named(tmp_path, below):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(argparse.ArgumentTypeError, match=r"file is a file, not a folder"):
+        new_folder(str(tmp_path / "file" / below))
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path):
+    with pytest.raises(argparse.ArgumentTypeError, match="is a folder; name a file"):
+        new_file(str(tmp_path))
+    with pytest.raises(argparse.ArgumentTypeError, match="none does not exist; create it first"):
+        new_file(str(tmp_path / "none" / "page.html"))
