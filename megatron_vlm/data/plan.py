@@ -10,6 +10,8 @@ import json
 import logging
 import os
 import shutil
+import socket
+import time
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +31,8 @@ logger = logging.getLogger(__name__)
 _PLAN_VERSION = 2
 """Part of the hash; to be raised by every change that orders samples in another way."""
 _SUMMARY_FILE = "plan.json"
+_UNFINISHED = ".tmp"
+_SECONDS_TO_WRITE = 3600.0
 _LENGTH_OF_TRAINING = ("train_iters", "train_epochs")
 
 
@@ -136,10 +140,11 @@ def build_plan(settings: PlanSettings, datasets: Sequence[SampleLengths], folder
     """
     name = hash_plan(settings, datasets)
     target = Path(folder) / name
+    _remove_leftovers(Path(folder))
     if target.exists():
         return open_plan(settings, datasets, folder)
     rows = plan_rows(settings, datasets)
-    temporary = target.with_name(f"{name}.tmp{os.getpid()}")
+    temporary = target.with_name(f"{name}{_UNFINISHED}{os.getpid()}@{socket.gethostname()}")
     try:
         temporary.mkdir(parents=True, exist_ok=True)
         _write(temporary, rows, settings, dataclasses.replace(rows.summary, hash=name))
@@ -163,6 +168,28 @@ def build_plan(settings: PlanSettings, datasets: Sequence[SampleLengths], folder
         plan.summary.dropped,
     )
     return plan
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what killed builds left: of processes of this host that are gone, and what nobody writes to any more."""
+    for path in folder.glob(f"*{_UNFINISHED}*"):
+        process, _, host = path.name.partition(_UNFINISHED)[2].partition("@")
+        try:
+            silent = time.time() - path.stat().st_mtime
+            if (host == socket.gethostname() and not _is_running(process)) or silent > _SECONDS_TO_WRITE:
+                shutil.rmtree(path, ignore_errors=True)
+        except FileNotFoundError:  # it was finished, or another process was faster
+            continue
+
+
+def _is_running(process: str) -> bool:
+    try:
+        os.kill(int(process), 0)
+    except (ProcessLookupError, ValueError):
+        return False
+    except PermissionError:  # it is another user's
+        return True
+    return True
 
 
 def open_plan(settings: PlanSettings, datasets: Sequence[SampleLengths], folder: str | Path) -> Plan:

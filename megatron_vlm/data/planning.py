@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_vlm.config import BlendEntry, TrainConfig
+from megatron_vlm.config import BlendEntry, ConfigError, TrainConfig
 from megatron_vlm.data.balance import balance_ranks, deal_rows
 from megatron_vlm.data.blend import read_in_epochs, samples_per_pass
 from megatron_vlm.data.clustering import cluster_by_length, clustered_row_lengths
@@ -99,7 +99,7 @@ def plan_rows(settings: PlanSettings, datasets: Sequence[SampleLengths]) -> Plan
     them: all if the length is given as train_iters, those of whole passes if as train_epochs.
 
     Raises:
-        ConfigError: the blend cannot be made from these datasets.
+        ConfigError: the blend cannot be made from these datasets, or a pass over it has nearly no samples.
         DataError: with overflow "fail", a sample is longer than a row; with "split", an image is.
     """
     pool = collect_samples(
@@ -114,19 +114,22 @@ def plan_rows(settings: PlanSettings, datasets: Sequence[SampleLengths]) -> Plan
     per_pass = samples_per_pass(settings.blend, sizes, images)
     wanted_rows = None if settings.train_iters is None else settings.train_iters * settings.global_batch_size
     kind: Any = np.uint32 if len(pool.lengths) <= np.iinfo(np.uint32).max else np.int64
-    ids, borders = np.empty(0, dtype=kind), np.zeros(1, dtype=np.int64)
-    num_passes = stable_rows = 0
-    while _wants_more(num_passes, len(borders) - 1, wanted_rows, settings.train_epochs):
+    _check_pass(settings, per_pass)
+    parts, sizes_of_rows = [np.empty(0, dtype=kind)], [np.empty(0, dtype=np.int64)]
+    num_passes = num_rows = stable_rows = 0
+    while _wants_more(num_passes, num_rows, wanted_rows, settings.train_epochs):
         end = num_passes + 1.0 if settings.train_epochs is None else min(num_passes + 1.0, settings.train_epochs)
         samples = _samples_of_pass(settings, pool, num_passes * per_pass, end * per_pass)
         rng = np.random.default_rng([settings.seed, 1, num_passes])
-        limit = None if wanted_rows is None else wanted_rows - (len(borders) - 1)
-        samples, ends = _rows_of_pass(settings, pool, samples, len(borders) - 1, limit, rng)
-        ids = np.concatenate([ids, samples.astype(kind)])
-        borders = np.concatenate([borders, ends[1:] + borders[-1]])
+        limit = None if wanted_rows is None else wanted_rows - num_rows
+        samples, ends = _rows_of_pass(settings, pool, samples, num_rows, limit, rng)
+        parts.append(samples.astype(kind))
+        sizes_of_rows.append(np.diff(ends))
+        num_rows += len(ends) - 1
         num_passes += 1
         if end == num_passes:
-            stable_rows = len(borders) - 1
+            stable_rows = num_rows
+    ids, borders = np.concatenate(parts), np.concatenate([[0], np.cumsum(np.concatenate(sizes_of_rows))])
     ids, borders = _balance(settings, pool, ids, borders)
     seq_lengths = _row_lengths(settings, pool, ids)
     summary = _summarise(settings, pool, ids, len(borders) - 1, num_passes, seq_lengths, stable_rows)
@@ -173,6 +176,22 @@ def _row_lengths(settings: PlanSettings, pool: SamplePool, ids: np.ndarray) -> n
         multiple=settings.length_multiple,
         seq_length=settings.seq_length,
     )
+
+
+def _check_pass(settings: PlanSettings, per_pass: np.ndarray) -> None:
+    """Refuse passes that are as good as empty: a training of train_iters would be made of millions of them.
+
+    Raises:
+        ConfigError: there is not one sample in a pass, or every entry is read in part and they fill no batch.
+    """
+    samples = float(per_pass.sum())
+    in_part = settings.train_iters is not None and all((entry.epochs or 1.0) < 1 for entry in settings.blend)
+    least = settings.global_batch_size if in_part else 1
+    if samples < least:
+        raise ConfigError(
+            f"a pass over data.blend has {samples:.3g} samples, fewer than {least}",
+            fix=f"multiply the epochs of the entries by {least / samples:.3g} or more",
+        )
 
 
 def _wants_more(num_passes: int, num_rows: int, wanted_rows: int | None, train_epochs: float | None) -> bool:

@@ -2,7 +2,12 @@
 
 import dataclasses
 import json
+import os
 import pickle
+import socket
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -322,6 +327,17 @@ def test_no_usable_sample_is_refused():
         plan_rows(make_settings(blend=(BlendEntry(path="a"),), overflow="drop"), [Lengths([0], [500])])
 
 
+@pytest.mark.parametrize(
+    ("length", "least"), [({"train_iters": 10**6, "train_epochs": None}, 8), ({"train_epochs": 2.0}, 1)]
+)
+def test_passes_of_nearly_no_samples_are_refused_at_once(datasets, length, least):
+    blend = tuple(BlendEntry(path=name, epochs=1e-6) for name in "ab")
+    with pytest.raises(
+        ConfigError, match=rf"a pass over data.blend has 0.00029 samples, fewer than {least}; fix: mult"
+    ):
+        plan_rows(make_settings(blend=blend, **length), datasets)
+
+
 def test_saved_plan_is_the_computed_one(datasets, tmp_path):
     plan, rows = build_plan(make_settings(), datasets, tmp_path), plan_rows(make_settings(), datasets)
     found = [plan.row(index) for index in range(rows.summary.num_rows)]
@@ -359,6 +375,35 @@ def test_second_build_opens_the_first(datasets, tmp_path):
     assert build_plan(make_settings(), datasets, tmp_path).folder == first.folder
     assert (first.folder / "plan.json").stat().st_mtime_ns == written
     assert [path.name for path in tmp_path.iterdir()] == [first.hash]
+
+
+def leave_unfinished(folder, name, seconds_ago=0):
+    path = folder / f"0123456789abcdef.tmp{name}"
+    path.mkdir()
+    (path / "sample_ids.npy").write_bytes(b"half")
+    os.utime(path, (time.time() - seconds_ago,) * 2)
+    return path
+
+
+def test_what_a_killed_build_left_is_removed(datasets, tmp_path):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    left = [
+        leave_unfinished(tmp_path, f"{gone.pid}@{socket.gethostname()}"),
+        leave_unfinished(tmp_path, "17@another.host", seconds_ago=7200),
+        leave_unfinished(tmp_path, "4711", seconds_ago=7200),
+    ]
+    build_plan(make_settings(), datasets, tmp_path)
+    assert not any(path.exists() for path in left)
+
+
+def test_what_others_are_building_stays(datasets, tmp_path):
+    building = [
+        leave_unfinished(tmp_path, f"{os.getppid()}@{socket.gethostname()}"),
+        leave_unfinished(tmp_path, "17@another.host"),
+    ]
+    build_plan(make_settings(), datasets, tmp_path)
+    assert all(path.exists() for path in building)
 
 
 def test_pickled_plan_carries_no_arrays(datasets, tmp_path):
