@@ -1,1 +1,1 @@
-"""TODO."""
+"""Answers of a trained model: generation, and the scores of benchmarks."""

@@ -1,10 +1,13 @@
-"""Which GPUs this process may use, without importing torch."""
+"""Which GPUs this process may use, and what they can do, without importing torch."""
 
 import re
 import shutil
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
+
+PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
+"""Dense BF16 peak by NVIDIA's data sheets, by a part of the device's name [FLOP/s]."""
 
 _HIDDEN = {"", "-1", "NoDevFiles"}
 

@@ -8,15 +8,13 @@ from typing import Any
 
 import torch
 
+from megatron_vlm.platform.gpus import PEAK_FLOPS
 from megatron_vlm.platform.run_folder import METRICS_NAME
 from megatron_vlm.training.flops import step_flops
 from megatron_vlm.training.state import TrainState
 from megatron_vlm.training.step import StepMetrics
 
 logger = logging.getLogger(__name__)
-
-# Dense BF16 peak by NVIDIA's data sheets [FLOP/s]; other devices report no MFU.
-_PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
 
 
 def metrics_record(state: TrainState, metrics: StepMetrics, sample_ids_sha: str) -> dict[str, Any]:
@@ -59,10 +57,11 @@ def metrics_record(state: TrainState, metrics: StepMetrics, sample_ids_sha: str)
 
 
 def _device_peak() -> float | None:
+    """Return the peak of this device [FLOP/s]; None where it is not known, and no MFU is reported."""
     if not torch.cuda.is_available():
         return None
     name = torch.cuda.get_device_name()
-    return next((peak for key, peak in _PEAK_FLOPS.items() if key in name), None)
+    return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
 
 
 def log_line(record: dict[str, Any], train_iters: int) -> str:
