@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_vlm.cli.numbers import number, positive, whole_number
+from megatron_vlm.cli.paths import local_path, new_folder
 from megatron_vlm.config import ConfigError, ExitCode, UsageError
 from megatron_vlm.data.sources.locations import (
     RemoteFile,
@@ -103,8 +104,14 @@ def _add_common(parser: argparse.ArgumentParser, kind: str) -> None:
         metavar="PATH",
         help='files, folders of them, or patterns; or URLs of these, "s3://bucket/mmc4/*.jsonl.gz" for example',
     )
-    add("--output", type=Path, required=True, metavar="DIR", help="folder of the shards; new, or one to go on with")
-    add("--tokenizer", type=Path, required=True, metavar="T", help="SentencePiece model, or a folder with one")
+    add(
+        "--output",
+        type=new_folder,
+        required=True,
+        metavar="DIR",
+        help="folder of the shards; new, or one to go on with",
+    )
+    add("--tokenizer", type=local_path, required=True, metavar="T", help="SentencePiece model, or a folder with one")
     add("--source", default=_SOURCE_NAMES[kind], metavar="NAME", help="name of its loss (default: %(default)s)")
     add(
         "--workers",
@@ -172,6 +179,19 @@ def _add_interleaved(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="reject documents with fewer (default: %(default)s)",
     )
+    add(
+        "--keep-images",
+        choices=("first-listed", "first-in-text"),
+        default="first-listed",
+        help="which images of more than --max-images: of image_info, or of the text",
+    )
+    add("--image-place", choices=("before", "after"), default="before", help="side of its sentence an image stands on")
+    add(
+        "--text-after-last-image",
+        choices=("keep", "drop"),
+        default="keep",
+        help="drop: the sentences after that of the last image",
+    )
     add("--bad-image", choices=("document", "image"), default="document", help="what a bad image rejects")
     add("--min-similarity", type=number(), metavar="X", help="leave out images with a lower matched_sim")
     add(
@@ -182,6 +202,7 @@ def _add_interleaved(parser: argparse.ArgumentParser) -> None:
     )
     add("--separator", default=" ", metavar="TEXT", help="between sentences (default: a blank)")
     add("--keep-blanks", action="store_true", help="keep the separators beside images")
+    add("--no-bos", action="store_true", help="do not begin documents with BOS")
     add("--no-eos", action="store_true", help="do not end documents with EOS")
 
 
@@ -205,7 +226,7 @@ def _add_prompts(parser: argparse.ArgumentParser) -> None:
         metavar="SET",
         help="ask in the wordings of this set, e.g. vqav2; see data/sources/prompt_pools.yaml",
     )
-    add("--prompt-file", type=Path, metavar="YAML", help="sets of your own (default: the 18 of the paper)")
+    add("--prompt-file", type=local_path, metavar="YAML", help="sets of your own (default: the 18 of the paper)")
     add("--seed", type=int, metavar="S", help="of the choice among the wordings (default: 0)")
 
 
@@ -254,6 +275,11 @@ def _check_options(args: argparse.Namespace) -> None:
             raise UsageError(
                 f"--min-{option} {least} is above --max-{option} {most}", fix="lower the one, or raise the other"
             )
+    if args.kind == "interleaved" and args.variant == "pairs" and args.image_place == "after":
+        raise UsageError(
+            "--variant pairs takes the sentence after an image, --image-place after puts it before",
+            fix="leave out --image-place",
+        )
 
 
 def _prepare_on_ray(job: "PrepareJob", address: str | None, num_workers: int) -> "Manifest":
@@ -278,6 +304,9 @@ def _source(args: argparse.Namespace) -> "Source":
         rules = InterleavedRules(
             max_images=args.max_images,
             min_images=args.min_images,
+            keep_images=args.keep_images,
+            image_place=args.image_place,
+            text_after_last_image=args.text_after_last_image,
             bad_image=args.bad_image,
             min_similarity=args.min_similarity,
             assignment=args.assignment,
@@ -328,7 +357,7 @@ def _recipe(args: argparse.Namespace):
 
     if args.kind == "interleaved":
         join = JoinRules(separator=args.separator, trim_at_images=not args.keep_blanks)
-        return Recipe(variant=args.variant, join=join, eos=not args.no_eos)
+        return Recipe(variant=args.variant, join=join, bos=not args.no_bos, eos=not args.no_eos)
     return Recipe() if args.kind == "pairs" else Recipe(bos=False, eos=False)
 
 

@@ -180,7 +180,7 @@ def test_the_kind_of_input_is_seen_from_its_files(tmp_path, make_table, make_tar
 def test_similarities_of_tables_are_refused_at_once(tmp_path, make_table):
     path = make_table(tmp_path / "0.parquet", {"texts": [["t"]], "images": [[None]]})
     for rules in (InterleavedRules(min_similarity=0.2), InterleavedRules(assignment="linear")):
-        with pytest.raises(ConfigError, match="have no similarities .*fix: leave out --min-similarity"):
+        with pytest.raises(ConfigError, match="do not match images .*fix: leave out --min-similarity"):
             find_interleaved_source((path,), rules)
 
 

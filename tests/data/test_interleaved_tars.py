@@ -115,6 +115,14 @@ def test_only_the_first_images_are_kept_and_the_text_stays(read):
     assert read(files, min_images=4) == [("k", "too_few_images")]
 
 
+def test_text_after_the_last_image_goes_but_for_what_the_image_stands_before(read):
+    record = {"texts": ["a", None, "b", "c"], "images": [None, "0.jpg", None, None]}
+    files = [("k.json", record), ("k.0.jpg", "A")]
+    assert read(files, text_after_last_image="drop") == [("k", ["a", "A", "b"])]
+    files = [("k.json", {"texts": ["a", "b"], "images": [None, None]})]
+    assert read(files, text_after_last_image="drop", min_images=0) == [("k", ["a", "b"])]
+
+
 def test_a_bad_image_rejects_the_document_or_is_left_out_and_counted(read, context):
     record = {"texts": [None, "a", None], "images": ["0.jpg", None, "1.jpg"]}
     files = [("k.json", record), ("k.0.jpg", b"<html>"), ("k.1.jpg", "B")]
@@ -180,8 +188,9 @@ def test_too_large_members_are_rejected_unread(read):
     ]
 
 
-def test_options_about_similarities_need_records_that_have_them(read):
+def test_options_about_matches_need_records_that_have_them(read):
     files = [("k.json", PLAIN), ("k.0.jpg", "A")]
+    assert read(files, image_place="after") == [("k", "json_type")]
     assert read(files, min_similarity=0.2) == read(files, assignment="best") == [("k", "json_type")]
 
 

@@ -248,6 +248,45 @@ def test_every_token_of_an_mmc4_document(folder, tmp_path, variant):
     assert sequences(folder, dataset) == [expand(sequence) for sequence in VARIANTS[variant]]
 
 
+def images(*numbers: int) -> list[tuple[str, str]]:
+    return [(IMAGE, str(number)) for number in numbers]
+
+
+START = (CONTEXT, "<s>")
+ONE, TWO, TAG = (TRAINED, "▁One."), (TRAINED, "▁Two."), (TRAINED, "▁An▁<IMAGE>▁tag.")
+TAG_TO_END = (TRAINED, "▁An▁<IMAGE>▁tag.▁Four.</s>")
+RULES = {
+    "--keep-images first-in-text --max-images 4": [START, *images(1, 5), ONE, *images(3), TWO, *images(0), TAG_TO_END],
+    "--keep-images first-listed --max-images 4": [START, *images(1), ONE, *images(3), TWO, *images(0, 2), TAG_TO_END],
+    "--image-place after": [
+        START,
+        *(ONE, *images(1, 5), TWO, *images(3), TAG, *images(0, 2, 4)),
+        (TRAINED, "▁Four.</s>"),
+    ],
+    "--text-after-last-image drop": [
+        START,
+        *(*images(1, 5), ONE, *images(3), TWO, *images(0, 2, 4)),
+        (TRAINED, "▁An▁<IMAGE>▁tag.</s>"),
+    ],
+    "--text-after-last-image drop --image-place after": [
+        START,
+        *(ONE, *images(1, 5), TWO, *images(3), TAG, *images(0, 2, 4)),
+        (TRAINED, "</s>"),
+    ],
+    "--no-bos --no-eos": [
+        (CONTEXT, "1"),  # an image at the start
+        *(*images(5), ONE, *images(3), TWO, *images(0, 2, 4)),
+        (TRAINED, "▁An▁<IMAGE>▁tag.▁Four."),
+    ],
+}
+
+
+@pytest.mark.parametrize("options", RULES)
+def test_every_token_of_an_mmc4_document_by_other_rules_than_the_paper(folder, tmp_path, options):
+    dataset = prepare(folder, "interleaved", MMC4, tmp_path / "d", *options.split())
+    assert sequences(folder, dataset) == [expand(RULES[options])]
+
+
 # ---------------------------------------------------------------------------------------------------- inspect
 
 

@@ -23,7 +23,8 @@ class InterleavedSource:
     """JSON lines as MMC4 publishes them.
 
     A record has `text_list` and `image_info`, each entry of it with `matched_text_index` and `image_name`, `raw_url`
-    or `image_base64`. Each image stands directly before its sentence; several of one sentence in their listed order.
+    or `image_base64`. Each image stands directly before its sentence, unless the rules say after; several of one
+    sentence in their listed order.
 
     Source: allenai/mmc4, README.
     """
@@ -56,7 +57,7 @@ def find_interleaved_source(
     Parquet files that img2dataset has written beside its tars are none of these: their tars are images.
 
     Raises:
-        ConfigError: none is there, kinds are mixed, or the rules ask for similarities of parquet tables.
+        ConfigError: none is there, kinds are mixed, or the rules want images matched in parquet tables.
         DataError: the first table has other columns.
     """
     files = tuple(file for path in paths for file in list_location(path, (*SUFFIXES, TABLE_SUFFIX, _TAR_SUFFIX)))
@@ -73,11 +74,11 @@ def find_interleaved_source(
     tables = tuple(file for file in tables if not is_shard_table(file))
     if not tables:
         return InterleavedTarSource(tars, rules)
-    if rules.want_similarity:
+    if rules.want_matches:
         raise ConfigError(
-            "parquet tables have no similarities of images and sentences",
+            "parquet tables do not match images and sentences",
             where=str(tables[0]),
-            fix="leave out --min-similarity and --assignment",
+            fix="leave out --min-similarity, --assignment and --image-place",
         )
     check_first_table(tables[0])
     return InterleavedTableSource(tables, rules)

@@ -23,7 +23,14 @@ class InterleavedRules:
     """How a record becomes a document; the defaults are those of the VILA paper and its code."""
 
     max_images: int = 6
-    """Images of a document; the first ones listed in the record are kept."""
+    """Images of a document."""
+    keep_images: Literal["first-listed", "first-in-text"] = "first-listed"
+    """Which ones of more: the first ones as the record lists them, or those of the first sentences."""
+    image_place: Literal["before", "after"] = "before"
+    """On which side of its matched sentence an image stands."""
+    text_after_last_image: Literal["keep", "drop"] = "keep"
+    """What becomes of the sentences after that of the last image; where images have no sentences but places, of those
+    after the first one that follows the last image."""
     min_images: int = 1
     """Documents with fewer images are rejected."""
     bad_image: Literal["document", "image"] = "document"
@@ -37,15 +44,15 @@ class InterleavedRules:
     max_record_bytes: int = MAX_RECORD_BYTES
 
     @property
-    def want_similarity(self) -> bool:
-        """Whether a rule is about similarities, which only MMC4's records have."""
-        return self.min_similarity is not None or self.assignment != "listed"
+    def want_matches(self) -> bool:
+        """Whether a rule is about the match of images and sentences, which only MMC4's records have."""
+        return self.min_similarity is not None or self.assignment != "listed" or self.image_place != "before"
 
 
 def matched_document(
     record: dict[str, Any], key: str, rules: InterleavedRules, images: ImageReader, find: FindImage
 ) -> Document:
-    """Read a record in the form of MMC4: each image stands directly before its sentence.
+    """Read a record in the form of MMC4: each image stands directly before its sentence, or after it.
 
     Args:
         record: has `text_list` and `image_info`, each entry of it with `matched_text_index`. Several images of one
@@ -73,12 +80,10 @@ def matched_document(
         infos = matched
     taker = _ImageTaker(rules, images)
     placed: dict[int, list[Segment]] = {}
-    for info in infos:
-        if not isinstance(info, dict):
-            raise RejectError("json_type", "image_info has an entry that is no object")
-        index = field(info, "matched_text_index", int)
-        if not 0 <= index < len(sentences):
-            raise RejectError("json_type", f"matched_text_index {index} of {len(sentences)} sentences")
+    indices = [_matched_index(info, len(sentences)) for info in infos]
+    order = range(len(infos))
+    for number in order if rules.keep_images == "first-listed" else sorted(order, key=indices.__getitem__):
+        info, index = infos[number], indices[number]
         if _is_dissimilar(info, rules):
             images.count("dissimilar_images")
         elif (image := taker.take(lambda info=info: find(info))) is not None:  # type: ignore[misc]
@@ -86,20 +91,22 @@ def matched_document(
     taker.check_enough()
     segments: list[Segment] = []
     for number, sentence in enumerate(sentences):
-        segments += [*placed.get(number, ()), Text(clean_text(sentence, rules.text))]
-    return Document(tuple(segments), key=key)
+        text = Text(clean_text(sentence, rules.text))
+        own = placed.get(number, ())
+        segments += [*own, text] if rules.image_place == "before" else [text, *own]
+    return Document(tuple(_without_tail(segments, rules)), key=key)
 
 
 def placed_document(
     places: Sequence[Text | LoadImage], key: str, rules: InterleavedRules, images: ImageReader
 ) -> Document:
-    """Put text and images where they stand; of the images, the first ones are kept.
+    """Put text and images where they stand; of the images, the first ones are kept, which are listed in this order.
 
     Raises:
         RejectError: a text or an image is not taken, or there are too few images.
     """
-    if rules.want_similarity:
-        raise RejectError("json_type", "the record has no similarities, which the options ask for")
+    if rules.want_matches:
+        raise RejectError("json_type", "the record matches no images and sentences, as the options want it")
     texts = [place for place in places if isinstance(place, Text)]
     _check_length(sum(len(text.text) for text in texts), rules.text)
     _check_listed(len(places) - len(texts))
@@ -111,7 +118,7 @@ def placed_document(
         elif (image := taker.take(place)) is not None:
             segments.append(image)
     taker.check_enough()
-    return Document(tuple(segments), key=key)
+    return Document(tuple(_without_tail(segments, rules)), key=key)
 
 
 def pair_up(texts: list[Any], images: list[Any], train: list[Any] | None = None) -> list[Text | Any]:
@@ -187,6 +194,24 @@ class _ImageTaker:
             raise RejectError(
                 "too_few_images", f"{self._num_taken} images, at least {self._rules.min_images} are wanted"
             )
+
+
+def _matched_index(info: Any, num_sentences: int) -> int:
+    if not isinstance(info, dict):
+        raise RejectError("json_type", "image_info has an entry that is no object")
+    index = field(info, "matched_text_index", int)
+    if not 0 <= index < num_sentences:
+        raise RejectError("json_type", f"matched_text_index {index} of {num_sentences} sentences")
+    return index
+
+
+def _without_tail(segments: list[Segment], rules: InterleavedRules) -> list[Segment]:
+    """Return the segments as the rule about the text after the last image wants them."""
+    last = max((number for number, segment in enumerate(segments) if isinstance(segment, Image)), default=None)
+    if rules.text_after_last_image == "keep" or last is None:
+        return segments
+    # The sentence that an image stands before belongs to it.
+    return segments[: last + (2 if rules.image_place == "before" else 1)]
 
 
 def _check_length(num_characters: int, rules: TextRules) -> None:
