@@ -200,11 +200,11 @@ def _balance_lines(data: dict[str, Any]) -> list[str]:
         return []
     lines = [
         "",
-        "fullest data-parallel rank over the mean, all batches           this plan  random order  any order in its batches",
+        "fullest data-parallel rank over the mean, all batches    this plan  random order  any order in its batches",
     ]
     for row in data["balance"]:
         name = f"{row['load']} on {row['data_parallel_size']} ranks"
-        lines.append(f"  {name:58s}  {row['planned']:11.4f}  {row['random']:12.4f}  {row['lower_bound']:24.4f}")
+        lines.append(f"  {name:51s}  {row['planned']:11.4f}  {row['random']:12.4f}  {row['lower_bound']:24.4f}")
     return lines
 
 

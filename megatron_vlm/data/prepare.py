@@ -46,6 +46,7 @@ from megatron_vlm.platform.durable_files import write_durably
 logger = logging.getLogger(__name__)
 
 _JOB_FILE, _LOCK_FILE = "job.json", "lock"
+_MAX_DIFFERENCES = 3
 _PARTS, _UNIQUE, _IMAGE_INDEX, _TABLE_INDEX = "parts", "unique", "images", "tables"
 
 
@@ -168,8 +169,18 @@ def _difference(found: Manifest, wanted: Manifest) -> str:
         return f"source: {found.source}"
     if found.tokenizer != wanted.tokenizer:
         return f"tokenizer: {found.tokenizer.name} of sha256 {found.tokenizer.sha256[:12]}"
-    names = sorted(found.options.keys() | wanted.options.keys())
-    return "options: " + ", ".join(name for name in names if found.options.get(name) != wanted.options.get(name))
+    there, here = _flatten(found.options), _flatten(wanted.options)
+    names = [name for name in sorted(there.keys() | here.keys()) if there.get(name) != here.get(name)]
+    shown = [f"{name} {there.get(name)}, now {here.get(name)}" for name in names[:_MAX_DIFFERENCES]]
+    return "options: " + "; ".join(shown) + ("; ..." if len(names) > _MAX_DIFFERENCES else "")
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the values of nested options under their dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
 
 
 @contextmanager

@@ -35,6 +35,8 @@ def load_tokenizer(path: str | Path) -> "Tokenizer":
         raise ConfigError(
             f"tokenizer cannot be read: {error.strerror}", where=str(file), fix="give a SentencePiece .model file"
         ) from None
+    if not content:
+        raise ConfigError("tokenizer file is empty", where=str(file), fix="copy it again")
     return Tokenizer(content, name=file.name, where=str(file))
 
 

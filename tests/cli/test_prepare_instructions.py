@@ -113,7 +113,7 @@ def test_another_seed_is_another_dataset_and_refused_in_the_same_folder(raw, tmp
     assert prepare(raw, "conversations", VQA, tmp_path / "b", "--prompts", "vqav2", "--seed", "1") == 0
     assert shard_bytes(tmp_path / "a") != shard_bytes(tmp_path / "b")
     assert prepare(raw, "conversations", VQA, tmp_path / "a", "--prompts", "vqav2", "--seed", "1") == 78
-    assert "differs in options: rules" in capsys.readouterr().err
+    assert "differs in options: rules.seed 0, now 1" in capsys.readouterr().err
 
 
 def test_own_prompt_file_is_used_and_checked_before_reading(raw, tmp_path, capsys):

@@ -140,8 +140,8 @@ def test_wrong_set_is_refused_with_file_and_key(pool, changes, message):
 def test_unknown_set_names_the_choices(pool):
     with pytest.raises(ConfigError, match="no prompts for 'vqa' .*pool.yaml.; fix: choose from mine, other"):
         load_prompt_set("vqa", pool())
-    with pytest.raises(ConfigError, match="no prompts for 'vqa'.*choose from activitynet-qa, .*vqav2"):
-        load_prompt_set("vqa")
+    with pytest.raises(ConfigError, match="no prompts for 'vqa_v2'.*did you mean vqav2"):
+        load_prompt_set("vqa_v2")
 
 
 def test_file_that_is_missing_or_no_yaml_is_named(tmp_path):

@@ -72,3 +72,9 @@ def test_model_without_eos_is_refused(tmp_path):
     )
     with pytest.raises(ConfigError, match="has no EOS piece"):
         load_tokenizer(prefix.with_suffix(".model"))
+
+
+def test_an_empty_tokenizer_file_is_named_as_such(tmp_path):
+    (tmp_path / "empty.model").write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"tokenizer file is empty \(.*empty.model\)"):
+        load_tokenizer(tmp_path / "empty.model")

@@ -4,6 +4,7 @@ A set says which kind of task it is, in which fields of its records the parts of
 the prompt; one of them is chosen for every question. `prompt_pools.yaml` has the 18 sets of VILA's table 10.
 """
 
+import difflib
 import string
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -137,8 +138,9 @@ def _load(name: str, path: Path) -> PromptSet:
         names = prompt_set_names(path)
         if not names or name in names:
             raise
-        choice = f"choose from {', '.join(sorted(names))}"
-    raise ConfigError(f"no prompts for {name!r}", where=str(path), fix=choice)
+        guess = difflib.get_close_matches(name, names, n=1)
+        choice = f"did you mean {guess[0]}?" if guess else f"choose from {', '.join(sorted(names))}"
+    raise ConfigError(f"no prompts for {name!r}", where=path.name, fix=choice)
 
 
 def check_prompt(text: str, parts: Iterable[str], key: str) -> tuple[str, ...]:
