@@ -115,7 +115,10 @@ class Fingerprints:
         piece = int(np.searchsorted(self.ends, position, side="right"))
         stream = self._origins(piece)
         stream.seek(int(self.records(piece)["origin"][position - self.start(piece)]))
-        file, line, key = json.loads(stream.readline())
+        try:
+            file, line, key = json.loads(stream.readline())
+        except ValueError:
+            raise _damaged(self.folders[piece] / ORIGINS_FILE, "have no line of each document") from None
         return file, line, key
 
     def _map(self, piece: int) -> np.ndarray:
@@ -124,7 +127,7 @@ class Fingerprints:
         try:
             # An empty file cannot be mapped.
             records = np.load(path, mmap_mode="r" if expected else None, allow_pickle=False)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EOFError) as error:
             raise _damaged(path, f"cannot be read: {error}") from None
         if records.dtype != RECORD or records.shape != (expected,):
             raise _damaged(path, f"have {records.size} entries, the part has {expected} samples")
@@ -185,11 +188,18 @@ def _repeats_of_bucket(fingerprints: Fingerprints, bucket: int, num_buckets: int
 
 
 def join_fingerprints(output: Path, folders: Sequence[Path]) -> None:
-    """Write the files of several pieces as those of one, for a share of a dataset."""
+    """Write the files of several pieces as those of one, for a share of a dataset.
+
+    Raises:
+        DataError: the fingerprints of a piece cannot be read.
+    """
     with _replacing(output / FINGERPRINTS_FILE) as fingerprints, _replacing(output / ORIGINS_FILE) as origins:
         parts: list[np.ndarray] = [np.zeros(0, dtype=RECORD)]
         for folder in folders:
-            records = np.load(folder / FINGERPRINTS_FILE, allow_pickle=False)
+            try:
+                records = np.load(folder / FINGERPRINTS_FILE, allow_pickle=False)
+            except (OSError, ValueError, EOFError) as error:
+                raise _damaged(folder / FINGERPRINTS_FILE, f"cannot be read: {error}") from None
             records["origin"] += origins.tell()
             parts.append(records)
             with (folder / ORIGINS_FILE).open("rb") as stream:

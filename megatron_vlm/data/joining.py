@@ -1,10 +1,8 @@
 """Make one dataset of finished pieces: the parts of `prepare`, or the datasets of a job array."""
 
 import dataclasses
-import io
 import os
 import shutil
-import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,13 +10,12 @@ from pathlib import Path
 import numpy as np
 
 from megatron_vlm.config import DataError
-from megatron_vlm.data.manifest import REJECTS_FILE, FileFacts, Manifest, ShardFacts
+from megatron_vlm.data.duplicates import FILES
+from megatron_vlm.data.manifest import REJECTS_FILE, Manifest, ShardFacts, facts_of_file, fault_of_file
 from megatron_vlm.data.part import USED_ROWS_FILE, PartFacts, reject_row
+from megatron_vlm.data.share import SHARE_OPTION
 from megatron_vlm.data.sources.pair_table import TableFile
 from megatron_vlm.data.sources.pairs import TarPairSource
-from megatron_vlm.platform.durable_files import write_durably
-
-_PREPARE_PART = "prepare this part again"
 
 
 def describe_rejects(rejects: dict[str, int]) -> str:
@@ -58,14 +55,13 @@ def join_facts(
     num_missing = _write_rejects(rejects, lists, missing)
     if num_missing:
         reasons["image_missing"] += num_missing
-    content = rejects.read_bytes()
     return dataclasses.replace(
         plan,
         shards=tuple(number_shards(pieces)),
         documents=sum(piece.documents for piece in pieces) + num_missing,
         rejects=dict(sorted(reasons.items())),
         notes=dict(sorted(notes.items())),
-        rejects_file=FileFacts(bytes=len(content), crc32=zlib.crc32(content)),
+        rejects_file=facts_of_file(rejects),
     )
 
 
@@ -84,27 +80,24 @@ def missing_rows(tables: tuple[TableFile, ...], used_rows: Sequence[np.ndarray])
             yield reject_row(path.name, found, found.document)
 
 
-def save_used_rows(folder: Path, used_rows: Sequence[np.ndarray]) -> None:
-    """Keep with a share of a dataset which rows of the joined tables it has used, int64[n] of each piece."""
-    stream = io.BytesIO()
-    np.save(stream, np.unique(np.concatenate([np.zeros(0, dtype=np.int64), *used_rows])))
-    write_durably(folder / USED_ROWS_FILE, stream.getvalue())
+def files_of_part(manifest: Manifest) -> tuple[str, ...]:
+    """Return what a part has for `data merge` besides its shards and its rejects."""
+    used_rows = (USED_ROWS_FILE,) if manifest.options[SHARE_OPTION]["tables"] else ()
+    return used_rows + (FILES if manifest.options.get("drop_duplicates") else ())
 
 
-def load_used_rows(folder: Path, num_rows: int) -> np.ndarray:
-    """Read what `save_used_rows` has written, int64[n].
+def check_part_files(folder: Path, manifest: Manifest) -> None:
+    """Hold what of a part is read when parts are joined, its shards aside, against its manifest.
 
     Raises:
-        DataError: the file is missing or damaged, or names rows outside of `num_rows`.
+        DataError: a file is missing or damaged, or the manifest says nothing about it.
     """
-    path = folder / USED_ROWS_FILE
-    try:
-        rows = np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise DataError(f"list of used rows cannot be read: {error}", where=str(path), fix=_PREPARE_PART) from None
-    if len(rows) and not 0 <= rows.min() <= rows.max() < num_rows:
-        raise DataError(f"list of used rows goes beyond the {num_rows} there are", where=str(path), fix=_PREPARE_PART)
-    return rows
+    known = {REJECTS_FILE: manifest.rejects_file, **manifest.part_files}
+    for name in (REJECTS_FILE, *files_of_part(manifest)):
+        facts = known.get(name)
+        fault = "the manifest has no checksum of it" if facts is None else fault_of_file(folder / name, facts)
+        if fault is not None:
+            raise DataError(f"part is damaged: {name}: {fault}", where=str(folder), fix="prepare this part again")
 
 
 def check_not_empty(manifest: Manifest, where: Path) -> None:

@@ -101,6 +101,8 @@ class Manifest:
     options: dict[str, Any] = field(default_factory=dict)
     """Options of `prepare`."""
     rejects_file: FileFacts | None = None
+    part_files: dict[str, FileFacts] = field(default_factory=dict)
+    """What a part of a dataset has for `data merge` besides shards and rejects, by name; empty where it is whole."""
 
     @property
     def counts(self) -> Counts:
@@ -125,10 +127,34 @@ def crc32_of_file(path: Path) -> int:
     return value
 
 
+def without_content(manifest: Manifest) -> Manifest:
+    """Return what is known before any data is read: from what a dataset is made, and how."""
+    return dataclasses.replace(manifest, shards=(), documents=0, rejects={}, notes={}, rejects_file=None, part_files={})
+
+
+def facts_of_file(path: Path) -> FileFacts:
+    """Return size and checksum of a file."""
+    return FileFacts(bytes=path.stat().st_size, crc32=crc32_of_file(path))
+
+
+def fault_of_file(path: Path, facts: FileFacts) -> str | None:
+    """Return in which way a file is not what the manifest says; None: in none."""
+    try:
+        if not path.is_file():
+            return "file is missing"
+        if (found := path.stat().st_size) != facts.bytes:
+            return f"{found} bytes, the manifest says {facts.bytes}"
+        return None if crc32_of_file(path) == facts.crc32 else "checksum differs from the manifest"
+    except OSError as error:
+        return f"file cannot be read: {error.strerror}"
+
+
 def save_manifest(manifest: Manifest, folder: Path) -> None:
     """Write `manifest.json`; the last file of a dataset, since its presence means that the dataset is complete."""
     tree = {"format": FORMAT_NAME, "format_version": FORMAT_VERSION}
     tree |= dataclasses.asdict(manifest) | {"counts": dataclasses.asdict(manifest.counts)}
+    if not manifest.part_files:
+        del tree["part_files"]
     write_durably(folder / MANIFEST_FILE, (json.dumps(tree, indent=1) + "\n").encode())
 
 
@@ -190,4 +216,5 @@ def _from_tree(tree: dict[str, Any]) -> Manifest:
         notes=dict(tree["notes"]),
         options=dict(tree["options"]),
         rejects_file=FileFacts(**tree["rejects_file"]) if tree["rejects_file"] else None,
+        part_files={name: FileFacts(**facts) for name, facts in tree.get("part_files", {}).items()},
     )

@@ -17,8 +17,17 @@ from typing import Any
 
 from megatron_vlm.config import ConfigError, DataError, StorageError
 from megatron_vlm.data.deduplicate import drop_repeats
-from megatron_vlm.data.joining import check_not_empty, join_facts, load_used_rows, missing_rows
-from megatron_vlm.data.manifest import MANIFEST_FILE, REJECTS_FILE, Manifest, ShardFacts, load_manifest, save_manifest
+from megatron_vlm.data.joining import check_not_empty, check_part_files, join_facts, missing_rows
+from megatron_vlm.data.manifest import (
+    MANIFEST_FILE,
+    REJECTS_FILE,
+    Manifest,
+    ShardFacts,
+    load_manifest,
+    save_manifest,
+    without_content,
+)
+from megatron_vlm.data.part import load_used_rows
 from megatron_vlm.data.shards import SUFFIXES, ShardedDataset
 from megatron_vlm.data.share import SHARE_OPTION, Share
 from megatron_vlm.data.sources.locations import parse_location
@@ -49,6 +58,8 @@ def merge_datasets(output: Path, folders: Sequence[Path], *, num_workers: int = 
     manifests = {folder: ShardedDataset.open(folder).manifest for folder in folders}
     ordered = _order_shares(manifests)
     plan = _common_plan({folder: manifests[folder] for folder in ordered})
+    for folder in ordered:
+        check_part_files(folder, manifests[folder])
     tables = _open_tables(manifests[ordered[0]])
     num_rows = sum(table.num_rows for table in tables)
     used_rows = [load_used_rows(folder, num_rows) for folder in ordered] if tables else []
@@ -165,9 +176,7 @@ def _common_plan(manifests: dict[Path, Manifest]) -> Manifest:
     plans: dict[Path, Manifest] = {}
     for folder, manifest in manifests.items():
         options = {name: value for name, value in manifest.options.items() if name != SHARE_OPTION}
-        plans[folder] = dataclasses.replace(
-            manifest, shards=(), documents=0, rejects={}, notes={}, rejects_file=None, options=options
-        )
+        plans[folder] = dataclasses.replace(without_content(manifest), options=options)
     first, plan = next(iter(plans.items()))
     for folder, other in plans.items():
         if other != plan:

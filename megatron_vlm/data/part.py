@@ -7,18 +7,20 @@ part depends on its input file and the options alone, is written beside its plac
 import dataclasses
 import errno
 import functools
+import io
 import json
 import os
 import shutil
 import socket
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from megatron_vlm.config import DataError
 from megatron_vlm.data.documents import VARIANTS, Document, JoinRules, RejectError, join_text
 from megatron_vlm.data.duplicates import FingerprintWriter
 from megatron_vlm.data.encoding import encode_document
@@ -35,6 +37,7 @@ PART_FILE = "part.json"
 USED_ROWS_FILE = "used_rows.npy"
 _REPORT_EVERY = 100
 _MAX_DETAIL = 300
+_PREPARE_AGAIN = "delete the folder of this part and prepare it again"
 
 Report = Callable[[int, int], None]
 """Told how many more documents were read, and how many of them rejected."""
@@ -151,6 +154,29 @@ def load_part(folder: Path) -> PartFacts:
     return PartFacts(**tree, shards=shards)
 
 
+def save_used_rows(folder: Path, used_rows: Sequence[np.ndarray]) -> None:
+    """Keep with a piece of a dataset which rows of the joined tables it has used, int64[n] of each of its own."""
+    stream = io.BytesIO()
+    np.save(stream, np.unique(np.concatenate([np.zeros(0, dtype=np.int64), *used_rows])))
+    write_durably(folder / USED_ROWS_FILE, stream.getvalue())
+
+
+def load_used_rows(folder: Path, num_rows: int) -> np.ndarray:
+    """Read what `save_used_rows` has written, int64[n].
+
+    Raises:
+        DataError: the file is missing or damaged, or names rows outside of `num_rows`.
+    """
+    path = folder / USED_ROWS_FILE
+    try:
+        rows = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"list of used rows cannot be read: {error}", where=str(path), fix=_PREPARE_AGAIN) from None
+    if len(rows) and not 0 <= rows.min() <= rows.max() < num_rows:
+        raise DataError(f"list of used rows goes beyond the {num_rows} there are", where=str(path), fix=_PREPARE_AGAIN)
+    return rows
+
+
 def reject_row(file: str, found: Found, error: RejectError) -> str:
     """Return one line of the list of rejects."""
     row = {"file": file, "line": found.line, "key": found.key, "reason": error.reason}
@@ -184,7 +210,7 @@ def _write_part(job: PartJob, path: Location, name: str, folder: Path, report: R
     report(documents % _REPORT_EVERY, sum(rejects.values()) - reported_rejects)
     if fingerprints is not None:
         fingerprints.close()
-    np.save(folder / USED_ROWS_FILE, np.array(context.used_rows, dtype=np.int64))
+    save_used_rows(folder, [np.array(context.used_rows, dtype=np.int64)])
     facts = PartFacts(
         input=name,
         documents=documents,

@@ -22,16 +22,25 @@ import numpy as np
 from megatron_vlm.config import ConfigError, StorageError
 from megatron_vlm.data.deduplicate import drop_repeats
 from megatron_vlm.data.duplicates import join_fingerprints
-from megatron_vlm.data.joining import check_not_empty, join_facts, missing_rows, save_used_rows
+from megatron_vlm.data.joining import check_not_empty, files_of_part, join_facts, missing_rows
 from megatron_vlm.data.manifest import (
     MANIFEST_FILE,
     REJECTS_FILE,
     WORK_FOLDER,
     Manifest,
+    facts_of_file,
     load_manifest,
     save_manifest,
+    without_content,
 )
-from megatron_vlm.data.part import USED_ROWS_FILE, PartJob, discard, load_part, prepare_part
+from megatron_vlm.data.part import (
+    PartJob,
+    discard,
+    load_part,
+    load_used_rows,
+    prepare_part,
+    save_used_rows,
+)
 from megatron_vlm.data.shards import SUFFIXES
 from megatron_vlm.data.share import SHARE_OPTION, Share
 from megatron_vlm.data.sources.image_store import index_tar
@@ -150,7 +159,7 @@ def _finished_before(output: Path, plan: Manifest) -> Manifest | None:
     """
     if (output / MANIFEST_FILE).exists():
         found = load_manifest(output)
-        bare = dataclasses.replace(found, shards=(), documents=0, rejects={}, notes={}, rejects_file=None)
+        bare = without_content(found)
         if bare != plan:
             raise ConfigError(
                 f"output folder holds a dataset that differs in {_difference(bare, plan)}",
@@ -257,7 +266,8 @@ def _join(job: PrepareJob, plan: Manifest, folders: list[Path], run: Engine) -> 
         unique = drop_repeats(parts, folders, kind=kind, tokenizer=plan.tokenizer, work=work, run=run)
         parts, shards, duplicates = unique.pieces, unique.sources, unique.rows
     tables = job.part.source.tables if isinstance(job.part.source, TarPairSource) else ()
-    used_rows = [np.load(folder / USED_ROWS_FILE) for folder in folders] if tables else []
+    num_rows = sum(table.num_rows for table in tables)
+    used_rows = [load_used_rows(folder, num_rows) for folder in folders] if tables else []
     # What a job of an array has no image for may be in the tars of another one: `data merge` finds out.
     missing = missing_rows(tables, used_rows) if job.share is None else iter(())
     manifest = join_facts(plan, parts, folders, output / REJECTS_FILE, missing, duplicates)
@@ -268,6 +278,8 @@ def _join(job: PrepareJob, plan: Manifest, folders: list[Path], run: Engine) -> 
             save_used_rows(output, used_rows)
         if kind:  # so does which sample is the first of its kind
             join_fingerprints(output, folders)
+        names = files_of_part(manifest)
+        manifest = dataclasses.replace(manifest, part_files={name: facts_of_file(output / name) for name in names})
     _move_shards(output, shards, manifest)
     return manifest
 

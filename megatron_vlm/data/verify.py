@@ -10,7 +10,15 @@ from tqdm import tqdm
 from megatron_vlm.config import DataError
 from megatron_vlm.data.image_check import ImageRules, check_image
 from megatron_vlm.data.images import ImageLimits
-from megatron_vlm.data.manifest import REJECTS_FILE, Counts, Manifest, ShardFacts, crc32_of_file, load_manifest
+from megatron_vlm.data.manifest import (
+    REJECTS_FILE,
+    Counts,
+    FileFacts,
+    Manifest,
+    ShardFacts,
+    fault_of_file,
+    load_manifest,
+)
 from megatron_vlm.data.shards import MODE_CONTEXT, MODE_IMAGE, MODE_TRAINED, SUFFIXES, TOKEN_DTYPE, ShardIndex
 
 _MAX_FAULTS_PER_SHARD = 100
@@ -52,29 +60,27 @@ def _verify_manifest(folder: Path, manifest: Manifest) -> Iterator[str]:
     for name in sorted(present - listed):
         yield f"{name}: file is not in the manifest"
     if manifest.rejects_file is not None:
-        yield from _verify_file(folder / REJECTS_FILE, manifest.rejects_file.bytes, manifest.rejects_file.crc32)
+        yield from _verify_file(folder / REJECTS_FILE, manifest.rejects_file)
         path = folder / REJECTS_FILE
         if path.is_file() and (rows := path.read_bytes().count(b"\n")) != manifest.rejected:
             yield f"{REJECTS_FILE}: {rows} rows, the manifest says {manifest.rejected}"
+    for name, facts in manifest.part_files.items():
+        yield from _verify_file(folder / name, facts)
     variant = manifest.options.get("recipe", {}).get("variant", "full")
     used = manifest.documents - manifest.rejected
     if variant == "full" and used != manifest.counts.samples:
         yield f"manifest: {used} documents were used, but there are {manifest.counts.samples} samples"
 
 
-def _verify_file(path: Path, size: int, crc32: int) -> Iterator[str]:
-    if not path.is_file():
-        yield f"{path.name}: file is missing"
-    elif (found := path.stat().st_size) != size:
-        yield f"{path.name}: {found} bytes, the manifest says {size}"
-    elif crc32_of_file(path) != crc32:
-        yield f"{path.name}: checksum differs from the manifest"
+def _verify_file(path: Path, facts: FileFacts) -> Iterator[str]:
+    if fault := fault_of_file(path, facts):
+        yield f"{path.name}: {fault}"
 
 
 def _verify_shard(folder: Path, shard: ShardFacts, vocab_size: int, decode: bool) -> Iterator[str]:
     faults: list[str] = []
     for suffix in ("idx", "crc"):
-        faults += _verify_file(folder / f"{shard.name}.{suffix}", shard.files[suffix].bytes, shard.files[suffix].crc32)
+        faults += _verify_file(folder / f"{shard.name}.{suffix}", shard.files[suffix])
     index = None
     if not faults:
         try:
@@ -85,7 +91,7 @@ def _verify_shard(folder: Path, shard: ShardFacts, vocab_size: int, decode: bool
     yield from faults
     path, facts = folder / f"{shard.name}.bin", shard.files["bin"]
     if faults or index is None or not path.is_file() or path.stat().st_size != facts.bytes:
-        yield from _verify_file(path, facts.bytes, facts.crc32)  # what is in it cannot be told, but whether it is whole
+        yield from _verify_file(path, facts)  # what is in it cannot be told, but whether it is whole
         return
     crcs = np.fromfile(folder / f"{shard.name}.crc", dtype="<u4")
     yield from _verify_data(path, shard, index, crcs, vocab_size, decode)

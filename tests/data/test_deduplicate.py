@@ -3,13 +3,13 @@ import os
 import random
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from megatron_vlm.config import ConfigError, DataError, StorageError
 from megatron_vlm.data import deduplicate
 from megatron_vlm.data.documents import JoinRules
-from megatron_vlm.data.duplicates import FILES, FINGERPRINTS_FILE, ORIGINS_FILE, fingerprint
+from megatron_vlm.data.duplicates import FILES, fingerprint
+from megatron_vlm.data.manifest import REJECTS_FILE
 from megatron_vlm.data.merge import merge_datasets
 from megatron_vlm.data.part import ImagePlace, PartJob, Recipe
 from megatron_vlm.data.prepare import PrepareJob, prepare
@@ -163,24 +163,25 @@ def test_a_share_keeps_duplicates_and_what_the_join_needs(corpus, tokenizer_path
     assert not set(FILES) & set(os.listdir(tmp_path / "straight"))
 
 
+@pytest.mark.parametrize("name", [*FILES, REJECTS_FILE])
 @pytest.mark.parametrize(
-    ("name", "damage", "message"),
+    ("damage", "message"),
     [
-        (FINGERPRINTS_FILE, None, "fingerprints cannot be read.*fix: prepare this part again"),
-        (ORIGINS_FILE, None, "fingerprints cannot be read"),
-        (FINGERPRINTS_FILE, b"x", "fingerprints cannot be read"),
-        (FINGERPRINTS_FILE, np.zeros(3), "fingerprints have 3 entries, the part has"),
+        (lambda content: None, "file is missing"),
+        (lambda content: content[:-5], "bytes, the manifest says"),
+        (lambda content: content[:-1] + bytes([content[-1] ^ 1]), "checksum differs from the manifest"),
     ],
 )
-def test_lost_and_damaged_fingerprints_are_data_errors(corpus, tokenizer_path, tmp_path, name, damage, message):
+def test_lost_and_damaged_files_of_a_part_are_data_errors(corpus, tokenizer_path, tmp_path, name, damage, message):
     parts = prepare_shares(make_job(corpus(), tokenizer_path, tmp_path / "joined", "documents"), 2)
-    (parts[0] / name).unlink()
-    if isinstance(damage, bytes):
-        (parts[0] / name).write_bytes(damage)
-    elif damage is not None:
-        np.save(parts[0] / name, damage)
-    with pytest.raises(DataError, match=message):
+    content = damage((parts[1] / name).read_bytes())
+    (parts[1] / name).unlink()
+    if content is not None:
+        (parts[1] / name).write_bytes(content)
+    with pytest.raises(DataError, match=f"part is damaged: {name}: .*{message}.*fix: prepare this part again"):
         merge_datasets(tmp_path / "joined", parts)
+    assert any(name in fault for fault in verify_dataset(parts[1]))
+    assert not (tmp_path / "joined").exists()
 
 
 def test_parts_with_and_without_removal_do_not_mix(corpus, tokenizer_path, tmp_path):

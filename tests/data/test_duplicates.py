@@ -3,8 +3,10 @@ import tracemalloc
 import numpy as np
 import pytest
 
+from megatron_vlm.config import DataError
 from megatron_vlm.data.duplicates import (
     FINGERPRINTS_FILE,
+    ORIGINS_FILE,
     RECORD,
     Fingerprints,
     FingerprintWriter,
@@ -94,6 +96,16 @@ def test_memory_is_bounded_by_the_bucket(tmp_path):
 def test_no_sample_has_no_repeats(tmp_path):
     assert len(find_repeats(Fingerprints([], [])).samples) == 0
     assert len(find_repeats(save_pieces(tmp_path, [np.zeros((0, 2), np.uint64)])).samples) == 0
+
+
+def test_damaged_files_of_a_piece_are_data_errors(tmp_path):
+    fingerprints = save_pieces(tmp_path, [np.array([[1, 2]], dtype=np.uint64)])
+    (tmp_path / "0" / ORIGINS_FILE).write_text('["f", 1')
+    with pytest.raises(DataError, match="fingerprints have no line of each document"):
+        fingerprints.origin(0)
+    (tmp_path / "0" / FINGERPRINTS_FILE).write_bytes(b"x")
+    with pytest.raises(DataError, match="fingerprints cannot be read"):
+        join_fingerprints(tmp_path, [tmp_path / "0"])
 
 
 def test_each_sample_leads_to_file_line_and_key_also_after_joining(tmp_path):

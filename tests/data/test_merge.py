@@ -1,16 +1,18 @@
+import dataclasses
 import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 
 from megatron_vlm.config import ConfigError, DataError, StorageError
 from megatron_vlm.data.documents import JoinRules
-from megatron_vlm.data.manifest import REJECTS_FILE
+from megatron_vlm.data.manifest import REJECTS_FILE, load_manifest, save_manifest
 from megatron_vlm.data.merge import merge_datasets, split_dataset
-from megatron_vlm.data.part import ImagePlace, PartJob, Recipe
+from megatron_vlm.data.part import USED_ROWS_FILE, ImagePlace, PartJob, Recipe
 from megatron_vlm.data.prepare import PrepareJob, prepare
 from megatron_vlm.data.shards import ShardedDataset
 from megatron_vlm.data.sources.interleaved import InterleavedRules, InterleavedSource
@@ -152,6 +154,21 @@ def test_an_unfinished_or_cut_part_is_a_data_error(texts, tokenizer_path, tmp_pa
         merge_datasets(tmp_path / "joined", parts)
     (parts[0] / "manifest.json").unlink()
     with pytest.raises(DataError, match=r"folder has no manifest\.json"):
+        merge_datasets(tmp_path / "joined", parts)
+
+
+def test_a_damaged_list_of_used_rows_is_a_data_error(coyo, tokenizer_path, tmp_path):
+    parts = prepare_shares(pair_job(coyo, tokenizer_path, tmp_path / "joined"), 2)
+    rows = np.load(parts[0] / USED_ROWS_FILE)
+    np.save(parts[0] / USED_ROWS_FILE, rows[::-1])
+    with pytest.raises(DataError, match=f"part is damaged: {USED_ROWS_FILE}: checksum differs"):
+        merge_datasets(tmp_path / "joined", parts)
+
+
+def test_a_part_without_a_checksum_of_its_files_is_a_data_error(coyo, tokenizer_path, tmp_path):
+    parts = prepare_shares(pair_job(coyo, tokenizer_path, tmp_path / "joined"), 2)
+    save_manifest(dataclasses.replace(load_manifest(parts[0]), part_files={}), parts[0])
+    with pytest.raises(DataError, match=f"{USED_ROWS_FILE}: the manifest has no checksum of it"):
         merge_datasets(tmp_path / "joined", parts)
 
 

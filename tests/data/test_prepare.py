@@ -20,7 +20,7 @@ from megatron_vlm.data.documents import JoinRules
 from megatron_vlm.data.image_check import ImageRules
 from megatron_vlm.data.manifest import WORK_FOLDER, load_manifest
 from megatron_vlm.data.merge import merge_datasets
-from megatron_vlm.data.part import ImagePlace, PartJob, Recipe
+from megatron_vlm.data.part import USED_ROWS_FILE, ImagePlace, PartJob, Recipe
 from megatron_vlm.data.prepare import PrepareJob, prepare
 from megatron_vlm.data.shards import ImageSegment, ShardedDataset
 from megatron_vlm.data.share import Share
@@ -380,6 +380,35 @@ def test_unfinished_preparation_with_other_options_is_refused(mmc4, tokenizer_pa
     with pytest.raises(DataError, match="unfinished"):
         load_manifest(output)
     assert prepare(mmc4_job(mmc4, tokenizer_path, output)).counts.samples == 6
+
+
+def test_a_damaged_list_of_used_rows_of_a_finished_part_is_a_data_error(coyo, tokenizer_path, output, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(prepare_module, "save_manifest", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            prepare(coyo_job(coyo, tokenizer_path, output))
+    (output / WORK_FOLDER / "parts" / "00001" / USED_ROWS_FILE).write_bytes(b"")
+    with pytest.raises(DataError, match="list of used rows cannot be read"):
+        prepare(coyo_job(coyo, tokenizer_path, output))
+
+
+def test_every_file_of_a_part_is_on_the_disk_before_the_part_is_whole(coyo, tokenizer_path, output, monkeypatch):
+    flushed: set[int] = set()
+    whole: list[dict[str, bool]] = []
+    rename = os.rename
+
+    def check(source, target, **options):
+        if Path(target).parent.name == "parts":
+            whole.append({path.name: path.stat().st_ino in flushed for path in Path(source).iterdir()})
+        rename(source, target, **options)
+
+    monkeypatch.setattr(os, "fsync", lambda descriptor: flushed.add(os.fstat(descriptor).st_ino))
+    monkeypatch.setattr(os, "rename", check)
+    job = coyo_job(coyo, tokenizer_path, output)
+    prepare(dataclasses.replace(job, part=dataclasses.replace(job.part, drop_duplicates="images")))
+    assert len(whole) == 2
+    assert {USED_ROWS_FILE, "part.json", "rejects.jsonl", "fingerprints.npy", "00000.bin"} <= set(whole[0])
+    assert [name for files in whole for name, is_flushed in files.items() if not is_flushed] == []
 
 
 def test_no_worker_process_is_left_behind(mmc4, tokenizer_path, output):
