@@ -40,6 +40,7 @@ setup(
         "dev": [
             "pytest>=8",
             "hypothesis>=6",
+            "aiohttp>=3.9",  # fsspec's driver of http:// and https://
             "ruff>=0.8",
             "mypy>=1.13",
             "pre-commit>=3.5",

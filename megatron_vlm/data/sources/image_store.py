@@ -14,7 +14,7 @@ from megatron_vlm.data.image_check import ImageRules, check_image, shrink_image
 from megatron_vlm.data.sources.join_index import JoinIndex, JoinRows, hash_texts
 from megatron_vlm.data.sources.locations import Location, RemoteFile
 from megatron_vlm.data.sources.records import MAX_RECORD_BYTES, parse_record
-from megatron_vlm.data.sources.remote import RemoteStore
+from megatron_vlm.data.sources.remote import WEB_SCHEMES, DeniedError, RemoteStore
 from megatron_vlm.data.sources.tars import Member, TarReader, find_image, group_members, list_members
 
 _PLACE_DTYPE = np.dtype([("tar", "<u4"), ("size", "<u4"), ("offset", "<u8")])
@@ -79,6 +79,7 @@ class RemoteImages:
 
     def __init__(self, root: RemoteFile, *, max_bytes: int) -> None:
         self._store, self._max_bytes = RemoteStore(root), max_bytes
+        self._is_web = root.scheme in WEB_SCHEMES
 
     def read(self, name: str | None, url: str | None) -> bytes:
         """Return the object named `name`; the URL in the corpus is of no use here."""
@@ -91,6 +92,11 @@ class RemoteImages:
             data = self._store.read_inside(path, self._max_bytes)
         except FileNotFoundError:
             raise RejectError("image_missing", f"{name[:200]!r}: No such file or directory") from None
+        except DeniedError as error:
+            if not self._is_web:
+                raise
+            # As public buckets answer over the web where there is no file.
+            raise RejectError("image_missing", f"{name[:200]!r}: {error.what}") from None
         if isinstance(data, int):
             raise RejectError("image_bytes", f"{data} bytes, at most {self._max_bytes} are taken")
         return data

@@ -8,7 +8,7 @@ from megatron_vlm.data.documents import RejectError
 from megatron_vlm.data.sources.interleaved_documents import InterleavedRules, find_listed_image, matched_document
 from megatron_vlm.data.sources.interleaved_tables import TABLE_SUFFIX, InterleavedTableSource, check_first_table
 from megatron_vlm.data.sources.interleaved_tars import InterleavedTarSource
-from megatron_vlm.data.sources.locations import Location, list_location
+from megatron_vlm.data.sources.locations import Location, check_suffixes, list_location
 from megatron_vlm.data.sources.pair_table import is_shard_table
 from megatron_vlm.data.sources.records import SUFFIXES, read_records
 from megatron_vlm.data.sources.source import Found, ReadContext, find_record_files, key_of
@@ -61,6 +61,7 @@ def find_interleaved_source(
         DataError: the first table has other columns.
     """
     files = tuple(file for path in paths for file in list_location(path, (*SUFFIXES, TABLE_SUFFIX, _TAR_SUFFIX)))
+    check_suffixes(files, (*SUFFIXES, TABLE_SUFFIX, _TAR_SUFFIX))
     tables = tuple(file for file in files if file.name.lower().endswith(TABLE_SUFFIX))
     tars = tuple(file for file in files if file.name.lower().endswith(_TAR_SUFFIX))
     if len(tables) + len(tars) < len(files) or not files:

@@ -6,22 +6,34 @@ Paths are read with plain system calls. Nothing is read over a network unless th
 import dataclasses
 import glob
 import io
+import os
 import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, cast
 
 from megatron_vlm.config import ConfigError
-from megatron_vlm.data.sources.remote import WEB_SCHEMES, RemoteFile, RemoteStore, RemoteStream, remote_size
+from megatron_vlm.data.sources.remote import (
+    WEB_SCHEMES,
+    DeniedError,
+    RemoteFile,
+    RemoteStore,
+    RemoteStream,
+    remote_size,
+)
 
 __all__ = [
     "Location",
     "RemoteFile",
     "absolute",
     "can_list",
+    "check_suffixes",
     "folder_of",
     "is_file",
     "is_folder",
     "list_location",
+    "name_files",
+    "names_files",
     "open_stream",
     "parse_location",
     "place_of",
@@ -41,13 +53,36 @@ def parse_location(text: str) -> Location:
 
 
 def absolute(location: Location) -> str:
-    """Return the text that finds the file again from any working directory."""
-    return location.url if isinstance(location, RemoteFile) else str(location.resolve())
+    """Return the text that names the file from any working directory; of a URL, without what may be a secret."""
+    return str(location if isinstance(location, RemoteFile) else location.resolve())
 
 
 def place_of(location: Location) -> PurePosixPath:
     """Return an absolute path that names the file among all others; two of one folder differ in their last part."""
     return location.path if isinstance(location, RemoteFile) else PurePosixPath(location.resolve())
+
+
+def name_files(locations: Sequence[Location]) -> dict[str, Location]:
+    """Return files by name, relative to the folder that all are in; one that is given twice comes once.
+
+    Raises:
+        ConfigError: two URLs differ in nothing but what may be a secret, and would have one name.
+    """
+    if not locations:
+        return {}
+    places = [place_of(location) for location in locations]
+    root = os.path.commonpath([place.parent for place in places])
+    named: dict[str, Location] = {}
+    for place, location in zip(places, locations, strict=True):
+        name = os.path.relpath(place, root)
+        other = named.setdefault(name, location)
+        if isinstance(location, RemoteFile) and isinstance(other, RemoteFile) and other.url != location.url:
+            raise ConfigError(
+                "two URLs differ in their query or user alone, by which no file is named",
+                where=str(location),
+                fix="give each file once, under a name of its own",
+            )
+    return named
 
 
 def size_of(location: Location) -> int:
@@ -62,12 +97,15 @@ def size_of(location: Location) -> int:
 
 
 def is_file(location: Location) -> bool:
-    """Tell whether there is a file."""
+    """Tell whether there is a file that may be read.
+
+    Where a server refuses, there is none for us: some say so of each file that does not exist.
+    """
     if not isinstance(location, RemoteFile):
         return location.is_file()
     try:
         return RemoteStore(location).info()["type"] == "file"
-    except FileNotFoundError:
+    except (FileNotFoundError, DeniedError):
         return False
 
 
@@ -81,6 +119,13 @@ def is_folder(location: Location) -> bool:
         return RemoteStore(location).info()["type"] == "directory"
     except FileNotFoundError:
         return False
+
+
+def names_files(location: Location) -> bool:
+    """Tell whether a place that is a folder or tars is tars: a file or a pattern, of which a URL tells by its text."""
+    if isinstance(location, RemoteFile):
+        return location.is_pattern or location.suffix.lower() == ".tar"
+    return location.is_file() or (not location.exists() and glob.has_magic(str(location)))
 
 
 def can_list(folder: Location) -> bool:
@@ -114,6 +159,21 @@ def list_location(location: Location, suffixes: tuple[str, ...], option: str = "
     if not matching:
         raise _unmatched(location, option)
     return list(matching)
+
+
+def check_suffixes(files: Iterable[Location], suffixes: tuple[str, ...], option: str = "--input") -> None:
+    """Refuse files that the user named and that are of another kind by their names; without a dot, these tell nothing.
+
+    Raises:
+        ConfigError: a file has none of `suffixes`; `option` is where the user gave it.
+    """
+    for file in files:
+        if "." in file.name and not file.name.lower().endswith(suffixes):
+            raise ConfigError(
+                f"file of {option} is none of {', '.join(suffixes)}",
+                where=str(file),
+                fix="unpack, rename or leave it out",
+            )
 
 
 def _missing(location: Location, option: str) -> ConfigError:

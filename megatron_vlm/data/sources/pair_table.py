@@ -33,22 +33,31 @@ def read_shard_table(path: Location) -> dict[str, dict[str, Any]]:
 
 def is_shard_table(path: Location) -> bool:
     """Tell whether a parquet file is the one that img2dataset writes beside the tar of the same name."""
-    if not is_file(path) or not is_file(path.with_suffix(".tar")):
+    if not is_file(path) or not is_file(beside(path, ".tar")):
         return False
     with open_parquet(path) as table:
         return "key" in table.schema_arrow.names
 
 
+def beside(path: Location, suffix: str) -> Location:
+    """Return the file of the same name with another suffix, in capitals where that of `path` is."""
+    return path.with_suffix(suffix.upper() if path.suffix.isupper() else suffix)
+
+
 def index_table(path: Location, first_row: int) -> JoinRows:
-    """List the rows of one table under their URLs.
+    """List the rows of one table under their URLs; rows without one are under none.
 
     Args:
         path: a parquet file with a column of URLs.
         first_row: number of its first row among the rows of all tables.
     """
-    hashes = [hash_texts([url or "" for url in urls]) for urls in _batches(path, _URL_COLUMNS)]
-    merged = np.concatenate([np.zeros(0, dtype="<u8"), *hashes])
-    return JoinRows(merged, np.arange(first_row, first_row + len(merged), dtype="<u8"))
+    hashes, rows = [np.zeros(0, dtype="<u8")], [np.zeros(0, dtype="<u8")]
+    for urls in _batches(path, _URL_COLUMNS):
+        named = [number for number, url in enumerate(urls) if url and isinstance(url, str)]
+        hashes.append(hash_texts([urls[number] for number in named]))
+        rows.append(np.array(named, dtype="<u8") + np.uint64(first_row))
+        first_row += len(urls)
+    return JoinRows(np.concatenate(hashes), np.concatenate(rows))
 
 
 @dataclass(frozen=True, slots=True)

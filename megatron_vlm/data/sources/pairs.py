@@ -9,14 +9,24 @@ import numpy as np
 
 from megatron_vlm.data.documents import Document, Image, RejectError, Text, TextRules, clean_text
 from megatron_vlm.data.sources.image_store import ImageReader
-from megatron_vlm.data.sources.locations import Location, list_location
-from megatron_vlm.data.sources.pair_table import PairTable, TableFile, is_shard_table, read_shard_table, unused_rows
-from megatron_vlm.data.sources.records import MAX_RECORD_BYTES, field, parse_record, read_records
+from megatron_vlm.data.sources.locations import Location, check_suffixes, list_location, name_files
+from megatron_vlm.data.sources.pair_table import (
+    PairTable,
+    TableFile,
+    beside,
+    is_shard_table,
+    read_shard_table,
+    unused_rows,
+)
+from megatron_vlm.data.sources.records import MAX_RECORD_BYTES, SUFFIXES, field, parse_record, read_records
 from megatron_vlm.data.sources.source import Found, ReadContext, find_record_files, key_of
 from megatron_vlm.data.sources.tars import Member, TarReader, find_image, group_members, list_members
 
 _IMAGE_FIELDS = ("image", "image_name", "file_name", "image_path", "path")
 _CAPTION_FIELDS = ("caption", "text", "txt")
+_TAR_SUFFIX, _TABLE_SUFFIX = ".tar", ".parquet"
+_STATISTICS_ENDING = "_stats.json"
+"""Of the files that img2dataset writes beside its tars."""
 _Group = dict[str, Member | None]
 
 
@@ -59,7 +69,7 @@ class TarPairSource:
     def read(self, path: Location, context: ReadContext) -> Iterator[Found]:
         """Yield the pairs of one tar."""
         table = PairTable(self.tables, self.table_index) if self.table_index else None
-        own = read_shard_table(path.with_suffix(".parquet"))
+        own = read_shard_table(beside(path, _TABLE_SUFFIX))
         with TarReader(path) as tar:
             members, damage = list_members(tar)
             groups = group_members(iter(members))
@@ -131,7 +141,7 @@ class _TarPair:
 
     def url(self) -> str:
         url = self._row.get("url") or self._json().get("url")
-        if not isinstance(url, str):
+        if not isinstance(url, str) or not url:
             raise RejectError("url_missing", "the parquet table is joined by URL, and the tar has none for this image")
         return url
 
@@ -176,12 +186,14 @@ def find_pair_source(paths: tuple[Location, ...], rules: PairRules) -> TarPairSo
     """Look at what the input has: tars, with or without parquet tables, or JSON lines.
 
     Raises:
-        ConfigError: neither is there.
+        ConfigError: neither is there, or a file is of another kind.
     """
-    files = tuple(file for path in paths for file in list_location(path, (".tar", ".parquet")))
-    if not any(file.suffix == ".tar" for file in files):
+    files = tuple(file for path in paths for file in list_location(path, (_TAR_SUFFIX, _TABLE_SUFFIX)))
+    check_suffixes(files, (_TAR_SUFFIX, _TABLE_SUFFIX, *SUFFIXES))
+    tars = tuple(file for file in files if file.suffix.lower() == _TAR_SUFFIX)
+    if not tars:
         return RecordPairSource(find_record_files(paths), rules)
-    tables = [path for path in files if path.suffix == ".parquet" and not is_shard_table(path)]
-    return TarPairSource(
-        tuple(path for path in files if path.suffix == ".tar"), rules, tuple(map(TableFile.open, tables))
-    )
+    files = tuple(file for file in files if not file.name.lower().endswith(_STATISTICS_ENDING))
+    check_suffixes(files, (_TAR_SUFFIX, _TABLE_SUFFIX))
+    tables = [file for file in files if file.suffix.lower() == _TABLE_SUFFIX and not is_shard_table(file)]
+    return TarPairSource(tars, rules, tuple(map(TableFile.open, name_files(tables).values())))

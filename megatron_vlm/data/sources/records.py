@@ -83,10 +83,11 @@ def field(record: dict[str, Any], name: str, kind: type | tuple[type, ...]) -> A
 
 
 def _open(path: Location) -> Iterator[BinaryIO]:
-    if path.suffix == ".gz":
+    suffix = path.suffix.lower()
+    if suffix == ".gz":
         with open_stream(path) as packed:
             yield cast(BinaryIO, gzip.open(packed, "rb"))
-    elif path.suffix == ".zip":
+    elif suffix == ".zip":
         with open_stream(path) as packed, zipfile.ZipFile(packed) as archive:
             for name in sorted(archive.namelist()):
                 if not name.endswith("/"):

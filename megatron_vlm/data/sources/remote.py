@@ -4,6 +4,7 @@ fsspec is imported when the first URL is used. Reads go through one function tha
 hiccups for a second costs a second, not a preparation of days.
 """
 
+import errno
 import io
 import os
 import re
@@ -19,8 +20,10 @@ WEB_SCHEMES = ("http", "https")
 """Of servers that have no folders, and queries in their URLs."""
 
 _Result = TypeVar("_Result")
-_PASSWORD = re.compile("^[^/@]*:[^/@]*@")
-_STATUS_MISSING = (404, 410)
+_STATUS_MISSING, _STATUS_DENIED = (404, 410), (401, 403)
+# In what drivers say: all but scheme and host of URLs, queries and user info wherever they stand.
+_URL_TEXT = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)(?:[^\s/?#]*@)?([^\s/?#'\"]*)\S*")
+_QUERY_TEXT, _USER_TEXT = re.compile(r"\?\S*=\S*"), re.compile(r"[^\s/:@]+:[^\s/@]+@")
 _DRIVERS = {
     "s3": "s3fs",
     "s3a": "s3fs",
@@ -40,6 +43,10 @@ _WAIT_SECONDS = (0.3, 1.0, 3.0)  # on top of what the drivers themselves try aga
 _BLOCK, _KEPT_BLOCKS = 2 << 20, 2
 
 
+class DeniedError(StorageError):
+    """The server refuses; also some answer for a file that is not there, where the user may not list the folder."""
+
+
 @dataclass(frozen=True, slots=True)
 class RemoteFile:
     """A file, folder or pattern at a URL; has what readers use of a `Path`.
@@ -54,7 +61,7 @@ class RemoteFile:
 
     def __str__(self) -> str:
         """Return the URL without what may be a secret: the query of a signed URL, a password."""
-        return "::".join(self._shown(link) for link in self.url.split("::"))
+        return "::".join(scheme + mark + path for scheme, mark, path in map(_shown, self.url.split("::")))
 
     @property
     def scheme(self) -> str:
@@ -64,10 +71,10 @@ class RemoteFile:
     @property
     def path(self) -> PurePosixPath:
         """What the URL names within its store, bucket or host first; of a chain, the innermost archive first."""
-        links = []
-        for link in self.url.split("::"):
-            scheme, _, path = self._shown(link).rpartition("://")
-            links.append(PurePosixPath(scheme.lower(), path.strip("/")))
+        links = [
+            PurePosixPath(scheme.lower() if mark else "", (path if mark else scheme).strip("/"))
+            for scheme, mark, path in map(_shown, self.url.split("::"))
+        ]
         return PurePosixPath("/", *reversed(links))
 
     @property
@@ -83,8 +90,8 @@ class RemoteFile:
     @property
     def is_pattern(self) -> bool:
         """Whether the URL stands for all that match it."""
-        first = self.url.partition("::")[0]
-        return "*" in first or "[" in first
+        path = _shown(self.url.partition("::")[0])[-1]
+        return "*" in path or "[" in path
 
     def with_suffix(self, suffix: str) -> "RemoteFile":
         """Return the file beside this one whose name ends otherwise."""
@@ -97,14 +104,22 @@ class RemoteFile:
 
     def _with_name(self, name: str) -> "RemoteFile":
         first, chain, rest = self.url.partition("::")
+        if self.scheme in WEB_SCHEMES:
+            first = first.partition("?")[0]
         folder, slash, _ = first.rstrip("/").rpartition("/")
         return RemoteFile(f"{folder}{slash}{name}{chain}{rest}")
 
-    @staticmethod
-    def _shown(link: str) -> str:
-        scheme, mark, path = link.rpartition("://")
-        path = path.partition("?")[0] if scheme.lower() in WEB_SCHEMES else path
-        return scheme + mark + _PASSWORD.sub("", path)
+
+def _shown(link: str) -> tuple[str, str, str]:
+    """Return scheme, "://" and path of a link of a URL, without query, password and, on the web, user."""
+    scheme, mark, path = link.partition("://")
+    is_web = scheme.lower() in WEB_SCHEMES
+    if is_web:
+        path = path.partition("?")[0]
+    host, slash, rest = path.partition("/")
+    user, _, server = host.rpartition("@")
+    # Elsewhere a name alone belongs to the address: abfs://container@account
+    return scheme, mark, (server if is_web or ":" in user else host) + slash + rest
 
 
 class RemoteStore:
@@ -184,8 +199,12 @@ class RemoteStore:
 
         Raises:
             FileNotFoundError: there is none, or it is a folder.
+            DeniedError: the server refuses.
         """
-        path = f"{self._path.rstrip('/')}/{name}"
+        # Who may read a folder of a web server is in its query, which goes behind the name.
+        is_web = self._location.scheme in WEB_SCHEMES
+        root, mark, query = self._path.partition("?") if is_web else (self._path, "", "")
+        path = f"{root.rstrip('/')}/{name}{mark}{query}"
         found = self._attempt(lambda: self._system.info(path))
         if found["type"] != "file":
             raise FileNotFoundError(name)
@@ -201,7 +220,7 @@ class RemoteStore:
             return url_to_fs(self._location.url)
         except ImportError as error:
             scheme = self._location.scheme
-            package = _DRIVERS.get(scheme, f"the package that fsspec names: {error}")
+            package = _DRIVERS.get(scheme, f"the package that fsspec names: {_masked(str(error))}")
             raise ConfigError(
                 f"{scheme}:// needs a package that is not installed",
                 where=str(self._location),
@@ -216,44 +235,63 @@ class RemoteStore:
                 return function()
             except UserError:
                 raise
-            except (IsADirectoryError, NotADirectoryError) as error:
-                raise FileNotFoundError(str(error)) from None
-            except PermissionError as error:
-                raise StorageError(
-                    f"access denied: {_brief(error)}", where=str(self._location), fix="check your credentials"
-                ) from error
+            except (IsADirectoryError, NotADirectoryError):
+                raise self._missing() from None
             except Exception as error:  # each driver has errors of its own
+                if isinstance(error, PermissionError) or _status(error) in _STATUS_DENIED:
+                    raise DeniedError(
+                        f"access denied: {_brief(error)}", where=str(self._location), fix="check your credentials"
+                    ) from None
                 if isinstance(error, FileNotFoundError) and not self._is_unreachable(error):
-                    raise
+                    raise self._missing() from None
                 if wait is None:
                     raise StorageError(
                         f"URL cannot be read, tried {len(_WAIT_SECONDS) + 1} times: {_brief(error)}",
                         where=str(self._location),
                         fix="check network and credentials, then run the same command again",
-                    ) from error
+                    ) from None
                 time.sleep(wait)
         raise AssertionError("the last try returns or raises")
 
     def _is_unreachable(self, error: FileNotFoundError) -> bool:
         """Tell whether it is the server that was not found: over HTTP, fsspec says of that too that the file is."""
-        cause = error.__cause__
         return (
             self._location.scheme in WEB_SCHEMES
-            and cause is not None
-            and getattr(cause, "status", None) not in _STATUS_MISSING
+            and error.__cause__ is not None
+            and _status(error) not in _STATUS_MISSING
         )
 
     def _wrong(self, error: ValueError) -> ConfigError:
-        return ConfigError(f"URL cannot be used: {error}", where=str(self._location), fix="check it")
+        return ConfigError(f"URL cannot be used: {_masked(str(error))}", where=str(self._location), fix="check it")
+
+    def _missing(self) -> FileNotFoundError:
+        return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self._location))
 
     def _gone(self) -> StorageError:
         return StorageError("file is gone", where=str(self._location), fix="check the bucket, then run again")
 
 
 def _brief(error: BaseException) -> str:
-    if isinstance(error, FileNotFoundError) and error.__cause__ is not None:
-        error = error.__cause__
-    return f"{type(error).__name__} {error}"[:120]
+    error = _cause(error)
+    if (status := _status(error)) is not None:
+        return f"HTTP {status} {getattr(error, 'message', '')}".rstrip()[:120]
+    return f"{type(error).__name__} {_masked(str(error))}"[:120]
+
+
+def _cause(error: BaseException) -> BaseException:
+    """Return what is behind an error: over HTTP, fsspec says of all of them that the file was not found."""
+    return error.__cause__ if isinstance(error, FileNotFoundError) and error.__cause__ is not None else error
+
+
+def _status(error: BaseException) -> int | None:
+    """Return the status that a web server answered with, if that is the error."""
+    status = getattr(_cause(error), "status", None)
+    return status if isinstance(status, int) else None
+
+
+def _masked(text: str) -> str:
+    """Return what a driver says without what may be a secret."""
+    return _USER_TEXT.sub("", _QUERY_TEXT.sub("", _URL_TEXT.sub(r"\1\2", text)))
 
 
 def remote_size(file: RemoteFile) -> int:

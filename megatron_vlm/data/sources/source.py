@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol
 from megatron_vlm.config import ConfigError
 from megatron_vlm.data.documents import Document, RejectError
 from megatron_vlm.data.sources.image_store import ImageReader
-from megatron_vlm.data.sources.locations import Location, list_location
+from megatron_vlm.data.sources.locations import Location, check_suffixes, list_location
 from megatron_vlm.data.sources.records import SUFFIXES
 
 
@@ -52,9 +52,11 @@ def find_files(paths: tuple[Location, ...], suffixes: tuple[str, ...], what: str
     """Return the files with one of `suffixes` among `paths` and directly inside of the folders among them, by name.
 
     Raises:
-        ConfigError: a path does not exist, or there is no such file; `what` names the kind.
+        ConfigError: a path does not exist, there is no such file, or one is named that is of another kind; `what` names
+            the kind.
     """
     files = tuple(file for path in paths for file in list_location(path, suffixes))
+    check_suffixes(files, suffixes)
     if not files:
         raise ConfigError(f"input has no {what}", where=", ".join(map(str, paths)), fix="check --input")
     return files

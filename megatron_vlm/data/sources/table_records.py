@@ -5,7 +5,7 @@ from typing import Any
 
 from megatron_vlm.config import ConfigError, DataError
 from megatron_vlm.data.documents import RejectError
-from megatron_vlm.data.sources.locations import Location, list_location
+from megatron_vlm.data.sources.locations import Location, check_suffixes, list_location
 from megatron_vlm.data.sources.parquet_files import open_parquet, read_rows
 from megatron_vlm.data.sources.records import MAX_RECORD_BYTES, SUFFIXES, Record, read_records
 
@@ -21,6 +21,7 @@ def find_instruction_files(paths: tuple[Location, ...]) -> tuple[Location, ...]:
     found: list[Location] = []
     for path in paths:
         files = list_location(path, (*SUFFIXES, TABLE_SUFFIX))
+        check_suffixes(files, (*SUFFIXES, TABLE_SUFFIX))
         records = [file for file in files if not is_table(file)]
         found += records or files
     if not found:
