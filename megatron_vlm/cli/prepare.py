@@ -11,9 +11,11 @@ from megatron_vlm.config import ConfigError, ExitCode, UsageError
 from megatron_vlm.data.sources.locations import (
     RemoteFile,
     can_list,
+    check_suffixes,
     folder_of,
     is_folder,
     list_location,
+    names_files,
     parse_location,
 )
 
@@ -144,7 +146,8 @@ def _add_images(parser: argparse.ArgumentParser) -> None:
         "--images",
         type=parse_location,
         metavar="DIR",
-        help="folder of image files, or of tars, or the URL of one (default: the input's folder)",
+        help="folder of image files, or of tars; a tar, or a pattern of tars; or a URL of these (default: the input's "
+        "folder)",
     )
     add(
         "--max-pixels",
@@ -394,11 +397,15 @@ def _image_place(args: argparse.Namespace) -> "ImagePlace":
         return ImagePlace()
     if args.images is None:
         folder = folder_of(args.input[0])
-    elif isinstance(args.images, RemoteFile) and (args.images.is_pattern or args.images.suffix == ".tar"):
-        return ImagePlace(tars=tuple(list_location(args.images, (".tar",), "--images")))
+    elif names_files(args.images):
+        tars = list_location(args.images, (".tar",), "--images")
+        check_suffixes(tars, (".tar",), "--images")
+        return ImagePlace(tars=tuple(tars))
     else:
         folder = args.images
-    if not is_folder(folder):
+    # Of a bucket in which the user may read files without listing them, nobody can tell; nor has he named this folder.
+    is_given = args.images is not None or not isinstance(folder, RemoteFile)
+    if is_given and not is_folder(folder):
         raise ConfigError("image folder does not exist", where=str(folder), fix="check --images")
     tars = list_location(folder, (".tar",), "--images") if args.images is not None and can_list(folder) else []
     return ImagePlace(folder=folder, tars=tuple(tars))

@@ -4,7 +4,7 @@ import argparse
 import os
 
 from megatron_vlm.cli.numbers import number, positive
-from megatron_vlm.cli.paths import local_path, new_folder
+from megatron_vlm.cli.paths import new_folder
 from megatron_vlm.config import ExitCode, UsageError
 
 _PAIRS_EXAMPLE = """example (the paper's 25M of COYO-700M):
@@ -40,6 +40,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 
 def _add_pairs(kinds: argparse._SubParsersAction) -> None:
+    from megatron_vlm.data.sources.locations import parse_location
+
     pairs = kinds.add_parser(
         "pairs",
         help="rows of parquet files; exact, in memory that depends on --top alone",
@@ -47,7 +49,14 @@ def _add_pairs(kinds: argparse._SubParsersAction) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = pairs.add_argument
-    add("--input", type=local_path, nargs="+", required=True, metavar="PATH", help="parquet files, or folders of them")
+    add(
+        "--input",
+        type=parse_location,
+        nargs="+",
+        required=True,
+        metavar="PATH",
+        help="parquet files, folders of them, patterns, or URLs",
+    )
     add(
         "--output", type=new_folder, required=True, metavar="DIR", help="new folder: parquet, _report.json, _scores.png"
     )

@@ -1,5 +1,6 @@
 import io
 import json
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -117,6 +118,7 @@ def test_wrong_part_is_exit_code_64(corpora, tmp_path, part, capsys):
         ("--max-aspect-ratio 0.5", "0.5 is below 1"),
         ("--min-similarity nan", "'nan' is not a finite number"),
         ("--min-images 9 --max-images 6", "--min-images 9 is above --max-images 6"),
+        ("--variant pairs --image-place after", "--variant pairs takes the sentence after an image"),
         ("--min-image-bytes 9 --max-image-bytes 6", "--min-image-bytes 9 is above --max-image-bytes 6"),
     ],
 )
@@ -188,6 +190,31 @@ def test_missing_bucket_is_exit_code_78(corpora, tmp_path, capsys):
 def test_missing_image_folder_is_exit_code_78(corpora, tmp_path, capsys):
     assert run(corpora, "pairs", tmp_path / "d", "--images", str(tmp_path / "none")) == 78
     assert "image folder does not exist" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("images", [["--images", "."], ["--images", "../images"], []])
+def test_images_of_the_current_folder_are_found(corpora, tmp_path, monkeypatch, images):
+    shutil.copytree(corpora / "images", tmp_path / "images")
+    shutil.copy(corpora / "pairs" / "pairs.jsonl", tmp_path / "images")
+    monkeypatch.chdir(tmp_path / "images")
+    more = ["--tokenizer", str(corpora / "tiny.model"), "--workers", "1"]
+    assert main(["prepare", "pairs", "--input", "pairs.jsonl", *images, "--output", "../d", *more]) == 0
+    assert load_manifest(tmp_path / "d").counts.images == 1
+
+
+@pytest.mark.parametrize("images", ["images.tar", "images.TAR", "im*.tar", "images.tar.gz", "*.tar*"])
+def test_images_are_a_tar_or_a_pattern_of_tars_too(corpora, tmp_path, monkeypatch, images, capsys):
+    monkeypatch.chdir(tmp_path)
+    name = images.replace("im*", "images").replace("*.tar*", "x.tar.gz")
+    with tarfile.open(name, "w") as archive:
+        archive.add(corpora / "images" / "1.jpg", "1.jpg")
+    code = run(corpora, "pairs", tmp_path / "d", "--images", images)
+    if name.endswith(".gz"):
+        assert code == 78
+        assert f"file of --images is none of .tar ({name})" in capsys.readouterr().err
+    else:
+        assert code == 0
+        assert load_manifest(tmp_path / "d").counts.images == 1
 
 
 def test_template_that_the_tokenizer_lacks_is_refused_before_reading(corpora, tmp_path, capsys):

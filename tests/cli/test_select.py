@@ -1,6 +1,8 @@
+import fsspec
 import pyarrow
 import pyarrow.parquet
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from megatron_vlm.cli.main import main
 
@@ -24,6 +26,21 @@ def test_top_pairs_of_a_folder_are_written_and_counted(coyo, tmp_path, capsys):
     assert select(coyo, tmp_path / "out", "--top", "0.003K") == 0
     assert pyarrow.parquet.read_table(tmp_path / "out").column("url").to_pylist() == ["u2", "u3", "u4"]
     assert "rows 10 = kept 3 + dropped 7 (score_too_low 7)" in capsys.readouterr().out
+
+
+def test_pairs_of_a_url_are_those_of_the_files(coyo, tmp_path, monkeypatch):
+    monkeypatch.setattr(MemoryFileSystem, "store", {})
+    fsspec.filesystem("memory").put(f"{coyo}/*", "/coyo/")
+    assert select(coyo, tmp_path / "files", "--top", "3") == 0
+    for name, url in (("folder", "memory://coyo"), ("pattern", "memory://coyo/*.parquet")):
+        assert select(url, tmp_path / name, "--top", "3") == 0
+        assert pyarrow.parquet.read_table(tmp_path / name).equals(pyarrow.parquet.read_table(tmp_path / "files"))
+
+
+def test_a_file_that_is_no_parquet_by_its_name_is_exit_code_78(coyo, tmp_path, capsys):
+    (tmp_path / "list.csv").write_text("url")
+    assert select(tmp_path / "list.csv", tmp_path / "out", "--top", "1") == 78
+    assert "file of --input is none of .parquet" in capsys.readouterr().err
 
 
 def test_fraction_and_min_score_reach_the_selection(coyo, tmp_path, capsys):
