@@ -1,12 +1,17 @@
 """The benchmarks of the data path run, and say what was measured, against what, and whether it is enough."""
 
+import itertools
 import json
 import math
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from megatron_vlm.training.state import TrainState
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "tools" / "benchmarks"
 FIELDS = {"work", "unit", "ours", "peers", "ratio", "required", "met"}
@@ -45,7 +50,7 @@ def follows(row) -> bool:
         (["decode", "--rounds", "1"], 8),
         (["load", "--samples", "30", "--rounds", "1"], 2),
         (["pack", "--samples", "20000"], 8),
-        (["plan", "--images", "40000"], 5),
+        (["plan", "--images", "40000"], 12),
         (["open", "--documents", "2000", "--reads", "200", "--rounds", "1"], 3),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
@@ -64,6 +69,29 @@ def test_benchmark_writes_what_follows_from_its_numbers(command, works, tmp_path
         assert all(type(value) in (int, float) and value >= 0 for value in row["peers"].values())
         assert row["met"] is follows(row)
     assert done.returncode == (0 if all(row["met"] for row in rows) else 1)
+
+
+def test_state_that_grows_with_the_position_is_told(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    measure = runpy.run_path(str(BENCHMARKS / "plan.py"))["measure"]
+    progress = TrainState.progress
+    monkeypatch.setattr(TrainState, "progress", lambda state: {**progress(state), "seen": [0] * state.consumed_samples})
+    (tmp_path / "plan").mkdir()
+    state, growth = measure(20000, 20000, tmp_path / "plan")[-2:]
+    assert (state.met, growth.met) == (False, False)
+    assert growth.ours > 20000
+
+
+def test_rolling_subset_sum_fills_rows_as_far_as_it_can(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    benchmark = runpy.run_path(str(BENCHMARKS / "pack.py"))
+    lengths = [5, 3, 7, 2, 2]
+    for room in range(1, 20):
+        sums = {sum(chosen) for n in range(6) for chosen in itertools.combinations(lengths, n)}
+        positions = benchmark["_fill"](lengths, room)
+        assert positions == sorted(set(positions), reverse=True)
+        assert sum(lengths[position] for position in positions) == max(value for value in sums if value <= room)
+    assert benchmark["count_rows_subset_sum"](np.array([6, 5, 4, 5, 3, 7]), 10) == 3
 
 
 def test_table_has_a_line_a_row_and_names_versions(tmp_path):

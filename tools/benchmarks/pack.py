@@ -2,12 +2,15 @@
 
     python tools/benchmarks/pack.py --json pack.json
 
-Peers, both written again here: offline best-fit-decreasing, and `greedy_knapsack` of Megatron-LM's multimodal example
-over a buffer of 1024 samples, as Energon hands them to it. Megatron-LM's examples are on no package index, and Energon
-leaves the choice to its user.
+Peers, all written again here and measured on the same samples: offline best-fit-decreasing; `greedy_knapsack` of
+Megatron-LM's multimodal example over a buffer of 1024 samples, as Energon hands them to it (Megatron-LM's examples are
+on no package index, and Energon leaves the choice to its user); and the best known, a rolling subset-sum over a window
+of 128 samples. A wider window fills rows no better and takes longer. Times of the peers are of counting rows; ours also
+says which sample goes where.
 """
 
 import bisect
+import itertools
 import sys
 import time
 from collections.abc import Callable
@@ -18,7 +21,7 @@ from report import Row, describe_versions, parse_arguments, report
 
 from megatron_vlm.data.packing import pack_samples
 
-_BUFFER = 1024
+_BUFFER, _WINDOW = 1024, 128
 _ROUNDS = 3
 _MAX_MICROSECONDS = 3.0
 _CASES = (
@@ -63,9 +66,41 @@ def count_rows_knapsack(lengths: np.ndarray, seq_length: int) -> int:
     return rows
 
 
+def count_rows_subset_sum(lengths: np.ndarray, seq_length: int) -> int:
+    """Return the rows of a rolling subset-sum: the oldest sample of a window, and those that fill its row best."""
+    stream = iter(lengths.tolist())
+    window = list(itertools.islice(stream, _WINDOW))
+    rows = 0
+    while window:
+        room = seq_length - window.pop(0)
+        for position in _fill(window, room):
+            del window[position]
+        window += itertools.islice(stream, _WINDOW - len(window))
+        rows += 1
+    return rows
+
+
+def _fill(lengths: list[int], room: int) -> list[int]:
+    """Return the positions, the last first, of samples whose sum is the largest that fits."""
+    fits = (1 << room + 1) - 1
+    # Bit s of reachable[n]: some of the first n samples sum up to s.
+    reachable = [1]
+    for length in lengths:
+        reachable.append((reachable[-1] | reachable[-1] << length) & fits)
+        if reachable[-1] >> room:
+            break
+    left, chosen = reachable[-1].bit_length() - 1, []
+    for position in range(len(reachable) - 2, -1, -1):
+        if not reachable[position] >> left & 1:
+            left -= lengths[position]
+            chosen.append(position)
+    return chosen
+
+
 _PEERS: dict[str, Callable[[np.ndarray, int], int]] = {
     "best-fit-decreasing": count_rows_best_fit,
     "Megatron-LM's greedy_knapsack of 1024": count_rows_knapsack,
+    "rolling subset-sum of 128": count_rows_subset_sum,
 }
 
 
@@ -81,6 +116,11 @@ def measure(name: str, seq_length: int, required: float, num_samples: int) -> li
         started = time.process_time()
         packed = pack_samples(lengths, seq_length, rng)
         microseconds.append((time.process_time() - started) / len(lengths) * 1e6)
+    peer_rows, peer_microseconds = {}, {}
+    for peer, count_rows in _PEERS.items():
+        started = time.process_time()
+        peer_rows[peer] = count_rows(lengths, seq_length)
+        peer_microseconds[peer] = (time.process_time() - started) / len(lengths) * 1e6
     positions = lengths.sum(dtype=np.int64) / seq_length
     work = f"{name} in rows of {seq_length}"
     return [
@@ -88,7 +128,7 @@ def measure(name: str, seq_length: int, required: float, num_samples: int) -> li
             work=work,
             unit="of the positions used",
             ours=float(positions / (len(packed.borders) - 1)),
-            peers={peer: float(positions / count(lengths, seq_length)) for peer, count in _PEERS.items()},
+            peers={peer: float(positions / number) for peer, number in peer_rows.items()},
             required=required,
             judged="at least",
         ),
@@ -96,6 +136,7 @@ def measure(name: str, seq_length: int, required: float, num_samples: int) -> li
             work=f"{work}, time",
             unit="us a sample",
             ours=float(np.median(microseconds)),
+            peers=peer_microseconds,
             required=_MAX_MICROSECONDS,
             judged="at most",
         ),
