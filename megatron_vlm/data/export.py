@@ -4,12 +4,15 @@ Each sample is `KEY.json`, with `texts`, `images` and `train`, and its images `K
 tars are the same bytes whenever and by however many processes they are written, and each is whole or not there.
 """
 
+import fcntl
 import functools
 import io
 import json
 import os
+import socket
 import tarfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,9 +22,9 @@ from megatron_vlm.data.part import Report
 from megatron_vlm.data.shards import EncodedSample, ImageSegment, ShardedDataset
 from megatron_vlm.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_vlm.data.workers import Engine, run_tasks
-from megatron_vlm.platform.durable_files import storage_errors, write_durably
+from megatron_vlm.platform.durable_files import storage_errors
 
-_STATE_FILE = ".export"  # no suffix: nothing that looks for tars or JSON finds it
+_STATE_FILE = ".export"  # locked while tars are written; no suffix: nothing that looks for tars or JSON finds it
 _REPORT_EVERY = 100
 _EXTENSIONS = {b"\xff\xd8": "jpg", b"\x89P": "png", b"RI": "webp", b"GI": "gif"}
 
@@ -51,7 +54,7 @@ def export_webdataset(job: ExportJob, *, num_workers: int = 1) -> int:
         How many tars there are.
 
     Raises:
-        ConfigError: the output folder holds something else.
+        ConfigError: the output folder holds something else, or another process is exporting into it.
         UsageError: a tar would have no sample.
         DataError: the dataset is damaged, or of another tokenizer.
         StorageError: a tar cannot be written.
@@ -65,12 +68,12 @@ def export_webdataset(job: ExportJob, *, num_workers: int = 1) -> int:
         "tokenizer": tokenizer.sha256,
         "samples_per_shard": job.samples_per_shard,
     }
-    _claim(job.output, state)
     count = -(-len(dataset) // job.samples_per_shard)
     width = max(5, len(str(count - 1)))
     tasks = [(job, dataset.fingerprint, number, job.output / f"{number:0{width}d}.tar") for number in range(count)]
     run: Engine = functools.partial(run_tasks, num_workers=num_workers)
-    run(write_tar, tasks, unit="samples", reports=True)
+    with _claimed(job.output, state):
+        run(write_tar, tasks, unit="samples", reports=True)
     return count
 
 
@@ -93,7 +96,8 @@ def write_tar(job: ExportJob, fingerprint: str, number: int, path: Path, report:
     if path.exists():
         report(last - first, 0)
         return
-    unfinished = path.with_name(f"{path.name}.tmp")
+    # A worker of an export that was killed may live for a moment after the next one has begun.
+    unfinished = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     with storage_errors("export stopped", path, kept="finished tars are kept"):
         with unfinished.open("wb") as stream:
             _write_samples(stream, dataset, tokenizer, range(first, last), report)
@@ -183,31 +187,65 @@ def _write_samples(
     report(len(samples) % _REPORT_EVERY, 0)
 
 
-def _claim(output: Path, state: dict[str, Any]) -> None:
-    """Make the output folder, or check that it is of the same export.
+@contextmanager
+def _claimed(output: Path, state: dict[str, Any]) -> Iterator[None]:
+    """Hold the output folder against other processes, and against other exports; make it where there is none.
 
     Raises:
-        ConfigError: it holds something else.
+        ConfigError: it is in use, or holds something else.
         StorageError: it cannot be written.
     """
+    path, content = output / _STATE_FILE, json.dumps(state).encode()
     try:
         output.mkdir(parents=True, exist_ok=True)
-        path, content = output / _STATE_FILE, json.dumps(state).encode()
-        if path.exists():
-            if path.read_bytes() != content:
-                raise ConfigError(
-                    "output folder holds an export of another dataset, or with other options",
-                    where=str(output),
-                    fix="give another --output, or delete the folder",
-                )
-            return
-        if any(entry.name != _STATE_FILE + ".tmp" for entry in output.iterdir()):
+        if not path.exists() and any(output.iterdir()):
             raise ConfigError("output folder is not empty", where=str(output), fix="give another --output")
-        write_durably(path, content)
+        lock = path.open("a+b")
     except OSError as error:
-        raise StorageError(
-            f"output folder cannot be written: {error.strerror}", where=str(output), fix="check its permissions"
-        ) from None
+        raise _not_writable(output, error) from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(
+                "another process is exporting into this folder", where=str(output), fix="wait for it, or stop it"
+            ) from None
+        try:
+            _write_state(lock, content, output)
+            for left_over in output.glob("*.tmp"):
+                left_over.unlink()
+        except OSError as error:
+            raise _not_writable(output, error) from None
+        yield
+
+
+def _write_state(lock: BinaryIO, content: bytes, output: Path) -> None:
+    """Write what is exported, unless it is there; what a kill has left of it says nothing as long as there is no tar.
+
+    Raises:
+        ConfigError: the folder is of another export.
+    """
+    lock.seek(0)
+    found = lock.read()
+    if found == content:
+        return
+    if not content.startswith(found) or any(output.glob("*.tar")):
+        raise ConfigError(
+            "output folder holds an export of another dataset, or with other options",
+            where=str(output),
+            fix="give another --output, or delete the folder",
+        )
+    # In place: a renamed file would be another one than the one that is locked.
+    lock.truncate(0)
+    lock.write(content)
+    lock.flush()
+    os.fsync(lock.fileno())
+
+
+def _not_writable(output: Path, error: OSError) -> StorageError:
+    return StorageError(
+        f"output folder cannot be written: {error.strerror}", where=str(output), fix="check its permissions"
+    )
 
 
 @functools.lru_cache(maxsize=1)

@@ -1,3 +1,4 @@
+import fcntl
 import json
 import os
 import random
@@ -179,6 +180,41 @@ def test_other_options_and_other_files_are_refused(job, tmp_path):
         export_webdataset(dataclasses.replace(job, samples_per_shard=0))
     with pytest.raises(StorageError, match="cannot be written"):
         export_webdataset(dataclasses.replace(job, output=tmp_path / "full" / "thesis.tex" / "out"))
+
+
+def test_a_second_export_into_one_folder_is_refused_while_the_first_one_runs(job):
+    export_webdataset(job)
+    expected = content(job.output)
+    (job.output / "00001.tar").unlink()
+    with (job.output / ".export").open("r+b") as state:
+        fcntl.flock(state, fcntl.LOCK_EX)
+        with pytest.raises(ConfigError, match="another process is exporting into this folder.*fix: wait for it"):
+            export_webdataset(job)
+    export_webdataset(job)
+    assert content(job.output) == expected
+
+
+def test_no_two_processes_write_one_unfinished_tar(job, monkeypatch):
+    written = []
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda source, target: (written.append(source.name), replace(source, target)))
+    export_webdataset(job)
+    assert [name.split(".")[0] for name in written] == ["00000", "00001"]
+    assert all(f".{os.getpid()}.tmp" in name for name in written)
+
+
+def test_a_kill_while_the_folder_is_claimed_is_no_obstacle(job):
+    export_webdataset(job)
+    expected = content(job.output)
+    state = (job.output / ".export").read_bytes()
+    for tar in job.output.glob("*.tar"):
+        tar.unlink()
+    for written in (b"", state[:20]):
+        (job.output / ".export").write_bytes(written)
+        export_webdataset(job)
+        assert content(job.output) == expected
+        for tar in job.output.glob("*.tar"):
+            tar.unlink()
 
 
 def test_a_full_disk_is_a_storage_error(job, monkeypatch):
