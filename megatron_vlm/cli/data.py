@@ -6,6 +6,7 @@ import os
 from megatron_vlm.cli.numbers import positive
 from megatron_vlm.cli.paths import local_path, new_file, new_folder
 from megatron_vlm.config import ExitCode
+from megatron_vlm.data.sources.locations import list_location, parse_location
 
 _EXAMPLES = {
     "verify": "data verify shards/mmc4 --decode",
@@ -64,6 +65,14 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     add = parsers["merge"].add_argument
     add("output", type=new_folder, metavar="OUT", help="new folder, on the file system of the parts")
     add("parts", type=local_path, nargs="+", metavar="PART", help="all parts, in any order")
+    add(
+        "--tables",
+        type=parse_location,
+        nargs="+",
+        default=[],
+        metavar="PATH",
+        help="parquet tables of prepare pairs, if they have moved or their URLs are signed: no manifest keeps that",
+    )
     for action in ("export", "merge"):
         _add_workers(parsers[action])
     add = parsers["split"].add_argument
@@ -160,7 +169,8 @@ def _export(args: argparse.Namespace) -> int:
 def _merge(args: argparse.Namespace) -> int:
     from megatron_vlm.data.merge import merge_datasets
 
-    manifest = merge_datasets(args.output, args.parts, num_workers=args.workers)
+    tables = [table for path in args.tables for table in list_location(path, (".parquet",), "--tables")]
+    manifest = merge_datasets(args.output, args.parts, tables=tables, num_workers=args.workers)
     documents, rejected = manifest.documents, manifest.rejected
     print(f"documents {documents} = used {documents - rejected} + rejected {rejected}")
     print(f"samples {manifest.counts.samples}, images {manifest.counts.images}, shards {len(manifest.shards)}")

@@ -65,19 +65,21 @@ def join_facts(
     )
 
 
-def missing_rows(tables: tuple[TableFile, ...], used_rows: Sequence[np.ndarray]) -> Iterator[str]:
+def missing_rows(tables: tuple[TableFile, ...], names: Sequence[str], used_rows: Sequence[np.ndarray]) -> Iterator[str]:
     """Yield a reject for each row of the joined tables that no piece has an image for.
 
     Args:
         tables: all tables, in the order they were indexed in.
+        names: of the tables, as in the manifest.
         used_rows: int64[n] of each piece.
     """
+    named = {table.path: name for table, name in zip(tables, names, strict=True)}
     used = np.zeros(sum(table.num_rows for table in tables), dtype=bool)
     for rows in used_rows:
         used[rows] = True
     for path, found in TarPairSource((), tables=tables).missing(used):
         if isinstance(found.document, DataError):
-            yield reject_row(path.name, found, found.document)
+            yield reject_row(named[path], found, found.document)
 
 
 def files_of_part(manifest: Manifest) -> tuple[str, ...]:

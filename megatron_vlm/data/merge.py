@@ -30,26 +30,31 @@ from megatron_vlm.data.manifest import (
 from megatron_vlm.data.part import load_used_rows
 from megatron_vlm.data.shards import SUFFIXES, ShardedDataset
 from megatron_vlm.data.share import SHARE_OPTION, Share
-from megatron_vlm.data.sources.locations import parse_location
+from megatron_vlm.data.sources.locations import Location, absolute, parse_location
 from megatron_vlm.data.sources.pair_table import TableFile
 from megatron_vlm.data.workers import run_tasks
 
 _UNIQUE = ".unique"
 
 
-def merge_datasets(output: Path, folders: Sequence[Path], *, num_workers: int = 1) -> Manifest:
+def merge_datasets(
+    output: Path, folders: Sequence[Path], *, tables: Sequence[Location] = (), num_workers: int = 1
+) -> Manifest:
     """Join all shares of one preparation, in any order, into the dataset that one job would have written.
 
     Args:
         output: new folder on the file system of the parts; left alone if it holds this very dataset.
         folders: what `prepare --part 1/N` to `N/N` wrote.
+        tables: where the parquet tables are now that pairs were joined with, if they have moved or their URLs have to
+            be signed; none: where they were.
         num_workers: processes that write the shards again that have duplicates, where these are to be dropped.
 
     Returns:
         The manifest of the whole.
 
     Raises:
-        ConfigError: a part is missing, given twice or of another preparation; or the output folder is not empty.
+        ConfigError: a part is missing, given twice or of another preparation; a joined table is not among those given;
+            or the output folder is not empty.
         DataError: a part is unfinished or damaged, a joined table has changed, or no document became a sample.
         StorageError: the output cannot be written, or is on another file system.
     """
@@ -60,9 +65,9 @@ def merge_datasets(output: Path, folders: Sequence[Path], *, num_workers: int = 
     plan = _common_plan({folder: manifests[folder] for folder in ordered})
     for folder in ordered:
         check_part_files(folder, manifests[folder])
-    tables = _open_tables(manifests[ordered[0]])
-    num_rows = sum(table.num_rows for table in tables)
-    used_rows = [load_used_rows(folder, num_rows) for folder in ordered] if tables else []
+    joined = _open_tables(manifests[ordered[0]], tables)
+    num_rows = sum(table.num_rows for table in joined)
+    used_rows = [load_used_rows(folder, num_rows) for folder in ordered] if joined else []
     pieces: Sequence[Any] = [manifests[folder] for folder in ordered]
     sources = [folder / shard.name for folder in ordered for shard in manifests[folder].shards]
     duplicates = None
@@ -72,7 +77,7 @@ def merge_datasets(output: Path, folders: Sequence[Path], *, num_workers: int = 
             work = unfinished / _UNIQUE
             unique = drop_repeats(pieces, ordered, kind=kind, tokenizer=plan.tokenizer, work=work, run=run)
             pieces, sources, duplicates = unique.pieces, unique.sources, unique.rows
-        missing = missing_rows(tables, used_rows)
+        missing = missing_rows(joined, list(plan.options.get("tables", ())), used_rows)
         manifest = join_facts(plan, pieces, ordered, unfinished / REJECTS_FILE, missing, duplicates)
         check_not_empty(manifest, ordered[0] / REJECTS_FILE)
         _link_shards(sources, manifest.shards, unfinished)
@@ -188,17 +193,41 @@ def _common_plan(manifests: dict[Path, Manifest]) -> Manifest:
     return plan
 
 
-def _open_tables(manifest: Manifest) -> tuple[TableFile, ...]:
-    """Open the parquet tables that the pairs were joined with; rows without an image in any part are rejects."""
+def _open_tables(manifest: Manifest, given: Sequence[Location]) -> tuple[TableFile, ...]:
+    """Open the parquet tables that the pairs were joined with; rows without an image in any part are rejects.
+
+    Raises:
+        ConfigError: tables are given, and one of them is missing or there twice.
+        DataError: a table cannot be read, or has changed.
+        StorageError: it is at a URL and cannot be read.
+    """
     tables = []
     for name, num_rows in manifest.options[SHARE_OPTION]["tables"].items():
-        table = TableFile.open(parse_location(name))
+        place = _find_table(name, given) if given else parse_location(name)
+        try:
+            table = TableFile.open(place)
+        except (DataError, StorageError) as error:
+            fix = "check it, or say where the table is now with --tables"
+            raise type(error)(error.what, where=error.where, fix=fix) from None
         if table.num_rows != num_rows:
             raise DataError(
                 f"table has {table.num_rows} rows, had {num_rows}", where=name, fix="prepare all parts again"
             )
         tables.append(table)
     return tuple(tables)
+
+
+def _find_table(name: str, given: Sequence[Location]) -> Location:
+    """Return the table with this name among those given, or else the one whose name ends alike."""
+    found = [table for table in given if absolute(table) == name]
+    found = found or [table for table in given if table.name == parse_location(name).name]
+    if len(found) != 1:
+        raise ConfigError(
+            f"{len(found)} of the {len(given)} --tables are a table that the parts were joined with",
+            where=name,
+            fix="give each of these tables once",
+        )
+    return found[0]
 
 
 @contextmanager

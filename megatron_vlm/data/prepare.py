@@ -45,7 +45,7 @@ from megatron_vlm.data.shards import SUFFIXES
 from megatron_vlm.data.share import SHARE_OPTION, Share
 from megatron_vlm.data.sources.image_store import index_tar
 from megatron_vlm.data.sources.join_index import JoinRows, save_join_index
-from megatron_vlm.data.sources.locations import Location, absolute, place_of, size_of
+from megatron_vlm.data.sources.locations import Location, absolute, name_files, size_of
 from megatron_vlm.data.sources.pair_table import index_table
 from megatron_vlm.data.sources.pairs import TarPairSource
 from megatron_vlm.data.tokenizer import load_tokenizer
@@ -88,7 +88,7 @@ def prepare(job: PrepareJob, *, num_workers: int = 1, engine: Engine | None = No
         DataError: no document became a sample.
         StorageError: the disk is full or not writable, or a worker was killed.
     """
-    inputs = _name_inputs(job.part.source.inputs)
+    inputs = name_files(job.part.source.inputs)
     plan = _plan(job, inputs)
     own = list(inputs.items()) if job.share is None else job.share.choose(list(inputs.items()))
     done = _finished_before(job.output, plan)
@@ -125,9 +125,10 @@ def _plan(job: PrepareJob, inputs: dict[str, Location]) -> Manifest:
     if part.drop_duplicates:
         options["drop_duplicates"] = part.drop_duplicates
     if part.images.tars:
-        options["image_tars"] = {name: size_of(path) for name, path in _name_inputs(part.images.tars).items()}
+        options["image_tars"] = {name: size_of(path) for name, path in name_files(part.images.tars).items()}
     if isinstance(part.source, TarPairSource):
-        options["tables"] = {table.path.name: table.num_rows for table in part.source.tables}
+        names = name_files([table.path for table in part.source.tables])
+        options["tables"] = {name: table.num_rows for name, table in zip(names, part.source.tables, strict=True)}
     if job.share is not None:
         tables = part.source.tables if isinstance(part.source, TarPairSource) else ()
         options[SHARE_OPTION] = {
@@ -142,13 +143,6 @@ def _plan(job: PrepareJob, inputs: dict[str, Location]) -> Manifest:
         documents=0,
         options=json.loads(json.dumps(options)),
     )
-
-
-def _name_inputs(paths: tuple[Location, ...]) -> dict[str, Location]:
-    """Return the input files by name, relative to the folder that all are in."""
-    places = [place_of(path) for path in paths]
-    root = os.path.commonpath([place.parent for place in places])
-    return {os.path.relpath(place, root): path for place, path in zip(places, paths, strict=True)}
 
 
 def _finished_before(output: Path, plan: Manifest) -> Manifest | None:
@@ -269,7 +263,8 @@ def _join(job: PrepareJob, plan: Manifest, folders: list[Path], run: Engine) -> 
     num_rows = sum(table.num_rows for table in tables)
     used_rows = [load_used_rows(folder, num_rows) for folder in folders] if tables else []
     # What a job of an array has no image for may be in the tars of another one: `data merge` finds out.
-    missing = missing_rows(tables, used_rows) if job.share is None else iter(())
+    table_names = list(plan.options.get("tables", ()))
+    missing = missing_rows(tables, table_names, used_rows) if job.share is None else iter(())
     manifest = join_facts(plan, parts, folders, output / REJECTS_FILE, missing, duplicates)
     if job.share is None:
         check_not_empty(manifest, output / REJECTS_FILE)

@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import os
 import shutil
 from pathlib import Path
@@ -178,6 +179,35 @@ def test_a_changed_table_is_a_data_error(coyo, tokenizer_path, tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"url": ["u"], "text": ["t"]}), table)
     with pytest.raises(DataError, match="table has 1 rows, had 9"):
         merge_datasets(tmp_path / "joined", parts)
+
+
+def test_tables_that_have_moved_are_given_again(coyo, tokenizer_path, tmp_path):
+    prepare(pair_job(coyo, tokenizer_path, tmp_path / "straight"))
+    parts = prepare_shares(pair_job(coyo, tokenizer_path, tmp_path / "joined"), 2)
+    (table,) = coyo.glob("*.parquet")
+    moved = [table.rename(tmp_path / table.name), tmp_path / "other.parquet"]
+    with pytest.raises(DataError, match="parquet file cannot be read.* say where the table is now with --tables"):
+        merge_datasets(tmp_path / "joined", parts)
+    for wrong, count in ((moved[1:], 0), ([*moved, table.with_name("x") / table.name], 2)):
+        with pytest.raises(ConfigError, match=f"{count} of the {len(wrong)} --tables are a table"):
+            merge_datasets(tmp_path / "joined", parts, tables=wrong)
+    merge_datasets(tmp_path / "joined", parts, tables=moved)
+    assert content(tmp_path / "joined") == content(tmp_path / "straight")
+
+
+def test_tables_of_one_name_are_told_apart(coyo, make_table, tokenizer_path, tmp_path):
+    for folder in ("a", "b"):
+        (coyo / folder).mkdir()
+        make_table(coyo / folder / "t.parquet", {"url": [f"http://x/{folder}"], "text": ["gone"]})
+    inputs = (coyo, coyo / "a" / "t.parquet", coyo / "b" / "t.parquet", coyo / "a")
+    part = PartJob(source=find_pair_source(inputs, PairRules()), recipe=Recipe(), tokenizer=tokenizer_path)
+    job = PrepareJob(output=tmp_path / "straight", source_name="coyo", part=part)
+    assert prepare(job).options["tables"] == {"part-00000.parquet": 9, "a/t.parquet": 1, "b/t.parquet": 1}
+    rejects = [json.loads(line) for line in (tmp_path / "straight" / REJECTS_FILE).read_text().splitlines()]
+    assert [row["file"] for row in rejects] == ["part-00000.parquet", "a/t.parquet", "b/t.parquet"]
+    parts = prepare_shares(dataclasses.replace(job, output=tmp_path / "joined"), 2)
+    merge_datasets(tmp_path / "joined", parts)
+    assert content(tmp_path / "joined") == content(tmp_path / "straight")
 
 
 def test_output_with_something_else_is_refused_and_kept(texts, tokenizer_path, tmp_path):
