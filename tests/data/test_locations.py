@@ -14,7 +14,7 @@ from megatron_vlm.data.part import ImagePlace, PartJob, Recipe
 from megatron_vlm.data.prepare import PrepareJob, prepare
 from megatron_vlm.data.share import Share
 from megatron_vlm.data.sources.image_store import RemoteImages
-from megatron_vlm.data.sources.interleaved import InterleavedRules, InterleavedSource
+from megatron_vlm.data.sources.interleaved import InterleavedRules, InterleavedSource, find_interleaved_source
 from megatron_vlm.data.sources.locations import (
     RemoteFile,
     can_list,
@@ -22,6 +22,7 @@ from megatron_vlm.data.sources.locations import (
     is_file,
     is_folder,
     list_location,
+    name_files,
     open_stream,
     parse_location,
     size_of,
@@ -29,6 +30,7 @@ from megatron_vlm.data.sources.locations import (
 from megatron_vlm.data.sources.pairs import PairRules, find_pair_source
 from megatron_vlm.data.sources.records import read_records
 from megatron_vlm.data.sources.source import find_record_files
+from megatron_vlm.data.sources.table_records import find_instruction_files
 from megatron_vlm.data.sources.tars import TarReader
 
 
@@ -96,6 +98,65 @@ def test_a_stream_reads_seeks_and_tells_as_a_file_does(bucket):
         stream.seek(5, io.SEEK_CUR)
         assert (stream.tell(), stream.read(2)) == (15, data[15:17])
         assert stream.seekable()
+
+
+@pytest.mark.parametrize("suffix", ["jsonl.GZ", "JSONL.Zip", "JSON"])
+def test_records_in_files_with_capitals_are_those_of_others(tmp_path, suffix):
+    lines = b'{"a": 1}\n{"a": 2}\n'
+    path = tmp_path / f"a.{suffix}"
+    if suffix == "JSONL.Zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("a.jsonl", lines)
+    else:
+        path.write_bytes(gzip.compress(lines) if suffix.endswith("GZ") else lines)
+    (found,) = find_record_files((tmp_path,))
+    assert [record.value for record in read_records(found)] == [{"a": 1}, {"a": 2}]
+
+
+def find_interleaved(paths):
+    return find_interleaved_source(paths, InterleavedRules())
+
+
+def find_pairs(paths):
+    return find_pair_source(paths, PairRules())
+
+
+@pytest.mark.parametrize("find", [find_interleaved, find_pairs, find_record_files, find_instruction_files])
+@pytest.mark.parametrize("name", ["a.tar.gz", "a.txt", "*.tar.*"])
+def test_a_named_file_of_an_unknown_kind_is_refused_before_it_is_read(tmp_path, find, name):
+    (tmp_path / name.replace("*", "a").replace("a.tar.a", "a.tar.gz")).write_bytes(b"x")
+    with pytest.raises(ConfigError, match=r"file of --input is none of .*\.json.*fix: unpack, rename or leave it out"):
+        find((tmp_path / name,))
+
+
+def test_files_without_a_suffix_are_json_and_others_of_a_folder_are_left_alone(tmp_path):
+    for name in ("README.md", "a.jsonl", "records"):
+        (tmp_path / name).write_bytes(b"")
+    assert find_record_files((tmp_path,)) == (tmp_path / "a.jsonl",)
+    assert find_record_files((tmp_path / "records",)) == (tmp_path / "records",)
+
+
+def test_json_files_named_beside_tars_of_pairs_are_refused_not_lost(coyo):
+    (coyo / "00000_stats.json").write_text("{}")
+    (coyo / "more.jsonl").write_text("{}")
+    assert len(find_pairs((coyo,)).inputs) == 2
+    assert len(find_pairs((coyo / "0*",)).inputs) == 2
+    with pytest.raises(ConfigError, match=r"file of --input is none of .tar, .parquet \(.*more.jsonl\)"):
+        find_pairs((coyo / "*",))
+
+
+def test_files_are_named_below_the_folder_that_all_are_in(tmp_path):
+    paths = [tmp_path / "a" / "x", tmp_path / "b" / "x", tmp_path / "a" / "x"]
+    assert name_files(paths) == {"a/x": paths[0], "b/x": paths[1]}
+    assert name_files([RemoteFile("s3://b/x/a.tar"), RemoteFile("s3://b/y/a.tar")]).keys() == {"x/a.tar", "y/a.tar"}
+    assert name_files([]) == {}
+
+
+def test_urls_that_differ_in_their_query_alone_are_refused_not_lost():
+    urls = [RemoteFile(f"https://h/get.tar?id={number}") for number in (1, 1, 2)]
+    assert list(name_files(urls[:2])) == ["get.tar"]
+    with pytest.raises(ConfigError, match=r"two URLs differ in their query or user alone.*\(https://h/get.tar\)"):
+        name_files(urls)
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "jsonl.gz", "jsonl.zip"])
