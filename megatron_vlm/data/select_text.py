@@ -21,8 +21,10 @@ import numpy as np
 
 from megatron_vlm.config import ConfigError, DataError, UsageError
 from megatron_vlm.data.documents import RejectError
+from megatron_vlm.data.part import reject_row
 from megatron_vlm.data.sources.locations import Location, place_of
 from megatron_vlm.data.sources.records import MAX_RECORD_BYTES, SUFFIXES, parse_record, read_raw_records
+from megatron_vlm.data.sources.source import Found
 from megatron_vlm.data.sources.table_records import TABLE_SUFFIX, is_table, read_table_records
 from megatron_vlm.data.workers import run_tasks
 from megatron_vlm.platform.durable_files import storage_errors, write_durably
@@ -30,8 +32,8 @@ from megatron_vlm.platform.durable_files import storage_errors, write_durably
 logger = logging.getLogger(__name__)
 
 # In a folder of its own: `prepare` reads the .json files directly inside of its input.
-REPORT_FILE = Path("_report", "select.json")
-_HASHES = "_hashes"
+REPORT_FILE, REJECTS_FILE = Path("_report", "select.json"), Path("_report", "rejects.jsonl")
+_HASHES, _REJECTS_SUFFIX = "_hashes", ".rejects"
 _MIN_SPARE = 1 << 16
 _REPORT_EVERY = 1000
 _BLANK = b" \t\r\n"
@@ -122,8 +124,9 @@ def select_text(
 
     Args:
         inputs: JSON lines or arrays, also .gz or .zip, or parquet; their order does not matter.
-        output: new folder of .jsonl files, the records of each in the order of its input file, byte by byte as they
-            are there; line breaks inside of a record of an array become blanks, rows of parquet are written as JSON.
+        output: new folder of a report, `_report/rejects.jsonl` as `prepare` writes it, and .jsonl files: the records of
+            each input file in its order, byte by byte as they are there; line breaks inside of a record of an array
+            become blanks, rows of parquet are written as JSON.
         rules: what is chosen. Records of equal bytes have equal hashes, so they are kept or left together; where only
             some of them fit, those of the first file by name, and in it the first ones.
         num_workers: processes; the result does not depend on it.
@@ -143,9 +146,13 @@ def select_text(
     with storage_errors("selection cannot be written", output):
         shutil.rmtree(unfinished, ignore_errors=True)
         (unfinished / _HASHES).mkdir(parents=True)
-        tasks = [(file.path, rules, unfinished / _HASHES / f"{place}.npy") for place, file in enumerate(files)]
+        tasks = [(file, rules, unfinished / _HASHES / f"{place}.npy") for place, file in enumerate(files)]
         counts = run_tasks(_hash_file, tasks, num_workers=num_workers, unit="records", reports=True)
         chosen = _choose([task[2] for task in tasks], counts, rules)
+        (unfinished / REPORT_FILE).parent.mkdir()
+        with (unfinished / REJECTS_FILE).open("wb") as log:
+            for task in tasks:
+                log.write(task[2].with_suffix(_REJECTS_SUFFIX).read_bytes())
         shutil.rmtree(unfinished / _HASHES)
         copies = [
             (file.path, rows, unfinished / file.output, rules.max_record_bytes)
@@ -154,7 +161,6 @@ def select_text(
         ]
         run_tasks(_copy_records, copies, num_workers=num_workers, unit="records", reports=True)
         report = _report(files, counts, [len(rows) for rows in chosen], rules)
-        (unfinished / REPORT_FILE).parent.mkdir()
         write_durably(unfinished / REPORT_FILE, (json.dumps(report, indent=1) + "\n").encode())
         os.replace(unfinished, output)
     return report
@@ -196,43 +202,45 @@ def _stem(name: str) -> str:
     return name[: len(name) - len(ending)]
 
 
-def _read(path: Location, max_bytes: int) -> Iterator[bytes | RejectError]:
-    """Yield every record as one line of JSON."""
+def _read(path: Location, max_bytes: int) -> Iterator[tuple[int, bytes | RejectError]]:
+    """Yield every record, as one line of JSON, and its line or row."""
     if not is_table(path):
-        for _, raw in read_raw_records(path, max_bytes=max_bytes):
+        for line, raw in read_raw_records(path, max_bytes=max_bytes):
             if isinstance(raw, bytes):
                 # Only between the tokens of a record of an array are there line breaks.
                 raw = raw.strip(_BLANK).replace(b"\r", b" ").replace(b"\n", b" ")
-            yield raw
+            yield line, raw
         return
-    for _, value in read_table_records(path, max_bytes=max_bytes):
+    for line, value in read_table_records(path, max_bytes=max_bytes):
         try:
-            yield value if isinstance(value, RejectError) else json.dumps(value, ensure_ascii=False).encode()
+            yield line, value if isinstance(value, RejectError) else json.dumps(value, ensure_ascii=False).encode()
         except (TypeError, UnicodeEncodeError) as error:
-            yield RejectError("json_type", f"the row cannot be written as JSON: {error}")
+            yield line, RejectError("json_type", f"the row cannot be written as JSON: {error}")
 
 
-def _hash_file(path: Location, rules: TextSelectRules, hashes_file: Path, report: Report) -> _FileCounts:
-    """Save the smallest hashes of one file and the numbers of their records; count the records."""
+def _hash_file(file: _InputFile, rules: TextSelectRules, hashes_file: Path, report: Report) -> _FileCounts:
+    """Save the smallest hashes of one file and the numbers of their records, and its rejects; count the records."""
     smallest = SmallestHashes(rules.number)
     rejects: Counter[str] = Counter()
     hashes: list[int] = []
     rows: list[int] = []
     records = reported = 0
-    for row, raw in enumerate(_read(path, rules.max_record_bytes)):
-        records += 1
-        try:
-            if isinstance(raw, RejectError):
-                raise raw
-            parse_record(raw)
-            hashes.append(hash_record(raw, rules.seed))
-            rows.append(row)
-        except RejectError as error:
-            rejects[error.reason] += 1
-        if records % _REPORT_EVERY == 0:
-            _offer(smallest, hashes, rows)
-            report(_REPORT_EVERY, rejects.total() - reported)
-            reported = rejects.total()
+    with hashes_file.with_suffix(_REJECTS_SUFFIX).open("w") as log:
+        for row, (line, raw) in enumerate(_read(file.path, rules.max_record_bytes)):
+            records += 1
+            try:
+                if isinstance(raw, RejectError):
+                    raise raw
+                parse_record(raw)
+                hashes.append(hash_record(raw, rules.seed))
+                rows.append(row)
+            except RejectError as error:
+                rejects[error.reason] += 1
+                log.write(reject_row(file.name, Found(line, None, error), error))
+            if records % _REPORT_EVERY == 0:
+                _offer(smallest, hashes, rows)
+                report(_REPORT_EVERY, rejects.total() - reported)
+                reported = rejects.total()
     _offer(smallest, hashes, rows)
     report(records % _REPORT_EVERY, rejects.total() - reported)
     found, places = smallest.result()
@@ -278,7 +286,7 @@ def _copy_records(path: Location, rows: np.ndarray, output: Path, max_bytes: int
     wanted = iter(rows.tolist())
     following = next(wanted, None)
     with output.open("wb") as stream:
-        for row, raw in enumerate(_read(path, max_bytes)):
+        for row, (_, raw) in enumerate(_read(path, max_bytes)):
             if row != following:
                 continue
             if isinstance(raw, RejectError):

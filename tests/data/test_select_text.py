@@ -4,6 +4,7 @@ import logging
 import random
 import tracemalloc
 import zipfile
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,14 @@ from hypothesis import strategies as st
 
 from megatron_vlm.config import ConfigError, DataError, StorageError, UsageError
 from megatron_vlm.data import select_text as module
-from megatron_vlm.data.select_text import REPORT_FILE, SmallestHashes, TextSelectRules, hash_record, select_text
+from megatron_vlm.data.select_text import (
+    REJECTS_FILE,
+    REPORT_FILE,
+    SmallestHashes,
+    TextSelectRules,
+    hash_record,
+    select_text,
+)
 from megatron_vlm.data.sources.table_records import find_instruction_files
 
 
@@ -130,6 +138,10 @@ def test_report_counts_add_up_and_name_the_rejects(tmp_path):
         "record_too_long": 1,
     }
     assert [file["input"] for file in report["files"]] == ["a.jsonl", "b.jsonl.gz"]
+    rejects = [json.loads(line) for line in (tmp_path / "out" / REJECTS_FILE).read_text().splitlines()]
+    assert [(row["file"], row["line"]) for row in rejects[:5]] == [("a.jsonl", line) for line in range(2, 7)]
+    assert (rejects[5]["file"], rejects[5]["reason"]) == ("b.jsonl.gz", "file_truncated")
+    assert Counter(row["reason"] for row in rejects) == report["rejects"]
 
 
 def test_row_of_parquet_that_json_cannot_hold_is_rejected(tmp_path, make_table):
