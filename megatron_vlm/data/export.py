@@ -1,7 +1,7 @@
 """Prepared shards as WebDataset tars: the way back for other programs, and for `prepare interleaved`.
 
-Each sample is `KEY.json`, with `texts`, `images` and `train`, and its images `KEY.0.jpg`, `KEY.1.png` and so on. The
-tars are the same bytes whenever and by however many processes they are written, and each is whole or not there.
+Each sample is `KEY.json`, with `texts`, `images`, `train` and `special`, and its images `KEY.0.jpg`, `KEY.1.png` and so
+on. The tars are the same bytes whenever and by however many processes they are written, and each is whole or not there.
 """
 
 import fcntl
@@ -107,9 +107,10 @@ def write_tar(job: ExportJob, fingerprint: str, number: int, path: Path, report:
 
 
 def describe_sample(sample: EncodedSample, tokenizer: Tokenizer) -> tuple[dict[str, list], dict[str, bytes]]:
-    """Return a sample as three lists, with one entry for each text and each image, and its image files by name.
+    """Return a sample as four lists, with one entry for each text and each image, and its image files by name.
 
-    BOS and EOS are left out: they are the recipe's, not the document's.
+    Prepared again they give the same sample: `special` has "bos" or "eos" where a text is nothing else, and the names
+    of the pieces where encoding the text would give others.
 
     Args:
         sample: of the shards.
@@ -118,47 +119,47 @@ def describe_sample(sample: EncodedSample, tokenizer: Tokenizer) -> tuple[dict[s
     Raises:
         DataError: an image is none.
     """
-    texts: list[str | None] = []
-    images: list[str | None] = []
-    train: list[bool] = []
+    record: dict[str, list] = {"texts": [], "images": [], "train": [], "special": []}
     files: dict[str, bytes] = {}
+
+    def add(text: str | None, image: str | None, train: bool, special: str | list[str] | None) -> None:
+        for name, value in zip(record, (text, image, train, special), strict=True):
+            record[name].append(value)
+
     before: list[int] = []  # the text that the next one continues
+    continuation = False  # as `encode_segments` has it
     for segment in sample.segments:
         if isinstance(segment, ImageSegment):
             name = f"{len(files)}.{_extension(segment.encoded)}"
             files[name] = segment.encoded
-            before = []
-            text = None
-        else:
-            name = None
-            text, before = _decode(segment.input_ids.tolist(), before, tokenizer)
-            if not text:
+            before, continuation = [], False
+            add(None, name, False, None)
+            continue
+        for run in _runs(segment.input_ids.tolist(), tokenizer):
+            if run[0] in (tokenizer.bos_id, tokenizer.eos_id):
+                is_bos = run[0] == tokenizer.bos_id
+                continuation = bool(record["texts"]) or not is_bos
+                add("", None, segment.train, "bos" if is_bos else "eos")
                 continue
-        texts.append(text)
-        images.append(name)
-        train.append(text is not None and segment.train)  # type: ignore[union-attr]
-    return {"texts": texts, "images": images, "train": train}, files
-
-
-def _decode(input_ids: list[int], before: list[int], tokenizer: Tokenizer) -> tuple[str, list[int]]:
-    """Return the text of some ids that continue the text of others, and the ids that the next text continues."""
-    text = ""
-    for run in _runs(input_ids, tokenizer):
-        # Decoded alone, a text loses the blank that it may begin with; decoded with what it continues, it does not.
-        text += tokenizer.decode(before + run)[len(tokenizer.decode(before)) :]
-        before = run
-    return text, before
+            # Decoded alone, a text loses the blank that it may begin with; decoded with what it continues, it does not.
+            text = tokenizer.decode(before + run)[len(tokenizer.decode(before)) :]
+            is_exact = tokenizer.encode(text, continuation=continuation) == run
+            add(text, None, segment.train, None if is_exact else [tokenizer.piece(token) for token in run])
+            before, continuation = run, True
+    return record, files
 
 
 def _runs(input_ids: list[int], tokenizer: Tokenizer) -> Iterator[list[int]]:
+    """Yield text, and each BOS and EOS by itself."""
     run: list[int] = []
     for token in input_ids:
-        if token in (tokenizer.bos_id, tokenizer.eos_id):
-            if run:
-                yield run
-            run = []
-        else:
+        if token not in (tokenizer.bos_id, tokenizer.eos_id):
             run.append(token)
+            continue
+        if run:
+            yield run
+        run = []
+        yield [token]
     if run:
         yield run
 

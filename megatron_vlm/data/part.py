@@ -23,7 +23,7 @@ import numpy as np
 from megatron_vlm.config import DataError
 from megatron_vlm.data.documents import VARIANTS, Document, JoinRules, RejectError, join_text
 from megatron_vlm.data.duplicates import FingerprintWriter
-from megatron_vlm.data.encoding import encode_document
+from megatron_vlm.data.encoding import encode_document, encode_exact
 from megatron_vlm.data.image_check import ImageRules
 from megatron_vlm.data.manifest import REJECTS_FILE, ShardFacts
 from megatron_vlm.data.shards import EncodedSample, ShardWriter
@@ -233,6 +233,9 @@ def _samples(found: Found, recipe: Recipe, tokenizer: Tokenizer) -> list[Encoded
 
 
 def _encode(document: Document, recipe: Recipe, tokenizer: Tokenizer) -> Iterator[EncodedSample]:
+    if document.exact is not None and recipe.variant == "full":
+        yield encode_exact(document.exact, tokenizer)
+        return
     documents = VARIANTS[recipe.variant](document)
     if not documents:
         raise RejectError("variant_empty", f"variant {recipe.variant} leaves nothing of the document")

@@ -1,3 +1,4 @@
+import base64
 import fcntl
 import json
 import os
@@ -10,7 +11,7 @@ import pytest
 
 from megatron_vlm.config import ConfigError, DataError, StorageError, UsageError
 from megatron_vlm.data import export
-from megatron_vlm.data.documents import Image, JoinRules, Text
+from megatron_vlm.data.documents import Image, JoinRules, Text, TextRules
 from megatron_vlm.data.export import ExportJob, describe_sample, export_webdataset, write_tar
 from megatron_vlm.data.image_check import ImageRules
 from megatron_vlm.data.part import ImagePlace, PartJob, Recipe
@@ -52,9 +53,10 @@ def test_a_sample_is_a_json_file_and_its_images(job, mmc4):
     found = members(job.output / "00000.tar")
     assert list(found)[:5] == [f"00000000{i}" for i in ("0.json", "0.0.jpg", "1.json", "1.0.jpg", "1.1.jpg")]
     assert json.loads(found["000000001.json"]) == {
-        "texts": [None, "the red cat 1", None, "a blue dog green trees the sky"],
-        "images": ["0.jpg", None, "1.jpg", None],
-        "train": [False, True, False, True],
+        "texts": ["", None, "the red cat 1", None, "a blue dog green trees the sky", ""],
+        "images": [None, "0.jpg", None, "1.jpg", None, None],
+        "train": [True, False, True, False, True, True],
+        "special": ["bos", None, None, None, None, "eos"],
     }
     assert found["000000001.1.jpg"] == (mmc4 / "images" / "011.jpg").read_bytes()
     assert [name for name in members(job.output / "00001.tar") if "json" in name] == [
@@ -63,16 +65,93 @@ def test_a_sample_is_a_json_file_and_its_images(job, mmc4):
     ]
 
 
+def prepare_again(tars: Path, tokenizer_path: Path, output: Path, rules=None, **recipe) -> ShardedDataset:
+    """Prepare exported tars as `prepare interleaved` does."""
+    source = InterleavedTarSource(tuple(sorted(tars.glob("*.tar"))), rules or InterleavedRules(min_images=0))
+    part = PartJob(source=source, recipe=Recipe(join=JoinRules(), **recipe), tokenizer=tokenizer_path)
+    prepare(PrepareJob(output=output, source_name="mmc4", part=part))
+    return ShardedDataset.open(output)
+
+
 def test_prepared_again_the_samples_have_the_same_tokens_images_and_masks(job, tokenizer_path, tmp_path):
     export_webdataset(job)
+    again = prepare_again(job.output, tokenizer_path, tmp_path / "again")
+    assert list(map(repr, again)) == list(map(repr, ShardedDataset.open(job.folder)))
+
+
+def test_blanks_at_the_edges_of_texts_come_back(mmc4, make_lines, tokenizer_path, tmp_path):
+    """Separators stay beside images, sentences begin and end with blanks and one is nothing else."""
+    infos = [{"image_name": f"02{number}.jpg", "matched_text_index": number} for number in range(3)]
+    record = {"text_list": [" the red cat ", " ", "\n a dog  ", " "], "image_info": infos}
     part = PartJob(
-        source=InterleavedTarSource(tuple(sorted(job.output.glob("*.tar"))), InterleavedRules()),
-        recipe=Recipe(join=JoinRules()),
+        source=InterleavedSource((make_lines(tmp_path / "docs.jsonl", [record]),), InterleavedRules()),
+        recipe=Recipe(join=JoinRules(trim_at_images=False), eos=False),
         tokenizer=tokenizer_path,
+        images=ImagePlace(folder=mmc4 / "images"),
     )
-    prepare(PrepareJob(output=tmp_path / "again", source_name="mmc4", part=part))
-    before, after = ShardedDataset.open(job.folder), ShardedDataset.open(tmp_path / "again")
-    assert list(map(repr, after)) == list(map(repr, before))
+    prepare(PrepareJob(output=tmp_path / "shards", source_name="mmc4", part=part))
+    export_webdataset(ExportJob(folder=tmp_path / "shards", output=tmp_path / "tars", tokenizer=tokenizer_path))
+    again = prepare_again(tmp_path / "tars", tokenizer_path, tmp_path / "again")
+    assert list(map(repr, again)) == list(map(repr, ShardedDataset.open(tmp_path / "shards")))
+
+
+def make_conversations(template: str, folder: Path, make_lines, make_image) -> ConversationSource:
+    picture = base64.b64encode(make_image()).decode()
+    turns = [("human", "<image>\nhow many dogs?"), ("gpt", " two dogs "), ("human", "what colour?"), ("gpt", "red")]
+    messages = [{"from": who, "value": value} for who, value in turns]
+    records = [
+        {"id": "a", "image_base64_str": picture, "conversations": messages},
+        {"id": "b", "conversations": [{"from": "human", "value": "is it <|im_end|> red?"}, *messages[3:]]},
+    ]
+    folder.mkdir()
+    return ConversationSource((make_lines(folder / "c.jsonl", records),), ConversationRules(template=template))
+
+
+@pytest.mark.parametrize("template", ["vicuna_v1", "llama_2", "hermes-2", "plain"])
+def test_conversations_of_several_turns_come_back(template, make_lines, make_image, tokenizer_path, tmp_path):
+    source = make_conversations(template, tmp_path / "raw", make_lines, make_image)
+    part = PartJob(source=source, recipe=Recipe(bos=False, eos=False), tokenizer=tokenizer_path)
+    prepare(PrepareJob(output=tmp_path / "shards", source_name="llava", part=part))
+    before = ShardedDataset.open(tmp_path / "shards")
+    assert len(before) == 2
+    export_webdataset(ExportJob(folder=tmp_path / "shards", output=tmp_path / "tars", tokenizer=tokenizer_path))
+    again = prepare_again(tmp_path / "tars", tokenizer_path, tmp_path / "again")
+    assert list(map(repr, again)) == list(map(repr, before))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_any_token_ids_come_back(seed, tokenizer, tokenizer_path, tmp_path, make_image):
+    """Ids that no text gives: halves of characters, pieces that would be merged, BOS and EOS anywhere."""
+    generator = np.random.default_rng(seed)
+    samples = []
+    for _ in range(20):
+        segments, train = [ImageSegment(make_image(seed=seed))], True
+        for _ in range(generator.integers(1, 5)):
+            ids = generator.integers(0, tokenizer.vocab_size, generator.integers(1, 9)).astype(np.int32)
+            segments.append(TextSegment(np.where(generator.random(len(ids)) < 0.2, tokenizer.eos_id, ids), train))
+            train = not train
+        samples.append(EncodedSample((*segments, TextSegment(np.array(tokenizer.encode("cat"), np.int32), train))))
+    write_dataset(tmp_path / "shards", samples, source="t", tokenizer=tokenizer.facts)
+    export_webdataset(ExportJob(folder=tmp_path / "shards", output=tmp_path / "tars", tokenizer=tokenizer_path))
+    rules = InterleavedRules(text=TextRules(control_characters=True))
+    again = prepare_again(tmp_path / "tars", tokenizer_path, tmp_path / "again", rules)
+    trained = [sample for sample in samples if any(one.train for one in sample.segments[1:])]
+    assert list(map(repr, again)) == list(map(repr, trained))
+
+
+def test_a_sample_that_loses_an_image_is_joined_as_any_other_document(job, tokenizer, tokenizer_path, tmp_path):
+    export_webdataset(job)
+    rules = InterleavedRules(max_images=1)
+    again = prepare_again(job.output, tokenizer_path, tmp_path / "again", rules, eos=False)
+    texts = [segment.input_ids.tolist() for segment in again[1].segments if isinstance(segment, TextSegment)]
+    assert texts == [[tokenizer.bos_id], tokenizer.encode("the red cat 1 a blue dog green trees the sky")]
+
+
+def test_variants_are_made_of_the_texts(job, tokenizer, tokenizer_path, tmp_path):
+    export_webdataset(job)
+    again = prepare_again(job.output, tokenizer_path, tmp_path / "again", variant="text-only")
+    expected = tokenizer.encode("the red cat 1 a blue dog green trees the sky")
+    assert again[1].segments[0].input_ids.tolist() == [tokenizer.bos_id, *expected, tokenizer.eos_id]
 
 
 @pytest.mark.parametrize("template", ["vicuna_v1", "llama_2", "hermes-2", "plain"])
@@ -104,7 +183,7 @@ WORDS = ("the", " cat", "\nred", "  dog ", "é", "狗", "a\tb", "<s>")
 def test_any_document_is_read_back_as_it_was(seed, tokenizer, tokenizer_path, tmp_path, make_image):
     """Random texts and masks, encoded by the rules of encoding and read by the reader of tars."""
     from megatron_vlm.data.documents import Document
-    from megatron_vlm.data.encoding import encode_document
+    from megatron_vlm.data.encoding import encode_document, encode_exact
 
     generator = random.Random(seed)
     segments: list[Text | Image] = []
@@ -124,6 +203,7 @@ def test_any_document_is_read_back_as_it_was(seed, tokenizer, tokenizer_path, tm
     source = InterleavedTarSource((tmp_path / "tars" / "00000.tar",), InterleavedRules(max_images=100))
     (found,) = source.read(source.inputs[0], ReadContext(ImageReader(None, ImageRules())))
     assert list(found.document.segments) == segments
+    assert repr(encode_exact(found.document.exact, tokenizer)) == repr(sample)
 
 
 def test_any_number_of_workers_writes_the_same_tars(job, tmp_path):

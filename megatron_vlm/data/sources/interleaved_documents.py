@@ -5,7 +5,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from megatron_vlm.data.documents import Document, Image, RejectError, Segment, Text, TextRules, clean_text
+from megatron_vlm.data.documents import (
+    Document,
+    Image,
+    RejectError,
+    Segment,
+    Special,
+    Text,
+    TextRules,
+    clean_text,
+)
 from megatron_vlm.data.sources.assignment import reassign
 from megatron_vlm.data.sources.image_store import ImageReader
 from megatron_vlm.data.sources.records import MAX_RECORD_BYTES, field
@@ -16,6 +25,14 @@ FindImage = Callable[[dict[str, Any]], bytes]
 """Returns the checked image of an entry of `image_info`."""
 LoadImage = Callable[[], bytes]
 """Returns one checked image, or raises RejectError."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExactText:
+    """A text with the tokens that it is in the sample, which the encoding of the text alone does not give."""
+
+    text: Text
+    tokens: tuple[Special, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,27 +115,49 @@ def matched_document(
 
 
 def placed_document(
-    places: Sequence[Text | LoadImage], key: str, rules: InterleavedRules, images: ImageReader
+    places: Sequence[Text | ExactText | LoadImage],
+    key: str,
+    rules: InterleavedRules,
+    images: ImageReader,
+    *,
+    exact: bool = False,
 ) -> Document:
     """Put text and images where they stand; of the images, the first ones are kept, which are listed in this order.
+
+    Args:
+        places: in reading order.
+        key: of the document.
+        rules: what is taken.
+        images: counts what is left out.
+        exact: whether the places are all there is of a sample, BOS and EOS included. Where the rules leave something
+            out, the rest is a document as any other.
 
     Raises:
         RejectError: a text or an image is not taken, or there are too few images.
     """
     if rules.want_matches:
         raise RejectError("json_type", "the record matches no images and sentences, as the options want it")
-    texts = [place for place in places if isinstance(place, Text)]
+    texts = [place.text if isinstance(place, ExactText) else place for place in places if not callable(place)]
     _check_length(sum(len(text.text) for text in texts), rules.text)
     _check_listed(len(places) - len(texts))
     taker = _ImageTaker(rules, images)
     segments: list[Segment] = []
+    tokens: list[Segment] = []
     for place in places:
-        if isinstance(place, Text):
-            segments.append(Text(clean_text(place.text, rules.text), place.train))
-        elif (image := taker.take(place)) is not None:
-            segments.append(image)
+        if isinstance(place, ExactText):
+            tokens += place.tokens
+            if place.text.text:
+                segments.append(_cleaned(place.text, rules))
+            continue
+        segment = _cleaned(place, rules) if isinstance(place, Text) else taker.take(place)
+        if segment is None:
+            exact = False
+        else:
+            segments.append(segment)
+            tokens.append(segment)
     taker.check_enough()
-    return Document(tuple(_without_tail(segments, rules)), key=key)
+    kept = _without_tail(segments, rules)
+    return Document(tuple(kept), key=key, exact=tuple(tokens) if exact and len(kept) == len(segments) else None)
 
 
 def pair_up(texts: list[Any], images: list[Any], train: list[Any] | None = None) -> list[Text | Any]:
@@ -194,6 +233,10 @@ class _ImageTaker:
             raise RejectError(
                 "too_few_images", f"{self._num_taken} images, at least {self._rules.min_images} are wanted"
             )
+
+
+def _cleaned(text: Text, rules: InterleavedRules) -> Text:
+    return Text(clean_text(text.text, rules.text), text.train)
 
 
 def _matched_index(info: Any, num_sentences: int) -> int:

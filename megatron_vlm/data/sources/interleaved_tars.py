@@ -5,9 +5,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_vlm.data.documents import Document, RejectError, Text
+from megatron_vlm.data.documents import Control, Document, RejectError, Special, Text
 from megatron_vlm.data.sources.image_store import ImageReader
 from megatron_vlm.data.sources.interleaved_documents import (
+    ExactText,
     InterleavedRules,
     LoadImage,
     find_listed_image,
@@ -21,6 +22,7 @@ from megatron_vlm.data.sources.source import Found, ReadContext
 from megatron_vlm.data.sources.tars import IMAGE_EXTENSIONS, Member, TarReader, group_members, list_members
 
 _TEXT_EXTENSION = "txt"
+_CONTROLS = {control.value: control for control in Control}
 _NUMBERED = re.compile(rf"(?:(\d+)\.)?({'|'.join((*IMAGE_EXTENSIONS, _TEXT_EXTENSION))})")
 
 
@@ -31,7 +33,9 @@ class InterleavedTarSource:
     A key is one of:
 
     - `KEY.json` with `texts` and `images`, two lists of which exactly one has something at each place; an image is the
-      file `KEY.<image>`, for example "0.jpg". A list `train` may say which texts are trained.
+      file `KEY.<image>`, for example "0.jpg". A list `train` may say which texts are trained. A list `special`, as
+      `data export` writes it, says that the places are all there is of a sample: nothing is joined, and BOS and EOS
+      stand where it has "bos" and "eos"; a list of names at a text stands for exactly these pieces.
     - `KEY.json` with `sequence`, one list: `{"text": ...}` or `{"image": ...}`, or a string, which is an image if a
       file of the key is called so.
     - `KEY.json` as MMC4 has it, `text_list` and `image_info`, images as files of the key, base64 or in --images;
@@ -89,8 +93,12 @@ class _Sample:
         if "sequence" in record:
             return self._place([self._entry(entry) for entry in field(record, "sequence", list)])
         train = field(record, "train", list) if record.get("train") is not None else None
-        places = pair_up(field(record, "texts", list), field(record, "images", list), train)
-        return self._place([place if isinstance(place, Text) else self._image(place) for place in places])
+        found = pair_up(field(record, "texts", list), field(record, "images", list), train)
+        places = [place if isinstance(place, Text) else self._image(place) for place in found]
+        if record.get("special") is None:
+            return self._place(places)
+        marked = _mark(places, field(record, "special", list))
+        return placed_document(marked, self._key, self._rules, self._images, exact=True)
 
     def _place(self, places: list[Text | LoadImage]) -> Document:
         return placed_document(places, self._key, self._rules, self._images)
@@ -154,6 +162,26 @@ class _Sample:
             return self._tar.read(member, 4 * self._rules.text.max_characters, "text_too_long").decode()
         except UnicodeDecodeError as error:
             raise RejectError("invalid_utf8", f"byte {error.start} of {member.name[:200]}") from None
+
+
+def _mark(places: list[Text | LoadImage], special: list[Any]) -> list[Text | ExactText | LoadImage]:
+    """Return the places with the tokens that `special` names."""
+    if len(special) != len(places):
+        raise RejectError("json_type", f"lists differ in length: {len(places)} texts, {len(special)} special")
+    marked: list[Text | ExactText | LoadImage] = []
+    for place, entry in zip(places, special, strict=True):
+        if entry is None:
+            marked.append(place)
+            continue
+        names = [_CONTROLS[entry]] if isinstance(entry, str) and entry in _CONTROLS else entry
+        if not isinstance(place, Text) or not isinstance(names, list) or not all(map(_is_name, names)):
+            raise RejectError("json_type", f"special has {entry!r}"[:200])
+        marked.append(ExactText(place, tuple(Special(name, place.train) for name in names)))
+    return marked
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, (str, Control)) and value != ""
 
 
 def _as_mmc4(record: dict[str, Any]) -> dict[str, Any]:
