@@ -10,7 +10,9 @@ _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+(://|::)")
 def local_path(text: str) -> Path:
     """Return the path: a type for argparse that refuses a URL, which would become a folder named "s3:"."""
     if _URL.match(text):
-        raise argparse.ArgumentTypeError(f"{text} is a URL; only a path of a file system can be used here")
+        from megatron_vlm.data.sources.remote import RemoteFile  # shows a URL without its secrets
+
+        raise argparse.ArgumentTypeError(f"{RemoteFile(text)} is a URL; only a path of a file system can be used here")
     return Path(text)
 
 

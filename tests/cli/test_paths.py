@@ -19,6 +19,12 @@ def test_a_url_is_refused(kind, url):
         kind(url)
 
 
+def test_a_url_that_is_refused_is_shown_without_its_secrets():
+    with pytest.raises(argparse.ArgumentTypeError) as caught:
+        local_path("https://me:word@host/x?X-Sig=word")
+    assert str(caught.value).startswith("https://host/x is a URL")
+
+
 @pytest.mark.parametrize("below", ["", "shards"])
 def test_a_file_where_a_folder_is_wanted_is_named(tmp_path, below):
     (tmp_path / "file").write_text("")

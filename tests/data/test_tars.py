@@ -114,12 +114,12 @@ def with_size(path, number: int, field: bytes) -> bytes:
     [b"-0000002000\0", b"+0000002000\0", b"0000_002000\0", b"\xff" * 12, b"\xff" * 11 + b"\0", b"0000002000\0x"],
 )
 def test_a_size_that_is_no_octal_number_is_damage_and_never_a_way_back(tmp_path, make_tar, field):
-    path = make_tar(tmp_path / "a.tar", [("a.jpg", bytes(1024)), ("b.jpg", b"")])
-    path.write_bytes(path.read_bytes()[:1536] + with_size(path, 1024, field))
+    path = make_tar(tmp_path / "a.tar", [("a.jpg", b"")])
+    path.write_bytes(path.read_bytes()[:512] + with_size(path, 1024, field))
     with TarReader(path) as tar:
         members = tar.members()
         assert next(members).name == "a.jpg"
-        with pytest.raises(RejectError, match="tar_damaged: no tar header at byte 1536"):
+        with pytest.raises(RejectError, match="tar_damaged: no tar header at byte 512"):
             next(members)
 
 
@@ -166,9 +166,7 @@ def with_size_of_zero(header: bytes) -> bytes:
 def test_damaged_pax_records_are_damage(tmp_path, records):
     path = make_pax(tmp_path / "a.tar", {"comment": "x"})
     content = path.read_bytes()
-    path.write_bytes(
-        content[:512] + records.replace(b"9 path", b"9 path") + b"#" * (512 - len(records)) + content[1024:]
-    )
+    path.write_bytes(content[:512] + records + b"#" * (512 - len(records)) + content[1024:])
     with pytest.raises(RejectError, match="tar_damaged"):
         read_all(path)
 

@@ -132,7 +132,7 @@ def test_a_user_that_is_part_of_an_address_is_shown():
 
 
 @pytest.mark.parametrize("refusal", [403, 404, 500])
-@pytest.mark.parametrize("action", ["list", "read", "reopen"])
+@pytest.mark.parametrize("action", ["list", "read"])
 def test_no_message_has_the_signature(server, url, refusal, action):
     server.refusal = refusal
     wrong = RemoteFile(url("secret.jsonl").replace("cd", "ef"), size=None if action == "list" else 10)
