@@ -2,6 +2,7 @@ import gzip
 import json
 import time
 import zipfile
+import zlib
 
 import pytest
 from hypothesis import given, settings
@@ -104,9 +105,23 @@ def test_data_after_an_array_is_a_reject(tmp_path):
 
 def test_truncated_gzip_keeps_the_lines_before(tmp_path):
     content = gzip.compress(b"".join(b'{"a": %d, "b": "%d"}\n' % (i, i * 7919 % 10007) for i in range(3000)))
-    found = read(write(tmp_path / "a.jsonl.gz", content[: len(content) // 2]))
+    content = content[: len(content) // 2]
+    whole_lines = zlib.decompressobj(wbits=31).decompress(content).count(b"\n")
+    assert whole_lines > 1000
+    found = read(write(tmp_path / "a.jsonl.gz", content))
+    assert found[-1] == (whole_lines + 1, "file_truncated")
+    assert [value["a"] for _, value in found[:-1]] == list(range(whole_lines))
+
+
+def test_damaged_member_of_a_zip_keeps_the_lines_before(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.jsonl.zip", "w") as archive:
+        archive.writestr("a.jsonl", b"".join(b'{"a": %d}\n' % i for i in range(300_000)))
+    content = bytearray((tmp_path / "a.jsonl.zip").read_bytes())
+    content[-200] ^= 1  # in one of the last lines: the checksum at the end of the member finds it
+    found = read(write(tmp_path / "a.jsonl.zip", bytes(content)))
     assert found[-1][1] == "file_truncated"
-    assert [value["a"] for _, value in found[:-1]] == list(range(len(found) - 1))
+    assert len(found) > 290_000
+    assert [value["a"] for _, value in found[:290_000]] == list(range(290_000))
 
 
 def test_file_that_is_no_archive_is_one_reject(tmp_path):

@@ -126,7 +126,7 @@ def test_report_counts_add_up_and_name_the_rejects(tmp_path):
     report = select_text((first, cut), tmp_path / "out", TextSelectRules(number=2, seed=4, max_record_bytes=200))
     assert report == json.loads((tmp_path / "out" / REPORT_FILE).read_text())
     assert report["seed"] == 4
-    assert report["records"] == 9
+    assert report["records"] == 10
     assert report["records"] == report["kept"] + report["not_chosen"] + report["rejected"]
     assert report["kept"] == 2 == sum(len(lines) for lines in kept_lines(tmp_path / "out").values())
     assert report["rejects"] == {

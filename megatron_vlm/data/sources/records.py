@@ -1,6 +1,7 @@
 """Records from JSON lines and JSON arrays, plain, .gz or .zip, in bounded memory; a bad record harms no other."""
 
 import gzip
+import io
 import json
 import re
 import zipfile
@@ -15,9 +16,11 @@ from megatron_vlm.data.sources.locations import Location, open_stream
 SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zip", ".json.zip")
 MAX_RECORD_BYTES = 16 << 20
 
-_CHUNK_BYTES = 1 << 20
+_CHUNK_BYTES, _PIECE_BYTES = 1 << 20, 1 << 16
 _BOM = b"\xef\xbb\xbf"
 _BLANK = b" \t\r\n"
+# What unpacking raises; RuntimeError: a zip with a password or an unknown compression.
+_DAMAGE = (EOFError, zlib.error, gzip.BadGzipFile, zipfile.BadZipFile, RuntimeError)
 # Whole strings are skipped inside the pattern: a step of Python a bracket, not one a string. What ends an element is a
 # comma outside of its brackets. A quote is found alone where its string goes on beyond the bytes at hand.
 _STRING = rb'"[^"\\\n]*(?:\\[^\n][^"\\\n]*)*"'
@@ -56,15 +59,14 @@ def read_raw_records(path: Location, *, max_bytes: int = MAX_RECORD_BYTES) -> It
     Yields:
         The line, and the bytes of the record or a RejectError with reason record_too_long or file_truncated.
     """
-    line = 1
+    line = 0
     try:
         for stream in _open(path):
             with closing(stream):
-                for line, raw in _split(stream, max_bytes):  # noqa: B007
+                for line, raw in _split(_Unpacked(stream), max_bytes):  # noqa: B007
                     yield line, raw
-    except (EOFError, zlib.error, gzip.BadGzipFile, zipfile.BadZipFile, RuntimeError) as error:
-        # RuntimeError: a zip with a password or an unknown compression.
-        yield line, RejectError("file_truncated", f"{type(error).__name__}: {error}")
+    except _DAMAGE as error:
+        yield line + 1, RejectError("file_truncated", f"{type(error).__name__}: {error}")
 
 
 def field(record: dict[str, Any], name: str, kind: type | tuple[type, ...]) -> Any:
@@ -82,6 +84,33 @@ def field(record: dict[str, Any], name: str, kind: type | tuple[type, ...]) -> A
     return value
 
 
+class _Unpacked:
+    """A stream that hands over all that is before damage, and only then raises the error of it."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = cast(io.BufferedReader, stream)
+        self._error: Exception | None = None
+
+    def read(self, size: int) -> bytes:
+        """Read `size` bytes, or less at the end or before damage."""
+        pieces: list[bytes] = []
+        missing = size
+        while missing and self._error is None:
+            try:
+                # read() would throw away what it has when the next piece is damaged; a call may lose its own piece.
+                piece = self._stream.read1(min(missing, _PIECE_BYTES))
+            except _DAMAGE as error:
+                self._error = error
+                break
+            if not piece:
+                break
+            pieces.append(piece)
+            missing -= len(piece)
+        if self._error is not None and not pieces:
+            raise self._error
+        return b"".join(pieces)
+
+
 def _open(path: Location) -> Iterator[BinaryIO]:
     suffix = path.suffix.lower()
     if suffix == ".gz":
@@ -96,14 +125,14 @@ def _open(path: Location) -> Iterator[BinaryIO]:
         yield open_stream(path)
 
 
-def _split(stream: BinaryIO, max_bytes: int) -> Iterator[tuple[int, bytes | RejectError]]:
+def _split(stream: _Unpacked, max_bytes: int) -> Iterator[tuple[int, bytes | RejectError]]:
     """Yield the raw bytes of each record and its line."""
     head = stream.read(_CHUNK_BYTES).removeprefix(_BOM)
     splitter: Callable = _split_array if head.lstrip(_BLANK).startswith(b"[") else _split_lines
     return splitter(head, stream, max_bytes)
 
 
-def _split_lines(head: bytes, stream: BinaryIO, max_bytes: int) -> Iterator[tuple[int, bytes | RejectError]]:
+def _split_lines(head: bytes, stream: _Unpacked, max_bytes: int) -> Iterator[tuple[int, bytes | RejectError]]:
     number, pending = 0, head
     skipped = 0  # bytes of a line that is too long, already thrown away
     while pending or skipped:
@@ -180,7 +209,7 @@ class _ArrayScanner:
         return not self._stack
 
 
-def _split_array(head: bytes, stream: BinaryIO, max_bytes: int) -> Iterator[tuple[int, bytes | RejectError]]:
+def _split_array(head: bytes, stream: _Unpacked, max_bytes: int) -> Iterator[tuple[int, bytes | RejectError]]:
     scanner = _ArrayScanner()
     opening = head.index(b"[") + 1
     line = 1 + head.count(b"\n", 0, opening)
