@@ -186,14 +186,19 @@ def _add_interleaved(parser: argparse.ArgumentParser) -> None:
         "--keep-images",
         choices=("first-listed", "first-in-text"),
         default="first-listed",
-        help="which images of more than --max-images: of image_info, or of the text",
+        help="which of more than --max-images: first in image_info, or in the text (default: %(default)s)",
     )
-    add("--image-place", choices=("before", "after"), default="before", help="side of its sentence an image stands on")
+    add(
+        "--image-place",
+        choices=("before", "after"),
+        default="before",
+        help="side of its sentence that an image stands on (default: %(default)s)",
+    )
     add(
         "--text-after-last-image",
         choices=("keep", "drop"),
         default="keep",
-        help="drop: the sentences after that of the last image",
+        help="drop: the sentences after that of the last image (default: %(default)s)",
     )
     add("--bad-image", choices=("document", "image"), default="document", help="what a bad image rejects")
     add("--min-similarity", type=number(), metavar="X", help="leave out images with a lower matched_sim")
