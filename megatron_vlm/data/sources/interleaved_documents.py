@@ -224,6 +224,7 @@ class _ImageTaker:
             self._images.count("dropped_images")
             return None
         if self._num_taken == self._rules.max_images:
+            self._images.count("images_beyond_the_most")
             return None
         self._num_taken += 1
         return Image(data)
