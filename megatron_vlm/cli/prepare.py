@@ -51,7 +51,8 @@ _FORMS = """forms of a record, found out by its fields:
 """
 _MORE_HELP = {
     "conversations": _FORMS
-    + """Images are in image or images (a path, a URL, a data: URI, {bytes, path}) or image_base64_str, one or a list.
+    + """Images are in image or images (a path, a data: URI, {bytes, path}, or the URL of a picture that the tars of --images
+have; nothing is downloaded) or image_base64_str, one or a list.
 With --prompts SET, records are annotations of that data set instead.
 
 """,

@@ -60,6 +60,11 @@ def test_names_without_a_file_are_rejected(images, name):
     assert reason_of(images, name) == "image_missing"
 
 
+def test_a_url_without_tars_is_said_not_to_be_downloaded(images):
+    with pytest.raises(RejectError, match="image_missing: 'https://x/a.jpg': .* URLs of records are not downloaded"):
+        images.read("https://x/a.jpg", "https://x/a.jpg")
+
+
 def test_a_named_pipe_does_not_block(images, tmp_path):
     os.mkfifo(tmp_path / "images" / "pipe")
     assert reason_of(images, "pipe") == "image_missing"

@@ -57,7 +57,10 @@ class FolderImages:
             # Without O_NONBLOCK, a named pipe in the folder would wait for ever.
             descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         except (OSError, UnicodeError) as error:
-            raise RejectError("image_missing", f"{name[:200]!r}: {getattr(error, 'strerror', error)}") from None
+            why = getattr(error, "strerror", error)
+            if "://" in name:
+                why = "it is no file of the image folder, and URLs of records are not downloaded; give their tars"
+            raise RejectError("image_missing", f"{name[:200]!r}: {why}") from None
         try:
             found = os.fstat(descriptor)
             if not stat.S_ISREG(found.st_mode):
