@@ -25,7 +25,7 @@ class Balance:
     random: float
     """The same rows in random order."""
     lower_bound: float
-    """What no order of the rows of these batches can go below: the largest row is on some rank."""
+    """What no order of the rows of these batches can go below: the largest rows stand with the smallest at best."""
     worst: float
     """Fullest rank of the worst batch over the mean of that batch."""
     random_worst: float
@@ -79,7 +79,9 @@ def report_balance(settings: PlanSettings, rows: PlannedRows, data_parallel_size
 
 def _compare(size: int, name: str, planned: np.ndarray, shuffled: np.ndarray) -> Balance:
     mean = np.maximum(planned.sum(axis=1) / size, 1e-9)
-    least = np.ceil(mean - 1e-6) if name == "images" else mean
+    least = _least_fullest(planned, size)
+    if name == "images":
+        least = np.ceil(least - 1e-6)
     fullest, random_fullest = _fullest(planned, size), _fullest(shuffled, size)
     random_mean = np.maximum(shuffled.sum(axis=1) / size, 1e-9)
     return Balance(
@@ -87,10 +89,24 @@ def _compare(size: int, name: str, planned: np.ndarray, shuffled: np.ndarray) ->
         load=name,
         planned=float(fullest.sum() / mean.sum()),
         random=float(random_fullest.sum() / mean.sum()),
-        lower_bound=float(np.maximum(least, planned.max(axis=1)).sum() / mean.sum()),
+        lower_bound=float(least.sum() / mean.sum()),
         worst=float((fullest / mean).max()),
         random_worst=float((random_fullest / random_mean).max()),
     )
+
+
+def _least_fullest(load: np.ndarray, size: int) -> np.ndarray:
+    """Return what the fullest rank of each batch has at least, however its rows are ordered."""
+    rows_per_rank = load.shape[1] // size
+    ascending = np.sort(load, axis=1)
+    descending = ascending[:, ::-1][:, :size]
+    if rows_per_rank == 2:
+        # The largest with the smallest, the second largest with the second smallest, ...: no pairs are more even.
+        return (descending + ascending[:, :size]).max(axis=1)
+    # The ranks that have the n largest rows, at most n of them, fill up with the smallest rows at best.
+    numbers = np.arange(1, size + 1)
+    smallest = np.concatenate([np.zeros((len(load), 1)), np.cumsum(ascending, axis=1)], axis=1)
+    return ((np.cumsum(descending, axis=1) + smallest[:, numbers * (rows_per_rank - 1)]) / numbers).max(axis=1)
 
 
 def _fullest(load: np.ndarray, size: int) -> np.ndarray:

@@ -28,7 +28,7 @@ __all__ = ["Plan", "PlanSettings", "PlanSummary", "PlannedRows", "build_plan", "
 
 logger = logging.getLogger(__name__)
 
-_PLAN_VERSION = 2
+_PLAN_VERSION = 3
 """Part of the hash; to be raised by every change that orders samples in another way."""
 _SUMMARY_FILE = "plan.json"
 _UNFINISHED = ".tmp"

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_vlm.data import balance
 from megatron_vlm.data.balance import balance_ranks, deal_rows
 
 
@@ -52,6 +53,29 @@ def test_parts_of_ranks_are_even(data_parallel_size, bound):
     for values in (images[order], work[order]):
         parts = np.stack([values.reshape(-1, 128)[:, ranks == rank].sum(axis=1) for rank in range(data_parallel_size)])
         assert (parts.max(axis=0) / parts.mean(axis=0)).mean() < bound
+
+
+def test_pairs_hold_no_more_images_than_an_even_share():
+    # Rows of 7, 6 and 5 images as packing makes them, those of 5 with most work: 12 images are an even share.
+    rng = np.random.default_rng(0)
+    images = rng.choice([5, 6, 7], (20, 64), p=[0.25, 0.7, 0.05])
+    work = np.where(images == 5, 8.0, 2.0) * rng.gamma(20.0, 0.05, images.shape)
+    load = np.stack([images / images.mean(axis=1, keepdims=True), work / work.mean(axis=1, keepdims=True)], axis=-1)
+    pairs = balance._pair_rows(images, load)
+    assert sorted(pairs.reshape(-1).tolist()) == list(range(images.size))
+    assert images.reshape(-1)[pairs].sum(axis=2).max() == 12
+    largest_first = -np.sort(-work, axis=1)
+    no_lower = (largest_first + largest_first[:, ::-1]).max(axis=1)
+    assert (work.reshape(-1)[pairs].sum(axis=2).max(axis=1) < 1.1 * no_lower).all()
+
+
+@pytest.mark.parametrize("size", [4, 32, 128])
+def test_pairs_are_taken_where_they_are_more_even(size):
+    images, work = make_rows(size * 50, np.random.default_rng(0))
+    load = np.stack([images, work], axis=-1).astype(float).reshape(-1, size, 2)
+    load /= load.mean(axis=1, keepdims=True)
+    chosen = balance._waiting(load, balance_ranks(images, work, size).reshape(-1, size))
+    assert (chosen <= balance._waiting(load, balance._place_evenly(load))).all()
 
 
 def test_batches_that_begin_in_the_middle_are_even():
