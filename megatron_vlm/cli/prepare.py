@@ -2,8 +2,11 @@
 
 import argparse
 import os
+import signal
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import FrameType
+from typing import TYPE_CHECKING, NoReturn
 
 from megatron_vlm.cli.numbers import number, positive, whole_number
 from megatron_vlm.cli.paths import local_path, new_folder
@@ -51,8 +54,8 @@ _FORMS = """forms of a record, found out by its fields:
 """
 _MORE_HELP = {
     "conversations": _FORMS
-    + """Images are in image or images (a path, a data: URI, {bytes, path}, or the URL of a picture that the tars of --images
-have; nothing is downloaded) or image_base64_str, one or a list.
+    + """Images are in image or images (a path, a data: URI, {bytes, path}, or the URL of a picture that the tars of
+--images have; nothing is downloaded) or image_base64_str, one or a list.
 With --prompts SET, records are annotations of that data set instead.
 
 """,
@@ -239,8 +242,25 @@ def _add_prompts(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, metavar="S", help="of the choice among the wordings (default: 0)")
 
 
+def _stop(number: int, frame: FrameType | None) -> NoReturn:
+    """End at once: what is on the disk is as whole after this as after a kill, and workers die with this process."""
+    name = signal.Signals(number).name
+    sys.stderr.write(f"megatron-vlm: stopped by {name}; run the same command again, finished input files are kept\n")
+    sys.stderr.flush()
+    os._exit(ExitCode.REQUEUE)
+
+
 def run(args: argparse.Namespace) -> int:
     """Run the verb; returns the exit code."""
+    previous = {number: signal.signal(number, _stop) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        return _run(args)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _run(args: argparse.Namespace) -> int:
     from megatron_vlm.data.part import PartJob
     from megatron_vlm.data.prepare import PrepareJob, prepare
     from megatron_vlm.data.share import Share

@@ -199,7 +199,9 @@ def _missing(folder: Path) -> DataError:
         return DataError("dataset folder does not exist", where=str(folder), fix="check the path")
     if (folder / WORK_FOLDER).exists():
         return DataError(
-            "preparation of the dataset is unfinished", where=str(folder), fix="run the same prepare command again"
+            "preparation of the dataset is unfinished",
+            where=str(folder),
+            fix="run the same prepare command again; delete the folder if no document became a sample",
         )
     return DataError(
         f"folder has no {MANIFEST_FILE}", where=str(folder), fix="give a folder that megatron-vlm prepare wrote"

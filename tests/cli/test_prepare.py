@@ -1,6 +1,9 @@
 import io
 import json
 import shutil
+import signal
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -239,3 +242,21 @@ def test_help_shows_an_example(kind, capsys):
         main(["prepare", *([kind] if kind else []), "--help"])
     assert caught.value.code == 0
     assert f"megatron-vlm prepare {kind or 'interleaved'} --input" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_signal_of_a_scheduler_asks_to_be_requeued_and_the_next_run_goes_on(corpora, tmp_path, number):
+    arguments = ["prepare", "text", *COMMANDS["text"].format(root=corpora).split(), "--output", str(tmp_path / "d")]
+    arguments += ["--tokenizer", str(corpora / "tiny.model")]
+    code = (
+        "import time, megatron_vlm.data.prepare as module\n"
+        "module.run_tasks = lambda *_, **__: (print('running', flush=True), time.sleep(60))\n"
+        f"from megatron_vlm.cli.main import main; main({arguments!r})"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"running\n"
+        process.send_signal(number)
+        assert process.wait(timeout=30) == 75
+        line = f"megatron-vlm: stopped by {number.name}; run the same command again, finished input files are kept\n"
+        assert process.stderr.read().decode() == line
+    assert main(arguments) == 0
