@@ -71,6 +71,27 @@ def test_benchmark_writes_what_follows_from_its_numbers(command, works, tmp_path
     assert done.returncode == (0 if all(row["met"] for row in rows) else 1)
 
 
+def test_opening_a_million_documents_takes_less_than_a_megabyte(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    write_indexes = runpy.run_path(str(BENCHMARKS / "index_files.py"))["write_indexes"]
+    images = np.random.default_rng(0).integers(1, 7, 1_000_000)
+    write_indexes(tmp_path / "mmc4", images, 100 * images)
+    # In a process of its own: a page that an earlier test touched would not be new.
+    script = (
+        "import psutil, sys\n"
+        "from megatron_vlm.data.shards import ShardedDataset\n"
+        "private = lambda: psutil.Process().memory_full_info().uss\n"
+        "before = private()\n"
+        "dataset = ShardedDataset.open(sys.argv[1])\n"
+        "print(private() - before, len(dataset))\n"
+    )
+    command = [sys.executable, "-c", script, tmp_path / "mmc4"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    grown, number = map(int, done.stdout.split())
+    assert number == 1_000_000
+    assert grown < 1e6
+
+
 def test_state_that_grows_with_the_position_is_told(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
     measure = runpy.run_path(str(BENCHMARKS / "plan.py"))["measure"]
