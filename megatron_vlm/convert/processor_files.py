@@ -10,6 +10,10 @@ from megatron_vlm.data.pixels import Aspect
 from megatron_vlm.data.templates import DEFAULT_SYSTEM, Template
 
 _BICUBIC = 3
+_SET_ANSWER = (
+    "{% if message['content'] is string %}{% set answer = message['content'] %}{% else %}"
+    "{% set answer = message['content'] | map(attribute='text') | join %}{% endif %}"
+)
 
 
 def image_processor_config(vision: VisionConfig, aspect: Aspect) -> dict[str, Any]:
@@ -80,25 +84,25 @@ def chat_template(template: Template, system: object, *, bos: str, eos: str, ima
             pieces += [_literal(before), *([content, _literal(after)] if "{}" in part else [])]
         return "".join(pieces)
 
-    # The first text of a sample starts with the word-begin mark, which text after <s> does not get by itself.
-    begin = _literal(bos) + _literal(" ")
-    with_system = text(template.system, "{{ system }}")
-    no_system = text(template.no_system)
-    default = "none" if system_text is None else _quote(str(system_text))
-    question = "".join(
+    return "".join(
         (
-            "{% if message['content'] is string %}{{ message['content'] }}{% else %}",
-            "{% for item in message['content'] %}{% if item['type'] == 'image' %}",
-            _literal(image + "\n"),
-            "{% elif item['type'] == 'text' %}{{ item['text'] }}{% endif %}{% endfor %}{% endif %}",
+            _choose_system("none" if system_text is None else _quote(str(system_text))),
+            # The first text of a sample starts with the word-begin mark, which text after <s> does not get by itself.
+            _literal(bos) + _literal(" "),
+            f"{{% if system is none %}}{text(template.no_system)}{{% else %}}",
+            text(template.system, "{{ system }}") + "{% endif %}",
+            "{% for message in turns %}{% if message['role'] == 'user' %}",
+            f"{{% if not loop.first %}}{text(template.between)}{{% endif %}}",
+            text(template.before_question) + _question(image) + text(template.after_question),
+            "{% elif message['role'] == 'assistant' %}",
+            _SET_ANSWER + text((template.answer, *template.after_answer), "{{ answer }}"),
+            "{% endif %}{% endfor %}",
         )
     )
-    answer = "".join(
-        (
-            "{% if message['content'] is string %}{% set answer = message['content'] %}{% else %}",
-            "{% set answer = message['content'] | map(attribute='text') | join %}{% endif %}",
-        )
-    )
+
+
+def _choose_system(default: str) -> str:
+    """Return the Jinja that sets `system` to the conversation's own prompt or the default, and `turns` to the rest."""
     return "".join(
         (
             "{% if messages[0]['role'] == 'system' %}",
@@ -106,14 +110,18 @@ def chat_template(template: Template, system: object, *, bos: str, eos: str, ima
             "{% set system = messages[0]['content'] | map(attribute='text') | join %}{% endif %}",
             "{% set turns = messages[1:] %}{% else %}",
             f"{{% set system = {default} %}}{{% set turns = messages %}}{{% endif %}}",
-            begin,
-            f"{{% if system is none %}}{no_system}{{% else %}}{with_system}{{% endif %}}",
-            "{% for message in turns %}{% if message['role'] == 'user' %}",
-            f"{{% if not loop.first %}}{text(template.between)}{{% endif %}}",
-            text(template.before_question) + question + text(template.after_question),
-            "{% elif message['role'] == 'assistant' %}",
-            answer + text((template.answer, *template.after_answer), "{{ answer }}"),
-            "{% endif %}{% endfor %}",
+        )
+    )
+
+
+def _question(image: str) -> str:
+    """Return the Jinja that writes a question, its images where they stand in it."""
+    return "".join(
+        (
+            "{% if message['content'] is string %}{{ message['content'] }}{% else %}",
+            "{% for item in message['content'] %}{% if item['type'] == 'image' %}",
+            _literal(image + "\n"),
+            "{% elif item['type'] == 'text' %}{{ item['text'] }}{% endif %}{% endfor %}{% endif %}",
         )
     )
 
