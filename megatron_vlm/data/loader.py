@@ -26,6 +26,32 @@ from megatron_vlm.platform.parent import die_with_parent
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankShare:
+    """What one rank has of every global batch."""
+
+    data_parallel_rank: int = 0
+    """This rank among those that see different rows."""
+    data_parallel_size: int = 1
+    """Number of them."""
+    micro_batch_size: int = 1
+    """Rows of a micro-batch."""
+    image_share: ImageShare | None = ImageShare()
+    """Part of the images this rank decodes; None where its pipeline stage needs no pixels."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoaderWorkers:
+    """How micro-batches are made ready."""
+
+    num_workers: int = 0
+    """Decoding processes; 0 decodes in this process."""
+    prefetch_factor: int = 2
+    """Micro-batches each worker keeps ready."""
+    pin_memory: bool = False
+    """Hand over page-locked tensors, for a copy to a GPU."""
+
+
 class BatchLoader:
     """Iterate over the micro-batches of one data-parallel rank, from an iteration until the plan ends.
 
@@ -37,13 +63,8 @@ class BatchLoader:
         plan: rows of samples.
         collation: sizes and ids of the model.
         start_iteration: global batches that are already consumed.
-        data_parallel_rank: this rank among those that see different rows.
-        data_parallel_size: number of them.
-        micro_batch_size: rows of a micro-batch.
-        image_share: part of the images this rank decodes; None where its pipeline stage needs no pixels.
-        num_workers: decoding processes; 0 decodes in this process.
-        prefetch_factor: micro-batches each worker keeps ready.
-        pin_memory: hand over page-locked tensors, for a copy to a GPU.
+        share: rows and images of this rank; by default all.
+        workers: processes that decode ahead; by default none.
 
     Raises:
         ValueError: the global batch does not divide over the ranks and micro-batches.
@@ -56,22 +77,17 @@ class BatchLoader:
         *,
         collation: Collation,
         start_iteration: int = 0,
-        data_parallel_rank: int = 0,
-        data_parallel_size: int = 1,
-        micro_batch_size: int = 1,
-        image_share: ImageShare | None = ImageShare(),  # noqa: B008 -- frozen
-        num_workers: int = 0,
-        prefetch_factor: int = 2,
-        pin_memory: bool = False,
+        share: RankShare = RankShare(),
+        workers: LoaderWorkers = LoaderWorkers(),
     ) -> None:
-        rows = plan.settings.global_batch_size
-        if rows % (data_parallel_size * micro_batch_size):
+        rows, rows_at_once = plan.settings.global_batch_size, share.data_parallel_size * share.micro_batch_size
+        if rows % rows_at_once:
             raise ValueError(
                 f"global batch of {rows} rows is not a multiple of data_parallel_size * micro_batch_size = "
-                f"{data_parallel_size} * {micro_batch_size}"
+                f"{share.data_parallel_size} * {share.micro_batch_size}"
             )
         self.plan = plan
-        self.num_micro_batches = rows // (data_parallel_size * micro_batch_size)
+        self.num_micro_batches = rows // rows_at_once
         """Micro-batches of this rank in one iteration."""
         first = start_iteration * self.num_micro_batches
         last = plan.num_iterations * self.num_micro_batches
@@ -80,11 +96,13 @@ class BatchLoader:
             _SampleReader(datasets, plan.pieces, collation.num_image_tokens),
             plan,
             collation,
-            image_share,
-            _RowSlice(data_parallel_rank, data_parallel_size, micro_batch_size, self.num_micro_batches),
+            share.image_share,
+            _RowSlice(
+                share.data_parallel_rank, share.data_parallel_size, share.micro_batch_size, self.num_micro_batches
+            ),
         )
         self._next = 0
-        self._batches = self._start(num_workers, prefetch_factor, pin_memory)
+        self._batches = self._start(workers)
 
     @property
     def iteration(self) -> int:
@@ -123,7 +141,7 @@ class BatchLoader:
         """End the workers; also done when the loader is collected and when the process exits."""
         self._finalizer()
 
-    def _start(self, num_workers: int, prefetch_factor: int, pin_memory: bool) -> Iterator[Any]:
+    def _start(self, workers: LoaderWorkers) -> Iterator[Any]:
         # torch raises from a SIGCHLD handler wherever the main thread is, also in the middle of a training step;
         # without it, a dead worker is found when its batch is due.
         handler = signal.getsignal(signal.SIGCHLD)
@@ -135,16 +153,16 @@ class BatchLoader:
                 batch_size=None,
                 sampler=self._positions,
                 collate_fn=_keep,
-                num_workers=num_workers,
-                prefetch_factor=prefetch_factor if num_workers else None,
+                num_workers=workers.num_workers,
+                prefetch_factor=workers.prefetch_factor if workers.num_workers else None,
                 worker_init_fn=functools.partial(_prepare_worker, os.getpid()),
-                multiprocessing_context="fork" if num_workers else None,
-                pin_memory=pin_memory,
+                multiprocessing_context="fork" if workers.num_workers else None,
+                pin_memory=workers.pin_memory,
                 # A generator of its own: the default one would move by a draw, and no resumed run would be bit-equal.
                 generator=torch.Generator(),
             )
             iterator = iter(loader)
-        if num_workers and signal.getsignal(signal.SIGCHLD) is not handler and handler is not None:
+        if workers.num_workers and signal.getsignal(signal.SIGCHLD) is not handler and handler is not None:
             signal.signal(signal.SIGCHLD, handler)
         self._finalizer = weakref.finalize(self, _kill_workers, getattr(iterator, "_workers", []))
         return iterator

@@ -15,7 +15,7 @@ from megatron_vlm.config import TrainConfig, derive_layout, save_config
 from megatron_vlm.data.batch import ImageShare
 from megatron_vlm.data.collate import Collation
 from megatron_vlm.data.ledger import Ledger
-from megatron_vlm.data.loader import BatchLoader
+from megatron_vlm.data.loader import BatchLoader, LoaderWorkers, RankShare
 from megatron_vlm.data.plan import Plan, PlanSettings, build_plan, open_plan
 from megatron_vlm.data.shards import ShardedDataset
 from megatron_vlm.parallel.groups import RankLayout, main_rank_first, start_distributed, stop_distributed
@@ -95,14 +95,18 @@ def _build_loader(
         plan,
         collation=Collation.from_config(state.config.model, data),
         start_iteration=state.iteration,
-        data_parallel_rank=rank.dp_rank,
-        data_parallel_size=rank.dp_size,
-        micro_batch_size=state.config.training.micro_batch_size,
-        image_share=ImageShare(rank.tp_rank, rank.tp_size) if has_tower else None,
-        # Without images there is nothing to decode: a few memory-mapped reads a batch need no process of their own.
-        num_workers=data.num_workers if has_tower else 0,
-        prefetch_factor=data.prefetch_factor,
-        pin_memory=device.type == "cuda",
+        share=RankShare(
+            data_parallel_rank=rank.dp_rank,
+            data_parallel_size=rank.dp_size,
+            micro_batch_size=state.config.training.micro_batch_size,
+            image_share=ImageShare(rank.tp_rank, rank.tp_size) if has_tower else None,
+        ),
+        workers=LoaderWorkers(
+            # Without images there is nothing to decode: a few memory-mapped reads a batch need no process of their own.
+            num_workers=data.num_workers if has_tower else 0,
+            prefetch_factor=data.prefetch_factor,
+            pin_memory=device.type == "cuda",
+        ),
     )
 
 

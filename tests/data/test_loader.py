@@ -15,7 +15,7 @@ from PIL import Image
 from megatron_vlm.config import BlendEntry, DataError, LanguageConfig
 from megatron_vlm.data.batch import ImageShare
 from megatron_vlm.data.collate import Collation
-from megatron_vlm.data.loader import BatchLoader
+from megatron_vlm.data.loader import BatchLoader, LoaderWorkers, RankShare
 from megatron_vlm.data.manifest import TokenizerFacts
 from megatron_vlm.data.plan import PlanSettings, build_plan, open_plan
 from megatron_vlm.data.shards import EncodedSample, ImageSegment, ShardedDataset, TextSegment, write_dataset
@@ -88,8 +88,17 @@ def plan(datasets, tmp_path_factory):
     return make_plan(datasets, tmp_path_factory.mktemp("plans"))
 
 
-def make_loader(datasets, plan, **options):
-    return BatchLoader(datasets, plan, collation=COLLATION, **options)
+def make_loader(datasets, plan, *, collation=COLLATION, start_iteration=0, **options):
+    of_workers = {name: value for name, value in options.items() if name in ("num_workers", "prefetch_factor")}
+    share = RankShare(**{name: value for name, value in options.items() if name not in of_workers})
+    return BatchLoader(
+        datasets,
+        plan,
+        collation=collation,
+        start_iteration=start_iteration,
+        share=share,
+        workers=LoaderWorkers(**of_workers),
+    )
 
 
 def ids_of_iterations(datasets, plan, dp=1, **options) -> list[list[int]]:
@@ -182,7 +191,7 @@ def test_pieces_of_a_sample_are_the_sample(datasets, tmp_path, workers):
     assert plan.summary.split > 20
     collation = dataclasses.replace(COLLATION, seq_length=16)
     found = {}
-    for batch in BatchLoader(datasets, plan, collation=collation, num_workers=workers, micro_batch_size=2):
+    for batch in make_loader(datasets, plan, collation=collation, num_workers=workers, micro_batch_size=2):
         batch.validate(LANGUAGE, COLLATION.num_image_tokens, ImageShare())
         borders = batch.cu_seqlens.tolist()
         segments = [batch.input_ids[0, a:b].tolist() for a, b in itertools.pairwise(borders)]
