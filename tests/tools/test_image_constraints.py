@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -48,3 +49,11 @@ def test_constraints_pin_every_direct_dependency():
     names.discard("")
     assert {"torch", "megatron-core", "transformers", "pytest"} < names
     assert names <= pinned
+
+
+def test_image_installs_every_dependency_but_torch_which_its_base_brings():
+    setup, dockerfile = (ROOT / "setup.py").read_text(), (ROOT / "Dockerfile").read_text()
+    block = setup[setup.index("install_requires=[") : setup.index("extras_require=")]
+    names = set(re.findall(r'"([A-Za-z-]+)>=', block)) - {"torch"}
+    assert "megatron-core" in names
+    assert not {name for name in names if not re.search(rf"[ \n]{re.escape(name)}\b", dockerfile)}
