@@ -295,8 +295,10 @@ def _check_options(args: argparse.Namespace) -> None:
     """Refuse options that contradict each other before anything is read.
 
     Raises:
-        UsageError: they leave nothing.
+        UsageError: they leave nothing, or the loss would have no name.
     """
+    if args.source is not None and not args.source.strip():
+        raise UsageError("--source is empty", fix="name the loss of the dataset, or leave it out")
     for name in ("images", "image_bytes"):
         least, most = getattr(args, f"min_{name}", None), getattr(args, f"max_{name}", None)
         if least is not None and most is not None and least > most:

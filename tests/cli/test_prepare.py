@@ -231,6 +231,11 @@ def test_number_of_workers_is_checked(corpora, tmp_path, capsys):
     assert "argument --workers: 0 is below 1" in capsys.readouterr().err
 
 
+def test_a_source_without_a_name_is_exit_code_64(corpora, tmp_path, capsys):
+    assert run(corpora, "text", tmp_path / "d", "--source", " ") == 64
+    assert "--source is empty" in capsys.readouterr().err
+
+
 def test_nothing_but_rejects_is_exit_code_65(corpora, tmp_path, capsys):
     assert run(corpora, "pairs", tmp_path / "d", "--min-side", "1000") == 65
     assert "none of 2 documents became a sample" in capsys.readouterr().err
