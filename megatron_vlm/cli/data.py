@@ -76,7 +76,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     for action in ("export", "merge"):
         _add_workers(parsers[action])
     add = parsers["split"].add_argument
-    add("output", type=new_folder, metavar="OUT", help="writes OUT-1-of-N to OUT-N-of-N")
+    add("output", type=local_path, metavar="OUT", help="writes OUT-1-of-N to OUT-N-of-N")
     add("--number", type=positive, required=True, metavar="N", help="datasets, of about equal size")
     parser.set_defaults(run=run)
 

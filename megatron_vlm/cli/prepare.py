@@ -3,7 +3,7 @@
 import argparse
 import os
 import signal
-import sys
+import threading
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
@@ -245,19 +245,23 @@ def _add_prompts(parser: argparse.ArgumentParser) -> None:
 def _stop(number: int, frame: FrameType | None) -> NoReturn:
     """End at once: what is on the disk is as whole after this as after a kill, and workers die with this process."""
     name = signal.Signals(number).name
-    sys.stderr.write(f"megatron-vlm: stopped by {name}; run the same command again, finished input files are kept\n")
-    sys.stderr.flush()
-    os._exit(ExitCode.REQUEUE)
+    line = f"megatron-vlm: stopped by {name}; run the same command again, finished input files are kept\n"
+    try:
+        os.write(2, line.encode())  # not sys.stderr: it may be in the middle of a write itself
+    finally:
+        os._exit(ExitCode.REQUEUE)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the verb; returns the exit code."""
+    if threading.current_thread() is not threading.main_thread():
+        return _run(args)  # where no handler can be set
     previous = {number: signal.signal(number, _stop) for number in (signal.SIGTERM, signal.SIGUSR1)}
     try:
         return _run(args)
     finally:
         for number, handler in previous.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler or signal.SIG_DFL)
 
 
 def _run(args: argparse.Namespace) -> int:

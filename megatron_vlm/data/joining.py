@@ -12,7 +12,7 @@ import numpy as np
 from megatron_vlm.config import DataError
 from megatron_vlm.data.duplicates import FILES
 from megatron_vlm.data.manifest import REJECTS_FILE, Manifest, ShardFacts, facts_of_file, fault_of_file
-from megatron_vlm.data.part import USED_ROWS_FILE, PartFacts, reject_row
+from megatron_vlm.data.part import PREPARE_AGAIN, USED_ROWS_FILE, PartFacts, reject_row
 from megatron_vlm.data.share import SHARE_OPTION
 from megatron_vlm.data.sources.pair_table import TableFile
 from megatron_vlm.data.sources.pairs import TarPairSource
@@ -99,7 +99,7 @@ def check_part_files(folder: Path, manifest: Manifest) -> None:
         facts = known.get(name)
         fault = "the manifest has no checksum of it" if facts is None else fault_of_file(folder / name, facts)
         if fault is not None:
-            raise DataError(f"part is damaged: {name}: {fault}", where=str(folder), fix="prepare this part again")
+            raise DataError(f"part is damaged: {name}: {fault}", where=str(folder), fix=PREPARE_AGAIN)
 
 
 def check_not_empty(manifest: Manifest, where: Path) -> None:

@@ -7,11 +7,11 @@ have made every reader follow them, and a moved or deleted part would break the 
 
 import dataclasses
 import functools
+import itertools
 import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from megatron_vlm.data.manifest import (
 from megatron_vlm.data.part import load_used_rows
 from megatron_vlm.data.shards import SUFFIXES, ShardedDataset
 from megatron_vlm.data.share import SHARE_OPTION, Share
-from megatron_vlm.data.sources.locations import Location, absolute, parse_location
+from megatron_vlm.data.sources.locations import Location, parse_location, place_of
 from megatron_vlm.data.sources.pair_table import TableFile
 from megatron_vlm.data.workers import run_tasks
 
@@ -136,7 +136,7 @@ def split_dataset(folder: Path, output: Path, count: int) -> list[Path]:
 
 def _divide(shards: Sequence[ShardFacts], count: int) -> Iterator[Sequence[ShardFacts]]:
     """Yield runs of consecutive shards, none empty, each ending nearest to its share of all samples."""
-    ends = list(accumulate(shard.counts.samples for shard in shards))
+    ends = list(itertools.accumulate(shard.counts.samples for shard in shards))
     first = 0
     for number in range(1, count + 1):
         target = ends[-1] * number / count
@@ -201,9 +201,11 @@ def _open_tables(manifest: Manifest, given: Sequence[Location]) -> tuple[TableFi
         DataError: a table cannot be read, or has changed.
         StorageError: it is at a URL and cannot be read.
     """
+    recorded: dict[str, int] = manifest.options[SHARE_OPTION]["tables"]
+    places = _find_tables(list(recorded), given) if given else {name: parse_location(name) for name in recorded}
     tables = []
-    for name, num_rows in manifest.options[SHARE_OPTION]["tables"].items():
-        place = _find_table(name, given) if given else parse_location(name)
+    for name, num_rows in recorded.items():
+        place = places[name]
         try:
             table = TableFile.open(place)
         except (DataError, StorageError) as error:
@@ -217,17 +219,30 @@ def _open_tables(manifest: Manifest, given: Sequence[Location]) -> tuple[TableFi
     return tuple(tables)
 
 
-def _find_table(name: str, given: Sequence[Location]) -> Location:
-    """Return the table with this name among those given, or else the one whose name ends alike."""
-    found = [table for table in given if absolute(table) == name]
-    found = found or [table for table in given if table.name == parse_location(name).name]
-    if len(found) != 1:
-        raise ConfigError(
-            f"{len(found)} of the {len(given)} --tables are a table that the parts were joined with",
-            where=name,
-            fix="give each of these tables once",
-        )
-    return found[0]
+def _find_tables(names: Sequence[str], given: Sequence[Location]) -> dict[str, Location]:
+    """Return for each table that the parts were joined with the given one whose path ends most alike.
+
+    Raises:
+        ConfigError: there is none, or two are as much alike, or one is it for two names.
+    """
+    found: dict[str, Location] = {}
+    for name in names:
+        alike = [_common_end(parse_location(name), table) for table in given]
+        best = max(alike, default=0)
+        if not best or alike.count(best) > 1 or (table := given[alike.index(best)]) in found.values():
+            raise ConfigError(
+                f"{alike.count(best) if best else 0} of the {len(given)} --tables are that table of the parts",
+                where=name,
+                fix="give each of these tables once, with as much of its old path as tells it apart",
+            )
+        found[name] = table
+    return found
+
+
+def _common_end(first: Location, second: Location) -> int:
+    """Return how many parts at the end of two paths are equal."""
+    pairs = zip(reversed(place_of(first).parts), reversed(place_of(second).parts), strict=False)
+    return len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
 
 
 @contextmanager

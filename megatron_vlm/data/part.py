@@ -37,7 +37,7 @@ PART_FILE = "part.json"
 USED_ROWS_FILE = "used_rows.npy"
 _REPORT_EVERY = 100
 _MAX_DETAIL = 300
-_PREPARE_AGAIN = "delete the folder of this part and prepare it again"
+PREPARE_AGAIN = "delete the folder of this part and prepare it again"
 
 Report = Callable[[int, int], None]
 """Told how many more documents were read, and how many of them rejected."""
@@ -171,9 +171,9 @@ def load_used_rows(folder: Path, num_rows: int) -> np.ndarray:
     try:
         rows = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"list of used rows cannot be read: {error}", where=str(path), fix=_PREPARE_AGAIN) from None
+        raise DataError(f"list of used rows cannot be read: {error}", where=str(path), fix=PREPARE_AGAIN) from None
     if len(rows) and not 0 <= rows.min() <= rows.max() < num_rows:
-        raise DataError(f"list of used rows goes beyond the {num_rows} there are", where=str(path), fix=_PREPARE_AGAIN)
+        raise DataError(f"list of used rows goes beyond the {num_rows} there are", where=str(path), fix=PREPARE_AGAIN)
     return rows
 
 

@@ -4,7 +4,9 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import signal
 import socket
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,6 +47,7 @@ def ray_cluster(address: str | None, *, num_workers: int) -> Iterator[Engine]:
         return
     quiet: dict[str, Any] = {"configure_logging": False, "log_to_driver": False}
     logging.getLogger("ray").setLevel(logging.ERROR)
+    on_stop = signal.getsignal(signal.SIGTERM)
     if address is None:
         ray.init(address="local", num_cpus=num_workers, include_dashboard=False, **quiet)
     else:
@@ -53,6 +56,8 @@ def ray_cluster(address: str | None, *, num_workers: int) -> Iterator[Engine]:
             ray.init(address=address, **quiet)
         except (OSError, RuntimeError, ValueError) as error:
             raise _no_cluster(address, str(error)) from None
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_stop)  # Ray has put its own in the place of the program's
     try:
         yield functools.partial(_run, ray)
     finally:

@@ -37,3 +37,9 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path):
         new_file(str(tmp_path))
     with pytest.raises(argparse.ArgumentTypeError, match="none does not exist; create it first"):
         new_file(str(tmp_path / "none" / "page.html"))
+
+
+@pytest.mark.parametrize("kind", [new_folder, new_file])
+def test_a_name_that_no_file_system_takes_is_a_wrong_command_line(kind):
+    with pytest.raises(argparse.ArgumentTypeError, match="cannot be used: File name too long"):
+        kind("a" * 300)

@@ -10,6 +10,7 @@ import pyarrow.parquet
 import pytest
 
 from megatron_vlm.config import ConfigError, DataError, StorageError
+from megatron_vlm.data import merge
 from megatron_vlm.data.documents import JoinRules
 from megatron_vlm.data.manifest import REJECTS_FILE, load_manifest, save_manifest
 from megatron_vlm.data.merge import merge_datasets, split_dataset
@@ -189,10 +190,19 @@ def test_tables_that_have_moved_are_given_again(coyo, tokenizer_path, tmp_path):
     with pytest.raises(DataError, match="parquet file cannot be read.* say where the table is now with --tables"):
         merge_datasets(tmp_path / "joined", parts)
     for wrong, count in ((moved[1:], 0), ([*moved, table.with_name("x") / table.name], 2)):
-        with pytest.raises(ConfigError, match=f"{count} of the {len(wrong)} --tables are a table"):
+        with pytest.raises(ConfigError, match=f"{count} of the {len(wrong)} --tables are that table"):
             merge_datasets(tmp_path / "joined", parts, tables=wrong)
     merge_datasets(tmp_path / "joined", parts, tables=moved)
     assert content(tmp_path / "joined") == content(tmp_path / "straight")
+
+
+def test_moved_tables_are_told_apart_by_the_end_of_their_paths():
+    names = ["/old/part=0/data.parquet", "/old/part=1/data.parquet"]
+    given = [Path(f"/new/part={number}/data.parquet") for number in (1, 0)]
+    assert merge._find_tables(names, given) == {names[0]: given[1], names[1]: given[0]}
+    for wrong in (given[:1], [Path("/new/data.parquet")], [Path("/x/data.parquet"), Path("/y/data.parquet")]):
+        with pytest.raises(ConfigError, match="--tables are that table of the parts"):
+            merge._find_tables(names, wrong)
 
 
 def test_tables_of_one_name_are_told_apart(coyo, make_table, tokenizer_path, tmp_path):

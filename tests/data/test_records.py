@@ -124,6 +124,20 @@ def test_damaged_member_of_a_zip_keeps_the_lines_before(tmp_path):
     assert [value["a"] for _, value in found[:290_000]] == list(range(290_000))
 
 
+@pytest.mark.parametrize("compression", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_damage_of_one_member_of_a_zip_harms_no_other(tmp_path, compression):
+    lines = b"".join(b'{"a": "%d"}\n' % (number * 7919 % 10007) for number in range(3000))
+    with zipfile.ZipFile(tmp_path / "a.jsonl.zip", "w", compression) as archive:
+        for name in ("a.jsonl", "b.jsonl"):
+            archive.writestr(name, lines)
+        middle = archive.infolist()[0].compress_size // 2
+    content = bytearray((tmp_path / "a.jsonl.zip").read_bytes())
+    content[middle : middle + 100] = bytes(100)
+    found = [value for _, value in read(write(tmp_path / "a.jsonl.zip", bytes(content)))]
+    damaged = found.index("file_truncated")
+    assert found[damaged + 1 :] == [json.loads(line) for line in lines.splitlines()]
+
+
 def test_file_that_is_no_archive_is_one_reject(tmp_path):
     assert read(write(tmp_path / "a.jsonl.gz", b"<html>")) == [(1, "file_truncated")]
     assert read(write(tmp_path / "a.jsonl.zip", b"<html>")) == [(1, "file_truncated")]

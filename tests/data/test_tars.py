@@ -179,14 +179,8 @@ def test_tars_written_one_after_the_other_have_all_their_members(tmp_path, make_
     assert read_all(tmp_path / "a.tar") == [("0.jpg", b"\1" * 600), ("1.jpg", b"\2" * 600)]
 
 
-@pytest.mark.parametrize("rest", [b"junk" * 200, b"junk"])
-def test_what_follows_the_end_of_a_tar_and_is_none_is_told(tmp_path, make_tar, rest):
+@pytest.mark.parametrize("rest", [b"junk" * 200, b"junk", b"\n"])
+def test_what_follows_the_end_of_a_tar_and_is_none_is_passed_over(tmp_path, make_tar, rest):
     path = make_tar(tmp_path / "a.tar", [("a.jpg", b"1")])
     path.write_bytes(path.read_bytes() + rest)
-    with TarReader(path) as tar:
-        members = tar.members()
-        assert next(members).name == "a.jpg"
-        with pytest.raises(
-            RejectError, match="tar_damaged: no tar header|tar_truncated: the file ends within the header"
-        ):
-            next(members)
+    assert read_all(path) == [("a.jpg", b"1")]

@@ -159,7 +159,7 @@ def test_images_of_a_server_are_found_and_those_it_refuses_are_missing(server, u
     server.files["/images/sub/a.jpg"] = b"picture"
     images = RemoteImages(RemoteFile(url("images")), max_bytes=100)
     assert images.read("sub/a.jpg", None) == b"picture"
-    with pytest.raises(RejectError, match="image_missing: 'b.jpg': access denied: HTTP 403"):
+    with pytest.raises(RejectError, match="image_denied: 'b.jpg': access denied: HTTP 403"):
         images.read("b.jpg", None)
 
 

@@ -18,12 +18,25 @@ SCRIPT = Path(megatron_vlm.__file__).parents[1] / "examples" / "slurm" / "prepar
 
 @pytest.fixture
 def command(tmp_path) -> Path:
-    """A folder for PATH with the console script of this very checkout."""
+    """A folder for PATH with the console script of this very checkout, and what the script calls of SLURM."""
     folder = tmp_path / "bin"
     folder.mkdir()
-    (folder / "megatron-vlm").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m megatron_vlm "$@"\n')
-    (folder / "megatron-vlm").chmod(0o755)
+    scripts = {
+        "megatron-vlm": f'exec "{sys.executable}" -m megatron_vlm "$@"',
+        "srun": 'exec "$@"',
+        "scontrol": f'echo "$@" >> {tmp_path}/scontrol.log',
+    }
+    for name, line in scripts.items():
+        (folder / name).write_text(f"#!/bin/sh\n{line}\n")
+        (folder / name).chmod(0o755)
     return folder
+
+
+def run_task(tmp_path: Path, command: Path, task: int, arguments: list[str]) -> int:
+    task_of_slurm = {"SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_CPUS_PER_TASK": "1", "SLURM_ARRAY_JOB_ID": "7"}
+    task_of_slurm |= {"SLURM_ARRAY_TASK_ID": str(task), "SLURM_ARRAY_TASK_COUNT": "2"}
+    paths = {"PATH": f"{command}:{os.environ['PATH']}", "PYTHONPATH": str(SCRIPT.parents[2])}
+    return subprocess.run(["bash", str(SCRIPT), *arguments], env=os.environ | paths | task_of_slurm).returncode
 
 
 def test_the_tasks_of_an_array_prepare_parts_that_merge_joins(tmp_path, command):
@@ -32,10 +45,16 @@ def test_the_tasks_of_an_array_prepare_parts_that_merge_joins(tmp_path, command)
     tokenizer = train_sentence_piece(tmp_path)
     prepare = ["prepare", "text", "--input", "0.jsonl", "1.jsonl", "--output", "shards", "--tokenizer", str(tokenizer)]
     for task in (1, 2):
-        task_of_slurm = {"SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_CPUS_PER_TASK": "1"}
-        task_of_slurm |= {"SLURM_ARRAY_TASK_ID": str(task), "SLURM_ARRAY_TASK_COUNT": "2"}
-        paths = {"PATH": f"{command}:{os.environ['PATH']}", "PYTHONPATH": str(SCRIPT.parents[2])}
-        subprocess.run(["bash", str(SCRIPT), *prepare], env=os.environ | paths | task_of_slurm, check=True)
+        assert run_task(tmp_path, command, task, prepare) == 0
+    assert not (tmp_path / "scontrol.log").exists()
     parts = sorted(str(path) for path in tmp_path.glob("shards.part-*"))
     assert main(["data", "merge", str(tmp_path / "shards"), *parts]) == 0
     assert load_manifest(tmp_path / "shards").counts.samples == 2
+
+
+@pytest.mark.parametrize(("code", "requeued"), [(75, "requeue 7_2\n"), (65, "")])
+def test_a_task_that_was_stopped_in_good_order_is_requeued_and_no_other(tmp_path, command, code, requeued):
+    (command / "megatron-vlm").write_text(f"#!/bin/sh\nexit {code}\n")
+    assert run_task(tmp_path, command, 2, ["prepare"]) == code
+    log = tmp_path / "scontrol.log"
+    assert (log.read_text() if log.exists() else "") == requeued

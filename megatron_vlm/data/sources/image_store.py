@@ -98,8 +98,8 @@ class RemoteImages:
         except DeniedError as error:
             if not self._is_web:
                 raise
-            # As public buckets answer over the web where there is no file.
-            raise RejectError("image_missing", f"{name[:200]!r}: {error.what}") from None
+            # As public buckets answer over the web where there is no file; but also when a signed URL has expired.
+            raise RejectError("image_denied", f"{name[:200]!r}: {error.what}") from None
         if isinstance(data, int):
             raise RejectError("image_bytes", f"{data} bytes, at most {self._max_bytes} are taken")
         return data

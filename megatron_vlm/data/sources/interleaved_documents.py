@@ -138,7 +138,9 @@ def placed_document(
     if rules.want_matches:
         raise RejectError("json_type", "the record matches no images and sentences, as the options want it")
     texts = [place.text if isinstance(place, ExactText) else place for place in places if not callable(place)]
+    pieces = [token for place in places if isinstance(place, ExactText) for token in place.tokens]
     _check_length(sum(len(text.text) for text in texts), rules.text)
+    _check_length(sum(len(piece.token) for piece in pieces if isinstance(piece.token, str)), rules.text)
     _check_listed(len(places) - len(texts))
     taker = _ImageTaker(rules, images)
     segments: list[Segment] = []

@@ -173,15 +173,21 @@ def _mark(places: list[Text | LoadImage], special: list[Any]) -> list[Text | Exa
         if entry is None:
             marked.append(place)
             continue
-        names = [_CONTROLS[entry]] if isinstance(entry, str) and entry in _CONTROLS else entry
-        if not isinstance(place, Text) or not isinstance(names, list) or not all(map(_is_name, names)):
+        is_control = isinstance(entry, str) and entry in _CONTROLS
+        names = [_CONTROLS[entry]] if is_control else entry
+        if not isinstance(place, Text) or not isinstance(names, list) or not names or not all(map(_is_name, names)):
+            raise RejectError("json_type", f"special has {entry!r}"[:200])
+        if is_control and place.text:
             raise RejectError("json_type", f"special has {entry!r}"[:200])
         marked.append(ExactText(place, tuple(Special(name, place.train) for name in names)))
     return marked
 
 
 def _is_name(value: Any) -> bool:
-    return isinstance(value, (str, Control)) and value != ""
+    if not isinstance(value, str):
+        return isinstance(value, Control)
+    # Half of a surrogate pair is no character, and SentencePiece takes none.
+    return value != "" and not any("\ud800" <= sign <= "\udfff" for sign in value)
 
 
 def _as_mmc4(record: dict[str, Any]) -> dict[str, Any]:

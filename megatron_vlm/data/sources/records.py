@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import lzma
 import re
 import zipfile
 import zlib
@@ -20,7 +21,7 @@ _CHUNK_BYTES, _PIECE_BYTES = 1 << 20, 1 << 16
 _BOM = b"\xef\xbb\xbf"
 _BLANK = b" \t\r\n"
 # What unpacking raises; RuntimeError: a zip with a password or an unknown compression.
-_DAMAGE = (EOFError, zlib.error, gzip.BadGzipFile, zipfile.BadZipFile, RuntimeError)
+_DAMAGE = (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile, zipfile.BadZipFile, RuntimeError)
 # Whole strings are skipped inside the pattern: a step of Python a bracket, not one a string. What ends an element is a
 # comma outside of its brackets. A quote is found alone where its string goes on beyond the bytes at hand.
 _STRING = rb'"[^"\\\n]*(?:\\[^\n][^"\\\n]*)*"'
@@ -59,14 +60,17 @@ def read_raw_records(path: Location, *, max_bytes: int = MAX_RECORD_BYTES) -> It
     Yields:
         The line, and the bytes of the record or a RejectError with reason record_too_long or file_truncated.
     """
-    line = 0
-    try:
-        for stream in _open(path):
+    streams = _open(path)
+    while True:
+        line = 0
+        try:
+            if (stream := next(streams, None)) is None:
+                return
             with closing(stream):
                 for line, raw in _split(_Unpacked(stream), max_bytes):  # noqa: B007
                     yield line, raw
-    except _DAMAGE as error:
-        yield line + 1, RejectError("file_truncated", f"{type(error).__name__}: {error}")
+        except _DAMAGE as error:  # the next member of a .zip may be whole
+            yield line + 1, RejectError("file_truncated", f"{type(error).__name__}: {error}")
 
 
 def field(record: dict[str, Any], name: str, kind: type | tuple[type, ...]) -> Any:
@@ -97,8 +101,14 @@ class _Unpacked:
         missing = size
         while missing and self._error is None:
             try:
+                # bzip2 in a .zip tells damage by an OSError without a number, which no disk does.
                 # read() would throw away what it has when the next piece is damaged; a call may lose its own piece.
                 piece = self._stream.read1(min(missing, _PIECE_BYTES))
+            except OSError as error:
+                if error.errno is not None:
+                    raise
+                self._error = EOFError(str(error))
+                break
             except _DAMAGE as error:
                 self._error = error
                 break
