@@ -11,7 +11,7 @@ from megatron_vlm.data.documents import JoinRules
 from megatron_vlm.data.duplicates import FILES, fingerprint
 from megatron_vlm.data.manifest import REJECTS_FILE
 from megatron_vlm.data.merge import merge_datasets
-from megatron_vlm.data.part import ImagePlace, PartJob, Recipe
+from megatron_vlm.data.part import PREPARE_AGAIN, ImagePlace, PartJob, Recipe
 from megatron_vlm.data.prepare import PrepareJob, prepare
 from megatron_vlm.data.shards import ShardedDataset
 from megatron_vlm.data.sources.interleaved import InterleavedRules, InterleavedSource
@@ -178,7 +178,7 @@ def test_lost_and_damaged_files_of_a_part_are_data_errors(corpus, tokenizer_path
     (parts[1] / name).unlink()
     if content is not None:
         (parts[1] / name).write_bytes(content)
-    with pytest.raises(DataError, match=f"part is damaged: {name}: .*{message}.*fix: prepare this part again"):
+    with pytest.raises(DataError, match=f"part is damaged: {name}: .*{message}.*fix: {PREPARE_AGAIN}"):
         merge_datasets(tmp_path / "joined", parts)
     assert any(name in fault for fault in verify_dataset(parts[1]))
     assert not (tmp_path / "joined").exists()
