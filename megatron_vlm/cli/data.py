@@ -1,10 +1,10 @@
 """`megatron-vlm data {verify,stats,inspect,export,merge,split}`."""
 
 import argparse
-import os
 
 from megatron_vlm.cli.numbers import positive
 from megatron_vlm.cli.paths import local_path, new_file, new_folder
+from megatron_vlm.cli.source_options import add_workers
 from megatron_vlm.config import ExitCode
 from megatron_vlm.data.sources.locations import list_location, parse_location
 
@@ -74,18 +74,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="parquet tables of prepare pairs, if they have moved or their URLs are signed: no manifest keeps that",
     )
     for action in ("export", "merge"):
-        _add_workers(parsers[action])
+        add_workers(parsers[action])
     add = parsers["split"].add_argument
     add("output", type=local_path, metavar="OUT", help="writes OUT-1-of-N to OUT-N-of-N")
     add("--number", type=positive, required=True, metavar="N", help="datasets, of about equal size")
     parser.set_defaults(run=run)
-
-
-def _add_workers(parser: argparse.ArgumentParser) -> None:
-    default = os.cpu_count() or 1
-    parser.add_argument(
-        "--workers", type=positive, default=default, metavar="N", help="processes (default: one a core)"
-    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,19 +1,17 @@
 """Paths on the command line: what is written, and what is only read from a disk, is on a file system."""
 
 import argparse
-import re
 from pathlib import Path
 
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+(://|::)")
+from megatron_vlm.data.sources.locations import RemoteFile, parse_location
 
 
 def local_path(text: str) -> Path:
     """Return the path: a type for argparse that refuses a URL, which would become a folder named "s3:"."""
-    if _URL.match(text):
-        from megatron_vlm.data.sources.remote import RemoteFile  # shows a URL without its secrets
-
-        raise argparse.ArgumentTypeError(f"{RemoteFile(text)} is a URL; only a path of a file system can be used here")
-    return Path(text)
+    location = parse_location(text)
+    if isinstance(location, RemoteFile):
+        raise argparse.ArgumentTypeError(f"{location} is a URL; only a path of a file system can be used here")
+    return location
 
 
 def new_folder(text: str) -> Path:

@@ -1,10 +1,10 @@
 """`megatron-vlm select {pairs,text}`: keep the best pairs before they are downloaded, or a part of a lot of text."""
 
 import argparse
-import os
 
-from megatron_vlm.cli.numbers import number, positive
+from megatron_vlm.cli.numbers import number
 from megatron_vlm.cli.paths import new_folder
+from megatron_vlm.cli.source_options import add_input, add_max_record_bytes, add_workers
 from megatron_vlm.config import ExitCode, UsageError
 
 _PAIRS_EXAMPLE = """example (the paper's 25M of COYO-700M):
@@ -40,23 +40,14 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 
 def _add_pairs(kinds: argparse._SubParsersAction) -> None:
-    from megatron_vlm.data.sources.locations import parse_location
-
     pairs = kinds.add_parser(
         "pairs",
         help="rows of parquet files; exact, in memory that depends on --top alone",
         epilog=_PAIRS_EXAMPLE + _PAIRS_NOTES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    add_input(pairs, "parquet files, folders of them, patterns, or URLs")
     add = pairs.add_argument
-    add(
-        "--input",
-        type=parse_location,
-        nargs="+",
-        required=True,
-        metavar="PATH",
-        help="parquet files, folders of them, patterns, or URLs",
-    )
     add(
         "--output", type=new_folder, required=True, metavar="DIR", help="new folder: parquet, _report.json, _scores.png"
     )
@@ -68,40 +59,19 @@ def _add_pairs(kinds: argparse._SubParsersAction) -> None:
 
 
 def _add_text(kinds: argparse._SubParsersAction) -> None:
-    from megatron_vlm.data.sources.locations import parse_location
-
     text = kinds.add_parser(
         "text",
         help="records of JSON or parquet; exact, in memory that depends on --number alone",
         epilog=_TEXT_EXAMPLE + _TEXT_NOTES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    add_input(text, "JSON lines or arrays, also .gz or .zip, or parquet; files, folders of them, or URLs")
     add = text.add_argument
-    add(
-        "--input",
-        type=parse_location,
-        nargs="+",
-        required=True,
-        metavar="PATH",
-        help="JSON lines or arrays, also .gz or .zip, or parquet; files, folders of them, or URLs",
-    )
     add("--output", type=new_folder, required=True, metavar="DIR", help="new folder: .jsonl, _report/select.json")
     add("--number", required=True, metavar="N", help="records to keep of all files together: 1M, 400K, 1000")
     add("--seed", type=int, default=0, metavar="S", help="another one keeps other records (default: %(default)s)")
-    add(
-        "--workers",
-        type=positive,
-        default=os.cpu_count() or 1,
-        metavar="N",
-        help="processes (default: one a core)",
-    )
-    add(
-        "--max-record-bytes",
-        type=positive,
-        default=16 << 20,
-        metavar="N",
-        help="longest record (default: 16 MiB)",
-    )
+    add_workers(text)
+    add_max_record_bytes(text)
 
 
 def run(args: argparse.Namespace) -> int:

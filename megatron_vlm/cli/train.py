@@ -14,6 +14,7 @@ from typing import NoReturn
 
 from megatron_vlm.cli.numbers import positive
 from megatron_vlm.config import ExitCode, TrainConfig, derive_layout, load_config
+from megatron_vlm.platform.cores import count_cores
 from megatron_vlm.platform.exit_status import (
     ExitStatus,
     describe_error,
@@ -120,8 +121,7 @@ def _check(config: TrainConfig, *, num_workers: int, num_gpus: int, num_nodes: i
 
 
 def _node_job(args: argparse.Namespace, config: TrainConfig, slurm: SlurmNode | None, num_workers: int) -> NodeJob:
-    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    num_threads = str(config.training.num_threads or max(1, num_cores // num_workers))
+    num_threads = str(config.training.num_threads or max(1, count_cores() // num_workers))
     defaults = {"OMP_NUM_THREADS": num_threads, "MKL_NUM_THREADS": num_threads}
     if config.training.num_threads:
         environment = {**os.environ, **defaults}
