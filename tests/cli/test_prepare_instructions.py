@@ -94,6 +94,12 @@ def test_annotations_are_asked_in_the_wordings_of_their_set(raw, tmp_path):
     assert all("red?" in text for text in asked)
 
 
+def test_a_source_that_the_user_names_goes_before_that_of_the_prompts(raw, tmp_path):
+    options = ("--prompts", "vqav2", "--source", "llava")
+    assert prepare(raw, "conversations", VQA, tmp_path / "d", *options) == 0
+    assert load_manifest(tmp_path / "d").source == "llava"
+
+
 def test_prompts_do_not_depend_on_workers_parts_or_the_name_of_the_source(raw, tmp_path):
     options = ("--prompts", "vqav2")
     assert prepare(raw, "conversations", VQA, tmp_path / "a", *options) == 0
