@@ -141,7 +141,7 @@ def _row(fingerprints: Fingerprints, sample: int, original: int, kind: str) -> s
     what = f"{_SAYS[kind]} {place[0]}"
     what += f" line {place[1]}" if place[1] is not None else ""
     what += f" key {first_key}" if first_key is not None else ""
-    error = RejectError("duplicate", what)
+    error = RejectError(_REASON, what)
     return reject_row(file, Found(line, key, error), error)
 
 

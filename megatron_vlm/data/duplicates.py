@@ -3,10 +3,8 @@
 import functools
 import hashlib
 import json
-import os
 from array import array
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -15,6 +13,7 @@ import numpy as np
 
 from megatron_vlm.config import DataError
 from megatron_vlm.data.shards import TOKEN_DTYPE, EncodedSample, ImageSegment
+from megatron_vlm.platform.durable_files import flush_to_disk, open_durably
 
 KINDS = ("documents", "images")
 """What may be dropped: samples of equal token ids and images; or of equal images, text alone where there is none."""
@@ -72,13 +71,14 @@ class FingerprintWriter:
 
     def close(self) -> None:
         """Write what is in memory and make it durable."""
-        _flush(self._stream)
+        with self._stream as stream:
+            flush_to_disk(stream)
         records = np.empty(len(self._origins), dtype=RECORD)
         halves = np.frombuffer(bytes(self._digests), dtype="<u8").reshape(-1, 2)
         records["high"], records["low"], records["origin"] = halves[:, 0], halves[:, 1], self._origins
         with (self._folder / FINGERPRINTS_FILE).open("wb") as stream:
             np.save(stream, records)
-            _flush(stream)
+            flush_to_disk(stream)
 
 
 class Fingerprints:
@@ -193,7 +193,7 @@ def join_fingerprints(output: Path, folders: Sequence[Path]) -> None:
     Raises:
         DataError: the fingerprints of a piece cannot be read.
     """
-    with _replacing(output / FINGERPRINTS_FILE) as fingerprints, _replacing(output / ORIGINS_FILE) as origins:
+    with open_durably(output / FINGERPRINTS_FILE) as fingerprints, open_durably(output / ORIGINS_FILE) as origins:
         parts: list[np.ndarray] = [np.zeros(0, dtype=RECORD)]
         for folder in folders:
             try:
@@ -206,22 +206,6 @@ def join_fingerprints(output: Path, folders: Sequence[Path]) -> None:
                 while chunk := stream.read(1 << 20):
                     origins.write(chunk)
         np.save(fingerprints, np.concatenate(parts))
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
-    """Write beside the place of a file and rename."""
-    unfinished = path.with_name(path.name + ".tmp")
-    with unfinished.open("wb") as stream:
-        yield stream
-        _flush(stream)
-    os.replace(unfinished, path)
-
-
-def _flush(stream: BinaryIO) -> None:
-    stream.flush()
-    os.fsync(stream.fileno())
-    stream.close()
 
 
 def _damaged(path: Path, what: str) -> DataError:

@@ -4,7 +4,6 @@ Each sample is `KEY.json`, with `texts`, `images`, `train` and `special`, and it
 on. The tars are the same bytes whenever and by however many processes they are written, and each is whole or not there.
 """
 
-import fcntl
 import functools
 import io
 import json
@@ -22,7 +21,8 @@ from megatron_vlm.data.part import Report
 from megatron_vlm.data.shards import EncodedSample, ImageSegment, ShardedDataset
 from megatron_vlm.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_vlm.data.workers import Engine, run_tasks
-from megatron_vlm.platform.durable_files import storage_errors
+from megatron_vlm.platform.durable_files import flush_to_disk, storage_errors
+from megatron_vlm.platform.locks import try_lock
 
 _STATE_FILE = ".export"  # locked while tars are written; no suffix: nothing that looks for tars or JSON finds it
 _REPORT_EVERY = 100
@@ -101,8 +101,7 @@ def write_tar(job: ExportJob, fingerprint: str, number: int, path: Path, report:
     with storage_errors("export stopped", path, kept="finished tars are kept"):
         with unfinished.open("wb") as stream:
             _write_samples(stream, dataset, tokenizer, range(first, last), report)
-            stream.flush()
-            os.fsync(stream.fileno())
+            flush_to_disk(stream)
         os.replace(unfinished, path)
 
 
@@ -205,12 +204,10 @@ def _claimed(output: Path, state: dict[str, Any]) -> Iterator[None]:
     except OSError as error:
         raise _not_writable(output, error) from None
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        if not try_lock(lock):
             raise ConfigError(
                 "another process is exporting into this folder", where=str(output), fix="wait for it, or stop it"
-            ) from None
+            )
         try:
             _write_state(lock, content, output)
             for left_over in output.glob("*.tmp"):
@@ -239,8 +236,7 @@ def _write_state(lock: BinaryIO, content: bytes, output: Path) -> None:
     # In place: a renamed file would be another one than the one that is locked.
     lock.truncate(0)
     lock.write(content)
-    lock.flush()
-    os.fsync(lock.fileno())
+    flush_to_disk(lock)
 
 
 def _not_writable(output: Path, error: OSError) -> StorageError:

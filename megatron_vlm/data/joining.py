@@ -1,7 +1,6 @@
 """Make one dataset of finished pieces: the parts of `prepare`, or the datasets of a job array."""
 
 import dataclasses
-import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -16,6 +15,7 @@ from megatron_vlm.data.part import PREPARE_AGAIN, USED_ROWS_FILE, PartFacts, rej
 from megatron_vlm.data.share import SHARE_OPTION
 from megatron_vlm.data.sources.pair_table import TableFile
 from megatron_vlm.data.sources.pairs import TarPairSource
+from megatron_vlm.platform.durable_files import open_durably
 
 
 def describe_rejects(rejects: dict[str, int]) -> str:
@@ -120,14 +120,10 @@ def check_not_empty(manifest: Manifest, where: Path) -> None:
 def _write_rejects(path: Path, lists: Sequence[Path], missing: Iterator[str]) -> int:
     """Put the lists of rejects together; returns how many `missing` adds."""
     count = 0
-    unfinished = path.with_name(path.name + ".tmp")
-    with unfinished.open("wb") as stream:
+    with open_durably(path) as stream:
         for rows in lists:
             with rows.open("rb") as own:
                 shutil.copyfileobj(own, stream)
         for count, row in enumerate(missing, start=1):  # noqa: B007
             stream.write(row.encode())
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(unfinished, path)
     return count

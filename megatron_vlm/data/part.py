@@ -31,7 +31,7 @@ from megatron_vlm.data.sources.image_store import FolderImages, ImageReader, Ima
 from megatron_vlm.data.sources.locations import Location, RemoteFile
 from megatron_vlm.data.sources.source import Found, ReadContext, Source
 from megatron_vlm.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_vlm.platform.durable_files import storage_errors, write_durably
+from megatron_vlm.platform.durable_files import flush_to_disk, storage_errors, write_durably
 
 PART_FILE = "part.json"
 USED_ROWS_FILE = "used_rows.npy"
@@ -205,8 +205,7 @@ def _write_part(job: PartJob, path: Location, name: str, folder: Path, report: R
             if documents % _REPORT_EVERY == 0:
                 report(_REPORT_EVERY, sum(rejects.values()) - reported_rejects)
                 reported_rejects = sum(rejects.values())
-        log.flush()
-        os.fsync(log.fileno())
+        flush_to_disk(log)
     report(documents % _REPORT_EVERY, sum(rejects.values()) - reported_rejects)
     if fingerprints is not None:
         fingerprints.close()

@@ -5,7 +5,6 @@ manifest; until then a folder `.prepare` inside of it keeps what is done.
 """
 
 import dataclasses
-import fcntl
 import functools
 import json
 import logging
@@ -51,6 +50,7 @@ from megatron_vlm.data.sources.pairs import TarPairSource
 from megatron_vlm.data.tokenizer import load_tokenizer
 from megatron_vlm.data.workers import Engine, run_tasks
 from megatron_vlm.platform.durable_files import write_durably
+from megatron_vlm.platform.locks import try_lock
 
 logger = logging.getLogger(__name__)
 
@@ -202,12 +202,10 @@ def _claimed(work: Path, plan: Manifest) -> Iterator[None]:
             f"output folder cannot be written: {error.strerror}", where=str(work.parent), fix="check its permissions"
         ) from None
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        if not try_lock(lock):
             raise ConfigError(
                 "another process is preparing this folder", where=str(work.parent), fix="wait for it, or stop it"
-            ) from None
+            )
         content = json.dumps(dataclasses.asdict(plan))
         if not (work / _JOB_FILE).exists():
             write_durably(work / _JOB_FILE, content.encode())

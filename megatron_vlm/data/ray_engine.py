@@ -19,6 +19,7 @@ from megatron_vlm.data.workers import Engine
 
 _POLL_SECONDS = 0.5
 _CONNECT_SECONDS = 10.0
+_LAST_PORT = 65535
 
 
 @contextmanager
@@ -69,11 +70,11 @@ def _check_answers(address: str) -> None:
     host, mark, port = address.rpartition("://")[2].rpartition(":")
     if not mark:
         return  # a name of Ray's own, such as auto
-    if not port.isdigit():
-        raise _no_cluster(address, "the port is no number")
+    if not port.isdecimal() or int(port) > _LAST_PORT:  # the system would take the remainder for a port
+        raise _no_cluster(address, f"{port} is no port")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_SECONDS).close()
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         raise _no_cluster(address, str(error)) from None
 
 

@@ -27,7 +27,7 @@ from megatron_vlm.data.sources.records import MAX_RECORD_BYTES, SUFFIXES, parse_
 from megatron_vlm.data.sources.source import Found
 from megatron_vlm.data.sources.table_records import TABLE_SUFFIX, is_table, read_table_records
 from megatron_vlm.data.workers import run_tasks
-from megatron_vlm.platform.durable_files import storage_errors, write_durably
+from megatron_vlm.platform.durable_files import flush_to_disk, storage_errors, write_durably
 
 logger = logging.getLogger(__name__)
 
@@ -296,8 +296,7 @@ def _copy_records(path: Location, rows: np.ndarray, output: Path, max_bytes: int
             following = next(wanted, None)
             if following is None:
                 break
-        stream.flush()
-        os.fsync(stream.fileno())
+        flush_to_disk(stream)
     if following is not None:
         raise DataError(
             f"record {following + 1} is not there any more; the file was changed meanwhile",

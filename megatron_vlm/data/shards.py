@@ -31,6 +31,7 @@ from megatron_vlm.data.manifest import (
     load_manifest,
     save_manifest,
 )
+from megatron_vlm.platform.durable_files import flush_to_disk
 
 MODE_TRAINED, MODE_IMAGE, MODE_CONTEXT = 0, 1, 2
 TOKEN_DTYPE = np.dtype("<i4")
@@ -114,7 +115,8 @@ class ShardWriter:
 
     def close(self, input_name: str = "") -> ShardFacts:
         """Write index and checksums and return what the manifest says about this shard."""
-        self._flush(self._stream)
+        with self._stream as stream:
+            flush_to_disk(stream)
         files = {"bin": FileFacts(bytes=self.bytes_written, crc32=self._crc)}
         files["idx"] = self._write("idx", self._index())
         files["crc"] = self._write("crc", np.array(self._crcs, dtype="<u4").tobytes())
@@ -143,14 +145,8 @@ class ShardWriter:
     def _write(self, suffix: str, content: bytes) -> FileFacts:
         with self.prefix.with_name(f"{self.prefix.name}.{suffix}").open("wb") as stream:
             stream.write(content)
-            self._flush(stream)
+            flush_to_disk(stream)
         return FileFacts(bytes=len(content), crc32=zlib.crc32(content))
-
-    @staticmethod
-    def _flush(stream) -> None:
-        stream.flush()
-        os.fsync(stream.fileno())
-        stream.close()
 
 
 def write_dataset(

@@ -4,18 +4,31 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO, BinaryIO
 
 from megatron_vlm.config import StorageError
 
 
 def write_durably(path: Path, content: bytes) -> None:
     """Write beside the place of a file, flush to the disk and rename."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as stream:
+    with open_durably(path) as stream:
         stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, path)
+
+
+@contextmanager
+def open_durably(path: Path) -> Iterator[BinaryIO]:
+    """Give a file beside the place of another, whose place it takes when it is written without an error."""
+    unfinished = path.with_name(path.name + ".tmp")
+    with unfinished.open("wb") as stream:
+        yield stream
+        flush_to_disk(stream)
+    os.replace(unfinished, path)
+
+
+def flush_to_disk(stream: IO) -> None:
+    """Return when all that was written to an open file is on the disk."""
+    stream.flush()
+    os.fsync(stream.fileno())
 
 
 @contextmanager

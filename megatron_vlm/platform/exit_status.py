@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from megatron_vlm.config import ExitCode, UserError
+from megatron_vlm.platform.durable_files import flush_to_disk
 
 MAX_LINE = 300
 """Longest line that a user error may take [characters]."""
@@ -82,8 +83,7 @@ def write_exit_status(path: Path, status: ExitStatus) -> None:
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     with unfinished.open("w") as file:
         json.dump(asdict(status), file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
+        flush_to_disk(file)
     unfinished.replace(path)
 
 

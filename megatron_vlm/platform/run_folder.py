@@ -1,24 +1,18 @@
 """The folder of a run: names of its files, and one job at a time."""
 
-import errno
-import fcntl
-import logging
 import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
 
 from megatron_vlm.config import ConfigError
-
-logger = logging.getLogger(__name__)
+from megatron_vlm.platform.locks import try_lock
 
 CONFIG_NAME = "config.yaml"
 EXIT_STATUS_NAME = "exit_status.json"
 METRICS_NAME = "metrics.jsonl"
 _LOCK_NAME = ".lock"
-_UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 
 
 @contextmanager
@@ -34,25 +28,14 @@ def hold_run_folder(run_dir: Path) -> Iterator[None]:
     except (FileExistsError, NotADirectoryError):
         raise ConfigError("run_dir is a file, not a folder", where=str(run_dir), fix="choose another run_dir") from None
     with (run_dir / _LOCK_NAME).open("a+") as lock:
-        _take(lock, run_dir)
+        if not try_lock(lock):
+            lock.seek(0)
+            raise ConfigError(
+                f"another job trains in this run folder: {lock.read().strip() or 'unknown'}",
+                where=str(run_dir),
+                fix="wait for it, stop it, or choose another run_dir",
+            )
         lock.truncate(0)
         lock.write(f"{socket.gethostname()} process {os.getpid()}\n")
         lock.flush()
         yield
-
-
-def _take(lock: TextIO, run_dir: Path) -> None:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.seek(0)
-        holder = lock.read().strip() or "unknown"
-        raise ConfigError(
-            f"another job trains in this run folder: {holder}",
-            where=str(run_dir),
-            fix="wait for it, stop it, or choose another run_dir",
-        ) from None
-    except OSError as error:
-        if error.errno not in _UNSUPPORTED:
-            raise
-        logger.warning("%s: this file system has no locks; start no second job on this folder", run_dir)
