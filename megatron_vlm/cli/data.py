@@ -3,10 +3,10 @@
 import argparse
 
 from megatron_vlm.cli.numbers import positive
-from megatron_vlm.cli.paths import local_path, new_file, new_folder
+from megatron_vlm.cli.paths import local_path, location, new_file, new_folder, new_name
 from megatron_vlm.cli.source_options import add_workers
 from megatron_vlm.config import ExitCode
-from megatron_vlm.data.sources.locations import list_location, parse_location
+from megatron_vlm.data.sources.locations import list_location
 
 _EXAMPLES = {
     "verify": "data verify shards/mmc4 --decode",
@@ -67,7 +67,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     add("parts", type=local_path, nargs="+", metavar="PART", help="all parts, in any order")
     add(
         "--tables",
-        type=parse_location,
+        type=location,
         nargs="+",
         default=[],
         metavar="PATH",
@@ -76,7 +76,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     for action in ("export", "merge"):
         add_workers(parsers[action])
     add = parsers["split"].add_argument
-    add("output", type=local_path, metavar="OUT", help="writes OUT-1-of-N to OUT-N-of-N")
+    add("output", type=new_name, metavar="OUT", help="writes OUT-1-of-N to OUT-N-of-N")
     add("--number", type=positive, required=True, metavar="N", help="datasets, of about equal size")
     parser.set_defaults(run=run)
 

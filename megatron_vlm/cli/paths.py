@@ -3,42 +3,57 @@
 import argparse
 from pathlib import Path
 
-from megatron_vlm.data.sources.locations import RemoteFile, parse_location
+from megatron_vlm.data.sources.locations import Location, RemoteFile, parse_location
+
+
+def location(text: str) -> Location:
+    """Return a path or a URL; a type for argparse that refuses a path that no file can have."""
+    place = parse_location(text)
+    if isinstance(place, Path):
+        try:
+            place.exists()
+        except OSError as error:
+            raise argparse.ArgumentTypeError(f"{text[:100]} cannot be used: {error.strerror}") from None
+    return place
 
 
 def local_path(text: str) -> Path:
     """Return the path: a type for argparse that refuses a URL, which would become a folder named "s3:"."""
-    location = parse_location(text)
-    if isinstance(location, RemoteFile):
-        raise argparse.ArgumentTypeError(f"{location} is a URL; only a path of a file system can be used here")
-    return location
+    place = location(text)
+    if isinstance(place, RemoteFile):
+        raise argparse.ArgumentTypeError(f"{place} is a URL; only a path of a file system can be used here")
+    return place
 
 
 def new_folder(text: str) -> Path:
     """Return the path of a folder that may not exist yet; a type for argparse that refuses a file."""
     path = local_path(text)
-    try:
-        blocking = next((place for place in (path, *path.parents) if place.exists() and not place.is_dir()), None)
-    except OSError as error:
-        raise _unusable(path, error) from None
+    blocking = next((place for place in (path, *path.parents) if place.exists() and not place.is_dir()), None)
     if blocking is not None:
         raise argparse.ArgumentTypeError(f"{blocking} is a file, not a folder")
-    return path
+    return _named(path)
 
 
 def new_file(text: str) -> Path:
     """Return the path of a file to write; a type for argparse that refuses a folder, and a place in none."""
     path = local_path(text)
-    try:
-        is_folder, has_folder = path.is_dir(), path.absolute().parent.is_dir()
-    except OSError as error:
-        raise _unusable(path, error) from None
-    if is_folder:
+    if path.is_dir():
         raise argparse.ArgumentTypeError(f"{path} is a folder; name a file")
-    if not has_folder:
+    if not path.absolute().parent.is_dir():
         raise argparse.ArgumentTypeError(f"folder {path.parent} does not exist; create it first")
     return path
 
 
-def _unusable(path: Path, error: OSError) -> argparse.ArgumentTypeError:
-    return argparse.ArgumentTypeError(f"{str(path)[:100]} cannot be used: {error.strerror}")
+def new_name(text: str) -> Path:
+    """Return the path that new folders are named after, each with an ending of its own; a type for argparse."""
+    path = _named(local_path(text))
+    new_folder(str(path.parent))
+    return path
+
+
+def _named(path: Path) -> Path:
+    """Return a path with a name, which "." and ".." are not, so that another can be put beside it."""
+    named = path if path.name not in ("", "..") else path.resolve()
+    if not named.name:
+        raise argparse.ArgumentTypeError(f"{path} is no folder to write to; name another")
+    return named

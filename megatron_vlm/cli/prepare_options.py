@@ -3,9 +3,8 @@
 import argparse
 
 from megatron_vlm.cli.numbers import number, positive, whole_number
-from megatron_vlm.cli.paths import local_path, new_folder
+from megatron_vlm.cli.paths import local_path, location, new_folder
 from megatron_vlm.cli.source_options import add_input, add_max_record_bytes, add_workers
-from megatron_vlm.data.sources.locations import parse_location
 
 EXAMPLES = {
     "interleaved": "prepare interleaved --input mmc4 --images mmc4/images --output shards/mmc4 --tokenizer T",
@@ -107,7 +106,7 @@ def _add_images(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("images").add_argument
     add(
         "--images",
-        type=parse_location,
+        type=location,
         metavar="DIR",
         help="folder of image files, or of tars; a tar, or a pattern of tars; or a URL of these (default: the input's "
         "folder)",

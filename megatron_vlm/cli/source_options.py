@@ -3,13 +3,13 @@
 import argparse
 
 from megatron_vlm.cli.numbers import positive
-from megatron_vlm.data.sources.locations import parse_location
+from megatron_vlm.cli.paths import location
 from megatron_vlm.platform.cores import count_cores
 
 
 def add_input(parser: argparse.ArgumentParser, text: str) -> None:
     """Add --input, whose help is `text`."""
-    parser.add_argument("--input", type=parse_location, nargs="+", required=True, metavar="PATH", help=text)
+    parser.add_argument("--input", type=location, nargs="+", required=True, metavar="PATH", help=text)
 
 
 def add_workers(parser: argparse.ArgumentParser) -> None:

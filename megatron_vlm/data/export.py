@@ -11,18 +11,18 @@ import os
 import socket
 import tarfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from megatron_vlm.config import ConfigError, DataError, StorageError, UsageError
+from megatron_vlm.config import ConfigError, DataError, UsageError
 from megatron_vlm.data.part import Report
 from megatron_vlm.data.shards import EncodedSample, ImageSegment, ShardedDataset
 from megatron_vlm.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_vlm.data.workers import Engine, run_tasks
 from megatron_vlm.platform.durable_files import flush_to_disk, storage_errors
-from megatron_vlm.platform.locks import try_lock
+from megatron_vlm.platform.locks import locked
 
 _STATE_FILE = ".export"  # locked while tars are written; no suffix: nothing that looks for tars or JSON finds it
 _REPORT_EVERY = 100
@@ -196,24 +196,19 @@ def _claimed(output: Path, state: dict[str, Any]) -> Iterator[None]:
         StorageError: it cannot be written.
     """
     path, content = output / _STATE_FILE, json.dumps(state).encode()
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        if not path.exists() and any(output.iterdir()):
-            raise ConfigError("output folder is not empty", where=str(output), fix="give another --output")
-        lock = path.open("a+b")
-    except OSError as error:
-        raise _not_writable(output, error) from None
-    with lock:
-        if not try_lock(lock):
-            raise ConfigError(
-                "another process is exporting into this folder", where=str(output), fix="wait for it, or stop it"
-            )
-        try:
+    with ExitStack() as held:
+        with storage_errors("output folder cannot be written", output):
+            output.mkdir(parents=True, exist_ok=True)
+            if not path.exists() and any(output.iterdir()):
+                raise ConfigError("output folder is not empty", where=str(output), fix="give another --output")
+            lock = held.enter_context(locked(path))
+            if lock is None:
+                raise ConfigError(
+                    "another process is exporting into this folder", where=str(output), fix="wait for it, or stop it"
+                )
             _write_state(lock, content, output)
             for left_over in output.glob("*.tmp"):
                 left_over.unlink()
-        except OSError as error:
-            raise _not_writable(output, error) from None
         yield
 
 
@@ -237,12 +232,6 @@ def _write_state(lock: BinaryIO, content: bytes, output: Path) -> None:
     lock.truncate(0)
     lock.write(content)
     flush_to_disk(lock)
-
-
-def _not_writable(output: Path, error: OSError) -> StorageError:
-    return StorageError(
-        f"output folder cannot be written: {error.strerror}", where=str(output), fix="check its permissions"
-    )
 
 
 @functools.lru_cache(maxsize=1)

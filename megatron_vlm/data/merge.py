@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from megatron_vlm.config import ConfigError, DataError, StorageError
 from megatron_vlm.data.deduplicate import drop_repeats
 from megatron_vlm.data.joining import check_not_empty, check_part_files, join_facts, missing_rows
@@ -33,6 +35,7 @@ from megatron_vlm.data.share import SHARE_OPTION, Share
 from megatron_vlm.data.sources.locations import Location, parse_location, place_of
 from megatron_vlm.data.sources.pair_table import TableFile
 from megatron_vlm.data.workers import run_tasks
+from megatron_vlm.platform.durable_files import folder_beside
 
 _UNIQUE = ".unique"
 
@@ -222,20 +225,26 @@ def _open_tables(manifest: Manifest, given: Sequence[Location]) -> tuple[TableFi
 def _find_tables(names: Sequence[str], given: Sequence[Location]) -> dict[str, Location]:
     """Return for each table that the parts were joined with the given one whose path ends most alike.
 
+    Those that are most alike are settled first, so that "sub/x.parquet" does not stand in the way of "x.parquet".
+
     Raises:
         ConfigError: there is none, or two are as much alike, or one is it for two names.
     """
+    alike = np.array([[_common_end(parse_location(name), table) for table in given] for name in names])
     found: dict[str, Location] = {}
-    for name in names:
-        alike = [_common_end(parse_location(name), table) for table in given]
-        best = max(alike, default=0)
-        if not best or alike.count(best) > 1 or (table := given[alike.index(best)]) in found.values():
+    while len(found) < len(names):
+        name, table = np.unravel_index(alike.argmax(), alike.shape)
+        best = alike[name, table]
+        number = max(np.count_nonzero(line == best) for line in (alike[name], alike[:, table])) if best else 0
+        if number != 1:
             raise ConfigError(
-                f"{alike.count(best) if best else 0} of the {len(given)} --tables are that table of the parts",
-                where=name,
+                f"{number} of the {len(given)} --tables are that table of the parts",
+                where=names[name],
                 fix="give each of these tables once, with as much of its old path as tells it apart",
             )
-        found[name] = table
+        found[names[name]] = given[table]
+        alike[:, table] = 0
+        alike[name] = -1
     return found
 
 
@@ -250,26 +259,21 @@ def _written_beside(output: Path) -> Iterator[Path]:
     """Give a folder that becomes `output` when all is written; nothing changes if `output` is already the same.
 
     Raises:
-        ConfigError: the output folder holds something else.
+        ConfigError: the output folder holds something else, or another process writes it.
         StorageError: it cannot be written.
     """
-    unfinished = output.with_name(output.name + ".tmp")
     try:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        yield unfinished
-        if output.is_dir() and any(output.iterdir()):
-            _check_same(output, load_manifest(unfinished))
-        else:
-            os.replace(unfinished, output)
+        with folder_beside(output) as unfinished:
+            yield unfinished
+            if output.is_dir() and any(output.iterdir()):
+                _check_same(output, load_manifest(unfinished))
+                shutil.rmtree(unfinished)
     except OSError as error:
         raise StorageError(
             f"dataset cannot be written: {error.strerror or error}",
             where=str(error.filename2 or error.filename or output),
             fix="give an output folder on the file system of the input, where hard links are allowed",
         ) from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _check_same(output: Path, manifest: Manifest) -> None:

@@ -11,14 +11,14 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megatron_vlm.config import ConfigError, StorageError
+from megatron_vlm.config import ConfigError
 from megatron_vlm.data.deduplicate import drop_repeats
 from megatron_vlm.data.duplicates import join_fingerprints
 from megatron_vlm.data.joining import check_not_empty, files_of_part, join_facts, missing_rows
@@ -49,8 +49,8 @@ from megatron_vlm.data.sources.pair_table import index_table
 from megatron_vlm.data.sources.pairs import TarPairSource
 from megatron_vlm.data.tokenizer import load_tokenizer
 from megatron_vlm.data.workers import Engine, run_tasks
-from megatron_vlm.platform.durable_files import write_durably
-from megatron_vlm.platform.locks import try_lock
+from megatron_vlm.platform.durable_files import storage_errors, write_durably
+from megatron_vlm.platform.locks import locked
 
 logger = logging.getLogger(__name__)
 
@@ -98,6 +98,9 @@ def prepare(job: PrepareJob, *, num_workers: int = 1, engine: Engine | None = No
     run: Engine = engine or functools.partial(run_tasks, num_workers=num_workers)
     work = job.output / WORK_FOLDER
     with _claimed(work, plan):
+        # Another process may have finished between the first look and the claim.
+        if (done := _finished_before(job.output, plan)) is not None:
+            return done
         part = _build_indexes(job.part, work, run)
         folders = [work / _PARTS / f"{number:05d}" for number in range(len(own))]
         # Workers get their input file by itself; a list of thousands with every task would be most of the traffic.
@@ -106,7 +109,7 @@ def prepare(job: PrepareJob, *, num_workers: int = 1, engine: Engine | None = No
         run(prepare_part, tasks, unit="documents", reports=True)
         manifest = _join(job, plan, folders, run)
         save_manifest(manifest, job.output)
-        shutil.rmtree(work)
+        shutil.rmtree(work, ignore_errors=True)  # another process may just be looking whether it is free
     return manifest
 
 
@@ -194,15 +197,11 @@ def _claimed(work: Path, plan: Manifest) -> Iterator[None]:
         ConfigError: it is in use, or holds the unfinished preparation of something else.
         StorageError: it cannot be written.
     """
-    try:
-        (work / _PARTS).mkdir(parents=True, exist_ok=True)
-        lock = (work / _LOCK_FILE).open("w")
-    except OSError as error:
-        raise StorageError(
-            f"output folder cannot be written: {error.strerror}", where=str(work.parent), fix="check its permissions"
-        ) from None
-    with lock:
-        if not try_lock(lock):
+    with ExitStack() as held:
+        with storage_errors("output folder cannot be written", work.parent):
+            (work / _PARTS).mkdir(parents=True, exist_ok=True)
+            lock = held.enter_context(locked(work / _LOCK_FILE))
+        if lock is None:
             raise ConfigError(
                 "another process is preparing this folder", where=str(work.parent), fix="wait for it, or stop it"
             )

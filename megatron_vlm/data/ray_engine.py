@@ -71,10 +71,10 @@ def _check_answers(address: str) -> None:
     if not mark:
         return  # a name of Ray's own, such as auto
     if not port.isdecimal() or int(port) > _LAST_PORT:  # the system would take the remainder for a port
-        raise _no_cluster(address, f"{port} is no port")
+        raise _no_cluster(address, f"{port!r} is no port")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_SECONDS).close()
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # UnicodeError: a name that no host can have
         raise _no_cluster(address, str(error)) from None
 
 

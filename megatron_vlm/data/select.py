@@ -8,8 +8,6 @@ import dataclasses
 import json
 import logging
 import math
-import os
-import shutil
 import textwrap
 from collections import Counter
 from collections.abc import Iterator
@@ -27,7 +25,7 @@ from megatron_vlm.config import ConfigError, DataError, UsageError
 from megatron_vlm.data.score_histogram import ScoreHistogram, draw_histogram, histogram_rows
 from megatron_vlm.data.sources.locations import Location, place_of
 from megatron_vlm.data.sources.parquet_files import open_parquet, unreadable
-from megatron_vlm.platform.durable_files import storage_errors, write_durably
+from megatron_vlm.platform.durable_files import folder_beside, storage_errors, write_durably
 
 logger = logging.getLogger(__name__)
 
@@ -154,7 +152,7 @@ def select_pairs(inputs: tuple[Location, ...], output: Path, rules: SelectRules)
         The report: rows = kept + dropped by reason, the lowest score that was kept, counts by file, a histogram.
 
     Raises:
-        ConfigError: the output folder is not empty, or a file is given twice.
+        ConfigError: the output folder is not empty or another process writes it, or a file is given twice.
         DataError: a file cannot be read, lacks a score column, or no row is left.
         StorageError: the output cannot be written.
     """
@@ -176,10 +174,7 @@ def select_pairs(inputs: tuple[Location, ...], output: Path, rules: SelectRules)
         logger.warning("only %d rows have a usable score, fewer than the %d wanted; all are kept", len(rows), rules.top)
     kept = ScoreHistogram(everything.width)
     kept.add(scores)
-    unfinished = output.with_name(output.name + ".tmp")
-    with storage_errors("selection cannot be written", output):
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
+    with storage_errors("selection cannot be written", output), folder_beside(output) as unfinished:
         written = _write_files(files, rows, unfinished)
         report = _report(files, rules, scores, dropped, written) | {
             "histogram": histogram_rows(everything, kept),
@@ -188,7 +183,6 @@ def select_pairs(inputs: tuple[Location, ...], output: Path, rules: SelectRules)
         title = f"{'+'.join(rules.columns)}: {report['kept']} of {report['rows']} rows kept"
         draw_histogram(title, report["histogram"], everything.width).save(unfinished / PICTURE_FILE)
         write_durably(unfinished / REPORT_FILE, (json.dumps(report, indent=1) + "\n").encode())
-        os.replace(unfinished, output)
     return report
 
 

@@ -27,7 +27,7 @@ from megatron_vlm.data.sources.records import MAX_RECORD_BYTES, SUFFIXES, parse_
 from megatron_vlm.data.sources.source import Found
 from megatron_vlm.data.sources.table_records import TABLE_SUFFIX, is_table, read_table_records
 from megatron_vlm.data.workers import run_tasks
-from megatron_vlm.platform.durable_files import flush_to_disk, storage_errors, write_durably
+from megatron_vlm.platform.durable_files import flush_to_disk, folder_beside, storage_errors, write_durably
 
 logger = logging.getLogger(__name__)
 
@@ -135,17 +135,15 @@ def select_text(
         The report: records = kept + not_chosen + rejected, rejects by reason, counts by file.
 
     Raises:
-        ConfigError: the output folder is not empty, or two files would be written to the same one.
+        ConfigError: the output folder is not empty or another process writes it, or two files would become one.
         DataError: there is no whole record, or a file was changed meanwhile.
         StorageError: the output cannot be written, or a worker was killed.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigError("output folder is not empty", where=str(output), fix="give another --output, or delete it")
     files = _name_files(inputs)
-    unfinished = output.with_name(output.name + ".tmp")
-    with storage_errors("selection cannot be written", output):
-        shutil.rmtree(unfinished, ignore_errors=True)
-        (unfinished / _HASHES).mkdir(parents=True)
+    with storage_errors("selection cannot be written", output), folder_beside(output) as unfinished:
+        (unfinished / _HASHES).mkdir()
         tasks = [(file, rules, unfinished / _HASHES / f"{place}.npy") for place, file in enumerate(files)]
         counts = run_tasks(_hash_file, tasks, num_workers=num_workers, unit="records", reports=True)
         chosen = _choose([task[2] for task in tasks], counts, rules)
@@ -162,7 +160,6 @@ def select_text(
         run_tasks(_copy_records, copies, num_workers=num_workers, unit="records", reports=True)
         report = _report(files, counts, [len(rows) for rows in chosen], rules)
         write_durably(unfinished / REPORT_FILE, (json.dumps(report, indent=1) + "\n").encode())
-        os.replace(unfinished, output)
     return report
 
 

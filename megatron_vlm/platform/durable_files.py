@@ -1,12 +1,16 @@
 """Write files so that a reader, and a crash, see them whole or not at all; say why one could not be written."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, BinaryIO
 
-from megatron_vlm.config import StorageError
+from megatron_vlm.config import ConfigError, StorageError
+from megatron_vlm.platform.locks import locked
+
+_LOCK_NAME = ".lock"
 
 
 def write_durably(path: Path, content: bytes) -> None:
@@ -29,6 +33,34 @@ def flush_to_disk(stream: IO) -> None:
     """Return when all that was written to an open file is on the disk."""
     stream.flush()
     os.fsync(stream.fileno())
+
+
+@contextmanager
+def folder_beside(folder: Path) -> Iterator[Path]:
+    """Give an empty folder beside the place of another, which it takes when the block ends without an error.
+
+    A block that removes it leaves that place as it is.
+
+    Raises:
+        ConfigError: another process writes for the same place.
+        OSError: it cannot be written, or its place is not empty.
+    """
+    unfinished = folder.with_name(folder.name + ".tmp")
+    unfinished.mkdir(parents=True, exist_ok=True)
+    lock_file = unfinished / _LOCK_NAME
+    with locked(lock_file) as lock:
+        if lock is None:
+            raise ConfigError("another process writes this folder", where=str(folder), fix="wait for it, or stop it")
+        try:
+            for left_over in [entry for entry in unfinished.iterdir() if entry != lock_file]:
+                shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
+            yield unfinished
+            if unfinished.exists():
+                lock_file.unlink()
+                os.replace(unfinished, folder)
+        except BaseException:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise
 
 
 @contextmanager

@@ -3,24 +3,34 @@
 import errno
 import fcntl
 import logging
-from typing import IO
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
 
 logger = logging.getLogger(__name__)
 
 _UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 
 
-def try_lock(file: IO) -> bool:
-    """Lock an open file until it is closed; the kernel lets go of it however this process ends.
+@contextmanager
+def locked(path: Path) -> Iterator[BinaryIO | None]:
+    """Open a file, made where there is none, and lock it; the kernel lets go of it however this process ends.
 
     Where the file system has no locks, this warns and goes on.
 
-    Returns:
-        False if another process holds it.
+    Yields:
+        The file, for reading and appending; None if another process holds it, or has just removed it.
 
     Raises:
-        OSError: the file system failed.
+        OSError: the file cannot be opened, or the file system failed.
     """
+    with path.open("a+b") as file:
+        yield file if _lock(file) and _is_at(file, path) else None
+
+
+def _lock(file: BinaryIO) -> bool:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -30,3 +40,10 @@ def try_lock(file: IO) -> bool:
             raise
         logger.warning("%s: this file system has no locks; start no second command on this folder", file.name)
     return True
+
+
+def _is_at(file: BinaryIO, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False

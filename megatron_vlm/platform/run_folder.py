@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_vlm.config import ConfigError
-from megatron_vlm.platform.locks import try_lock
+from megatron_vlm.platform.locks import locked
 
 CONFIG_NAME = "config.yaml"
 EXIT_STATUS_NAME = "exit_status.json"
@@ -27,15 +27,15 @@ def hold_run_folder(run_dir: Path) -> Iterator[None]:
         run_dir.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         raise ConfigError("run_dir is a file, not a folder", where=str(run_dir), fix="choose another run_dir") from None
-    with (run_dir / _LOCK_NAME).open("a+") as lock:
-        if not try_lock(lock):
-            lock.seek(0)
+    path = run_dir / _LOCK_NAME
+    with locked(path) as lock:
+        if lock is None:
             raise ConfigError(
-                f"another job trains in this run folder: {lock.read().strip() or 'unknown'}",
+                f"another job trains in this run folder: {path.read_text().strip() or 'unknown'}",
                 where=str(run_dir),
                 fix="wait for it, stop it, or choose another run_dir",
             )
         lock.truncate(0)
-        lock.write(f"{socket.gethostname()} process {os.getpid()}\n")
+        lock.write(f"{socket.gethostname()} process {os.getpid()}\n".encode())
         lock.flush()
         yield

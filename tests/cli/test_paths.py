@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vlm.cli.paths import local_path, new_file, new_folder
+from megatron_vlm.cli.paths import local_path, location, new_file, new_folder, new_name
 
 
 def test_paths_of_the_file_system_are_taken(tmp_path):
@@ -39,7 +39,24 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path):
         new_file(str(tmp_path / "none" / "page.html"))
 
 
-@pytest.mark.parametrize("kind", [new_folder, new_file])
+@pytest.mark.parametrize("kind", [local_path, location, new_folder, new_file, new_name])
 def test_a_name_that_no_file_system_takes_is_a_wrong_command_line(kind):
     with pytest.raises(argparse.ArgumentTypeError, match="cannot be used: File name too long"):
         kind("a" * 300)
+
+
+@pytest.mark.parametrize("kind", [new_folder, new_name])
+def test_a_folder_without_a_name_has_that_which_it_is_found_under(kind, tmp_path, monkeypatch):
+    (tmp_path / "here" / "below").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here" / "below")
+    assert kind(".") == tmp_path / "here" / "below"
+    assert kind("..") == tmp_path / "here"
+    with pytest.raises(argparse.ArgumentTypeError, match="is no folder to write to"):
+        kind("/")
+
+
+def test_a_name_below_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(argparse.ArgumentTypeError, match="file is a file, not a folder"):
+        new_name(str(tmp_path / "file" / "part"))
+    assert new_name(str(tmp_path / "file")) == tmp_path / "file"

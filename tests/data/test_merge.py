@@ -205,6 +205,12 @@ def test_moved_tables_are_told_apart_by_the_end_of_their_paths():
             merge._find_tables(names, wrong)
 
 
+def test_moved_tables_of_a_folder_and_of_one_inside_of_it_are_told_apart():
+    names, given = ["/old/x.parquet", "/old/sub/x.parquet"], [Path("/new/x.parquet"), Path("/new/sub/x.parquet")]
+    assert merge._find_tables(names, given) == dict(zip(names, given, strict=True))
+    assert merge._find_tables(names, given[::-1]) == dict(zip(names, given, strict=True))
+
+
 def test_tables_of_one_name_are_told_apart(coyo, make_table, tokenizer_path, tmp_path):
     for folder in ("a", "b"):
         (coyo / folder).mkdir()

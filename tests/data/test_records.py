@@ -138,6 +138,41 @@ def test_damage_of_one_member_of_a_zip_harms_no_other(tmp_path, compression):
     assert found[damaged + 1 :] == [json.loads(line) for line in lines.splitlines()]
 
 
+def zip_of(path, *members) -> bytearray:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in members:
+            archive.writestr(name, content)
+    return bytearray(path.read_bytes())
+
+
+@pytest.mark.parametrize(
+    ("start", "offset"),
+    [(b"PK\3\4", 0), (b"PK\3\4", 30), (b"PK\1\2", 8), (b"PK\1\2", 10)],
+    ids=["magic", "name", "encrypted", "compression"],
+)
+def test_damage_of_a_member_s_header_harms_no_other(tmp_path, start, offset):
+    content = zip_of(tmp_path / "a.jsonl.zip", *((f"{name}.jsonl", lines()) for name in "abc"))
+    content[content.index(start) + offset] ^= 1
+    found = [value for _, value in read(write(tmp_path / "a.jsonl.zip", bytes(content)))]
+    assert found == ["file_truncated", *GOOD, *GOOD]
+
+
+def test_no_damaged_bit_of_a_zip_makes_other_records_or_stops_the_reader(tmp_path):
+    content = zip_of(tmp_path / "a.jsonl.zip", ("a.jsonl", lines()), ("b.jsonl", lines()))
+    for at in range(len(content)):
+        for bit in (1, 16, 128):
+            damaged = content.copy()
+            damaged[at] ^= bit
+            found = [value for _, value in read(write(tmp_path / "a.jsonl.zip", bytes(damaged)))]
+            assert all(value == "file_truncated" or value in GOOD for value in found), (at, bit)
+
+
+def test_members_of_one_name_are_each_read(tmp_path):
+    with pytest.warns(UserWarning, match="Duplicate name"):
+        zip_of(tmp_path / "a.jsonl.zip", ("a.jsonl", lines(GOOD[:1])), ("a.jsonl", lines(GOOD[1:])))
+    assert [value for _, value in read(tmp_path / "a.jsonl.zip")] == GOOD
+
+
 def test_file_that_is_no_archive_is_one_reject(tmp_path):
     assert read(write(tmp_path / "a.jsonl.gz", b"<html>")) == [(1, "file_truncated")]
     assert read(write(tmp_path / "a.jsonl.zip", b"<html>")) == [(1, "file_truncated")]

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from megatron_vlm.data.documents import RejectError
-from megatron_vlm.data.sources.tars import Member, TarReader, find_image, group_members
+from megatron_vlm.data.sources.tars import Member, TarReader, find_image, group_members, list_members
 
 LONG = "folder/" + "n" * 180 + ".tail.jpg"
 FILES = [("a.jpg", b"1" * 600), ("a.txt", b"caption"), ("folder/ä.png", b""), (LONG, b"x" * 512)]
@@ -180,7 +180,34 @@ def test_tars_written_one_after_the_other_have_all_their_members(tmp_path, make_
 
 
 @pytest.mark.parametrize("rest", [b"junk" * 200, b"junk", b"\n"])
-def test_what_follows_the_end_of_a_tar_and_is_none_is_passed_over(tmp_path, make_tar, rest):
+def test_what_follows_the_end_of_a_tar_and_is_none_is_told(tmp_path, make_tar, rest):
     path = make_tar(tmp_path / "a.tar", [("a.jpg", b"1")])
     path.write_bytes(path.read_bytes() + rest)
-    assert read_all(path) == [("a.jpg", b"1")]
+    with TarReader(path) as tar:
+        members, damage = list_members(tar)
+    assert [member.name for member in members] == ["a.jpg"]
+    assert damage is not None
+
+
+@pytest.mark.parametrize("zeros", [512, 1024, 4096])
+def test_a_hole_of_zeros_does_not_pass_for_the_end(tmp_path, make_tar, zeros):
+    path = make_tar(tmp_path / "a.tar", [(f"{number}.jpg", b"1" * 600) for number in range(20)])
+    content = bytearray(path.read_bytes())
+    start = 5 * (512 + 1024)
+    content[start : start + zeros] = bytes(zeros)
+    path.write_bytes(content)
+    with TarReader(path) as tar:
+        members, damage = list_members(tar)
+    assert [member.name for member in members] == [f"{number}.jpg" for number in range(5)]
+    assert damage is not None
+
+
+def test_a_second_tar_whose_first_header_is_damaged_is_told(tmp_path, make_tar):
+    path = make_tar(tmp_path / "a.tar", [("a.jpg", b"1")])
+    second = bytearray(make_tar(tmp_path / "b.tar", [("b.jpg", b"2"), ("c.jpg", b"3")]).read_bytes())
+    second[10] ^= 1
+    path.write_bytes(path.read_bytes() + second)
+    with TarReader(path) as tar:
+        members, damage = list_members(tar)
+    assert [member.name for member in members] == ["a.jpg"]
+    assert damage is not None

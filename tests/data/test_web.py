@@ -155,7 +155,7 @@ def test_what_a_driver_says_is_told_without_secrets(monkeypatch, bucket):
     assert not re.search("X-Sig|pw|me@|ab/", str(caught.value))
 
 
-def test_images_of_a_server_are_found_and_those_it_refuses_are_missing(server, url):
+def test_images_of_a_server_are_found_and_those_it_refuses_are_rejected(server, url):
     server.files["/images/sub/a.jpg"] = b"picture"
     images = RemoteImages(RemoteFile(url("images")), max_bytes=100)
     assert images.read("sub/a.jpg", None) == b"picture"

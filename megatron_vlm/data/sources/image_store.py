@@ -29,7 +29,7 @@ class ImageStore(Protocol):
         """Return the file of an image.
 
         Raises:
-            RejectError: image_missing, image_path, image_ambiguous or image_bytes.
+            RejectError: image_missing, image_denied, image_path, image_ambiguous or image_bytes.
         """
 
 

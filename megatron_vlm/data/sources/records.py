@@ -1,10 +1,13 @@
 """Records from JSON lines and JSON arrays, plain, .gz or .zip, in bounded memory; a bad record harms no other."""
 
+import errno
+import functools
 import gzip
 import io
 import json
 import lzma
 import re
+import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -60,13 +63,13 @@ def read_raw_records(path: Location, *, max_bytes: int = MAX_RECORD_BYTES) -> It
     Yields:
         The line, and the bytes of the record or a RejectError with reason record_too_long or file_truncated.
     """
-    streams = _open(path)
+    openers = _openers(path)
     while True:
         line = 0
         try:
-            if (stream := next(streams, None)) is None:
+            if (opener := next(openers, None)) is None:
                 return
-            with closing(stream):
+            with closing(opener()) as stream:
                 for line, raw in _split(_Unpacked(stream), max_bytes):  # noqa: B007
                     yield line, raw
         except _DAMAGE as error:  # the next member of a .zip may be whole
@@ -104,13 +107,13 @@ class _Unpacked:
                 # bzip2 in a .zip tells damage by an OSError without a number, which no disk does.
                 # read() would throw away what it has when the next piece is damaged; a call may lose its own piece.
                 piece = self._stream.read1(min(missing, _PIECE_BYTES))
+            except _DAMAGE as error:
+                self._error = error
+                break
             except OSError as error:
                 if error.errno is not None:
                     raise
                 self._error = EOFError(str(error))
-                break
-            except _DAMAGE as error:
-                self._error = error
                 break
             if not piece:
                 break
@@ -121,18 +124,35 @@ class _Unpacked:
         return b"".join(pieces)
 
 
-def _open(path: Location) -> Iterator[BinaryIO]:
+def _openers(path: Location) -> Iterator[Callable[[], BinaryIO]]:
+    """Yield what opens each of the streams of records that a file has."""
     suffix = path.suffix.lower()
     if suffix == ".gz":
         with open_stream(path) as packed:
-            yield cast(BinaryIO, gzip.open(packed, "rb"))
+            yield lambda: cast(BinaryIO, gzip.open(packed, "rb"))
     elif suffix == ".zip":
-        with open_stream(path) as packed, zipfile.ZipFile(packed) as archive:
-            for name in sorted(archive.namelist()):
-                if not name.endswith("/"):
-                    yield cast(BinaryIO, archive.open(name))
+        with open_stream(path) as packed, _opened_zip(zipfile.ZipFile, packed) as archive:
+            for member in sorted(archive.infolist(), key=lambda member: member.filename):
+                if not member.is_dir():
+                    yield functools.partial(_opened_zip, archive.open, member)
     else:
-        yield open_stream(path)
+        yield functools.partial(open_stream, path)
+
+
+def _opened_zip(opener: Callable, argument: Any) -> Any:
+    """Open a zip, or a member of one; what zipfile stumbles over that is no error of a disk is damage, too.
+
+    Raises:
+        BadZipFile: it is damaged.
+    """
+    try:
+        return opener(argument)
+    except (ValueError, struct.error) as error:  # a name that is no text
+        raise zipfile.BadZipFile(str(error)) from None
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a place before the beginning of the file
+            raise
+        raise zipfile.BadZipFile(f"a place that is not in the file: {error.strerror}") from None
 
 
 def _split(stream: _Unpacked, max_bytes: int) -> Iterator[tuple[int, bytes | RejectError]]:

@@ -1,4 +1,4 @@
-"""examples/slurm/prepare.sbatch, run by bash with the variables that SLURM sets for the tasks of an array."""
+"""The scripts of examples/slurm, run by bash with the variables that SLURM sets."""
 
 import json
 import os
@@ -13,7 +13,8 @@ from megatron_vlm.cli.main import main
 from megatron_vlm.data.manifest import load_manifest
 from tests.support.sentence_piece import train_sentence_piece
 
-SCRIPT = Path(megatron_vlm.__file__).parents[1] / "examples" / "slurm" / "prepare.sbatch"
+ROOT = Path(megatron_vlm.__file__).parents[1]
+SCRIPTS = ROOT / "examples" / "slurm"
 
 
 @pytest.fixture
@@ -23,7 +24,7 @@ def command(tmp_path) -> Path:
     folder.mkdir()
     scripts = {
         "megatron-vlm": f'exec "{sys.executable}" -m megatron_vlm "$@"',
-        "srun": 'exec "$@"',
+        "srun": f'while [ "${{1#--}}" != "$1" ]; do echo "$1" >> {tmp_path}/srun.log; shift; done; exec "$@"',
         "scontrol": f'echo "$@" >> {tmp_path}/scontrol.log',
     }
     for name, line in scripts.items():
@@ -32,11 +33,11 @@ def command(tmp_path) -> Path:
     return folder
 
 
-def run_task(tmp_path: Path, command: Path, task: int, arguments: list[str]) -> int:
-    task_of_slurm = {"SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_CPUS_PER_TASK": "1", "SLURM_ARRAY_JOB_ID": "7"}
-    task_of_slurm |= {"SLURM_ARRAY_TASK_ID": str(task), "SLURM_ARRAY_TASK_COUNT": "2"}
-    paths = {"PATH": f"{command}:{os.environ['PATH']}", "PYTHONPATH": str(SCRIPT.parents[2])}
-    return subprocess.run(["bash", str(SCRIPT), *arguments], env=os.environ | paths | task_of_slurm).returncode
+def run_task(tmp_path: Path, command: Path, task: int, arguments: list[str], script: str = "prepare.sbatch") -> int:
+    task_of_slurm = {"SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_CPUS_PER_TASK": "3", "SLURM_JOB_ID": "7"}
+    task_of_slurm |= {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": str(task), "SLURM_ARRAY_TASK_COUNT": "2"}
+    paths = {"PATH": f"{command}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(["bash", SCRIPTS / script, *arguments], env=os.environ | paths | task_of_slurm).returncode
 
 
 def test_the_tasks_of_an_array_prepare_parts_that_merge_joins(tmp_path, command):
@@ -52,9 +53,17 @@ def test_the_tasks_of_an_array_prepare_parts_that_merge_joins(tmp_path, command)
     assert load_manifest(tmp_path / "shards").counts.samples == 2
 
 
-@pytest.mark.parametrize(("code", "requeued"), [(75, "requeue 7_2\n"), (65, "")])
-def test_a_task_that_was_stopped_in_good_order_is_requeued_and_no_other(tmp_path, command, code, requeued):
+@pytest.mark.parametrize(("script", "job"), [("prepare.sbatch", "7_2"), ("pretrain.sbatch", "7")])
+@pytest.mark.parametrize("code", [0, 65, 75])
+def test_a_job_that_was_stopped_in_good_order_is_requeued_and_no_other(tmp_path, command, code, script, job):
     (command / "megatron-vlm").write_text(f"#!/bin/sh\nexit {code}\n")
-    assert run_task(tmp_path, command, 2, ["prepare"]) == code
+    assert run_task(tmp_path, command, 2, ["prepare"], script) == code
     log = tmp_path / "scontrol.log"
-    assert (log.read_text() if log.exists() else "") == requeued
+    assert (log.read_text() if log.exists() else "") == (f"requeue {job}\n" if code == 75 else "")
+
+
+@pytest.mark.parametrize("script", ["prepare.sbatch", "pretrain.sbatch"])
+def test_the_command_gets_all_cores_of_the_job(tmp_path, command, script):
+    (command / "megatron-vlm").write_text("#!/bin/sh\nexit 0\n")
+    assert run_task(tmp_path, command, 1, ["prepare"], script) == 0
+    assert "--cpus-per-task=3" in (tmp_path / "srun.log").read_text().splitlines()

@@ -1,0 +1,56 @@
+import pytest
+
+from megatron_vlm.config import ConfigError
+from megatron_vlm.platform.durable_files import folder_beside, open_durably, write_durably
+
+
+def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "file"
+    write_durably(path, b"first")
+    with pytest.raises(TypeError), open_durably(path) as stream:
+        stream.writelines([b"half", 1])
+    assert path.read_bytes() == b"first"
+    with open_durably(path) as stream:
+        stream.write(b"second")
+    assert path.read_bytes() == b"second"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_folder_takes_its_place_when_all_is_written(tmp_path):
+    with folder_beside(tmp_path / "a" / "folder") as unfinished:
+        (unfinished / "file").write_text("content")
+        assert not (tmp_path / "a" / "folder").exists()
+    assert [entry.name for entry in (tmp_path / "a").iterdir()] == ["folder"]
+    assert [entry.name for entry in (tmp_path / "a" / "folder").iterdir()] == ["file"]
+
+
+def test_nothing_is_left_of_a_folder_that_failed(tmp_path):
+    with pytest.raises(FileNotFoundError), folder_beside(tmp_path / "folder") as unfinished:
+        (unfinished / "file").rename(unfinished / "none" / "file")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_kill_has_left_is_not_taken_over(tmp_path):
+    (tmp_path / "folder.tmp" / "old").mkdir(parents=True)
+    (tmp_path / "folder.tmp" / "rest").write_text("half")
+    with folder_beside(tmp_path / "folder") as unfinished:
+        (unfinished / "file").write_text("content")
+    assert [entry.name for entry in (tmp_path / "folder").iterdir()] == ["file"]
+
+
+def test_a_second_process_is_refused_and_harms_nothing(tmp_path):
+    with folder_beside(tmp_path / "folder") as unfinished:
+        (unfinished / "file").write_text("content")
+        with pytest.raises(ConfigError, match="another process writes this folder"), folder_beside(tmp_path / "folder"):
+            pass
+    assert [entry.name for entry in (tmp_path / "folder").iterdir()] == ["file"]
+
+
+def test_a_folder_that_the_block_removes_leaves_its_place_as_it_is(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "there").write_text("before")
+    with folder_beside(tmp_path / "folder") as unfinished:
+        for entry in unfinished.iterdir():
+            entry.unlink()
+        unfinished.rmdir()
+    assert (tmp_path / "folder" / "there").read_text() == "before"
