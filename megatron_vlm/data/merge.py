@@ -233,7 +233,7 @@ def _find_tables(names: Sequence[str], given: Sequence[Location]) -> dict[str, L
     alike = np.array([[_common_end(parse_location(name), table) for table in given] for name in names])
     found: dict[str, Location] = {}
     while len(found) < len(names):
-        name, table = np.unravel_index(alike.argmax(), alike.shape)
+        name, table = divmod(int(alike.argmax()), len(given))
         best = alike[name, table]
         number = max(np.count_nonzero(line == best) for line in (alike[name], alike[:, table])) if best else 0
         if number != 1:
