@@ -16,7 +16,7 @@ from quickstart.stages import DEFAULT_OUTPUT
 def main() -> int:
     """Run all phases, print what was found, and return 0 only if every bar is met."""
     parser = argparse.ArgumentParser(prog="run.sh", description="The whole path on real input, on this machine.")
-    parser.add_argument("--smoke", action="store_true", help="a run of under 4 minutes, too short to be accurate")
+    parser.add_argument("--smoke", action="store_true", help="2 minutes on 2 processes, too short to be accurate")
     parser.add_argument("--fresh", action="store_true", help="forget what was done before; downloads are kept")
     parser.add_argument(
         "--output", type=Path, help=f"folder to write to; default {DEFAULT_OUTPUT}, with --smoke {DEFAULT_OUTPUT}-smoke"

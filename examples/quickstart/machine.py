@@ -6,16 +6,19 @@ import platform
 
 import psutil
 
-from quickstart.stages import NUM_PROCESSES
+from megatron_vlm.config import TrainConfig
+from quickstart.stages import count_processes
 
 
-def describe_machine() -> dict[str, str]:
-    """Return processor, memory, Python and package versions, as text."""
+def describe_machine(config: TrainConfig) -> dict[str, str]:
+    """Return processor, memory, layout of the training processes, Python and package versions, as text."""
     versions = {name: importlib.metadata.version(name) for name in ("torch", "megatron-core", "transformers")}
+    parallel = config.parallel
     memory = psutil.virtual_memory().total / 2**30
     return {
         "machine": f"{_processor()}, {os.cpu_count()} cores, {memory:.0f} GiB",
-        "processes": f"{NUM_PROCESSES}: tensor parallel 2 x pipeline parallel 2, sequence parallel, over gloo",
+        "processes": f"{count_processes(config)}: tensor parallel {parallel.tensor_model_parallel_size} x "
+        f"pipeline parallel {parallel.pipeline_model_parallel_size}, sequence parallel, over gloo",
         "Python": platform.python_version(),
         **versions,
     }

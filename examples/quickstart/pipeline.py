@@ -268,7 +268,7 @@ class Quickstart:
             answers=_show_answers(own["answers"]),
             logits=logits,
             seconds={name: seconds for name, seconds in self.phases.seconds.items() if name != "download"},
-            facts=describe_machine(),
+            facts=describe_machine(self._stage("sft").load()),
             commands=self._commands(),
         )
 

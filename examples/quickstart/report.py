@@ -14,9 +14,9 @@ _STAGE_COLORS = {"align": 0, "pretrain": 1, "sft": 2}
 _SOURCE_LABELS = {"coyo": "pairs (coyo)", "mmc4": "interleaved (mmc4)", "llava": "conversations (llava)"}
 _LEAD = (
     "A small vision-language model, trained from random weights on real pictures and questions (easy-vqa, training "
-    "split only) by the same commands that a cluster runs: prepare, three stages on 4 processes (tensor parallel 2 x "
-    "pipeline parallel 2, sequence parallel, packed rows), one <code>kill&nbsp;-9</code> in the middle, export to "
-    "Hugging Face, evaluation on the test split."
+    "split only) by the same commands that a cluster runs: prepare, three stages on several processes (packed rows, "
+    "the model split over the processes), one <code>kill&nbsp;-9</code> in the middle, export to Hugging Face, "
+    "evaluation on the test split."
 )
 
 

@@ -25,15 +25,18 @@ REAL = RunSize(
     straight_iterations=140,
 )
 
+# Most of so short a run is the start of its processes: half as many are half the time.
+_TWO_PROCESSES = ("parallel.pipeline_model_parallel_size=1",)
+
 SMOKE = RunSize(
     corpus=CorpusOptions(
-        num_pictures=400, num_test_questions=200, pair_views=1, document_views=1, conversation_views=1
+        num_pictures=400, num_test_questions=100, pair_views=1, document_views=1, conversation_views=1
     ),
     stage_overrides={
-        "align": ("training.train_iters=5",),
-        "pretrain": ("training.train_iters=16", "checkpoint.save_interval=6"),
-        "sft": ("training.train_iters=20",),
+        "align": (*_TWO_PROCESSES, "training.train_iters=5"),
+        "pretrain": (*_TWO_PROCESSES, "training.train_iters=12", "checkpoint.save_interval=5"),
+        "sft": (*_TWO_PROCESSES, "training.train_iters=8"),
     },
-    kill_after=9,
-    straight_iterations=12,
+    kill_after=7,
+    straight_iterations=10,
 )

@@ -16,8 +16,6 @@ from megatron_vlm.config import TrainConfig, load_config
 from quickstart.curves import Record, read_metrics
 from quickstart.processes import CommandError, find_rank, run_command, start_command, watch
 
-NUM_PROCESSES = 4
-"""Tensor parallel 2 x pipeline parallel 2."""
 DEFAULT_OUTPUT = "runs/quickstart"
 """Folder that the YAML files name; another one is put in its place by overrides."""
 _CONFIGS = Path("examples/quickstart")
@@ -39,11 +37,16 @@ class Stage:
     @property
     def arguments(self) -> list[str]:
         """What follows `megatron-vlm`."""
-        return ["train", str(self.config), *self.overrides, "--nproc-per-node", str(NUM_PROCESSES)]
+        return ["train", str(self.config), *self.overrides, "--nproc-per-node", str(count_processes(self.load()))]
 
     def load(self) -> TrainConfig:
         """Return the resolved config."""
         return load_config(TrainConfig, self.config, self.overrides)
+
+
+def count_processes(config: TrainConfig) -> int:
+    """Return the ranks of a stage, one replica of the model."""
+    return config.parallel.tensor_model_parallel_size * config.parallel.pipeline_model_parallel_size
 
 
 def plan_stage(name: str, output: Path, overrides: Sequence[str] = ()) -> Stage:
@@ -140,7 +143,7 @@ def _kill(stage: Stage, log: Path, config: TrainConfig, *, kill_after: int, rank
 def _describe(config: TrainConfig) -> str:
     records = _last_records(Path(config.run_dir))
     if not records:
-        return f"{config.stage}: starting {NUM_PROCESSES} processes"
+        return f"{config.stage}: starting {count_processes(config)} processes"
     record = records[-1]
     return (
         f"{config.stage}: iteration {record['iteration']} of {config.training.train_iters}, "

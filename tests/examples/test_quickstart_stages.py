@@ -12,7 +12,7 @@ from quickstart.assets import Package, fetch
 from quickstart.logits import choose_samples
 from quickstart.processes import find_rank
 from quickstart.size import REAL, SMOKE
-from quickstart.stages import NUM_PROCESSES, plan_stage
+from quickstart.stages import count_processes, plan_stage
 
 from megatron_vlm.config import DataError, StorageError, derive_layout
 
@@ -42,11 +42,13 @@ def test_stage_into_another_folder_keeps_the_proportions_of_the_blend() -> None:
     assert [entry.images for entry in moved.data.blend] == [entry.images for entry in default.data.blend] == [1.0, 1.0]
 
 
-@pytest.mark.parametrize("size", [REAL, SMOKE])
+@pytest.mark.parametrize(("size", "number"), [(REAL, 4), (SMOKE, 2)])
 @pytest.mark.parametrize("name", ["align", "pretrain", "sft"])
-def test_every_stage_fits_the_processes_that_are_started(name: str, size: Any) -> None:
-    config = plan_stage(name, Path("elsewhere"), size.stage_overrides.get(name, ())).load()
-    assert derive_layout(config, NUM_PROCESSES).data_parallel_size == 1
+def test_every_stage_fits_the_processes_that_are_started(name: str, size: Any, number: int) -> None:
+    stage = plan_stage(name, Path("elsewhere"), size.stage_overrides.get(name, ()))
+    assert count_processes(stage.load()) == number
+    assert derive_layout(stage.load(), number).data_parallel_size == 1
+    assert stage.arguments[-2:] == ["--nproc-per-node", str(number)]
 
 
 @pytest.mark.parametrize("size", [REAL, SMOKE])

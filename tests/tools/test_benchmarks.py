@@ -49,7 +49,7 @@ def follows(row) -> bool:
         (["prepare", "--samples", "60", "--documents", "8", "--rounds", "1"], 3),
         (["decode", "--rounds", "1"], 8),
         (["load", "--samples", "30", "--rounds", "1"], 2),
-        (["pack", "--samples", "20000"], 8),
+        (["pack", "--samples", "400"], 8),
         (["plan", "--images", "40000"], 12),
         (["open", "--documents", "2000", "--reads", "200", "--rounds", "1"], 3),
     ],
@@ -116,7 +116,7 @@ def test_rolling_subset_sum_fills_rows_as_far_as_it_can(monkeypatch):
 
 
 def test_table_has_a_line_a_row_and_names_versions(tmp_path):
-    done, rows = run(tmp_path, "pack", "--samples", "5000")
+    done, rows = run(tmp_path, "pack", "--samples", "200")
     lines = done.stdout.splitlines()
     assert lines[0].split() == ["work", "ours", "peers", "unit", "ratio", "required"]
     for line, row in zip(lines[1:], rows, strict=False):
