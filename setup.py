@@ -39,6 +39,7 @@ setup(
         "eval": ["pycocoevalcap>=1.2"],
         "dev": [
             "pytest>=8",
+            "pytest-xdist>=3.6",
             "hypothesis>=6",
             "aiohttp>=3.9",  # fsspec's driver of http:// and https://
             "ruff>=0.8",
