@@ -22,7 +22,7 @@ def test_a_micro_batch_without_labels_has_a_loss_of_zero_with_gradient():
     output = (torch.empty(0, 4) @ weight).view(1, 0)
     loss, num_labels, logged = reduce_losses(output, torch.empty(0, dtype=torch.int64), 2)
     loss.backward()
-    assert float(loss) == 0.0
+    assert loss.item() == 0.0
     assert int(num_labels) == 0
     assert logged.sum() == 0
     assert weight.grad.abs().sum() == 0
