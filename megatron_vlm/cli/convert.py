@@ -2,6 +2,7 @@
 
 import argparse
 
+from megatron_vlm.cli.numbers import seed
 from megatron_vlm.cli.paths import local_path, new_folder
 from megatron_vlm.config import ExitCode, ModelConfig, UsageError, load_section
 
@@ -76,7 +77,7 @@ def _add_from_hf(actions: argparse._SubParsersAction) -> None:
     action.add_argument(
         "--feature-layer", type=int, default=-2, metavar="N", help="hidden state of the tower handed on (%(default)s)"
     )
-    action.add_argument("--seed", type=int, default=1234, help="of the projection (%(default)s)")
+    action.add_argument("--seed", type=seed, default=1234, help="of the projection (%(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:

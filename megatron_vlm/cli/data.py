@@ -2,7 +2,7 @@
 
 import argparse
 
-from megatron_vlm.cli.numbers import positive
+from megatron_vlm.cli.numbers import positive, seed, whole_number
 from megatron_vlm.cli.paths import local_path, location, new_file, new_folder, new_name
 from megatron_vlm.cli.source_options import add_workers
 from megatron_vlm.config import ExitCode
@@ -54,9 +54,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     add = parsers["inspect"].add_argument
     add("--tokenizer", type=local_path, required=True, metavar="T", help="that of the shards")
     add("--output", type=new_file, required=True, metavar="FILE", help="the page")
-    add("--samples", type=int, nargs="+", default=[], metavar="I", help="these samples")
+    add("--samples", type=whole_number(0), nargs="+", default=[], metavar="I", help="these samples")
     add("--number", type=positive, default=20, metavar="N", help="or this many (default: %(default)s)")
-    add("--seed", type=int, metavar="S", help="a random choice; without it, the first ones")
+    add("--seed", type=seed, metavar="S", help="a random choice; without it, the first ones")
     add = parsers["export"].add_argument
     add("--format", choices=("webdataset",), default="webdataset", help="tars: KEY.json, KEY.0.jpg, KEY.1.png, ...")
     add("--output", type=new_folder, required=True, metavar="OUT", help="folder of the tars; new, or one to go on with")

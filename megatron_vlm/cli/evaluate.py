@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 from megatron_vlm.cli.inference_options import add_model_options, opened_model
-from megatron_vlm.cli.numbers import positive, whole_number
+from megatron_vlm.cli.numbers import positive, seed, whole_number
 from megatron_vlm.cli.paths import local_path, new_file
 from megatron_vlm.config import ExitCode, UsageError
 
@@ -41,10 +41,12 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--shots-from", type=local_path, metavar="FILE", help="questions that the examples are drawn from"
     )
-    parser.add_argument("--shot-seed", type=int, default=0, metavar="SEED", help="decides which examples (%(default)s)")
+    parser.add_argument(
+        "--shot-seed", type=seed, default=0, metavar="SEED", help="decides which examples (%(default)s)"
+    )
     parser.add_argument("--limit", type=positive, metavar="N", help="ask N questions, spread evenly over the file")
     parser.add_argument(
-        "--swap-images", type=int, metavar="SEED", help="show each question another picture: what looking is worth"
+        "--swap-images", type=seed, metavar="SEED", help="show each question another picture: what looking is worth"
     )
     parser.add_argument("--max-new-tokens", type=positive, default=32, metavar="N", help="longest answer (%(default)s)")
     parser.add_argument(

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from megatron_vlm.cli.inference_options import add_model_options, opened_model
-from megatron_vlm.cli.numbers import positive, whole_number
+from megatron_vlm.cli.numbers import positive, seed, whole_number
 from megatron_vlm.config import ExitCode
 
 _EXAMPLE = """\
@@ -42,7 +42,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "--top-k", type=whole_number(0), default=0, metavar="K", help="draw from the K most likely; 0: from all"
     )
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw from the most likely that sum to P")
-    parser.add_argument("--seed", type=int, default=0, help="of the draws (%(default)s)")
+    parser.add_argument("--seed", type=seed, default=0, help="of the draws (%(default)s)")
     parser.set_defaults(run=run)
 
 

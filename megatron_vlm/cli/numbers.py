@@ -40,3 +40,6 @@ def number(least: float = -math.inf) -> Callable[[str], float]:
 
 positive = whole_number(1)
 """A type for argparse: a whole number of at least 1."""
+
+seed = whole_number(0, 2**63 - 1)
+"""A type for argparse: what every generator of random numbers takes as its seed."""

@@ -2,7 +2,7 @@
 
 import argparse
 
-from megatron_vlm.cli.numbers import number, positive, whole_number
+from megatron_vlm.cli.numbers import number, positive, seed, whole_number
 from megatron_vlm.cli.paths import local_path, location, new_folder
 from megatron_vlm.cli.source_options import add_input, add_max_record_bytes, add_workers
 
@@ -191,4 +191,4 @@ def _add_prompts(parser: argparse.ArgumentParser) -> None:
         help="ask in the wordings of this set, e.g. vqav2; see data/sources/prompt_pools.yaml",
     )
     add("--prompt-file", type=local_path, metavar="YAML", help="sets of your own (default: the 18 of the paper)")
-    add("--seed", type=int, metavar="S", help="of the choice among the wordings (default: 0)")
+    add("--seed", type=seed, metavar="S", help="of the choice among the wordings (default: 0)")

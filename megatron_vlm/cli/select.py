@@ -2,7 +2,7 @@
 
 import argparse
 
-from megatron_vlm.cli.numbers import number
+from megatron_vlm.cli.numbers import number, seed
 from megatron_vlm.cli.paths import new_folder
 from megatron_vlm.cli.source_options import add_input, add_max_record_bytes, add_workers
 from megatron_vlm.config import ExitCode, UsageError
@@ -69,7 +69,7 @@ def _add_text(kinds: argparse._SubParsersAction) -> None:
     add = text.add_argument
     add("--output", type=new_folder, required=True, metavar="DIR", help="new folder: .jsonl, _report/select.json")
     add("--number", required=True, metavar="N", help="records to keep of all files together: 1M, 400K, 1000")
-    add("--seed", type=int, default=0, metavar="S", help="another one keeps other records (default: %(default)s)")
+    add("--seed", type=seed, default=0, metavar="S", help="another one keeps other records (default: %(default)s)")
     add_workers(text)
     add_max_record_bytes(text)
 

@@ -2,7 +2,7 @@ import argparse
 
 import pytest
 
-from megatron_vlm.cli.numbers import number, positive, whole_number
+from megatron_vlm.cli.numbers import number, positive, seed, whole_number
 
 
 def test_numbers_within_bounds_are_taken():
@@ -16,6 +16,7 @@ def test_numbers_within_bounds_are_taken():
         (positive, "0", "0 is below 1"),
         (whole_number(0), "-1", "-1 is below 0"),
         (whole_number(1, 95), "96", "96 is not from 1 to 95"),
+        (seed, "-1", "-1 is not from 0 to 9223372036854775807"),
         (positive, "1.5", "'1.5' is not a whole number"),
         (number(), "nan", "'nan' is not a finite number"),
         (number(), "-inf", "'-inf' is not a finite number"),
