@@ -5,6 +5,7 @@ import argparse
 from megatron_vlm.cli.numbers import positive, seed, whole_number
 from megatron_vlm.cli.paths import local_path, location, new_file, new_folder, new_name
 from megatron_vlm.cli.source_options import add_workers
+from megatron_vlm.cli.stopping import stops_at_once
 from megatron_vlm.config import ExitCode
 from megatron_vlm.data.sources.locations import list_location
 
@@ -91,7 +92,8 @@ def run(args: argparse.Namespace) -> int:
         "merge": _merge,
         "split": _split,
     }
-    return actions[args.action](args)
+    with stops_at_once("finished tars are kept" if args.action == "export" else ""):
+        return actions[args.action](args)
 
 
 def _verify(args: argparse.Namespace) -> int:

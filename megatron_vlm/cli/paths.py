@@ -8,6 +8,8 @@ from megatron_vlm.data.sources.locations import Location, RemoteFile, parse_loca
 
 def location(text: str) -> Location:
     """Return a path or a URL; a type for argparse that refuses a path that no file can have."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("it is empty; name a file or a folder")
     place = parse_location(text)
     if isinstance(place, Path):
         try:

@@ -2,13 +2,11 @@
 
 import argparse
 import os
-import signal
-import threading
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
-from megatron_vlm.cli.prepare_options import EXAMPLES, SOURCE_NAMES, add_kind
+from megatron_vlm.cli.prepare_options import DEFAULT_JPEG_QUALITY, EXAMPLES, SOURCE_NAMES, add_kind
+from megatron_vlm.cli.stopping import stops_at_once
 from megatron_vlm.config import ConfigError, ExitCode, UsageError
 from megatron_vlm.data.sources.locations import (
     RemoteFile,
@@ -44,26 +42,10 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.set_defaults(run=run)
 
 
-def _stop(number: int, frame: FrameType | None) -> NoReturn:
-    """End at once: what is on the disk is as whole after this as after a kill, and workers die with this process."""
-    name = signal.Signals(number).name
-    line = f"megatron-vlm: stopped by {name}; run the same command again, finished input files are kept\n"
-    try:
-        os.write(2, line.encode())  # not sys.stderr: it may be in the middle of a write itself
-    finally:
-        os._exit(ExitCode.REQUEUE)
-
-
 def run(args: argparse.Namespace) -> int:
     """Run the verb; returns the exit code."""
-    if threading.current_thread() is not threading.main_thread():
-        return _run(args)  # where no handler can be set
-    previous = {number: signal.signal(number, _stop) for number in (signal.SIGTERM, signal.SIGUSR1)}
-    try:
+    with stops_at_once("finished input files are kept"):
         return _run(args)
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler or signal.SIG_DFL)
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -113,6 +95,10 @@ def _check_options(args: argparse.Namespace) -> None:
             raise UsageError(
                 f"--min-{option} {least} is above --max-{option} {most}", fix="lower the one, or raise the other"
             )
+    if args.distributor != "ray" and args.ray_address is not None:
+        raise UsageError("--ray-address is for --distributor ray", fix="add it, or leave out --ray-address")
+    if getattr(args, "jpeg_quality", None) is not None and args.resize_shorter_side is None:
+        raise UsageError("--jpeg-quality is for --resize-shorter-side", fix="add it, or leave out --jpeg-quality")
     if args.kind == "interleaved" and args.variant == "pairs" and args.image_place == "after":
         raise UsageError(
             "--variant pairs takes the sentence after an image, --image-place after puts it before",
@@ -215,7 +201,7 @@ def _image_rules(args: argparse.Namespace) -> "ImageRules":
         min_bytes=args.min_image_bytes,
         decode=args.decode_images,
         resize_shorter_side=args.resize_shorter_side,
-        jpeg_quality=args.jpeg_quality,
+        jpeg_quality=args.jpeg_quality or DEFAULT_JPEG_QUALITY,
     )
 
 

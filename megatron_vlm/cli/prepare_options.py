@@ -37,6 +37,7 @@ With --prompts SET, records are annotations of that data set instead.
 """,
     "text": _FORMS + "  text                                     trained as it is\n\n",
 }
+DEFAULT_JPEG_QUALITY = 75
 SOURCE_NAMES = {"interleaved": "mmc4", "pairs": "coyo", "conversations": "llava", "text": "text"}
 _TEMPLATES = ("vicuna_v1", "plain", "llama_2", "hermes-2", "llama_3")
 _TEMPLATE_HELP = (
@@ -108,8 +109,8 @@ def _add_images(parser: argparse.ArgumentParser) -> None:
         "--images",
         type=location,
         metavar="DIR",
-        help="folder of image files, or of tars; a tar, or a pattern of tars; or a URL of these (default: the input's "
-        "folder)",
+        help="folder of image files, or of tars; a tar, or a pattern of tars; or a URL of these, but of tars on a web "
+        "server the pattern (default: the input's folder)",
     )
     add("--max-pixels", type=positive, default=50_000_000, metavar="N", help="largest image (default: %(default)s)")
     add("--min-side", type=whole_number(1), default=4, metavar="N", help="smallest shorter side (default: %(default)s)")
@@ -121,9 +122,8 @@ def _add_images(parser: argparse.ArgumentParser) -> None:
     add(
         "--jpeg-quality",
         type=whole_number(1, 95),
-        default=75,
         metavar="N",
-        help="of images encoded again (default: %(default)s)",
+        help=f"of images encoded again (default: {DEFAULT_JPEG_QUALITY})",
     )
 
 

@@ -5,6 +5,7 @@ import argparse
 from megatron_vlm.cli.numbers import number, seed
 from megatron_vlm.cli.paths import new_folder
 from megatron_vlm.cli.source_options import add_input, add_max_record_bytes, add_workers
+from megatron_vlm.cli.stopping import stops_at_once
 from megatron_vlm.config import ExitCode, UsageError
 
 _PAIRS_EXAMPLE = """example (the paper's 25M of COYO-700M):
@@ -76,7 +77,8 @@ def _add_text(kinds: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the verb; returns the exit code."""
-    return _run_text(args) if args.kind == "text" else _run_pairs(args)
+    with stops_at_once(""):
+        return _run_text(args) if args.kind == "text" else _run_pairs(args)
 
 
 def _run_pairs(args: argparse.Namespace) -> int:
@@ -94,8 +96,10 @@ def _run_pairs(args: argparse.Namespace) -> int:
     columns = tuple(name.strip() for name in args.by.split("+"))
     rules = SelectRules(columns=columns, top=top, fraction=fraction, min_score=args.min_score)
     report = select_pairs(find_files(tuple(args.input), (".parquet",), "parquet files"), args.output, rules)
-    reasons = ", ".join(f"{reason} {count}" for reason, count in report["dropped"].items())
-    print(f"rows {report['rows']} = kept {report['kept']} + dropped {report['rows'] - report['kept']} ({reasons})")
+    print(
+        f"rows {report['rows']} = kept {report['kept']} + dropped {report['rows'] - report['kept']}"
+        f"{_in_brackets(report['dropped'])}"
+    )
     print(f"scores kept: {report['lowest_kept_score']:.6g} to {report['highest_score']:.6g}")
     print(f"wrote {args.output}")
     return ExitCode.DONE
@@ -112,10 +116,15 @@ def _run_text(args: argparse.Namespace) -> int:
         raise UsageError(f"--number {args.number} is not a whole number above 0", fix="use --number 1M") from None
     rules = TextSelectRules(number=number, seed=args.seed, max_record_bytes=args.max_record_bytes)
     report = select_text(find_instruction_files(tuple(args.input)), args.output, rules, num_workers=args.workers)
-    reasons = ", ".join(f"{reason} {count}" for reason, count in report["rejects"].items())
     print(
         f"records {report['records']} = kept {report['kept']} + not chosen {report['not_chosen']} "
-        f"+ rejected {report['rejected']}{f' ({reasons})' if reasons else ''}"
+        f"+ rejected {report['rejected']}{_in_brackets(report['rejects'])}"
     )
     print(f"wrote {args.output}")
     return ExitCode.DONE
+
+
+def _in_brackets(reasons: dict[str, int]) -> str:
+    from megatron_vlm.data.joining import describe_rejects
+
+    return f" ({describe_rejects(reasons)})" if any(reasons.values()) else ""

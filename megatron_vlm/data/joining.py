@@ -19,8 +19,10 @@ from megatron_vlm.platform.durable_files import open_durably
 
 
 def describe_rejects(rejects: dict[str, int]) -> str:
-    """Return the reasons with their counts, most frequent first."""
-    return ", ".join(f"{reason} {count}" for reason, count in sorted(rejects.items(), key=lambda item: -item[1]))
+    """Return the reasons that there are with their counts, most frequent first."""
+    return ", ".join(
+        f"{reason} {count}" for reason, count in sorted(rejects.items(), key=lambda item: -item[1]) if count
+    )
 
 
 def number_shards(pieces: Sequence[PartFacts | Manifest]) -> list[ShardFacts]:

@@ -184,7 +184,7 @@ def load_manifest(folder: Path) -> Manifest:
             fix="prepare the dataset again, or use the program version that wrote it",
         )
     try:
-        manifest = _from_tree(tree)
+        manifest = manifest_from_tree(tree)
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(
             f"manifest lacks or mistypes a field: {error}", where=str(path), fix="prepare the dataset again"
@@ -208,7 +208,12 @@ def _missing(folder: Path) -> DataError:
     )
 
 
-def _from_tree(tree: dict[str, Any]) -> Manifest:
+def manifest_from_tree(tree: dict[str, Any]) -> Manifest:
+    """Return the manifest that `dataclasses.asdict` made this of.
+
+    Raises:
+        KeyError, TypeError, AttributeError: a field is missing or of another type.
+    """
     return Manifest(
         source=tree["source"],
         tokenizer=TokenizerFacts(**tree["tokenizer"]),

@@ -52,7 +52,7 @@ class PlanSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanSummary:
-    """What a plan holds; counts are over the whole training."""
+    """What a plan holds; counts are over the whole training, where they are not said to be of the datasets."""
 
     hash: str
     num_rows: int

@@ -29,6 +29,7 @@ from megatron_vlm.data.manifest import (
     Manifest,
     facts_of_file,
     load_manifest,
+    manifest_from_tree,
     save_manifest,
     without_content,
 )
@@ -181,6 +182,13 @@ def _difference(found: Manifest, wanted: Manifest) -> str:
     return "options: " + "; ".join(shown) + ("; ..." if len(names) > _MAX_DIFFERENCES else "")
 
 
+def _difference_of(content: str, wanted: Manifest) -> str:
+    try:
+        return _difference(manifest_from_tree(json.loads(content)), wanted)
+    except (ValueError, KeyError, TypeError):  # of another version of this program
+        return "options or inputs"
+
+
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return the values of nested options under their dotted names."""
     flat: dict[str, Any] = {}
@@ -208,9 +216,9 @@ def _claimed(work: Path, plan: Manifest) -> Iterator[None]:
         content = json.dumps(dataclasses.asdict(plan))
         if not (work / _JOB_FILE).exists():
             write_durably(work / _JOB_FILE, content.encode())
-        elif (work / _JOB_FILE).read_text() != content:
+        elif (found := (work / _JOB_FILE).read_text()) != content:
             raise ConfigError(
-                "output folder holds an unfinished preparation with other options or inputs",
+                f"output folder holds an unfinished preparation that differs in {_difference_of(found, plan)}",
                 where=str(work.parent),
                 fix="use the same options to go on, or delete the folder",
             )

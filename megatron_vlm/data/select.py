@@ -22,6 +22,7 @@ import pyarrow.parquet
 from tqdm import tqdm
 
 from megatron_vlm.config import ConfigError, DataError, UsageError
+from megatron_vlm.data.joining import describe_rejects
 from megatron_vlm.data.score_histogram import ScoreHistogram, draw_histogram, histogram_rows
 from megatron_vlm.data.sources.locations import Location, place_of
 from megatron_vlm.data.sources.parquet_files import open_parquet, unreadable
@@ -156,8 +157,12 @@ def select_pairs(inputs: tuple[Location, ...], output: Path, rules: SelectRules)
         DataError: a file cannot be read, lacks a score column, or no row is left.
         StorageError: the output cannot be written.
     """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ConfigError("output folder is not empty", where=str(output), fix="give another --output, or delete it")
+    # Held from the start: a second command that waits for neither would do all of the work for nothing.
+    with storage_errors("selection cannot be written", output), folder_beside(output, is_new=True) as unfinished:
+        return _select(inputs, unfinished, rules)
+
+
+def _select(inputs: tuple[Location, ...], folder: Path, rules: SelectRules) -> dict[str, Any]:
     files = _list_files(inputs)
     for file in files:
         _check_columns(file.path, rules.columns)
@@ -166,23 +171,23 @@ def select_pairs(inputs: tuple[Location, ...], output: Path, rules: SelectRules)
     scores, rows = _choose(files, rules, dropped, everything)
     if not len(rows):
         raise DataError(
-            f"none of {sum(file.num_rows for file in files)} rows is left: {dict(dropped)}",
+            f"none of {sum(file.num_rows for file in files)} rows is left: {describe_rejects(dropped)}",
             where=", ".join(rules.columns),
-            fix="lower --min-score, raise --fraction, or name other columns in --by",
+            fix=f"lower --min-score, {'raise --fraction, ' if rules.fraction is not None else ''}or name other columns "
+            "in --by",
         )
     if rules.top is not None and len(rows) < rules.top:
         logger.warning("only %d rows have a usable score, fewer than the %d wanted; all are kept", len(rows), rules.top)
     kept = ScoreHistogram(everything.width)
     kept.add(scores)
-    with storage_errors("selection cannot be written", output), folder_beside(output) as unfinished:
-        written = _write_files(files, rows, unfinished)
-        report = _report(files, rules, scores, dropped, written) | {
-            "histogram": histogram_rows(everything, kept),
-            "bin_width": everything.width,
-        }
-        title = f"{'+'.join(rules.columns)}: {report['kept']} of {report['rows']} rows kept"
-        draw_histogram(title, report["histogram"], everything.width).save(unfinished / PICTURE_FILE)
-        write_durably(unfinished / REPORT_FILE, (json.dumps(report, indent=1) + "\n").encode())
+    written = _write_files(files, rows, folder)
+    report = _report(files, rules, scores, dropped, written) | {
+        "histogram": histogram_rows(everything, kept),
+        "bin_width": everything.width,
+    }
+    title = f"{'+'.join(rules.columns)}: {report['kept']} of {report['rows']} rows kept"
+    draw_histogram(title, report["histogram"], everything.width).save(folder / PICTURE_FILE)
+    write_durably(folder / REPORT_FILE, (json.dumps(report, indent=1) + "\n").encode())
     return report
 
 

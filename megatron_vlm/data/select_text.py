@@ -139,10 +139,8 @@ def select_text(
         DataError: there is no whole record, or a file was changed meanwhile.
         StorageError: the output cannot be written, or a worker was killed.
     """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ConfigError("output folder is not empty", where=str(output), fix="give another --output, or delete it")
     files = _name_files(inputs)
-    with storage_errors("selection cannot be written", output), folder_beside(output) as unfinished:
+    with storage_errors("selection cannot be written", output), folder_beside(output, is_new=True) as unfinished:
         (unfinished / _HASHES).mkdir()
         tasks = [(file, rules, unfinished / _HASHES / f"{place}.npy") for place, file in enumerate(files)]
         counts = run_tasks(_hash_file, tasks, num_workers=num_workers, unit="records", reports=True)

@@ -3,9 +3,10 @@
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 from tqdm import tqdm
@@ -67,9 +68,13 @@ def _run_in_pool(function: Callable, tasks: Sequence[tuple], num_workers: int, b
     # spawn, not fork: pyarrow and sentencepiece have threads, and a forked lock stays locked.
     context = multiprocessing.get_context("spawn")
     counters = context.Array("q", 2)
-    with ProcessPoolExecutor(
-        num_workers, mp_context=context, initializer=_start_worker, initargs=(counters, os.getpid())
-    ) as pool:
+    others = set(multiprocessing.active_children())
+    with (
+        ProcessPoolExecutor(
+            num_workers, mp_context=context, initializer=_start_worker, initargs=(counters, os.getpid())
+        ) as pool,
+        _ended_by_interrupt(pool, others),
+    ):
         call = _call_reporting if reports else _call
         futures = [pool.submit(call, function, task) for task in tasks]
         pending = set(futures)
@@ -83,6 +88,18 @@ def _run_in_pool(function: Callable, tasks: Sequence[tuple], num_workers: int, b
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise _explain(failed.exception())
         return [future.result() for future in futures]
+
+
+@contextmanager
+def _ended_by_interrupt(pool: ProcessPoolExecutor, others: set) -> Iterator[None]:
+    """End the workers at Ctrl-C; leaving the pool would wait for what they are doing."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for worker in set(multiprocessing.active_children()) - others:
+            worker.terminate()
+        raise
 
 
 def _explain(error: BaseException | None) -> BaseException:

@@ -36,13 +36,17 @@ def flush_to_disk(stream: IO) -> None:
 
 
 @contextmanager
-def folder_beside(folder: Path) -> Iterator[Path]:
+def folder_beside(folder: Path, *, is_new: bool = False) -> Iterator[Path]:
     """Give an empty folder beside the place of another, which it takes when the block ends without an error.
 
     A block that removes it leaves that place as it is.
 
+    Args:
+        folder: the place.
+        is_new: whether nothing may be there.
+
     Raises:
-        ConfigError: another process writes for the same place.
+        ConfigError: another process writes for the same place, or there is something where nothing may be.
         OSError: it cannot be written, or its place is not empty.
     """
     unfinished = folder.with_name(folder.name + ".tmp")
@@ -52,6 +56,10 @@ def folder_beside(folder: Path) -> Iterator[Path]:
         if lock is None:
             raise ConfigError("another process writes this folder", where=str(folder), fix="wait for it, or stop it")
         try:
+            if is_new and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+                raise ConfigError(
+                    "output folder is not empty", where=str(folder), fix="give another --output, or delete it"
+                )
             for left_over in [entry for entry in unfinished.iterdir() if entry != lock_file]:
                 shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
             yield unfinished

@@ -40,6 +40,13 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("kind", [local_path, location, new_folder, new_file, new_name])
+@pytest.mark.parametrize("text", ["", " "])
+def test_an_empty_name_does_not_stand_for_this_folder(kind, text):
+    with pytest.raises(argparse.ArgumentTypeError, match="it is empty; name a file or a folder"):
+        kind(text)
+
+
+@pytest.mark.parametrize("kind", [local_path, location, new_folder, new_file, new_name])
 def test_a_name_that_no_file_system_takes_is_a_wrong_command_line(kind):
     with pytest.raises(argparse.ArgumentTypeError, match="cannot be used: File name too long"):
         kind("a" * 300)

@@ -249,6 +249,12 @@ def test_help_shows_an_example(kind, capsys):
     assert f"megatron-vlm prepare {kind or 'interleaved'} --input" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("option", [["--ray-address", "auto"], ["--jpeg-quality", "50"]])
+def test_an_option_without_the_one_it_belongs_to_is_exit_code_64(corpora, tmp_path, capsys, option):
+    assert run(corpora, "pairs", tmp_path / "d", *option) == 64
+    assert f"{option[0]} is for --" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_signal_of_a_scheduler_asks_to_be_requeued_and_the_next_run_goes_on(corpora, tmp_path, number):
     arguments = ["prepare", "text", *COMMANDS["text"].format(root=corpora).split(), "--output", str(tmp_path / "d")]

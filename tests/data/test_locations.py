@@ -18,6 +18,7 @@ from megatron_vlm.data.sources.interleaved import InterleavedRules, InterleavedS
 from megatron_vlm.data.sources.locations import (
     RemoteFile,
     can_list,
+    check_suffixes,
     folder_of,
     is_file,
     is_folder,
@@ -282,3 +283,51 @@ def test_two_stores_in_one_dataset_keep_their_files_apart(bucket, make_lines, to
     manifest = load_manifest(tmp_path / "a")
     assert manifest.documents == 12
     assert len(manifest.options["inputs"]) == 4
+
+
+def test_a_pattern_that_matches_no_file_stands_for_folders(tmp_path, bucket):
+    for name in ("a_data/1.jsonl", "b_data/2.jsonl", "b_data/2.txt", "c/3.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("")
+        bucket.pipe(f"/p/{name}", b"")
+    for found in (
+        list_location(tmp_path / "*_data", (".jsonl",)),
+        list_location(RemoteFile("memory:///p/*_data"), (".jsonl",)),
+    ):
+        assert [file.name for file in found] == ["1.jsonl", "2.jsonl"]
+
+
+def test_the_folder_of_a_pattern_with_patterns_of_folders_is_the_last_one_with_a_name(tmp_path):
+    (tmp_path / "data" / "x").mkdir(parents=True)
+    assert folder_of(tmp_path / "data" / "*" / "train.jsonl") == tmp_path / "data"
+    assert folder_of(tmp_path / "data" / "[x]" / "*.jsonl") == tmp_path / "data"
+    (tmp_path / "data" / "[y]").mkdir()
+    assert folder_of(tmp_path / "data" / "[y]") == tmp_path / "data" / "[y]"
+
+
+def test_a_page_of_a_web_server_is_no_input():
+    with pytest.raises(ConfigError, match='end the URL of a folder with "/"'):
+        check_suffixes([RemoteFile("http://host/pairs")], (".jsonl",))
+    check_suffixes([RemoteFile("http://host/pairs.jsonl"), RemoteFile("s3://host/pairs"), Path("pairs")], (".jsonl",))
+
+
+@pytest.mark.parametrize(
+    ("find", "names"),
+    [
+        (lambda paths: find_record_files(paths), ("a.jsonl", "b.txt")),
+        (lambda paths: find_instruction_files(paths), ("a.jsonl", "b.tar")),
+        (lambda paths: find_interleaved_source(paths, InterleavedRules()), ("a.jsonl", "b.tar")),
+        (lambda paths: find_interleaved_source(paths, InterleavedRules()), ("a.tar", "b.txt")),
+        (lambda paths: find_pair_source(paths, PairRules()), ("a.tar", "b.jsonl")),
+        (lambda paths: find_pair_source(paths, PairRules()), ("a.jsonl", "b.txt")),
+    ],
+    ids=["records", "instructions", "json and tar", "tar and nothing", "pairs in tars and json", "pairs in json"],
+)
+def test_a_folder_that_nothing_would_be_read_of_is_refused(tmp_path, find, names):
+    folders = tuple(tmp_path / name[0] for name in names)
+    for folder, name in zip(folders, names, strict=True):
+        folder.mkdir()
+        (folder / name).write_bytes(b"")
+    find(folders[:1])
+    with pytest.raises(ConfigError, match=f"input has no .*{folders[1]}.*leave it out"):
+        find(folders)

@@ -174,8 +174,9 @@ def test_members_of_one_name_are_each_read(tmp_path):
 
 
 def test_file_that_is_no_archive_is_one_reject(tmp_path):
-    assert read(write(tmp_path / "a.jsonl.gz", b"<html>")) == [(1, "file_truncated")]
-    assert read(write(tmp_path / "a.jsonl.zip", b"<html>")) == [(1, "file_truncated")]
+    for content in (b"<html>", b""):
+        assert read(write(tmp_path / "a.jsonl.gz", content)) == [(1, "file_truncated")]
+        assert read(write(tmp_path / "a.jsonl.zip", content)) == [(1, "file_truncated")]
 
 
 def test_empty_file_has_no_records(tmp_path):

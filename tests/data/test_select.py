@@ -224,7 +224,7 @@ def test_damaged_file_is_named(tmp_path, damage):
 
 def test_no_usable_row_is_an_error_that_says_why(tmp_path):
     path = write_table(tmp_path / "a.parquet", [float("nan"), 0.2])
-    with pytest.raises(DataError, match=r"none of 2 rows is left: .*'score_not_finite': 1.*'min_score': 1"):
+    with pytest.raises(DataError, match=r"none of 2 rows is left: score_not_finite 1, min_score 1 "):
         select_pairs((path,), tmp_path / "out", by_score(top=1, min_score=0.5))
     with pytest.raises(DataError, match="none of 2 rows is left"):
         select_pairs((path,), tmp_path / "out", by_score(fraction=Fraction("0.1")))

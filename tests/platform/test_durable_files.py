@@ -54,3 +54,15 @@ def test_a_folder_that_the_block_removes_leaves_its_place_as_it_is(tmp_path):
             entry.unlink()
         unfinished.rmdir()
     assert (tmp_path / "folder" / "there").read_text() == "before"
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_what_has_to_be_new_is_refused_where_something_is(tmp_path, kind):
+    place = tmp_path / "place"
+    if kind == "file":
+        place.write_text("before")
+    else:
+        (place / "there").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="output folder is not empty"), folder_beside(place, is_new=True):
+        pass
+    assert [entry.name for entry in tmp_path.iterdir()] == ["place"]

@@ -8,10 +8,10 @@ from megatron_vlm.data.documents import RejectError
 from megatron_vlm.data.sources.interleaved_documents import InterleavedRules, find_listed_image, matched_document
 from megatron_vlm.data.sources.interleaved_tables import TABLE_SUFFIX, InterleavedTableSource, check_first_table
 from megatron_vlm.data.sources.interleaved_tars import InterleavedTarSource
-from megatron_vlm.data.sources.locations import Location, check_suffixes, list_location
+from megatron_vlm.data.sources.locations import Location, check_suffixes
 from megatron_vlm.data.sources.pair_table import is_shard_table
 from megatron_vlm.data.sources.records import SUFFIXES, read_records
-from megatron_vlm.data.sources.source import Found, ReadContext, find_record_files, key_of
+from megatron_vlm.data.sources.source import Found, ReadContext, check_each_used, find_record_files, key_of, list_inputs
 
 __all__ = ["InterleavedRules", "InterleavedSource", "find_interleaved_source"]
 
@@ -60,7 +60,8 @@ def find_interleaved_source(
         ConfigError: none is there, kinds are mixed, or the rules want images matched in parquet tables.
         DataError: the first table has other columns.
     """
-    files = tuple(file for path in paths for file in list_location(path, (*SUFFIXES, TABLE_SUFFIX, _TAR_SUFFIX)))
+    listed = list_inputs(paths, (*SUFFIXES, TABLE_SUFFIX, _TAR_SUFFIX))
+    files = tuple(file for path in paths for file in listed[path])
     check_suffixes(files, (*SUFFIXES, TABLE_SUFFIX, _TAR_SUFFIX))
     tables = tuple(file for file in files if file.name.lower().endswith(TABLE_SUFFIX))
     tars = tuple(file for file in files if file.name.lower().endswith(_TAR_SUFFIX))
@@ -74,7 +75,9 @@ def find_interleaved_source(
         return InterleavedSource(find_record_files(paths), rules)
     tables = tuple(file for file in tables if not is_shard_table(file))
     if not tables:
+        check_each_used(listed, tars, "tars, as the other inputs have")
         return InterleavedTarSource(tars, rules)
+    check_each_used(listed, tables, "parquet files, as the other inputs have")
     if rules.want_matches:
         raise ConfigError(
             "parquet tables do not match images and sentences",

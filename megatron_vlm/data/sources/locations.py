@@ -137,11 +137,16 @@ def folder_of(location: Location) -> Location:
     """Return the location itself if it is a folder, else the folder that it is in."""
     if isinstance(location, RemoteFile) and (location.is_pattern or location.scheme in WEB_SCHEMES):
         return location.parent
+    if isinstance(location, Path):
+        while glob.has_magic(str(location)) and not location.exists():
+            location = location.parent
     return location if is_folder(location) else location.parent
 
 
 def list_location(location: Location, suffixes: tuple[str, ...], option: str = "--input") -> list[Location]:
     """Return the file itself, the files directly inside of a folder with one of `suffixes`, or what a pattern matches.
+
+    A pattern that matches no file stands for the folders that it matches.
 
     Raises:
         ConfigError: there is nothing of this name; `option` is where the user gave it.
@@ -155,10 +160,11 @@ def list_location(location: Location, suffixes: tuple[str, ...], option: str = "
         return [location] if location.is_file() else []
     if not glob.has_magic(str(location)):
         raise _missing(location, option)
-    matching = [path for path in map(Path, sorted(glob.glob(str(location), recursive=True))) if path.is_file()]
+    matching = [Path(path) for path in sorted(glob.glob(str(location), recursive=True))]
     if not matching:
         raise _unmatched(location, option)
-    return list(matching)
+    files = [path for path in matching if path.is_file()]
+    return list(files) or [file for folder in matching for file in list_location(folder, suffixes, option)]
 
 
 def check_suffixes(files: Iterable[Location], suffixes: tuple[str, ...], option: str = "--input") -> None:
@@ -168,11 +174,13 @@ def check_suffixes(files: Iterable[Location], suffixes: tuple[str, ...], option:
         ConfigError: a file has none of `suffixes`; `option` is where the user gave it.
     """
     for file in files:
-        if "." in file.name and not file.name.lower().endswith(suffixes):
+        # A web server answers the name of a folder, too, with a page.
+        is_web = isinstance(file, RemoteFile) and file.scheme in WEB_SCHEMES
+        if ("." in file.name or is_web) and not file.name.lower().endswith(suffixes):
             raise ConfigError(
                 f"file of {option} is none of {', '.join(suffixes)}",
                 where=str(file),
-                fix="unpack, rename or leave it out",
+                fix="unpack, rename or leave it out" + ('; end the URL of a folder with "/"' if is_web else ""),
             )
 
 
@@ -198,6 +206,9 @@ def _list_remote(location: RemoteFile, suffixes: tuple[str, ...], option: str) -
     if location.is_pattern and not entries:
         raise _unmatched(location, option)
     files = [RemoteFile(store.url_of(entry["name"]), entry["size"]) for entry in entries if entry["type"] == "file"]
+    if location.is_pattern and not files:
+        folders = sorted(store.url_of(entry["name"]) + "/" for entry in entries)
+        return [file for folder in folders for file in _list_remote(RemoteFile(folder), suffixes, option)]
     return sorted(files, key=lambda file: file.url)
 
 

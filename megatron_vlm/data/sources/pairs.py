@@ -9,7 +9,7 @@ import numpy as np
 
 from megatron_vlm.data.documents import Document, Image, RejectError, Text, TextRules, clean_text
 from megatron_vlm.data.sources.image_store import ImageReader
-from megatron_vlm.data.sources.locations import Location, check_suffixes, list_location, name_files
+from megatron_vlm.data.sources.locations import Location, check_suffixes, name_files
 from megatron_vlm.data.sources.pair_table import (
     PairTable,
     TableFile,
@@ -19,7 +19,7 @@ from megatron_vlm.data.sources.pair_table import (
     unused_rows,
 )
 from megatron_vlm.data.sources.records import MAX_RECORD_BYTES, SUFFIXES, field, parse_record, read_records
-from megatron_vlm.data.sources.source import Found, ReadContext, find_record_files, key_of
+from megatron_vlm.data.sources.source import Found, ReadContext, check_each_used, find_record_files, key_of, list_inputs
 from megatron_vlm.data.sources.tars import Member, TarReader, find_image, group_members, list_members
 
 _IMAGE_FIELDS = ("image", "image_name", "file_name", "image_path", "path")
@@ -188,12 +188,14 @@ def find_pair_source(paths: tuple[Location, ...], rules: PairRules) -> TarPairSo
     Raises:
         ConfigError: neither is there, or a file is of another kind.
     """
-    files = tuple(file for path in paths for file in list_location(path, (_TAR_SUFFIX, _TABLE_SUFFIX)))
+    listed = list_inputs(paths, (_TAR_SUFFIX, _TABLE_SUFFIX))
+    files = tuple(file for path in paths for file in listed[path])
     check_suffixes(files, (_TAR_SUFFIX, _TABLE_SUFFIX, *SUFFIXES))
     tars = tuple(file for file in files if file.suffix.lower() == _TAR_SUFFIX)
     if not tars:
         return RecordPairSource(find_record_files(paths), rules)
     files = tuple(file for file in files if not file.name.lower().endswith(_STATISTICS_ENDING))
     check_suffixes(files, (_TAR_SUFFIX, _TABLE_SUFFIX))
+    check_each_used(listed, files, "tars or parquet files, as the other inputs have")
     tables = [file for file in files if file.suffix.lower() == _TABLE_SUFFIX and not is_shard_table(file)]
     return TarPairSource(tars, rules, tuple(map(TableFile.open, name_files(tables).values())))

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, NamedTuple, cast
 from megatron_vlm.data.documents import RejectError
 from megatron_vlm.data.sources.locations import Location, open_stream
 
-SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zip", ".json.zip")
+SUFFIXES = tuple(kind + packed for packed in ("", ".gz", ".zip") for kind in (".jsonl", ".ndjson", ".json"))
 MAX_RECORD_BYTES = 16 << 20
 
 _CHUNK_BYTES, _PIECE_BYTES = 1 << 20, 1 << 16
@@ -129,7 +129,7 @@ def _openers(path: Location) -> Iterator[Callable[[], BinaryIO]]:
     suffix = path.suffix.lower()
     if suffix == ".gz":
         with open_stream(path) as packed:
-            yield lambda: cast(BinaryIO, gzip.open(packed, "rb"))
+            yield functools.partial(_opened_gzip, packed)
     elif suffix == ".zip":
         with open_stream(path) as packed, _opened_zip(zipfile.ZipFile, packed) as archive:
             for member in sorted(archive.infolist(), key=lambda member: member.filename):
@@ -137,6 +137,12 @@ def _openers(path: Location) -> Iterator[Callable[[], BinaryIO]]:
                     yield functools.partial(_opened_zip, archive.open, member)
     else:
         yield functools.partial(open_stream, path)
+
+
+def _opened_gzip(packed: BinaryIO) -> BinaryIO:
+    if not cast(io.BufferedReader, packed).peek(1):
+        raise EOFError("the file is empty, which no packed file is")
+    return cast(BinaryIO, gzip.open(packed, "rb"))
 
 
 def _opened_zip(opener: Callable, argument: Any) -> Any:

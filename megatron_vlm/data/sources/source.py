@@ -1,6 +1,6 @@
 """What every reader of a raw corpus has in common."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -9,6 +9,8 @@ from megatron_vlm.data.documents import Document, RejectError
 from megatron_vlm.data.sources.image_store import ImageReader
 from megatron_vlm.data.sources.locations import Location, check_suffixes, list_location
 from megatron_vlm.data.sources.records import SUFFIXES
+
+RECORD_SUFFIXES = ".jsonl, .ndjson, .json, each also with .gz or .zip"
 
 
 class Found(NamedTuple):
@@ -45,7 +47,7 @@ def find_record_files(paths: tuple[Location, ...]) -> tuple[Location, ...]:
     Raises:
         ConfigError: a path does not exist, or there is no such file.
     """
-    return find_files(paths, SUFFIXES, "JSON or JSON-lines files (.jsonl, .json, also .gz or .zip)")
+    return find_files(paths, SUFFIXES, f"JSON or JSON-lines files ({RECORD_SUFFIXES})")
 
 
 def find_files(paths: tuple[Location, ...], suffixes: tuple[str, ...], what: str) -> tuple[Location, ...]:
@@ -55,11 +57,32 @@ def find_files(paths: tuple[Location, ...], suffixes: tuple[str, ...], what: str
         ConfigError: a path does not exist, there is no such file, or one is named that is of another kind; `what` names
             the kind.
     """
-    files = tuple(file for path in paths for file in list_location(path, suffixes))
+    listed = list_inputs(paths, suffixes)
+    files = tuple(file for path in paths for file in listed[path])
     check_suffixes(files, suffixes)
-    if not files:
-        raise ConfigError(f"input has no {what}", where=", ".join(map(str, paths)), fix="check --input")
+    check_each_used(listed, files, what)
     return files
+
+
+def list_inputs(paths: Sequence[Location], suffixes: tuple[str, ...]) -> dict[Location, list[Location]]:
+    """Return for each path the file itself, or the files with one of `suffixes` directly inside of it.
+
+    Raises:
+        ConfigError: a path does not exist.
+    """
+    return {path: list_location(path, suffixes) for path in paths}
+
+
+def check_each_used(listed: Mapping[Location, Sequence[Location]], used: Collection[Location], what: str) -> None:
+    """Refuse an input that nothing would be read of: it would be missing in the result without a word.
+
+    Raises:
+        ConfigError: a path has none of the files that are used; `what` names their kind.
+    """
+    for path, files in listed.items():
+        if not any(file in used for file in files):
+            fix = "check --input" if len(listed) == 1 else "leave it out; prepare each kind of input on its own"
+            raise ConfigError(f"input has no {what}", where=str(path), fix=fix)
 
 
 def key_of(value: object) -> str | None:

@@ -3,11 +3,12 @@
 from collections.abc import Iterator
 from typing import Any
 
-from megatron_vlm.config import ConfigError, DataError
+from megatron_vlm.config import DataError
 from megatron_vlm.data.documents import RejectError
-from megatron_vlm.data.sources.locations import Location, check_suffixes, list_location
+from megatron_vlm.data.sources.locations import Location, check_suffixes
 from megatron_vlm.data.sources.parquet_files import open_parquet, read_rows
 from megatron_vlm.data.sources.records import MAX_RECORD_BYTES, SUFFIXES, Record, read_records
+from megatron_vlm.data.sources.source import RECORD_SUFFIXES, check_each_used, list_inputs
 
 TABLE_SUFFIX = ".parquet"
 
@@ -18,15 +19,13 @@ def find_instruction_files(paths: tuple[Location, ...]) -> tuple[Location, ...]:
     Raises:
         ConfigError: a path does not exist, or there is no such file.
     """
+    listed = list_inputs(paths, (*SUFFIXES, TABLE_SUFFIX))
     found: list[Location] = []
     for path in paths:
-        files = list_location(path, (*SUFFIXES, TABLE_SUFFIX))
-        check_suffixes(files, (*SUFFIXES, TABLE_SUFFIX))
-        records = [file for file in files if not is_table(file)]
-        found += records or files
-    if not found:
-        what = "input has no JSON, JSON-lines or parquet files (.jsonl, .json, also .gz or .zip; .parquet)"
-        raise ConfigError(what, where=", ".join(map(str, paths)), fix="check --input")
+        check_suffixes(listed[path], (*SUFFIXES, TABLE_SUFFIX))
+        records = [file for file in listed[path] if not is_table(file)]
+        found += records or listed[path]
+    check_each_used(listed, found, f"JSON, JSON-lines or parquet files ({RECORD_SUFFIXES}; .parquet)")
     return tuple(found)
 
 
