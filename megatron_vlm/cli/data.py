@@ -6,7 +6,7 @@ from megatron_vlm.cli.numbers import positive, seed, whole_number
 from megatron_vlm.cli.paths import local_path, location, new_file, new_folder, new_name
 from megatron_vlm.cli.source_options import add_workers
 from megatron_vlm.cli.stopping import stops_at_once
-from megatron_vlm.config import ExitCode
+from megatron_vlm.config import ConfigError, ExitCode
 from megatron_vlm.data.sources.locations import list_location
 
 _EXAMPLES = {
@@ -137,11 +137,12 @@ def _inspect(args: argparse.Namespace) -> int:
     from megatron_vlm.data.inspection import choose_samples, render_page
     from megatron_vlm.data.shards import ShardedDataset
     from megatron_vlm.data.tokenizer import load_tokenizer
+    from megatron_vlm.platform.durable_files import write_durably
 
     dataset = ShardedDataset.open(args.folder)
     indices = choose_samples(len(dataset), number=args.number, seed=args.seed, indices=args.samples)
     page = render_page(dataset, load_tokenizer(args.tokenizer), indices)
-    args.output.write_text(page, encoding="utf-8")
+    write_durably(args.output, page.encode())
     print(f"wrote {len(indices)} samples to {args.output}")
     return ExitCode.DONE
 
@@ -165,6 +166,8 @@ def _merge(args: argparse.Namespace) -> int:
     from megatron_vlm.data.merge import merge_datasets
 
     tables = [table for path in args.tables for table in list_location(path, (".parquet",), "--tables")]
+    if args.tables and not tables:
+        raise ConfigError("--tables has no parquet files", where=str(args.tables[0]), fix="check --tables")
     manifest = merge_datasets(args.output, args.parts, tables=tables, num_workers=args.workers)
     documents, rejected = manifest.documents, manifest.rejected
     print(f"documents {documents} = used {documents - rejected} + rejected {rejected}")

@@ -1,6 +1,7 @@
 """Paths on the command line: what is written, and what is only read from a disk, is on a file system."""
 
 import argparse
+from collections.abc import Iterable
 from pathlib import Path
 
 from megatron_vlm.data.sources.locations import Location, RemoteFile, parse_location
@@ -29,11 +30,9 @@ def local_path(text: str) -> Path:
 
 def new_folder(text: str) -> Path:
     """Return the path of a folder that may not exist yet; a type for argparse that refuses a file."""
-    path = local_path(text)
-    blocking = next((place for place in (path, *path.parents) if place.exists() and not place.is_dir()), None)
-    if blocking is not None:
-        raise argparse.ArgumentTypeError(f"{blocking} is a file, not a folder")
-    return _named(path)
+    path = _named(local_path(text))
+    _check_no_file((path, *path.parents))
+    return path
 
 
 def new_file(text: str) -> Path:
@@ -49,8 +48,14 @@ def new_file(text: str) -> Path:
 def new_name(text: str) -> Path:
     """Return the path that new folders are named after, each with an ending of its own; a type for argparse."""
     path = _named(local_path(text))
-    new_folder(str(path.parent))
+    _check_no_file(path.parents)
     return path
+
+
+def _check_no_file(places: Iterable[Path]) -> None:
+    blocking = next((place for place in places if place.exists() and not place.is_dir()), None)
+    if blocking is not None:
+        raise argparse.ArgumentTypeError(f"{blocking} is a file, not a folder")
 
 
 def _named(path: Path) -> Path:

@@ -10,17 +10,16 @@ from typing import NoReturn
 
 from megatron_vlm.config import ExitCode
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-
 
 @contextmanager
 def stops_at_once(kept: str) -> Iterator[None]:
-    """Let SIGINT, SIGTERM and SIGUSR1 end this process, which is not asked to finish what it does.
+    """Let SIGTERM and SIGUSR1 end this process, which is not asked to finish what it does; and SIGINT, if it can go on.
 
     What is on the disk is as whole after this as after a kill, and workers die with this process.
 
     Args:
-        kept: what the next start of the same command does not do again; empty: nothing.
+        kept: what the next start of the same command does not do again. Empty: nothing; then Ctrl-C stays Python's
+            KeyboardInterrupt, at which temporary files are removed.
     """
     if threading.current_thread() is not threading.main_thread():
         yield  # where no handler can be set
@@ -38,7 +37,10 @@ def stops_at_once(kept: str) -> Iterator[None]:
         finally:
             os._exit(ExitCode.INTERRUPTED if number == signal.SIGINT else ExitCode.REQUEUE)
 
-    previous = {number: signal.signal(number, stop) for number in _SIGNALS}
+    numbers = [signal.SIGTERM, signal.SIGUSR1, *([signal.SIGINT] if kept else [])]
+    # What the caller has this process ignore, a shell in the background SIGINT, it goes on ignoring.
+    heard = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+    previous = {number: signal.signal(number, stop) for number in heard}
     try:
         yield
     finally:

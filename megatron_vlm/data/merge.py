@@ -11,7 +11,7 @@ import itertools
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -254,6 +254,10 @@ def _common_end(first: Location, second: Location) -> int:
     return len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
 
 
+class _AlreadyThereError(Exception):
+    """The output holds what was to be written."""
+
+
 @contextmanager
 def _written_beside(output: Path) -> Iterator[Path]:
     """Give a folder that becomes `output` when all is written; nothing changes if `output` is already the same.
@@ -263,11 +267,11 @@ def _written_beside(output: Path) -> Iterator[Path]:
         StorageError: it cannot be written.
     """
     try:
-        with folder_beside(output) as unfinished:
+        with suppress(_AlreadyThereError), folder_beside(output) as unfinished:
             yield unfinished
             if output.is_dir() and any(output.iterdir()):
                 _check_same(output, load_manifest(unfinished))
-                shutil.rmtree(unfinished)
+                raise _AlreadyThereError
     except OSError as error:
         raise StorageError(
             f"dataset cannot be written: {error.strerror or error}",

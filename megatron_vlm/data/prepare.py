@@ -178,6 +178,8 @@ def _difference(found: Manifest, wanted: Manifest) -> str:
         return f"tokenizer: {found.tokenizer.name} of sha256 {found.tokenizer.sha256[:12]}"
     there, here = _flatten(found.options), _flatten(wanted.options)
     names = [name for name in sorted(there.keys() | here.keys()) if there.get(name) != here.get(name)]
+    if not names:
+        return "the order of its inputs"
     shown = [f"{name} {there.get(name)}, now {here.get(name)}" for name in names[:_MAX_DIFFERENCES]]
     return "options: " + "; ".join(shown) + ("; ..." if len(names) > _MAX_DIFFERENCES else "")
 

@@ -10,8 +10,6 @@ from typing import IO, BinaryIO
 from megatron_vlm.config import ConfigError, StorageError
 from megatron_vlm.platform.locks import locked
 
-_LOCK_NAME = ".lock"
-
 
 def write_durably(path: Path, content: bytes) -> None:
     """Write beside the place of a file, flush to the disk and rename."""
@@ -39,8 +37,6 @@ def flush_to_disk(stream: IO) -> None:
 def folder_beside(folder: Path, *, is_new: bool = False) -> Iterator[Path]:
     """Give an empty folder beside the place of another, which it takes when the block ends without an error.
 
-    A block that removes it leaves that place as it is.
-
     Args:
         folder: the place.
         is_new: whether nothing may be there.
@@ -49,9 +45,13 @@ def folder_beside(folder: Path, *, is_new: bool = False) -> Iterator[Path]:
         ConfigError: another process writes for the same place, or there is something where nothing may be.
         OSError: it cannot be written, or its place is not empty.
     """
+    folder = folder.resolve()
+    if folder.is_mount():
+        raise ConfigError("output folder is a mount point", where=str(folder), fix="give a folder inside of it")
+    folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = folder.with_name(folder.name + ".tmp")
-    unfinished.mkdir(parents=True, exist_ok=True)
-    lock_file = unfinished / _LOCK_NAME
+    # Beside both of them: a lock inside would leave one of the two places before the other is taken.
+    lock_file = folder.with_name(folder.name + ".lock")
     with locked(lock_file) as lock:
         if lock is None:
             raise ConfigError("another process writes this folder", where=str(folder), fix="wait for it, or stop it")
@@ -60,15 +60,22 @@ def folder_beside(folder: Path, *, is_new: bool = False) -> Iterator[Path]:
                 raise ConfigError(
                     "output folder is not empty", where=str(folder), fix="give another --output, or delete it"
                 )
-            for left_over in [entry for entry in unfinished.iterdir() if entry != lock_file]:
-                shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
-            yield unfinished
-            if unfinished.exists():
-                lock_file.unlink()
-                os.replace(unfinished, folder)
-        except BaseException:
-            shutil.rmtree(unfinished, ignore_errors=True)
-            raise
+            yield from _filled(unfinished)
+            os.replace(unfinished, folder)
+        finally:
+            lock_file.unlink()
+
+
+def _filled(folder: Path) -> Iterator[Path]:
+    """Give a folder without what a kill has left in it; where the block ends with an error, it is removed."""
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir()
+    try:
+        yield folder
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 @contextmanager

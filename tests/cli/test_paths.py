@@ -67,3 +67,4 @@ def test_a_name_below_a_file_is_refused(tmp_path):
     with pytest.raises(argparse.ArgumentTypeError, match="file is a file, not a folder"):
         new_name(str(tmp_path / "file" / "part"))
     assert new_name(str(tmp_path / "file")) == tmp_path / "file"
+    assert new_name("/out") == Path("/out")

@@ -12,14 +12,16 @@ import pytest
 from megatron_vlm.cli.stopping import stops_at_once
 
 SCRIPT = """
-import time
+import signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell in the background has its children ignore
 from megatron_vlm.cli.stopping import stops_at_once
 from megatron_vlm.data.workers import run_tasks
 with stops_at_once({kept!r}):
     run_tasks(time.sleep, [(60,)] * 4, num_workers=2, unit="naps")
 """
 WITHOUT = """
-import time
+import signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from megatron_vlm.data.workers import run_tasks
 try:
     run_tasks(time.sleep, [(60,)] * 4, num_workers=2, unit="naps")
@@ -70,5 +72,15 @@ def test_handlers_and_warnings_are_put_back(monkeypatch):
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
     with stops_at_once(""):
         assert signal.getsignal(signal.SIGTERM) not in before
+        assert signal.getsignal(signal.SIGINT) in before
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)] == before
     assert "PYTHONWARNINGS" not in os.environ
+
+
+def test_what_the_caller_ignores_is_ignored():
+    before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    try:
+        with stops_at_once("files are kept"):
+            assert signal.getsignal(signal.SIGUSR1) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGUSR1, before)

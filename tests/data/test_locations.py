@@ -18,7 +18,6 @@ from megatron_vlm.data.sources.interleaved import InterleavedRules, InterleavedS
 from megatron_vlm.data.sources.locations import (
     RemoteFile,
     can_list,
-    check_suffixes,
     folder_of,
     is_file,
     is_folder,
@@ -295,20 +294,18 @@ def test_a_pattern_that_matches_no_file_stands_for_folders(tmp_path, bucket):
         list_location(RemoteFile("memory:///p/*_data"), (".jsonl",)),
     ):
         assert [file.name for file in found] == ["1.jsonl", "2.jsonl"]
+    for pattern in (tmp_path / "*_data", RemoteFile("memory:///p/*_data")):
+        with pytest.raises(ConfigError, match="no file matches --images"):
+            list_location(pattern, (".tar",), "--images")
 
 
 def test_the_folder_of_a_pattern_with_patterns_of_folders_is_the_last_one_with_a_name(tmp_path):
     (tmp_path / "data" / "x").mkdir(parents=True)
     assert folder_of(tmp_path / "data" / "*" / "train.jsonl") == tmp_path / "data"
+    assert folder_of(RemoteFile("memory:///data/*/train.jsonl")) == RemoteFile("memory:///data/")
     assert folder_of(tmp_path / "data" / "[x]" / "*.jsonl") == tmp_path / "data"
     (tmp_path / "data" / "[y]").mkdir()
     assert folder_of(tmp_path / "data" / "[y]") == tmp_path / "data" / "[y]"
-
-
-def test_a_page_of_a_web_server_is_no_input():
-    with pytest.raises(ConfigError, match='end the URL of a folder with "/"'):
-        check_suffixes([RemoteFile("http://host/pairs")], (".jsonl",))
-    check_suffixes([RemoteFile("http://host/pairs.jsonl"), RemoteFile("s3://host/pairs"), Path("pairs")], (".jsonl",))
 
 
 @pytest.mark.parametrize(

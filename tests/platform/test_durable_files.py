@@ -1,3 +1,6 @@
+import os
+from pathlib import Path
+
 import pytest
 
 from megatron_vlm.config import ConfigError
@@ -46,14 +49,42 @@ def test_a_second_process_is_refused_and_harms_nothing(tmp_path):
     assert [entry.name for entry in (tmp_path / "folder").iterdir()] == ["file"]
 
 
-def test_a_folder_that_the_block_removes_leaves_its_place_as_it_is(tmp_path):
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "folder" / "there").write_text("before")
-    with folder_beside(tmp_path / "folder") as unfinished:
-        for entry in unfinished.iterdir():
-            entry.unlink()
-        unfinished.rmdir()
-    assert (tmp_path / "folder" / "there").read_text() == "before"
+def test_a_link_to_an_empty_folder_is_filled_where_it_points_to(tmp_path):
+    (tmp_path / "disk" / "folder").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "folder")
+    with folder_beside(tmp_path / "link", is_new=True) as unfinished:
+        (unfinished / "file").write_text("content")
+    assert [entry.name for entry in (tmp_path / "disk" / "folder").iterdir()] == ["file"]
+    assert (tmp_path / "link").is_symlink()
+
+
+def test_a_mount_point_is_refused_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "disk")
+    with pytest.raises(ConfigError, match="output folder is a mount point"), folder_beside(tmp_path / "disk"):
+        pass
+
+
+def test_what_is_written_stays_where_its_place_was_taken_meanwhile(tmp_path):
+    (tmp_path / "folder" / "there").mkdir(parents=True)
+    with pytest.raises(OSError, match="not empty"), folder_beside(tmp_path / "folder") as unfinished:
+        (unfinished / "file").write_text("content")
+    assert (tmp_path / "folder.tmp" / "file").read_text() == "content"
+
+
+def test_a_process_that_comes_when_a_folder_takes_its_place_harms_nothing(tmp_path, monkeypatch):
+    replace = os.replace
+
+    def second_comes_first(source, target):
+        with pytest.raises(ConfigError), folder_beside(tmp_path / "folder", is_new=True):
+            pass
+        replace(source, target)
+        with pytest.raises(ConfigError), folder_beside(tmp_path / "folder", is_new=True):
+            pass
+
+    monkeypatch.setattr(os, "replace", second_comes_first)
+    with folder_beside(tmp_path / "folder", is_new=True) as unfinished:
+        (unfinished / "file").write_text("content")
+    assert [entry.name for entry in (tmp_path / "folder").iterdir()] == ["file"]
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])

@@ -136,7 +136,10 @@ def can_list(folder: Location) -> bool:
 def folder_of(location: Location) -> Location:
     """Return the location itself if it is a folder, else the folder that it is in."""
     if isinstance(location, RemoteFile) and (location.is_pattern or location.scheme in WEB_SCHEMES):
-        return location.parent
+        location = location.parent
+        while location.is_pattern:
+            location = location.parent
+        return location
     if isinstance(location, Path):
         while glob.has_magic(str(location)) and not location.exists():
             location = location.parent
@@ -163,8 +166,11 @@ def list_location(location: Location, suffixes: tuple[str, ...], option: str = "
     matching = [Path(path) for path in sorted(glob.glob(str(location), recursive=True))]
     if not matching:
         raise _unmatched(location, option)
-    files = [path for path in matching if path.is_file()]
-    return list(files) or [file for folder in matching for file in list_location(folder, suffixes, option)]
+    files: list[Location] = [path for path in matching if path.is_file()]
+    files = files or [file for folder in matching for file in list_location(folder, suffixes, option)]
+    if not files:
+        raise _unmatched(location, option)
+    return files
 
 
 def check_suffixes(files: Iterable[Location], suffixes: tuple[str, ...], option: str = "--input") -> None:
@@ -174,13 +180,11 @@ def check_suffixes(files: Iterable[Location], suffixes: tuple[str, ...], option:
         ConfigError: a file has none of `suffixes`; `option` is where the user gave it.
     """
     for file in files:
-        # A web server answers the name of a folder, too, with a page.
-        is_web = isinstance(file, RemoteFile) and file.scheme in WEB_SCHEMES
-        if ("." in file.name or is_web) and not file.name.lower().endswith(suffixes):
+        if "." in file.name and not file.name.lower().endswith(suffixes):
             raise ConfigError(
                 f"file of {option} is none of {', '.join(suffixes)}",
                 where=str(file),
-                fix="unpack, rename or leave it out" + ('; end the URL of a folder with "/"' if is_web else ""),
+                fix="unpack, rename or leave it out",
             )
 
 
@@ -208,7 +212,10 @@ def _list_remote(location: RemoteFile, suffixes: tuple[str, ...], option: str) -
     files = [RemoteFile(store.url_of(entry["name"]), entry["size"]) for entry in entries if entry["type"] == "file"]
     if location.is_pattern and not files:
         folders = sorted(store.url_of(entry["name"]) + "/" for entry in entries)
-        return [file for folder in folders for file in _list_remote(RemoteFile(folder), suffixes, option)]
+        files = [file for folder in folders for file in _list_remote(RemoteFile(folder), suffixes, option)]
+        if not files:
+            raise _unmatched(location, option)
+        return files
     return sorted(files, key=lambda file: file.url)
 
 

@@ -79,6 +79,7 @@ def check_each_used(listed: Mapping[Location, Sequence[Location]], used: Collect
     Raises:
         ConfigError: a path has none of the files that are used; `what` names their kind.
     """
+    used = set(used)
     for path, files in listed.items():
         if not any(file in used for file in files):
             fix = "check --input" if len(listed) == 1 else "leave it out; prepare each kind of input on its own"
