@@ -157,7 +157,7 @@ def select_pairs(inputs: tuple[Location, ...], output: Path, rules: SelectRules)
         DataError: a file cannot be read, lacks a score column, or no row is left.
         StorageError: the output cannot be written.
     """
-    # Held from the start: a second command that waits for neither would do all of the work for nothing.
+    # Held from the start, so that a second command does not do all of the work for nothing.
     with storage_errors("selection cannot be written", output), folder_beside(output, is_new=True) as unfinished:
         return _select(inputs, unfinished, rules)
 

@@ -4,6 +4,8 @@ import json
 import zipfile
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from megatron_vlm.config import ConfigError
@@ -328,3 +330,17 @@ def test_a_folder_that_nothing_would_be_read_of_is_refused(tmp_path, find, names
     find(folders[:1])
     with pytest.raises(ConfigError, match=f"input has no .*{folders[1]}.*leave it out"):
         find(folders)
+
+
+def test_what_img2dataset_writes_beside_its_tars_may_be_named_with_them(coyo):
+    (coyo / "00000_stats.json").write_bytes(b"{}")
+    named = tuple(sorted(coyo.iterdir()))
+    assert find_pair_source(named, PairRules()).inputs == find_pair_source((coyo,), PairRules()).inputs
+
+
+def test_the_tables_of_tars_may_be_named_with_them(tmp_path):
+    (tmp_path / "00000.tar").write_bytes(b"")
+    columns = {"key": ["a"], "url": ["u"], "caption": ["c"], "status": ["success"]}
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "00000.parquet")
+    named = (tmp_path / "00000.parquet", tmp_path / "00000.tar")
+    assert find_interleaved_source(named, InterleavedRules()).inputs == (tmp_path / "00000.tar",)

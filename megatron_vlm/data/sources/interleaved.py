@@ -75,9 +75,9 @@ def find_interleaved_source(
         return InterleavedSource(find_record_files(paths), rules)
     tables = tuple(file for file in tables if not is_shard_table(file))
     if not tables:
-        check_each_used(listed, tars, "tars, as the other inputs have")
+        check_each_used(listed, files, "tars, as the other inputs have")
         return InterleavedTarSource(tars, rules)
-    check_each_used(listed, tables, "parquet files, as the other inputs have")
+    check_each_used(listed, set(files) - set(tars), "parquet files, as the other inputs have")
     if rules.want_matches:
         raise ConfigError(
             "parquet tables do not match images and sentences",

@@ -194,8 +194,8 @@ def find_pair_source(paths: tuple[Location, ...], rules: PairRules) -> TarPairSo
     tars = tuple(file for file in files if file.suffix.lower() == _TAR_SUFFIX)
     if not tars:
         return RecordPairSource(find_record_files(paths), rules)
+    check_each_used(listed, files, "tars or parquet files, as the other inputs have")
     files = tuple(file for file in files if not file.name.lower().endswith(_STATISTICS_ENDING))
     check_suffixes(files, (_TAR_SUFFIX, _TABLE_SUFFIX))
-    check_each_used(listed, files, "tars or parquet files, as the other inputs have")
     tables = [file for file in files if file.suffix.lower() == _TABLE_SUFFIX and not is_shard_table(file)]
     return TarPairSource(tars, rules, tuple(map(TableFile.open, name_files(tables).values())))
