@@ -8,6 +8,7 @@ from megatron_vlm.cli.inference_options import add_model_options, opened_model
 from megatron_vlm.cli.numbers import positive, seed, whole_number
 from megatron_vlm.cli.paths import local_path, new_file
 from megatron_vlm.config import ExitCode, UsageError
+from megatron_vlm.platform.durable_files import write_durably
 
 _EXAMPLE = r"""example:
   megatron-vlm evaluate runs/sft --task vqa --questions vqa.json --images pictures --output answers.json \
@@ -96,6 +97,4 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _write(path: Path, record: dict) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
-    temporary.replace(path)
+    write_durably(path, (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode())

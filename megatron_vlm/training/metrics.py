@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from megatron_vlm.platform.durable_files import write_durably
 from megatron_vlm.platform.gpus import PEAK_FLOPS
 from megatron_vlm.platform.run_folder import METRICS_NAME
 from megatron_vlm.training.flops import step_flops
@@ -118,6 +119,4 @@ def _drop_after(path: Path, iteration: int) -> None:
             continue
         if record["iteration"] <= iteration:
             kept.append(line + "\n")
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(kept))
-    temporary.replace(path)
+    write_durably(path, "".join(kept).encode())
