@@ -99,6 +99,10 @@ def _check_options(args: argparse.Namespace) -> None:
         raise UsageError("--ray-address is for --distributor ray", fix="add it, or leave out --ray-address")
     if getattr(args, "jpeg_quality", None) is not None and args.resize_shorter_side is None:
         raise UsageError("--jpeg-quality is for --resize-shorter-side", fix="add it, or leave out --jpeg-quality")
+    if args.kind == "conversations" and args.prompts is None and (args.prompt_file or args.seed is not None):
+        raise UsageError(
+            "--prompt-file and --seed are for --prompts", fix="name a set with --prompts, or leave them out"
+        )
     if args.kind == "interleaved" and args.variant == "pairs" and args.image_place == "after":
         raise UsageError(
             "--variant pairs takes the sentence after an image, --image-place after puts it before",
@@ -160,10 +164,6 @@ def _instruction_source(args: argparse.Namespace) -> "Source":
     if args.kind == "text":
         return TextSource(files, rules)
     if args.prompts is None:
-        if args.prompt_file is not None or args.seed is not None:
-            raise UsageError(
-                "--prompt-file and --seed are for --prompts", fix="name a set with --prompts, or leave them out"
-            )
         return ConversationSource(files, rules)
     prompts = load_prompt_set(args.prompts, args.prompt_file)
     return PromptedSource(files, PromptRules(prompts=prompts, seed=args.seed or 0, turns=rules))
