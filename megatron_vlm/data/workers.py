@@ -68,12 +68,11 @@ def _run_in_pool(function: Callable, tasks: Sequence[tuple], num_workers: int, b
     # spawn, not fork: pyarrow and sentencepiece have threads, and a forked lock stays locked.
     context = multiprocessing.get_context("spawn")
     counters = context.Array("q", 2)
-    others = set(multiprocessing.active_children())
     with (
         ProcessPoolExecutor(
             num_workers, mp_context=context, initializer=_start_worker, initargs=(counters, os.getpid())
         ) as pool,
-        _ended_by_interrupt(pool, others),
+        _ended_by_interrupt(pool),
     ):
         call = _call_reporting if reports else _call
         futures = [pool.submit(call, function, task) for task in tasks]
@@ -91,8 +90,9 @@ def _run_in_pool(function: Callable, tasks: Sequence[tuple], num_workers: int, b
 
 
 @contextmanager
-def _ended_by_interrupt(pool: ProcessPoolExecutor, others: set) -> Iterator[None]:
+def _ended_by_interrupt(pool: ProcessPoolExecutor) -> Iterator[None]:
     """End the workers at Ctrl-C; leaving the pool would wait for what they are doing."""
+    others = set(multiprocessing.active_children())  # the pool starts its own with the first task
     try:
         yield
     except KeyboardInterrupt:
