@@ -104,13 +104,13 @@ class _Unpacked:
         missing = size
         while missing and self._error is None:
             try:
-                # bzip2 in a .zip tells damage by an OSError without a number, which no disk does.
                 # read() would throw away what it has when the next piece is damaged; a call may lose its own piece.
                 piece = self._stream.read1(min(missing, _PIECE_BYTES))
             except _DAMAGE as error:
                 self._error = error
                 break
             except OSError as error:
+                # bzip2 in a .zip tells damage by an OSError without a number, which no disk does.
                 if error.errno is not None:
                     raise
                 self._error = EOFError(str(error))
