@@ -30,13 +30,15 @@ setup(
         "tqdm>=4.66",
         "tensorboard>=2.16",
         "pyarrow>=15",
+        "scipy>=1.11",
+        "matplotlib>=3.8",
         "fsspec>=2024.2",
     ],
     extras_require={
         "gpu": ["transformer-engine[pytorch]>=2.9"],
         "hf": ["transformers>=4.57,<6"],
         "ray": ["ray>=2.9"],
-        "eval": ["pycocoevalcap>=1.2"],
+        "wandb": ["wandb>=0.18"],
         "dev": [
             "pytest>=8",
             "pytest-xdist>=3.6",

@@ -15,6 +15,7 @@ RANKS = {
     "parallel": 2,
     "data": 3,
     "models": 3,
+    "costs": 4,
     "checkpoint": 4,
     "convert": 5,
     "training": 5,
@@ -65,12 +66,11 @@ def upward_imports(path: Path, tree: ast.Module) -> Iterator[str]:
 
 
 def framework_imports(path: Path, tree: ast.Module) -> Iterator[str]:
-    """Data is prepared and planned without a GPU or megatron-core, but for the shard format itself."""
+    """Data is prepared, planned and loaded without a GPU or megatron-core."""
     if layer_of(path) not in ("config", "data"):
         return
     for node, name in imports_of(tree):
-        is_shard_format = path.name == "shards.py" and name.startswith("megatron.core.datasets")
-        if name.startswith("torch.cuda") or (name.startswith("megatron.core") and not is_shard_format):
+        if name.startswith(("torch.cuda", "megatron.core")):
             yield f"{place(path, node)}: {layer_of(path)} must not import {name}"
 
 
@@ -141,12 +141,22 @@ def test_tests_do_not_import_each_other():
     ("rule", "file", "code", "message"),
     [
         (upward_imports, "models/vlm.py", "import megatron_vlm.training.run", "models must not import training"),
-        (upward_imports, "models/vlm.py", "from megatron_vlm.data.batch import X", "models must not import data"),
+        (
+            upward_imports,
+            "models/vlm.py",
+            "from megatron_vlm.data.loading.batch import X",
+            "models must not import data",
+        ),
         (upward_imports, "data/a.py", "def f():\n    from megatron_vlm import models", "data must not import models"),
         (upward_imports, "data/a.py", "from .packing import x", "imports are absolute"),
-        (framework_imports, "data/plan.py", "from megatron.core import mpu", "data must not import megatron.core.mpu"),
-        (framework_imports, "data/plan.py", "import torch.cuda", "data must not import torch.cuda"),
-        (prints, "data/plan.py", "print('x')", "does not print"),
+        (
+            framework_imports,
+            "data/plan/plan.py",
+            "from megatron.core import mpu",
+            "data must not import megatron.core.mpu",
+        ),
+        (framework_imports, "data/plan/plan.py", "import torch.cuda", "data must not import torch.cuda"),
+        (prints, "data/plan/plan.py", "print('x')", "does not print"),
         (torch_patches, "models/vlm.py", "torch.cuda.synchronize = f", "only megatron_vlm/platform/host.py changes"),
         (torch_patches, "models/vlm.py", "setattr(torch, 'empty', f)", "only megatron_vlm/platform/host.py changes"),
         (environment_reads, "training/run.py", "x = os.environ['RANK']", "only cli and platform read"),
@@ -162,9 +172,9 @@ def test_rule_finds_what_it_is_for(rule, file, code, message):
     ("rule", "file", "code"),
     [
         (upward_imports, "models/vlm.py", "from megatron_vlm.config import ModelConfig"),
-        (upward_imports, "models/vlm.py", "from megatron_vlm.models.norm import Norm"),
+        (upward_imports, "models/vlm.py", "from megatron_vlm.models.layers.norm import Norm"),
         (upward_imports, "models/vlm.py", "import torch, megatron.core"),
-        (framework_imports, "data/shards.py", "from megatron.core.datasets import indexed_dataset"),
+        (framework_imports, "data/loading/collate.py", "import torch"),
         (prints, "cli/data.py", "print('x')"),
         (torch_patches, "platform/host.py", "torch.cuda.synchronize = f"),
         (environment_reads, "cli/train.py", "os.environ['X']"),

@@ -42,7 +42,7 @@ def write_logits(checkpoint: str, test: Path, output: Path) -> None:
 
     from megatron_vlm.checkpoint.open_model import open_model
     from megatron_vlm.checkpoint.run_settings import read_run_settings
-    from megatron_vlm.data.tokenizer import load_tokenizer
+    from megatron_vlm.data.text.tokenizer import load_tokenizer
 
     settings = read_run_settings(checkpoint)
     tokenizer = load_tokenizer(settings.tokenizer)
@@ -60,10 +60,10 @@ def write_logits(checkpoint: str, test: Path, output: Path) -> None:
 def _make_batch(settings: Any, tokenizer: Any, images: Sequence[str], question: str) -> Any:
     """Return a micro-batch of one prompt without padding."""
     from megatron_vlm.config import BlendEntry, DataConfig
-    from megatron_vlm.data.batch import ImageShare
-    from megatron_vlm.data.collate import Collation, PlacedSample, collate
-    from megatron_vlm.data.shards import EncodedSample, ImageSegment
-    from megatron_vlm.data.templates import PLACEHOLDER, Turn, encode_prompt, find_template, split_placeholders
+    from megatron_vlm.data.loading.batch import ImageShare
+    from megatron_vlm.data.loading.collate import Collation, PlacedSample, collate
+    from megatron_vlm.data.shards.dataset import EncodedSample, ImageSegment
+    from megatron_vlm.data.text.templates import PLACEHOLDER, Turn, encode_prompt, find_template, split_placeholders
 
     text = f"{PLACEHOLDER}\n" * len(images) + question
     turn = Turn(split_placeholders(text, [Path(image).read_bytes() for image in images]), None)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megatron_vlm.checkpoint.manifest import MANIFEST_NAME, read_manifest
 from megatron_vlm.config import CheckpointError
-from megatron_vlm.platform.durable_files import write_durably
+from megatron_vlm.platform.files.durable import write_durably
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vlm.config import CheckpointError
-from megatron_vlm.platform.durable_files import write_durably
+from megatron_vlm.platform.files.durable import write_durably
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 1

@@ -8,7 +8,7 @@ import yaml
 
 from megatron_vlm.checkpoint.folder import find_checkpoint
 from megatron_vlm.config import CheckpointError, ConfigError, DataConfig, ModelConfig, load_section
-from megatron_vlm.platform.run_folder import CONFIG_NAME
+from megatron_vlm.platform.files.run_folder import CONFIG_NAME
 
 TOKENIZER_NAME = "tokenizer.model"
 

@@ -16,7 +16,7 @@ from megatron_vlm.checkpoint.manifest import FileRecord, Manifest, checksum_file
 from megatron_vlm.checkpoint.optimizer_state import SHARDING_METADATA
 from megatron_vlm.checkpoint.sharded_state import OPTIMIZER_KEY, describe
 from megatron_vlm.config import StorageError, TrainConfig, save_config
-from megatron_vlm.platform.run_folder import CONFIG_NAME
+from megatron_vlm.platform.files.run_folder import CONFIG_NAME
 
 _STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO)
 

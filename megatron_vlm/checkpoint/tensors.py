@@ -16,7 +16,7 @@ from megatron_vlm.checkpoint.folder import checkpoint_path, write_latest
 from megatron_vlm.checkpoint.manifest import Manifest, checksum_file, list_files, write_manifest
 from megatron_vlm.checkpoint.pickles import check_metadata
 from megatron_vlm.checkpoint.sharded_state import MODEL_PREFIX
-from megatron_vlm.platform.run_folder import CONFIG_NAME
+from megatron_vlm.platform.files.run_folder import CONFIG_NAME
 
 _LAYERS = ".layers."
 

@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
 def _to_hf(args: argparse.Namespace) -> None:
     from megatron_vlm.checkpoint.run_settings import read_run_settings
     from megatron_vlm.convert.to_hf import ExportOptions, export_llava
-    from megatron_vlm.data.templates import DEFAULT_SYSTEM
+    from megatron_vlm.data.text.templates import DEFAULT_SYSTEM
 
     settings = read_run_settings(args.checkpoint, tokenizer=args.tokenizer, image_aspect=args.image_aspect)
     system = {"default": DEFAULT_SYSTEM, "none": None}.get(args.system, args.system)

@@ -7,7 +7,7 @@ from megatron_vlm.cli.paths import local_path, location, new_file, new_folder, n
 from megatron_vlm.cli.source_options import add_workers
 from megatron_vlm.cli.stopping import stops_at_once
 from megatron_vlm.config import ConfigError, ExitCode
-from megatron_vlm.data.sources.locations import list_location
+from megatron_vlm.data.files.locations import list_location
 
 _EXAMPLES = {
     "verify": "data verify shards/mmc4 --decode",
@@ -97,8 +97,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from megatron_vlm.data.manifest import load_manifest
-    from megatron_vlm.data.verify import verify_dataset
+    from megatron_vlm.data.shards.manifest import load_manifest
+    from megatron_vlm.data.shards.verify import verify_dataset
 
     faults = 0
     for fault in verify_dataset(args.folder, decode=args.decode):
@@ -121,8 +121,8 @@ def _stats(args: argparse.Namespace) -> int:
     import dataclasses
     import json
 
-    from megatron_vlm.data.shards import ShardedDataset
-    from megatron_vlm.data.statistics import compute_statistics, format_statistics, save_histograms
+    from megatron_vlm.data.shards.dataset import ShardedDataset
+    from megatron_vlm.data.shards.statistics import compute_statistics, format_statistics, save_histograms
 
     statistics = compute_statistics(ShardedDataset.open(args.folder))
     print(json.dumps(dataclasses.asdict(statistics), indent=1) if args.json else format_statistics(statistics))
@@ -134,10 +134,10 @@ def _stats(args: argparse.Namespace) -> int:
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    from megatron_vlm.data.inspection import choose_samples, render_page
-    from megatron_vlm.data.shards import ShardedDataset
-    from megatron_vlm.data.tokenizer import load_tokenizer
-    from megatron_vlm.platform.durable_files import write_durably
+    from megatron_vlm.data.shards.dataset import ShardedDataset
+    from megatron_vlm.data.shards.page import choose_samples, render_page
+    from megatron_vlm.data.text.tokenizer import load_tokenizer
+    from megatron_vlm.platform.files.durable import write_durably
 
     dataset = ShardedDataset.open(args.folder)
     indices = choose_samples(len(dataset), number=args.number, seed=args.seed, indices=args.samples)
@@ -148,8 +148,8 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
-    from megatron_vlm.data.export import ExportJob, export_webdataset
-    from megatron_vlm.data.manifest import load_manifest
+    from megatron_vlm.data.shards.export import ExportJob, export_webdataset
+    from megatron_vlm.data.shards.manifest import load_manifest
 
     job = ExportJob(
         folder=args.folder,
@@ -163,7 +163,7 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _merge(args: argparse.Namespace) -> int:
-    from megatron_vlm.data.merge import merge_datasets
+    from megatron_vlm.data.prepare.merge import merge_datasets
 
     tables = [table for path in args.tables for table in list_location(path, (".parquet",), "--tables")]
     if args.tables and not tables:
@@ -177,8 +177,8 @@ def _merge(args: argparse.Namespace) -> int:
 
 
 def _split(args: argparse.Namespace) -> int:
-    from megatron_vlm.data.manifest import load_manifest
-    from megatron_vlm.data.merge import split_dataset
+    from megatron_vlm.data.prepare.merge import split_dataset
+    from megatron_vlm.data.shards.manifest import load_manifest
 
     for folder in split_dataset(args.folder, args.output, args.number):
         counts = load_manifest(folder).counts

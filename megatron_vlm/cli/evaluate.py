@@ -8,7 +8,7 @@ from megatron_vlm.cli.inference_options import add_model_options, opened_model
 from megatron_vlm.cli.numbers import positive, seed, whole_number
 from megatron_vlm.cli.paths import local_path, new_file
 from megatron_vlm.config import ExitCode, UsageError
-from megatron_vlm.platform.durable_files import write_durably
+from megatron_vlm.platform.files.durable import write_durably
 
 _EXAMPLE = r"""example:
   megatron-vlm evaluate runs/sft --task vqa --questions vqa.json --images pictures --output answers.json \
@@ -58,7 +58,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write the scores and print them; returns the exit code."""
-    from megatron_vlm.evaluation.questions import load_questions, swap_pictures
+    from megatron_vlm.evaluation.tasks.questions import load_questions, swap_pictures
     from megatron_vlm.platform.log_format import setup_logging
 
     setup_logging()
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     if args.swap_images is not None:
         questions = swap_pictures(questions, args.swap_images)
     with opened_model(args, args.batch_positions) as opened:
-        from megatron_vlm.evaluation.vqa import VQAOptions, run_vqa
+        from megatron_vlm.evaluation.run import VQAOptions, run_vqa
 
         options = VQAOptions(
             suffix=args.suffix.replace("\\n", "\n"),

@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
 
     setup_logging()
     with opened_model(args) as opened:
-        from megatron_vlm.evaluation.generation import Prompt
+        from megatron_vlm.evaluation.answer import Prompt
         from megatron_vlm.evaluation.prompts import Exchange
         from megatron_vlm.evaluation.sampling import SamplingOptions
 

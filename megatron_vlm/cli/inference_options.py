@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from megatron_vlm.config import ConfigError
 
 if TYPE_CHECKING:
-    from megatron_vlm.evaluation.generation import Generator
+    from megatron_vlm.evaluation.answer import Generator
     from megatron_vlm.evaluation.pictures import PictureReader
     from megatron_vlm.evaluation.prompts import PromptFormat
 
@@ -52,9 +52,9 @@ def opened_model(args: argparse.Namespace, batch_positions: int | None = None) -
     device = prepare_process()
     from megatron_vlm.checkpoint.open_model import Precision, open_model
     from megatron_vlm.checkpoint.run_settings import read_run_settings
-    from megatron_vlm.data.templates import DEFAULT_SYSTEM, find_template
-    from megatron_vlm.data.tokenizer import load_tokenizer
-    from megatron_vlm.evaluation.generation import POSITIONS_PER_BATCH, Generator
+    from megatron_vlm.data.text.templates import DEFAULT_SYSTEM, find_template
+    from megatron_vlm.data.text.tokenizer import load_tokenizer
+    from megatron_vlm.evaluation.answer import POSITIONS_PER_BATCH, Generator
     from megatron_vlm.evaluation.pictures import PictureReader
     from megatron_vlm.evaluation.prompts import PromptFormat
 

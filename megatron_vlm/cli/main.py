@@ -11,7 +11,7 @@ from typing import NoReturn
 
 import megatron_vlm
 from megatron_vlm.config import ExitCode, UsageError
-from megatron_vlm.platform.exit_status import describe_error, error_line
+from megatron_vlm.platform.launch.exit_status import describe_error, error_line
 
 VERBS = {
     "prepare": "megatron_vlm.cli.prepare",

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Iterable
 from pathlib import Path
 
-from megatron_vlm.data.sources.locations import Location, RemoteFile, parse_location
+from megatron_vlm.data.files.locations import Location, RemoteFile, parse_location
 
 
 def location(text: str) -> Location:

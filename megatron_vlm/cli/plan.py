@@ -58,7 +58,7 @@ def _sizes(text: str) -> tuple[int, ...]:
 
 def run(args: argparse.Namespace) -> int:
     """Run the verb; returns the exit code."""
-    from megatron_vlm.data.balance_report import check_sizes
+    from megatron_vlm.data.plan.balance_report import check_sizes
 
     if args.balance and args.no_data:
         raise UsageError("--balance looks at the packed rows, which --no-data leaves out", fix="give one of them")
@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _memory(config: TrainConfig, world_size: int) -> dict[str, Any]:
-    from megatron_vlm.config.size import estimate_memory, stage_sizes
+    from megatron_vlm.costs.memory import estimate_memory, stage_sizes
 
     layout = derive_layout(config, world_size)
     stages = []
@@ -101,7 +101,7 @@ def _memory(config: TrainConfig, world_size: int) -> dict[str, Any]:
 def _data(
     config: TrainConfig, world_size: int, flops_per_second: float, data_parallel_sizes: Sequence[int]
 ) -> dict[str, Any]:
-    from megatron_vlm.training.outlook import foresee
+    from megatron_vlm.costs.outlook import foresee
 
     datasets = _open(config)
     outlook = foresee(config, datasets, data_parallel_sizes)
@@ -122,7 +122,7 @@ def _data(
 
 
 def _open(config: TrainConfig) -> Sequence[Any]:
-    from megatron_vlm.data.checks import check_data
+    from megatron_vlm.data.loading.checks import check_data
 
     try:
         return check_data(config)
@@ -134,8 +134,8 @@ def _open(config: TrainConfig) -> Sequence[Any]:
 
 
 def _row_lengths(config: TrainConfig, datasets: Sequence[Any]) -> dict[str, Any]:
-    from megatron_vlm.data.planning import PlanSettings
-    from megatron_vlm.data.row_lengths import choose_row_length, compare_row_lengths
+    from megatron_vlm.data.plan.compute import PlanSettings
+    from megatron_vlm.data.plan.row_lengths import choose_row_length, compare_row_lengths
 
     if not config.data.packing:
         return {}

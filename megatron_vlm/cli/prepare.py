@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from megatron_vlm.cli.prepare_options import DEFAULT_JPEG_QUALITY, EXAMPLES, SOURCE_NAMES, add_kind
 from megatron_vlm.cli.stopping import stops_at_once
 from megatron_vlm.config import ConfigError, ExitCode, UsageError
-from megatron_vlm.data.sources.locations import (
+from megatron_vlm.data.files.locations import (
     RemoteFile,
     can_list,
     check_suffixes,
@@ -20,10 +20,10 @@ from megatron_vlm.data.sources.locations import (
 
 if TYPE_CHECKING:
     from megatron_vlm.data.documents import TextRules
-    from megatron_vlm.data.image_check import ImageRules
-    from megatron_vlm.data.manifest import Manifest
-    from megatron_vlm.data.part import ImagePlace
-    from megatron_vlm.data.prepare import PrepareJob
+    from megatron_vlm.data.images.checking import ImageRules
+    from megatron_vlm.data.prepare.part import ImagePlace
+    from megatron_vlm.data.prepare.run import PrepareJob
+    from megatron_vlm.data.shards.manifest import Manifest
     from megatron_vlm.data.sources.source import Source
 
 
@@ -49,11 +49,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from megatron_vlm.data.part import PartJob
-    from megatron_vlm.data.prepare import PrepareJob, prepare
-    from megatron_vlm.data.share import Share
-    from megatron_vlm.data.templates import check_template, find_template
-    from megatron_vlm.data.tokenizer import load_tokenizer
+    from megatron_vlm.data.prepare.part import PartJob
+    from megatron_vlm.data.prepare.run import PrepareJob, prepare
+    from megatron_vlm.data.prepare.share import Share
+    from megatron_vlm.data.text.templates import check_template, find_template
+    from megatron_vlm.data.text.tokenizer import load_tokenizer
 
     _check_options(args)
     tokenizer = load_tokenizer(args.tokenizer)
@@ -111,8 +111,8 @@ def _check_options(args: argparse.Namespace) -> None:
 
 
 def _prepare_on_ray(job: "PrepareJob", address: str | None, num_workers: int) -> "Manifest":
-    from megatron_vlm.data.prepare import prepare
-    from megatron_vlm.data.ray_engine import ray_cluster
+    from megatron_vlm.data.prepare.run import prepare
+    from megatron_vlm.data.tasks.ray_engine import ray_cluster
 
     # Ray reports its use to its makers, and tells of its plans for GPUs, unless told not to.
     for variable in ("RAY_USAGE_STATS_ENABLED", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"):
@@ -122,8 +122,8 @@ def _prepare_on_ray(job: "PrepareJob", address: str | None, num_workers: int) ->
 
 
 def _source(args: argparse.Namespace) -> "Source":
-    from megatron_vlm.data.sources.interleaved import InterleavedRules, find_interleaved_source
-    from megatron_vlm.data.sources.pairs import PairRules, find_pair_source
+    from megatron_vlm.data.sources.interleaved.source import InterleavedRules, find_interleaved_source
+    from megatron_vlm.data.sources.pairs.source import PairRules, find_pair_source
 
     paths, text, limit = tuple(args.input), _text_rules(args), args.max_record_bytes
     if args.kind == "pairs":
@@ -146,11 +146,11 @@ def _source(args: argparse.Namespace) -> "Source":
 
 
 def _instruction_source(args: argparse.Namespace) -> "Source":
-    from megatron_vlm.data.sources.conversations import ConversationRules, ConversationSource
-    from megatron_vlm.data.sources.prompt_pools import load_prompt_set
-    from megatron_vlm.data.sources.prompted import PromptedSource, PromptRules
-    from megatron_vlm.data.sources.table_records import find_instruction_files
-    from megatron_vlm.data.sources.text import TextSource
+    from megatron_vlm.data.files.table_records import find_instruction_files
+    from megatron_vlm.data.sources.instructions.conversations import ConversationRules, ConversationSource
+    from megatron_vlm.data.sources.instructions.prompt_pools import load_prompt_set
+    from megatron_vlm.data.sources.instructions.prompted import PromptedSource, PromptRules
+    from megatron_vlm.data.sources.instructions.text import TextSource
 
     bare = args.kind == "text" or args.prompts is not None
     rules = ConversationRules(
@@ -171,7 +171,7 @@ def _instruction_source(args: argparse.Namespace) -> "Source":
 
 def _recipe(args: argparse.Namespace):
     from megatron_vlm.data.documents import JoinRules
-    from megatron_vlm.data.part import Recipe
+    from megatron_vlm.data.prepare.part import Recipe
 
     if args.kind == "interleaved":
         join = JoinRules(separator=args.separator, trim_at_images=not args.keep_blanks)
@@ -190,8 +190,8 @@ def _text_rules(args: argparse.Namespace) -> "TextRules":
 
 
 def _image_rules(args: argparse.Namespace) -> "ImageRules":
-    from megatron_vlm.data.image_check import ImageRules
-    from megatron_vlm.data.images import ImageLimits
+    from megatron_vlm.data.images.checking import ImageRules
+    from megatron_vlm.data.images.decoding import ImageLimits
 
     if args.kind == "text":
         return ImageRules()
@@ -206,7 +206,7 @@ def _image_rules(args: argparse.Namespace) -> "ImageRules":
 
 
 def _image_place(args: argparse.Namespace) -> "ImagePlace":
-    from megatron_vlm.data.part import ImagePlace
+    from megatron_vlm.data.prepare.part import ImagePlace
 
     if args.kind == "text":
         return ImagePlace()
@@ -227,7 +227,7 @@ def _image_place(args: argparse.Namespace) -> "ImagePlace":
 
 
 def _report(output: Path, manifest: "Manifest") -> None:
-    from megatron_vlm.data.joining import describe_rejects
+    from megatron_vlm.data.prepare.joining import describe_rejects
 
     counts, used = manifest.counts, manifest.documents - manifest.rejected
     reasons = f" ({describe_rejects(manifest.rejects)})" if manifest.rejects else ""

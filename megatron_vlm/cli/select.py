@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
 def _run_pairs(args: argparse.Namespace) -> int:
     from fractions import Fraction
 
-    from megatron_vlm.data.select import SelectRules, parse_count, select_pairs
+    from megatron_vlm.data.select.pairs import SelectRules, parse_count, select_pairs
     from megatron_vlm.data.sources.source import find_files
 
     try:
@@ -106,9 +106,9 @@ def _run_pairs(args: argparse.Namespace) -> int:
 
 
 def _run_text(args: argparse.Namespace) -> int:
-    from megatron_vlm.data.select import parse_count
-    from megatron_vlm.data.select_text import TextSelectRules, select_text
-    from megatron_vlm.data.sources.table_records import find_instruction_files
+    from megatron_vlm.data.files.table_records import find_instruction_files
+    from megatron_vlm.data.select.pairs import parse_count
+    from megatron_vlm.data.select.text import TextSelectRules, select_text
 
     try:
         number = parse_count(args.number)
@@ -125,6 +125,6 @@ def _run_text(args: argparse.Namespace) -> int:
 
 
 def _in_brackets(reasons: dict[str, int]) -> str:
-    from megatron_vlm.data.joining import describe_rejects
+    from megatron_vlm.data.prepare.joining import describe_rejects
 
     return f" ({describe_rejects(reasons)})" if any(reasons.values()) else ""

@@ -15,20 +15,20 @@ from typing import NoReturn
 from megatron_vlm.cli.numbers import positive
 from megatron_vlm.config import ExitCode, TrainConfig, derive_layout, load_config
 from megatron_vlm.platform.cores import count_cores
-from megatron_vlm.platform.exit_status import (
+from megatron_vlm.platform.files.run_folder import EXIT_STATUS_NAME, hold_run_folder
+from megatron_vlm.platform.gpus import count_visible_gpus
+from megatron_vlm.platform.launch.exit_status import (
     ExitStatus,
     describe_error,
     error_line,
     forget_exit_status,
     record_exit_status,
 )
-from megatron_vlm.platform.gpus import count_visible_gpus
-from megatron_vlm.platform.job_end import explain_end, read_reports
-from megatron_vlm.platform.launch import NodeJob, find_free_port, run_node
+from megatron_vlm.platform.launch.job_end import explain_end, read_reports
+from megatron_vlm.platform.launch.launch import NodeJob, find_free_port, run_node
+from megatron_vlm.platform.launch.slurm import SlurmNode, read_slurm_node
 from megatron_vlm.platform.log_format import setup_logging
 from megatron_vlm.platform.requirements import check_requirements
-from megatron_vlm.platform.run_folder import EXIT_STATUS_NAME, hold_run_folder
-from megatron_vlm.platform.slurm import SlurmNode, read_slurm_node
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +113,7 @@ def _num_workers(asked: int | None, slurm: SlurmNode | None, num_gpus: int) -> i
 
 def _check(config: TrainConfig, *, num_workers: int, num_gpus: int, num_nodes: int) -> None:
     """Raise every error that can be known before a rank starts."""
-    from megatron_vlm.data.checks import check_data
+    from megatron_vlm.data.loading.checks import check_data
 
     derive_layout(config, num_workers * num_nodes)
     check_requirements(config, num_gpus=num_gpus, num_workers=num_workers)

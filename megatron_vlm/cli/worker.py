@@ -16,17 +16,17 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_vlm.config import ExitCode, TrainConfig, load_config
-from megatron_vlm.platform.exit_status import (
+from megatron_vlm.platform.files.run_folder import EXIT_STATUS_NAME, METRICS_NAME
+from megatron_vlm.platform.launch.exit_status import (
     ExitStatus,
     describe_error,
     error_line,
     record_exit_status,
     write_exit_status,
 )
-from megatron_vlm.platform.job_end import report_path
+from megatron_vlm.platform.launch.job_end import report_path
+from megatron_vlm.platform.launch.parent import die_with_parent
 from megatron_vlm.platform.log_format import setup_logging
-from megatron_vlm.platform.parent import die_with_parent
-from megatron_vlm.platform.run_folder import EXIT_STATUS_NAME, METRICS_NAME
 
 
 def main(argv: Sequence[str] | None = None) -> int:

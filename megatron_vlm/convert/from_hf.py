@@ -24,11 +24,11 @@ from megatron_vlm.config import (
     VisionConfig,
     config_to_dict,
 )
-from megatron_vlm.convert import clip, llama, llava
 from megatron_vlm.convert.differences import describe_differences
-from megatron_vlm.convert.hf_io import CONFIG_NAME, HFFolder, read_json
+from megatron_vlm.convert.families import clip, llama, llava
+from megatron_vlm.convert.folder import CONFIG_NAME, HFFolder, read_json
 from megatron_vlm.convert.rules import Rule
-from megatron_vlm.data.tokenizer import load_tokenizer
+from megatron_vlm.data.text.tokenizer import load_tokenizer
 
 logger = logging.getLogger(__name__)
 

@@ -17,14 +17,14 @@ from megatron_vlm.checkpoint.run_settings import RunSettings
 from megatron_vlm.checkpoint.tensors import list_tensors, read_tensor, single_process
 from megatron_vlm.checkpoint.verify import inspect_checkpoint
 from megatron_vlm.config import CheckpointError, ModelConfig, StorageError, UsageError
-from megatron_vlm.convert import llava
 from megatron_vlm.convert.differences import describe_differences
-from megatron_vlm.convert.hf_io import CONFIG_NAME, Planned, WeightsWriter, write_json
-from megatron_vlm.convert.processor_files import chat_template, generation_config, write_processor
+from megatron_vlm.convert.families import llava
+from megatron_vlm.convert.files.processor import chat_template, generation_config, write_processor
+from megatron_vlm.convert.files.tokenizer import write_tokenizer
+from megatron_vlm.convert.folder import CONFIG_NAME, Planned, WeightsWriter, write_json
 from megatron_vlm.convert.rules import Rule
-from megatron_vlm.convert.tokenizer_files import write_tokenizer
-from megatron_vlm.data.templates import DEFAULT_SYSTEM, find_template
-from megatron_vlm.data.tokenizer import load_tokenizer
+from megatron_vlm.data.text.templates import DEFAULT_SYSTEM, find_template
+from megatron_vlm.data.text.tokenizer import load_tokenizer
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_vlm.config import DataError, VisionConfig
-from megatron_vlm.data.pixels import Aspect, decode_image
+from megatron_vlm.data.loading.pixels import Aspect, decode_image
 
 _NUM_THREADS = 4
 _SHOWN = 3

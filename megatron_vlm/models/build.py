@@ -6,9 +6,9 @@ import torch
 from megatron.core import parallel_state
 
 from megatron_vlm.config import TrainConfig
-from megatron_vlm.models.image_parallel import mark_replicated, own_group
 from megatron_vlm.models.language_model import LanguageModel
-from megatron_vlm.models.specs import choose_backend
+from megatron_vlm.models.layers.image_parallel import mark_replicated, own_group
+from megatron_vlm.models.layers.specs import choose_backend
 from megatron_vlm.models.transformer_configs import (
     language_transformer_config,
     projection_transformer_config,

@@ -9,7 +9,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_vlm.config import LanguageConfig
-from megatron_vlm.models.specs import Backend, language_block_spec
+from megatron_vlm.models.layers.specs import Backend, language_block_spec
 
 
 class LanguageModel(GPTModel):

@@ -8,7 +8,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_vlm.config import ParallelConfig, TrainConfig
-from megatron_vlm.models.specs import Backend
+from megatron_vlm.models.layers.specs import Backend
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

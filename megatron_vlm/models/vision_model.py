@@ -11,8 +11,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_vlm.config import VisionConfig
-from megatron_vlm.models.norm import Norm
-from megatron_vlm.models.specs import vision_block_spec
+from megatron_vlm.models.layers.norm import Norm
+from megatron_vlm.models.layers.specs import vision_block_spec
 
 ProcessGroup = torch.distributed.ProcessGroup
 

@@ -7,7 +7,7 @@ from megatron.core.models.vision.multimodal_projector import MultimodalProjector
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_vlm.config import ProjectionConfig
-from megatron_vlm.models.specs import mlp_submodules
+from megatron_vlm.models.layers.specs import mlp_submodules
 
 ProcessGroup = torch.distributed.ProcessGroup
 _MEGATRON_TYPES = {"linear": "affine", "mlp2x_gelu": "mlp"}

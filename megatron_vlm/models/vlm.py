@@ -8,8 +8,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_vlm.models.image_parallel import gather_features, give_zero_gradients
 from megatron_vlm.models.language_model import LanguageModel
+from megatron_vlm.models.layers.image_parallel import gather_features, give_zero_gradients
 from megatron_vlm.models.vision_model import VisionModel, keep_gradient_path
 from megatron_vlm.models.vision_projection import VisionProjection
 

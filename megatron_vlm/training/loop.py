@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from megatron_vlm.data.batch import VLMBatch
+from megatron_vlm.data.loading.batch import VLMBatch
 from megatron_vlm.training.state import TrainState
 from megatron_vlm.training.step import StepMetrics, train_step
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from megatron_vlm.platform.durable_files import write_durably
+from megatron_vlm.costs.flops import step_flops
+from megatron_vlm.platform.files.durable import write_durably
+from megatron_vlm.platform.files.run_folder import METRICS_NAME
 from megatron_vlm.platform.gpus import PEAK_FLOPS
-from megatron_vlm.platform.run_folder import METRICS_NAME
-from megatron_vlm.training.flops import step_flops
 from megatron_vlm.training.state import TrainState
 from megatron_vlm.training.step import StepMetrics
 

@@ -12,15 +12,15 @@ import torch
 
 from megatron_vlm.checkpoint.run_settings import TOKENIZER_NAME
 from megatron_vlm.config import TrainConfig, derive_layout, save_config
-from megatron_vlm.data.batch import ImageShare
-from megatron_vlm.data.collate import Collation
-from megatron_vlm.data.ledger import Ledger
-from megatron_vlm.data.loader import BatchLoader, LoaderWorkers, RankShare
-from megatron_vlm.data.plan import Plan, PlanSettings, build_plan, open_plan
-from megatron_vlm.data.shards import ShardedDataset
+from megatron_vlm.data.loading.batch import ImageShare
+from megatron_vlm.data.loading.collate import Collation
+from megatron_vlm.data.loading.loader import BatchLoader, LoaderWorkers, RankShare
+from megatron_vlm.data.plan.ledger import Ledger
+from megatron_vlm.data.plan.plan import Plan, PlanSettings, build_plan, open_plan
+from megatron_vlm.data.shards.dataset import ShardedDataset
 from megatron_vlm.parallel.groups import RankLayout, main_rank_first, start_distributed, stop_distributed
 from megatron_vlm.platform.device import prepare_process
-from megatron_vlm.platform.run_folder import CONFIG_NAME
+from megatron_vlm.platform.files.run_folder import CONFIG_NAME
 from megatron_vlm.training.hooks import LogHook, save_hook, stop_hook
 from megatron_vlm.training.loop import Hook, train
 from megatron_vlm.training.metrics import MetricsWriter

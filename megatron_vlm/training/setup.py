@@ -7,7 +7,7 @@ import torch
 
 from megatron_vlm.checkpoint.load import load_weights, resume
 from megatron_vlm.config import CheckpointError, ConfigError, TrainConfig, derive_layout
-from megatron_vlm.data.plan import Plan
+from megatron_vlm.data.plan.plan import Plan
 from megatron_vlm.models.build import build_model, freeze_parts
 from megatron_vlm.parallel.groups import RankLayout, seed_everything
 from megatron_vlm.training.optimizer import build_optimizer, wrap_model

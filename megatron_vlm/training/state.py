@@ -8,7 +8,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_vlm.config import Layout, TrainConfig
-from megatron_vlm.data.plan import Plan
+from megatron_vlm.data.plan.plan import Plan
 from megatron_vlm.models.vlm import VisionLanguageModel
 from megatron_vlm.parallel.groups import RankLayout
 

@@ -12,9 +12,9 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_vlm.config import NumericError
-from megatron_vlm.data.batch import VLMBatch
+from megatron_vlm.data.loading.batch import VLMBatch
 from megatron_vlm.parallel.groups import seed_everything
-from megatron_vlm.training.loss import reduce_losses
+from megatron_vlm.training.objectives.language_modelling import reduce_losses
 from megatron_vlm.training.optimizer import set_learning_rate
 from megatron_vlm.training.schedule import learning_rate
 from megatron_vlm.training.state import TrainState

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from megatron_vlm.cli.main import main
-from megatron_vlm.data.manifest import TokenizerFacts
-from megatron_vlm.data.shards import EncodedSample, TextSegment, write_dataset
-from megatron_vlm.data.tokenizer import load_tokenizer
+from megatron_vlm.data.shards.dataset import EncodedSample, TextSegment, write_dataset
+from megatron_vlm.data.shards.manifest import TokenizerFacts
+from megatron_vlm.data.text.tokenizer import load_tokenizer
 from tests.support.sentence_piece import train_sentence_piece
 
 FACTS = TokenizerFacts(name="tiny", sha256="ab" * 32, vocab_size=100, bos_id=1, eos_id=2)

@@ -3,8 +3,8 @@ import json
 import pytest
 
 from megatron_vlm.config import TrainConfig, load_config
-from megatron_vlm.data.plan import PlanSettings, build_plan
-from megatron_vlm.data.shards import ShardedDataset
+from megatron_vlm.data.plan.plan import PlanSettings, build_plan
+from megatron_vlm.data.shards.dataset import ShardedDataset
 
 
 def facts(project, *arguments):

@@ -15,7 +15,7 @@ import sentencepiece
 from PIL import Image as PILImage
 
 from megatron_vlm.cli.main import main
-from megatron_vlm.data.manifest import load_manifest
+from megatron_vlm.data.shards.manifest import load_manifest
 
 
 @pytest.fixture(scope="module")
@@ -260,7 +260,7 @@ def test_signal_of_a_scheduler_asks_to_be_requeued_and_the_next_run_goes_on(corp
     arguments = ["prepare", "text", *COMMANDS["text"].format(root=corpora).split(), "--output", str(tmp_path / "d")]
     arguments += ["--tokenizer", str(corpora / "tiny.model")]
     code = (
-        "import time, megatron_vlm.data.prepare as module\n"
+        "import time, megatron_vlm.data.prepare.run as module\n"
         "module.run_tasks = lambda *_, **__: (print('running', flush=True), time.sleep(60))\n"
         f"from megatron_vlm.cli.main import main; main({arguments!r})"
     )

@@ -11,9 +11,9 @@ import pytest
 from PIL import Image as PILImage
 
 from megatron_vlm.cli.main import main
-from megatron_vlm.data.manifest import load_manifest
-from megatron_vlm.data.shards import ShardedDataset
-from megatron_vlm.data.tokenizer import load_tokenizer
+from megatron_vlm.data.shards.dataset import ShardedDataset
+from megatron_vlm.data.shards.manifest import load_manifest
+from megatron_vlm.data.text.tokenizer import load_tokenizer
 from tests.support.sentence_piece import train_sentence_piece
 
 

@@ -15,14 +15,14 @@ SCRIPT = """
 import signal, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell in the background has its children ignore
 from megatron_vlm.cli.stopping import stops_at_once
-from megatron_vlm.data.workers import run_tasks
+from megatron_vlm.data.tasks.processes import run_tasks
 with stops_at_once({kept!r}):
     run_tasks(time.sleep, [(60,)] * 4, num_workers=2, unit="naps")
 """
 WITHOUT = """
 import signal, time
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from megatron_vlm.data.workers import run_tasks
+from megatron_vlm.data.tasks.processes import run_tasks
 try:
     run_tasks(time.sleep, [(60,)] * 4, num_workers=2, unit="naps")
 except KeyboardInterrupt:

@@ -11,7 +11,7 @@ import pytest
 
 from megatron_vlm.cli import train
 from megatron_vlm.config import ConfigError
-from megatron_vlm.platform.launch import NodeEnd, WorkerEnd
+from megatron_vlm.platform.launch.launch import NodeEnd, WorkerEnd
 
 STEP = {
     "SLURM_JOB_ID": "4711",

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_vlm.cli import worker
 from megatron_vlm.config import ConfigError
-from megatron_vlm.platform import exit_status
+from megatron_vlm.platform.launch import exit_status
 
 
 @pytest.fixture

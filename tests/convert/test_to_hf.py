@@ -14,10 +14,10 @@ from megatron_vlm.checkpoint.tensors import list_tensors
 from megatron_vlm.config import CheckpointError, ModelConfig, ProjectionConfig, StorageError, UsageError
 from megatron_vlm.convert.to_hf import ExportOptions, export_llava
 from megatron_vlm.data.documents import Image, Text
-from megatron_vlm.data.pixels import decode_image
-from megatron_vlm.data.shards import ImageSegment
-from megatron_vlm.data.templates import DEFAULT_SYSTEM, TEMPLATES, Turn, encode_prompt
-from megatron_vlm.data.tokenizer import load_tokenizer
+from megatron_vlm.data.loading.pixels import decode_image
+from megatron_vlm.data.shards.dataset import ImageSegment
+from megatron_vlm.data.text.templates import DEFAULT_SYSTEM, TEMPLATES, Turn, encode_prompt
+from megatron_vlm.data.text.tokenizer import load_tokenizer
 from tests.support.configs import tiny_model, tiny_run
 from tests.support.sentence_piece import NUM_PIECES
 
@@ -152,7 +152,7 @@ def test_processor_makes_the_pixels_of_training(aspect, make_run, model_config, 
     theirs = processor.image_processor(PILImage.open(io.BytesIO(encoded)), return_tensors="np")["pixel_values"][0]
     mean, std = (np.array(values).reshape(3, 1, 1) for values in (vision.image_mean, vision.image_std))
     difference = np.abs((theirs * std + mean) * 255 - ours)
-    # Two implementations of the same bicubic filter on uint8: rounding, see data/pixels.py.
+    # Two implementations of the same bicubic filter on uint8: rounding, see data/loading/pixels.py.
     assert difference.max() < 2.01
     assert difference.mean() < 0.05
 

@@ -15,10 +15,10 @@ import sentencepiece
 from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image as PILImage
 
-from megatron_vlm.data.manifest import TokenizerFacts
-from megatron_vlm.data.shards import EncodedSample, ImageSegment, TextSegment
-from megatron_vlm.data.sources import remote
-from megatron_vlm.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_vlm.data.files import remote
+from megatron_vlm.data.shards.dataset import EncodedSample, ImageSegment, TextSegment
+from megatron_vlm.data.shards.manifest import TokenizerFacts
+from megatron_vlm.data.text.tokenizer import Tokenizer, load_tokenizer
 
 _WORDS = (
     "a an the photo picture image of red green blue small large cat dog house tree with on under near and what is "

@@ -1,8 +1,8 @@
 import pytest
 
 from megatron_vlm.config import UsageError
-from megatron_vlm.data.templates import DEFAULT_SYSTEM, TEMPLATES
-from megatron_vlm.data.tokenizer import load_tokenizer
+from megatron_vlm.data.text.templates import DEFAULT_SYSTEM, TEMPLATES
+from megatron_vlm.data.text.tokenizer import load_tokenizer
 from megatron_vlm.evaluation.prompts import Exchange, PromptFormat
 from tests.support.configs import tiny_model
 from tests.support.sentence_piece import NUM_PIECES, train_sentence_piece

@@ -10,7 +10,7 @@ import pytest
 
 import megatron_vlm
 from megatron_vlm.cli.main import main
-from megatron_vlm.data.manifest import load_manifest
+from megatron_vlm.data.shards.manifest import load_manifest
 from tests.support.sentence_piece import train_sentence_piece
 
 ROOT = Path(megatron_vlm.__file__).parents[1]

@@ -15,9 +15,9 @@ from megatron_vlm.checkpoint.load import load_weights
 from megatron_vlm.checkpoint.optimizer_state import inner_optimizers
 from megatron_vlm.checkpoint.save import save_checkpoint
 from megatron_vlm.config import CheckpointConfig, DataError, ParallelConfig, TrainConfig
-from megatron_vlm.data.batch import ImageShare, VLMBatch
-from megatron_vlm.data.collate import Collation, PlacedSample, collate
-from megatron_vlm.data.shards import ImageSegment
+from megatron_vlm.data.loading.batch import ImageShare, VLMBatch
+from megatron_vlm.data.loading.collate import Collation, PlacedSample, collate
+from megatron_vlm.data.shards.dataset import ImageSegment
 from megatron_vlm.models.build import build_model
 from megatron_vlm.parallel.groups import RankLayout, build_groups, main_rank_first, rank_layout, seed_everything
 from megatron_vlm.training.optimizer import build_optimizer, wrap_model

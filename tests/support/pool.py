@@ -76,7 +76,7 @@ class WorkerPool:
 
 def _work(pipe: Connection, parent_pid: int) -> None:
     from megatron_vlm.platform.device import prepare_process
-    from megatron_vlm.platform.parent import die_with_parent
+    from megatron_vlm.platform.launch.parent import die_with_parent
 
     os.setpgid(0, 0)
     die_with_parent(parent_pid)

@@ -5,8 +5,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_vlm.data.prepare import PrepareJob, prepare
-from megatron_vlm.data.share import Share
+from megatron_vlm.data.prepare.run import PrepareJob, prepare
+from megatron_vlm.data.prepare.share import Share
 
 _WRITES = ("replace", "rename", "fsync", "mkdir", "unlink", "rmdir", "link")
 

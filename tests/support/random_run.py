@@ -6,7 +6,7 @@ import torch
 
 from megatron_vlm.checkpoint.tensors import write_weights
 from megatron_vlm.config import ModelConfig, config_to_dict
-from megatron_vlm.convert import llava
+from megatron_vlm.convert.families import llava
 
 
 def write_random_run(run_dir: Path, model: ModelConfig, tokenizer: Path) -> None:

@@ -5,8 +5,8 @@ import io
 import numpy as np
 from PIL import Image
 
-from megatron_vlm.data.collate import PlacedSample
-from megatron_vlm.data.shards import EncodedSample, ImageSegment, TextSegment
+from megatron_vlm.data.loading.collate import PlacedSample
+from megatron_vlm.data.shards.dataset import EncodedSample, ImageSegment, TextSegment
 from tests.support.configs import VOCAB_SIZE
 
 

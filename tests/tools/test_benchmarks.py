@@ -79,7 +79,7 @@ def test_opening_a_million_documents_takes_less_than_a_megabyte(tmp_path, monkey
     # In a process of its own: a page that an earlier test touched would not be new.
     script = (
         "import psutil, sys\n"
-        "from megatron_vlm.data.shards import ShardedDataset\n"
+        "from megatron_vlm.data.shards.dataset import ShardedDataset\n"
         "private = lambda: psutil.Process().memory_full_info().uss\n"
         "before = private()\n"
         "dataset = ShardedDataset.open(sys.argv[1])\n"

@@ -6,9 +6,9 @@ import json
 import pytest
 
 from megatron_vlm.config import BlendEntry, CheckpointConfig
-from megatron_vlm.data.ledger import read_ledger
-from megatron_vlm.data.manifest import TokenizerFacts
-from megatron_vlm.data.shards import write_dataset
+from megatron_vlm.data.plan.ledger import read_ledger
+from megatron_vlm.data.shards.dataset import write_dataset
+from megatron_vlm.data.shards.manifest import TokenizerFacts
 from tests.support.configs import VOCAB_SIZE, tiny_run
 from tests.support.samples import make_samples
 

@@ -14,8 +14,8 @@ from lengths import NUM_IMAGE_TOKENS, documents, pair_texts
 from report import Row, parse_arguments, report
 
 from megatron_vlm.config import BlendEntry
-from megatron_vlm.data.balance_report import report_balance
-from megatron_vlm.data.plan import PlanSettings, plan_rows
+from megatron_vlm.data.plan.balance_report import report_balance
+from megatron_vlm.data.plan.plan import PlanSettings, plan_rows
 
 _GLOBAL_BATCH_SIZE = 1024
 # At most, by data-parallel size. With 512 ranks of 2 rows each, single large rows decide.

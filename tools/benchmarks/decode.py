@@ -21,7 +21,7 @@ from corpora import STORED_SHAPES, make_jpeg
 from PIL import Image
 from report import Row, cpu_seconds, describe_versions, how_to_install, is_installed, parse_arguments, report
 
-from megatron_vlm.data.pixels import decode_image
+from megatron_vlm.data.loading.pixels import decode_image
 
 _MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 _WEB_SHAPES = ((640, 480), (500, 375), (480, 640), (1024, 683), (400, 600), (800, 800))

@@ -27,11 +27,11 @@ prepare_process()
 from megatron.core.datasets.indexed_dataset import IndexedDataset  # noqa: E402
 
 from megatron_vlm.config import BlendEntry  # noqa: E402
-from megatron_vlm.data.collate import Collation  # noqa: E402
-from megatron_vlm.data.loader import BatchLoader  # noqa: E402
-from megatron_vlm.data.plan import PlanSettings, build_plan  # noqa: E402
-from megatron_vlm.data.shards import EncodedSample, ImageSegment, ShardedDataset, TextSegment, write_dataset  # noqa: E402
-from megatron_vlm.data.tokenizer import Tokenizer, load_tokenizer  # noqa: E402
+from megatron_vlm.data.loading.collate import Collation  # noqa: E402
+from megatron_vlm.data.loading.loader import BatchLoader  # noqa: E402
+from megatron_vlm.data.plan.plan import PlanSettings, build_plan  # noqa: E402
+from megatron_vlm.data.shards.dataset import EncodedSample, ImageSegment, ShardedDataset, TextSegment, write_dataset  # noqa: E402
+from megatron_vlm.data.text.tokenizer import Tokenizer, load_tokenizer  # noqa: E402
 
 _SIZE, _NUM_IMAGE_TOKENS, _SEQ_LENGTH = 224, 256, 4096
 _BATCH = 15

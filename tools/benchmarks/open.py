@@ -26,7 +26,7 @@ _PEER = "IndexedDataset"
 
 def measure_ours(folder: Path, num_reads: int) -> dict[str, float]:
     """Open and read in this process."""
-    from megatron_vlm.data.shards import ShardedDataset
+    from megatron_vlm.data.shards.dataset import ShardedDataset
 
     before, started = _resident(), time.perf_counter()
     dataset = ShardedDataset.open(folder)

@@ -19,7 +19,7 @@ import numpy as np
 from lengths import mixed_lengths, pair_lengths
 from report import Row, describe_versions, parse_arguments, report
 
-from megatron_vlm.data.packing import pack_samples
+from megatron_vlm.data.plan.packing import pack_samples
 
 _BUFFER, _WINDOW = 1024, 128
 _ROUNDS = 3

@@ -25,10 +25,10 @@ from lengths import NUM_IMAGE_TOKENS, documents, pair_texts
 from report import Row, describe_versions, parse_arguments, report
 
 from megatron_vlm.config import BlendEntry, TrainConfig, load_config
-from megatron_vlm.data.collate import Collation
-from megatron_vlm.data.loader import BatchLoader
-from megatron_vlm.data.plan import Plan, PlanSettings, build_plan, open_plan
-from megatron_vlm.data.shards import ShardedDataset
+from megatron_vlm.data.loading.collate import Collation
+from megatron_vlm.data.loading.loader import BatchLoader
+from megatron_vlm.data.plan.plan import Plan, PlanSettings, build_plan, open_plan
+from megatron_vlm.data.shards.dataset import ShardedDataset
 
 _ALL_IMAGES, _IMAGES_OF_ALL_SAMPLES = 50_000_000, 79_000_000
 _MAX_SECONDS, _MAX_GIBIBYTES, _MAX_SECONDS_TO_OPEN = 240.0, 8.0, 1.0

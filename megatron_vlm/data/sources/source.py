@@ -6,9 +6,9 @@ from typing import NamedTuple, Protocol
 
 from megatron_vlm.config import ConfigError
 from megatron_vlm.data.documents import Document, RejectError
+from megatron_vlm.data.files.locations import Location, check_suffixes, list_location
+from megatron_vlm.data.files.records import SUFFIXES
 from megatron_vlm.data.sources.image_store import ImageReader
-from megatron_vlm.data.sources.locations import Location, check_suffixes, list_location
-from megatron_vlm.data.sources.records import SUFFIXES
 
 RECORD_SUFFIXES = ".jsonl, .ndjson, .json, each also with .gz or .zip"
 

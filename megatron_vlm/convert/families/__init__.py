@@ -1,0 +1,1 @@
+"""One file a Hugging Face model family: names of tensors and settings."""

@@ -1,0 +1,1 @@
+"""Tokenizer and processor files of an exported model."""

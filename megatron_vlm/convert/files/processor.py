@@ -1,0 +1,142 @@
+"""What serving needs beside weights and tokenizer: image processing, prompt template and generation settings."""
+
+from pathlib import Path
+from typing import Any
+
+from megatron_vlm.config import LanguageConfig, VisionConfig
+from megatron_vlm.convert.folder import write_json
+from megatron_vlm.data.documents import Control, Special
+from megatron_vlm.data.loading.pixels import Aspect
+from megatron_vlm.data.text.templates import DEFAULT_SYSTEM, Template
+
+_BICUBIC = 3
+_SET_ANSWER = (
+    "{% if message['content'] is string %}{% set answer = message['content'] %}{% else %}"
+    "{% set answer = message['content'] | map(attribute='text') | join %}{% endif %}"
+)
+
+
+def image_processor_config(vision: VisionConfig, aspect: Aspect) -> dict[str, Any]:
+    """Return preprocessor_config.json: the square of pixels of training, up to the rounding of the filter."""
+    side = {"height": vision.image_size, "width": vision.image_size}
+    return {
+        # Only LLaVA's own class pads; the other two are plain CLIP processing, which every version has.
+        "image_processor_type": "LlavaImageProcessor" if aspect == "pad" else "CLIPImageProcessor",
+        "processor_class": "LlavaProcessor",
+        **({"do_pad": True} if aspect == "pad" else {}),
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": side if aspect == "resize" else {"shortest_edge": vision.image_size},
+        "resample": _BICUBIC,
+        "do_center_crop": aspect != "resize",
+        "crop_size": side,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(vision.image_mean),
+        "image_std": list(vision.image_std),
+    }
+
+
+def processor_config(vision: VisionConfig, image_token: str) -> dict[str, Any]:
+    """Return processor_config.json: how many placeholders an image becomes."""
+    return {
+        "processor_class": "LlavaProcessor",
+        "image_token": image_token,
+        "patch_size": vision.patch_size,
+        "num_additional_image_tokens": 1,  # the class token, which "default" below takes away again
+        "vision_feature_select_strategy": "default",
+    }
+
+
+def generation_config(language: LanguageConfig, *, bos_id: int, eos_id: int) -> dict[str, Any]:
+    """Return generation_config.json; ids that no tokenizer piece has are never produced."""
+    return {
+        "bos_token_id": bos_id,
+        "eos_token_id": eos_id,
+        "pad_token_id": language.pad_token_id,
+        "suppress_tokens": list(range(language.vocab_size, language.padded_vocab_size)),
+    }
+
+
+def chat_template(template: Template, system: object, *, bos: str, eos: str, image: str) -> str:
+    """Return the conversation template as Jinja; the rendered text becomes the token ids of training.
+
+    Each image of a message is written as LLaVA does, with a line break after it.
+
+    Args:
+        template: that of the training.
+        system: system prompt of a conversation that brings none, as in `render_conversation`.
+        bos: name of the token that opens a sample.
+        eos: name of the token that ends an answer.
+        image: name of the placeholder.
+    """
+    system_text = template.system_text if system is DEFAULT_SYSTEM else system
+    marks = {Control.BOS: bos, Control.EOS: eos}
+
+    def text(parts: tuple[str | Special, ...], content: str = "") -> str:
+        pieces = []
+        for part in parts:
+            if isinstance(part, Special):
+                pieces.append(_literal(marks.get(part.token, part.token)))  # type: ignore[arg-type]
+                continue
+            before, _, after = part.partition("{}")
+            pieces += [_literal(before), *([content, _literal(after)] if "{}" in part else [])]
+        return "".join(pieces)
+
+    return "".join(
+        (
+            _choose_system("none" if system_text is None else _quote(str(system_text))),
+            # The first text of a sample starts with the word-begin mark, which text after <s> does not get by itself.
+            _literal(bos) + _literal(" "),
+            f"{{% if system is none %}}{text(template.no_system)}{{% else %}}",
+            text(template.system, "{{ system }}") + "{% endif %}",
+            "{% for message in turns %}{% if message['role'] == 'user' %}",
+            f"{{% if not loop.first %}}{text(template.between)}{{% endif %}}",
+            text(template.before_question) + _question(image) + text(template.after_question),
+            "{% elif message['role'] == 'assistant' %}",
+            _SET_ANSWER + text((template.answer, *template.after_answer), "{{ answer }}"),
+            "{% endif %}{% endfor %}",
+        )
+    )
+
+
+def _choose_system(default: str) -> str:
+    """Return the Jinja that sets `system` to the conversation's own prompt or the default, and `turns` to the rest."""
+    return "".join(
+        (
+            "{% if messages[0]['role'] == 'system' %}",
+            "{% if messages[0]['content'] is string %}{% set system = messages[0]['content'] %}{% else %}",
+            "{% set system = messages[0]['content'] | map(attribute='text') | join %}{% endif %}",
+            "{% set turns = messages[1:] %}{% else %}",
+            f"{{% set system = {default} %}}{{% set turns = messages %}}{{% endif %}}",
+        )
+    )
+
+
+def _question(image: str) -> str:
+    """Return the Jinja that writes a question, its images where they stand in it."""
+    return "".join(
+        (
+            "{% if message['content'] is string %}{{ message['content'] }}{% else %}",
+            "{% for item in message['content'] %}{% if item['type'] == 'image' %}",
+            _literal(image + "\n"),
+            "{% elif item['type'] == 'text' %}{{ item['text'] }}{% endif %}{% endfor %}{% endif %}",
+        )
+    )
+
+
+def _quote(value: str) -> str:
+    escaped = value.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n")
+    return f"'{escaped}'"
+
+
+def _literal(value: str) -> str:
+    """Return text that Jinja prints as it is; its own trimming of line breaks does not reach strings."""
+    return f"{{{{ {_quote(value)} }}}}" if value else ""
+
+
+def write_processor(folder: Path, vision: VisionConfig, aspect: Aspect, image_token: str) -> None:
+    """Write preprocessor_config.json and processor_config.json."""
+    write_json(folder / "preprocessor_config.json", image_processor_config(vision, aspect))
+    write_json(folder / "processor_config.json", processor_config(vision, image_token))

@@ -1,0 +1,1 @@
+"""What a run holds and costs: pure arithmetic on settings and lengths."""

@@ -1,0 +1,1 @@
+"""Files in the formats that corpora come in, on disk or at URLs."""

@@ -1,0 +1,102 @@
+"""Parquet files, here or at a URL: opened, and read row by row in bounded memory; damage harms its row group alone."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow
+import pyarrow.parquet
+
+from megatron_vlm.config import DataError
+from megatron_vlm.data.documents import RejectError
+from megatron_vlm.data.files.locations import Location, open_stream
+
+DAMAGE = (pyarrow.ArrowException, OSError, ValueError)
+"""What pyarrow raises over a damaged file; ValueError for names that are not UTF-8."""
+_BUFFER_BYTES = 1 << 20
+_BATCH_BYTES, _MAX_BATCH_ROWS = 8 << 20, 4096
+
+
+class Row(NamedTuple):
+    """One row of a table, or what was wrong with it."""
+
+    number: int
+    """From 1, through all row groups."""
+    cells: dict[str, Any] | RejectError
+    """By column."""
+
+
+def open_parquet(path: Location, *, streamed: bool = False) -> pyarrow.parquet.ParquetFile:
+    """Open a parquet file.
+
+    Args:
+        path: the file.
+        streamed: read columns in pieces of a MiB, not whole row groups at once: for columns of pictures, of which one
+            row group is often hundreds of MiB.
+
+    Raises:
+        DataError: the file is not parquet.
+        StorageError: it is at a URL and cannot be read.
+    """
+    # By pread: a mapped file that is cut short while it is read kills the process.
+    options = {"memory_map": False} | ({"buffer_size": _BUFFER_BYTES, "pre_buffer": False} if streamed else {})
+    try:
+        table = pyarrow.parquet.ParquetFile(path if isinstance(path, Path) else open_stream(path), **options)
+        table.schema_arrow  # noqa: B018 - damage in it is found here
+        return table
+    except DAMAGE as error:
+        raise unreadable(path, error) from None
+
+
+def unreadable(path: Location, error: Exception) -> DataError:
+    """Return the error of a parquet file that turns out to be damaged."""
+    return DataError(
+        f"parquet file cannot be read: {' '.join(str(error).split())[:120]}", where=str(path), fix="copy it again"
+    )
+
+
+def read_rows(table: pyarrow.parquet.ParquetFile, columns: Sequence[str] | None = None) -> Iterator[Row]:
+    """Read the rows, a few MiB at a time; at least a page of each column is in memory.
+
+    Args:
+        table: opened with `streamed`.
+        columns: the columns to read; None: all.
+
+    Yields:
+        A row; or a RejectError with reason invalid_utf8 for a row with such a text, and one with reason
+        file_truncated for what is left of a row group from where it is damaged.
+    """
+    end = 0
+    for group in range(table.num_row_groups):
+        facts = table.metadata.row_group(group)
+        number, end = end, end + facts.num_rows
+        # Of text thousands of rows, of pictures a few.
+        num_rows = min(max(_BATCH_BYTES * facts.num_rows // max(facts.total_byte_size, 1), 1), _MAX_BATCH_ROWS)
+        batches = table.iter_batches(num_rows, row_groups=[group], columns=columns)
+        while number < end:
+            try:
+                batch = next(batches, None)
+            except DAMAGE as error:
+                detail = f"{end - number} rows: {' '.join(str(error).split())[:200]}"
+                yield Row(number + 1, RejectError("file_truncated", detail))
+                break
+            if batch is None:
+                yield Row(number + 1, RejectError("file_truncated", f"{end - number} rows are not there"))
+                break
+            for cells in _cells(batch):
+                number += 1
+                yield Row(number, cells)
+
+
+def _cells(batch: pyarrow.RecordBatch) -> list[dict[str, Any] | RejectError]:
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError:
+        return [_row_cells(batch.slice(index, 1)) for index in range(batch.num_rows)]
+
+
+def _row_cells(row: pyarrow.RecordBatch) -> dict[str, Any] | RejectError:
+    try:
+        return row.to_pylist()[0]
+    except UnicodeDecodeError as error:
+        return RejectError("invalid_utf8", f"byte {error.start} of a text")

@@ -1,0 +1,77 @@
+"""Records from parquet: a row is a record, as a line of JSON is."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from megatron_vlm.config import DataError
+from megatron_vlm.data.documents import RejectError
+from megatron_vlm.data.files.locations import Location, check_suffixes
+from megatron_vlm.data.files.parquet import open_parquet, read_rows
+from megatron_vlm.data.files.records import MAX_RECORD_BYTES, SUFFIXES, Record, read_records
+from megatron_vlm.data.sources.source import RECORD_SUFFIXES, check_each_used, list_inputs
+
+TABLE_SUFFIX = ".parquet"
+
+
+def find_instruction_files(paths: tuple[Location, ...]) -> tuple[Location, ...]:
+    """Return the JSON files among `paths` and directly inside of the folders among them; of a folder without, parquet.
+
+    Raises:
+        ConfigError: a path does not exist, or there is no such file.
+    """
+    listed = list_inputs(paths, (*SUFFIXES, TABLE_SUFFIX))
+    found: list[Location] = []
+    for path in paths:
+        check_suffixes(listed[path], (*SUFFIXES, TABLE_SUFFIX))
+        records = [file for file in listed[path] if not is_table(file)]
+        found += records or listed[path]
+    check_each_used(listed, found, f"JSON, JSON-lines or parquet files ({RECORD_SUFFIXES}; .parquet)")
+    return tuple(found)
+
+
+def is_table(path: Location) -> bool:
+    """Tell by its name whether a file is parquet."""
+    return path.name.lower().endswith(TABLE_SUFFIX)
+
+
+def read_any_records(path: Location, *, max_bytes: int = MAX_RECORD_BYTES) -> Iterator[Record]:
+    """Read the records of a JSON file or of a parquet file, whichever its name says it is."""
+    if is_table(path):
+        return read_table_records(path, max_bytes=max_bytes)
+    return read_records(path, max_bytes=max_bytes)
+
+
+def read_table_records(path: Location, *, max_bytes: int = MAX_RECORD_BYTES) -> Iterator[Record]:
+    """Read the rows of a parquet file, a few at a time.
+
+    Args:
+        path: parquet file.
+        max_bytes: longest row, counted in the characters of its texts; a longer one is rejected.
+
+    Yields:
+        A record whose line is the number of the row, from 1; empty cells are left out of it. Or a RejectError with
+        reason record_too_long, or as `read_rows` yields.
+    """
+    try:
+        with open_parquet(path, streamed=True) as table:
+            for number, cells in read_rows(table):
+                yield Record(number, cells if isinstance(cells, RejectError) else _record(cells, max_bytes))
+    except DataError as error:
+        yield Record(1, RejectError("file_truncated", error.what))
+
+
+def _record(cells: dict[str, Any], max_bytes: int) -> dict[str, Any] | RejectError:
+    value = {name: cell for name, cell in cells.items() if cell is not None}
+    size = _num_bytes(value)
+    if size > max_bytes:
+        return RejectError("record_too_long", f"{size} bytes, the limit is {max_bytes}")
+    return value
+
+
+def _num_bytes(value: Any) -> int:
+    """Return the length of all texts and bytes in a value."""
+    if isinstance(value, (str, bytes)):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(map(_num_bytes, value.values()))
+    return sum(map(_num_bytes, value)) if isinstance(value, list) else 0

@@ -1,0 +1,232 @@
+"""Check an image at preparation, from its structure alone, and optionally make it smaller.
+
+Decoding every image would cost ten times as much as everything else that preparation does. The structure finds what
+downloads break: a JPEG is whole if an end-of-image marker follows its scan (in entropy-coded data 0xFF is always
+followed by 0x00 or a restart marker, and embedded thumbnails lie before the scan), a PNG if every chunk has its
+checksum, a GIF if its first frame ends, a WEBP if it is as long as it says. Whoever wants more decodes each image.
+"""
+
+import io
+import struct
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_vlm.config import DataError
+from megatron_vlm.data.documents import RejectError
+from megatron_vlm.data.images.decoding import ImageLimits, decode_rgb
+
+_JPEG_STANDALONE = frozenset([0x01, *range(0xD0, 0xD8)])
+_JPEG_FRAMES = frozenset([*range(0xC0, 0xD0)]) - {0xC4, 0xC8, 0xCC}
+# Baseline, extended and progressive, with Huffman or arithmetic coding; the others are lossless or hierarchical.
+_JPEG_DECODABLE = frozenset([0xC0, 0xC1, 0xC2, 0xC9, 0xCA])
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_PNG_CHUNK = struct.Struct(">I4s")
+_WEBP_ANIMATED = 0x02
+
+
+@dataclass(frozen=True, slots=True)
+class ImageFacts:
+    """What the structure of an image file says."""
+
+    format: Literal["JPEG", "PNG", "WEBP", "GIF"]
+    width: int
+    height: int
+    animated: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageRules:
+    """What is checked and changed at preparation."""
+
+    limits: ImageLimits = ImageLimits()
+    max_bytes: int = 32 << 20
+    """Largest file [bytes]."""
+    min_bytes: int = 0
+    """Smallest file [bytes]."""
+    decode: bool = False
+    """Decode every image, which finds damage inside of it as well."""
+    resize_shorter_side: int | None = None
+    """Images with a longer shorter side are made smaller and encoded again as JPEG [pixels]; None keeps all bytes."""
+    jpeg_quality: int = 75
+    """Of images that are encoded again; 75 is what the tooling of the VILA paper used."""
+
+
+def check_image(data: bytes, rules: ImageRules) -> ImageFacts:
+    """Check format, wholeness and size of one image.
+
+    Raises:
+        RejectError: image_empty, image_format, image_truncated, image_damaged, image_bytes, image_pixels, image_side
+            or image_aspect.
+    """
+    if not data:
+        raise RejectError("image_empty", "the image has 0 bytes")
+    if not rules.min_bytes <= len(data) <= rules.max_bytes:
+        raise RejectError("image_bytes", f"{len(data)} bytes, taken are {rules.min_bytes} to {rules.max_bytes}")
+    reader = _find_reader(data)
+    try:
+        facts = reader(data, rules.limits)
+    except (IndexError, struct.error):
+        raise RejectError("image_truncated", f"the file ends within its structure, after {len(data)} bytes") from None
+    if rules.decode:
+        _decode(data, rules)
+    return facts
+
+
+def shrink_image(data: bytes, facts: ImageFacts, rules: ImageRules) -> bytes:
+    """Make an image smaller by the rules, or return it as it is.
+
+    Raises:
+        RejectError: image_damaged.
+    """
+    side = rules.resize_shorter_side
+    if side is None or min(facts.width, facts.height) <= side:
+        return data
+    image = _decode(data, rules)
+    scale = side / min(image.width, image.height)
+    small = image.resize((max(side, round(image.width * scale)), max(side, round(image.height * scale))))
+    stream = io.BytesIO()
+    small.save(stream, "JPEG", quality=rules.jpeg_quality)
+    return stream.getvalue()
+
+
+def _decode(data: bytes, rules: ImageRules):
+    try:
+        return decode_rgb(data, limits=rules.limits)
+    except DataError as error:
+        raise RejectError("image_damaged", error.what) from None
+
+
+def _find_reader(data: bytes) -> Callable[[bytes, ImageLimits], ImageFacts]:
+    if data.startswith(b"\xff\xd8"):
+        return _read_jpeg
+    if data.startswith(_PNG_SIGNATURE):
+        return _read_png
+    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
+        return _read_webp
+    if data.startswith((b"GIF87a", b"GIF89a")):
+        return _read_gif
+    raise RejectError("image_format", f"not a JPEG, PNG, WEBP or GIF; starts with {data[:12]!r}")
+
+
+def _check_size(width: int, height: int, limits: ImageLimits) -> None:
+    if not width or not height:
+        raise RejectError("image_damaged", f"{width}x{height} pixels")
+    size, short, long = f"{width}x{height} pixels", min(width, height), max(width, height)
+    if width * height > limits.max_pixels:
+        raise RejectError("image_pixels", f"{size}, at most {limits.max_pixels} pixels are taken")
+    if short < limits.min_side:
+        raise RejectError("image_side", f"{size}, the shorter side must have at least {limits.min_side}")
+    if long > limits.max_aspect_ratio * short:
+        raise RejectError("image_aspect", f"{size}, the aspect ratio must be at most {limits.max_aspect_ratio:g}")
+
+
+def _read_jpeg(data: bytes, limits: ImageLimits) -> ImageFacts:
+    position, size = 2, None
+    while True:
+        if data[position] != 0xFF:
+            raise RejectError("image_damaged", f"no JPEG marker at byte {position}")
+        while data[position] == 0xFF:
+            position += 1
+        marker = data[position]
+        position += 1
+        if marker in _JPEG_STANDALONE:
+            continue
+        length = data[position] << 8 | data[position + 1]
+        if length < 2:
+            raise RejectError("image_damaged", f"JPEG segment of {length} bytes at byte {position}")
+        if marker in _JPEG_FRAMES:
+            precision, height, width, components = struct.unpack_from(">BHHB", data, position + 2)
+            if marker not in _JPEG_DECODABLE or precision != 8 or components not in (1, 3, 4):
+                raise RejectError("image_format", f"JPEG of kind 0x{marker:X}, {precision} bits, {components} channels")
+            size = (width, height)
+            _check_size(width, height, limits)
+        position += length
+        if marker == 0xDA:
+            break
+    if size is None:
+        raise RejectError("image_damaged", "JPEG scan without a frame")
+    if data.rfind(b"\xff\xd9", position) < 0:
+        raise RejectError("image_truncated", f"JPEG of {len(data)} bytes has no end-of-image marker")
+    return ImageFacts("JPEG", *size)
+
+
+def _read_png(data: bytes, limits: ImageLimits) -> ImageFacts:
+    view, position = memoryview(data), len(_PNG_SIGNATURE)
+    size, animated, has_data = None, False, False
+    while True:
+        length, kind = _PNG_CHUNK.unpack_from(data, position)
+        end = position + 8 + length
+        (crc,) = struct.unpack_from(">I", data, end)
+        if zlib.crc32(view[position + 4 : end]) != crc:
+            raise RejectError("image_damaged", f"PNG chunk {kind!r} at byte {position} has another checksum")
+        if size is None:
+            if kind != b"IHDR":
+                raise RejectError("image_damaged", "PNG does not start with IHDR")
+            width, height = struct.unpack_from(">II", data, position + 8)
+            size = (width, height)
+            _check_size(width, height, limits)
+        animated |= kind == b"acTL"
+        has_data |= kind == b"IDAT"
+        if kind == b"IEND":
+            break
+        position = end + 4
+    if not has_data:
+        raise RejectError("image_damaged", "PNG without image data")
+    return ImageFacts("PNG", *size, animated)
+
+
+def _read_webp(data: bytes, limits: ImageLimits) -> ImageFacts:
+    (length,) = struct.unpack_from("<I", data, 4)
+    if len(data) < length + 8:
+        raise RejectError("image_truncated", f"WEBP of {length + 8} bytes has only {len(data)}")
+    kind, animated = data[12:16], False
+    if kind == b"VP8 ":
+        if data[23:26] != b"\x9d\x01\x2a":
+            raise RejectError("image_damaged", "WEBP key frame without its start code")
+        width, height = (value & 0x3FFF for value in struct.unpack_from("<HH", data, 26))
+    elif kind == b"VP8L":
+        (bits,) = struct.unpack_from("<I", data, 21)
+        width, height = (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    elif kind == b"VP8X":
+        animated = bool(data[20] & _WEBP_ANIMATED)
+        width, height = (int.from_bytes(data[start : start + 3], "little") + 1 for start in (24, 27))
+    else:
+        raise RejectError("image_damaged", f"WEBP starts with chunk {kind!r}")
+    _check_size(width, height, limits)
+    return ImageFacts("WEBP", width, height, animated)
+
+
+def _read_gif(data: bytes, limits: ImageLimits) -> ImageFacts:
+    width, height, flags = struct.unpack_from("<HHB", data, 6)
+    _check_size(width, height, limits)
+    position = 13 + _gif_table_bytes(flags)
+    frames = 0
+    while frames < 2 and position < len(data):
+        kind = data[position]
+        if kind == 0x21:
+            position = _skip_gif_blocks(data, position + 2)
+        elif kind == 0x2C:
+            if frames:
+                return ImageFacts("GIF", width, height, animated=True)
+            left, top, frame_width, frame_height, flags = struct.unpack_from("<HHHHB", data, position + 1)
+            width, height = max(width, left + frame_width), max(height, top + frame_height)
+            _check_size(width, height, limits)
+            position = _skip_gif_blocks(data, position + 11 + _gif_table_bytes(flags))
+            frames += 1
+        else:
+            break
+    if not frames:
+        raise RejectError("image_truncated" if position >= len(data) else "image_damaged", "GIF without a frame")
+    return ImageFacts("GIF", width, height)
+
+
+def _gif_table_bytes(flags: int) -> int:
+    return 3 << (flags & 7) + 1 if flags & 0x80 else 0
+
+
+def _skip_gif_blocks(data: bytes, position: int) -> int:
+    while length := data[position]:
+        position += 1 + length
+    return position + 1

@@ -1,0 +1,1 @@
+"""Planned rows to micro-batches of tensors."""

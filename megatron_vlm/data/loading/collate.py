@@ -1,0 +1,230 @@
+"""Make one packed micro-batch of samples and decode this rank's share of its images."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from megatron_vlm.config import IGNORE_INDEX, DataConfig, DataError, ModelConfig
+from megatron_vlm.data.images.decoding import ImageLimits
+from megatron_vlm.data.loading.batch import ImageShare, VLMBatch
+from megatron_vlm.data.loading.pixels import Aspect, decode_image
+from megatron_vlm.data.shards.dataset import EncodedSample, ImageSegment, TextSegment
+
+_MAX_SEQLEN_MULTIPLE = 64
+# Preparation decides which images are taken, by the user's limits; what it took must not end a run.
+_NO_LIMITS = ImageLimits(max_pixels=1 << 40, min_side=1, max_aspect_ratio=float("inf"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Collation:
+    """What a micro-batch depends on besides its samples."""
+
+    seq_length: int
+    """Length of a row [tokens]."""
+    num_image_tokens: int
+    """Placeholders of one image."""
+    vocab_size: int
+    """Token ids are below it."""
+    image_token_id: int
+    pad_token_id: int
+    image_size: int
+    """Side of the decoded images [pixels]."""
+    image_aspect: Aspect
+    image_mean: tuple[float, float, float]
+    sample_multiple: int = 1
+    """Every sample starts at a multiple of it in its row, which is one of seq_length [tokens]."""
+
+    @classmethod
+    def from_config(cls, model: ModelConfig, data: DataConfig) -> "Collation":
+        """Collect it from a run's settings."""
+        return cls(
+            seq_length=data.seq_length,
+            num_image_tokens=model.vision.num_image_tokens,
+            vocab_size=model.language.vocab_size,
+            image_token_id=model.language.image_token_id,
+            pad_token_id=model.language.pad_token_id,
+            image_size=model.vision.image_size,
+            image_aspect=data.image_aspect,
+            image_mean=model.vision.image_mean,
+            sample_multiple=data.sample_multiple,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedSample:
+    """A sample and where it comes from."""
+
+    sample: EncodedSample
+    sample_id: int
+    """Global id of the plan."""
+    source: int
+    """Index of its blend entry."""
+    where: str
+    """Dataset, shard and sample, for error messages."""
+
+
+def collate(rows: Sequence[Sequence[PlacedSample]], collation: Collation, image_share: ImageShare | None) -> VLMBatch:
+    """Lay rows one after the other in one packed sequence.
+
+    A sample longer than a row is cut after the last whole image and the last token that fit. The padding up to the next
+    multiple belongs to the sample's own segment, so that all borders are multiples: attention is causal, so it changes
+    nothing before it.
+
+    Args:
+        rows: the samples of each row, in order; a row may be empty.
+        collation: sizes and ids.
+        image_share: which images are decoded; None: none, and pixel_values is None.
+
+    Raises:
+        DataError: a sample has a token outside the vocabulary or an image that cannot be decoded, or a row is too
+            short for its samples; names dataset, shard and sample.
+    """
+    pieces = _Pieces(collation)
+    for row in rows:
+        pieces.add_row(row)
+    ids = np.concatenate(pieces.ids, dtype=np.int64)
+    borders = np.array(pieces.borders, dtype=np.int32)
+    sizes = np.diff(borders)
+    target = np.repeat(pieces.trained, list(map(len, pieces.ids)))
+    # Nothing before it in its own sample predicts a first token (BOS).
+    target[borders[:-1]] = False
+    label_index = np.flatnonzero(target[1:])
+    labels = np.full(len(ids), IGNORE_INDEX, dtype=np.int64)
+    labels[label_index] = ids[label_index + 1]
+    return VLMBatch(
+        input_ids=torch.from_numpy(ids)[None],
+        labels=torch.from_numpy(labels)[None],
+        position_ids=torch.from_numpy(np.arange(len(ids)) - np.repeat(borders[:-1], sizes).astype(np.int64))[None],
+        cu_seqlens=torch.from_numpy(borders),
+        max_seqlen=_choose_max_seqlen(sizes),
+        label_index=torch.from_numpy(label_index),
+        label_sources=torch.from_numpy(np.repeat(pieces.sources, sizes)[label_index]),
+        image_token_index=torch.from_numpy(np.flatnonzero(ids == collation.image_token_id)),
+        num_images=len(pieces.images),
+        pixel_values=_decode_share(pieces.images, collation, image_share),
+        sample_ids=torch.tensor(pieces.sample_ids, dtype=torch.int64),
+        num_tokens=pieces.num_tokens,
+    )
+
+
+def cut_sample(sample: EncodedSample, max_tokens: int, num_image_tokens: int) -> EncodedSample:
+    """Return the beginning of a sample: whole images and as many tokens as fit, up to the first image that does not."""
+    kept: list[TextSegment | ImageSegment] = []
+    left = max_tokens
+    for segment in sample.segments:
+        if isinstance(segment, ImageSegment):
+            if num_image_tokens > left:
+                break
+            left -= num_image_tokens
+            kept.append(segment)
+            continue
+        if left:
+            kept.append(TextSegment(segment.input_ids[:left], segment.train))
+        left -= min(left, len(segment.input_ids))
+    return EncodedSample(tuple(kept))
+
+
+class _Pieces:
+    """Segments of a micro-batch in reading order, padding included."""
+
+    def __init__(self, collation: Collation) -> None:
+        self.collation = collation
+        self.ids: list[np.ndarray] = []
+        self.trained: list[bool] = []
+        self.borders = [0]
+        self.sources: list[int] = []
+        self.sample_ids: list[int] = []
+        self.images: list[tuple[bytes, str]] = []
+        self.num_tokens = 0
+        self._placeholders = np.full(collation.num_image_tokens, collation.image_token_id)
+
+    def add_row(self, row: Sequence[PlacedSample]) -> None:
+        left = self.collation.seq_length
+        for placed in row:
+            size = self._add_sample(placed)
+            left -= size
+            if left < 0:
+                raise DataError(
+                    f"samples of a row have {-left} tokens more than its length of {self.collation.seq_length}",
+                    where=placed.where,
+                    fix="the shards changed since the plan was made: delete the plan",
+                )
+            if size:
+                padding = min(-size % self.collation.sample_multiple, left)
+                self._add_padding(padding)
+                self._close_segment(size + padding, placed.source)
+                left -= padding
+            self.sample_ids.append(placed.sample_id)
+            self.num_tokens += size
+        if left:
+            self._add_padding(left)
+            self._close_segment(left, source=0)
+
+    def _add_sample(self, placed: PlacedSample) -> int:
+        collation, size = self.collation, 0
+        for segment in cut_sample(placed.sample, collation.seq_length, collation.num_image_tokens).segments:
+            if isinstance(segment, ImageSegment):
+                self._add(self._placeholders, trained=False)
+                self.images.append((segment.encoded, placed.where))
+            else:
+                self._check_ids(segment.input_ids, placed.where)
+                self._add(segment.input_ids, segment.train)
+            size += len(self.ids[-1])
+        return size
+
+    def _add_padding(self, size: int) -> None:
+        if size:
+            self._add(np.full(size, self.collation.pad_token_id), trained=False)
+
+    def _add(self, ids: np.ndarray, trained: bool) -> None:
+        self.ids.append(ids)
+        self.trained.append(trained)
+
+    def _close_segment(self, size: int, source: int) -> None:
+        self.borders.append(self.borders[-1] + size)
+        self.sources.append(source)
+
+    def _check_ids(self, ids: np.ndarray, where: str) -> None:
+        # A vocabulary-parallel embedding turns ids out of range into zeros without an error.
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= self.collation.vocab_size:
+            raise DataError(
+                f"token ids reach from {low} to {high}, the vocabulary has {self.collation.vocab_size}",
+                where=where,
+                fix="prepare the dataset with the tokenizer of the model",
+            )
+
+
+def _choose_max_seqlen(sizes: np.ndarray) -> int:
+    """Round the longest segment up, so that few distinct values occur: megatron-core caches its RoPE table by it.
+
+    Where max_seqlen equals the length of the whole sequence, megatron-core takes another code path, whose positions
+    run on over the segments; so it must not, unless there is only one segment.
+    """
+    longest, total = int(sizes.max()), int(sizes.sum())
+    rounded = -(-longest // _MAX_SEQLEN_MULTIPLE) * _MAX_SEQLEN_MULTIPLE
+    return rounded + _MAX_SEQLEN_MULTIPLE if rounded == total and len(sizes) > 1 else rounded
+
+
+def _decode_share(
+    images: Sequence[tuple[bytes, str]], collation: Collation, image_share: ImageShare | None
+) -> torch.Tensor | None:
+    if image_share is None:
+        return None
+    first, last = image_share.bounds(len(images))
+    side = collation.image_size
+    pixels = np.empty((last - first, 3, side, side), dtype=np.uint8)
+    for position, (encoded, where) in enumerate(images[first:last]):
+        try:
+            pixels[position] = decode_image(
+                encoded,
+                image_size=side,
+                aspect=collation.image_aspect,
+                mean=collation.image_mean,
+                limits=_NO_LIMITS,
+            )
+        except DataError as error:
+            raise DataError(error.what, where=where, fix="prepare the dataset again without this image") from None
+    return torch.from_numpy(pixels)

@@ -1,0 +1,289 @@
+"""Feed one rank with its micro-batches; the position of a run is one integer, the iteration."""
+
+import dataclasses
+import functools
+import logging
+import os
+import signal
+import warnings
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from megatron_vlm.config import DataError, UserError
+from megatron_vlm.data.loading.batch import ImageShare, VLMBatch
+from megatron_vlm.data.loading.collate import Collation, PlacedSample, collate
+from megatron_vlm.data.plan.fragments import PieceTable, take_piece
+from megatron_vlm.data.plan.plan import Plan
+from megatron_vlm.data.shards.dataset import ShardedDataset
+from megatron_vlm.platform.launch.parent import die_with_parent
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankShare:
+    """What one rank has of every global batch."""
+
+    data_parallel_rank: int = 0
+    """This rank among those that see different rows."""
+    data_parallel_size: int = 1
+    """Number of them."""
+    micro_batch_size: int = 1
+    """Rows of a micro-batch."""
+    image_share: ImageShare | None = ImageShare()
+    """Part of the images this rank decodes; None where its pipeline stage needs no pixels."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoaderWorkers:
+    """How micro-batches are made ready."""
+
+    num_workers: int = 0
+    """Decoding processes; 0 decodes in this process."""
+    prefetch_factor: int = 2
+    """Micro-batches each worker keeps ready."""
+    pin_memory: bool = False
+    """Hand over page-locked tensors, for a copy to a GPU."""
+
+
+class BatchLoader:
+    """Iterate over the micro-batches of one data-parallel rank, from an iteration until the plan ends.
+
+    Row j of a global batch goes to data-parallel rank j % data_parallel_size; the rows of a rank are cut into
+    micro-batches in order. Which samples a global batch holds depends on the plan alone.
+
+    Args:
+        datasets: one per entry of the blend, as the plan was built from.
+        plan: rows of samples.
+        collation: sizes and ids of the model.
+        start_iteration: global batches that are already consumed.
+        share: rows and images of this rank; by default all.
+        workers: processes that decode ahead; by default none.
+
+    Raises:
+        ValueError: the global batch does not divide over the ranks and micro-batches.
+    """
+
+    def __init__(
+        self,
+        datasets: Sequence[ShardedDataset],
+        plan: Plan,
+        *,
+        collation: Collation,
+        start_iteration: int = 0,
+        share: RankShare = RankShare(),
+        workers: LoaderWorkers = LoaderWorkers(),
+    ) -> None:
+        rows, rows_at_once = plan.settings.global_batch_size, share.data_parallel_size * share.micro_batch_size
+        if rows % rows_at_once:
+            raise ValueError(
+                f"global batch of {rows} rows is not a multiple of data_parallel_size * micro_batch_size = "
+                f"{share.data_parallel_size} * {share.micro_batch_size}"
+            )
+        self.plan = plan
+        self.num_micro_batches = rows // rows_at_once
+        """Micro-batches of this rank in one iteration."""
+        first = start_iteration * self.num_micro_batches
+        last = plan.num_iterations * self.num_micro_batches
+        self._positions = range(first, max(first, last))
+        self._source = _MicroBatches(
+            _SampleReader(datasets, plan.pieces, collation.num_image_tokens),
+            plan,
+            collation,
+            share.image_share,
+            _RowSlice(
+                share.data_parallel_rank, share.data_parallel_size, share.micro_batch_size, self.num_micro_batches
+            ),
+        )
+        self._next = 0
+        self._batches = self._start(workers)
+
+    @property
+    def iteration(self) -> int:
+        """Iteration that the next micro-batch belongs to."""
+        return (self._positions.start + self._next) // self.num_micro_batches
+
+    def __iter__(self) -> Iterator[VLMBatch]:
+        return self
+
+    def __next__(self) -> VLMBatch:
+        """Return the next micro-batch.
+
+        Raises:
+            StopIteration: the plan has ended.
+            DataError: a sample cannot be read, or a worker died; names dataset, shard and sample.
+        """
+        if self._next == len(self._positions):
+            raise StopIteration
+        try:
+            batch = next(self._batches)
+        except UserError:
+            raise
+        except (RuntimeError, OSError, EOFError) as error:
+            # torch's ways of saying that a worker is gone; its hand-over of tensors fails with OSError or EOFError.
+            raise DataError(
+                f"a data loader worker died: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
+                where=f"iteration {self.iteration}, at or after {self._source.describe(self._positions[self._next])}",
+                fix="if memory ran out, lower data.num_workers or data.prefetch_factor; otherwise check that sample",
+            ) from error
+        if isinstance(batch, UserError):
+            raise batch
+        self._next += 1
+        return batch
+
+    def close(self) -> None:
+        """End the workers; also done when the loader is collected and when the process exits."""
+        self._finalizer()
+
+    def _start(self, workers: LoaderWorkers) -> Iterator[Any]:
+        # torch raises from a SIGCHLD handler wherever the main thread is, also in the middle of a training step;
+        # without it, a dead worker is found when its batch is due.
+        handler = signal.getsignal(signal.SIGCHLD)
+        with warnings.catch_warnings():
+            # More workers than cores: the number is the user's choice, and torch knows nothing of the other ranks.
+            warnings.filterwarnings("ignore", message="This DataLoader will create")
+            loader = DataLoader(
+                self._source,
+                batch_size=None,
+                sampler=self._positions,
+                collate_fn=_keep,
+                num_workers=workers.num_workers,
+                prefetch_factor=workers.prefetch_factor if workers.num_workers else None,
+                worker_init_fn=functools.partial(_prepare_worker, os.getpid()),
+                multiprocessing_context="fork" if workers.num_workers else None,
+                pin_memory=workers.pin_memory,
+                # A generator of its own: the default one would move by a draw, and no resumed run would be bit-equal.
+                generator=torch.Generator(),
+            )
+            iterator = iter(loader)
+        if workers.num_workers and signal.getsignal(signal.SIGCHLD) is not handler and handler is not None:
+            signal.signal(signal.SIGCHLD, handler)
+        self._finalizer = weakref.finalize(self, _kill_workers, getattr(iterator, "_workers", []))
+        return iterator
+
+
+@dataclass(frozen=True, slots=True)
+class _RowSlice:
+    """Which rows of a global batch belong to which micro-batch of this rank."""
+
+    rank: int
+    size: int
+    micro_batch_size: int
+    num_micro_batches: int
+
+    def rows(self, position: int, global_batch_size: int) -> list[int]:
+        """Return the rows of this rank's micro-batch `position`, counted over all iterations."""
+        iteration, index = divmod(position, self.num_micro_batches)
+        places = range(index * self.micro_batch_size, (index + 1) * self.micro_batch_size)
+        return [iteration * global_batch_size + self.rank + self.size * place for place in places]
+
+
+class _SampleReader:
+    """Samples of all datasets of the blend, and pieces of them, under their global ids."""
+
+    def __init__(self, datasets: Sequence[ShardedDataset], pieces: PieceTable | None, num_image_tokens: int) -> None:
+        self.datasets, self.pieces, self.num_image_tokens = tuple(datasets), pieces, num_image_tokens
+        self._ends = np.cumsum([len(dataset) for dataset in datasets])
+        self._shard_ends = [
+            np.cumsum([shard.counts.samples for shard in dataset.manifest.shards]) for dataset in datasets
+        ]
+
+    def describe(self, sample_id: int) -> str:
+        """Name dataset, shard, sample and, of a piece, its tokens for an error message."""
+        sample, first, last = self._find(sample_id)
+        source, index = self._locate(sample)
+        dataset, ends = self.datasets[source], self._shard_ends[source]
+        shard = int(np.searchsorted(ends, index, side="right"))
+        place = index - (int(ends[shard - 1]) if shard else 0)
+        tokens = "" if last is None else f" tokens {first} to {last - 1}"
+        return f"{dataset.folder}/{dataset.manifest.shards[shard].name}.bin sample {place}{tokens}"
+
+    def read(self, sample_id: int) -> PlacedSample:
+        """Read one sample or piece.
+
+        Raises:
+            DataError: it is damaged or cannot be read.
+        """
+        number, first, last = self._find(sample_id)
+        source, index = self._locate(number)
+        sample = self.datasets[source][index]
+        if last is not None:
+            sample = take_piece(sample, first, last, self.num_image_tokens)
+        return PlacedSample(sample, sample_id, source, self.describe(sample_id))
+
+    def _find(self, sample_id: int) -> tuple[int, int, int | None]:
+        return (sample_id, 0, None) if self.pieces is None else self.pieces.find(sample_id)
+
+    def _locate(self, sample: int) -> tuple[int, int]:
+        """Return blend entry and index in its dataset."""
+        source = int(np.searchsorted(self._ends, sample, side="right"))
+        return source, int(sample - (self._ends[source - 1] if source else 0))
+
+
+class _MicroBatches(Dataset):
+    """Random access to the micro-batches of one rank; runs in the workers."""
+
+    def __init__(
+        self,
+        reader: _SampleReader,
+        plan: Plan,
+        collation: Collation,
+        image_share: ImageShare | None,
+        row_slice: _RowSlice,
+    ) -> None:
+        self.reader, self.plan, self.collation = reader, plan, collation
+        self.image_share, self.row_slice = image_share, row_slice
+
+    def __getitem__(self, position: int) -> VLMBatch | UserError:
+        # Returned, not raised: torch would wrap it into its own text with a traceback.
+        sample_id = None
+        try:
+            rows = []
+            for row in self._rows(position):
+                rows.append([self.reader.read(sample_id := int(value)) for value in self.plan.row(row)])
+            seq_length = self.plan.seq_length(position // self.row_slice.num_micro_batches)
+            return collate(rows, dataclasses.replace(self.collation, seq_length=seq_length), self.image_share)
+        except UserError as error:
+            return error
+        except Exception as error:
+            logger.debug("micro-batch %d", position, exc_info=True)
+            where = self.reader.describe(sample_id) if sample_id is not None else f"micro-batch {position}"
+            return DataError(
+                f"sample cannot be read: {type(error).__name__}: {error}", where=where, fix="run data verify on it"
+            )
+
+    def describe(self, position: int) -> str:
+        """Name the first sample of a micro-batch."""
+        for row in self._rows(position):
+            for sample_id in self.plan.row(row):
+                return self.reader.describe(int(sample_id))
+        return f"micro-batch {position}"
+
+    def _rows(self, position: int) -> list[int]:
+        return self.row_slice.rows(position, self.plan.settings.global_batch_size)
+
+
+def _keep(batch: Any) -> Any:
+    return batch
+
+
+def _prepare_worker(parent: int, worker: int) -> None:
+    # The scheduler's SIGTERM and SIGUSR1 and the terminal's SIGINT go to every process of the job; the trainer still
+    # needs batches for the step after which it saves.
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    die_with_parent(parent)
+
+
+def _kill_workers(workers: Sequence[Any]) -> None:
+    # They ignore SIGTERM, which is what multiprocessing sends at exit before it waits for them without a limit.
+    for worker in workers:
+        worker.kill()
+    for worker in workers:
+        worker.join(timeout=5)

@@ -1,0 +1,153 @@
+"""The record of which samples each iteration has consumed."""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from megatron_vlm.config import DataError, StorageError
+from megatron_vlm.data.plan.plan import Plan
+
+logger = logging.getLogger(__name__)
+
+_INDEX_FILE = "iterations.jsonl"
+_IDS_FILE = "sample_ids.bin"
+_ID_DTYPE = np.dtype("<i8")
+
+
+@dataclass(frozen=True, slots=True)
+class LedgerEntry:
+    """One iteration."""
+
+    iteration: int
+    """Counted from 1."""
+    samples: int
+    sample_ids_sha: str
+    plan: str
+    """Hash of the plan."""
+
+
+def hash_sample_ids(sample_ids: np.ndarray) -> str:
+    """Return a short hash of the samples of a global batch.
+
+    Args:
+        sample_ids: int[n]; global sample ids in the order of the plan.
+    """
+    return hashlib.sha256(sample_ids.astype(_ID_DTYPE).tobytes()).hexdigest()[:16]
+
+
+class Ledger:
+    """Append one entry per iteration; written by one rank, from the plan, without communication.
+
+    `sample_ids.bin` holds little-endian int64 ids, as the plan counts them (pieces of long samples have their own; see
+    `Plan.pieces`), `iterations.jsonl` one `LedgerEntry` a line.
+
+    Args:
+        folder: `<run>/ledger`.
+        plan: where the ids come from.
+        start_iteration: iterations that the run has consumed; later entries are of steps that were lost, and go.
+
+    Raises:
+        DataError: the ledger is damaged.
+        StorageError: it cannot be written.
+    """
+
+    def __init__(self, folder: str | Path, plan: Plan, start_iteration: int = 0) -> None:
+        self.folder, self.plan = Path(folder), plan
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._ids_file, self._index = (self._open(name) for name in (_IDS_FILE, _INDEX_FILE))
+            self._cut(start_iteration)
+        except OSError as error:
+            raise self._storage_error(error) from None
+        self._last = start_iteration
+
+    def record(self, iteration: int) -> str:
+        """Append an iteration that was just done and return the hash of its sample ids.
+
+        Args:
+            iteration: counted from 1, in order.
+
+        Raises:
+            ValueError: another iteration is due.
+            StorageError: the entry cannot be written.
+        """
+        if iteration != self._last + 1:
+            raise ValueError(f"iteration {iteration} recorded after {self._last}")
+        ids = self.plan.sample_ids(iteration - 1)
+        entry = LedgerEntry(iteration, len(ids), hash_sample_ids(ids), self.plan.hash)
+        try:
+            # The ids first: a line means that its ids are there.
+            self._ids_file.write(ids.astype(_ID_DTYPE).tobytes())
+            self._index.write(json.dumps(asdict(entry)).encode() + b"\n")
+        except OSError as error:
+            raise self._storage_error(error) from None
+        self._last = iteration
+        return entry.sample_ids_sha
+
+    def close(self) -> None:
+        """Close the files."""
+        self._ids_file.close()
+        self._index.close()
+
+    def _open(self, name: str) -> BinaryIO:
+        # Unbuffered: what was recorded is in the file when the process is killed.
+        return os.fdopen(os.open(self.folder / name, os.O_RDWR | os.O_CREAT, 0o644), "r+b", buffering=0)
+
+    def _cut(self, start_iteration: int) -> None:
+        lines = self._index.read().splitlines(keepends=True)
+        kept = []
+        for line in lines:
+            # A line without its end was being written when the process was killed.
+            entry = _parse(line, self.folder) if line.endswith(b"\n") else None
+            if entry is None or entry.iteration > start_iteration:
+                break
+            kept.append((entry, line))
+        last = kept[-1][0].iteration if kept else 0
+        if last < start_iteration:
+            logger.warning("%s has no entries of iterations %d to %d", self.folder, last + 1, start_iteration)
+        size_of_ids = sum(entry.samples for entry, _ in kept) * _ID_DTYPE.itemsize
+        if self._ids_file.seek(0, os.SEEK_END) < size_of_ids:
+            raise _damaged(self.folder, f"{_IDS_FILE} has fewer ids than {_INDEX_FILE} says")
+        for file, size in ((self._ids_file, size_of_ids), (self._index, sum(len(line) for _, line in kept))):
+            file.truncate(size)
+            file.seek(size)
+
+    def _storage_error(self, error: OSError) -> StorageError:
+        return StorageError(f"ledger cannot be written: {error}", where=str(self.folder), fix="make room there")
+
+
+def read_ledger(folder: str | Path) -> Iterator[tuple[LedgerEntry, np.ndarray]]:
+    """Yield every entry with its sample ids, int64[samples].
+
+    Raises:
+        DataError: the ledger is missing or damaged.
+    """
+    folder = Path(folder)
+    try:
+        with (folder / _INDEX_FILE).open("rb") as index, (folder / _IDS_FILE).open("rb") as ids_file:
+            for line in index:
+                entry = _parse(line, folder)
+                ids = np.frombuffer(ids_file.read(entry.samples * _ID_DTYPE.itemsize), dtype=_ID_DTYPE)
+                if hash_sample_ids(ids) != entry.sample_ids_sha:
+                    raise _damaged(folder, f"ids of iteration {entry.iteration} do not have the hash of their entry")
+                yield entry, ids
+    except OSError as error:
+        raise DataError(f"ledger cannot be read: {error}", where=str(folder), fix="check the path") from None
+
+
+def _parse(line: bytes, folder: Path) -> LedgerEntry:
+    try:
+        return LedgerEntry(**json.loads(line))
+    except (ValueError, TypeError):
+        raise _damaged(folder, f"line {line[:40]!r} of {_INDEX_FILE} is no entry") from None
+
+
+def _damaged(folder: Path, what: str) -> DataError:
+    return DataError(f"ledger is damaged: {what}", where=str(folder), fix="move the folder away to begin a new one")

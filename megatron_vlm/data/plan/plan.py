@@ -1,0 +1,256 @@
+"""The plan of a training run: which samples stand in which row, from lengths alone.
+
+It is built once, saved under a hash of everything it depends on, and memory-mapped by every rank, so that the position
+of a run is one integer.
+"""
+
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import shutil
+import socket
+import time
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_vlm.config import DataError, StorageError, config_to_dict
+from megatron_vlm.data.plan.compute import PlannedRows, PlanSettings, PlanSummary, plan_rows
+from megatron_vlm.data.plan.fragments import PieceTable
+from megatron_vlm.data.plan.sample_pool import SampleLengths
+
+__all__ = ["Plan", "PlanSettings", "PlanSummary", "PlannedRows", "build_plan", "hash_plan", "open_plan", "plan_rows"]
+
+logger = logging.getLogger(__name__)
+
+_PLAN_VERSION = 3
+"""Part of the hash; to be raised by every change that orders samples in another way."""
+_SUMMARY_FILE = "plan.json"
+_UNFINISHED = ".tmp"
+_SECONDS_TO_WRITE = 3600.0
+_LENGTH_OF_TRAINING = ("train_iters", "train_epochs")
+
+
+class Plan:
+    """An open plan; its arrays are memory-mapped.
+
+    Sample ids count the samples of all datasets of the blend, one after the other; with overflow "split", ids after
+    those are of the further pieces of long samples, and `pieces` says which tokens an id stands for.
+
+    Args:
+        folder: folder of this one plan.
+        settings: what it was built from.
+        summary: what it holds.
+        data_hash: hash of everything but the length of the training.
+    """
+
+    def __init__(self, folder: Path, settings: PlanSettings, summary: PlanSummary, data_hash: str) -> None:
+        self.folder, self.settings, self.summary, self.data_hash = folder, settings, summary, data_hash
+        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in _array_names(settings)}
+        self._sample_ids, self._borders = arrays["sample_ids"], arrays["row_borders"]
+        self._seq_lengths = arrays.get("seq_lengths")
+        pieces = arrays.get("pieces")
+        self.pieces = None if pieces is None else PieceTable(pieces, summary.first_piece_id)
+        """Which tokens an id stands for; None: every id is a sample of a dataset, cut to a row at most."""
+
+    def __reduce__(self) -> tuple:
+        # A memory-mapped array would be pickled with its whole content.
+        return Plan, (self.folder, self.settings, self.summary, self.data_hash)
+
+    @property
+    def hash(self) -> str:
+        """Hash of everything the plan depends on."""
+        return self.summary.hash
+
+    @property
+    def num_iterations(self) -> int:
+        """Global batches."""
+        return self.summary.num_iterations
+
+    @property
+    def stable_iterations(self) -> int:
+        """Leading global batches that every plan of the same `data_hash` begins with, as far as it has them."""
+        return self.summary.stable_iterations
+
+    def seq_length(self, iteration: int) -> int:
+        """Return the length of the rows of a global batch [tokens].
+
+        Raises:
+            IndexError: the plan has no such iteration.
+        """
+        self._check_iteration(iteration)
+        return self.settings.seq_length if self._seq_lengths is None else int(self._seq_lengths[iteration])
+
+    @property
+    def utilisation(self) -> float:
+        """Share of the positions of the rows that hold a token; empty rows at the end are not counted."""
+        return self.summary.utilisation
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of all batches, empty ones at the end included."""
+        return self.num_iterations * self.settings.global_batch_size
+
+    def row(self, index: int) -> np.ndarray:
+        """Return the global sample ids of a row, int64[samples]; none for an empty row at the end.
+
+        Raises:
+            IndexError: the plan has no such row.
+        """
+        if not 0 <= index < self.num_rows:
+            raise IndexError(f"row {index} of a plan of {self.num_rows}")
+        if index >= self.summary.num_rows:
+            return np.empty(0, dtype=np.int64)
+        return self._sample_ids[self._borders[index] : self._borders[index + 1]].astype(np.int64)
+
+    def sample_ids(self, iteration: int) -> np.ndarray:
+        """Return the global sample ids of a whole global batch, row after row, int64[samples].
+
+        Raises:
+            IndexError: the plan has no such iteration.
+        """
+        self._check_iteration(iteration)
+        size = self.settings.global_batch_size
+        first, last = (min(row, self.summary.num_rows) for row in (iteration * size, (iteration + 1) * size))
+        return self._sample_ids[self._borders[first] : self._borders[last]].astype(np.int64)
+
+    def _check_iteration(self, iteration: int) -> None:
+        if not 0 <= iteration < self.num_iterations:
+            raise IndexError(f"iteration {iteration} of a plan of {self.num_iterations}")
+
+
+def build_plan(settings: PlanSettings, datasets: Sequence[SampleLengths], folder: str | Path) -> Plan:
+    """Build the plan, save it as a folder named by its hash in `folder`, and open it; an existing one is only opened.
+
+    Args:
+        settings: what to plan.
+        datasets: one per entry of the blend.
+        folder: where plans are kept.
+
+    Raises:
+        ConfigError: the blend cannot be made from these datasets.
+        DataError: with overflow "fail", a sample is longer than a row, with "split" an image; or an existing plan is
+            damaged.
+        StorageError: the plan cannot be written.
+    """
+    name = hash_plan(settings, datasets)
+    target = Path(folder) / name
+    _remove_leftovers(Path(folder))
+    if target.exists():
+        return open_plan(settings, datasets, folder)
+    rows = plan_rows(settings, datasets)
+    temporary = target.with_name(f"{name}{_UNFINISHED}{os.getpid()}@{socket.gethostname()}")
+    try:
+        temporary.mkdir(parents=True, exist_ok=True)
+        _write(temporary, rows, settings, dataclasses.replace(rows.summary, hash=name))
+        os.rename(temporary, target)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if not target.exists():  # another process may have been faster: its plan is the same
+            raise StorageError(f"plan cannot be written: {error}", where=str(folder), fix="make room there") from None
+    plan = open_plan(settings, datasets, folder)
+    logger.info(
+        "plan %s: %d samples in %d rows of %s%d, %d iterations, utilisation %.4f, %d truncated, %d split, %d dropped",
+        name,
+        plan.summary.num_samples,
+        plan.summary.num_rows,
+        "up to " if settings.length_clustering else "",
+        settings.seq_length,
+        plan.num_iterations,
+        plan.utilisation,
+        plan.summary.truncated,
+        plan.summary.split,
+        plan.summary.dropped,
+    )
+    return plan
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what killed builds left: of processes of this host that are gone, and what nobody writes to any more."""
+    for path in folder.glob(f"*{_UNFINISHED}*"):
+        process, _, host = path.name.partition(_UNFINISHED)[2].partition("@")
+        try:
+            silent = time.time() - path.stat().st_mtime
+            if (host == socket.gethostname() and not _is_running(process)) or silent > _SECONDS_TO_WRITE:
+                shutil.rmtree(path, ignore_errors=True)
+        except FileNotFoundError:  # it was finished, or another process was faster
+            continue
+
+
+def _is_running(process: str) -> bool:
+    try:
+        os.kill(int(process), 0)
+    except (ProcessLookupError, ValueError):
+        return False
+    except PermissionError:  # it is another user's
+        return True
+    return True
+
+
+def open_plan(settings: PlanSettings, datasets: Sequence[SampleLengths], folder: str | Path) -> Plan:
+    """Open the plan that `build_plan` saved in `folder` for the same settings and datasets.
+
+    Raises:
+        DataError: there is none, or it is damaged.
+    """
+    path = Path(folder) / hash_plan(settings, datasets)
+    try:
+        tree = json.loads((path / _SUMMARY_FILE).read_bytes())
+        summary = PlanSummary(**tree["summary"])
+        for name in _array_names(settings):
+            if zlib.crc32((path / f"{name}.npy").read_bytes()) != tree["crc32"][name]:
+                raise ValueError(f"{name}.npy does not have the checksum it was written with")
+        return Plan(path, settings, summary, _hash(settings, datasets, without=_LENGTH_OF_TRAINING))
+    except FileNotFoundError as error:
+        raise DataError(f"plan is missing: {error.filename}", where=str(path), fix="build it again") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"plan is damaged: {error}", where=str(path), fix="delete the folder") from None
+
+
+def hash_plan(settings: PlanSettings, datasets: Sequence[SampleLengths]) -> str:
+    """Return a hash of everything a plan depends on; where the datasets lie is no part of it."""
+    return _hash(settings, datasets, without=())
+
+
+def _hash(settings: PlanSettings, datasets: Sequence[SampleLengths], without: Sequence[str]) -> str:
+    tree = config_to_dict(settings)
+    for entry in tree["blend"]:
+        del entry["path"]
+    for name in without:
+        del tree[name]
+    if not settings.length_clustering:
+        del tree["length_multiple"]
+    tree["datasets"] = [dataset.fingerprint for dataset in datasets]
+    tree["version"] = _PLAN_VERSION
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _array_names(settings: PlanSettings) -> tuple[str, ...]:
+    """Return which files a plan has."""
+    names = ["sample_ids", "row_borders"]
+    if settings.overflow == "split":
+        names.append("pieces")
+    if settings.length_clustering:
+        names.append("seq_lengths")
+    return tuple(names)
+
+
+def _write(folder: Path, rows: PlannedRows, settings: PlanSettings, summary: PlanSummary) -> None:
+    checksums = {}
+    arrays: dict[str, Any] = {
+        "sample_ids": rows.sample_ids,
+        "row_borders": rows.row_borders,
+        "pieces": rows.pool.pieces,
+        "seq_lengths": rows.seq_lengths,
+    }
+    for name in _array_names(settings):
+        path = folder / f"{name}.npy"
+        np.save(path, arrays[name])
+        checksums[name] = zlib.crc32(path.read_bytes())
+    tree = {"summary": dataclasses.asdict(summary), "settings": config_to_dict(settings), "crc32": checksums}
+    (folder / _SUMMARY_FILE).write_text(json.dumps(tree, indent=1) + "\n")

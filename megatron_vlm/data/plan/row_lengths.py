@@ -1,0 +1,83 @@
+"""Advise on the length of a row: how full rows of neighbouring lengths would be."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_vlm.data.plan.blend import samples_per_pass
+from megatron_vlm.data.plan.compute import PlanSettings
+from megatron_vlm.data.plan.packing import packed_utilisation
+from megatron_vlm.data.plan.sample_pool import Overflow, SampleLengths
+
+_NEIGHBOURS = range(-2, 5)
+_STEPS_PER_ROW = 32
+_MULTIPLE = 8
+# As many samples give the utilisation to three digits.
+_MAX_SAMPLES = 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class RowLength:
+    """What a row length would give."""
+
+    seq_length: int
+    utilisation: float
+    """Share of the positions that hold a token."""
+    too_long: float
+    """Share of the samples that are longer than a row."""
+
+
+def compare_row_lengths(settings: PlanSettings, datasets: Sequence[SampleLengths]) -> list[RowLength]:
+    """Pack one pass over the blend into rows of the planned length and of lengths 3 to 12 % away.
+
+    Samples longer than a row count as full rows, as full rows and a rest where they are split, or not at all where they
+    are dropped. Where a pass has more than a million samples, a million of them are drawn.
+
+    Raises:
+        ConfigError: the blend cannot be made from these datasets.
+    """
+    lengths = _draw_lengths(settings, datasets)
+    grain = math.lcm(_MULTIPLE, settings.sample_multiple)
+    step = max(grain, settings.seq_length // _STEPS_PER_ROW // grain * grain)
+    result = []
+    for neighbour in _NEIGHBOURS:
+        seq_length = settings.seq_length + neighbour * step
+        if seq_length <= 0:
+            continue
+        too_long = lengths > seq_length
+        packed = _fit(lengths, seq_length, settings.overflow)
+        if packed.size:
+            utilisation = packed_utilisation(packed, seq_length, settings.sample_multiple)
+            result.append(RowLength(seq_length, utilisation, float(too_long.mean())))
+    return result
+
+
+def _fit(lengths: np.ndarray, seq_length: int, overflow: Overflow) -> np.ndarray:
+    if overflow == "drop":
+        return lengths[lengths <= seq_length]
+    if overflow == "split":
+        whole, rest = np.divmod(lengths, seq_length)
+        return np.concatenate([np.full(whole.sum(), seq_length), rest[rest > 0]])
+    return np.minimum(lengths, seq_length)
+
+
+def choose_row_length(candidates: Sequence[RowLength], seq_length: int) -> RowLength:
+    """Return the candidate that wastes least without cutting more samples than rows of `seq_length` do."""
+    planned = next(candidate for candidate in candidates if candidate.seq_length == seq_length)
+    allowed = [candidate for candidate in candidates if candidate.too_long <= planned.too_long]
+    return max(allowed, key=lambda candidate: candidate.utilisation)
+
+
+def _draw_lengths(settings: PlanSettings, datasets: Sequence[SampleLengths]) -> np.ndarray:
+    images = [int(dataset.num_images.sum(dtype=np.int64)) for dataset in datasets]
+    per_pass = samples_per_pass(settings.blend, [len(dataset) for dataset in datasets], images)
+    share = min(1.0, _MAX_SAMPLES / per_pass.sum())
+    rng = np.random.default_rng(settings.seed)
+    drawn = []
+    for dataset, number in zip(datasets, per_pass * share, strict=True):
+        total = dataset.num_images * np.int32(settings.num_image_tokens) + dataset.text_lengths
+        whole, part = divmod(max(1, round(float(number))), len(total))
+        drawn += [total] * whole + [rng.choice(total, part, replace=False)]
+    return np.concatenate(drawn)

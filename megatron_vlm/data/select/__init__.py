@@ -1,0 +1,1 @@
+"""Keep the best or a fixed number of records of raw corpora."""

@@ -1,0 +1,369 @@
+"""Keep the best image-text pairs of any number of parquet files by a score, exactly and in bounded memory.
+
+Two passes: the first streams the score columns alone and remembers the k best rows seen so far, the second copies the
+chosen rows with all their columns. Source: VILA, appendix D, ranks COYO-700M by CLIP similarity and keeps 25M.
+"""
+
+import dataclasses
+import json
+import logging
+import math
+import textwrap
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+from tqdm import tqdm
+
+from megatron_vlm.config import ConfigError, DataError, UsageError
+from megatron_vlm.data.files.locations import Location, place_of
+from megatron_vlm.data.files.parquet import open_parquet, unreadable
+from megatron_vlm.data.prepare.joining import describe_rejects
+from megatron_vlm.data.select.histogram import ScoreHistogram, draw_histogram, histogram_rows
+from megatron_vlm.platform.files.durable import folder_beside, storage_errors, write_durably
+
+logger = logging.getLogger(__name__)
+
+# The underscore: readers of a folder of parquet files (Arrow, Spark, pandas) skip such names.
+REPORT_FILE, PICTURE_FILE = "_report.json", "_scores.png"
+_BATCH_ROWS = 1 << 16
+_MIN_SPARE_ROWS = 1 << 16
+_UNITS = {"K": 10**3, "M": 10**6, "B": 10**9}
+
+
+def parse_count(text: str) -> int:
+    """Return a number of pairs written as 25000000, 25M, 2.5M, 400K or 1B.
+
+    Raises:
+        ValueError: the text is none of these, or not a whole number above 0.
+    """
+    unit = _UNITS.get(text[-1:].upper())
+    value = Fraction(text[:-1] if unit else text) * (unit or 1)
+    if value.denominator != 1 or value <= 0:
+        raise ValueError(f"{text} is not a whole number above 0")
+    return int(value)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SelectRules:
+    """Which rows are kept: those with the highest score; of equal scores those that come first.
+
+    What comes first is the order of the files, by name within a folder, and of the rows in a file.
+
+    Raises:
+        UsageError: not exactly one of `top` and `fraction`, no column, or a fraction outside of 0 to 1.
+    """
+
+    columns: tuple[str, ...]
+    """Their sum is the score."""
+    top: int | None = None
+    """Rows kept of all files together."""
+    fraction: Fraction | None = None
+    """Share of its rows that each file keeps, rounded down, as VILA's scripts do with 1/5."""
+    min_score: float | None = None
+    """Rows with a score not above this are dropped before anything else."""
+
+    def __post_init__(self) -> None:
+        if not self.columns or not all(self.columns):
+            raise UsageError("--by names no column, or an empty one", fix="name columns, joined by +")
+        if (self.top is None) == (self.fraction is None):
+            raise UsageError("give either --top or --fraction", fix="--top 25M is the paper's")
+        if self.fraction is not None and not 0 < self.fraction <= 1:
+            raise UsageError(
+                f"--fraction {float(self.fraction)} is not above 0 and up to 1", fix="use 0.2, for example"
+            )
+
+
+class TopRows:
+    """The k highest scores of a stream, each with its row number; memory is bounded by k, not by the stream.
+
+    Args:
+        k: rows to keep.
+    """
+
+    def __init__(self, k: int) -> None:
+        self._k, self._size = k, 0
+        self._capacity = k + max(k // 4, _MIN_SPARE_ROWS)
+        self._scores, self._rows = np.zeros(0), np.zeros(0, dtype=np.int64)
+        self._threshold = -math.inf
+
+    def add(self, scores: np.ndarray, rows: np.ndarray) -> None:
+        """Offer scores, float64[n] and finite, with their row numbers, int64[n], which ascend from call to call."""
+        better = scores > self._threshold  # a row as good as the k-th comes after it, so it loses
+        scores, rows = scores[better], rows[better]
+        while len(scores):
+            count = min(len(scores), self._capacity - self._size)
+            self._grow(self._size + count)
+            self._scores[self._size : self._size + count] = scores[:count]
+            self._rows[self._size : self._size + count] = rows[:count]
+            self._size += count
+            scores, rows = scores[count:], rows[count:]
+            if self._size == self._capacity:
+                self._compact()
+
+    def result(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the scores and row numbers that are kept, by row number."""
+        self._compact()
+        return self._scores[: self._size], self._rows[: self._size]
+
+    def _grow(self, wanted: int) -> None:
+        if wanted > len(self._scores):
+            size = min(self._capacity, max(wanted, 2 * len(self._scores)))
+            self._scores, self._rows = (
+                np.concatenate([old[: self._size], np.zeros(size - self._size, dtype=old.dtype)])
+                for old in (self._scores, self._rows)
+            )
+
+    def _compact(self) -> None:
+        """Forget all but the k best; the order, which is that of the rows, stays."""
+        if self._size <= self._k:
+            return
+        scores, rows = self._scores[: self._size], self._rows[: self._size]
+        self._threshold = float(np.partition(scores, self._size - self._k)[self._size - self._k])
+        keep = scores > self._threshold
+        equal = np.flatnonzero(scores == self._threshold)
+        keep[equal[: self._k - int(keep.sum())]] = True
+        self._scores[: self._k], self._rows[: self._k] = scores[keep], rows[keep]
+        self._size = self._k
+
+
+@dataclass(frozen=True, slots=True)
+class _InputFile:
+    path: Location
+    output: str
+    first_row: int
+    num_rows: int
+
+
+def select_pairs(inputs: tuple[Location, ...], output: Path, rules: SelectRules) -> dict[str, Any]:
+    """Write the chosen rows as parquet files, one for each input file that has any, and a report.
+
+    Args:
+        inputs: parquet files; their order decides between equal scores.
+        output: new folder of parquet files with all columns of the input, in its order; `_report.json`, `_scores.png`.
+        rules: what is chosen.
+
+    Returns:
+        The report: rows = kept + dropped by reason, the lowest score that was kept, counts by file, a histogram.
+
+    Raises:
+        ConfigError: the output folder is not empty or another process writes it, or a file is given twice.
+        DataError: a file cannot be read, lacks a score column, or no row is left.
+        StorageError: the output cannot be written.
+    """
+    # Held from the start, so that a second command does not do all of the work for nothing.
+    with storage_errors("selection cannot be written", output), folder_beside(output, is_new=True) as unfinished:
+        return _select(inputs, unfinished, rules)
+
+
+def _select(inputs: tuple[Location, ...], folder: Path, rules: SelectRules) -> dict[str, Any]:
+    files = _list_files(inputs)
+    for file in files:
+        _check_columns(file.path, rules.columns)
+    dropped: Counter[str] = Counter()
+    everything = ScoreHistogram()
+    scores, rows = _choose(files, rules, dropped, everything)
+    if not len(rows):
+        raise DataError(
+            f"none of {sum(file.num_rows for file in files)} rows is left: {describe_rejects(dropped)}",
+            where=", ".join(rules.columns),
+            fix=f"lower --min-score, {'raise --fraction, ' if rules.fraction is not None else ''}or name other columns "
+            "in --by",
+        )
+    if rules.top is not None and len(rows) < rules.top:
+        logger.warning("only %d rows have a usable score, fewer than the %d wanted; all are kept", len(rows), rules.top)
+    kept = ScoreHistogram(everything.width)
+    kept.add(scores)
+    written = _write_files(files, rows, folder)
+    report = _report(files, rules, scores, dropped, written) | {
+        "histogram": histogram_rows(everything, kept),
+        "bin_width": everything.width,
+    }
+    title = f"{'+'.join(rules.columns)}: {report['kept']} of {report['rows']} rows kept"
+    draw_histogram(title, report["histogram"], everything.width).save(folder / PICTURE_FILE)
+    write_durably(folder / REPORT_FILE, (json.dumps(report, indent=1) + "\n").encode())
+    return report
+
+
+def _list_files(inputs: tuple[Location, ...]) -> list[_InputFile]:
+    resolved = [place_of(path) for path in inputs]
+    if len(set(resolved)) < len(resolved):
+        twice = next(path for path, count in Counter(resolved).items() if count > 1)
+        raise ConfigError("input file is given twice", where=str(twice), fix="give each file once")
+    names = [path.name for path in inputs]
+    unique = len(set(names)) == len(names)
+    files: list[_InputFile] = []
+    first = 0
+    for number, path in enumerate(inputs):
+        with open_parquet(path, streamed=True) as table:
+            num_rows = table.metadata.num_rows
+        files.append(_InputFile(path, path.name if unique else f"{number:05d}-{path.name}", first, num_rows))
+        first += num_rows
+    return files
+
+
+def _check_columns(path: Location, columns: tuple[str, ...]) -> None:
+    with open_parquet(path, streamed=True) as table:
+        schema = table.schema_arrow
+    numbers = [field.name for field in schema if _is_number(field.type)]
+    for name in columns:
+        if name not in schema.names:
+            # Most scores are floats.
+            numbers.sort(key=lambda number: pyarrow.types.is_integer(schema.field(number).type))
+            raise DataError(
+                f"parquet file has no column {name}",
+                where=str(path),
+                fix=f"use --by with {textwrap.shorten(', '.join(numbers), 120, placeholder=' ...') or 'other files'}",
+            )
+        kind = schema.field(name).type
+        if name not in numbers:
+            raise DataError(f"column {name} is of type {kind}, not a number", where=str(path), fix="use another --by")
+
+
+def _is_number(kind: pyarrow.DataType) -> bool:
+    return pyarrow.types.is_floating(kind) or pyarrow.types.is_integer(kind)
+
+
+def _choose(
+    files: list[_InputFile], rules: SelectRules, dropped: Counter[str], histogram: ScoreHistogram
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the scores and row numbers, over all files, that are kept, by row number."""
+    chosen: list[tuple[np.ndarray, np.ndarray]] = []
+    best = TopRows(rules.top) if rules.top is not None else None
+    with tqdm(total=sum(file.num_rows for file in files), unit=" rows", unit_scale=True, disable=None) as bar:
+        for file in files:
+            wanted = 0
+            if rules.fraction is not None:
+                wanted = math.floor(rules.fraction * file.num_rows)
+                best = TopRows(wanted) if wanted else None
+            usable = 0
+            for scores, rows in _read_scores(file, rules.columns, dropped):
+                bar.update(min(_BATCH_ROWS, file.first_row + file.num_rows - bar.n))
+                histogram.add(scores)
+                if rules.min_score is not None:
+                    above = scores > rules.min_score
+                    dropped["min_score"] += len(scores) - int(above.sum())
+                    scores, rows = scores[above], rows[above]
+                usable += len(scores)
+                if best is not None:
+                    best.add(scores, rows)
+            if rules.fraction is not None:
+                if usable < wanted:
+                    logger.warning("%s has %d usable rows, fewer than the %d wanted", file.path, usable, wanted)
+                if best is not None:
+                    chosen.append(best.result())
+    if rules.top is not None and best is not None:
+        chosen.append(best.result())
+    scores, rows = (np.concatenate(parts) for parts in zip(*chosen, strict=True)) if chosen else (np.zeros(0),) * 2
+    dropped["score_too_low"] = sum(file.num_rows for file in files) - len(rows) - dropped.total()
+    return scores, rows
+
+
+def _read_scores(
+    file: _InputFile, columns: tuple[str, ...], dropped: Counter[str]
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield scores and row numbers of the rows that have a score, batch by batch; the others are counted."""
+    first = file.first_row
+    for batch in _batches(file.path, columns=sorted(set(columns))):
+        score = np.zeros(batch.num_rows)
+        missing = np.zeros(batch.num_rows, dtype=bool)
+        for name in columns:
+            column = batch.column(name)
+            missing |= column.is_null().to_numpy(zero_copy_only=False)
+            score += column.cast(pyarrow.float64(), safe=False).to_numpy(zero_copy_only=False)
+        finite = np.isfinite(score)
+        dropped["score_missing"] += int(missing.sum())
+        dropped["score_not_finite"] += int((~finite & ~missing).sum())
+        usable = finite & ~missing
+        yield score[usable], first + np.flatnonzero(usable)
+        first += batch.num_rows
+    _check_num_rows(file, first - file.first_row)
+
+
+def _write_files(files: list[_InputFile], rows: np.ndarray, folder: Path) -> list[int]:
+    """Copy the chosen rows and return how many there are of each file."""
+    borders = np.searchsorted(rows, [*(file.first_row for file in files), files[-1].first_row + files[-1].num_rows])
+    counts = np.diff(borders).tolist()
+    with tqdm(total=len(rows), unit=" rows written", unit_scale=True, disable=None) as bar:
+        for file, start, count in zip(files, borders.tolist(), counts, strict=False):
+            if count:
+                _write_file(file, rows[start : start + count] - file.first_row, folder / file.output, bar)
+    return counts
+
+
+def _write_file(file: _InputFile, rows: np.ndarray, path: Path, bar: tqdm) -> None:
+    """Copy rows, int64[n] and ascending, of one file; row groups without any of them are not read."""
+    waiting: list[pyarrow.RecordBatch] = []
+    num_waiting = first = 0
+    with open_parquet(file.path, streamed=True) as table:
+        schema = table.schema_arrow
+        sizes = [table.metadata.row_group(group).num_rows for group in range(table.num_row_groups)]
+    groups, places = _place_in_groups(rows, sizes)
+    with pyarrow.parquet.ParquetWriter(path, schema) as writer:
+        for batch in _batches(file.path, row_groups=groups):
+            start, end = np.searchsorted(places, [first, first + batch.num_rows])
+            if end > start:
+                waiting.append(batch.take(pyarrow.array(places[start:end] - first)))
+                num_waiting += int(end - start)
+            first += batch.num_rows
+            if num_waiting >= _BATCH_ROWS:
+                writer.write_table(pyarrow.Table.from_batches(waiting, schema))
+                bar.update(num_waiting)
+                waiting, num_waiting = [], 0
+        if waiting:
+            writer.write_table(pyarrow.Table.from_batches(waiting, schema))
+            bar.update(num_waiting)
+    _check_num_rows(dataclasses.replace(file, num_rows=sum(sizes[group] for group in groups)), first)
+
+
+def _place_in_groups(rows: np.ndarray, sizes: list[int]) -> tuple[list[int], np.ndarray]:
+    """Return the row groups that have any of the rows, and where the rows are if these groups alone are read."""
+    borders = np.cumsum([0, *sizes])
+    owner = np.searchsorted(borders, rows, side="right") - 1
+    groups, position = np.unique(owner, return_inverse=True)
+    starts = np.cumsum([0, *(sizes[group] for group in groups)])
+    return groups.tolist(), rows - borders[owner] + starts[position]
+
+
+def _report(
+    files: list[_InputFile], rules: SelectRules, scores: np.ndarray, dropped: Counter[str], written: list[int]
+) -> dict[str, Any]:
+    return {
+        "by": "+".join(rules.columns),
+        "top": rules.top,
+        "fraction": None if rules.fraction is None else float(rules.fraction),
+        "min_score": rules.min_score,
+        "rows": sum(file.num_rows for file in files),
+        "kept": len(scores),
+        "dropped": {reason: count for reason, count in sorted(dropped.items()) if count},
+        "lowest_kept_score": float(scores.min()),
+        "mean_kept_score": float(scores.mean()),
+        "highest_score": float(scores.max()),
+        "files": [
+            {"input": file.path.name, "rows": file.num_rows, "kept": count, "output": file.output if count else None}
+            for file, count in zip(files, written, strict=True)
+        ],
+    }
+
+
+def _check_num_rows(file: _InputFile, found: int) -> None:
+    if found != file.num_rows:
+        raise DataError(
+            f"{found} rows were read where {file.num_rows} are expected; the file was changed meanwhile",
+            where=str(file.path),
+            fix="run the same command again",
+        )
+
+
+def _batches(path: Location, **choice: Any) -> Iterator[pyarrow.RecordBatch]:
+    with open_parquet(path, streamed=True) as table:
+        try:
+            yield from table.iter_batches(_BATCH_ROWS, **choice)
+        except (pyarrow.ArrowException, OSError) as error:
+            raise unreadable(path, error) from None

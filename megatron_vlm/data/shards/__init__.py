@@ -1,0 +1,1 @@
+"""Indexed binary shards: written, read, verified, shown, exported."""

@@ -1,0 +1,243 @@
+"""Prepared shards as WebDataset tars: the way back for other programs, and for `prepare interleaved`.
+
+Each sample is `KEY.json`, with `texts`, `images`, `train` and `special`, and its images `KEY.0.jpg`, `KEY.1.png` and so
+on. The tars are the same bytes whenever and by however many processes they are written, and each is whole or not there.
+"""
+
+import functools
+import io
+import json
+import os
+import socket
+import tarfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from megatron_vlm.config import ConfigError, DataError, UsageError
+from megatron_vlm.data.prepare.part import Report
+from megatron_vlm.data.shards.dataset import EncodedSample, ImageSegment, ShardedDataset
+from megatron_vlm.data.tasks.processes import Engine, run_tasks
+from megatron_vlm.data.text.tokenizer import Tokenizer, load_tokenizer
+from megatron_vlm.platform.files.durable import flush_to_disk, storage_errors
+from megatron_vlm.platform.files.locks import locked
+
+_STATE_FILE = ".export"  # locked while tars are written; no suffix: nothing that looks for tars or JSON finds it
+_REPORT_EVERY = 100
+_EXTENSIONS = {b"\xff\xd8": "jpg", b"\x89P": "png", b"RI": "webp", b"GI": "gif"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportJob:
+    """What is exported; small, since it travels with each task."""
+
+    folder: Path
+    """The dataset."""
+    output: Path
+    """Folder of the tars."""
+    tokenizer: Path
+    """That of the shards."""
+    samples_per_shard: int = 10_000
+    """Samples of a tar, except for the last."""
+
+
+def export_webdataset(job: ExportJob, *, num_workers: int = 1) -> int:
+    """Write a dataset as WebDataset tars `00000.tar` and so on; goes on where an earlier call was interrupted.
+
+    Args:
+        job: what to export.
+        num_workers: processes; the result does not depend on it.
+
+    Returns:
+        How many tars there are.
+
+    Raises:
+        ConfigError: the output folder holds something else, or another process is exporting into it.
+        UsageError: a tar would have no sample.
+        DataError: the dataset is damaged, or of another tokenizer.
+        StorageError: a tar cannot be written.
+    """
+    if job.samples_per_shard < 1:
+        raise UsageError(f"--samples-per-shard {job.samples_per_shard} is below 1", fix="use 1 or more")
+    dataset, tokenizer = ShardedDataset.open(job.folder), load_tokenizer(job.tokenizer)
+    dataset.check_tokenizer(tokenizer.facts)
+    state = {
+        "dataset": dataset.fingerprint,
+        "tokenizer": tokenizer.sha256,
+        "samples_per_shard": job.samples_per_shard,
+    }
+    count = -(-len(dataset) // job.samples_per_shard)
+    width = max(5, len(str(count - 1)))
+    tasks = [(job, dataset.fingerprint, number, job.output / f"{number:0{width}d}.tar") for number in range(count)]
+    run: Engine = functools.partial(run_tasks, num_workers=num_workers)
+    with _claimed(job.output, state):
+        run(write_tar, tasks, unit="samples", reports=True)
+    return count
+
+
+def write_tar(job: ExportJob, fingerprint: str, number: int, path: Path, report: Report) -> None:
+    """Write one tar, unless it is there.
+
+    Args:
+        job: the options.
+        fingerprint: of the dataset.
+        number: of the tar.
+        path: of the tar.
+        report: is told about progress.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    dataset, tokenizer = _open(job.folder, job.tokenizer, fingerprint)
+    first = number * job.samples_per_shard
+    last = min(first + job.samples_per_shard, len(dataset))
+    if path.exists():
+        report(last - first, 0)
+        return
+    # A worker of an export that was killed may live for a moment after the next one has begun.
+    unfinished = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+    with storage_errors("export stopped", path, kept="finished tars are kept"):
+        with unfinished.open("wb") as stream:
+            _write_samples(stream, dataset, tokenizer, range(first, last), report)
+            flush_to_disk(stream)
+        os.replace(unfinished, path)
+
+
+def describe_sample(sample: EncodedSample, tokenizer: Tokenizer) -> tuple[dict[str, list], dict[str, bytes]]:
+    """Return a sample as four lists, with one entry for each text and each image, and its image files by name.
+
+    Prepared again they give the same sample: `special` has "bos" or "eos" where a text is nothing else, and the names
+    of the pieces where encoding the text would give others.
+
+    Args:
+        sample: of the shards.
+        tokenizer: that of the shards.
+
+    Raises:
+        DataError: an image is none.
+    """
+    record: dict[str, list] = {"texts": [], "images": [], "train": [], "special": []}
+    files: dict[str, bytes] = {}
+
+    def add(text: str | None, image: str | None, train: bool, special: str | list[str] | None) -> None:
+        for name, value in zip(record, (text, image, train, special), strict=True):
+            record[name].append(value)
+
+    before: list[int] = []  # the text that the next one continues
+    continuation = False  # as `encode_segments` has it
+    for segment in sample.segments:
+        if isinstance(segment, ImageSegment):
+            name = f"{len(files)}.{_extension(segment.encoded)}"
+            files[name] = segment.encoded
+            before, continuation = [], False
+            add(None, name, False, None)
+            continue
+        for run in _runs(segment.input_ids.tolist(), tokenizer):
+            if run[0] in (tokenizer.bos_id, tokenizer.eos_id):
+                is_bos = run[0] == tokenizer.bos_id
+                continuation = bool(record["texts"]) or not is_bos
+                add("", None, segment.train, "bos" if is_bos else "eos")
+                continue
+            # Decoded alone, a text loses the blank that it may begin with; decoded with what it continues, it does not.
+            text = tokenizer.decode(before + run)[len(tokenizer.decode(before)) :]
+            is_exact = tokenizer.encode(text, continuation=continuation) == run
+            add(text, None, segment.train, None if is_exact else [tokenizer.piece(token) for token in run])
+            before, continuation = run, True
+    return record, files
+
+
+def _runs(input_ids: list[int], tokenizer: Tokenizer) -> Iterator[list[int]]:
+    """Yield text, and each BOS and EOS by itself."""
+    run: list[int] = []
+    for token in input_ids:
+        if token not in (tokenizer.bos_id, tokenizer.eos_id):
+            run.append(token)
+            continue
+        if run:
+            yield run
+        run = []
+        yield [token]
+    if run:
+        yield run
+
+
+def _extension(image: bytes) -> str:
+    extension = _EXTENSIONS.get(image[:2])
+    if extension is None:
+        raise DataError(f"image has an unknown format; starts with {image[:12]!r}", fix="check the shards: data verify")
+    return extension
+
+
+def _write_samples(
+    stream: BinaryIO, dataset: ShardedDataset, tokenizer: Tokenizer, samples: range, report: Report
+) -> None:
+    # Without names, times and owners of this machine: USTAR entries hold nothing else.
+    with tarfile.open(fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT) as archive:
+        for done, sample in enumerate(samples, start=1):
+            record, files = describe_sample(dataset[sample], tokenizer)
+            content = json.dumps(record, ensure_ascii=False).encode()
+            for name, data in (("json", content), *files.items()):
+                entry = tarfile.TarInfo(f"{sample:09d}.{name}")
+                entry.size = len(data)
+                archive.addfile(entry, io.BytesIO(data))
+            if done % _REPORT_EVERY == 0:
+                report(_REPORT_EVERY, 0)
+    report(len(samples) % _REPORT_EVERY, 0)
+
+
+@contextmanager
+def _claimed(output: Path, state: dict[str, Any]) -> Iterator[None]:
+    """Hold the output folder against other processes, and against other exports; make it where there is none.
+
+    Raises:
+        ConfigError: it is in use, or holds something else.
+        StorageError: it cannot be written.
+    """
+    path, content = output / _STATE_FILE, json.dumps(state).encode()
+    with ExitStack() as held:
+        with storage_errors("output folder cannot be written", output):
+            output.mkdir(parents=True, exist_ok=True)
+            if not path.exists() and any(output.iterdir()):
+                raise ConfigError("output folder is not empty", where=str(output), fix="give another --output")
+            lock = held.enter_context(locked(path))
+            if lock is None:
+                raise ConfigError(
+                    "another process is exporting into this folder", where=str(output), fix="wait for it, or stop it"
+                )
+            _write_state(lock, content, output)
+            for left_over in output.glob("*.tmp"):
+                left_over.unlink()
+        yield
+
+
+def _write_state(lock: BinaryIO, content: bytes, output: Path) -> None:
+    """Write what is exported, unless it is there; what a kill has left of it says nothing as long as there is no tar.
+
+    Raises:
+        ConfigError: the folder is of another export.
+    """
+    lock.seek(0)
+    found = lock.read()
+    if found == content:
+        return
+    if not content.startswith(found) or any(output.glob("*.tar")):
+        raise ConfigError(
+            "output folder holds an export of another dataset, or with other options",
+            where=str(output),
+            fix="give another --output, or delete the folder",
+        )
+    # In place: a renamed file would be another one than the one that is locked.
+    lock.truncate(0)
+    lock.write(content)
+    flush_to_disk(lock)
+
+
+@functools.lru_cache(maxsize=1)
+def _open(folder: Path, tokenizer: Path, fingerprint: str) -> tuple[ShardedDataset, Tokenizer]:
+    """Open what the tars of one export have in common, once in a process."""
+    dataset = ShardedDataset.open(folder)
+    if dataset.fingerprint != fingerprint:
+        raise DataError("dataset has changed meanwhile", where=str(folder), fix="export it again into another folder")
+    return dataset, load_tokenizer(tokenizer)

@@ -1,0 +1,227 @@
+"""The manifest of a prepared dataset: what the shards hold, and the checksums that make them valid."""
+
+import dataclasses
+import json
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_vlm.config import DataError
+from megatron_vlm.platform.files.durable import write_durably
+
+FORMAT_NAME = "megatron_vlm shards"
+FORMAT_VERSION = 1
+MANIFEST_FILE = "manifest.json"
+REJECTS_FILE = "rejects.jsonl"
+WORK_FOLDER = ".prepare"
+"""Where `prepare` keeps its unfinished parts, inside the output folder."""
+
+_CHUNK_BYTES = 1 << 18  # larger pieces are no faster and would show in the memory of every reader
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileFacts:
+    """Size and checksum of one file."""
+
+    bytes: int
+    crc32: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenizerFacts:
+    """Which tokenizer made the token ids; training with another one is refused."""
+
+    name: str
+    sha256: str
+    vocab_size: int
+    bos_id: int
+    eos_id: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Counts:
+    """What a shard, or a whole dataset, holds."""
+
+    samples: int = 0
+    sequences: int = 0
+    """Text and image sequences."""
+    images: int = 0
+    image_bytes: int = 0
+    text_tokens: int = 0
+    """Tokens of all text, BOS and EOS included, images not."""
+    trained_tokens: int = 0
+    """Tokens of text sequences that are trained."""
+
+    def __add__(self, other: "Counts") -> "Counts":
+        names = (entry.name for entry in dataclasses.fields(self))
+        return Counts(**{name: getattr(self, name) + getattr(other, name) for name in names})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardFacts:
+    """One shard: `name`.bin, `name`.idx and `name`.crc."""
+
+    name: str
+    input: str
+    """Input file that the samples come from."""
+    counts: Counts
+    files: dict[str, FileFacts]
+    """By suffix: bin, idx, crc."""
+
+    @classmethod
+    def from_tree(cls, tree: dict[str, Any]) -> "ShardFacts":
+        """Read what `dataclasses.asdict` wrote as JSON.
+
+        Raises:
+            KeyError, TypeError: a field is missing, or there is another one.
+        """
+        return cls(
+            name=tree["name"],
+            input=tree["input"],
+            counts=Counts(**tree["counts"]),
+            files={suffix: FileFacts(**facts) for suffix, facts in tree["files"].items()},
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """Everything about a prepared dataset except the samples."""
+
+    source: str
+    """Name under which the loss of this dataset is reported, e.g. "mmc4"."""
+    tokenizer: TokenizerFacts
+    shards: tuple[ShardFacts, ...]
+    documents: int
+    """Documents read: those that became samples plus those rejected."""
+    rejects: dict[str, int] = field(default_factory=dict)
+    """Rejected documents by reason."""
+    notes: dict[str, int] = field(default_factory=dict)
+    """Other things counted on the way, e.g. animated images of which the first frame is used."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Options of `prepare`."""
+    rejects_file: FileFacts | None = None
+    part_files: dict[str, FileFacts] = field(default_factory=dict)
+    """What a part of a dataset has for `data merge` besides shards and rejects, by name; empty where it is whole."""
+
+    @property
+    def counts(self) -> Counts:
+        """Sum over the shards."""
+        total = Counts()
+        for shard in self.shards:
+            total = total + shard.counts
+        return total
+
+    @property
+    def rejected(self) -> int:
+        """Documents that became no sample."""
+        return sum(self.rejects.values())
+
+
+def crc32_of_file(path: Path) -> int:
+    """Return the crc32 of a file, read in pieces."""
+    value = 0
+    with path.open("rb", buffering=0) as stream:
+        while chunk := stream.read(_CHUNK_BYTES):
+            value = zlib.crc32(chunk, value)
+    return value
+
+
+def without_content(manifest: Manifest) -> Manifest:
+    """Return what is known before any data is read: from what a dataset is made, and how."""
+    return dataclasses.replace(manifest, shards=(), documents=0, rejects={}, notes={}, rejects_file=None, part_files={})
+
+
+def facts_of_file(path: Path) -> FileFacts:
+    """Return size and checksum of a file."""
+    return FileFacts(bytes=path.stat().st_size, crc32=crc32_of_file(path))
+
+
+def fault_of_file(path: Path, facts: FileFacts) -> str | None:
+    """Return in which way a file is not what the manifest says; None: in none."""
+    try:
+        if not path.is_file():
+            return "file is missing"
+        if (found := path.stat().st_size) != facts.bytes:
+            return f"{found} bytes, the manifest says {facts.bytes}"
+        return None if crc32_of_file(path) == facts.crc32 else "checksum differs from the manifest"
+    except OSError as error:
+        return f"file cannot be read: {error.strerror}"
+
+
+def save_manifest(manifest: Manifest, folder: Path) -> None:
+    """Write `manifest.json`; the last file of a dataset, since its presence means that the dataset is complete."""
+    tree = {"format": FORMAT_NAME, "format_version": FORMAT_VERSION}
+    tree |= dataclasses.asdict(manifest) | {"counts": dataclasses.asdict(manifest.counts)}
+    if not manifest.part_files:
+        del tree["part_files"]
+    write_durably(folder / MANIFEST_FILE, (json.dumps(tree, indent=1) + "\n").encode())
+
+
+def load_manifest(folder: Path) -> Manifest:
+    """Read and check `manifest.json`.
+
+    Raises:
+        DataError: the folder, or its manifest, is missing, damaged, unfinished or of another format version.
+    """
+    if folder.is_file():
+        raise DataError(
+            "path is a file, not the folder of a dataset", where=str(folder), fix=f"give the folder: {folder.parent}"
+        )
+    path = folder / MANIFEST_FILE
+    try:
+        tree = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise _missing(folder) from None
+    except (ValueError, RecursionError, OSError) as error:
+        raise DataError(f"manifest cannot be read: {error}", where=str(path), fix="prepare the dataset again") from None
+    if not isinstance(tree, dict) or tree.get("format") != FORMAT_NAME:
+        raise DataError("file is not the manifest of prepared shards", where=str(path), fix="check the path")
+    if tree.get("format_version") != FORMAT_VERSION:
+        raise DataError(
+            f"shards have format version {tree.get('format_version')}, this program reads {FORMAT_VERSION}",
+            where=str(path),
+            fix="prepare the dataset again, or use the program version that wrote it",
+        )
+    try:
+        manifest = manifest_from_tree(tree)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"manifest lacks or mistypes a field: {error}", where=str(path), fix="prepare the dataset again"
+        ) from None
+    if dataclasses.asdict(manifest.counts) != tree["counts"]:
+        raise DataError("counts of the manifest are not the sum of its shards", where=str(path), fix="prepare again")
+    return manifest
+
+
+def _missing(folder: Path) -> DataError:
+    if not folder.is_dir():
+        return DataError("dataset folder does not exist", where=str(folder), fix="check the path")
+    if (folder / WORK_FOLDER).exists():
+        return DataError(
+            "preparation of the dataset is unfinished",
+            where=str(folder),
+            fix="run the same prepare command again; delete the folder if no document became a sample",
+        )
+    return DataError(
+        f"folder has no {MANIFEST_FILE}", where=str(folder), fix="give a folder that megatron-vlm prepare wrote"
+    )
+
+
+def manifest_from_tree(tree: dict[str, Any]) -> Manifest:
+    """Return the manifest that `dataclasses.asdict` made this of.
+
+    Raises:
+        KeyError, TypeError, AttributeError: a field is missing or of another type.
+    """
+    return Manifest(
+        source=tree["source"],
+        tokenizer=TokenizerFacts(**tree["tokenizer"]),
+        shards=tuple(ShardFacts.from_tree(shard) for shard in tree["shards"]),
+        documents=tree["documents"],
+        rejects=dict(tree["rejects"]),
+        notes=dict(tree["notes"]),
+        options=dict(tree["options"]),
+        rejects_file=FileFacts(**tree["rejects_file"]) if tree["rejects_file"] else None,
+        part_files={name: FileFacts(**facts) for name, facts in tree.get("part_files", {}).items()},
+    )

@@ -1,0 +1,100 @@
+"""Show samples as a page: pictures in place, text coloured by whether it is trained."""
+
+import base64
+import html
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from megatron_vlm.config import UsageError
+from megatron_vlm.data.shards.dataset import EncodedSample, ImageSegment, ShardedDataset
+from megatron_vlm.data.text.tokenizer import Tokenizer
+
+_STYLE = """
+body { font-family: sans-serif; max-width: 60rem; margin: 2rem auto; line-height: 1.5; }
+.sample { border: 1px solid #bbb; border-radius: 6px; padding: 1rem; margin: 1rem 0; overflow-wrap: anywhere; }
+.sample img { max-width: 14rem; max-height: 14rem; vertical-align: middle; margin: 0.3rem; border: 1px solid #888; }
+.trained { background: #c9ecc9; } .context { background: #e4e4e4; } .control { color: #a00; font-size: 85%; }
+.text { white-space: pre-wrap; } h2 { font-size: 1rem; margin: 0 0 0.5rem; }
+"""
+_WORD_BEGIN = "▁"
+_MIME = {b"\xff\xd8": "image/jpeg", b"\x89P": "image/png", b"GI": "image/gif", b"RI": "image/webp"}
+
+
+def choose_samples(count: int, *, number: int, seed: int | None, indices: Sequence[int] = ()) -> list[int]:
+    """Return the samples to show: those named, or the first ones, or a random choice where a seed is given.
+
+    Raises:
+        UsageError: a named sample does not exist.
+    """
+    for index in indices:
+        if not 0 <= index < count:
+            raise UsageError(f"sample {index} does not exist", fix=f"choose from 0 to {count - 1}")
+    if indices:
+        return list(indices)
+    if seed is None:
+        return list(range(min(number, count)))
+    chosen = np.random.default_rng(seed).choice(count, size=min(number, count), replace=False)
+    return sorted(int(index) for index in chosen)
+
+
+def render_page(dataset: ShardedDataset, tokenizer: Tokenizer, indices: Iterable[int]) -> str:
+    """Return a self-contained HTML page of samples.
+
+    Args:
+        dataset: the shards.
+        tokenizer: that of the shards.
+        indices: samples to show.
+
+    Raises:
+        DataError: the shards were made with another tokenizer, or a sample is damaged.
+    """
+    dataset.check_tokenizer(tokenizer.facts)
+    source = html.escape(dataset.manifest.source)
+    parts = [
+        f"<!DOCTYPE html><html><head><meta charset='utf-8'><title>{source}</title><style>{_STYLE}</style></head><body>",
+        f"<h1>{source}: {len(dataset)} samples</h1>",
+        "<p><span class='trained'>trained</span> <span class='context'>context only</span> "
+        "<span class='control'>control token</span></p>",
+    ]
+    parts += [_render_sample(index, dataset[index], tokenizer, source) for index in indices]
+    return "\n".join([*parts, "</body></html>\n"])
+
+
+def _render_sample(index: int, sample: EncodedSample, tokenizer: Tokenizer, source: str) -> str:
+    images = sum(isinstance(segment, ImageSegment) for segment in sample.segments)
+    texts = [segment for segment in sample.segments if not isinstance(segment, ImageSegment)]
+    tokens = sum(len(segment.input_ids) for segment in texts)
+    trained = sum(len(segment.input_ids) for segment in texts if segment.train)
+    head = f"{source} sample {index}: {images} images, {tokens} text tokens, {trained} trained"
+    body = []
+    follows_text = False
+    for segment in sample.segments:
+        if isinstance(segment, ImageSegment):
+            mime = _MIME.get(segment.encoded[:2], "application/octet-stream")
+            data = base64.b64encode(segment.encoded).decode()
+            follows_text = False
+            body.append(f"<img alt='image of {len(segment.encoded)} bytes' src='data:{mime};base64,{data}'>")
+        else:
+            kind = "trained" if segment.train else "context"
+            text = _render_text(segment.input_ids, tokenizer, follows_text=follows_text)
+            body.append(f"<span class='text {kind}'>{text}</span>")
+            follows_text = True
+    return f"<div class='sample' id='sample-{index}'><h2>{head}</h2>{''.join(body)}</div>"
+
+
+def _render_text(input_ids: np.ndarray, tokenizer: Tokenizer, *, follows_text: bool) -> str:
+    """Return the text of the ids; BOS and EOS by name."""
+    rendered: list[str] = []
+    run: list[int] = []
+    if follows_text and tokenizer.piece(input_ids[0]).startswith(_WORD_BEGIN):
+        rendered.append(" ")  # decoding drops the blank that a text begins with
+    for token in [*input_ids.tolist(), None]:
+        if token not in (tokenizer.bos_id, tokenizer.eos_id, None):
+            run.append(token)
+            continue
+        rendered.append(html.escape(tokenizer.decode(run)))
+        run = []
+        if token is not None:
+            rendered.append(f"<span class='control'>{html.escape(tokenizer.piece(token))}</span>")
+    return "".join(rendered)

@@ -1,0 +1,128 @@
+"""What a dataset consists of: the numbers of the paper's Table 2, and histograms."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from megatron_vlm.data.shards.dataset import ShardedDataset
+
+_BAR_WIDTH, _PLOT_HEIGHT, _MARGIN = 14, 180, 46
+_BLUE, _BLACK, _GREY = (52, 101, 164), (0, 0, 0), (150, 150, 150)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Statistics:
+    """Counts and means of a dataset."""
+
+    source: str
+    samples: int
+    images: int
+    text_tokens: int
+    trained_tokens: int
+    image_bytes: int
+    documents: int
+    rejected: int
+    images_per_sample: float | None
+    """None where there is no sample, as in a part of nothing but rejects."""
+    text_tokens_per_sample: float | None
+    text_tokens_per_image: float | None
+    """None where there is no image."""
+    images_histogram: dict[int, int]
+    """Samples by number of images."""
+    text_tokens_histogram: dict[int, int]
+    """Samples by text tokens; the key is the lower border of a class, a power of two, or 0."""
+
+
+def compute_statistics(dataset: ShardedDataset) -> Statistics:
+    """Return what the index files and the manifest say; no image and no text is read."""
+    counts, manifest = dataset.manifest.counts, dataset.manifest
+    num_images, text_lengths = dataset.num_images, dataset.text_lengths
+    values, frequencies = np.unique(num_images, return_counts=True)
+    classes, class_sizes = np.unique(_power_of_two_below(text_lengths), return_counts=True)
+    return Statistics(
+        source=manifest.source,
+        samples=counts.samples,
+        images=counts.images,
+        text_tokens=counts.text_tokens,
+        trained_tokens=counts.trained_tokens,
+        image_bytes=counts.image_bytes,
+        documents=manifest.documents,
+        rejected=manifest.rejected,
+        images_per_sample=_ratio(counts.images, counts.samples),
+        text_tokens_per_sample=_ratio(counts.text_tokens, counts.samples),
+        text_tokens_per_image=_ratio(counts.text_tokens, counts.images),
+        images_histogram=dict(zip(values.tolist(), frequencies.tolist(), strict=True)),
+        text_tokens_histogram=dict(zip(classes.tolist(), class_sizes.tolist(), strict=True)),
+    )
+
+
+def format_statistics(statistics: Statistics) -> str:
+    """Return the statistics as lines of text; the first three as in Table 2 of the paper."""
+    rows: list[tuple[str, Any]] = [
+        ("source", statistics.source),
+        ("images per sample", _rounded(statistics.images_per_sample, 2)),
+        ("text tokens per image", _rounded(statistics.text_tokens_per_image, 1)),
+        ("text tokens per sample", _rounded(statistics.text_tokens_per_sample, 1)),
+        ("samples", statistics.samples),
+        ("images", statistics.images),
+        ("text tokens", statistics.text_tokens),
+        ("trained tokens", statistics.trained_tokens),
+        ("image bytes", statistics.image_bytes),
+        ("documents", statistics.documents),
+        ("rejected", statistics.rejected),
+        ("samples by images", _listed(statistics.images_histogram)),
+        ("samples by text tokens from", _listed(statistics.text_tokens_histogram)),
+    ]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def save_histograms(statistics: Statistics, folder: Path) -> list[Path]:
+    """Draw the histograms as `images_per_sample.png` and `text_tokens_per_sample.png` in `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = []
+    for name, title, bars in (
+        ("images_per_sample", "samples by number of images", statistics.images_histogram),
+        ("text_tokens_per_sample", "samples by text tokens (class from ...)", statistics.text_tokens_histogram),
+    ):
+        path = folder / f"{name}.png"
+        # With Pillow, which is there anyway; a plotting library for two bar charts would be the largest dependency.
+        _draw_bars(f"{statistics.source}: {title}", bars).save(path)
+        drawn.append(path)
+    return drawn
+
+
+def _ratio(count: int, of: int) -> float | None:
+    return count / of if of else None
+
+
+def _rounded(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _power_of_two_below(values: np.ndarray) -> np.ndarray:
+    return np.where(values > 0, 1 << np.log2(np.maximum(values, 1)).astype(np.int64), 0)
+
+
+def _listed(histogram: dict[int, int]) -> str:
+    return ", ".join(f"{value}: {count}" for value, count in histogram.items())
+
+
+def _draw_bars(title: str, bars: dict[int, int]) -> Image.Image:
+    step = _BAR_WIDTH * 4
+    width = max(_MARGIN * 2 + step * len(bars), _MARGIN * 2 + 7 * len(title))
+    image = Image.new("RGB", (width, _PLOT_HEIGHT + 2 * _MARGIN), (255, 255, 255))
+    draw = ImageDraw.Draw(image)
+    draw.text((_MARGIN, 10), title, fill=_BLACK)
+    bottom, highest = _MARGIN + _PLOT_HEIGHT, max(bars.values(), default=1)
+    draw.line((_MARGIN - 5, bottom, width - _MARGIN, bottom), fill=_GREY)
+    for number, (value, count) in enumerate(bars.items()):
+        left = _MARGIN + number * step
+        top = bottom - round(count / highest * (_PLOT_HEIGHT - 14))
+        draw.rectangle((left, top, left + step - _BAR_WIDTH, bottom), fill=_BLUE)
+        draw.text((left, top - 13), f"{count}", fill=_BLACK)
+        draw.text((left, bottom + 6), f"{value}", fill=_BLACK)
+    return image

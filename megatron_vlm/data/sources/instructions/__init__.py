@@ -1,0 +1,1 @@
+"""Instruction data, with and without images."""

@@ -1,0 +1,96 @@
+"""Instruction data with images: conversations in a template."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_vlm.data.documents import PLACEHOLDER, Document, RejectError, TextRules, clean_text
+from megatron_vlm.data.files.locations import Location
+from megatron_vlm.data.files.records import MAX_RECORD_BYTES
+from megatron_vlm.data.files.table_records import read_any_records
+from megatron_vlm.data.sources.image_store import ImageReader
+from megatron_vlm.data.sources.instructions.records import Conversation, read_conversation
+from megatron_vlm.data.sources.source import Found, ReadContext, key_of
+from megatron_vlm.data.text.templates import (
+    DEFAULT_SYSTEM,
+    Turn,
+    find_template,
+    render_conversation,
+    split_placeholders,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConversationRules:
+    """How a record becomes a document."""
+
+    template: str = "vicuna_v1"
+    system: Literal["default", "none"] | str = "default"  # noqa: PYI051 - the two words mean something
+    """System prompt: the template's own, none, or this text."""
+    image_position: Literal["keep", "front"] = "keep"
+    """Where a question's images stand: where its placeholders do, or on lines of their own before its text."""
+    text: TextRules = TextRules()
+    max_record_bytes: int = MAX_RECORD_BYTES
+
+    @property
+    def system_text(self) -> object:
+        """What `render_conversation` is given."""
+        return {"default": DEFAULT_SYSTEM, "none": None}.get(self.system, self.system)
+
+
+@dataclass(frozen=True, slots=True)
+class ConversationSource:
+    """JSON, JSON lines or parquet in any form that `read_conversation` knows, LLaVA's first of all.
+
+    Placeholders stand in questions only. A conversation with images but without any placeholder gets them in front of
+    its first question. A first turn of the assistant is left out.
+
+    Source: LLaVA, llava/train/train.py, preprocess_multimodal; VILA-1.5, llava/data/dataset.py.
+    """
+
+    inputs: tuple[Location, ...]
+    rules: ConversationRules = ConversationRules()
+
+    def read(self, path: Location, context: ReadContext) -> Iterator[Found]:
+        """Yield the conversations of one file, rendered in the template."""
+        for line, value in read_any_records(path, max_bytes=self.rules.max_record_bytes):
+            if isinstance(value, RejectError):
+                yield Found(line, None, value)
+                continue
+            key = key_of(value.get("id"))
+            try:
+                yield Found(line, key, make_document(read_conversation(value), context.images, self.rules))
+            except RejectError as error:
+                yield Found(line, key, error)
+
+
+def make_document(conversation: Conversation, images: ImageReader, rules: ConversationRules) -> Document:
+    """Return a conversation with its images, in the template.
+
+    Raises:
+        RejectError: its text or an image is not taken, or there are more or fewer placeholders than images.
+    """
+    exchanges, refs = list(conversation.exchanges), conversation.images
+    if sum(len(text) for exchange in exchanges for text in exchange) > rules.text.max_characters:
+        raise RejectError("text_too_long", f"more than {rules.text.max_characters} characters")
+    counts = [question.count(PLACEHOLDER) for question, _ in exchanges]
+    if refs and not any(counts):
+        counts[0] = len(refs)
+        exchanges[0] = (f"{PLACEHOLDER}\n" * len(refs) + exchanges[0][0], exchanges[0][1])
+    if sum(counts) != len(refs):
+        raise RejectError("placeholder_count", f"{sum(counts)} placeholders for {len(refs)} images")
+    found = [ref.load(images) for ref in refs]
+    turns = []
+    for (question, answer), count in zip(exchanges, counts, strict=True):
+        own, found = found[:count], found[count:]
+        turns.append(_make_turn(question, answer, own, rules))
+    system = rules.system_text if conversation.system is None else conversation.system
+    return render_conversation(turns, find_template(rules.template), system)
+
+
+def _make_turn(question: str, answer: str, images: list[bytes], rules: ConversationRules) -> Turn:
+    if rules.image_position == "front" and images:
+        question = f"{PLACEHOLDER}\n" * len(images) + question.replace(PLACEHOLDER, "").strip()
+    for chunk in question.split(PLACEHOLDER):
+        clean_text(chunk, rules.text)
+    return Turn(split_placeholders(question, images), clean_text(answer, rules.text))

@@ -1,0 +1,169 @@
+"""Instruction data in the forms that people publish: a record's fields say which one it is."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from megatron_vlm.data.documents import PLACEHOLDER, RejectError
+from megatron_vlm.data.files.records import field
+from megatron_vlm.data.sources.instructions.m3it import split_dialog
+from megatron_vlm.data.sources.instructions.record_images import ImageRef, find_images, read_ref
+
+_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+_LISTS = ("conversations", "messages")
+
+
+@dataclass(slots=True)
+class Conversation:
+    """Questions with their answers, as a record has them: not cleaned, and not in a template."""
+
+    exchanges: list[tuple[str, str]]
+    images: list[ImageRef]
+    """In the order of their placeholders in the questions; without any placeholder they belong in front."""
+    system: str | None = None
+
+
+class _Form(NamedTuple):
+    """A question and its answer as two fields of a record."""
+
+    question: str
+    answer: str
+    more: str | None = None
+    """A field with a second part of the question, which a record may lack."""
+    separator: str = "\n"
+    """Between the parts."""
+
+
+# Where a record fits several, the first counts. VILA's script puts nothing between M3IT's instruction and inputs.
+_FORMS = (
+    _Form("instruction", "outputs", "inputs", ""),
+    _Form("instruction", "output", "input"),
+    _Form("instruction", "response", "context"),
+    _Form("question", "answer"),
+    _Form("question", "response"),
+    _Form("prompt", "response"),
+    _Form("prompt", "completion"),
+    _Form("inputs", "targets"),
+)
+
+
+def read_conversation(record: dict[str, Any]) -> Conversation:
+    """Return the conversation of a record; its fields say which form it has.
+
+    | fields | known from |
+    |---|---|
+    | conversations: list of from, value | LLaVA, ShareGPT4V |
+    | messages: list of role, content; content a text, or a list of text and image parts | OpenAI, LLaVA-OneVision |
+    | instruction, inputs, outputs | M3IT |
+    | instruction, input, output; instruction, context, response | Alpaca; Dolly |
+    | question, answer; question, response; prompt, response; prompt, completion | VILA's FLAN; OpenOrca |
+    | inputs, targets | FLAN |
+
+    Images are those of `find_images`. The parts of a list in `content` stand on lines of their own.
+
+    Raises:
+        RejectError: unknown_fields: the record has none of these forms; json_type, turn_order or empty_text: something
+            is wrong with the form it has.
+    """
+    name = next((name for name in _LISTS if name in record), None)
+    if name is not None:
+        return _read_list(record, name)
+    form = next((form for form in _FORMS if form.question in record and form.answer in record), None)
+    if form is None:
+        form = next((form for form in _FORMS if form.question in record or form.answer in record), None)
+    if form is None:
+        fields = ", ".join(sorted(map(str, record))) or "nothing"
+        raise RejectError("unknown_fields", f"no known form of instruction data has the fields {fields}")
+    question, answer = _text(record, form.question), _text(record, form.answer)
+    if not answer.strip():
+        raise RejectError("empty_text", f"{form.answer} is empty")
+    if form.more is not None and record.get(form.more):
+        question += form.separator + _text(record, form.more)
+    images = find_images(record)
+    exchanges = split_dialog(question, answer) if images else [(question, answer)]
+    _check_answers(exchanges)
+    return Conversation(exchanges, images, _system(record))
+
+
+def _check_answers(exchanges: list[tuple[str, str]]) -> None:
+    for number, (_, answer) in enumerate(exchanges, start=1):
+        if not answer.strip():
+            raise RejectError("empty_text", f"answer {number} of {len(exchanges)} is empty")
+
+
+def _text(record: dict[str, Any], name: str) -> str:
+    return field(record, name, str)
+
+
+def _system(record: dict[str, Any]) -> str | None:
+    """Return what OpenOrca calls `system_prompt`; an empty one says nothing."""
+    value = record.get("system_prompt")
+    return value if isinstance(value, str) and value else None
+
+
+def _read_list(record: dict[str, Any], name: str) -> Conversation:
+    images = find_images(record)
+    turns: list[tuple[str, str]] = []
+    places: list[ImageRef | None] = []
+    for message in field(record, name, list):
+        if not isinstance(message, dict):
+            raise RejectError("json_type", f"{name} has an entry that is no object")
+        role, text, own = _read_message(message)
+        turns.append((role, text))
+        if own and None in own and not images:
+            raise RejectError("placeholder_count", "an image part names no image, and the record has none")
+        if role == "user":
+            # One more than there are images is enough to see that there are too many placeholders.
+            places += own if own is not None else [None] * min(text.count(PLACEHOLDER), len(images) + 1)
+    system = turns.pop(0)[1] if turns and turns[0][0] == "system" else None
+    if turns and turns[0][0] == "assistant":
+        turns.pop(0)
+    roles = [role for role, _ in turns]
+    if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
+        raise RejectError("turn_order", f"{len(roles)} turns do not alternate between question and answer")
+    exchanges = [(turns[i][1], turns[i + 1][1]) for i in range(0, len(turns), 2)]
+    _check_answers(exchanges)
+    return Conversation(exchanges, _fill(places, images), system)
+
+
+def _fill(places: list[ImageRef | None], images: list[ImageRef]) -> list[ImageRef]:
+    """Put the images of the record where a message names none of its own."""
+    if places.count(None) != len(images):
+        # Without any place they belong in front; otherwise the numbers differ, which the caller finds.
+        return [*images, *(place for place in places if place is not None)]
+    rest = iter(images)
+    return [next(rest) if place is None else place for place in places]
+
+
+def _read_message(message: dict[str, Any]) -> tuple[str, str, list[ImageRef | None] | None]:
+    """Return the role, the text, and the images where the content is a list of parts."""
+    role_field, text_field = ("role", "content") if "role" in message and "from" not in message else ("from", "value")
+    name = field(message, role_field, str)
+    if name not in _ROLES:
+        raise RejectError("turn_order", f"a turn is from {name[:50]!r}, not from human or gpt")
+    content = field(message, text_field, (str, list) if text_field == "content" else str)
+    if isinstance(content, str):
+        return _ROLES[name], content, None
+    texts, images = [], []
+    for part in content:
+        if not isinstance(part, dict):
+            raise RejectError("json_type", "content has a part that is no object")
+        kind = field(part, "type", str)
+        if kind == "text":
+            # Images are parts here, so a placeholder is nothing but text.
+            texts.append(field(part, "text", str).replace(PLACEHOLDER, PLACEHOLDER.upper()))
+        elif kind in ("image", "image_url"):
+            texts.append(PLACEHOLDER)
+            images.append(_part_image(part, kind))
+        else:
+            raise RejectError("content_type", f"content has a part of type {kind[:50]!r}, not text or image")
+    if images and _ROLES[name] != "user":
+        raise RejectError("turn_order", f"an image stands in a turn of the {_ROLES[name]}")
+    return _ROLES[name], "\n".join(texts), images
+
+
+def _part_image(part: dict[str, Any], kind: str) -> ImageRef | None:
+    """Return the image that a part names; None: the next one of the record's list."""
+    value = part.get(kind)
+    if isinstance(value, dict) and "url" in value:
+        value = value["url"]
+    return None if value is None else read_ref(value, kind)

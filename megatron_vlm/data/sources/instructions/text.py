@@ -1,0 +1,57 @@
+"""Text without images: FLAN-like questions and answers, conversations, and running text."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_vlm.data.documents import Control, Document, RejectError, Special, Text, clean_text
+from megatron_vlm.data.files.locations import Location
+from megatron_vlm.data.files.records import field
+from megatron_vlm.data.files.table_records import read_any_records
+from megatron_vlm.data.sources.instructions.conversations import ConversationRules
+from megatron_vlm.data.sources.instructions.records import read_conversation
+from megatron_vlm.data.sources.source import Found, ReadContext, key_of
+from megatron_vlm.data.text.templates import Turn, find_template, render_conversation
+
+
+@dataclass(frozen=True, slots=True)
+class TextSource:
+    """JSON, JSON lines or parquet with `text`, or in any form that `read_conversation` knows, FLAN's first of all.
+
+    The former is trained as it is, with BOS and EOS; the others are conversations in a template. VILA's code gives
+    FLAN no system prompt. A record with images is rejected here.
+    """
+
+    inputs: tuple[Location, ...]
+    rules: ConversationRules = ConversationRules(system="none")
+
+    def read(self, path: Location, context: ReadContext) -> Iterator[Found]:
+        """Yield the documents of one file."""
+        for line, value in read_any_records(path, max_bytes=self.rules.max_record_bytes):
+            if isinstance(value, RejectError):
+                yield Found(line, None, value)
+                continue
+            key = key_of(value.get("id"))
+            try:
+                yield Found(line, key, self._document(value))
+            except RejectError as error:
+                yield Found(line, key, error)
+
+    def _document(self, record: dict[str, Any]) -> Document:
+        rules = self.rules.text
+        if "text" in record:
+            text = clean_text(field(record, "text", str), rules)
+            return Document((Special(Control.BOS), Text(text), Special(Control.EOS)))
+        conversation = read_conversation(record)
+        if conversation.images:
+            detail = f"{len(conversation.images)} images; `prepare conversations` takes them"
+            raise RejectError("images_in_text", detail)
+        turns = [
+            Turn((Text(clean_text(question, rules)),), clean_text(answer, rules))
+            for question, answer in conversation.exchanges
+        ]
+        total = sum(len(text) for exchange in conversation.exchanges for text in exchange)
+        if len(turns) > 1 and total > rules.max_characters:
+            raise RejectError("text_too_long", f"more than {rules.max_characters} characters")
+        system = self.rules.system_text if conversation.system is None else conversation.system
+        return render_conversation(turns, find_template(self.rules.template), system)

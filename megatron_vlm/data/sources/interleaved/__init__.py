@@ -1,0 +1,1 @@
+"""Interleaved corpora: MMC4, WebDataset, Energon, OBELICS."""

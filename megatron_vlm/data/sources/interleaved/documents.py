@@ -1,0 +1,276 @@
+"""From a record of an interleaved corpus to a document: images matched to sentences, or both in their places."""
+
+import base64
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from megatron_vlm.data.documents import (
+    Document,
+    Image,
+    RejectError,
+    Segment,
+    Special,
+    Text,
+    TextRules,
+    clean_text,
+)
+from megatron_vlm.data.files.records import MAX_RECORD_BYTES, field
+from megatron_vlm.data.sources.image_store import ImageReader
+from megatron_vlm.data.sources.interleaved.assignment import reassign
+
+_MAX_LISTED_IMAGES = 1000
+
+FindImage = Callable[[dict[str, Any]], bytes]
+"""Returns the checked image of an entry of `image_info`."""
+LoadImage = Callable[[], bytes]
+"""Returns one checked image, or raises RejectError."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExactText:
+    """A text with the tokens that it is in the sample, which the encoding of the text alone does not give."""
+
+    text: Text
+    tokens: tuple[Special, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InterleavedRules:
+    """How a record becomes a document; the defaults are those of the VILA paper and its code."""
+
+    max_images: int = 6
+    """Images of a document."""
+    keep_images: Literal["first-listed", "first-in-text"] = "first-listed"
+    """Which ones of more: the first ones as the record lists them, or those of the first sentences."""
+    image_place: Literal["before", "after"] = "before"
+    """On which side of its matched sentence an image stands."""
+    text_after_last_image: Literal["keep", "drop"] = "keep"
+    """What becomes of the sentences after that of the last image; where images have no sentences but places, of those
+    after the first one that follows the last image."""
+    min_images: int = 1
+    """Documents with fewer images are rejected."""
+    bad_image: Literal["document", "image"] = "document"
+    """What is left out for an image that is missing or damaged."""
+    min_similarity: float | None = None
+    """Images whose `matched_sim` is lower are left out; None keeps all."""
+    assignment: Literal["listed", "linear", "best"] = "listed"
+    """The sentence of an image: the record's `matched_text_index`, or computed from its `similarity_matrix` for all
+    listed images, before any is left out; each with a sentence of its own, or each with its most similar one."""
+    text: TextRules = TextRules()
+    max_record_bytes: int = MAX_RECORD_BYTES
+
+    @property
+    def want_matches(self) -> bool:
+        """Whether a rule is about the match of images and sentences, which only MMC4's records have."""
+        return self.min_similarity is not None or self.assignment != "listed" or self.image_place != "before"
+
+
+def matched_document(
+    record: dict[str, Any], key: str, rules: InterleavedRules, images: ImageReader, find: FindImage
+) -> Document:
+    """Read a record in the form of MMC4: each image stands directly before its sentence, or after it.
+
+    Args:
+        record: has `text_list` and `image_info`, each entry of it with `matched_text_index`. Several images of one
+            sentence stand in their listed order.
+        key: of the document.
+        rules: what is taken.
+        images: counts what is left out.
+        find: finds the image of an entry.
+
+    Raises:
+        RejectError: the record or one of its images is not taken.
+
+    Source: VILA, llava/data/dataset.py, LazyMMC4Dataset.
+    """
+    sentences = field(record, "text_list", list)
+    if not all(isinstance(sentence, str) for sentence in sentences):
+        raise RejectError("json_type", "text_list has an entry that is no text")
+    _check_length(sum(map(len, sentences)), rules.text)
+    infos = field(record, "image_info", list)
+    _check_listed(len(infos))
+    if rules.assignment != "listed":
+        matched = reassign(record, len(sentences), rules.assignment)
+        if unmatched := len(infos) - len(matched):
+            images.count("unmatched_images", unmatched)
+        infos = matched
+    taker = _ImageTaker(rules, images)
+    placed: dict[int, list[Segment]] = {}
+    indices = [_matched_index(info, len(sentences)) for info in infos]
+    order = range(len(infos))
+    for number in order if rules.keep_images == "first-listed" else sorted(order, key=indices.__getitem__):
+        info, index = infos[number], indices[number]
+        if _is_dissimilar(info, rules):
+            images.count("dissimilar_images")
+        elif (image := taker.take(lambda info=info: find(info))) is not None:  # type: ignore[misc]
+            placed.setdefault(index, []).append(image)
+    taker.check_enough()
+    segments: list[Segment] = []
+    for number, sentence in enumerate(sentences):
+        text = Text(clean_text(sentence, rules.text))
+        own = placed.get(number, ())
+        segments += [*own, text] if rules.image_place == "before" else [text, *own]
+    return Document(tuple(_without_tail(segments, rules)), key=key)
+
+
+def placed_document(
+    places: Sequence[Text | ExactText | LoadImage],
+    key: str,
+    rules: InterleavedRules,
+    images: ImageReader,
+    *,
+    exact: bool = False,
+) -> Document:
+    """Put text and images where they stand; of the images, the first ones are kept, which are listed in this order.
+
+    Args:
+        places: in reading order.
+        key: of the document.
+        rules: what is taken.
+        images: counts what is left out.
+        exact: whether the places are all there is of a sample, BOS and EOS included. Where the rules leave something
+            out, the rest is a document as any other.
+
+    Raises:
+        RejectError: a text or an image is not taken, or there are too few images.
+    """
+    if rules.want_matches:
+        raise RejectError("json_type", "the record matches no images and sentences, as the options want it")
+    texts = [place.text if isinstance(place, ExactText) else place for place in places if not callable(place)]
+    pieces = [token for place in places if isinstance(place, ExactText) for token in place.tokens]
+    _check_length(sum(len(text.text) for text in texts), rules.text)
+    _check_length(sum(len(piece.token) for piece in pieces if isinstance(piece.token, str)), rules.text)
+    _check_listed(len(places) - len(texts))
+    taker = _ImageTaker(rules, images)
+    segments: list[Segment] = []
+    tokens: list[Segment] = []
+    for place in places:
+        if isinstance(place, ExactText):
+            tokens += place.tokens
+            if place.text.text:
+                segments.append(_cleaned(place.text, rules))
+            continue
+        segment = _cleaned(place, rules) if isinstance(place, Text) else taker.take(place)
+        if segment is None:
+            exact = False
+        else:
+            segments.append(segment)
+            tokens.append(segment)
+    taker.check_enough()
+    kept = _without_tail(segments, rules)
+    return Document(tuple(kept), key=key, exact=tuple(tokens) if exact and len(kept) == len(segments) else None)
+
+
+def pair_up(texts: list[Any], images: list[Any], train: list[Any] | None = None) -> list[Text | Any]:
+    """Make one list of two parallel ones, of which exactly one has something at each place.
+
+    Args:
+        texts: text or None.
+        images: whatever stands for an image, or None.
+        train: whether the text at this place is trained; None: all is.
+
+    Returns:
+        A `Text`, or what stands for the image, for each place.
+
+    Raises:
+        RejectError: the lists differ in length, or a place has both, neither or something else.
+    """
+    if len(texts) != len(images) or (train is not None and len(train) != len(texts)):
+        lengths = f"{len(texts)} texts, {len(images)} images" + (f", {len(train)} train" if train is not None else "")
+        raise RejectError("json_type", f"lists differ in length: {lengths}")
+    places: list[Text | Any] = []
+    for number, (text, image) in enumerate(zip(texts, images, strict=True)):
+        if (text is None) == (image is None):
+            raise RejectError("json_type", f"place {number} has {'neither' if text is None else 'both'} text and image")
+        if text is not None and not isinstance(text, str):
+            raise RejectError("json_type", f"place {number} has a text that is {type(text).__name__}")
+        trained = True if train is None else train[number]
+        if text is not None and not isinstance(trained, bool):
+            raise RejectError("json_type", f"train has {trained!r} at place {number}"[:200])
+        places.append(image if text is None else Text(text, trained))
+    return places
+
+
+def find_listed_image(info: dict[str, Any], images: ImageReader) -> bytes:
+    """Return the image of an entry of `image_info`: base64 inside of it, or a file by name or URL.
+
+    Raises:
+        RejectError: it is missing or not taken.
+    """
+    if "image_base64" in info:
+        text = field(info, "image_base64", str)
+        try:
+            data = base64.b64decode(text, validate=True)
+        except ValueError:
+            raise RejectError("image_base64", f"{len(text)} characters are not base64") from None
+        return images.check(data)
+    name, url = info.get("image_name"), info.get("raw_url")
+    return images.find(name if isinstance(name, str) else None, url if isinstance(url, str) else None)
+
+
+class _ImageTaker:
+    """Takes the images of one document by the rules; all are read, so that a bad one is found wherever it stands."""
+
+    def __init__(self, rules: InterleavedRules, images: ImageReader) -> None:
+        self._rules, self._images = rules, images
+        self._num_taken = 0
+
+    def take(self, load: LoadImage) -> Image | None:
+        """Return the image, or None if it is left out."""
+        try:
+            data = load()
+        except RejectError:
+            if self._rules.bad_image == "document":
+                raise
+            self._images.count("dropped_images")
+            return None
+        if self._num_taken == self._rules.max_images:
+            self._images.count("images_beyond_the_most")
+            return None
+        self._num_taken += 1
+        return Image(data)
+
+    def check_enough(self) -> None:
+        if self._num_taken < self._rules.min_images:
+            raise RejectError(
+                "too_few_images", f"{self._num_taken} images, at least {self._rules.min_images} are wanted"
+            )
+
+
+def _cleaned(text: Text, rules: InterleavedRules) -> Text:
+    return Text(clean_text(text.text, rules.text), text.train)
+
+
+def _matched_index(info: Any, num_sentences: int) -> int:
+    if not isinstance(info, dict):
+        raise RejectError("json_type", "image_info has an entry that is no object")
+    index = field(info, "matched_text_index", int)
+    if not 0 <= index < num_sentences:
+        raise RejectError("json_type", f"matched_text_index {index} of {num_sentences} sentences")
+    return index
+
+
+def _without_tail(segments: list[Segment], rules: InterleavedRules) -> list[Segment]:
+    """Return the segments as the rule about the text after the last image wants them."""
+    last = max((number for number, segment in enumerate(segments) if isinstance(segment, Image)), default=None)
+    if rules.text_after_last_image == "keep" or last is None:
+        return segments
+    # The sentence that an image stands before belongs to it.
+    return segments[: last + (2 if rules.image_place == "before" else 1)]
+
+
+def _check_length(num_characters: int, rules: TextRules) -> None:
+    if num_characters > rules.max_characters:
+        raise RejectError("text_too_long", f"more than {rules.max_characters} characters")
+
+
+def _check_listed(num_images: int) -> None:
+    if num_images > _MAX_LISTED_IMAGES:
+        raise RejectError("too_many_images", f"{num_images} images, at most {_MAX_LISTED_IMAGES} are read")
+
+
+def _is_dissimilar(info: dict[str, Any], rules: InterleavedRules) -> bool:
+    if rules.min_similarity is None:
+        return False
+    return field(info, "matched_sim", (float, int)) < rules.min_similarity

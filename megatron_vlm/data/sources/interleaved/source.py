@@ -1,0 +1,88 @@
+"""Interleaved corpora: MMC4's JSON lines; tars and parquet files are found here and read elsewhere."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from megatron_vlm.config import ConfigError
+from megatron_vlm.data.documents import RejectError
+from megatron_vlm.data.files.img2dataset import is_shard_table
+from megatron_vlm.data.files.locations import Location, check_suffixes
+from megatron_vlm.data.files.records import SUFFIXES, read_records
+from megatron_vlm.data.sources.interleaved.documents import InterleavedRules, find_listed_image, matched_document
+from megatron_vlm.data.sources.interleaved.tables import TABLE_SUFFIX, InterleavedTableSource, check_first_table
+from megatron_vlm.data.sources.interleaved.tars import InterleavedTarSource
+from megatron_vlm.data.sources.source import Found, ReadContext, check_each_used, find_record_files, key_of, list_inputs
+
+__all__ = ["InterleavedRules", "InterleavedSource", "find_interleaved_source"]
+
+_TAR_SUFFIX = ".tar"
+
+
+@dataclass(frozen=True, slots=True)
+class InterleavedSource:
+    """JSON lines as MMC4 publishes them.
+
+    A record has `text_list` and `image_info`, each entry of it with `matched_text_index` and `image_name`, `raw_url`
+    or `image_base64`. Each image stands directly before its sentence, unless the rules say after; several of one
+    sentence in their listed order.
+
+    Source: allenai/mmc4, README.
+    """
+
+    inputs: tuple[Location, ...]
+    rules: InterleavedRules = InterleavedRules()
+
+    def read(self, path: Location, context: ReadContext) -> Iterator[Found]:
+        """Yield the documents of one file, sentences and images not yet joined."""
+        images = context.images
+        for line, value in read_records(path, max_bytes=self.rules.max_record_bytes):
+            if isinstance(value, RejectError):
+                yield Found(line, None, value)
+                continue
+            key = key_of(value.get("url"))
+            try:
+                document = matched_document(
+                    value, key or "", self.rules, images, lambda info: find_listed_image(info, images)
+                )
+                yield Found(line, key, document)
+            except RejectError as error:
+                yield Found(line, key, error)
+
+
+def find_interleaved_source(
+    paths: tuple[Location, ...], rules: InterleavedRules
+) -> InterleavedSource | InterleavedTableSource | InterleavedTarSource:
+    """Look at what the input has: JSON, else parquet tables with texts and images, else tars.
+
+    Parquet files that img2dataset has written beside its tars are none of these: their tars are images.
+
+    Raises:
+        ConfigError: none is there, kinds are mixed, or the rules want images matched in parquet tables.
+        DataError: the first table has other columns.
+    """
+    listed = list_inputs(paths, (*SUFFIXES, TABLE_SUFFIX, _TAR_SUFFIX))
+    files = tuple(file for path in paths for file in listed[path])
+    check_suffixes(files, (*SUFFIXES, TABLE_SUFFIX, _TAR_SUFFIX))
+    tables = tuple(file for file in files if file.name.lower().endswith(TABLE_SUFFIX))
+    tars = tuple(file for file in files if file.name.lower().endswith(_TAR_SUFFIX))
+    if len(tables) + len(tars) < len(files) or not files:
+        if mixed := set(paths) & {*tables, *tars}:
+            raise ConfigError(
+                "JSON files stand beside another kind of input",
+                where=", ".join(sorted(map(str, mixed)))[:200],
+                fix="prepare each kind on its own; tars of images go to --images",
+            )
+        return InterleavedSource(find_record_files(paths), rules)
+    tables = tuple(file for file in tables if not is_shard_table(file))
+    if not tables:
+        check_each_used(listed, files, "tars, as the other inputs have")
+        return InterleavedTarSource(tars, rules)
+    check_each_used(listed, set(files) - set(tars), "parquet files, as the other inputs have")
+    if rules.want_matches:
+        raise ConfigError(
+            "parquet tables do not match images and sentences",
+            where=str(tables[0]),
+            fix="leave out --min-similarity, --assignment and --image-place",
+        )
+    check_first_table(tables[0])
+    return InterleavedTableSource(tables, rules)

@@ -1,0 +1,108 @@
+"""Interleaved documents in parquet: a row is a document, as OBELICS, OmniCorpus and MINT-1T publish them."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow.parquet
+
+from megatron_vlm.config import DataError
+from megatron_vlm.data.documents import Document, RejectError, Text
+from megatron_vlm.data.files.locations import Location
+from megatron_vlm.data.files.parquet import open_parquet, read_rows
+from megatron_vlm.data.files.records import field, parse_record
+from megatron_vlm.data.sources.image_store import ImageReader
+from megatron_vlm.data.sources.interleaved.documents import InterleavedRules, LoadImage, pair_up, placed_document
+from megatron_vlm.data.sources.source import Found, ReadContext, key_of
+
+TABLE_SUFFIX = ".parquet"
+_KEY_COLUMNS = ("url", "id", "key", "__key__")
+_METADATA = "general_metadata"
+_WANTED = ("texts", "images")
+
+
+@dataclass(frozen=True, slots=True)
+class InterleavedTableSource:
+    """Parquet tables with two columns of lists, `texts` and `images`, of which exactly one has something at each place.
+
+    An image is a URL or a file name, found through --images; or the file itself, as bytes or as `{bytes, path}`. The
+    key of a row is its `url`, `id` or `key`, or the `url` inside of `general_metadata`, which is JSON.
+
+    Source: HuggingFaceM4/OBELICS, dataset card.
+    """
+
+    inputs: tuple[Location, ...]
+    rules: InterleavedRules = InterleavedRules()
+
+    def read(self, path: Location, context: ReadContext) -> Iterator[Found]:
+        """Yield the documents of one table."""
+        try:
+            table = open_parquet(path, streamed=True)
+        except DataError as error:
+            yield Found(None, None, RejectError("file_truncated", error.what))
+            return
+        with table:
+            if missing := _missing_columns(table):
+                yield Found(None, None, RejectError("column_missing", f"no column {' and '.join(missing)}"))
+                return
+            columns = [name for name in (*_WANTED, *_KEY_COLUMNS, _METADATA) if name in table.schema_arrow.names]
+            for number, cells in read_rows(table, columns):
+                if isinstance(cells, RejectError):
+                    yield Found(number, None, cells)
+                    continue
+                key = _key(cells)
+                try:
+                    yield Found(number, key, self._document(cells, key or "", context.images))
+                except RejectError as error:
+                    yield Found(number, key, error)
+
+    def _document(self, cells: dict[str, Any], key: str, images: ImageReader) -> Document:
+        texts, listed = field(cells, "texts", list), field(cells, "images", list)
+        places = [place if isinstance(place, Text) else _loader(place, images) for place in pair_up(texts, listed)]
+        return placed_document(places, key, self.rules, images)
+
+
+def check_first_table(path: Location) -> None:
+    """Refuse an input that is no interleaved corpus before anything is prepared.
+
+    Raises:
+        DataError: the table cannot be read, or has other columns.
+    """
+    with open_parquet(path) as table:
+        if missing := _missing_columns(table):
+            raise DataError(
+                f"parquet file has no column {' and '.join(missing)}",
+                where=str(path),
+                fix="pairs of one image and one caption are prepared with: prepare pairs",
+            )
+
+
+def _missing_columns(table: pyarrow.parquet.ParquetFile) -> list[str]:
+    return [name for name in _WANTED if name not in table.schema_arrow.names]
+
+
+def _key(cells: dict[str, Any]) -> str | None:
+    for name in _KEY_COLUMNS:
+        if (key := key_of(cells.get(name))) is not None:
+            return key
+    metadata = cells.get(_METADATA)
+    if not isinstance(metadata, str):
+        return None
+    try:
+        return key_of(parse_record(metadata.encode()).get("url"))
+    except RejectError:
+        return None  # a row is as good without its address
+
+
+def _loader(image: Any, images: ImageReader) -> LoadImage:
+    def load() -> bytes:
+        found = image
+        if isinstance(found, dict):
+            found = found.get("bytes") if found.get("bytes") is not None else found.get("path")
+        if isinstance(found, bytes):
+            return images.check(found)
+        if not isinstance(found, str):
+            raise RejectError("json_type", f"an image is {type(found).__name__}, not a URL or the file")
+        return images.find(None, found) if "://" in found else images.find(found)
+
+    return load

@@ -1,0 +1,201 @@
+"""Interleaved documents in tars: WebDataset, Energon's InterleavedSample, MMC4 records with their images."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_vlm.data.documents import Control, Document, RejectError, Special, Text
+from megatron_vlm.data.files.locations import Location
+from megatron_vlm.data.files.records import field, parse_record
+from megatron_vlm.data.files.tars import IMAGE_EXTENSIONS, Member, TarReader, group_members, list_members
+from megatron_vlm.data.sources.image_store import ImageReader
+from megatron_vlm.data.sources.interleaved.documents import (
+    ExactText,
+    InterleavedRules,
+    LoadImage,
+    find_listed_image,
+    matched_document,
+    pair_up,
+    placed_document,
+)
+from megatron_vlm.data.sources.source import Found, ReadContext
+
+_TEXT_EXTENSION = "txt"
+_CONTROLS = {control.value: control for control in Control}
+_NUMBERED = re.compile(rf"(?:(\d+)\.)?({'|'.join((*IMAGE_EXTENSIONS, _TEXT_EXTENSION))})")
+
+
+@dataclass(frozen=True, slots=True)
+class InterleavedTarSource:
+    """Tars whose files are documents by their key, the name up to its first dot.
+
+    A key is one of:
+
+    - `KEY.json` with `texts` and `images`, two lists of which exactly one has something at each place; an image is the
+      file `KEY.<image>`, for example "0.jpg". A list `train` may say which texts are trained. A list `special`, as
+      `data export` writes it, says that the places are all there is of a sample: nothing is joined, and BOS and EOS
+      stand where it has "bos" and "eos"; a list of names at a text stands for exactly these pieces.
+    - `KEY.json` with `sequence`, one list: `{"text": ...}` or `{"image": ...}`, or a string, which is an image if a
+      file of the key is called so.
+    - `KEY.json` as MMC4 has it, `text_list` and `image_info`, images as files of the key, base64 or in --images;
+      `texts`, `images` and `matched_text_indices` are another way to write it.
+    - No `KEY.json`: `KEY.0.txt`, `KEY.1.jpg`, ..., in the order of their numbers; of one number, images are first.
+
+    Documents stand in the order in which the tar has their first file.
+
+    Source: Megatron-Energon, docs, "Interleaved Data and Arbitrary Image Count"; MINT-1T; OpenFlamingo's MMC4 tars.
+    """
+
+    inputs: tuple[Location, ...]
+    rules: InterleavedRules = InterleavedRules()
+
+    def read(self, path: Location, context: ReadContext) -> Iterator[Found]:
+        """Yield the documents of one tar."""
+        with TarReader(path) as tar:
+            members, damage = list_members(tar)
+            for key, group in group_members(iter(members)).items():
+                try:
+                    sample = _Sample(tar, key, group, self.rules, context.images)
+                    yield Found(None, key, sample.document())
+                except RejectError as error:
+                    yield Found(None, key, error)
+        if damage is not None:
+            yield Found(None, None, damage)
+
+
+class _Sample:
+    """The files of one key."""
+
+    def __init__(
+        self,
+        tar: TarReader,
+        key: str,
+        group: dict[str, Member | None],
+        rules: InterleavedRules,
+        images: ImageReader,
+    ) -> None:
+        self._tar, self._key, self._rules, self._images = tar, key, rules, images
+        self._group: dict[str, Member] = {}
+        for extension, member in group.items():
+            if member is None:
+                raise RejectError("duplicate_name", f"the tar has {key[:200]}.{extension} twice")
+            self._group[extension] = member
+
+    def document(self) -> Document:
+        """Read the files in whichever form they have."""
+        member = self._group.get("json")
+        if member is None:
+            return self._place(self._numbered())
+        record = parse_record(self._tar.read(member, self._rules.max_record_bytes, "record_too_long"))
+        if "image_info" in record or "matched_text_indices" in record:
+            return matched_document(_as_mmc4(record), self._key, self._rules, self._images, self._find_listed)
+        if "sequence" in record:
+            return self._place([self._entry(entry) for entry in field(record, "sequence", list)])
+        train = field(record, "train", list) if record.get("train") is not None else None
+        found = pair_up(field(record, "texts", list), field(record, "images", list), train)
+        places = [place if isinstance(place, Text) else self._image(place) for place in found]
+        if record.get("special") is None:
+            return self._place(places)
+        marked = _mark(places, field(record, "special", list))
+        return placed_document(marked, self._key, self._rules, self._images, exact=True)
+
+    def _place(self, places: list[Text | LoadImage]) -> Document:
+        return placed_document(places, self._key, self._rules, self._images)
+
+    def _numbered(self) -> list[Text | LoadImage]:
+        """Return text and images by the number in their names."""
+        numbered: list[tuple[int, bool, str]] = []
+        for extension in self._group:
+            match = _NUMBERED.fullmatch(extension)
+            if match is None:
+                continue
+            if match[1] is None:
+                raise RejectError("json_missing", f"the key has no .json, and its .{extension} has no number")
+            numbered.append((int(match[1][:9]), match[2] == _TEXT_EXTENSION, extension))
+        if not numbered:
+            raise RejectError("json_missing", f"the key has {', '.join(self._group) or 'nothing'}"[:200])
+        return [
+            Text(self._text(self._group[extension])) if is_text else self._image(extension)
+            for _, is_text, extension in sorted(numbered)
+        ]
+
+    def _entry(self, entry: Any) -> Text | LoadImage:
+        """Return one entry of `sequence`."""
+        if isinstance(entry, dict):
+            (place,) = pair_up([entry.get("text")], [entry.get("image")], [entry.get("train", True)])
+            return place if isinstance(place, Text) else self._image(place)
+        if not isinstance(entry, str):
+            raise RejectError("json_type", f"sequence has an entry that is {type(entry).__name__}")
+        return Text(entry) if self._member(entry) is None else self._image(entry)
+
+    def _image(self, name: Any) -> LoadImage:
+        def load() -> bytes:
+            if not isinstance(name, str):
+                raise RejectError("json_type", f"an image is {type(name).__name__}, not a name")
+            member = self._member(name)
+            if member is not None:
+                return self._images.check(self._tar.read(member, self._images.max_bytes, "image_bytes"))
+            if "://" in name:
+                return self._images.find(None, name)
+            raise RejectError("image_missing", f"the tar has no file {self._key}.{name}"[:300])
+
+        return load
+
+    def _find_listed(self, info: dict[str, Any]) -> bytes:
+        name = info.get("image_name")
+        if isinstance(name, str) and self._member(name) is not None:
+            return self._image(name)()
+        return find_listed_image(info, self._images)
+
+    def _member(self, name: str) -> Member | None:
+        """Return the file of this key with this name: what follows the key, or all of it, with or without folder."""
+        if (member := self._group.get(name.lower())) is not None:
+            return member
+        whole = Member(name, 0, 0)
+        if whole.key in (self._key, self._key.rpartition("/")[2]):
+            return self._group.get(whole.extension)
+        return None
+
+    def _text(self, member: Member) -> str:
+        try:
+            return self._tar.read(member, 4 * self._rules.text.max_characters, "text_too_long").decode()
+        except UnicodeDecodeError as error:
+            raise RejectError("invalid_utf8", f"byte {error.start} of {member.name[:200]}") from None
+
+
+def _mark(places: list[Text | LoadImage], special: list[Any]) -> list[Text | ExactText | LoadImage]:
+    """Return the places with the tokens that `special` names."""
+    if len(special) != len(places):
+        raise RejectError("json_type", f"lists differ in length: {len(places)} texts, {len(special)} special")
+    marked: list[Text | ExactText | LoadImage] = []
+    for place, entry in zip(places, special, strict=True):
+        if entry is None:
+            marked.append(place)
+            continue
+        is_control = isinstance(entry, str) and entry in _CONTROLS
+        names = [_CONTROLS[entry]] if is_control else entry
+        if not isinstance(place, Text) or not isinstance(names, list) or not names or not all(map(_is_name, names)):
+            raise RejectError("json_type", f"special has {entry!r}"[:200])
+        if is_control and place.text:
+            raise RejectError("json_type", f"special has {entry!r}"[:200])
+        marked.append(ExactText(place, tuple(Special(name, place.train) for name in names)))
+    return marked
+
+
+def _is_name(value: Any) -> bool:
+    if not isinstance(value, str):
+        return isinstance(value, Control)
+    # Half of a surrogate pair is no character, and SentencePiece takes none.
+    return value != "" and not any("\ud800" <= sign <= "\udfff" for sign in value)
+
+
+def _as_mmc4(record: dict[str, Any]) -> dict[str, Any]:
+    """Return a record with `texts`, `images` and `matched_text_indices` as MMC4 writes it; others as they are."""
+    if "image_info" in record:
+        return record
+    names, indices = field(record, "images", list), field(record, "matched_text_indices", list)
+    if len(names) != len(indices):
+        raise RejectError("json_type", f"{len(names)} images, {len(indices)} matched_text_indices")
+    infos = [{"image_name": name, "matched_text_index": index} for name, index in zip(names, indices, strict=True)]
+    return record | {"text_list": field(record, "texts", list), "image_info": infos}

@@ -1,0 +1,1 @@
+"""Image-text pairs: COYO, img2dataset."""

@@ -1,0 +1,1 @@
+"""Run many tasks in processes or on a Ray cluster."""

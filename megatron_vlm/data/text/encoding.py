@@ -1,0 +1,112 @@
+"""From a document to the token ids and images of one sample."""
+
+from collections.abc import Iterable
+from typing import Protocol
+
+import numpy as np
+
+from megatron_vlm.config import ConfigError
+from megatron_vlm.data.documents import Control, Document, Image, RejectError, Segment, Special, Text
+from megatron_vlm.data.shards.dataset import EncodedSample, ImageSegment, TextSegment
+
+
+class Encoder(Protocol):
+    """What encoding needs of a tokenizer."""
+
+    bos_id: int
+    eos_id: int
+
+    def encode(self, text: str, *, continuation: bool = False) -> list[int]:
+        """Return ids without BOS and EOS."""
+
+    def piece_id(self, piece: str) -> int | None:
+        """Return the id of a piece, None if there is none."""
+
+
+def encode_segments(segments: Iterable[Segment], tokenizer: Encoder) -> tuple[TextSegment | ImageSegment, ...]:
+    """Tokenise segments one by one; neighbours with the same mask become one text segment.
+
+    Each segment is tokenised alone, so the mask never depends on how a longer text would have been cut. The first
+    text of a sample, and of each stretch after an image, starts a text of its own (with the word-begin mark); text
+    that follows text or a control token continues it.
+
+    Raises:
+        ConfigError: a special piece is not in the vocabulary.
+    """
+    encoded: list[TextSegment | ImageSegment] = []
+    ids: list[int] = []
+    train = continuation = False
+    for segment in segments:
+        if isinstance(segment, Image):
+            _flush(encoded, ids, train)
+            ids = []
+            encoded.append(ImageSegment(segment.data))
+            continuation = False
+            continue
+        if segment.train != train:
+            _flush(encoded, ids, train)
+            ids, train = [], segment.train
+        if isinstance(segment, Text):
+            new = tokenizer.encode(segment.text, continuation=continuation)
+            ids += new
+            continuation = continuation or bool(new)
+        else:
+            ids.append(_special_id(segment, tokenizer))
+            # BOS opens a text only at the very start of the sample.
+            continuation = bool(encoded) or len(ids) > 1 or segment.token is not Control.BOS
+    _flush(encoded, ids, train)
+    return tuple(encoded)
+
+
+def encode_document(document: Document, tokenizer: Encoder, *, bos: bool = True, eos: bool = True) -> EncodedSample:
+    """Encode a document as one sample: BOS once, then its segments, then EOS by recipe.
+
+    Raises:
+        RejectError: the sample has no trained token besides BOS and EOS.
+    """
+    segments = document.segments
+    if not any(isinstance(segment, Text) and segment.train and segment.text for segment in segments):
+        raise RejectError("nothing_to_train", "the document has no text that is trained")
+    first = next(segment for segment in segments if not isinstance(segment, Image))
+    opening = (Special(Control.BOS, first.train),) if bos else ()
+    closing = (Special(Control.EOS),) if eos else ()
+    return EncodedSample(encode_segments((*opening, *segments, *closing), tokenizer))
+
+
+def encode_exact(segments: Iterable[Segment], tokenizer: Encoder) -> EncodedSample:
+    """Encode segments that are all there is of a sample, BOS and EOS included.
+
+    Raises:
+        RejectError: the tokenizer lacks a piece, or none is trained besides BOS and EOS.
+    """
+    segments = tuple(segments)
+    is_trained = False
+    for segment in segments:
+        if isinstance(segment, Special) and isinstance(segment.token, str):
+            if tokenizer.piece_id(segment.token) is None:
+                raise RejectError("unknown_piece", f"the tokenizer has no piece {segment.token!r}"[:200])
+            is_trained |= segment.train
+        elif isinstance(segment, Text) and segment.text:
+            is_trained |= segment.train
+    if not is_trained:
+        raise RejectError("nothing_to_train", "the document has no text that is trained")
+    return EncodedSample(encode_segments(segments, tokenizer))
+
+
+def _flush(encoded: list[TextSegment | ImageSegment], ids: list[int], train: bool) -> None:
+    if ids:
+        encoded.append(TextSegment(np.array(ids, dtype=np.int32), train))
+
+
+def _special_id(segment: Special, tokenizer: Encoder) -> int:
+    if segment.token is Control.BOS:
+        return tokenizer.bos_id
+    if segment.token is Control.EOS:
+        return tokenizer.eos_id
+    found = tokenizer.piece_id(segment.token)
+    if found is None:
+        raise ConfigError(
+            f"the template needs the piece {segment.token}, which the tokenizer does not have",
+            fix="choose another template or tokenizer",
+        )
+    return found

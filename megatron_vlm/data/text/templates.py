@@ -1,0 +1,215 @@
+"""Conversation templates: turns of a conversation to segments whose loss mask is known from the start.
+
+Training and inference render by the same function, so a prompt is exactly the beginning of a training sample.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from megatron_vlm.config import ConfigError
+from megatron_vlm.data.documents import PLACEHOLDER, Control, Document, Image, RejectError, Segment, Special, Text
+from megatron_vlm.data.shards.dataset import ImageSegment, TextSegment
+from megatron_vlm.data.text.encoding import Encoder, encode_segments
+
+_EOS, _BOS = Special(Control.EOS), Special(Control.BOS)
+_Part = str | Special
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """A question, and its answer."""
+
+    question: tuple[Text | Image, ...]
+    answer: str | None
+    """None in the last turn of a prompt."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Template:
+    """The text around system prompt, questions and answers; `{}` stands for the content."""
+
+    name: str
+    system_text: str | None
+    """Default system prompt."""
+    system: tuple[_Part, ...] = ()
+    no_system: tuple[_Part, ...] = ()
+    """What stands in place of `system` where the system prompt is turned off."""
+    before_question: tuple[_Part, ...] = ()
+    question_text: bool = True
+    """False: of a question, only the images are kept."""
+    after_question: tuple[_Part, ...] = ()
+    answer: str = "{}"
+    after_answer: tuple[_Part, ...] = ()
+    """Trained, as the answer is."""
+    between: tuple[_Part, ...] = ()
+    """Between two turns."""
+
+
+_LLAVA_SYSTEM = (
+    "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
+    "provides, and assist the user with a variety of tasks using natural language."
+)
+_START, _END = Special("<|im_start|>"), Special("<|im_end|>")
+_HEADER, _HEADER_END, _TURN_END = Special("<|start_header_id|>"), Special("<|end_header_id|>"), Special("<|eot_id|>")
+
+# Source: LLaVA, llava/conversation.py; VILA, llava/conversation.py. The last two follow the models' own chat templates
+# where VILA's code differs: it has no line break after <|im_end|>, and ends Llama 3's last answer with <|end_of_text|>.
+# Their markers are single pieces, which the tokenizer must have. Llama 3's own tokenizer is no SentencePiece model and
+# cannot be loaded: llama_3 is for a SentencePiece model to which these pieces were added.
+_ALL = (
+    Template(
+        name="vicuna_v1",
+        system_text=(
+            "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+            "detailed, and polite answers to the user's questions."
+        ),
+        system=("{} ",),
+        no_system=(" ",),
+        before_question=("USER: ",),
+        after_question=(" ASSISTANT:",),
+        answer=" {}",
+        after_answer=(_EOS,),
+    ),
+    Template(name="plain", system_text=None, question_text=False, answer="{}\n"),
+    Template(
+        name="llama_2",
+        system_text=_LLAVA_SYSTEM,
+        system=("[INST] <<SYS>>\n{}\n<</SYS>>\n\n",),
+        no_system=("[INST] ",),
+        after_question=(" [/INST]",),
+        answer=" {} ",
+        after_answer=(_EOS,),
+        between=(_BOS, "[INST] "),
+    ),
+    Template(
+        name="hermes-2",
+        system_text="Answer the questions.",
+        system=(_START, "system\n{}", _END, "\n"),
+        before_question=(_START, "user\n"),
+        after_question=(_END, "\n", _START, "assistant\n"),
+        after_answer=(_END,),
+        between=("\n",),
+    ),
+    Template(
+        name="llama_3",
+        system_text=_LLAVA_SYSTEM,
+        system=(_HEADER, "system", _HEADER_END, "\n\n{}", _TURN_END),
+        before_question=(_HEADER, "user", _HEADER_END, "\n\n"),
+        after_question=(_TURN_END, _HEADER, "assistant", _HEADER_END, "\n\n"),
+        after_answer=(_TURN_END,),
+    ),
+)
+TEMPLATES: dict[str, Template] = {template.name: template for template in _ALL}
+
+DEFAULT_SYSTEM = object()
+"""Use the template's own system prompt."""
+
+
+def find_template(name: str) -> Template:
+    """Return the template of this name.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if name not in TEMPLATES:
+        raise ConfigError(f"unknown conversation template {name!r}", fix=f"choose from {', '.join(sorted(TEMPLATES))}")
+    return TEMPLATES[name]
+
+
+def check_template(template: Template, tokenizer: Encoder) -> None:
+    """Encode a turn, so that a template that does not fit the tokenizer fails before any data is read.
+
+    hermes-2 and llama_3 fit SentencePiece models alone that have their pieces, such as <|eot_id|>.
+
+    Raises:
+        ConfigError: the tokenizer lacks a piece of the template.
+    """
+    encode_conversation([Turn((Text("question"),), "answer")], tokenizer, template=template)
+
+
+def split_placeholders(text: str, images: Sequence[bytes]) -> tuple[Text | Image, ...]:
+    """Put images where the placeholders of a question stand.
+
+    Raises:
+        RejectError: there are more or fewer placeholders than images.
+    """
+    chunks = text.split(PLACEHOLDER)
+    if len(chunks) - 1 != len(images):
+        raise RejectError("placeholder_count", f"{len(chunks) - 1} placeholders for {len(images)} images")
+    segments: list[Text | Image] = [Text(chunks[0])]
+    for image, chunk in zip(images, chunks[1:], strict=True):
+        segments += [Image(image), Text(chunk)]
+    return tuple(segment for segment in segments if isinstance(segment, Image) or segment.text)
+
+
+def render_conversation(turns: Sequence[Turn], template: Template, system: object = DEFAULT_SYSTEM) -> Document:
+    """Return the conversation as segments, BOS first; trained are the answers and what ends them.
+
+    Args:
+        turns: in order; the answer of the last may be None: then the result ends where the assistant speaks.
+        template: the texts around questions and answers.
+        system: system prompt; None: none; DEFAULT_SYSTEM: the template's.
+
+    Raises:
+        ValueError: no turn, or an answer before the last is None.
+    """
+    if not turns or any(turn.answer is None for turn in turns[:-1]):
+        raise ValueError("a conversation needs turns, and an answer in all but the last")
+    system_text = template.system_text if system is DEFAULT_SYSTEM else system
+    segments: list[Segment] = [Special(Control.BOS, train=False)]
+    segments += _fill(template.no_system if system_text is None else template.system, str(system_text), train=False)
+    for number, turn in enumerate(turns):
+        if number:
+            segments += _fill(template.between, "", train=False)
+        segments += _fill(template.before_question, "", train=False)
+        for piece in turn.question:
+            if isinstance(piece, Image):
+                segments.append(piece)
+            elif template.question_text:
+                segments.append(Text(piece.text, train=False))
+        segments += _fill(template.after_question, "", train=False)
+        if turn.answer is not None:
+            segments += _fill((template.answer, *template.after_answer), turn.answer, train=True)
+    return Document(tuple(_merge(segments)))
+
+
+def encode_conversation(
+    turns: Sequence[Turn], tokenizer: Encoder, *, template: Template, system: object = DEFAULT_SYSTEM
+) -> tuple[TextSegment | ImageSegment, ...]:
+    """Return the token ids and images of a conversation, with BOS; see `render_conversation`."""
+    return encode_segments(render_conversation(turns, template, system).segments, tokenizer)
+
+
+def encode_prompt(
+    turns: Sequence[Turn], tokenizer: Encoder, *, template: Template, system: object = DEFAULT_SYSTEM
+) -> tuple[TextSegment | ImageSegment, ...]:
+    """Return the token ids and images up to the point where the assistant answers the last question.
+
+    Args:
+        turns: earlier turns with their answers; the answer of the last one is ignored.
+        tokenizer: that of the model.
+        template: that of the training.
+        system: as in `render_conversation`.
+    """
+    open_turns = [*turns[:-1], *(Turn(turn.question, None) for turn in turns[-1:])]
+    return encode_conversation(open_turns, tokenizer, template=template, system=system)
+
+
+def _fill(parts: Iterable[_Part], content: str, *, train: bool) -> list[Segment]:
+    # str.replace, not str.format: system prompts and answers contain braces.
+    return [
+        Special(part.token, train) if isinstance(part, Special) else Text(part.replace("{}", content, 1), train)
+        for part in parts
+    ]
+
+
+def _merge(segments: Iterable[Segment]) -> list[Segment]:
+    """Make one text of neighbouring texts with the same mask: they are tokenised as a whole."""
+    merged: list[Segment] = []
+    for segment in segments:
+        last = merged[-1] if merged else None
+        if isinstance(segment, Text) and isinstance(last, Text) and segment.train == last.train:
+            merged[-1] = Text(last.text + segment.text, last.train)
+        elif not isinstance(segment, Text) or segment.text:
+            merged.append(segment)
+    return merged

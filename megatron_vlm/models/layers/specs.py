@@ -1,0 +1,102 @@
+"""Layer specs: which module stands in which place of megatron-core's transformer."""
+
+import importlib.util
+from typing import Literal
+
+import torch
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+from megatron_vlm.config import ConfigError
+from megatron_vlm.models.layers.attention import PackedAttention
+from megatron_vlm.models.layers.norm import Norm
+
+Backend = Literal["torch", "transformer_engine"]
+
+# The names that transformer-engine's fused norm + linear modules give the norms in a checkpoint.
+_NORM_KEYS = {
+    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+}
+
+
+def choose_backend(backend: Literal["auto", "torch", "transformer_engine"]) -> Backend:
+    """Return the layer implementation to build.
+
+    Raises:
+        ConfigError: transformer-engine is asked for and not installed, or there is no GPU.
+    """
+    usable = torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+    if backend == "auto":
+        return "transformer_engine" if usable else "torch"
+    if backend == "transformer_engine" and not usable:
+        raise ConfigError(
+            "model.backend=transformer_engine, but transformer-engine is not installed or there is no GPU",
+            fix="set model.backend=auto, or install megatron_vlm[gpu] on a GPU machine",
+        )
+    return backend
+
+
+def mlp_submodules() -> MLPSubmodules:
+    """Return the two linear modules of an MLP."""
+    return MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+
+
+def torch_layer_spec(attn_mask_type: AttnMaskType) -> ModuleSpec:
+    """Return a transformer layer of torch modules whose checkpoint keys are those of transformer-engine's layer.
+
+    megatron-core's own ViT layer without transformer-engine attends causally, so the mask is an argument here.
+    """
+    attention = ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": attn_mask_type},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=ColumnParallelLinear,
+            core_attention=PackedAttention,
+            linear_proj=RowParallelLinear,
+            q_layernorm=IdentityOp,
+            k_layernorm=IdentityOp,
+        ),
+    )
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=Norm,
+            self_attention=attention,
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=Norm,
+            mlp=ModuleSpec(module=MLP, submodules=mlp_submodules()),
+            mlp_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map=dict(_NORM_KEYS),
+        ),
+    )
+
+
+def vision_block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
+    """Return the layers of the vision tower: every patch sees every patch."""
+    layer = torch_layer_spec(AttnMaskType.no_mask)
+    return TransformerBlockSubmodules(layer_specs=[layer] * config.num_layers, layer_norm=Norm)
+
+
+def language_block_spec(
+    config: TransformerConfig, backend: Backend, vp_stage: int | None = None
+) -> TransformerBlockSubmodules:
+    """Return the decoder layers of this pipeline stage and the final norm."""
+    num_layers = get_num_layers_to_build(config, vp_stage=vp_stage)
+    if backend == "torch":
+        layer, norm = torch_layer_spec(AttnMaskType.causal), Norm
+    else:
+        from megatron.core.extensions.transformer_engine import TENorm
+        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+
+        layer, norm = get_gpt_layer_with_transformer_engine_spec(), TENorm
+    # The final norm is chosen here: given a bare layer, megatron-core takes one that refuses sequence parallelism.
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)

@@ -1,0 +1,122 @@
+"""Say in one line why a job ended, from how its ranks ended and what they reported."""
+
+import signal
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from megatron_vlm.config import ExitCode
+from megatron_vlm.platform.launch.exit_status import ExitStatus, read_exit_status
+from megatron_vlm.platform.launch.launch import HANDED_ON_AS, NodeEnd, WorkerEnd
+
+_ORDERLY_STOP = (ExitCode.DONE, ExitCode.REQUEUE, ExitCode.INTERRUPTED)
+
+
+def report_path(folder: Path, rank: int) -> Path:
+    """Return the file in which a rank says how it ended."""
+    return folder / f"rank_{rank:05d}.json"
+
+
+def read_reports(folder: Path, ranks: Sequence[int]) -> dict[int, ExitStatus]:
+    """Return what the ranks reported; those that could not are missing."""
+    found = {rank: read_exit_status(report_path(folder, rank)) for rank in ranks}
+    return {rank: report for rank, report in found.items() if report is not None}
+
+
+def explain_end(end: NodeEnd, reports: Mapping[int, ExitStatus]) -> ExitStatus:
+    """Return the status of the whole node.
+
+    An error that names its fix goes before a rank killed from outside, and that before a crash, since ranks crash
+    when one of their kind is gone. Among equals the first counts.
+
+    Args:
+        end: the ranks in the order in which they ended.
+        reports: what each rank wrote before it ended.
+    """
+    iteration = max((report.iteration or 0 for report in reports.values()), default=None)
+    failures = [
+        worker for worker in end.workers if worker.exit_code not in _ORDERLY_STOP and not worker.was_killed_here
+    ]
+    status = _foreseen(failures, reports)
+    if status is None and end.stop_signal is not None and _all_stopped(end, failures):
+        status = _stopped(end.stop_signal, end.workers, reports)
+    if status is None:
+        status = _killed(failures) or _crashed(failures, reports) or _orderly(end.workers, reports)
+    return replace(status, iteration=iteration)
+
+
+def _foreseen(failures: Sequence[WorkerEnd], reports: Mapping[int, ExitStatus]) -> ExitStatus | None:
+    """Return the first error of a kind that has an exit code of its own."""
+    for worker in failures:
+        report = reports.get(worker.rank)
+        if report is not None and report.severity == 3:
+            return report
+    for worker in failures:
+        if worker.exit_code in set(ExitCode) and worker.exit_code != ExitCode.CRASH:
+            # The disk may be too full for a report; the exit code still says what happened.
+            return ExitStatus(
+                exit_code=worker.exit_code,
+                message=f"rank {worker.rank} ended with exit code {worker.exit_code}; its own line stands above",
+                rank=worker.rank,
+            )
+    return None
+
+
+def _all_stopped(end: NodeEnd, failures: Sequence[WorkerEnd]) -> bool:
+    """Return whether the ranks ended because they were asked to, and not by an error of their own.
+
+    A rank that is asked before it can answer dies of the signal; the others may lose their connection to it.
+    """
+    handed_on = HANDED_ON_AS[end.stop_signal] if end.stop_signal else 0
+    died_of_it = {worker.rank for worker in failures if worker.exit_code == -handed_on}
+    killed_otherwise = any(worker.exit_code < 0 and worker.rank not in died_of_it for worker in failures)
+    return not killed_otherwise and (bool(died_of_it) or not failures)
+
+
+def _stopped(
+    stop_signal: signal.Signals, workers: Sequence[WorkerEnd], reports: Mapping[int, ExitStatus]
+) -> ExitStatus | None:
+    if all(worker.exit_code == ExitCode.DONE for worker in workers):
+        return None
+    code = ExitCode.INTERRUPTED if stop_signal == signal.SIGINT else ExitCode.REQUEUE
+    told = next((report.message for report in reports.values() if report.exit_code == ExitCode.REQUEUE), "")
+    return ExitStatus(exit_code=int(code), message=told or f"stopped by {stop_signal.name}")
+
+
+def _killed(failures: Sequence[WorkerEnd]) -> ExitStatus | None:
+    for worker in failures:
+        if worker.signal_name is None:
+            continue
+        hint = (
+            "look for the out-of-memory killer in the system log"
+            if worker.exit_code == -signal.SIGKILL
+            else "see the stack it printed above"
+        )
+        return ExitStatus(
+            exit_code=int(ExitCode.CRASH),
+            message=f"rank {worker.rank} (process {worker.pid}) was killed by {worker.signal_name}; fix: {hint}, then "
+            "start the same command again: it resumes from the last checkpoint",
+            rank=worker.rank,
+        )
+    return None
+
+
+def _crashed(failures: Sequence[WorkerEnd], reports: Mapping[int, ExitStatus]) -> ExitStatus | None:
+    if not failures:
+        return None
+    told = [worker for worker in failures if worker.rank in reports]
+    first = min(told, key=lambda worker: reports[worker.rank].unix_time) if told else failures[0]
+    report = reports.get(first.rank)
+    if report is None:
+        message = f"rank {first.rank} ended with exit code {first.exit_code}; see what it printed above"
+        return ExitStatus(exit_code=int(ExitCode.CRASH), message=message, rank=first.rank)
+    message = f"rank {first.rank} crashed: {report.message}"
+    return replace(report, exit_code=int(ExitCode.CRASH), message=message, rank=first.rank)
+
+
+def _orderly(workers: Sequence[WorkerEnd], reports: Mapping[int, ExitStatus]) -> ExitStatus:
+    for worker in workers:
+        if worker.exit_code == ExitCode.REQUEUE:
+            told = reports.get(worker.rank)
+            return ExitStatus(exit_code=int(ExitCode.REQUEUE), message=told.message if told else "asks to be requeued")
+    return ExitStatus(exit_code=int(ExitCode.DONE), message="")

@@ -1,0 +1,68 @@
+"""Image files are known by content, and refused by their header where they are outside the limits."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from megatron_vlm.config import DataError
+from megatron_vlm.data.images.decoding import (
+    ImageHeader,
+    ImageLimits,
+    check_limits,
+    decode_rgb,
+    is_upright,
+    read_image_header,
+)
+
+
+def encode(image: Image.Image, kind: str = "PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def make_photo(width: int, height: int) -> Image.Image:
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF"])
+def test_format_is_recognised_by_content(kind):
+    header = read_image_header(encode(make_photo(40, 30), kind))
+    assert (header.format, header.width, header.height) == (kind, 40, 30)
+
+
+@pytest.mark.parametrize("encoded", [b"", b"<html>", encode(make_photo(8, 8), "BMP")])
+def test_header_of_something_else_is_refused(encoded):
+    with pytest.raises(DataError, match="not a JPEG, PNG, WEBP or GIF"):
+        read_image_header(encoded)
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "message"),
+    [(8000, 8000, "more than 50000000"), (3, 9, "a side below 4"), (9, 400, "longer than 20 times")],
+)
+def test_limits_name_what_is_wrong(width, height, message):
+    with pytest.raises(DataError, match=f"image of {width}x{height} pixels .*{message}"):
+        check_limits(ImageHeader("PNG", width, height), ImageLimits())
+
+
+def test_decode_rgb_keeps_the_size():
+    image = decode_rgb(encode(make_photo(40, 30)))
+    assert (image.mode, image.size) == ("RGB", (40, 30))
+
+
+def test_decode_rgb_refuses_a_damaged_image():
+    encoded = encode(make_photo(40, 30))
+    with pytest.raises(DataError, match=f"PNG image of {len(encoded) // 2} bytes is damaged"):
+        decode_rgb(encoded[: len(encoded) // 2])
+
+
+@pytest.mark.parametrize(("orientation", "expected"), [(None, True), (1, True), (6, False)])
+def test_orientation_is_read_from_exif(orientation, expected):
+    exif = Image.Exif()
+    if orientation is not None:
+        exif[0x0112] = orientation
+    assert is_upright(encode(make_photo(40, 30), "JPEG", exif=exif)) is expected

@@ -1,0 +1,131 @@
+"""The ledger says which samples each iteration consumed, across kills and resumes."""
+
+import logging
+
+import numpy as np
+import pytest
+
+from megatron_vlm.config import BlendEntry, DataError, StorageError
+from megatron_vlm.data.plan.ledger import Ledger, hash_sample_ids, read_ledger
+from megatron_vlm.data.plan.plan import PlanSettings, build_plan
+
+
+class Lengths:
+    def __init__(self, number: int) -> None:
+        self.fingerprint = f"lengths of {number}"
+        self.num_images = np.zeros(number, dtype=np.int32)
+        self.text_lengths = np.arange(number, dtype=np.int32) % 50 + 1
+
+    def __len__(self) -> int:
+        return len(self.num_images)
+
+
+@pytest.fixture
+def plan(tmp_path):
+    settings = PlanSettings(
+        blend=(BlendEntry(path="d"),),
+        seq_length=64,
+        num_image_tokens=4,
+        packing=True,
+        overflow="fail",
+        seed=1,
+        global_batch_size=4,
+        train_iters=12,
+        train_epochs=None,
+    )
+    return build_plan(settings, [Lengths(300)], tmp_path / "plan")
+
+
+def record(folder, plan, start, stop):
+    ledger = Ledger(folder, plan, start)
+    for iteration in range(start + 1, stop + 1):
+        ledger.record(iteration)
+    ledger.close()
+
+
+def assert_complete(folder, plan, stop):
+    found = list(read_ledger(folder))
+    assert [entry.iteration for entry, _ in found] == list(range(1, stop + 1))
+    for entry, ids in found:
+        assert ids.tolist() == plan.sample_ids(entry.iteration - 1).tolist()
+        assert entry.plan == plan.hash
+
+
+def test_ledger_holds_the_samples_of_every_iteration(plan, tmp_path):
+    record(tmp_path / "ledger", plan, 0, 12)
+    assert_complete(tmp_path / "ledger", plan, 12)
+
+
+def test_resumed_run_replaces_the_entries_after_its_start(plan, tmp_path):
+    record(tmp_path / "ledger", plan, 0, 9)
+    record(tmp_path / "ledger", plan, 5, 7)
+    assert_complete(tmp_path / "ledger", plan, 7)
+
+
+@pytest.mark.parametrize("cut", [1, 20, 60])
+def test_entry_torn_by_a_kill_is_replaced(plan, tmp_path, cut):
+    record(tmp_path / "ledger", plan, 0, 6)
+    index = tmp_path / "ledger" / "iterations.jsonl"
+    index.write_bytes(index.read_bytes()[:-cut])
+    record(tmp_path / "ledger", plan, 5, 8)
+    assert_complete(tmp_path / "ledger", plan, 8)
+
+
+def test_missing_entries_are_named(plan, tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        record(tmp_path / "ledger", plan, 3, 5)
+    assert "no entries of iterations 1 to 3" in caplog.text
+
+
+def test_record_returns_the_hash_of_the_plans_ids(plan, tmp_path):
+    assert Ledger(tmp_path / "ledger", plan).record(1) == hash_sample_ids(plan.sample_ids(0))
+
+
+def test_hash_depends_on_the_order():
+    assert hash_sample_ids(np.array([1, 2])) != hash_sample_ids(np.array([2, 1]))
+
+
+def test_record_refuses_an_iteration_out_of_turn(plan, tmp_path):
+    ledger = Ledger(tmp_path / "ledger", plan, 4)
+    with pytest.raises(ValueError, match="iteration 7 recorded after 4"):
+        ledger.record(7)
+
+
+def test_changed_ids_are_found(plan, tmp_path):
+    record(tmp_path / "ledger", plan, 0, 3)
+    path = tmp_path / "ledger" / "sample_ids.bin"
+    path.write_bytes(b"\x07" + path.read_bytes()[1:])
+    with pytest.raises(DataError, match="ids of iteration 1"):
+        list(read_ledger(tmp_path / "ledger"))
+
+
+def test_truncated_ids_are_found_at_resume(plan, tmp_path):
+    record(tmp_path / "ledger", plan, 0, 3)
+    (tmp_path / "ledger" / "sample_ids.bin").write_bytes(b"")
+    with pytest.raises(DataError, match=r"sample_ids\.bin has fewer ids"):
+        Ledger(tmp_path / "ledger", plan, 3)
+
+
+def test_line_that_is_no_entry_is_found(plan, tmp_path):
+    record(tmp_path / "ledger", plan, 0, 1)
+    (tmp_path / "ledger" / "iterations.jsonl").write_text("[1]\n")
+    with pytest.raises(DataError, match="is no entry"):
+        Ledger(tmp_path / "ledger", plan, 1)
+
+
+def test_missing_ledger_cannot_be_read(tmp_path):
+    with pytest.raises(DataError, match="cannot be read"):
+        list(read_ledger(tmp_path))
+
+
+def test_folder_that_cannot_be_made_is_one_line(plan, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="ledger cannot be written"):
+        Ledger(tmp_path / "file" / "ledger", plan)
+
+
+def test_full_disk_is_one_line(plan, tmp_path):
+    ledger = Ledger(tmp_path / "ledger", plan)
+    ledger._ids_file = open("/dev/full", "wb", buffering=0)  # noqa: SIM115
+    with pytest.raises(StorageError, match="No space left"):
+        ledger.record(1)

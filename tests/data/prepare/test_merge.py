@@ -1,0 +1,291 @@
+import dataclasses
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from megatron_vlm.config import ConfigError, DataError, StorageError
+from megatron_vlm.data.documents import JoinRules
+from megatron_vlm.data.prepare import merge
+from megatron_vlm.data.prepare.merge import merge_datasets, split_dataset
+from megatron_vlm.data.prepare.part import USED_ROWS_FILE, ImagePlace, PartJob, Recipe
+from megatron_vlm.data.prepare.run import PrepareJob, prepare
+from megatron_vlm.data.shards.dataset import ShardedDataset
+from megatron_vlm.data.shards.manifest import REJECTS_FILE, load_manifest, save_manifest
+from megatron_vlm.data.shards.verify import verify_dataset
+from megatron_vlm.data.sources.instructions.text import TextSource
+from megatron_vlm.data.sources.interleaved.source import InterleavedRules, InterleavedSource
+from megatron_vlm.data.sources.pairs.source import PairRules, find_pair_source
+from megatron_vlm.data.sources.source import find_record_files
+from tests.support.preparing import content, prepare_shares
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting_for_the_disk(monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+
+
+@pytest.fixture
+def texts(tmp_path, make_lines) -> Path:
+    """Five files, with rejects in the second and nothing but rejects in the last two."""
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for number in range(5):
+        records = [{"text": f"the red cat {number} {i}"} for i in range(number + 1)] if number < 3 else []
+        make_lines(folder / f"{number}.jsonl", records + ([{"text": ""}] if number != 2 else []))
+    return folder
+
+
+def text_job(texts, tokenizer_path, output, **options) -> PrepareJob:
+    source = TextSource(find_record_files((texts,)))
+    part = PartJob(source=source, recipe=Recipe(bos=False, eos=False), tokenizer=tokenizer_path, **options)
+    return PrepareJob(output=output, source_name="text", part=part)
+
+
+def pair_job(coyo, tokenizer_path, output) -> PrepareJob:
+    part = PartJob(source=find_pair_source((coyo,), PairRules()), recipe=Recipe(), tokenizer=tokenizer_path)
+    return PrepareJob(output=output, source_name="coyo", part=part)
+
+
+def mmc4_job(mmc4, tokenizer_path, output) -> PrepareJob:
+    part = PartJob(
+        source=InterleavedSource(find_record_files((mmc4,)), InterleavedRules()),
+        recipe=Recipe(variant="pairs", join=JoinRules()),
+        tokenizer=tokenizer_path,
+        images=ImagePlace(folder=mmc4 / "images"),
+        max_shard_bytes=3000,
+    )
+    return PrepareJob(output=output, source_name="mmc4", part=part)
+
+
+def test_three_parts_merged_are_the_bytes_of_one_run(texts, tokenizer_path, tmp_path):
+    prepare(text_job(texts, tokenizer_path, tmp_path / "straight"))
+    parts = prepare_shares(text_job(texts, tokenizer_path, tmp_path / "joined"), 3)
+    merge_datasets(tmp_path / "joined", parts[::-1])
+    assert content(tmp_path / "joined") == content(tmp_path / "straight")
+    assert list(verify_dataset(tmp_path / "joined")) == []
+
+
+def test_pairs_that_no_part_has_an_image_of_are_rejects_of_the_whole(coyo, tokenizer_path, tmp_path):
+    prepare(pair_job(coyo, tokenizer_path, tmp_path / "straight"))
+    parts = prepare_shares(pair_job(coyo, tokenizer_path, tmp_path / "joined"), 2)
+    manifest = merge_datasets(tmp_path / "joined", parts)
+    assert manifest.rejects == {"image_missing": 1}
+    assert content(tmp_path / "joined") == content(tmp_path / "straight")
+
+
+def test_a_variant_with_several_shards_a_file_is_the_bytes_of_one_run(mmc4, tokenizer_path, tmp_path):
+    files = len(find_record_files((mmc4,)))
+    prepare(mmc4_job(mmc4, tokenizer_path, tmp_path / "straight"))
+    merge_datasets(tmp_path / "joined", prepare_shares(mmc4_job(mmc4, tokenizer_path, tmp_path / "joined"), files))
+    assert content(tmp_path / "joined") == content(tmp_path / "straight")
+
+
+def test_each_part_is_a_dataset_that_verifies_also_without_a_sample(texts, tokenizer_path, tmp_path):
+    parts = prepare_shares(text_job(texts, tokenizer_path, tmp_path / "joined"), 5)
+    assert [len(ShardedDataset.open(part)) for part in parts] == [1, 2, 3, 0, 0]
+    assert [fault for part in parts for fault in verify_dataset(part)] == []
+
+
+def test_no_shard_is_copied_and_the_parts_may_be_deleted(texts, tokenizer_path, tmp_path):
+    parts = prepare_shares(text_job(texts, tokenizer_path, tmp_path / "joined"), 3)
+    merge_datasets(tmp_path / "joined", parts)
+    assert (tmp_path / "joined" / "00000.bin").samefile(parts[0] / "00000.bin")
+    for part in parts:
+        shutil.rmtree(part)
+    assert list(verify_dataset(tmp_path / "joined")) == []
+
+
+def test_merged_again_is_left_alone(texts, tokenizer_path, tmp_path):
+    parts = prepare_shares(text_job(texts, tokenizer_path, tmp_path / "joined"), 2)
+    first = merge_datasets(tmp_path / "joined", parts)
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "joined").iterdir()}
+    assert merge_datasets(tmp_path / "joined", parts) == first
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "joined").iterdir()} == before
+    assert not (tmp_path / "joined.tmp").exists()
+
+
+def test_what_an_interrupted_merge_left_is_replaced(texts, tokenizer_path, tmp_path):
+    parts = prepare_shares(text_job(texts, tokenizer_path, tmp_path / "joined"), 2)
+    (tmp_path / "joined.tmp").mkdir()
+    (tmp_path / "joined.tmp" / "00000.bin").write_text("half")
+    merge_datasets(tmp_path / "joined", parts)
+    assert list(verify_dataset(tmp_path / "joined")) == []
+
+
+def test_missing_parts_are_named(texts, tokenizer_path, tmp_path):
+    parts = prepare_shares(text_job(texts, tokenizer_path, tmp_path / "joined"), 4)
+    with pytest.raises(ConfigError, match="2 of 4 parts missing: 2/4, 4/4"):
+        merge_datasets(tmp_path / "joined", [parts[0], parts[2]])
+    with pytest.raises(ConfigError, match="no part is given"):
+        merge_datasets(tmp_path / "joined", [])
+
+
+def test_a_part_given_twice_under_two_names_is_refused(texts, tokenizer_path, tmp_path):
+    parts = prepare_shares(text_job(texts, tokenizer_path, tmp_path / "joined"), 2)
+    shutil.copytree(parts[0], tmp_path / "copy")
+    with pytest.raises(ConfigError, match="part 1/2 is given twice"):
+        merge_datasets(tmp_path / "joined", [*parts, tmp_path / "copy"])
+
+
+def test_parts_of_other_preparations_are_refused(texts, tokenizer_path, tmp_path):
+    two = prepare_shares(text_job(texts, tokenizer_path, tmp_path / "two"), 2)
+    three = prepare_shares(text_job(texts, tokenizer_path, tmp_path / "three"), 3)
+    other = prepare_shares(text_job(texts, tokenizer_path, tmp_path / "other", max_shard_bytes=1), 2)
+    with pytest.raises(ConfigError, match=r"parts are of \[2, 3\] parts"):
+        merge_datasets(tmp_path / "joined", [two[0], three[1]])
+    with pytest.raises(ConfigError, match="different inputs, options or tokenizers"):
+        merge_datasets(tmp_path / "joined", [two[0], other[1]])
+
+
+def test_a_whole_dataset_is_no_part(texts, tokenizer_path, tmp_path):
+    prepare(text_job(texts, tokenizer_path, tmp_path / "whole"))
+    with pytest.raises(ConfigError, match="dataset is whole, not a part of one"):
+        merge_datasets(tmp_path / "joined", [tmp_path / "whole"])
+
+
+def test_an_unfinished_or_cut_part_is_a_data_error(texts, tokenizer_path, tmp_path):
+    parts = prepare_shares(text_job(texts, tokenizer_path, tmp_path / "joined"), 2)
+    (parts[0] / "00000.bin").write_bytes(b"x")
+    with pytest.raises(DataError, match="shard file is truncated"):
+        merge_datasets(tmp_path / "joined", parts)
+    (parts[0] / "manifest.json").unlink()
+    with pytest.raises(DataError, match=r"folder has no manifest\.json"):
+        merge_datasets(tmp_path / "joined", parts)
+
+
+def test_a_damaged_list_of_used_rows_is_a_data_error(coyo, tokenizer_path, tmp_path):
+    parts = prepare_shares(pair_job(coyo, tokenizer_path, tmp_path / "joined"), 2)
+    rows = np.load(parts[0] / USED_ROWS_FILE)
+    np.save(parts[0] / USED_ROWS_FILE, rows[::-1])
+    with pytest.raises(DataError, match=f"part is damaged: {USED_ROWS_FILE}: checksum differs"):
+        merge_datasets(tmp_path / "joined", parts)
+
+
+def test_a_part_without_a_checksum_of_its_files_is_a_data_error(coyo, tokenizer_path, tmp_path):
+    parts = prepare_shares(pair_job(coyo, tokenizer_path, tmp_path / "joined"), 2)
+    save_manifest(dataclasses.replace(load_manifest(parts[0]), part_files={}), parts[0])
+    with pytest.raises(DataError, match=f"{USED_ROWS_FILE}: the manifest has no checksum of it"):
+        merge_datasets(tmp_path / "joined", parts)
+
+
+def test_a_changed_table_is_a_data_error(coyo, tokenizer_path, tmp_path):
+    parts = prepare_shares(pair_job(coyo, tokenizer_path, tmp_path / "joined"), 2)
+    (table,) = coyo.glob("*.parquet")
+    pyarrow.parquet.write_table(pyarrow.table({"url": ["u"], "text": ["t"]}), table)
+    with pytest.raises(DataError, match="table has 1 rows, had 9"):
+        merge_datasets(tmp_path / "joined", parts)
+
+
+def test_tables_that_have_moved_are_given_again(coyo, tokenizer_path, tmp_path):
+    prepare(pair_job(coyo, tokenizer_path, tmp_path / "straight"))
+    parts = prepare_shares(pair_job(coyo, tokenizer_path, tmp_path / "joined"), 2)
+    (table,) = coyo.glob("*.parquet")
+    moved = [table.rename(tmp_path / table.name), tmp_path / "other.parquet"]
+    with pytest.raises(DataError, match="parquet file cannot be read.* say where the table is now with --tables"):
+        merge_datasets(tmp_path / "joined", parts)
+    for wrong, count in ((moved[1:], 0), ([*moved, table.with_name("x") / table.name], 2)):
+        with pytest.raises(ConfigError, match=f"{count} of the {len(wrong)} --tables are that table"):
+            merge_datasets(tmp_path / "joined", parts, tables=wrong)
+    merge_datasets(tmp_path / "joined", parts, tables=moved)
+    assert content(tmp_path / "joined") == content(tmp_path / "straight")
+
+
+def test_moved_tables_are_told_apart_by_the_end_of_their_paths():
+    names = ["/old/part=0/data.parquet", "/old/part=1/data.parquet"]
+    given = [Path(f"/new/part={number}/data.parquet") for number in (1, 0)]
+    assert merge._find_tables(names, given) == {names[0]: given[1], names[1]: given[0]}
+    for wrong in (given[:1], [Path("/new/data.parquet")], [Path("/x/data.parquet"), Path("/y/data.parquet")]):
+        with pytest.raises(ConfigError, match="--tables are that table of the parts"):
+            merge._find_tables(names, wrong)
+
+
+def test_moved_tables_of_a_folder_and_of_one_inside_of_it_are_told_apart():
+    names, given = ["/old/x.parquet", "/old/sub/x.parquet"], [Path("/new/x.parquet"), Path("/new/sub/x.parquet")]
+    assert merge._find_tables(names, given) == dict(zip(names, given, strict=True))
+    assert merge._find_tables(names, given[::-1]) == dict(zip(names, given, strict=True))
+
+
+def test_tables_of_one_name_are_told_apart(coyo, make_table, tokenizer_path, tmp_path):
+    for folder in ("a", "b"):
+        (coyo / folder).mkdir()
+        make_table(coyo / folder / "t.parquet", {"url": [f"http://x/{folder}"], "text": ["gone"]})
+    inputs = (coyo, coyo / "a" / "t.parquet", coyo / "b" / "t.parquet", coyo / "a")
+    part = PartJob(source=find_pair_source(inputs, PairRules()), recipe=Recipe(), tokenizer=tokenizer_path)
+    job = PrepareJob(output=tmp_path / "straight", source_name="coyo", part=part)
+    assert prepare(job).options["tables"] == {"part-00000.parquet": 9, "a/t.parquet": 1, "b/t.parquet": 1}
+    rejects = [json.loads(line) for line in (tmp_path / "straight" / REJECTS_FILE).read_text().splitlines()]
+    assert [row["file"] for row in rejects] == ["part-00000.parquet", "a/t.parquet", "b/t.parquet"]
+    parts = prepare_shares(dataclasses.replace(job, output=tmp_path / "joined"), 2)
+    merge_datasets(tmp_path / "joined", parts)
+    assert content(tmp_path / "joined") == content(tmp_path / "straight")
+
+
+def test_output_with_something_else_is_refused_and_kept(texts, tokenizer_path, tmp_path):
+    parts = prepare_shares(text_job(texts, tokenizer_path, tmp_path / "joined"), 2)
+    (tmp_path / "joined").mkdir()
+    (tmp_path / "joined" / "thesis.tex").write_text("x")
+    with pytest.raises(ConfigError, match="output folder holds something else"):
+        merge_datasets(tmp_path / "joined", parts)
+    assert [path.name for path in (tmp_path / "joined").iterdir()] == ["thesis.tex"]
+    assert not (tmp_path / "joined.tmp").exists()
+
+
+def test_another_file_system_is_a_storage_error_that_says_so(texts, tokenizer_path, tmp_path, monkeypatch):
+    def across(source, target):
+        raise OSError(18, "Invalid cross-device link", str(source), None, str(target))
+
+    parts = prepare_shares(text_job(texts, tokenizer_path, tmp_path / "joined"), 2)
+    monkeypatch.setattr(os, "link", across)
+    with pytest.raises(StorageError, match="cross-device link .*on the file system of the input"):
+        merge_datasets(tmp_path / "joined", parts)
+    assert not (tmp_path / "joined").exists()
+
+
+def test_nothing_but_rejects_in_all_parts_is_a_data_error(tmp_path, make_lines, tokenizer_path):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for number in range(2):
+        make_lines(folder / f"{number}.jsonl", [{"text": ""}])
+    parts = prepare_shares(text_job(folder, tokenizer_path, tmp_path / "joined"), 2)
+    assert (parts[0] / REJECTS_FILE).exists()
+    with pytest.raises(DataError, match="none of 2 documents became a sample"):
+        merge_datasets(tmp_path / "joined", parts)
+
+
+def token_lists(folder: Path) -> list[list[int]]:
+    return [sample.segments[0].input_ids.tolist() for sample in ShardedDataset.open(folder)]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_a_split_dataset_has_every_sample_once_and_in_order(texts, tokenizer_path, tmp_path, count):
+    prepare(text_job(texts, tokenizer_path, tmp_path / "whole"))
+    folders = split_dataset(tmp_path / "whole", tmp_path / "piece", count)
+    assert [folder.name for folder in folders] == [f"piece-{i + 1}-of-{count}" for i in range(count)]
+    assert sum(map(token_lists, folders), []) == token_lists(tmp_path / "whole")
+    assert [fault for folder in folders for fault in verify_dataset(folder)] == []
+    assert (folders[0] / "00000.bin").samefile(tmp_path / "whole" / "00000.bin")
+
+
+def test_a_dataset_is_split_where_the_pieces_are_most_even(texts, tokenizer_path, tmp_path):
+    prepare(text_job(texts, tokenizer_path, tmp_path / "whole", max_shard_bytes=1))  # 6 shards of one sample
+    folders = split_dataset(tmp_path / "whole", tmp_path / "piece", 3)
+    assert [len(ShardedDataset.open(folder)) for folder in folders] == [2, 2, 2]
+
+
+def test_more_pieces_than_shards_are_refused(texts, tokenizer_path, tmp_path):
+    prepare(text_job(texts, tokenizer_path, tmp_path / "whole"))
+    for count in (0, 4):
+        with pytest.raises(ConfigError, match=f"3 shards cannot become {count} datasets"):
+            split_dataset(tmp_path / "whole", tmp_path / "piece", count)
+
+
+def test_a_part_is_not_split(texts, tokenizer_path, tmp_path):
+    (part, _) = prepare_shares(text_job(texts, tokenizer_path, tmp_path / "joined"), 2)
+    with pytest.raises(ConfigError, match="dataset is a part of one .*join the parts first"):
+        split_dataset(part, tmp_path / "piece", 1)

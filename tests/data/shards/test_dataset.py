@@ -1,0 +1,254 @@
+import pickle
+import subprocess
+import sys
+import time
+
+import numpy as np
+import psutil
+import pytest
+
+from megatron_vlm.config import DataError
+from megatron_vlm.data.shards.dataset import (
+    EncodedSample,
+    ImageSegment,
+    ShardedDataset,
+    ShardIndex,
+    ShardWriter,
+    TextSegment,
+    write_dataset,
+)
+from megatron_vlm.data.shards.manifest import MANIFEST_FILE, WORK_FOLDER, TokenizerFacts
+
+
+def equal(left: EncodedSample, right: EncodedSample) -> bool:
+    if len(left.segments) != len(right.segments):
+        return False
+    for one, other in zip(left.segments, right.segments, strict=True):
+        if isinstance(one, ImageSegment) or isinstance(other, ImageSegment):
+            if one != other:
+                return False
+        elif one.train != other.train or not np.array_equal(one.input_ids, other.input_ids):
+            return False
+    return True
+
+
+@pytest.fixture
+def dataset(folder, make_samples, tokenizer_facts):
+    write_dataset(folder, make_samples(25), source="tiny", tokenizer=tokenizer_facts, samples_per_shard=10)
+    return ShardedDataset.open(folder)
+
+
+def test_every_sample_reads_back_equal(dataset, make_samples):
+    samples = make_samples(25)
+    assert len(dataset) == 25
+    assert all(equal(dataset[i], sample) for i, sample in enumerate(samples))
+
+
+def test_lengths_from_the_index_equal_those_counted_from_the_samples(dataset):
+    images = [sum(isinstance(s, ImageSegment) for s in sample.segments) for sample in dataset]
+    tokens = [sum(len(s.input_ids) for s in sample.segments if isinstance(s, TextSegment)) for sample in dataset]
+    assert dataset.num_images.dtype == dataset.text_lengths.dtype == np.int32
+    assert dataset.num_images.tolist() == images
+    assert dataset.text_lengths.tolist() == tokens
+
+
+def test_manifest_counts_equal_the_lengths(dataset):
+    counts = dataset.manifest.counts
+    assert counts.samples == 25
+    assert counts.images == dataset.num_images.sum()
+    assert counts.text_tokens == dataset.text_lengths.sum()
+
+
+def test_megatron_core_alone_reads_the_shard(dataset):
+    indexed_dataset = pytest.importorskip("megatron.core.datasets.indexed_dataset")
+    shard = indexed_dataset.IndexedDataset(str(dataset.folder / "00001"), multimodal=True)
+    borders = shard.document_indices
+    assert len(borders) - 1 == 10
+    for number in range(10):
+        sample = dataset[10 + number]
+        for position, segment in enumerate(sample.segments):
+            content, mode = shard[int(borders[number]) + position]
+            if isinstance(segment, ImageSegment):
+                assert (content.tobytes(), mode) == (segment.encoded, 1)
+            else:
+                assert content.tobytes() == segment.input_ids.astype("<i4").tobytes()
+                assert mode == (0 if segment.train else 2)
+
+
+def test_a_pickled_dataset_reads_the_same(dataset):
+    dataset[3]
+    copy = pickle.loads(pickle.dumps(dataset))
+    assert equal(copy[3], dataset[3])
+
+
+def test_sample_outside_the_dataset_is_an_index_error(dataset):
+    with pytest.raises(IndexError, match="sample 25 of a dataset of 25"):
+        dataset[25]
+
+
+def test_fingerprint_differs_for_other_content(folder, tmp_path, make_samples, tokenizer_facts):
+    for seed, name in enumerate("abc"):
+        samples = make_samples(5, seed=seed // 2)
+        write_dataset(tmp_path / name, samples, source="tiny", tokenizer=tokenizer_facts)
+    prints = [ShardedDataset.open(tmp_path / name).fingerprint for name in "abc"]
+    assert prints[0] == prints[1] != prints[2]
+
+
+@pytest.mark.parametrize("suffix", ["bin", "idx", "crc"])
+def test_truncated_file_is_refused_at_open(dataset, suffix):
+    path = dataset.folder / f"00001.{suffix}"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(DataError, match=f"truncated: .*00001.{suffix}.*fix:"):
+        ShardedDataset.open(dataset.folder)
+
+
+def test_stale_longer_file_is_refused_at_open(dataset):
+    path = dataset.folder / "00000.bin"
+    path.write_bytes(path.read_bytes() + b"x")
+    with pytest.raises(DataError, match="not the one it was prepared with"):
+        ShardedDataset.open(dataset.folder)
+
+
+def test_missing_shard_file_is_refused_at_open(dataset):
+    (dataset.folder / "00002.crc").unlink()
+    with pytest.raises(DataError, match="shard file is missing .*00002.crc"):
+        ShardedDataset.open(dataset.folder)
+
+
+def test_flipped_bit_of_the_data_is_found_when_the_sample_is_read(dataset):
+    path = dataset.folder / "00000.bin"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    broken = ShardedDataset.open(dataset.folder)
+    index = ShardIndex.open(path.with_suffix(".idx"))
+    hit = int(np.searchsorted(index.pointers, len(content) // 2, side="right")) - 1
+    sample = int(np.searchsorted(index.borders, hit, side="right")) - 1
+    with pytest.raises(DataError, match=f"shard is damaged: the checksum of sequence {hit} differs.*sample {sample}"):
+        broken[sample]
+    assert all(len(broken[number].segments) > 0 for number in range(10) if number != sample)
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.5, 0.99])
+def test_flipped_bit_of_the_index_is_found_before_planning_and_before_reading(dataset, fraction):
+    path = dataset.folder / "00000.idx"
+    content = bytearray(path.read_bytes())
+    content[34 + int((len(content) - 34) * fraction)] ^= 4
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="shard index is damaged"):
+        _ = ShardedDataset.open(dataset.folder).num_images
+    with pytest.raises(DataError, match="shard index is damaged"):
+        ShardedDataset.open(dataset.folder)[0]
+
+
+@pytest.mark.parametrize("suffix", ["bin", "idx", "crc"])
+def test_file_truncated_after_opening_is_an_error_not_a_crash(dataset, suffix):
+    dataset[0]
+    (dataset.folder / f"00000.{suffix}").write_bytes(b"")
+    with pytest.raises(
+        DataError, match=f"shard is damaged: .* bytes are expected .*, 0 are there .*00000.{suffix} sample 1"
+    ):
+        dataset[1]
+
+
+def test_index_of_another_kind_is_refused(dataset):
+    path = dataset.folder / "00000.idx"
+    path.write_bytes(b"NOTANIDX" * 20)
+    with pytest.raises(DataError, match="not a shard index of bytes"):
+        ShardIndex.open(path)
+    path.write_bytes(b"MM")
+    with pytest.raises(DataError, match="cannot be read"):
+        ShardIndex.open(path)
+
+
+def test_folder_without_manifest_names_the_fix(tmp_path):
+    with pytest.raises(DataError, match="has no manifest.json.*fix: give a folder"):
+        ShardedDataset.open(tmp_path)
+    with pytest.raises(DataError, match="does not exist"):
+        ShardedDataset.open(tmp_path / "nothing")
+
+
+def test_unfinished_preparation_names_the_fix(tmp_path):
+    (tmp_path / WORK_FOLDER).mkdir()
+    with pytest.raises(DataError, match="unfinished.*run the same prepare command again"):
+        ShardedDataset.open(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('"format_version": 1', '"format_version": 7', "format version 7, this program reads 1"),
+        ('"megatron_vlm shards"', '"other"', "not the manifest of prepared shards"),
+        ('"source"', '"sauce"', "lacks or mistypes"),
+        ('"samples": 25', '"samples": 26', "not the sum of its shards"),
+        ("{", "", "cannot be read"),
+    ],
+)
+def test_damaged_manifest_is_refused(dataset, old, new, message):
+    path = dataset.folder / MANIFEST_FILE
+    path.write_text(path.read_text().replace(old, new))
+    with pytest.raises(DataError, match=message):
+        ShardedDataset.open(dataset.folder)
+
+
+def test_another_tokenizer_is_refused(dataset, tokenizer_facts):
+    dataset.check_tokenizer(tokenizer_facts)
+    other = TokenizerFacts(name="other", sha256="cd" * 32, vocab_size=512, bos_id=1, eos_id=2)
+    with pytest.raises(DataError, match="prepared with tokenizer tiny .sha256 abababababab.*not with other"):
+        dataset.check_tokenizer(other)
+
+
+def test_empty_samples_segments_and_datasets_are_refused(tmp_path, tokenizer_facts):
+    writer = ShardWriter(tmp_path / "00000")
+    with pytest.raises(ValueError, match="at least one segment"):
+        writer.add(EncodedSample(()))
+    with pytest.raises(ValueError, match="must not be empty"):
+        writer.add(EncodedSample((TextSegment(np.zeros(0, dtype=np.int32), True),)))
+    writer.discard()
+    with pytest.raises(ValueError, match="at least one sample"):
+        write_dataset(tmp_path, [], source="tiny", tokenizer=tokenizer_facts)
+
+
+def test_opening_a_million_samples_takes_under_ten_milliseconds(folder, tokenizer_facts):
+    sample = EncodedSample((TextSegment(np.array([1, 2], dtype=np.int32), True), ImageSegment(b"x")))
+    write_dataset(folder, (sample for _ in range(1_000_000)), source="tiny", tokenizer=tokenizer_facts)
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        dataset = ShardedDataset.open(folder)
+        times.append(time.perf_counter() - start)
+    assert min(times) < 0.010
+    assert equal(dataset[999_999], sample)
+
+
+def test_private_memory_stays_flat_over_50k_random_reads(folder, make_samples, tokenizer_facts):
+    # More shards than are kept open at a time.
+    write_dataset(folder, make_samples(140), source="tiny", tokenizer=tokenizer_facts, samples_per_shard=2)
+    dataset = ShardedDataset.open(folder)
+    order = np.random.default_rng(0).integers(0, len(dataset), 52_000).tolist()
+    process = psutil.Process()
+    for sample in order[:2_000]:
+        dataset[sample]
+    before = process.memory_full_info().uss
+    for sample in order[2_000:]:
+        dataset[sample]
+    assert process.memory_full_info().uss - before < 1 << 20
+
+
+def test_reading_does_not_import_torch():
+    command = "import sys, megatron_vlm.data.shards.dataset; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", command], check=False).returncode == 0
+
+
+def test_outlines_equal_the_segments_of_the_samples(folder, make_samples, tokenizer_facts):
+    samples = make_samples(30)
+    write_dataset(folder, samples, source="tiny", tokenizer=tokenizer_facts, samples_per_shard=7)
+    chosen = np.array([0, 5, 6, 7, 20, 29])
+    borders, is_image, tokens = ShardedDataset.open(folder).outlines(chosen)
+    for place, number in enumerate(chosen):
+        part = slice(borders[place], borders[place + 1])
+        expected = [
+            (True, 0) if isinstance(segment, ImageSegment) else (False, len(segment.input_ids))
+            for segment in samples[number].segments
+        ]
+        assert list(zip(is_image[part].tolist(), tokens[part].tolist(), strict=True)) == expected

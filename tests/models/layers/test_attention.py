@@ -1,0 +1,84 @@
+import pytest
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_vlm.models.layers.attention import PackedAttention
+from megatron_vlm.models.layers.norm import Norm
+
+
+def attention(mask=AttnMaskType.causal, **settings):
+    config = TransformerConfig(num_layers=1, hidden_size=32, num_attention_heads=4, attention_dropout=0.0, **settings)
+    return PackedAttention(config, 1, mask, "self")
+
+
+def packed(lengths):
+    borders = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=borders,
+        cu_seqlens_kv=borders,
+        max_seqlen_q=max(lengths),
+        max_seqlen_kv=max(lengths),
+    )
+
+
+def qkv(length, key_heads=4):
+    generator = torch.Generator().manual_seed(0)
+    heads = (4, key_heads, key_heads)
+    return [torch.randn(length, n, 8, generator=generator) for n in heads]
+
+
+@pytest.mark.parametrize("key_heads", [4, 2])
+def test_packed_samples_equal_each_alone(key_heads):
+    core, lengths = attention(), [3, 7, 1, 5]
+    q, k, v = qkv(sum(lengths), key_heads)
+    together = core(q, k, v, None, packed_seq_params=packed(lengths))
+    start = 0
+    for length in lengths:
+        part = [x[start : start + length].unsqueeze(1) for x in (q, k, v)]
+        # the same products; the kernel sums them in blocks of another size
+        torch.testing.assert_close(together[start : start + length], core(*part, None).squeeze(1), rtol=1e-5, atol=1e-6)
+        start += length
+
+
+def test_a_later_token_does_not_change_an_earlier_one():
+    core = attention()
+    q, k, v = qkv(6)
+    before = core(q, k, v, None, packed_seq_params=packed([6]))
+    k[5], v[5] = 1.0, 1.0
+    after = core(q, k, v, None, packed_seq_params=packed([6]))
+    assert torch.equal(before[:5], after[:5])
+    assert not torch.equal(before[5], after[5])
+
+
+def test_one_query_against_cached_keys_sees_all_of_them():
+    core = attention()
+    q, k, v = (x.unsqueeze(1) for x in qkv(6))
+    whole = core(q, k, v, None)
+    torch.testing.assert_close(core(q[5:], k, v, None), whole[5:], rtol=1e-5, atol=1e-6)
+
+
+def test_masks_are_refused():
+    q, k, v = qkv(2)
+    with pytest.raises(ValueError, match="not masks or biases"):
+        attention()(q, k, v, torch.ones(1, 1, 2, 2))
+
+
+def test_borders_that_do_not_cover_the_tokens_are_refused():
+    q, k, v = qkv(5)
+    with pytest.raises(ValueError, match="sample borders cover 4 of 5 tokens"):
+        attention()(q, k, v, None, packed_seq_params=packed([4]))
+
+
+def test_attention_dropout_is_refused():
+    config = TransformerConfig(num_layers=1, hidden_size=32, num_attention_heads=4, attention_dropout=0.1)
+    with pytest.raises(ValueError, match="no attention dropout"):
+        PackedAttention(config, 1, AttnMaskType.causal, "self")
+
+
+def test_norm_of_another_library_is_refused():
+    config = TransformerConfig(num_layers=1, hidden_size=32, num_attention_heads=4, layernorm_zero_centered_gamma=True)
+    with pytest.raises(ValueError, match="transformer_engine backend"):
+        Norm(config, 32)

@@ -1,0 +1,79 @@
+import errno
+import fcntl
+import subprocess
+import sys
+
+import pytest
+
+from megatron_vlm.config import ConfigError
+from megatron_vlm.platform.files.run_folder import hold_run_folder
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from megatron_vlm.platform.files.run_folder import hold_run_folder
+with hold_run_folder(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """Another process that holds tmp_path / "run"."""
+    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.wait()
+    process.stdout.close()
+
+
+def test_folder_is_made_with_its_parents(tmp_path):
+    with hold_run_folder(tmp_path / "a" / "b"):
+        assert (tmp_path / "a" / "b").is_dir()
+
+
+def test_second_job_is_refused_and_told_who_holds_the_folder(tmp_path, holder):
+    with pytest.raises(ConfigError, match=rf"another job .* process {holder.pid} .*choose another run_dir"):
+        with hold_run_folder(tmp_path / "run"):
+            pass
+
+
+def test_folder_is_free_once_its_holder_was_killed(tmp_path, holder):
+    holder.kill()
+    holder.wait()
+    with hold_run_folder(tmp_path / "run"):
+        assert (tmp_path / "run").is_dir()
+
+
+def test_folder_can_be_held_again_afterwards(tmp_path):
+    for _ in range(2):
+        with hold_run_folder(tmp_path):
+            pass
+
+
+def test_file_in_place_of_the_folder_is_refused(tmp_path):
+    (tmp_path / "run").write_text("")
+    with pytest.raises(ConfigError, match="run_dir is a file"):
+        with hold_run_folder(tmp_path / "run"):
+            pass
+
+
+def test_file_system_without_locks_is_warned_about(tmp_path, monkeypatch, caplog):
+    def unsupported(*args):
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    with hold_run_folder(tmp_path):
+        assert "has no locks" in caplog.text
+
+
+def test_other_error_of_the_lock_is_raised(tmp_path, monkeypatch):
+    def fails(*args):
+        raise OSError(errno.EIO, "input/output error")
+
+    monkeypatch.setattr(fcntl, "flock", fails)
+    with pytest.raises(OSError, match="input/output error"):
+        with hold_run_folder(tmp_path):
+            pass

@@ -1,0 +1,119 @@
+import signal
+
+import pytest
+
+from megatron_vlm.config import ExitCode
+from megatron_vlm.platform.launch.exit_status import ExitStatus, write_exit_status
+from megatron_vlm.platform.launch.job_end import explain_end, read_reports, report_path
+from megatron_vlm.platform.launch.launch import NodeEnd, WorkerEnd
+
+
+def end(*exit_codes, stop=None, killed_here=()):
+    """Ranks 0, 1, ... in the order in which they ended."""
+    workers = tuple(
+        WorkerEnd(rank=rank, pid=100 + rank, exit_code=code, was_killed_here=rank in killed_here)
+        for rank, code in enumerate(exit_codes)
+    )
+    return NodeEnd(workers=workers, stop_signal=stop)
+
+
+def report(rank, code, message="", **facts):
+    return ExitStatus(exit_code=code, message=message, rank=rank, **facts)
+
+
+def explained(node_end, *reports):
+    status = explain_end(node_end, {item.rank: item for item in reports})
+    return status.exit_code, status.message
+
+
+def test_all_ranks_done_is_done():
+    assert explained(end(0, 0), report(0, 0), report(1, 0)) == (0, "")
+
+
+def test_error_with_a_name_goes_before_crashes_that_ended_earlier():
+    crash, cause = report(0, 1, "RuntimeError: connection closed"), report(1, 65, "bad shard")
+    assert explained(end(1, 65), crash, cause) == (65, "bad shard")
+
+
+def test_error_with_a_name_goes_before_a_killed_rank():
+    assert explained(end(-6, 70), report(1, 70, "loss is nan")) == (70, "loss is nan")
+
+
+def test_killed_rank_is_named_before_the_crashes_it_causes():
+    code, message = explained(end(1, -9), report(0, 1, "RuntimeError: connection closed"))
+    assert code == ExitCode.CRASH
+    assert message.startswith("rank 1 (process 101) was killed by SIGKILL; fix: ")
+
+
+def test_ranks_killed_by_the_launcher_are_not_the_cause():
+    crash = report(0, 1, "KeyError: 'x'")
+    assert explained(end(1, -9, -9, killed_here=(1, 2)), crash) == (1, "rank 0 crashed: KeyError: 'x'")
+
+
+def test_first_of_several_crashes_is_told_with_its_traceback():
+    late, early = report(0, 1, "late", unix_time=2.0), report(1, 1, "early", unix_time=1.0, traceback="stack")
+    status = explain_end(end(1, 1), {0: late, 1: early})
+    assert (status.message, status.traceback, status.rank) == ("rank 1 crashed: early", "stack", 1)
+
+
+def test_exit_code_says_what_happened_where_no_report_could_be_written():
+    code, message = explained(end(74, 1))
+    assert (code, message) == (74, "rank 0 ended with exit code 74; its own line stands above")
+
+
+def test_crash_without_a_report_names_the_rank():
+    assert explained(end(0, 2)) == (1, "rank 1 ended with exit code 2; see what it printed above")
+
+
+def test_orderly_stop_asks_to_be_requeued():
+    told = "stopped by SIGTERM at iteration 7"
+    assert explained(end(75, 75, stop=signal.SIGTERM), report(0, 75, told)) == (75, told)
+
+
+def test_ranks_that_die_of_the_signal_before_they_listen_ask_to_be_requeued():
+    assert explained(end(-15, -15, stop=signal.SIGTERM)) == (75, "stopped by SIGTERM")
+
+
+def test_rank_that_loses_its_peers_to_the_signal_is_no_crash():
+    crash = report(1, 1, "RuntimeError: connection closed")
+    assert explained(end(-10, 1, stop=signal.SIGUSR1), crash)[0] == 75
+
+
+def test_crash_while_stopping_is_a_crash():
+    crash = report(0, 1, "KeyError: 'x'")
+    assert explained(end(1, 75, stop=signal.SIGTERM), crash, report(1, 75))[0] == 1
+
+
+def test_disk_error_while_stopping_is_a_disk_error():
+    assert explained(end(74, 75, stop=signal.SIGTERM), report(0, 74, "disk full"), report(1, 75)) == (74, "disk full")
+
+
+def test_rank_killed_while_stopping_is_named():
+    assert "was killed by SIGKILL" in explained(end(-9, 75, stop=signal.SIGTERM))[1]
+
+
+def test_interrupt_is_not_to_be_requeued():
+    assert explained(end(-15, -15, stop=signal.SIGINT))[0] == ExitCode.INTERRUPTED
+
+
+def test_run_that_was_done_when_the_signal_came_is_done():
+    assert explained(end(0, 0, stop=signal.SIGTERM))[0] == 0
+
+
+def test_requeue_without_a_signal_is_requeue():
+    assert explained(end(75, 75), report(0, 75, "time limit near"), report(1, 75)) == (75, "time limit near")
+
+
+def test_iteration_is_the_furthest_that_a_rank_reports():
+    status = explain_end(end(0, 0), {0: report(0, 0, iteration=None), 1: report(1, 0, iteration=12)})
+    assert status.iteration == 12
+
+
+@pytest.mark.parametrize("code", [code for code in ExitCode if code not in (0, 75, 130)])
+def test_no_failure_ends_with_exit_code_zero(code):
+    assert explain_end(end(0, int(code)), {}).exit_code != 0
+
+
+def test_reports_are_read_by_rank_and_missing_ones_left_out(tmp_path):
+    write_exit_status(report_path(tmp_path, 3), report(3, 65, "x"))
+    assert {rank: status.message for rank, status in read_reports(tmp_path, range(2, 5)).items()} == {3: "x"}

@@ -1,0 +1,28 @@
+import torch
+
+from megatron_vlm.training.objectives.language_modelling import reduce_losses, sum_by_source
+
+
+def test_sums_and_counts_are_of_each_source():
+    sums = sum_by_source(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([0, 2, 0]), 3)
+    assert sums.tolist() == [[5.0, 0.0, 2.0], [2.0, 0.0, 1.0]]
+
+
+def test_a_division_in_place_by_the_schedule_leaves_the_logged_sums_alone():
+    output = torch.tensor([[1.0, 2.0, 3.0]], requires_grad=True) * 1.0
+    loss, num_labels, logged = reduce_losses(output, torch.tensor([0, 0, 1]), 2)
+    with torch.no_grad():
+        loss /= 100
+    assert int(num_labels) == 3
+    assert logged.tolist() == [[3.0, 3.0], [2.0, 1.0]]
+
+
+def test_a_micro_batch_without_labels_has_a_loss_of_zero_with_gradient():
+    weight = torch.ones(4, 1, requires_grad=True)
+    output = (torch.empty(0, 4) @ weight).view(1, 0)
+    loss, num_labels, logged = reduce_losses(output, torch.empty(0, dtype=torch.int64), 2)
+    loss.backward()
+    assert loss.item() == 0.0
+    assert int(num_labels) == 0
+    assert logged.sum() == 0
+    assert weight.grad.abs().sum() == 0
