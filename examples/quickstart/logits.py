@@ -62,7 +62,7 @@ def _make_batch(settings: Any, tokenizer: Any, images: Sequence[str], question: 
     from megatron_vlm.config import BlendEntry, DataConfig
     from megatron_vlm.data.loading.batch import ImageShare
     from megatron_vlm.data.loading.collate import Collation, PlacedSample, collate
-    from megatron_vlm.data.shards.dataset import EncodedSample, ImageSegment
+    from megatron_vlm.data.samples import EncodedSample, ImageSegment
     from megatron_vlm.data.text.templates import PLACEHOLDER, Turn, encode_prompt, find_template, split_placeholders
 
     text = f"{PLACEHOLDER}\n" * len(images) + question

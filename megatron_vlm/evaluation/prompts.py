@@ -7,7 +7,7 @@ import numpy as np
 
 from megatron_vlm.config import ModelConfig, UsageError
 from megatron_vlm.data.documents import PLACEHOLDER, Control, Image, RejectError, Segment, Special, Text
-from megatron_vlm.data.shards.dataset import ImageSegment, TextSegment
+from megatron_vlm.data.samples import ImageSegment, TextSegment
 from megatron_vlm.data.text.encoding import encode_segments
 from megatron_vlm.data.text.templates import Template, Turn, encode_prompt, split_placeholders
 from megatron_vlm.data.text.tokenizer import Tokenizer

@@ -15,7 +15,7 @@ from megatron_vlm.config import CheckpointError, ModelConfig, ProjectionConfig, 
 from megatron_vlm.convert.to_hf import ExportOptions, export_llava
 from megatron_vlm.data.documents import Image, Text
 from megatron_vlm.data.loading.pixels import decode_image
-from megatron_vlm.data.shards.dataset import ImageSegment
+from megatron_vlm.data.samples import ImageSegment
 from megatron_vlm.data.text.templates import DEFAULT_SYSTEM, TEMPLATES, Turn, encode_prompt
 from megatron_vlm.data.text.tokenizer import load_tokenizer
 from tests.support.configs import tiny_model, tiny_run

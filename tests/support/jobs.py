@@ -17,7 +17,7 @@ from megatron_vlm.checkpoint.save import save_checkpoint
 from megatron_vlm.config import CheckpointConfig, DataError, ParallelConfig, TrainConfig
 from megatron_vlm.data.loading.batch import ImageShare, VLMBatch
 from megatron_vlm.data.loading.collate import Collation, PlacedSample, collate
-from megatron_vlm.data.shards.dataset import ImageSegment
+from megatron_vlm.data.samples import ImageSegment
 from megatron_vlm.models.build import build_model
 from megatron_vlm.parallel.groups import RankLayout, build_groups, main_rank_first, rank_layout, seed_everything
 from megatron_vlm.training.optimizer import build_optimizer, wrap_model

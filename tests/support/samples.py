@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 
 from megatron_vlm.data.loading.collate import PlacedSample
-from megatron_vlm.data.shards.dataset import EncodedSample, ImageSegment, TextSegment
+from megatron_vlm.data.samples import EncodedSample, ImageSegment, TextSegment
 from tests.support.configs import VOCAB_SIZE
 
 

@@ -10,7 +10,7 @@ from megatron_vlm.config import IGNORE_INDEX, DataConfig, DataError, ModelConfig
 from megatron_vlm.data.images.decoding import ImageLimits
 from megatron_vlm.data.loading.batch import ImageShare, VLMBatch
 from megatron_vlm.data.loading.pixels import Aspect, decode_image
-from megatron_vlm.data.shards.dataset import EncodedSample, ImageSegment, TextSegment
+from megatron_vlm.data.samples import EncodedSample, ImageSegment, TextSegment
 
 _MAX_SEQLEN_MULTIPLE = 64
 # Preparation decides which images are taken, by the user's limits; what it took must not end a run.

@@ -15,11 +15,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from megatron_vlm.config import DataError, StorageError
+from megatron_vlm.data.samples import EncodedSample, ImageSegment, TextSegment
 from megatron_vlm.data.shards.manifest import (
     MANIFEST_FILE,
     Counts,
@@ -41,28 +41,6 @@ _HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, doc
 _MAGIC, _IDX_VERSION, _UINT8_CODE = b"MMIDIDX\x00\x00", 1, 1
 _MAX_OPEN_SHARDS = 64  # three file descriptors each; the usual limit of a process is 1024
 _WRITE_BUFFER_BYTES = 1 << 20
-
-
-class TextSegment(NamedTuple):
-    """Consecutive tokens of a sample."""
-
-    input_ids: np.ndarray
-    """int32[n], n > 0."""
-    train: bool
-    """Whether the tokens are targets of the loss."""
-
-
-class ImageSegment(NamedTuple):
-    """One image of a sample."""
-
-    encoded: bytes
-    """JPEG, PNG, WEBP or GIF file."""
-
-
-class EncodedSample(NamedTuple):
-    """One training sample: text and images in reading order."""
-
-    segments: tuple[TextSegment | ImageSegment, ...]
 
 
 class ShardWriter:

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from megatron_vlm.config import UsageError
-from megatron_vlm.data.shards.dataset import EncodedSample, ImageSegment, ShardedDataset
+from megatron_vlm.data.samples import EncodedSample, ImageSegment
+from megatron_vlm.data.shards.dataset import ShardedDataset
 from megatron_vlm.data.text.tokenizer import Tokenizer
 
 _STYLE = """

@@ -7,7 +7,7 @@ import numpy as np
 
 from megatron_vlm.config import ConfigError
 from megatron_vlm.data.documents import Control, Document, Image, RejectError, Segment, Special, Text
-from megatron_vlm.data.shards.dataset import EncodedSample, ImageSegment, TextSegment
+from megatron_vlm.data.samples import EncodedSample, ImageSegment, TextSegment
 
 
 class Encoder(Protocol):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from megatron_vlm.config import ConfigError
 from megatron_vlm.data.documents import PLACEHOLDER, Control, Document, Image, RejectError, Segment, Special, Text
-from megatron_vlm.data.shards.dataset import ImageSegment, TextSegment
+from megatron_vlm.data.samples import ImageSegment, TextSegment
 from megatron_vlm.data.text.encoding import Encoder, encode_segments
 
 _EOS, _BOS = Special(Control.EOS), Special(Control.BOS)

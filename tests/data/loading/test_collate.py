@@ -20,7 +20,7 @@ from megatron_vlm.config import (
 )
 from megatron_vlm.data.loading.batch import ImageShare
 from megatron_vlm.data.loading.collate import Collation, PlacedSample, collate, cut_sample
-from megatron_vlm.data.shards.dataset import EncodedSample, ImageSegment, TextSegment
+from megatron_vlm.data.samples import EncodedSample, ImageSegment, TextSegment
 
 LANGUAGE = LanguageConfig(vocab_size=100, num_layers=1, hidden_size=8, ffn_hidden_size=8, num_attention_heads=1)
 IMAGE, PAD, NONE = LANGUAGE.image_token_id, LANGUAGE.pad_token_id, IGNORE_INDEX

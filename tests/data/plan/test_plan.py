@@ -18,7 +18,7 @@ from megatron_vlm.config import BlendEntry, ConfigError, DataError, StorageError
 from megatron_vlm.data.loading.collate import cut_sample
 from megatron_vlm.data.plan.plan import PlanSettings, build_plan, hash_plan, open_plan, plan_rows
 from megatron_vlm.data.plan.sample_pool import cut_outlines
-from megatron_vlm.data.shards.dataset import EncodedSample, ImageSegment, TextSegment
+from megatron_vlm.data.samples import EncodedSample, ImageSegment, TextSegment
 
 IMAGE_TOKENS = 16
 

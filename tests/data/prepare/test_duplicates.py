@@ -14,7 +14,7 @@ from megatron_vlm.data.prepare.duplicates import (
     fingerprint,
     join_fingerprints,
 )
-from megatron_vlm.data.shards.dataset import EncodedSample, ImageSegment, TextSegment
+from megatron_vlm.data.samples import EncodedSample, ImageSegment, TextSegment
 
 
 def text(*ids: int, train: bool = True) -> TextSegment:

@@ -22,7 +22,8 @@ from megatron_vlm.data.prepare.merge import merge_datasets
 from megatron_vlm.data.prepare.part import USED_ROWS_FILE, ImagePlace, PartJob, Recipe
 from megatron_vlm.data.prepare.run import PrepareJob, prepare
 from megatron_vlm.data.prepare.share import Share
-from megatron_vlm.data.shards.dataset import ImageSegment, ShardedDataset
+from megatron_vlm.data.samples import ImageSegment
+from megatron_vlm.data.shards.dataset import ShardedDataset
 from megatron_vlm.data.shards.manifest import WORK_FOLDER, load_manifest
 from megatron_vlm.data.shards.verify import verify_dataset
 from megatron_vlm.data.sources.instructions.text import TextSource

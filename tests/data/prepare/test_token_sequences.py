@@ -18,7 +18,8 @@ import sentencepiece
 from PIL import Image as PILImage
 
 from megatron_vlm.cli.main import main
-from megatron_vlm.data.shards.dataset import ImageSegment, ShardedDataset
+from megatron_vlm.data.samples import ImageSegment
+from megatron_vlm.data.shards.dataset import ShardedDataset
 from megatron_vlm.data.text.tokenizer import Tokenizer, load_tokenizer
 
 CONTEXT, TRAINED, IMAGE = "context", "trained", "image"

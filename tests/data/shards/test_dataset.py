@@ -8,15 +8,8 @@ import psutil
 import pytest
 
 from megatron_vlm.config import DataError
-from megatron_vlm.data.shards.dataset import (
-    EncodedSample,
-    ImageSegment,
-    ShardedDataset,
-    ShardIndex,
-    ShardWriter,
-    TextSegment,
-    write_dataset,
-)
+from megatron_vlm.data.samples import EncodedSample, ImageSegment, TextSegment
+from megatron_vlm.data.shards.dataset import ShardedDataset, ShardIndex, ShardWriter, write_dataset
 from megatron_vlm.data.shards.manifest import MANIFEST_FILE, WORK_FOLDER, TokenizerFacts
 
 

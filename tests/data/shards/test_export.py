@@ -14,8 +14,9 @@ from megatron_vlm.data.documents import Image, JoinRules, Text, TextRules
 from megatron_vlm.data.images.checking import ImageRules
 from megatron_vlm.data.prepare.part import ImagePlace, PartJob, Recipe
 from megatron_vlm.data.prepare.run import PrepareJob, prepare
+from megatron_vlm.data.samples import EncodedSample, ImageSegment, TextSegment
 from megatron_vlm.data.shards import export
-from megatron_vlm.data.shards.dataset import EncodedSample, ImageSegment, ShardedDataset, TextSegment, write_dataset
+from megatron_vlm.data.shards.dataset import ShardedDataset, write_dataset
 from megatron_vlm.data.shards.export import ExportJob, describe_sample, export_webdataset, write_tar
 from megatron_vlm.data.sources.image_store import ImageReader
 from megatron_vlm.data.sources.instructions.conversations import ConversationRules, ConversationSource

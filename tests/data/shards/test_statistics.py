@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 from PIL import Image as PILImage
 
-from megatron_vlm.data.shards.dataset import EncodedSample, ImageSegment, ShardedDataset, TextSegment, write_dataset
+from megatron_vlm.data.samples import EncodedSample, ImageSegment, TextSegment
+from megatron_vlm.data.shards.dataset import ShardedDataset, write_dataset
 from megatron_vlm.data.shards.manifest import Manifest, save_manifest
 from megatron_vlm.data.shards.statistics import compute_statistics, format_statistics, save_histograms
 

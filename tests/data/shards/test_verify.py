@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from megatron_vlm.config import DataError
-from megatron_vlm.data.shards.dataset import EncodedSample, ImageSegment, ShardWriter, TextSegment, write_dataset
+from megatron_vlm.data.samples import EncodedSample, ImageSegment, TextSegment
+from megatron_vlm.data.shards.dataset import ShardWriter, write_dataset
 from megatron_vlm.data.shards.manifest import MANIFEST_FILE, FileFacts, load_manifest, save_manifest
 from megatron_vlm.data.shards.verify import verify_dataset
 

@@ -3,7 +3,7 @@ import pytest
 
 from megatron_vlm.config import ConfigError
 from megatron_vlm.data.documents import Control, Document, Image, RejectError, Special, Text
-from megatron_vlm.data.shards.dataset import ImageSegment
+from megatron_vlm.data.samples import ImageSegment
 from megatron_vlm.data.text.encoding import encode_document, encode_exact, encode_segments
 
 IMAGE = Image(b"picture")

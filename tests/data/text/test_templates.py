@@ -2,7 +2,7 @@ import pytest
 
 from megatron_vlm.config import ConfigError
 from megatron_vlm.data.documents import Image, RejectError, Special, Text
-from megatron_vlm.data.shards.dataset import ImageSegment
+from megatron_vlm.data.samples import ImageSegment
 from megatron_vlm.data.text.templates import (
     TEMPLATES,
     Turn,
