@@ -68,7 +68,7 @@ def _make_batch(settings: Any, tokenizer: Any, images: Sequence[str], question: 
     text = f"{PLACEHOLDER}\n" * len(images) + question
     turn = Turn(split_placeholders(text, [Path(image).read_bytes() for image in images]), None)
     segments = encode_prompt([turn], tokenizer, template=find_template("vicuna_v1"), system=None)
-    num_image_tokens = settings.model.vision.num_image_tokens
+    num_image_tokens = settings.model.fixed_image_tokens("this check")
     length = sum(
         num_image_tokens if isinstance(segment, ImageSegment) else len(segment.input_ids) for segment in segments
     )

@@ -5,6 +5,7 @@ from typing import Literal
 
 from megatron_vlm.config.checks import check_positive
 from megatron_vlm.config.errors import ConfigError
+from megatron_vlm.config.grid import Grid
 
 IGNORE_INDEX = -100
 """Label of a position without a loss."""
@@ -120,8 +121,19 @@ class VisionConfig:
         return self.num_layers + 1 + self.feature_layer
 
     @property
-    def num_image_tokens(self) -> int:
-        """Placeholders of one image in the language model; data and models both read it here."""
+    def constant_grid(self) -> Grid | None:
+        """Patches of every image; None for a tower whose patches depend on the size of the image."""
+        side = self.image_size // self.patch_size
+        return Grid(side, side)
+
+    def patch_grid(self, width: int, height: int) -> Grid:
+        """Return the patches of an image of this size, in pixels as stored; here every image is made square first."""
+        side = self.image_size // self.patch_size
+        return Grid(side, side)
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of the square image that the tower is built for."""
         return (self.image_size // self.patch_size) ** 2
 
 
@@ -131,6 +143,10 @@ class ProjectionConfig:
 
     type: Literal["linear", "mlp2x_gelu"] = "linear"
     """The paper uses one linear layer; the released weights and LLaVA-1.5 an MLP with exact GELU."""
+
+    def token_grid(self, patches: Grid) -> Grid:
+        """Return the image tokens of a grid of patches: one each."""
+        return patches
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,6 +158,36 @@ class ModelConfig:
     projection: ProjectionConfig = field(default_factory=ProjectionConfig)
     backend: Literal["auto", "torch", "transformer_engine"] = "auto"
     """Layer implementation; auto takes transformer-engine where it imports and a GPU is there."""
+
+    def num_image_tokens(self, width: int, height: int) -> int:
+        """Return the placeholders of an image in the language model; data and models both ask here.
+
+        Args:
+            width: of the image as it is stored [pixels].
+            height: likewise.
+        """
+        return self.projection.token_grid(self.vision.patch_grid(width, height)).size
+
+    @property
+    def constant_image_tokens(self) -> int | None:
+        """Placeholders of every image; None where their number depends on the size of the image."""
+        grid = self.vision.constant_grid
+        return None if grid is None else self.projection.token_grid(grid).size
+
+    def fixed_image_tokens(self, what_needs_it: str) -> int:
+        """Return `constant_image_tokens` for code that handles no other case.
+
+        Raises:
+            ConfigError: images have different numbers of tokens; names what needs the constant.
+        """
+        tokens = self.constant_image_tokens
+        if tokens is None:
+            raise ConfigError(
+                f"{what_needs_it} needs the same number of tokens for every image",
+                where="model.vision",
+                fix="use a tower with a fixed input size",
+            )
+        return tokens
 
 
 def _check_heads(section: str, hidden_size: int, num_attention_heads: int, kv_channels: int | None) -> None:

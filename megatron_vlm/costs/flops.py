@@ -24,10 +24,10 @@ def language_flops(language: LanguageConfig, num_tokens: int, attention_pairs: i
 
 def vision_flops(vision: VisionConfig, num_images: int) -> float:
     """Return the forward operations of the tower on `num_images` images."""
-    hidden, tokens = vision.hidden_size, vision.num_image_tokens + int(vision.class_token)
+    hidden, tokens = vision.hidden_size, vision.num_patches + int(vision.class_token)
     weights = 4 * hidden * hidden + 2 * hidden * vision.ffn_hidden_size
     per_layer = 2 * tokens * weights + 4 * tokens * tokens * hidden
-    patches = 2 * vision.num_image_tokens * 3 * vision.patch_size**2 * hidden
+    patches = 2 * vision.num_patches * 3 * vision.patch_size**2 * hidden
     return num_images * (vision.num_layers_run * per_layer + patches)
 
 
@@ -35,7 +35,7 @@ def projection_flops(model: ModelConfig, num_images: int) -> float:
     """Return the forward operations of the projection on `num_images` images."""
     inside, outside = model.vision.hidden_size, model.language.hidden_size
     weights = inside * outside + (outside * outside if model.projection.type == "mlp2x_gelu" else 0)
-    return 2 * num_images * model.vision.num_image_tokens * weights
+    return 2 * num_images * model.vision.num_patches * weights
 
 
 def step_flops(

@@ -106,7 +106,7 @@ def _tower(vision: VisionConfig) -> int:
     layer = 4 * hidden * hidden + 2 * hidden * ffn + 9 * hidden + ffn
     class_tokens = int(vision.class_token)
     patches = 3 * vision.patch_size**2 * hidden + (0 if vision.class_token else hidden)
-    positions = (vision.num_image_tokens + class_tokens) * hidden
+    positions = (vision.num_patches + class_tokens) * hidden
     norm = 2 * hidden if vision.pre_norm else 0
     return vision.num_layers_run * layer + patches + positions + class_tokens * hidden + norm
 

@@ -61,7 +61,7 @@ def foresee(
     counts = {
         "num_tokens": rows.summary.num_tokens,
         "attention_pairs": int((used * (used + 1) / 2).sum()),
-        "num_labels": _count_labels(rows, datasets, config.model.vision.num_image_tokens),
+        "num_labels": _count_labels(rows, datasets, settings.num_image_tokens),
         "num_images": rows.summary.num_images,
     }
     lengths = [settings.seq_length] if rows.seq_lengths is None else rows.seq_lengths.tolist()

@@ -63,6 +63,7 @@ class Generator:
         positions_per_batch: int = POSITIONS_PER_BATCH,
     ) -> None:
         self._model, self._config, self._eos_id = model, config, eos_id
+        self._num_image_tokens = config.fixed_image_tokens("generation")
         language = config.language
         parameter = next(model.parameters())
         itemsize = parameter.dtype.itemsize
@@ -77,14 +78,14 @@ class Generator:
     @property
     def feature_bytes(self) -> int:
         """Size of the features of one image [bytes]."""
-        size = self._config.vision.num_image_tokens * self._config.language.hidden_size
+        size = self._num_image_tokens * self._config.language.hidden_size
         return size * next(self._model.parameters()).dtype.itemsize
 
     @torch.inference_mode()
     def encode_images(self, pixel_values: np.ndarray) -> Tensor:
         """Return float[n, p, h]: what stands at the placeholders of each image of uint8[n, 3, H, W]."""
         pixels = torch.from_numpy(pixel_values)
-        hidden_size, tokens = self._config.language.hidden_size, self._config.vision.num_image_tokens
+        hidden_size, tokens = self._config.language.hidden_size, self._num_image_tokens
         parts = [
             self._model.encode_images(chunk.to(self._device), chunk.size(0)).view(-1, tokens, hidden_size)
             for chunk in pixels.split(IMAGES_PER_BATCH)

@@ -59,7 +59,8 @@ class PromptFormat:
         return segments
 
     def _place(self, segments: Sequence[TextSegment | ImageSegment]) -> np.ndarray:
-        placeholders = np.full(self.model.vision.num_image_tokens, self.model.language.image_token_id, dtype=np.int64)
+        num_image_tokens = self.model.fixed_image_tokens("generation")
+        placeholders = np.full(num_image_tokens, self.model.language.image_token_id, dtype=np.int64)
         parts = [placeholders if isinstance(segment, ImageSegment) else segment.input_ids for segment in segments]
         return np.concatenate(parts).astype(np.int64)
 

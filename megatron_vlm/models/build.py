@@ -40,6 +40,7 @@ def _build_chunk(config: TrainConfig, vp_stage: int | None) -> VisionLanguageMod
         language_config,
         vision=_build_vision(config) if first else None,
         language_model=language_model,
+        num_image_tokens=config.model.fixed_image_tokens("the exchange of image features between ranks"),
         tp_group=parallel_state.get_tensor_model_parallel_group(),
     )
     if torch.cuda.is_available():

@@ -45,6 +45,7 @@ class VisionLanguageModel(MegatronModule):
         config: megatron-core's config of the decoder, which the schedules read from the outermost module.
         vision: tower and projection; None on later stages.
         language_model: the decoder layers of this stage.
+        num_image_tokens: embeddings of one image.
         tp_group: ranks that share the images of a micro-batch.
     """
 
@@ -57,13 +58,14 @@ class VisionLanguageModel(MegatronModule):
         *,
         vision: tuple[VisionModel, VisionProjection] | None,
         language_model: LanguageModel,
+        num_image_tokens: int,
         tp_group: torch.distributed.ProcessGroup,
     ) -> None:
         super().__init__(config=config)
         if vision is not None:
             self.vision_model, self.vision_projection = vision
         self.language_model = language_model
-        self.tp_group = tp_group
+        self.num_image_tokens, self.tp_group = num_image_tokens, tp_group
         # Read by megatron-core's schedules, gradient reduction and checkpoints from the outermost module.
         self.model_type = ModelType.encoder_or_decoder
         self.pre_process, self.post_process = language_model.pre_process, language_model.post_process
@@ -91,8 +93,7 @@ class VisionLanguageModel(MegatronModule):
         if pixel_values.size(0):
             local = self.vision_projection(self.vision_model(pixel_values))
         else:
-            tokens = self.vision_model.vision_config.num_image_tokens
-            local = self.vision_model.conv1.weight.new_zeros((0, tokens, self.config.hidden_size))
+            local = self.vision_model.conv1.weight.new_zeros((0, self.num_image_tokens, self.config.hidden_size))
             local = give_zero_gradients(local, self.vision_model, self.vision_projection)
         return gather_features(local, num_images, self.tp_group).flatten(0, 1)
 

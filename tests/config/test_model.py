@@ -2,7 +2,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_vlm.config import ConfigError, LanguageConfig, VisionConfig
+from megatron_vlm.config import ConfigError, LanguageConfig, ModelConfig, VisionConfig
+from megatron_vlm.config.grid import Grid
 
 LANGUAGE = {
     "vocab_size": 32000,
@@ -50,9 +51,37 @@ def test_groups_that_do_not_divide_the_heads_are_refused():
         LanguageConfig(**LANGUAGE, num_query_groups=5)
 
 
+def model_of(vision):
+    return ModelConfig(language=LanguageConfig(**LANGUAGE), vision=vision)
+
+
 @pytest.mark.parametrize(("image_size", "tokens"), [(336, 576), (224, 256)])
-def test_clip_hands_over_one_token_a_patch(image_size, tokens):
-    assert VisionConfig(**VISION, image_size=image_size).num_image_tokens == tokens
+def test_clip_hands_over_one_token_a_patch_whatever_the_size_of_the_image(image_size, tokens):
+    model = model_of(VisionConfig(**VISION, image_size=image_size))
+    assert model.vision.num_patches == model.constant_image_tokens == tokens
+    assert {model.num_image_tokens(*size) for size in ((1, 1), (640, 480), (image_size, image_size))} == {tokens}
+    assert model.fixed_image_tokens("this test") == tokens
+
+
+class AnySize(VisionConfig):
+    """A tower with one patch for every whole 14 x 14 pixels of the image."""
+
+    __slots__ = ()
+    constant_grid = None
+
+    def patch_grid(self, width, height):
+        return Grid(height // 14, width // 14)
+
+
+def test_tokens_follow_the_size_of_the_image_where_the_tower_lets_them():
+    model = model_of(AnySize(**VISION))
+    assert model.num_image_tokens(640, 480) == 45 * 34
+    assert model.num_image_tokens(480, 640) == 45 * 34
+    assert model.constant_image_tokens is None
+    with pytest.raises(
+        ConfigError, match=r"this test needs the same number of tokens for every image \(model.vision\)"
+    ):
+        model.fixed_image_tokens("this test")
 
 
 @pytest.mark.parametrize(("feature_layer", "layers_run"), [(-1, 24), (-2, 23), (-24, 1)])

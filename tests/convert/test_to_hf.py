@@ -31,7 +31,7 @@ def random_batch(model: ModelConfig, num_images: int = 3) -> tuple[torch.Tensor,
     generator = torch.Generator().manual_seed(3)
     side = model.vision.image_size
     pixels = torch.randint(0, 256, (num_images, 3, side, side), generator=generator, dtype=torch.uint8)
-    image = torch.full((model.vision.num_image_tokens,), model.language.image_token_id)
+    image = torch.full((model.constant_image_tokens,), model.language.image_token_id)
     parts = [torch.tensor([1])]
     for _ in range(num_images):
         parts += [torch.randint(3, model.language.vocab_size, (5,), generator=generator), image]
@@ -161,7 +161,7 @@ def expanded(segments, model: ModelConfig) -> list[int]:
     ids: list[int] = []
     for segment in segments:
         if isinstance(segment, ImageSegment):
-            ids += [model.language.image_token_id] * model.vision.num_image_tokens
+            ids += [model.language.image_token_id] * model.constant_image_tokens
         else:
             ids += segment.input_ids.tolist()
     return ids

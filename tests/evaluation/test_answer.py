@@ -35,7 +35,7 @@ def make_prompts(count: int, *, num_images: int = 5, seed: int = 0) -> tuple[lis
     prompts = []
     for _ in range(count):
         images = tuple(int(image) for image in rng.integers(0, num_images, rng.integers(0, 3)))
-        image = [MODEL.language.image_token_id] * MODEL.vision.num_image_tokens
+        image = [MODEL.language.image_token_id] * MODEL.constant_image_tokens
         ids = [1, 7, 8, *(image * len(images)), *rng.integers(3, 100, rng.integers(2, 5))]
         prompts.append(Prompt(np.array(ids, dtype=np.int64), images))
     return prompts, rng.integers(0, 256, (num_images, 3, 32, 32), dtype=np.uint8)
@@ -101,7 +101,7 @@ def test_a_beginning_that_prompts_share_is_seen_once(model, monkeypatch):
     monkeypatch.setattr(Generator, "_shared_length", lambda self, prompt: 0)
     whole = answer_all(make_generator(model), prompts, pixels)
     assert shared == whole
-    first_rows = [rows for length, rows in seen if length == 3 + MODEL.vision.num_image_tokens]
+    first_rows = [rows for length, rows in seen if length == 3 + MODEL.constant_image_tokens]
     assert set(first_rows) <= {1, 2}
     assert first_rows
 

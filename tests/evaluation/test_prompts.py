@@ -8,7 +8,7 @@ from tests.support.configs import tiny_model
 from tests.support.sentence_piece import NUM_PIECES, train_sentence_piece
 
 MODEL = tiny_model(vocab_size=NUM_PIECES)
-IMAGE = [MODEL.language.image_token_id] * MODEL.vision.num_image_tokens
+IMAGE = [MODEL.language.image_token_id] * MODEL.constant_image_tokens
 
 
 @pytest.fixture(scope="module")

@@ -97,7 +97,7 @@ def test_shots_put_their_pictures_and_answers_before_the_question(ask, questions
     assert result.summary["accuracy"] == 1.0
     for prompt in generator.prompts:
         assert len(set(prompt.images)) == 3
-        assert (prompt.input_ids == MODEL.language.image_token_id).sum() == 3 * MODEL.vision.num_image_tokens
+        assert (prompt.input_ids == MODEL.language.image_token_id).sum() == 3 * MODEL.constant_image_tokens
         assert (prompt.input_ids == tokenizer.eos_id).sum() == 2
 
 

@@ -38,7 +38,7 @@ def rules(vision: VisionConfig) -> list[Rule]:
         Rule(KEY_PREFIX + "conv1.weight", (hidden, 3, patch, patch), (embeddings + "patch_embedding.weight",)),
         Rule(
             KEY_PREFIX + "position_embeddings.weight",
-            (vision.num_image_tokens + 1, hidden),
+            (vision.num_patches + 1, hidden),
             (embeddings + "position_embedding.weight",),
         ),
     ]

@@ -87,7 +87,7 @@ def config_to_hf(model: ModelConfig, *, bos_id: int, eos_id: int, dtype: str) ->
         "model_type": "llava",
         "dtype": dtype,
         "image_token_index": model.language.image_token_id,
-        "image_seq_length": model.vision.num_image_tokens,
+        "image_seq_length": model.fixed_image_tokens("export to LLaVA"),
         "projector_hidden_act": _PROJECTOR_ACTIVATIONS[model.projection.type],
         "multimodal_projector_bias": True,
         "vision_feature_layer": -1,

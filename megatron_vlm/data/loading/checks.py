@@ -36,11 +36,11 @@ def check_data(config: TrainConfig) -> tuple[ShardedDataset, ...]:
 def _check_images(config: TrainConfig, dataset: ShardedDataset) -> None:
     if not dataset.manifest.counts.images:
         return
-    vision = config.model.vision
-    if vision.num_image_tokens >= config.data.seq_length:
+    vision, num_image_tokens = config.model.vision, config.model.fixed_image_tokens("the plan")
+    if num_image_tokens >= config.data.seq_length:
         raise ConfigError(
-            f"one image takes {vision.num_image_tokens} tokens, data.seq_length is {config.data.seq_length}",
-            fix=f"raise data.seq_length above {vision.num_image_tokens}, or lower model.vision.image_size",
+            f"one image takes {num_image_tokens} tokens, data.seq_length is {config.data.seq_length}",
+            fix=f"raise data.seq_length above {num_image_tokens}, or lower model.vision.image_size",
         )
     side = dataset.manifest.options.get("images", {}).get("resize_shorter_side")
     if side is not None and side < vision.image_size:

@@ -41,7 +41,7 @@ class Collation:
         """Collect it from a run's settings."""
         return cls(
             seq_length=data.seq_length,
-            num_image_tokens=model.vision.num_image_tokens,
+            num_image_tokens=model.fixed_image_tokens("data loading"),
             vocab_size=model.language.vocab_size,
             image_token_id=model.language.image_token_id,
             pad_token_id=model.language.pad_token_id,

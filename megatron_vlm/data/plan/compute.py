@@ -37,7 +37,7 @@ class PlanSettings:
         return cls(
             blend=config.data.blend,
             seq_length=config.data.seq_length,
-            num_image_tokens=config.model.vision.num_image_tokens,
+            num_image_tokens=config.model.fixed_image_tokens("the plan"),
             packing=config.data.packing,
             overflow=config.data.overflow,
             seed=config.training.seed,
