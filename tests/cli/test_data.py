@@ -5,8 +5,8 @@ import pytest
 
 from megatron_vlm.cli.main import main
 from megatron_vlm.data.samples import EncodedSample, TextSegment
-from megatron_vlm.data.shards.dataset import write_dataset
 from megatron_vlm.data.shards.manifest import TokenizerFacts
+from megatron_vlm.data.shards.writer import write_dataset
 from megatron_vlm.data.text.tokenizer import load_tokenizer
 from tests.support.sentence_piece import train_sentence_piece
 

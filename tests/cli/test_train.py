@@ -6,8 +6,8 @@ import time
 import psutil
 import pytest
 
-from megatron_vlm.data.shards.dataset import write_dataset
 from megatron_vlm.data.shards.manifest import TokenizerFacts
+from megatron_vlm.data.shards.writer import write_dataset
 from tests.support.samples import make_samples
 
 PIPELINE = "parallel.pipeline_model_parallel_size=2"

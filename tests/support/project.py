@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_vlm.config import BlendEntry, save_config
-from megatron_vlm.data.shards.dataset import write_dataset
+from megatron_vlm.data.shards.writer import write_dataset
 from megatron_vlm.data.text.tokenizer import load_tokenizer
 from tests.support.configs import tiny_model, tiny_run
 from tests.support.samples import make_samples

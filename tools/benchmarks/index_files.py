@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_vlm.data.shards.dataset import MODE_IMAGE, MODE_TRAINED, ShardedDataset
+from megatron_vlm.data.shards.dataset import ShardedDataset
+from megatron_vlm.data.shards.index import MODE_IMAGE, MODE_TRAINED
 from megatron_vlm.data.shards.manifest import Counts, FileFacts, Manifest, ShardFacts, TokenizerFacts, save_manifest
 
 _SAMPLES_PER_SHARD = 100_000

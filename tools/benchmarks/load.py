@@ -31,7 +31,8 @@ from megatron_vlm.data.loading.collate import Collation  # noqa: E402
 from megatron_vlm.data.loading.loader import BatchLoader  # noqa: E402
 from megatron_vlm.data.plan.plan import PlanSettings, build_plan  # noqa: E402
 from megatron_vlm.data.samples import EncodedSample, ImageSegment, TextSegment  # noqa: E402
-from megatron_vlm.data.shards.dataset import ShardedDataset, write_dataset  # noqa: E402
+from megatron_vlm.data.shards.dataset import ShardedDataset  # noqa: E402
+from megatron_vlm.data.shards.writer import write_dataset  # noqa: E402
 from megatron_vlm.data.text.tokenizer import Tokenizer, load_tokenizer  # noqa: E402
 
 _SIZE, _NUM_IMAGE_TOKENS, _SEQ_LENGTH = 224, 256, 4096

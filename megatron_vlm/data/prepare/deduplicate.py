@@ -15,8 +15,9 @@ import numpy as np
 from megatron_vlm.data.documents import RejectError
 from megatron_vlm.data.prepare.duplicates import Fingerprints, find_repeats
 from megatron_vlm.data.prepare.part import PartFacts, built_beside, reject_row
-from megatron_vlm.data.shards.dataset import ShardedDataset, ShardWriter
+from megatron_vlm.data.shards.dataset import ShardedDataset
 from megatron_vlm.data.shards.manifest import Manifest, ShardFacts, TokenizerFacts
+from megatron_vlm.data.shards.writer import ShardWriter
 from megatron_vlm.data.sources.source import Found
 from megatron_vlm.data.tasks.processes import Engine
 from megatron_vlm.platform.files.durable import write_durably

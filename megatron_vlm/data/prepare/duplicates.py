@@ -13,7 +13,7 @@ import numpy as np
 
 from megatron_vlm.config import DataError
 from megatron_vlm.data.samples import EncodedSample, ImageSegment
-from megatron_vlm.data.shards.dataset import TOKEN_DTYPE
+from megatron_vlm.data.shards.index import TOKEN_DTYPE
 from megatron_vlm.platform.files.durable import flush_to_disk, open_durably
 
 KINDS = ("documents", "images")

@@ -24,7 +24,8 @@ from megatron_vlm.data.prepare.deduplicate import drop_repeats
 from megatron_vlm.data.prepare.joining import check_not_empty, check_part_files, join_facts, missing_rows
 from megatron_vlm.data.prepare.part import load_used_rows
 from megatron_vlm.data.prepare.share import SHARE_OPTION, Share
-from megatron_vlm.data.shards.dataset import SUFFIXES, ShardedDataset
+from megatron_vlm.data.shards.dataset import ShardedDataset
+from megatron_vlm.data.shards.index import SUFFIXES
 from megatron_vlm.data.shards.manifest import (
     MANIFEST_FILE,
     REJECTS_FILE,

@@ -26,8 +26,8 @@ from megatron_vlm.data.files.locations import Location, RemoteFile
 from megatron_vlm.data.images.checking import ImageRules
 from megatron_vlm.data.prepare.duplicates import FingerprintWriter
 from megatron_vlm.data.samples import EncodedSample
-from megatron_vlm.data.shards.dataset import ShardWriter
 from megatron_vlm.data.shards.manifest import REJECTS_FILE, ShardFacts
+from megatron_vlm.data.shards.writer import ShardWriter
 from megatron_vlm.data.sources.image_store import FolderImages, ImageReader, ImageStore, RemoteImages, TarImages
 from megatron_vlm.data.sources.source import Found, ReadContext, Source
 from megatron_vlm.data.text.encoding import encode_document, encode_exact

@@ -1,18 +1,16 @@
-"""Indexed binary shards, format version 1: one writer, one reader.
+"""Read prepared shards, format version 1: any sample at any time, every read checked against its checksum.
 
 A shard is a plain megatron-core `IndexedDataset` (dtype uint8, multimodal) plus a checksum per sequence;
-docs/shard_format.md describes it to the byte. It is written and read here with numpy alone, because the index must
-open in milliseconds and because megatron-core never compares an index with its data.
+docs/shard_format.md describes it to the byte. It is read here with numpy alone, because megatron-core never compares an
+index with its data.
 """
 
 import hashlib
 import os
 import struct
 import zlib
-from array import array
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -20,206 +18,25 @@ import numpy as np
 
 from megatron_vlm.config import DataError, StorageError
 from megatron_vlm.data.samples import EncodedSample, ImageSegment, TextSegment
+from megatron_vlm.data.shards.index import (
+    MODE_IMAGE,
+    MODE_TRAINED,
+    PREPARE_AGAIN,
+    SUFFIXES,
+    TOKEN_DTYPE,
+    IndexOffsets,
+    ShardIndex,
+)
 from megatron_vlm.data.shards.manifest import (
     MANIFEST_FILE,
-    Counts,
-    FileFacts,
     Manifest,
     ShardFacts,
     TokenizerFacts,
     crc32_of_file,
     load_manifest,
-    save_manifest,
 )
-from megatron_vlm.platform.files.durable import flush_to_disk
 
-MODE_TRAINED, MODE_IMAGE, MODE_CONTEXT = 0, 1, 2
-TOKEN_DTYPE = np.dtype("<i4")
-SUFFIXES = ("bin", "idx", "crc")
-
-_HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document borders
-_MAGIC, _IDX_VERSION, _UINT8_CODE = b"MMIDIDX\x00\x00", 1, 1
 _MAX_OPEN_SHARDS = 64  # three file descriptors each; the usual limit of a process is 1024
-_WRITE_BUFFER_BYTES = 1 << 20
-
-
-class ShardWriter:
-    """Write one shard, sample by sample, in constant memory per sequence.
-
-    Args:
-        prefix: path without suffix; `.bin`, `.idx` and `.crc` are appended. The three are valid only after `close`.
-    """
-
-    def __init__(self, prefix: Path) -> None:
-        self.prefix = prefix
-        self._lengths, self._modes, self._crcs = array("i"), array("b"), array("I")
-        self._borders = array("q", [0])
-        self._tokens = self._trained = self._images = self._image_bytes = 0
-        self.bytes_written = 0
-        self._crc = 0
-        self._stream = prefix.with_name(prefix.name + ".bin").open("wb", buffering=_WRITE_BUFFER_BYTES)
-
-    def __len__(self) -> int:
-        return len(self._borders) - 1
-
-    def add(self, sample: EncodedSample) -> None:
-        """Append one sample.
-
-        Raises:
-            ValueError: the sample, or one of its segments, is empty.
-        """
-        if not sample.segments:
-            raise ValueError("a sample needs at least one segment")
-        for segment in sample.segments:
-            if isinstance(segment, ImageSegment):
-                content, mode = segment.encoded, MODE_IMAGE
-                self._images += 1
-                self._image_bytes += len(content)
-            else:
-                content = np.asarray(segment.input_ids, dtype=TOKEN_DTYPE).tobytes()
-                mode = MODE_TRAINED if segment.train else MODE_CONTEXT
-                count = len(content) // TOKEN_DTYPE.itemsize
-                self._tokens += count
-                self._trained += count if segment.train else 0
-            if not content:
-                raise ValueError("a segment must not be empty")
-            self._lengths.append(len(content))
-            self._modes.append(mode)
-            self._crcs.append(zlib.crc32(content))
-            self._crc = zlib.crc32(content, self._crc)
-            self._stream.write(content)
-            self.bytes_written += len(content)
-        self._borders.append(len(self._lengths))
-
-    def close(self, input_name: str = "") -> ShardFacts:
-        """Write index and checksums and return what the manifest says about this shard."""
-        with self._stream as stream:
-            flush_to_disk(stream)
-        files = {"bin": FileFacts(bytes=self.bytes_written, crc32=self._crc)}
-        files["idx"] = self._write("idx", self._index())
-        files["crc"] = self._write("crc", np.array(self._crcs, dtype="<u4").tobytes())
-        counts = Counts(
-            samples=len(self),
-            sequences=len(self._lengths),
-            images=self._images,
-            image_bytes=self._image_bytes,
-            text_tokens=self._tokens,
-            trained_tokens=self._trained,
-        )
-        return ShardFacts(name=self.prefix.name, input=input_name, counts=counts, files=files)
-
-    def discard(self) -> None:
-        """Close the data file without making a shard of it."""
-        self._stream.close()
-
-    def _index(self) -> bytes:
-        lengths = np.array(self._lengths, dtype="<i4")
-        pointers = np.zeros(len(lengths), dtype="<i8")
-        np.cumsum(lengths[:-1], dtype=np.int64, out=pointers[1:])
-        parts = (lengths, pointers, np.array(self._borders, dtype="<i8"), np.array(self._modes, dtype="<i1"))
-        header = _HEADER.pack(_MAGIC, _IDX_VERSION, _UINT8_CODE, len(lengths), len(self._borders))
-        return header + b"".join(part.tobytes() for part in parts)
-
-    def _write(self, suffix: str, content: bytes) -> FileFacts:
-        with self.prefix.with_name(f"{self.prefix.name}.{suffix}").open("wb") as stream:
-            stream.write(content)
-            flush_to_disk(stream)
-        return FileFacts(bytes=len(content), crc32=zlib.crc32(content))
-
-
-def write_dataset(
-    folder: str | Path,
-    samples: Iterable[EncodedSample],
-    *,
-    source: str,
-    tokenizer: TokenizerFacts,
-    samples_per_shard: int = 1_000_000,
-) -> Manifest:
-    """Write a complete dataset from samples in memory; `prepare` is the way for raw corpora.
-
-    Raises:
-        ValueError: there is no sample.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    shards: list[ShardFacts] = []
-    writer: ShardWriter | None = None
-    for sample in samples:
-        if writer is None:
-            writer = ShardWriter(folder / f"{len(shards):05d}")
-        writer.add(sample)
-        if len(writer) == samples_per_shard:
-            shards.append(writer.close())
-            writer = None
-    if writer is not None:
-        shards.append(writer.close())
-    if not shards:
-        raise ValueError("a dataset needs at least one sample")
-    documents = sum(shard.counts.samples for shard in shards)
-    manifest = Manifest(source=source, tokenizer=tokenizer, shards=tuple(shards), documents=documents)
-    save_manifest(manifest, folder)
-    return manifest
-
-
-@dataclass(frozen=True, slots=True)
-class ShardIndex:
-    """The memory-mapped index of one shard; no array is copied."""
-
-    lengths: np.ndarray
-    """int32[sequences], bytes."""
-    pointers: np.ndarray
-    """int64[sequences], offset in the data file."""
-    borders: np.ndarray
-    """int64[samples + 1], first sequence of each sample."""
-    modes: np.ndarray
-    """int8[sequences], 0 trained text, 1 image, 2 context."""
-
-    @classmethod
-    def open(cls, path: Path) -> "ShardIndex":
-        """Map an index file.
-
-        Raises:
-            DataError: the file is not an index, or shorter or longer than its header says.
-        """
-        try:
-            buffer = np.memmap(path, mode="r", dtype=np.uint8)
-            magic, version, code, sequences, borders = _HEADER.unpack(bytes(buffer[: _HEADER.size]))
-        except (OSError, ValueError, struct.error) as error:
-            raise DataError(f"shard index cannot be read: {error}", where=str(path), fix=_PREPARE_AGAIN) from None
-        if (magic, version, code) != (_MAGIC, _IDX_VERSION, _UINT8_CODE):
-            raise DataError("file is not a shard index of bytes", where=str(path), fix=_PREPARE_AGAIN)
-        expected = _HEADER.size + sequences * (4 + 8 + 1) + borders * 8
-        if len(buffer) != expected:
-            raise DataError(
-                f"shard index has {len(buffer)} bytes, its header says {expected}", where=str(path), fix=_PREPARE_AGAIN
-            )
-        kinds = (("<i4", sequences), ("<i8", sequences), ("<i8", borders), ("<i1", sequences))
-        offsets = _offsets(sequences, borders)
-        return cls(*(np.frombuffer(buffer, *kind, offset) for kind, offset in zip(kinds, offsets, strict=True)))
-
-    def num_images(self) -> np.ndarray:
-        """Return the images of each sample, int32[samples]."""
-        return _sum_between(self.modes == MODE_IMAGE, self.borders)
-
-    def text_lengths(self) -> np.ndarray:
-        """Return the text tokens of each sample, int32[samples]."""
-        tokens = np.where(self.modes == MODE_IMAGE, 0, self.lengths // TOKEN_DTYPE.itemsize)
-        return _sum_between(tokens, self.borders)
-
-
-def _offsets(sequences: int, borders: int) -> tuple[int, int, int, int]:
-    """Return where lengths, pointers, borders and modes begin in an index [bytes]."""
-    pointers = _HEADER.size + 4 * sequences
-    return _HEADER.size, pointers, pointers + 8 * sequences, pointers + 8 * sequences + 8 * borders
-
-
-_PREPARE_AGAIN = "prepare the dataset again, or copy it again from where it is whole"
-
-
-def _sum_between(values: np.ndarray, borders: np.ndarray) -> np.ndarray:
-    total = np.zeros(len(values) + 1, dtype=np.int64)
-    np.cumsum(values, out=total[1:])
-    return np.diff(total[borders]).astype(np.int32)
 
 
 class _OpenShard:
@@ -236,9 +53,9 @@ class _OpenShard:
             raise DataError(
                 f"shard index holds {len(index.borders) - 1} samples, the manifest says {self.samples}",
                 where=f"{self.prefix}.idx",
-                fix=_PREPARE_AGAIN,
+                fix=PREPARE_AGAIN,
             )
-        self._offsets = _offsets(facts.counts.sequences, self.samples + 1)
+        self._offsets = IndexOffsets.of(facts.counts.sequences, self.samples + 1)
         self._descriptors: dict[str, int] = {}
         for suffix in SUFFIXES:
             self._descriptors[suffix] = os.open(f"{self.prefix}.{suffix}", os.O_RDONLY)
@@ -252,12 +69,12 @@ class _OpenShard:
         return ShardIndex.open(Path(f"{self.prefix}.idx"))
 
     def read(self, sample: int) -> EncodedSample:
-        lengths_at, pointers_at, borders_at, modes_at = self._offsets
-        first, last = struct.unpack("<2q", self._pread("idx", 16, borders_at + 8 * sample, sample))
+        offsets = self._offsets
+        first, last = struct.unpack("<2q", self._pread("idx", 16, offsets.borders + 8 * sample, sample))
         count = last - first
-        lengths = struct.unpack(f"<{count}i", self._pread("idx", 4 * count, lengths_at + 4 * first, sample))
-        (pointer,) = struct.unpack("<q", self._pread("idx", 8, pointers_at + 8 * first, sample))
-        modes = self._pread("idx", count, modes_at + first, sample)
+        lengths = struct.unpack(f"<{count}i", self._pread("idx", 4 * count, offsets.lengths + 4 * first, sample))
+        (pointer,) = struct.unpack("<q", self._pread("idx", 8, offsets.pointers + 8 * first, sample))
+        modes = self._pread("idx", count, offsets.modes + first, sample)
         crcs = struct.unpack(f"<{count}I", self._pread("crc", 4 * count, 4 * first, sample))
         content = self._pread("bin", sum(lengths), pointer, sample)
         segments: list[TextSegment | ImageSegment] = []
@@ -269,7 +86,7 @@ class _OpenShard:
                 raise DataError(
                     f"shard is damaged: the checksum of sequence {first + len(segments)} differs",
                     where=f"{self.prefix}.bin sample {sample}",
-                    fix=_PREPARE_AGAIN,
+                    fix=PREPARE_AGAIN,
                 )
             if mode == MODE_IMAGE:
                 segments.append(ImageSegment(piece))
@@ -287,7 +104,7 @@ class _OpenShard:
             raise DataError(
                 f"shard is damaged: {size} bytes are expected at byte {offset}, {len(content)} are there",
                 where=f"{self.prefix}.{suffix} sample {sample}",
-                fix=_PREPARE_AGAIN,
+                fix=PREPARE_AGAIN,
             )
         return content
 
@@ -405,7 +222,7 @@ class ShardedDataset(Sequence[EncodedSample]):
         facts = self.manifest.shards[number]
         path = self.folder / f"{facts.name}.idx"
         if crc32_of_file(path) != facts.files["idx"].crc32:
-            raise DataError("shard index is damaged: its checksum differs", where=str(path), fix=_PREPARE_AGAIN)
+            raise DataError("shard index is damaged: its checksum differs", where=str(path), fix=PREPARE_AGAIN)
         self._checked.add(number)
 
     def _shard(self, number: int) -> _OpenShard:
@@ -424,9 +241,9 @@ def _check_size(path: Path, expected: int) -> None:
     try:
         found = path.stat().st_size
     except FileNotFoundError:
-        raise DataError("shard file is missing", where=str(path), fix=_PREPARE_AGAIN) from None
+        raise DataError("shard file is missing", where=str(path), fix=PREPARE_AGAIN) from None
     if found != expected:
         kind = "truncated" if found < expected else "not the one it was prepared with"
         raise DataError(
-            f"shard file is {kind}: {found} bytes, the manifest says {expected}", where=str(path), fix=_PREPARE_AGAIN
+            f"shard file is {kind}: {found} bytes, the manifest says {expected}", where=str(path), fix=PREPARE_AGAIN
         )

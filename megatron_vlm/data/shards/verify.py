@@ -10,7 +10,7 @@ from tqdm import tqdm
 from megatron_vlm.config import DataError
 from megatron_vlm.data.images.checking import ImageRules, check_image
 from megatron_vlm.data.images.decoding import ImageLimits
-from megatron_vlm.data.shards.dataset import MODE_CONTEXT, MODE_IMAGE, MODE_TRAINED, SUFFIXES, TOKEN_DTYPE, ShardIndex
+from megatron_vlm.data.shards.index import MODE_CONTEXT, MODE_IMAGE, MODE_TRAINED, SUFFIXES, TOKEN_DTYPE, ShardIndex
 from megatron_vlm.data.shards.manifest import (
     REJECTS_FILE,
     Counts,

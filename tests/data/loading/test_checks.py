@@ -18,8 +18,8 @@ from megatron_vlm.config import (
 )
 from megatron_vlm.data.images.checking import ImageRules
 from megatron_vlm.data.loading.checks import check_data
-from megatron_vlm.data.shards.dataset import write_dataset
 from megatron_vlm.data.shards.manifest import load_manifest, save_manifest
+from megatron_vlm.data.shards.writer import write_dataset
 
 
 def make_config(tokenizer_path, folder, *, vocab_size: int, seq_length: int = 64, image_size: int = 28) -> TrainConfig:

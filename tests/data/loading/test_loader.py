@@ -18,8 +18,9 @@ from megatron_vlm.data.loading.collate import Collation
 from megatron_vlm.data.loading.loader import BatchLoader, LoaderWorkers, RankShare
 from megatron_vlm.data.plan.plan import PlanSettings, build_plan, open_plan
 from megatron_vlm.data.samples import EncodedSample, ImageSegment, TextSegment
-from megatron_vlm.data.shards.dataset import ShardedDataset, write_dataset
+from megatron_vlm.data.shards.dataset import ShardedDataset
 from megatron_vlm.data.shards.manifest import TokenizerFacts
+from megatron_vlm.data.shards.writer import write_dataset
 
 TOKENIZER = TokenizerFacts(name="tiny", sha256="0" * 64, vocab_size=100, bos_id=1, eos_id=2)
 LANGUAGE = LanguageConfig(vocab_size=100, num_layers=1, hidden_size=8, ffn_hidden_size=8, num_attention_heads=1)

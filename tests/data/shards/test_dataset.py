@@ -9,8 +9,10 @@ import pytest
 
 from megatron_vlm.config import DataError
 from megatron_vlm.data.samples import EncodedSample, ImageSegment, TextSegment
-from megatron_vlm.data.shards.dataset import ShardedDataset, ShardIndex, ShardWriter, write_dataset
+from megatron_vlm.data.shards.dataset import ShardedDataset
+from megatron_vlm.data.shards.index import ShardIndex
 from megatron_vlm.data.shards.manifest import MANIFEST_FILE, WORK_FOLDER, TokenizerFacts
+from megatron_vlm.data.shards.writer import write_dataset
 
 
 def equal(left: EncodedSample, right: EncodedSample) -> bool:
@@ -50,22 +52,6 @@ def test_manifest_counts_equal_the_lengths(dataset):
     assert counts.samples == 25
     assert counts.images == dataset.num_images.sum()
     assert counts.text_tokens == dataset.text_lengths.sum()
-
-
-def test_megatron_core_alone_reads_the_shard(dataset):
-    indexed_dataset = pytest.importorskip("megatron.core.datasets.indexed_dataset")
-    shard = indexed_dataset.IndexedDataset(str(dataset.folder / "00001"), multimodal=True)
-    borders = shard.document_indices
-    assert len(borders) - 1 == 10
-    for number in range(10):
-        sample = dataset[10 + number]
-        for position, segment in enumerate(sample.segments):
-            content, mode = shard[int(borders[number]) + position]
-            if isinstance(segment, ImageSegment):
-                assert (content.tobytes(), mode) == (segment.encoded, 1)
-            else:
-                assert content.tobytes() == segment.input_ids.astype("<i4").tobytes()
-                assert mode == (0 if segment.train else 2)
 
 
 def test_a_pickled_dataset_reads_the_same(dataset):
@@ -144,16 +130,6 @@ def test_file_truncated_after_opening_is_an_error_not_a_crash(dataset, suffix):
         dataset[1]
 
 
-def test_index_of_another_kind_is_refused(dataset):
-    path = dataset.folder / "00000.idx"
-    path.write_bytes(b"NOTANIDX" * 20)
-    with pytest.raises(DataError, match="not a shard index of bytes"):
-        ShardIndex.open(path)
-    path.write_bytes(b"MM")
-    with pytest.raises(DataError, match="cannot be read"):
-        ShardIndex.open(path)
-
-
 def test_folder_without_manifest_names_the_fix(tmp_path):
     with pytest.raises(DataError, match="has no manifest.json.*fix: give a folder"):
         ShardedDataset.open(tmp_path)
@@ -189,17 +165,6 @@ def test_another_tokenizer_is_refused(dataset, tokenizer_facts):
     other = TokenizerFacts(name="other", sha256="cd" * 32, vocab_size=512, bos_id=1, eos_id=2)
     with pytest.raises(DataError, match="prepared with tokenizer tiny .sha256 abababababab.*not with other"):
         dataset.check_tokenizer(other)
-
-
-def test_empty_samples_segments_and_datasets_are_refused(tmp_path, tokenizer_facts):
-    writer = ShardWriter(tmp_path / "00000")
-    with pytest.raises(ValueError, match="at least one segment"):
-        writer.add(EncodedSample(()))
-    with pytest.raises(ValueError, match="must not be empty"):
-        writer.add(EncodedSample((TextSegment(np.zeros(0, dtype=np.int32), True),)))
-    writer.discard()
-    with pytest.raises(ValueError, match="at least one sample"):
-        write_dataset(tmp_path, [], source="tiny", tokenizer=tokenizer_facts)
 
 
 def test_opening_a_million_samples_takes_under_ten_milliseconds(folder, tokenizer_facts):

@@ -16,8 +16,9 @@ from megatron_vlm.data.prepare.part import ImagePlace, PartJob, Recipe
 from megatron_vlm.data.prepare.run import PrepareJob, prepare
 from megatron_vlm.data.samples import EncodedSample, ImageSegment, TextSegment
 from megatron_vlm.data.shards import export
-from megatron_vlm.data.shards.dataset import ShardedDataset, write_dataset
+from megatron_vlm.data.shards.dataset import ShardedDataset
 from megatron_vlm.data.shards.export import ExportJob, describe_sample, export_webdataset, write_tar
+from megatron_vlm.data.shards.writer import write_dataset
 from megatron_vlm.data.sources.image_store import ImageReader
 from megatron_vlm.data.sources.instructions.conversations import ConversationRules, ConversationSource
 from megatron_vlm.data.sources.interleaved.source import InterleavedRules, InterleavedSource

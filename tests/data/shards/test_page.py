@@ -6,8 +6,9 @@ import pytest
 from megatron_vlm.config import DataError, UsageError
 from megatron_vlm.data.documents import Image, Text
 from megatron_vlm.data.samples import EncodedSample
-from megatron_vlm.data.shards.dataset import ShardedDataset, write_dataset
+from megatron_vlm.data.shards.dataset import ShardedDataset
 from megatron_vlm.data.shards.page import choose_samples, render_page
+from megatron_vlm.data.shards.writer import write_dataset
 from megatron_vlm.data.text.templates import TEMPLATES, Turn, encode_conversation
 from megatron_vlm.data.text.tokenizer import Tokenizer
 

@@ -12,7 +12,8 @@ import numpy as np
 import megatron_vlm
 from megatron_vlm.data.prepare.duplicates import FingerprintWriter
 from megatron_vlm.data.samples import ImageSegment
-from megatron_vlm.data.shards.dataset import ShardedDataset, write_dataset
+from megatron_vlm.data.shards.dataset import ShardedDataset
+from megatron_vlm.data.shards.writer import write_dataset
 
 DOCUMENT = Path(megatron_vlm.__file__).parents[1] / "docs" / "shard_format.md"
 PACKAGE = Path(megatron_vlm.__file__).parent / "data"

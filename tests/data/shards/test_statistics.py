@@ -3,9 +3,10 @@ import pytest
 from PIL import Image as PILImage
 
 from megatron_vlm.data.samples import EncodedSample, ImageSegment, TextSegment
-from megatron_vlm.data.shards.dataset import ShardedDataset, write_dataset
+from megatron_vlm.data.shards.dataset import ShardedDataset
 from megatron_vlm.data.shards.manifest import Manifest, save_manifest
 from megatron_vlm.data.shards.statistics import compute_statistics, format_statistics, save_histograms
+from megatron_vlm.data.shards.writer import write_dataset
 
 
 def text(count: int, train: bool = True) -> TextSegment:

@@ -5,9 +5,9 @@ import pytest
 
 from megatron_vlm.config import DataError
 from megatron_vlm.data.samples import EncodedSample, ImageSegment, TextSegment
-from megatron_vlm.data.shards.dataset import ShardWriter, write_dataset
 from megatron_vlm.data.shards.manifest import MANIFEST_FILE, FileFacts, load_manifest, save_manifest
 from megatron_vlm.data.shards.verify import verify_dataset
+from megatron_vlm.data.shards.writer import ShardWriter, write_dataset
 
 
 @pytest.fixture

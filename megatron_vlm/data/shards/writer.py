@@ -1,0 +1,125 @@
+"""Write shards: sample by sample, each file whole only when its shard is closed."""
+
+import zlib
+from array import array
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from megatron_vlm.data.samples import EncodedSample, ImageSegment
+from megatron_vlm.data.shards.index import MODE_CONTEXT, MODE_IMAGE, MODE_TRAINED, TOKEN_DTYPE, pack_index
+from megatron_vlm.data.shards.manifest import Counts, FileFacts, Manifest, ShardFacts, TokenizerFacts, save_manifest
+from megatron_vlm.platform.files.durable import flush_to_disk
+
+_WRITE_BUFFER_BYTES = 1 << 20
+
+
+class ShardWriter:
+    """Write one shard, sample by sample, in constant memory per sequence.
+
+    Args:
+        prefix: path without suffix; `.bin`, `.idx` and `.crc` are appended. The three are valid only after `close`.
+    """
+
+    def __init__(self, prefix: Path) -> None:
+        self.prefix = prefix
+        self._lengths, self._modes, self._crcs = array("i"), array("b"), array("I")
+        self._borders = array("q", [0])
+        self._tokens = self._trained = self._images = self._image_bytes = 0
+        self.bytes_written = 0
+        self._crc = 0
+        self._stream = prefix.with_name(prefix.name + ".bin").open("wb", buffering=_WRITE_BUFFER_BYTES)
+
+    def __len__(self) -> int:
+        return len(self._borders) - 1
+
+    def add(self, sample: EncodedSample) -> None:
+        """Append one sample.
+
+        Raises:
+            ValueError: the sample, or one of its segments, is empty.
+        """
+        if not sample.segments:
+            raise ValueError("a sample needs at least one segment")
+        for segment in sample.segments:
+            if isinstance(segment, ImageSegment):
+                content, mode = segment.encoded, MODE_IMAGE
+                self._images += 1
+                self._image_bytes += len(content)
+            else:
+                content = np.asarray(segment.input_ids, dtype=TOKEN_DTYPE).tobytes()
+                mode = MODE_TRAINED if segment.train else MODE_CONTEXT
+                count = len(content) // TOKEN_DTYPE.itemsize
+                self._tokens += count
+                self._trained += count if segment.train else 0
+            if not content:
+                raise ValueError("a segment must not be empty")
+            self._lengths.append(len(content))
+            self._modes.append(mode)
+            self._crcs.append(zlib.crc32(content))
+            self._crc = zlib.crc32(content, self._crc)
+            self._stream.write(content)
+            self.bytes_written += len(content)
+        self._borders.append(len(self._lengths))
+
+    def close(self, input_name: str = "") -> ShardFacts:
+        """Write index and checksums and return what the manifest says about this shard."""
+        with self._stream as stream:
+            flush_to_disk(stream)
+        files = {"bin": FileFacts(bytes=self.bytes_written, crc32=self._crc)}
+        files["idx"] = self._write("idx", pack_index(self._lengths, self._modes, self._borders))
+        files["crc"] = self._write("crc", np.array(self._crcs, dtype="<u4").tobytes())
+        counts = Counts(
+            samples=len(self),
+            sequences=len(self._lengths),
+            images=self._images,
+            image_bytes=self._image_bytes,
+            text_tokens=self._tokens,
+            trained_tokens=self._trained,
+        )
+        return ShardFacts(name=self.prefix.name, input=input_name, counts=counts, files=files)
+
+    def discard(self) -> None:
+        """Close the data file without making a shard of it."""
+        self._stream.close()
+
+    def _write(self, suffix: str, content: bytes) -> FileFacts:
+        with self.prefix.with_name(f"{self.prefix.name}.{suffix}").open("wb") as stream:
+            stream.write(content)
+            flush_to_disk(stream)
+        return FileFacts(bytes=len(content), crc32=zlib.crc32(content))
+
+
+def write_dataset(
+    folder: str | Path,
+    samples: Iterable[EncodedSample],
+    *,
+    source: str,
+    tokenizer: TokenizerFacts,
+    samples_per_shard: int = 1_000_000,
+) -> Manifest:
+    """Write a complete dataset from samples in memory; `prepare` is the way for raw corpora.
+
+    Raises:
+        ValueError: there is no sample.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    shards: list[ShardFacts] = []
+    writer: ShardWriter | None = None
+    for sample in samples:
+        if writer is None:
+            writer = ShardWriter(folder / f"{len(shards):05d}")
+        writer.add(sample)
+        if len(writer) == samples_per_shard:
+            shards.append(writer.close())
+            writer = None
+    if writer is not None:
+        shards.append(writer.close())
+    if not shards:
+        raise ValueError("a dataset needs at least one sample")
+    documents = sum(shard.counts.samples for shard in shards)
+    manifest = Manifest(source=source, tokenizer=tokenizer, shards=tuple(shards), documents=documents)
+    save_manifest(manifest, folder)
+    return manifest
