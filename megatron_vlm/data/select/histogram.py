@@ -1,15 +1,15 @@
 """A histogram of scores whose range is not known before all of them have passed."""
 
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw
+
+from megatron_vlm.platform.charts import draw_bars, save_png
 
 _FIRST_WIDTH = 2.0**-10
 _MAX_BINS = 128
-_BAR_PIXELS, _PLOT_HEIGHT, _MARGIN = 6, 240, 50
-_KEPT, _DROPPED, _BLACK, _GREY = (52, 101, 164), (190, 190, 190), (0, 0, 0), (150, 150, 150)
 
 
 class ScoreHistogram:
@@ -55,26 +55,12 @@ def histogram_rows(everything: ScoreHistogram, kept: ScoreHistogram) -> list[dic
     ]
 
 
-def draw_histogram(title: str, rows: list[dict[str, Any]], width: float) -> Image.Image:
-    """Draw the rows of `histogram_rows`: kept in blue on top of dropped in grey, linear in the number of scores."""
+def save_histogram(title: str, rows: list[dict[str, Any]], width: float, path: Path) -> None:
+    """Draw the rows of `histogram_rows` as PNG: a bar for each bin, kept scores below dropped ones."""
     first = round(rows[0]["from"] / width)
-    count = round(rows[-1]["from"] / width) - first + 1
-    size = (max(count * _BAR_PIXELS, 7 * len(title)) + 2 * _MARGIN, _PLOT_HEIGHT + 2 * _MARGIN)
-    image = Image.new("RGB", size, (255, 255, 255))
-    draw = ImageDraw.Draw(image)
-    highest = max(row["kept"] + row["dropped"] for row in rows)
-    bottom = _MARGIN + _PLOT_HEIGHT
-    draw.text((_MARGIN, 8), title, fill=_BLACK)
-    draw.text((_MARGIN, 24), f"blue: kept, grey: dropped; highest bar {highest}", fill=_GREY)
+    heights = {name: [0] * (round(rows[-1]["from"] / width) - first + 1) for name in ("kept", "dropped")}
     for row in rows:
-        left = _MARGIN + (round(row["from"] / width) - first) * _BAR_PIXELS
-        middle = bottom - round(row["dropped"] / highest * _PLOT_HEIGHT)
-        top = bottom - round((row["kept"] + row["dropped"]) / highest * _PLOT_HEIGHT)
-        if row["dropped"]:
-            draw.rectangle((left, middle, left + _BAR_PIXELS - 2, bottom), fill=_DROPPED)
-        if row["kept"]:
-            draw.rectangle((left, top, left + _BAR_PIXELS - 2, middle), fill=_KEPT)
-    draw.line((_MARGIN - 4, bottom, size[0] - _MARGIN, bottom), fill=_BLACK)
-    for position in range(0, count, max(1, count // 8)):
-        draw.text((_MARGIN + position * _BAR_PIXELS, bottom + 6), f"{(first + position) * width:.4g}", fill=_BLACK)
-    return image
+        for name, counts in heights.items():
+            counts[round(row["from"] / width) - first] = row[name]
+    labels = [f"{(first + position) * width:.4g}" for position in range(len(heights["kept"]))]
+    save_png(draw_bars(title, labels, heights, note="score"), path)

@@ -25,7 +25,7 @@ from megatron_vlm.config import ConfigError, DataError, UsageError
 from megatron_vlm.data.files.locations import Location, place_of
 from megatron_vlm.data.files.parquet import open_parquet, unreadable
 from megatron_vlm.data.prepare.joining import describe_rejects
-from megatron_vlm.data.select.histogram import ScoreHistogram, draw_histogram, histogram_rows
+from megatron_vlm.data.select.histogram import ScoreHistogram, histogram_rows, save_histogram
 from megatron_vlm.platform.files.durable import folder_beside, storage_errors, write_durably
 
 logger = logging.getLogger(__name__)
@@ -186,7 +186,7 @@ def _select(inputs: tuple[Location, ...], folder: Path, rules: SelectRules) -> d
         "bin_width": everything.width,
     }
     title = f"{'+'.join(rules.columns)}: {report['kept']} of {report['rows']} rows kept"
-    draw_histogram(title, report["histogram"], everything.width).save(folder / PICTURE_FILE)
+    save_histogram(title, report["histogram"], everything.width, folder / PICTURE_FILE)
     write_durably(folder / REPORT_FILE, (json.dumps(report, indent=1) + "\n").encode())
     return report
 

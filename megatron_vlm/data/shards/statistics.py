@@ -5,12 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw
 
 from megatron_vlm.data.shards.dataset import ShardedDataset
-
-_BAR_WIDTH, _PLOT_HEIGHT, _MARGIN = 14, 180, 46
-_BLUE, _BLACK, _GREY = (52, 101, 164), (0, 0, 0), (150, 150, 150)
+from megatron_vlm.platform.charts import draw_bars, save_png
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,8 +86,8 @@ def save_histograms(statistics: Statistics, folder: Path) -> list[Path]:
         ("text_tokens_per_sample", "samples by text tokens (class from ...)", statistics.text_tokens_histogram),
     ):
         path = folder / f"{name}.png"
-        # With Pillow, which is there anyway; a plotting library for two bar charts would be the largest dependency.
-        _draw_bars(f"{statistics.source}: {title}", bars).save(path)
+        labels = [str(value) for value in bars]
+        save_png(draw_bars(f"{statistics.source}: {title}", labels, {"samples": list(bars.values())}), path)
         drawn.append(path)
     return drawn
 
@@ -109,20 +106,3 @@ def _power_of_two_below(values: np.ndarray) -> np.ndarray:
 
 def _listed(histogram: dict[int, int]) -> str:
     return ", ".join(f"{value}: {count}" for value, count in histogram.items())
-
-
-def _draw_bars(title: str, bars: dict[int, int]) -> Image.Image:
-    step = _BAR_WIDTH * 4
-    width = max(_MARGIN * 2 + step * len(bars), _MARGIN * 2 + 7 * len(title))
-    image = Image.new("RGB", (width, _PLOT_HEIGHT + 2 * _MARGIN), (255, 255, 255))
-    draw = ImageDraw.Draw(image)
-    draw.text((_MARGIN, 10), title, fill=_BLACK)
-    bottom, highest = _MARGIN + _PLOT_HEIGHT, max(bars.values(), default=1)
-    draw.line((_MARGIN - 5, bottom, width - _MARGIN, bottom), fill=_GREY)
-    for number, (value, count) in enumerate(bars.items()):
-        left = _MARGIN + number * step
-        top = bottom - round(count / highest * (_PLOT_HEIGHT - 14))
-        draw.rectangle((left, top, left + step - _BAR_WIDTH, bottom), fill=_BLUE)
-        draw.text((left, top - 13), f"{count}", fill=_BLACK)
-        draw.text((left, bottom + 6), f"{value}", fill=_BLACK)
-    return image

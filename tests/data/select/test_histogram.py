@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
+from PIL import Image
 
-from megatron_vlm.data.select.histogram import ScoreHistogram, draw_histogram, histogram_rows
+from megatron_vlm.data.select.histogram import ScoreHistogram, histogram_rows, save_histogram
 
 
 def filled(scores, *, pieces=1, width=None) -> ScoreHistogram:
@@ -39,8 +40,15 @@ def test_bins_of_two_widths_are_refused():
         histogram_rows(filled(np.zeros(1), width=0.5), filled(np.zeros(1), width=1.0))
 
 
-def test_picture_has_blue_for_kept_and_grey_for_dropped():
-    everything = filled(np.repeat([0.0, 0.5], [3, 5]), width=0.5)
-    rows = histogram_rows(everything, filled(np.repeat(0.5, 5), width=0.5))
-    colours = {colour for _, colour in draw_histogram("x", rows, 0.5).getcolors(1 << 16)}
-    assert {(52, 101, 164), (190, 190, 190)} <= colours
+def test_picture_has_blue_for_kept_and_grey_for_dropped(tmp_path):
+    everything = filled(np.repeat([0.0, 2.0], [3, 5]), width=0.5)
+    rows = histogram_rows(everything, filled(np.repeat(2.0, 5), width=0.5))
+    save_histogram("x", rows, 0.5, tmp_path / "scores.png")
+    with Image.open(tmp_path / "scores.png") as image:
+        pixels = np.asarray(image.convert("RGB"))
+    blue, grey = ((pixels == color).all(-1) for color in ((52, 101, 164), (190, 190, 190)))
+    bottom = pixels.shape[0] * 3 // 4
+    kept, dropped = (np.flatnonzero(color[bottom]) for color in (blue, grey))
+    # The bins between the two hold nothing, and their room stays free.
+    assert kept.min() - dropped.max() > len(kept)
+    assert blue[:, kept[1]].sum() / grey[:, dropped[1]].sum() == pytest.approx(5 / 3, rel=0.1)
