@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,7 +20,7 @@ GREY = COLORS[-1]
 MAX_POINTS = 400
 """Points that a line is drawn with; a longer series is averaged over neighbours."""
 _MAX_TICKS = 12
-_STYLE = {
+_STYLE: Any = {
     "axes.spines.right": False,
     "axes.spines.top": False,
     "axes.titlesize": "medium",
@@ -153,7 +153,7 @@ def _add_legend(axes: "Axes", num_entries: int) -> None:
         axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=num_entries, borderpad=0.0)
 
 
-def _plain_number(value: float, position: int | None) -> str:
+def _plain_number(value: float, position: float) -> str:
     digits = f"{value:.0e}"[0]
     return f"{value:g}" if digits in "125" else ""
 

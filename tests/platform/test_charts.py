@@ -11,9 +11,7 @@ from megatron_vlm.platform.charts import Line, average_points, draw_bars, draw_l
 
 
 def test_same_values_give_the_same_svg():
-    one, other = (
-        to_svg(draw_lines("loss", [Line(name="a", xs=[1, 2], ys=[3.0, 2.0])], unit="nats")) for _ in range(2)
-    )
+    one, other = (to_svg(draw_lines("loss", [Line(name="a", xs=[1, 2], ys=[3.0, 2.0])], unit="nats")) for _ in range(2))
     assert one == other
     assert "<dc:date>" not in one
 
