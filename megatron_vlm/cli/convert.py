@@ -97,11 +97,12 @@ def run(args: argparse.Namespace) -> int:
 def _to_hf(args: argparse.Namespace) -> None:
     from megatron_vlm.checkpoint.run_settings import read_run_settings
     from megatron_vlm.convert.to_hf import ExportOptions, export_llava
-    from megatron_vlm.data.text.templates import DEFAULT_SYSTEM
+    from megatron_vlm.data.text.templates import find_system
 
     settings = read_run_settings(args.checkpoint, tokenizer=args.tokenizer, image_aspect=args.image_aspect)
-    system = {"default": DEFAULT_SYSTEM, "none": None}.get(args.system, args.system)
-    options = ExportOptions(dtype=args.dtype, template=args.template, system=system, overwrite=args.overwrite)
+    options = ExportOptions(
+        dtype=args.dtype, template=args.template, system=find_system(args.system), overwrite=args.overwrite
+    )
     export_llava(settings, args.output, options)
     print(f"{args.output}: {settings.checkpoint} for LlavaForConditionalGeneration.from_pretrained")
 

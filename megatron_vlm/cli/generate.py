@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from megatron_vlm.cli.inference_options import add_model_options, opened_model
+from megatron_vlm.cli.model_options import add_model_options, open_from_options
 from megatron_vlm.cli.numbers import positive, seed, whole_number
 from megatron_vlm.config import ExitCode
 
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     from megatron_vlm.platform.log_format import setup_logging
 
     setup_logging()
-    with opened_model(args) as opened:
+    with open_from_options(args) as opened:
         from megatron_vlm.evaluation.answer import Prompt
         from megatron_vlm.evaluation.prompts import Exchange
         from megatron_vlm.evaluation.sampling import SamplingOptions

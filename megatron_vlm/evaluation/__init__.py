@@ -1,1 +1,1 @@
-"""Answers of a trained model: generation, and the scores of benchmarks."""
+"""Answering prompts with a trained model, and scoring the answers on benchmarks."""

@@ -38,9 +38,7 @@ class Answer:
     number: int
     """Position of the prompt."""
     ids: list[int]
-    """Without the token that ended it."""
-    is_complete: bool
-    """Whether the model ended it; False: `max_new_tokens` did."""
+    """Token ids, without the token that ended the answer."""
 
 
 class Generator:
@@ -122,16 +120,13 @@ class Generator:
         uniforms = torch.stack([draw_uniforms(options, number) for number in numbers])
         context, hidden = self._begin(prompts, features, options.max_new_tokens)
         ids: list[list[int]] = [[] for _ in prompts]
-        ended = [False] * len(prompts)
         active = list(range(len(prompts)))
         for step in range(options.max_new_tokens):
             logits = self._forward(hidden, context)
             tokens = choose_tokens(logits, options, uniforms[active, step]).tolist()
             still = []
             for place, (row, token) in enumerate(zip(active, tokens, strict=True)):
-                if token == self._eos_id:
-                    ended[row] = True
-                else:
+                if token != self._eos_id:
                     ids[row].append(token)
                     still.append(place)
             if not still:
@@ -140,7 +135,7 @@ class Generator:
                 _choose_rows(context, still)
             active = [active[place] for place in still]
             hidden = self._embed_tokens(torch.tensor([[ids[row][-1]] for row in active]))
-        return [Answer(number, ids[row], ended[row]) for row, number in enumerate(numbers)]
+        return [Answer(number, ids[row]) for row, number in enumerate(numbers)]
 
     def _begin(
         self, prompts: Sequence[Prompt], features: Tensor, max_new_tokens: int

@@ -41,7 +41,7 @@ def test_evaluate_writes_scores_and_answers(place, tmp_path, capsys):
     assert (record["num_questions"], record["num_shots"]) == (12, 0)
     assert {"accuracy", "exact_match", "seconds", "checkpoint"} <= set(record)
     assert [row["question_id"] for row in record["answers"]] == [f"{n}/{t}" for n in range(3) for t in range(4)]
-    assert "vqa: 12 questions, 0 shots: exact match" in capsys.readouterr().out
+    assert "vqa: 12 questions, 0 shots: accuracy" in capsys.readouterr().out
 
 
 def test_evaluate_twice_gives_the_same_answers(place, tmp_path):

@@ -8,12 +8,13 @@ from PIL import Image
 from megatron_vlm.config import DataError
 from megatron_vlm.data.text.templates import TEMPLATES
 from megatron_vlm.data.text.tokenizer import load_tokenizer
-from megatron_vlm.evaluation import run as vqa
+from megatron_vlm.evaluation import run as evaluation
 from megatron_vlm.evaluation.answer import Answer
+from megatron_vlm.evaluation.opened_model import OpenedModel
 from megatron_vlm.evaluation.pictures import PictureReader
 from megatron_vlm.evaluation.prompts import PromptFormat
-from megatron_vlm.evaluation.run import VQAOptions, run_vqa
-from megatron_vlm.evaluation.tasks.questions import Question
+from megatron_vlm.evaluation.questions import Question
+from megatron_vlm.evaluation.run import EvaluationOptions, evaluate
 from tests.support.configs import tiny_model
 from tests.support.sentence_piece import NUM_PIECES, train_sentence_piece
 
@@ -38,7 +39,7 @@ class SeeingGenerator:
             self.prompts.append(prompt)
             grey = features[prompt.images[-1]].item()
             word = min(GREYS, key=lambda name: abs(GREYS[name] - grey))
-            yield Answer(number, self.tokenizer.encode(word), True)
+            yield Answer(number, self.tokenizer.encode(word))
 
 
 @pytest.fixture(scope="module")
@@ -48,13 +49,13 @@ def tokenizer(tmp_path_factory):
 
 @pytest.fixture
 def ask(tokenizer, tmp_path):
-    """Run the task on questions: ask(questions, options=..., pool=...) -> (result, generator)."""
+    """Run the task vqa on questions: ask(questions, options=..., pool=...) -> (result, generator)."""
     generator = SeeingGenerator(tokenizer)
     prompt_format = PromptFormat(tokenizer=tokenizer, model=MODEL, template=TEMPLATES["vicuna_v1"], system=None)
 
     def run(questions, options=None, pool=()):
-        reader = PictureReader(MODEL.vision, "pad")
-        result = run_vqa(questions, generator, prompt_format, reader, options=options or VQAOptions(), pool=pool)
+        model = OpenedModel(generator, prompt_format, PictureReader(MODEL.vision, "pad"), "checkpoint")
+        result = evaluate("vqa", questions, model, options=options or EvaluationOptions(), pool=pool)
         return result, generator
 
     return run
@@ -86,14 +87,14 @@ def test_each_picture_is_encoded_once(ask, questions):
 
 
 def test_few_features_are_kept_at_a_time(ask, questions, monkeypatch):
-    monkeypatch.setattr(vqa, "FEATURE_BYTES", 1000)
+    monkeypatch.setattr(evaluation, "FEATURE_BYTES", 1000)
     result, generator = ask(questions)
     assert result.summary["accuracy"] == 1.0
     assert generator.encoded == 3
 
 
 def test_shots_put_their_pictures_and_answers_before_the_question(ask, questions, tokenizer):
-    result, generator = ask(questions, VQAOptions(num_shots=2, suffix=" Say one word."), pool=questions)
+    result, generator = ask(questions, EvaluationOptions(num_shots=2, suffix=" Say one word."), pool=questions)
     assert result.summary["accuracy"] == 1.0
     for prompt in generator.prompts:
         assert len(set(prompt.images)) == 3

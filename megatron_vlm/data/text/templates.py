@@ -116,6 +116,15 @@ def find_template(name: str) -> Template:
     return TEMPLATES[name]
 
 
+def find_system(name: str) -> object:
+    """Return the system prompt that an option names, as `render_conversation` takes it.
+
+    Args:
+        name: "default" (the template's own), "none", or the text itself.
+    """
+    return {"default": DEFAULT_SYSTEM, "none": None}.get(name, name)
+
+
 def check_template(template: Template, tokenizer: Encoder) -> None:
     """Encode a turn, so that a template that does not fit the tokenizer fails before any data is read.
 

@@ -12,8 +12,8 @@ from megatron_vlm.data.sources.image_store import ImageReader
 from megatron_vlm.data.sources.instructions.records import Conversation, read_conversation
 from megatron_vlm.data.sources.source import Found, ReadContext, key_of
 from megatron_vlm.data.text.templates import (
-    DEFAULT_SYSTEM,
     Turn,
+    find_system,
     find_template,
     render_conversation,
     split_placeholders,
@@ -35,7 +35,7 @@ class ConversationRules:
     @property
     def system_text(self) -> object:
         """What `render_conversation` is given."""
-        return {"default": DEFAULT_SYSTEM, "none": None}.get(self.system, self.system)
+        return find_system(self.system)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Questions about pictures, as JSON."""
+"""Questions about images: read from JSON, thinned out, shown with other images, chosen as worked examples."""
 
 import json
 import random
@@ -68,6 +68,13 @@ def _read_row(row: Any, folder: Path, where: str) -> Question:
         text=row["question"],
         answers=tuple(answers),
     )
+
+
+def spread(questions: Sequence[Question], limit: int | None) -> list[Question]:
+    """Return `limit` questions spread evenly over all of them; all where there are no more, or limit is None."""
+    if limit is None or limit >= len(questions):
+        return list(questions)
+    return [questions[place * len(questions) // limit] for place in range(limit)]
 
 
 def swap_pictures(questions: Sequence[Question], seed: int) -> list[Question]:

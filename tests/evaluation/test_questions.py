@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from megatron_vlm.config import DataError
-from megatron_vlm.evaluation.tasks.questions import Question, choose_shots, load_questions, swap_pictures
+from megatron_vlm.evaluation.questions import Question, choose_shots, load_questions, spread, swap_pictures
 
 ROW = {"question_id": 7, "image": "a.png", "question": "What?", "answers": ["red", "blue", "blue"]}
 
@@ -122,3 +122,11 @@ def test_a_pool_that_is_just_large_enough_is_used_up():
 def test_a_pool_that_is_too_small_is_refused():
     with pytest.raises(DataError, match="4 shots are asked for, the examples have 2 other pictures"):
         choose_shots(make_questions(3)[0], make_questions(3), 4, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("limit", "places"), [(None, [0, 1, 2, 3, 4]), (9, [0, 1, 2, 3, 4]), (5, [0, 1, 2, 3, 4]), (2, [0, 2])]
+)
+def test_a_limit_spreads_over_all_questions(limit, places):
+    questions = make_questions(5, per_picture=1)
+    assert spread(questions, limit) == [questions[place] for place in places]

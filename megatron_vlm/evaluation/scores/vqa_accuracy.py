@@ -1,4 +1,4 @@
-"""Score short answers: exact match, and the accuracy of VQA with its known quirks."""
+"""VQA accuracy: agreement with the answers of several people, with the known quirks of the reference code."""
 
 import re
 from collections.abc import Sequence
@@ -23,21 +23,21 @@ y'all y'all'll y'all'd've you'd you'd've you'll you're you've
 
 
 def _misspellings() -> dict[str, str]:
-    """Return each contraction with one apostrophe left out, and what it should be."""
+    """Return each contraction spelled with one apostrophe missing, mapped to its correct spelling."""
     spelled = {
         word[:place] + word[place + 1 :]: word
         for word in _CONTRACTIONS
         for place, letter in enumerate(word)
         if letter == "'"
     }
-    return {**spelled, "somebody'd": "somebodyd"}  # so in the reference
+    return {**spelled, "somebody'd": "somebodyd"}  # as in the reference
 
 
 _SPELLING = _misspellings()
 
 
 def normalise_answer(answer: str) -> str:
-    """Return an answer as VQA compares it: lower case, no articles and punctuation, digits for number words.
+    """Return an answer in the form VQA compares: lower case, no articles or punctuation, digits for number words.
 
     Source: VQA evaluation, processed as in facebookresearch/mmf, pythia/tasks/processors.py, EvalAIAnswerProcessor.
     """
@@ -56,20 +56,15 @@ def _without_punctuation(text: str) -> str:
     return _PERIOD.sub("", result, count=_MAX_PERIODS)
 
 
-def exact_match(prediction: str, answers: Sequence[str]) -> float:
-    """Return 1.0 if the prediction is one of the answers, blanks around it and case aside; else 0.0."""
-    return float(prediction.strip().lower() in {answer.strip().lower() for answer in answers})
+def score(prediction: str, answers: Sequence[str]) -> float:
+    """Return how well the prediction agrees with people's answers, from 0 to 1.
 
-
-def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
-    """Return how far people agree with the prediction, 0 to 1.
-
-    The mean, over the people, of min(1, matches / 3) among the others: with ten answers the official measure. With
-    fewer than four, agreement of all others counts as 1; with one answer it must be equal.
+    This is the mean over all people of min(1, matches among the other people / 3), which is the official measure for
+    ten answers. With fewer than four answers, agreement with all others counts as 1; a single answer must be equal.
 
     Args:
-        prediction: what the model said.
-        answers: one of each person, at least one.
+        prediction: the model's answer.
+        answers: one answer per person, at least one.
     """
     wanted, given = normalise_answer(prediction), [normalise_answer(answer) for answer in answers]
     if len(given) == 1:

@@ -1,0 +1,34 @@
+"""Modules that are found by name: each file of a folder is one choice, and a new file is a new choice."""
+
+import importlib
+import pkgutil
+from types import ModuleType
+
+from megatron_vlm.config.errors import ConfigError
+
+
+def module_names(package: str) -> tuple[str, ...]:
+    """Return the names of the modules directly inside a package, sorted, without importing them.
+
+    Args:
+        package: full name of a package, e.g. "megatron_vlm.evaluation.tasks".
+    """
+    found = pkgutil.iter_modules(importlib.import_module(package).__path__)
+    return tuple(sorted(module.name for module in found if not module.name.startswith("_")))
+
+
+def find_module(package: str, name: str, what: str) -> ModuleType:
+    """Import the module `name` of a package.
+
+    Args:
+        package: full name of the package.
+        name: the choice that a user made.
+        what: what the modules of this package are, for the error: "task".
+
+    Raises:
+        ConfigError: there is no such module; lists those that exist.
+    """
+    names = module_names(package)
+    if name not in names:
+        raise ConfigError(f"unknown {what} {name!r}", fix=f"choose one of {', '.join(names)}")
+    return importlib.import_module(f"{package}.{name}")
