@@ -5,9 +5,9 @@ import re
 import shutil
 from pathlib import Path
 
-from megatron_vlm.checkpoint.manifest import MANIFEST_NAME, read_manifest
+from megatron_vlm.checkpoint.manifest import MANIFEST_NAME, has_all_files, read_manifest
 from megatron_vlm.config import CheckpointError
-from megatron_vlm.platform.files.durable import write_durably
+from megatron_vlm.platform.files.durable import SET_ASIDE, UNFINISHED, remove, settle_folder, write_durably
 
 logger = logging.getLogger(__name__)
 
@@ -39,14 +39,32 @@ def write_latest(run_dir: str | Path, iteration: int) -> None:
 
 
 def prune(run_dir: str | Path, keep_last: int) -> None:
-    """Remove all but the newest `keep_last` checkpoints; 0 keeps all."""
+    """Remove every checkpoint that is older than the newest `keep_last` valid ones; 0 keeps all.
+
+    A checkpoint counts as valid if its manifest is readable and its files have the recorded sizes: a few calls per
+    file, only for the newest checkpoints. Checksums are left to the start of a run, which reads every byte. Damaged
+    checkpoints count for nothing, so the last valid one always stays.
+    """
     if not keep_last:
         return
-    for iteration in list_iterations(run_dir)[keep_last:]:
+    num_valid = 0
+    for iteration in list_iterations(run_dir):
         path = checkpoint_path(run_dir, iteration)
+        if num_valid < keep_last:
+            num_valid += has_all_files(path)
+            continue
         # The manifest goes first: a removal that is cut short leaves no checkpoint that looks whole.
         (path / MANIFEST_NAME).unlink(missing_ok=True)
         shutil.rmtree(path)
+
+
+def clean_up(run_dir: str | Path) -> None:
+    """Finish or remove what a killed save left; only the job that holds the run folder may call it."""
+    folder = checkpoints_folder(run_dir)
+    for aside in folder.glob(f"iter_*{SET_ASIDE}"):
+        settle_folder(aside.with_name(aside.name.removesuffix(SET_ASIDE)))
+    for unfinished in folder.glob(f"iter_*{UNFINISHED}"):
+        remove(unfinished)
 
 
 def find_checkpoint(path: str | Path) -> Path:

@@ -9,7 +9,13 @@ import torch
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer.module import MegatronModule
 
-from megatron_vlm.checkpoint.folder import checkpoint_path, checkpoints_folder, find_checkpoint, list_iterations
+from megatron_vlm.checkpoint.folder import (
+    checkpoint_path,
+    checkpoints_folder,
+    clean_up,
+    find_checkpoint,
+    list_iterations,
+)
 from megatron_vlm.checkpoint.manifest import Manifest, find_faults, read_manifest
 from megatron_vlm.checkpoint.sharded_state import load_all, load_model
 from megatron_vlm.config import CheckpointError, TrainConfig
@@ -21,6 +27,8 @@ def resume(
     config: TrainConfig, chunks: Sequence[MegatronModule], optimizer: MegatronOptimizer
 ) -> dict[str, Any] | None:
     """Load the newest valid checkpoint of the run's own folder; all ranks call it together.
+
+    What a killed save left in the folder is put right first.
 
     Returns:
         The progress that was saved, or None where the run has no checkpoint yet.
@@ -54,7 +62,7 @@ def load_weights(path: str, chunks: Sequence[MegatronModule]) -> Path:
 
 
 def _newest_valid(run_dir: Path) -> tuple[Path, Manifest] | None:
-    iterations = _from_main(lambda: list_iterations(run_dir))
+    iterations = _from_main(lambda: _settled_iterations(run_dir))
     for iteration in iterations:
         path = checkpoint_path(run_dir, iteration)
         try:
@@ -72,6 +80,11 @@ def _newest_valid(run_dir: Path) -> tuple[Path, Manifest] | None:
             fix="restore one, or name another run_dir to start anew",
         )
     return None
+
+
+def _settled_iterations(run_dir: Path) -> list[int]:
+    clean_up(run_dir)
+    return list_iterations(run_dir)
 
 
 def _verify_together(path: Path, manifest: Manifest) -> list[str]:

@@ -84,6 +84,15 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
+def has_all_files(folder: Path) -> bool:
+    """Return whether the manifest is readable and every file has the size that it records; no file is read."""
+    try:
+        manifest = read_manifest(folder)
+        return all((folder / name).stat().st_size == record.size for name, record in manifest.files.items())
+    except (CheckpointError, FileNotFoundError):
+        return False
+
+
 def find_faults(folder: Path, names: list[str], manifest: Manifest) -> list[str]:
     """Return one line for each of the named files that is not as the manifest says."""
     faults = []

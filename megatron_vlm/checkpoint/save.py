@@ -1,6 +1,5 @@
 """Save a checkpoint of a running job: beside its place first, manifest last, then renamed."""
 
-import errno
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,10 +14,15 @@ from megatron_vlm.checkpoint.folder import checkpoint_path, prune, write_latest
 from megatron_vlm.checkpoint.manifest import FileRecord, Manifest, checksum_file, list_files, write_manifest
 from megatron_vlm.checkpoint.optimizer_state import SHARDING_METADATA
 from megatron_vlm.checkpoint.sharded_state import OPTIMIZER_KEY, describe
-from megatron_vlm.config import StorageError, TrainConfig, save_config
+from megatron_vlm.config import TrainConfig, save_config
+from megatron_vlm.platform.files.durable import (
+    STORAGE_ERRNOS,
+    UNFINISHED,
+    replace_folder,
+    settle_folder,
+    storage_errors,
+)
 from megatron_vlm.platform.files.run_folder import CONFIG_NAME
-
-_STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO)
 
 
 def save_checkpoint(
@@ -28,6 +32,9 @@ def save_checkpoint(
     progress: dict[str, Any],
 ) -> Path:
     """Save model, optimizer and progress; all ranks call it together.
+
+    A checkpoint of the same iteration, from an attempt that was lost, is replaced. A kill at any point loses neither
+    of the two: `clean_up` puts right what it left when the run starts again.
 
     Args:
         config: the run; its folder, retention and kind of optimizer are used.
@@ -42,20 +49,17 @@ def save_checkpoint(
         StorageError: the disk is full or read-only; the previous checkpoint is as it was.
     """
     final = checkpoint_path(config.run_dir, progress["iteration"])
-    temporary = final.with_name(final.name + ".tmp")
-    try:
+    temporary = final.with_name(final.name + UNFINISHED)
+    is_main = torch.distributed.get_rank() == 0
+    fix = "make room or name another run_dir"
+    with storage_errors("checkpoint not saved", temporary, only=STORAGE_ERRNOS, fix=fix):
+        if is_main:
+            settle_folder(final)
         _save(config, chunks, optimizer, progress, temporary)
-        if torch.distributed.get_rank() == 0:
-            shutil.rmtree(final, ignore_errors=True)
-            temporary.rename(final)
+        if is_main:
+            replace_folder(final)
             write_latest(config.run_dir, progress["iteration"])
             prune(config.run_dir, config.checkpoint.keep_last)
-    except OSError as error:
-        if error.errno not in _STORAGE_ERRORS:
-            raise
-        raise StorageError(
-            f"checkpoint not saved: {error.strerror}", where=str(temporary), fix="make room or name another run_dir"
-        ) from error
     torch.distributed.barrier()
     return final
 

@@ -1,7 +1,6 @@
 """Whole tensors of a checkpoint, one by one and without building a model: for conversion and comparison."""
 
 import hashlib
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +15,7 @@ from megatron_vlm.checkpoint.folder import checkpoint_path, write_latest
 from megatron_vlm.checkpoint.manifest import Manifest, checksum_file, list_files, write_manifest
 from megatron_vlm.checkpoint.pickles import check_metadata
 from megatron_vlm.checkpoint.sharded_state import MODEL_PREFIX
+from megatron_vlm.platform.files.durable import folder_beside
 from megatron_vlm.platform.files.run_folder import CONFIG_NAME
 
 _LAYERS = ".layers."
@@ -75,18 +75,14 @@ def write_weights(
         The folder of the checkpoint.
     """
     path = checkpoint_path(run_dir, 0)
-    temporary = path.with_name(path.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    with single_process():
-        dist_checkpointing.save(_in_pieces(tensors), str(temporary))
     text = yaml.safe_dump(dict(config), sort_keys=False)
-    (temporary / CONFIG_NAME).write_text(text)
-    (Path(run_dir) / CONFIG_NAME).write_text(text)
-    files = {name: checksum_file(temporary / name) for name in list_files(temporary)}
-    write_manifest(temporary, Manifest(iteration=0, progress={}, files=files))
-    shutil.rmtree(path, ignore_errors=True)
-    temporary.rename(path)
+    with folder_beside(path, replaces=True) as unfinished:
+        with single_process():
+            dist_checkpointing.save(_in_pieces(tensors), str(unfinished))
+        (unfinished / CONFIG_NAME).write_text(text)
+        (Path(run_dir) / CONFIG_NAME).write_text(text)
+        files = {name: checksum_file(unfinished / name) for name in list_files(unfinished)}
+        write_manifest(unfinished, Manifest(iteration=0, progress={}, files=files))
     write_latest(run_dir, 0)
     return path
 

@@ -1,10 +1,7 @@
 """Export a checkpoint of any parallel layout as a folder that transformers loads, tensor by tensor."""
 
-import errno
 import logging
-import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -16,7 +13,7 @@ from tqdm import tqdm
 from megatron_vlm.checkpoint.run_settings import RunSettings
 from megatron_vlm.checkpoint.tensors import list_tensors, read_tensor, single_process
 from megatron_vlm.checkpoint.verify import inspect_checkpoint
-from megatron_vlm.config import CheckpointError, ModelConfig, StorageError, UsageError
+from megatron_vlm.config import CheckpointError, ModelConfig, UsageError
 from megatron_vlm.convert.differences import describe_differences
 from megatron_vlm.convert.families import llava
 from megatron_vlm.convert.files.processor import chat_template, generation_config, write_processor
@@ -25,13 +22,14 @@ from megatron_vlm.convert.folder import CONFIG_NAME, Planned, WeightsWriter, wri
 from megatron_vlm.convert.rules import Rule
 from megatron_vlm.data.text.templates import DEFAULT_SYSTEM, find_template
 from megatron_vlm.data.text.tokenizer import load_tokenizer
+from megatron_vlm.platform.files.durable import STORAGE_ERRNOS, folder_beside, storage_errors
 
 logger = logging.getLogger(__name__)
 
 DType = Literal["float32", "bfloat16"]
 DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MAX_SHARD_BYTES = 5 * 10**9
-_STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENOTDIR)
+_FIX = "make room or name another folder"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,29 +66,12 @@ def export_llava(settings: RunSettings, output: Path, options: ExportOptions | N
         raise UsageError(f"folder {output} exists", fix="name another one, or add --overwrite")
     find_template(options.template)
     rules = llava.rules(settings.model)
-    temporary = output.with_name(output.name + ".tmp")
-    with single_process(), _storage_errors(temporary):
+    # What is wrong with the checkpoint or the settings shows before the long part.
+    with single_process(), storage_errors("export not written", output, only=STORAGE_ERRNOS, fix=_FIX):
         dtype = _choose_dtype(options.dtype, check_checkpoint(settings.checkpoint, rules))
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        # What can be wrong in the settings shows before the long part.
-        _write_settings(settings, options, temporary, dtype)
-        _write_weights(settings, rules, temporary, dtype, options.max_shard_bytes)
-        if output.exists():
-            shutil.rmtree(output)
-        temporary.rename(output)
-
-
-@contextmanager
-def _storage_errors(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in _STORAGE_ERRORS:
-            raise
-        raise StorageError(
-            f"export not written: {error.strerror}", where=str(folder), fix="make room or name another folder"
-        ) from error
+        with folder_beside(output, is_new=not options.overwrite, replaces=True) as unfinished:
+            _write_settings(settings, options, unfinished, dtype)
+            _write_weights(settings, rules, unfinished, dtype, options.max_shard_bytes)
 
 
 def _choose_dtype(asked: DType | None, stored: set[torch.dtype]) -> torch.dtype:

@@ -1,7 +1,7 @@
 import pytest
 
-from megatron_vlm.checkpoint.folder import checkpoint_path, find_checkpoint, list_iterations, prune
-from megatron_vlm.checkpoint.manifest import Manifest, write_manifest
+from megatron_vlm.checkpoint.folder import checkpoint_path, clean_up, find_checkpoint, list_iterations, prune
+from megatron_vlm.checkpoint.manifest import Manifest, checksum_file, write_manifest
 from megatron_vlm.config import CheckpointError
 
 
@@ -9,7 +9,25 @@ def make(run_dir, *iterations):
     for iteration in iterations:
         path = checkpoint_path(run_dir, iteration)
         path.mkdir(parents=True)
-        write_manifest(path, Manifest(iteration=iteration, progress={}, files={}))
+        (path / "weights").write_bytes(b"content")
+        files = {"weights": checksum_file(path / "weights")}
+        write_manifest(path, Manifest(iteration=iteration, progress={}, files=files))
+
+
+def cut_file(path):
+    (path / "weights").write_bytes(b"half")
+
+
+def lose_file(path):
+    (path / "weights").unlink()
+
+
+def lose_manifest(path):
+    (path / "manifest.json").unlink()
+
+
+def damage_manifest(path):
+    (path / "manifest.json").write_text("{")
 
 
 def test_the_newest_complete_checkpoint_is_found(tmp_path):
@@ -45,3 +63,37 @@ def test_zero_keeps_all(tmp_path):
     make(tmp_path, 1, 2, 3)
     prune(tmp_path, 0)
     assert list_iterations(tmp_path) == [3, 2, 1]
+
+
+@pytest.mark.parametrize("damage", [cut_file, lose_file, lose_manifest, damage_manifest])
+@pytest.mark.parametrize("keep_last", [1, 2])
+def test_damaged_checkpoints_do_not_count_among_those_that_are_kept(tmp_path, damage, keep_last):
+    make(tmp_path, 1, 2, 3, 4, 5)
+    for iteration in (3, 4, 5):
+        damage(checkpoint_path(tmp_path, iteration))
+    prune(tmp_path, keep_last)
+    assert list_iterations(tmp_path) == [5, 4, 3, 2, 1][: 3 + keep_last]
+    assert find_checkpoint(checkpoint_path(tmp_path, 2)) == checkpoint_path(tmp_path, 2)
+
+
+def test_old_checkpoints_are_removed_whether_valid_or_not(tmp_path):
+    make(tmp_path, 1, 2, 3)
+    lose_file(checkpoint_path(tmp_path, 1))
+    prune(tmp_path, 1)
+    assert list_iterations(tmp_path) == [3]
+
+
+def test_clean_up_removes_unfinished_checkpoints_and_finishes_replacements(tmp_path):
+    make(tmp_path, 1, 2, 3)
+    folder = tmp_path / "checkpoints"
+    (folder / "iter_0000001").rename(folder / "iter_0000001.being_replaced")
+    (folder / "iter_0000002").rename(folder / "iter_0000002.tmp")
+    (folder / "iter_0000004.tmp").mkdir()
+    (folder / "notes.tmp").mkdir()
+    clean_up(tmp_path)
+    assert sorted(path.name for path in folder.iterdir()) == ["iter_0000001", "iter_0000003", "notes.tmp"]
+
+
+def test_clean_up_of_a_run_without_checkpoints_does_nothing(tmp_path):
+    clean_up(tmp_path / "none")
+    assert not list(tmp_path.iterdir())

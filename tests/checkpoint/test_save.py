@@ -1,5 +1,8 @@
 import dataclasses
 import errno
+import itertools
+import os
+import shutil
 
 import pytest
 
@@ -59,3 +62,41 @@ def test_a_flipped_bit_is_a_fault(state, tmp_path):
 def test_a_folder_without_checkpoints_is_named(tmp_path):
     with pytest.raises(CheckpointError, match="no checkpoint found"):
         checkpoint_folders(tmp_path)
+
+
+class Killed(BaseException):
+    pass
+
+
+def kill_at(monkeypatch, number):
+    """Raise in place of the given call, counted from 0, that renames or removes something."""
+    calls = itertools.count()
+
+    def counted(function):
+        def call(*args, **kwargs):
+            if next(calls) >= number:
+                raise Killed
+            return function(*args, **kwargs)
+
+        return call
+
+    for module, name in ((os, "replace"), (os, "rename"), (shutil, "rmtree")):
+        monkeypatch.setattr(module, name, counted(getattr(module, name)))
+
+
+def test_a_kill_at_any_step_of_a_save_over_the_only_checkpoint_loses_nothing(state, tmp_path, monkeypatch):
+    save(state, 2)
+    for number in itertools.count():
+        try:
+            with monkeypatch.context() as patch:
+                kill_at(patch, number)
+                save(state, 2)
+        except BaseException as error:  # torch wraps what is raised while it writes
+            assert "Killed" in repr(error)
+        else:
+            break
+        assert start(state.config).iteration == 2, f"killed at call {number}"
+        assert [path.name for path in (tmp_path / "checkpoints").glob("iter_*")] == ["iter_0000002"]
+        (folder,) = checkpoint_folders(tmp_path)
+        assert inspect_checkpoint(folder, read_files=True).is_valid
+    assert number >= 5

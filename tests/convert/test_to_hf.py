@@ -11,7 +11,8 @@ from PIL import Image as PILImage
 from megatron_vlm.checkpoint.open_model import open_model
 from megatron_vlm.checkpoint.run_settings import read_run_settings
 from megatron_vlm.checkpoint.tensors import list_tensors
-from megatron_vlm.config import CheckpointError, ModelConfig, ProjectionConfig, StorageError, UsageError
+from megatron_vlm.config import CheckpointError, ConfigError, ModelConfig, ProjectionConfig, StorageError, UsageError
+from megatron_vlm.convert.files.processor import write_processor
 from megatron_vlm.convert.to_hf import ExportOptions, export_llava
 from megatron_vlm.data.documents import Image, Text
 from megatron_vlm.data.loading.pixels import decode_image
@@ -280,6 +281,23 @@ def test_a_full_disk_is_one_line_and_leaves_no_folder(make_run, model_config, tm
     with pytest.raises(StorageError, match="export not written: No space left on device"):
         export_llava(read_run_settings(make_run(model_config)), tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
+
+
+def test_two_exports_to_one_folder_at_once_do_not_harm_each_other(
+    make_run, model_config, exported, tmp_path, monkeypatch
+):
+    settings = read_run_settings(make_run(model_config))
+
+    def second_export(*args, **kwargs):
+        monkeypatch.undo()
+        with pytest.raises(ConfigError, match="another process writes this folder"):
+            export_llava(settings, tmp_path / "hf", ExportOptions(overwrite=True))
+        return write_processor(*args, **kwargs)
+
+    monkeypatch.setattr("megatron_vlm.convert.to_hf.write_processor", second_export)
+    export_llava(settings, tmp_path / "hf")
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+    assert (tmp_path / "hf" / NAME).read_bytes() == (exported / NAME).read_bytes()
 
 
 def test_one_layer_is_read_alone(make_run, model_config):

@@ -1,21 +1,18 @@
 """How a process ended: one line, one exit code, and the file that says both to a job script."""
 
-import errno
 import json
-import os
 import time
 import traceback
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from megatron_vlm.config import ExitCode, UserError
-from megatron_vlm.platform.files.durable import flush_to_disk
+from megatron_vlm.platform.files.durable import STORAGE_ERRNOS, write_durably
 
 MAX_LINE = 300
 """Longest line that a user error may take [characters]."""
 
 _PROGRAM = "megatron-vlm"
-_STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +46,7 @@ def describe_error(error: BaseException) -> ExitStatus:
         return ExitStatus(exit_code=int(error.exit_code), message=shorten(error))
     if isinstance(error, KeyboardInterrupt):
         return ExitStatus(exit_code=int(ExitCode.INTERRUPTED), message="interrupted")
-    if isinstance(error, OSError) and error.errno in _STORAGE_ERRORS:
+    if isinstance(error, OSError) and error.errno in STORAGE_ERRNOS:
         where = f" ({error.filename})" if error.filename else ""
         fix = "check free space and permissions of the folder"
         return ExitStatus(exit_code=int(ExitCode.STORAGE), message=f"{error.strerror}{where}; fix: {fix}")
@@ -80,11 +77,7 @@ def error_line(message: str) -> str:
 
 def write_exit_status(path: Path, status: ExitStatus) -> None:
     """Write `status` as JSON, atomically: a reader sees the old file or the whole new one."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    with unfinished.open("w") as file:
-        json.dump(asdict(status), file, indent=2)
-        flush_to_disk(file)
-    unfinished.replace(path)
+    write_durably(path, json.dumps(asdict(status), indent=2).encode(), is_shared=True)
 
 
 def read_exit_status(path: Path) -> ExitStatus | None:

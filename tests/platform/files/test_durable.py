@@ -1,10 +1,31 @@
+import errno
+import itertools
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 
-from megatron_vlm.config import ConfigError
-from megatron_vlm.platform.files.durable import folder_beside, open_durably, write_durably
+from megatron_vlm.config import ConfigError, StorageError
+from megatron_vlm.platform.files.durable import (
+    STORAGE_ERRNOS,
+    folder_beside,
+    folder_once,
+    open_durably,
+    replace_folder,
+    settle_folder,
+    storage_errors,
+    write_durably,
+)
+
+
+def fill(folder: Path, content: str) -> None:
+    folder.mkdir(parents=True)
+    (folder / "file").write_text(content)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
 
 
 def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path):
@@ -97,3 +118,100 @@ def test_what_has_to_be_new_is_refused_where_something_is(tmp_path, kind):
     with pytest.raises(ConfigError, match="output folder is not empty"), folder_beside(place, is_new=True):
         pass
     assert [entry.name for entry in tmp_path.iterdir()] == ["place"]
+
+
+def test_a_shared_file_is_written_under_a_name_of_each_process(tmp_path):
+    with open_durably(tmp_path / "file", is_shared=True) as stream:
+        stream.write(b"content")
+        (unfinished,) = names(tmp_path)
+        assert str(os.getpid()) in unfinished
+    assert names(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("there", ["folder", "file", "nothing"])
+def test_what_is_there_is_replaced(tmp_path, there):
+    place = tmp_path / "place"
+    if there == "folder":
+        fill(place, "old")
+    elif there == "file":
+        place.write_text("old")
+    with folder_beside(place, replaces=True) as unfinished:
+        (unfinished / "file").write_text("new")
+    assert (place / "file").read_text() == "new"
+    assert names(tmp_path) == ["place"]
+
+
+class Killed(BaseException):
+    pass
+
+
+def kill_before_call(monkeypatch, number: int) -> None:
+    """Raise in place of the given call, counted from 0, that renames or removes something."""
+    calls = itertools.count()
+
+    def counted(function):
+        def call(*args, **kwargs):
+            if next(calls) == number:
+                raise Killed
+            return function(*args, **kwargs)
+
+        return call
+
+    for module, name in ((os, "replace"), (os, "rename"), (shutil, "rmtree")):
+        monkeypatch.setattr(module, name, counted(getattr(module, name)))
+
+
+@pytest.mark.parametrize(("number", "content"), [(0, "old"), (1, "new"), (2, "new")])
+def test_a_replacement_that_was_killed_at_any_step_loses_nothing(tmp_path, monkeypatch, number, content):
+    place = tmp_path / "place"
+    fill(place, "old")
+    fill(tmp_path / "place.tmp", "new")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_before_call(patch, number)
+        replace_folder(place)
+    settle_folder(place)
+    assert (place / "file").read_text() == content
+    assert [name for name in names(tmp_path) if name != "place.tmp"] == ["place"]
+
+
+def test_the_old_folder_comes_back_where_there_is_no_new_one(tmp_path):
+    fill(tmp_path / "place.being_replaced", "old")
+    settle_folder(tmp_path / "place")
+    assert (tmp_path / "place" / "file").read_text() == "old"
+    assert names(tmp_path) == ["place"]
+
+
+def test_a_folder_that_is_made_once_takes_its_place(tmp_path):
+    with folder_once(tmp_path / "a" / "folder") as unfinished:
+        (unfinished / "file").write_text("content")
+        assert names(tmp_path / "a") == [unfinished.name]
+    assert names(tmp_path / "a") == ["folder"]
+
+
+def test_the_first_to_make_a_folder_wins(tmp_path):
+    with folder_once(tmp_path / "folder") as unfinished:
+        (unfinished / "file").write_text("second")
+        fill(tmp_path / "folder", "first")
+    assert (tmp_path / "folder" / "file").read_text() == "first"
+    assert names(tmp_path) == ["folder"]
+
+
+def test_nothing_is_left_of_a_folder_that_could_not_take_its_place(tmp_path):
+    (tmp_path / "folder").write_text("a file")
+    with pytest.raises(OSError, match="directory"), folder_once(tmp_path / "folder"):
+        pass
+    assert names(tmp_path) == ["folder"]
+
+
+def test_an_error_of_storage_says_what_stopped_and_what_to_do(tmp_path):
+    with pytest.raises(StorageError, match=r"work stopped: No such file .*none.*fix: check the disk.*; parts are kept"):
+        with storage_errors("work stopped", tmp_path, kept="parts are kept"):
+            (tmp_path / "none").read_bytes()
+
+
+def test_other_errors_stay_as_they_are_where_only_some_are_wanted(tmp_path):
+    with pytest.raises(FileNotFoundError), storage_errors("work stopped", tmp_path, only=STORAGE_ERRNOS):
+        (tmp_path / "none").read_bytes()
+    with pytest.raises(StorageError, match=r"work stopped: .* \(.*\); fix: make room"):
+        with storage_errors("work stopped", tmp_path, only=STORAGE_ERRNOS, fix="make room"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
