@@ -22,6 +22,20 @@ RANKS = {
     "evaluation": 5,
     "cli": 6,
 }
+DATA_GROUND = {"documents", "samples", "rejects"}
+# What each room of data may import besides itself; an arrow that is not here goes upwards.
+DATA_ROOMS = {
+    "text": DATA_GROUND,
+    "images": DATA_GROUND,
+    "files": DATA_GROUND,
+    "tasks": set(),
+    "plan": {"samples"},
+    "select": DATA_GROUND | {"files", "tasks"},
+    "shards": DATA_GROUND | {"text", "images", "tasks"},
+    "sources": DATA_GROUND | {"files", "text", "images"},
+    "prepare": DATA_GROUND | {"sources", "shards", "files", "text", "images", "tasks"},
+    "loading": DATA_GROUND | {"plan", "shards", "images", "text"},
+}
 SOURCES = sorted((ROOT / PACKAGE).rglob("*.py"))
 HOST = f"{PACKAGE}/platform/host.py"
 MAX_LINES = 500
@@ -65,6 +79,38 @@ def upward_imports(path: Path, tree: ast.Module) -> Iterator[str]:
             yield f"{place(path, node)}: {layer} must not import {parts[1]}"
 
 
+def imports_between_rooms(path: Path, tree: ast.Module) -> Iterator[str]:
+    """Yield imports of one room of data from another that `DATA_ROOMS` does not have; ground files know each other."""
+    parts = path.relative_to(ROOT / PACKAGE).parts
+    if layer_of(path) != "data" or parts[1] == "__init__.py":
+        return
+    room = parts[1].removesuffix(".py")
+    allowed = DATA_GROUND if room in DATA_GROUND else DATA_ROOMS.get(room, set())
+    for node, name in imports_of(tree):
+        target = name.split(".")
+        if target[:2] == [PACKAGE, "data"] and len(target) > 2 and target[2] != room and target[2] not in allowed:
+            yield f"{place(path, node)}: data/{room} must not import data/{target[2]}"
+
+
+def files_outside_of_rooms(path: Path, tree: ast.Module) -> Iterator[str]:
+    """Yield files of data that stand in none of its rooms, and rooms without a line in `DATA_ROOMS`."""
+    if layer_of(path) != "data":
+        return
+    parts = path.relative_to(ROOT / PACKAGE).parts
+    known = DATA_ROOMS.keys() if len(parts) > 2 else DATA_GROUND | {"__init__"}
+    if parts[1].removesuffix(".py") not in known:
+        yield f"{'/'.join(parts)}:1: data has the rooms {', '.join(DATA_ROOMS)} and the files {', '.join(DATA_GROUND)}"
+
+
+def torch_outside_of_loading(path: Path, tree: ast.Module) -> Iterator[str]:
+    """Yield imports of torch in data, of which only the loader makes tensors: preparing starts without it."""
+    if layer_of(path) != "data" or path.is_relative_to(ROOT / PACKAGE / "data" / "loading"):
+        return
+    for node, name in imports_of(tree):
+        if name.split(".")[0] == "torch":
+            yield f"{place(path, node)}: only data/loading imports torch"
+
+
 def framework_imports(path: Path, tree: ast.Module) -> Iterator[str]:
     """Data is prepared, planned and loaded without a GPU or megatron-core."""
     if layer_of(path) not in ("config", "data"):
@@ -105,7 +151,16 @@ def environment_reads(path: Path, tree: ast.Module) -> Iterator[str]:
             yield f"{place(path, node)}: only cli and platform read the environment"
 
 
-RULES = (upward_imports, framework_imports, prints, torch_patches, environment_reads)
+RULES = (
+    upward_imports,
+    imports_between_rooms,
+    files_outside_of_rooms,
+    torch_outside_of_loading,
+    framework_imports,
+    prints,
+    torch_patches,
+    environment_reads,
+)
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
@@ -150,6 +205,21 @@ def test_tests_do_not_import_each_other():
         (upward_imports, "data/a.py", "def f():\n    from megatron_vlm import models", "data must not import models"),
         (upward_imports, "data/a.py", "from .packing import x", "imports are absolute"),
         (
+            imports_between_rooms,
+            "data/plan/plan.py",
+            "from megatron_vlm.data.shards.dataset import X",
+            "data/plan must not import data/shards",
+        ),
+        (
+            imports_between_rooms,
+            "data/samples.py",
+            "from megatron_vlm.data.text.tokenizer import X",
+            "data/samples must not import data/text",
+        ),
+        (files_outside_of_rooms, "data/packing.py", "", "data has the rooms"),
+        (files_outside_of_rooms, "data/misc/a.py", "", "data has the rooms"),
+        (torch_outside_of_loading, "data/images/decoding.py", "import torch", "only data/loading imports torch"),
+        (
             framework_imports,
             "data/plan/plan.py",
             "from megatron.core import mpu",
@@ -174,6 +244,11 @@ def test_rule_finds_what_it_is_for(rule, file, code, message):
         (upward_imports, "models/vlm.py", "from megatron_vlm.config import ModelConfig"),
         (upward_imports, "models/vlm.py", "from megatron_vlm.models.layers.norm import Norm"),
         (upward_imports, "models/vlm.py", "import torch, megatron.core"),
+        (imports_between_rooms, "data/plan/plan.py", "from megatron_vlm.data.samples import EncodedSample"),
+        (imports_between_rooms, "data/plan/plan.py", "from megatron_vlm.data.plan.packing import X"),
+        (files_outside_of_rooms, "data/rejects.py", ""),
+        (files_outside_of_rooms, "data/plan/packing.py", ""),
+        (torch_outside_of_loading, "data/loading/pixels.py", "import torch"),
         (framework_imports, "data/loading/collate.py", "import torch"),
         (prints, "cli/data.py", "print('x')"),
         (torch_patches, "platform/host.py", "torch.cuda.synchronize = f"),

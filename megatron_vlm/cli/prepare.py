@@ -146,7 +146,7 @@ def _source(args: argparse.Namespace) -> "Source":
 
 
 def _instruction_source(args: argparse.Namespace) -> "Source":
-    from megatron_vlm.data.files.table_records import find_instruction_files
+    from megatron_vlm.data.files.inputs import find_instruction_files
     from megatron_vlm.data.sources.instructions.conversations import ConversationRules, ConversationSource
     from megatron_vlm.data.sources.instructions.prompt_pools import load_prompt_set
     from megatron_vlm.data.sources.instructions.prompted import PromptedSource, PromptRules
@@ -227,7 +227,7 @@ def _image_place(args: argparse.Namespace) -> "ImagePlace":
 
 
 def _report(output: Path, manifest: "Manifest") -> None:
-    from megatron_vlm.data.prepare.joining import describe_rejects
+    from megatron_vlm.data.rejects import describe_rejects
 
     counts, used = manifest.counts, manifest.documents - manifest.rejected
     reasons = f" ({describe_rejects(manifest.rejects)})" if manifest.rejects else ""

@@ -84,8 +84,8 @@ def run(args: argparse.Namespace) -> int:
 def _run_pairs(args: argparse.Namespace) -> int:
     from fractions import Fraction
 
+    from megatron_vlm.data.files.inputs import find_files
     from megatron_vlm.data.select.pairs import SelectRules, parse_count, select_pairs
-    from megatron_vlm.data.sources.source import find_files
 
     try:
         top = parse_count(args.top) if args.top is not None else None
@@ -106,7 +106,7 @@ def _run_pairs(args: argparse.Namespace) -> int:
 
 
 def _run_text(args: argparse.Namespace) -> int:
-    from megatron_vlm.data.files.table_records import find_instruction_files
+    from megatron_vlm.data.files.inputs import find_instruction_files
     from megatron_vlm.data.select.pairs import parse_count
     from megatron_vlm.data.select.text import TextSelectRules, select_text
 
@@ -125,6 +125,6 @@ def _run_text(args: argparse.Namespace) -> int:
 
 
 def _in_brackets(reasons: dict[str, int]) -> str:
-    from megatron_vlm.data.prepare.joining import describe_rejects
+    from megatron_vlm.data.rejects import describe_rejects
 
     return f" ({describe_rejects(reasons)})" if any(reasons.values()) else ""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from megatron_vlm.config import DataError
+from megatron_vlm.data.rejects import RejectError
 
 
 class Text(NamedTuple):
@@ -64,22 +64,6 @@ class Document:
     def images(self) -> tuple[Image, ...]:
         """The images in reading order."""
         return tuple(segment for segment in self.segments if isinstance(segment, Image))
-
-
-class RejectError(DataError):
-    """A document that cannot become a sample.
-
-    Args:
-        reason: one word that rejects are counted by, e.g. "image_truncated".
-        detail: what was found.
-    """
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(f"{reason}: {detail}")
-        self.reason, self.detail = reason, detail
-
-    def __reduce__(self) -> tuple:
-        return (RejectError, (self.reason, self.detail))
 
 
 PLACEHOLDER = "<image>"

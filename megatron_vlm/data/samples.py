@@ -1,5 +1,6 @@
 """A training sample: what shards hold, and what plan and loader hand out."""
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -25,3 +26,14 @@ class EncodedSample(NamedTuple):
     """One training sample: text and images in reading order."""
 
     segments: tuple[TextSegment | ImageSegment, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenizerFacts:
+    """Which tokenizer made the token ids; training with another one is refused."""
+
+    name: str
+    sha256: str
+    vocab_size: int
+    bos_id: int
+    eos_id: int

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_vlm.config import ModelConfig, UsageError
-from megatron_vlm.data.documents import PLACEHOLDER, Control, Image, RejectError, Segment, Special, Text
+from megatron_vlm.data.documents import PLACEHOLDER, Control, Image, Segment, Special, Text
+from megatron_vlm.data.rejects import RejectError
 from megatron_vlm.data.samples import ImageSegment, TextSegment
 from megatron_vlm.data.text.encoding import encode_segments
 from megatron_vlm.data.text.templates import Template, Turn, encode_prompt, split_placeholders

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from megatron_vlm.cli.main import main
-from megatron_vlm.data.samples import EncodedSample, TextSegment
-from megatron_vlm.data.shards.manifest import TokenizerFacts
+from megatron_vlm.data.samples import EncodedSample, TextSegment, TokenizerFacts
 from megatron_vlm.data.shards.writer import write_dataset
 from megatron_vlm.data.text.tokenizer import load_tokenizer
 from tests.support.sentence_piece import train_sentence_piece

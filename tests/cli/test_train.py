@@ -6,7 +6,7 @@ import time
 import psutil
 import pytest
 
-from megatron_vlm.data.shards.manifest import TokenizerFacts
+from megatron_vlm.data.samples import TokenizerFacts
 from megatron_vlm.data.shards.writer import write_dataset
 from tests.support.samples import make_samples
 

@@ -6,9 +6,8 @@ from megatron_vlm.config import BlendEntry
 from megatron_vlm.costs.flops import step_flops
 from megatron_vlm.costs.outlook import foresee
 from megatron_vlm.data.loading.collate import cut_sample
-from megatron_vlm.data.samples import ImageSegment
+from megatron_vlm.data.samples import ImageSegment, TokenizerFacts
 from megatron_vlm.data.shards.dataset import ShardedDataset
-from megatron_vlm.data.shards.manifest import TokenizerFacts
 from megatron_vlm.data.shards.writer import write_dataset
 from tests.support.configs import VOCAB_SIZE, tiny_run
 from tests.support.samples import make_samples, sample_length

@@ -16,8 +16,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image as PILImage
 
 from megatron_vlm.data.files import remote
-from megatron_vlm.data.samples import EncodedSample, ImageSegment, TextSegment
-from megatron_vlm.data.shards.manifest import TokenizerFacts
+from megatron_vlm.data.samples import EncodedSample, ImageSegment, TextSegment, TokenizerFacts
 from megatron_vlm.data.text.tokenizer import Tokenizer, load_tokenizer
 
 _WORDS = (

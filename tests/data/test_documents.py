@@ -4,17 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_vlm.data.documents import (
-    VARIANTS,
-    Document,
-    Image,
-    JoinRules,
-    RejectError,
-    Text,
-    TextRules,
-    clean_text,
-    join_text,
-)
+from megatron_vlm.data.documents import VARIANTS, Document, Image, JoinRules, Text, TextRules, clean_text, join_text
+from megatron_vlm.data.rejects import RejectError
 
 I1, I2 = Image(b"1"), Image(b"2")
 

@@ -1,6 +1,7 @@
 """Documents of readers in a form that a test can write out."""
 
-from megatron_vlm.data.documents import Image, RejectError, Special
+from megatron_vlm.data.documents import Image, Special
+from megatron_vlm.data.rejects import RejectError
 from megatron_vlm.data.sources.source import Found
 
 

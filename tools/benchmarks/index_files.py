@@ -9,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_vlm.data.samples import TokenizerFacts
 from megatron_vlm.data.shards.dataset import ShardedDataset
 from megatron_vlm.data.shards.index import MODE_IMAGE, MODE_TRAINED
-from megatron_vlm.data.shards.manifest import Counts, FileFacts, Manifest, ShardFacts, TokenizerFacts, save_manifest
+from megatron_vlm.data.shards.manifest import Counts, FileFacts, Manifest, ShardFacts, save_manifest
 
 _SAMPLES_PER_SHARD = 100_000
 _IMAGE_BYTES, _READABLE_IMAGE_BYTES = 30_000, 2_000  # what is read fills the page cache

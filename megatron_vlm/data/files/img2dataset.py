@@ -11,10 +11,10 @@ import numpy as np
 import pyarrow.parquet
 
 from megatron_vlm.config import DataError
-from megatron_vlm.data.documents import RejectError
 from megatron_vlm.data.files.join_index import JoinIndex, JoinRows, hash_texts
 from megatron_vlm.data.files.locations import Location, is_file
 from megatron_vlm.data.files.parquet import open_parquet
+from megatron_vlm.data.rejects import RejectError
 
 _URL_COLUMNS = ("url", "URL")
 _CAPTION_COLUMNS = ("text", "caption", "TEXT", "top_caption")

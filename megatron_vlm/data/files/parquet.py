@@ -8,8 +8,8 @@ import pyarrow
 import pyarrow.parquet
 
 from megatron_vlm.config import DataError
-from megatron_vlm.data.documents import RejectError
 from megatron_vlm.data.files.locations import Location, open_stream
+from megatron_vlm.data.rejects import RejectError
 
 DAMAGE = (pyarrow.ArrowException, OSError, ValueError)
 """What pyarrow raises over a damaged file; ValueError for names that are not UTF-8."""

@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from typing import Any, BinaryIO, NamedTuple, cast
 
-from megatron_vlm.data.documents import RejectError
 from megatron_vlm.data.files.locations import Location, open_stream
+from megatron_vlm.data.rejects import RejectError
 
 SUFFIXES = tuple(kind + packed for packed in ("", ".gz", ".zip") for kind in (".jsonl", ".ndjson", ".json"))
 MAX_RECORD_BYTES = 16 << 20

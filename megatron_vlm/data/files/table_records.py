@@ -4,34 +4,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from megatron_vlm.config import DataError
-from megatron_vlm.data.documents import RejectError
-from megatron_vlm.data.files.locations import Location, check_suffixes
+from megatron_vlm.data.files.inputs import is_table
+from megatron_vlm.data.files.locations import Location
 from megatron_vlm.data.files.parquet import open_parquet, read_rows
-from megatron_vlm.data.files.records import MAX_RECORD_BYTES, SUFFIXES, Record, read_records
-from megatron_vlm.data.sources.source import RECORD_SUFFIXES, check_each_used, list_inputs
-
-TABLE_SUFFIX = ".parquet"
-
-
-def find_instruction_files(paths: tuple[Location, ...]) -> tuple[Location, ...]:
-    """Return the JSON files among `paths` and directly inside of the folders among them; of a folder without, parquet.
-
-    Raises:
-        ConfigError: a path does not exist, or there is no such file.
-    """
-    listed = list_inputs(paths, (*SUFFIXES, TABLE_SUFFIX))
-    found: list[Location] = []
-    for path in paths:
-        check_suffixes(listed[path], (*SUFFIXES, TABLE_SUFFIX))
-        records = [file for file in listed[path] if not is_table(file)]
-        found += records or listed[path]
-    check_each_used(listed, found, f"JSON, JSON-lines or parquet files ({RECORD_SUFFIXES}; .parquet)")
-    return tuple(found)
-
-
-def is_table(path: Location) -> bool:
-    """Tell by its name whether a file is parquet."""
-    return path.name.lower().endswith(TABLE_SUFFIX)
+from megatron_vlm.data.files.records import MAX_RECORD_BYTES, Record, read_records
+from megatron_vlm.data.rejects import RejectError
 
 
 def read_any_records(path: Location, *, max_bytes: int = MAX_RECORD_BYTES) -> Iterator[Record]:

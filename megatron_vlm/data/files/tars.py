@@ -10,9 +10,9 @@ import re
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from megatron_vlm.data.documents import RejectError
 from megatron_vlm.data.files.locations import Location, RemoteFile
 from megatron_vlm.data.files.remote import RangeReader
+from megatron_vlm.data.rejects import RejectError
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif")
 

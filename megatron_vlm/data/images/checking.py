@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_vlm.config import DataError
-from megatron_vlm.data.documents import RejectError
 from megatron_vlm.data.images.decoding import ImageLimits, decode_rgb
+from megatron_vlm.data.rejects import RejectError
 
 _JPEG_STANDALONE = frozenset([0x01, *range(0xD0, 0xD8)])
 _JPEG_FRAMES = frozenset([*range(0xC0, 0xD0)]) - {0xC4, 0xC8, 0xCC}

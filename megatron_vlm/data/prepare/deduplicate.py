@@ -12,13 +12,13 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_vlm.data.documents import RejectError
 from megatron_vlm.data.prepare.duplicates import Fingerprints, find_repeats
-from megatron_vlm.data.prepare.part import PartFacts, built_beside, reject_row
+from megatron_vlm.data.prepare.part import PartFacts, built_beside
+from megatron_vlm.data.rejects import RejectError, reject_row
+from megatron_vlm.data.samples import TokenizerFacts
 from megatron_vlm.data.shards.dataset import ShardedDataset
-from megatron_vlm.data.shards.manifest import Manifest, ShardFacts, TokenizerFacts
+from megatron_vlm.data.shards.manifest import Manifest, ShardFacts
 from megatron_vlm.data.shards.writer import ShardWriter
-from megatron_vlm.data.sources.source import Found
 from megatron_vlm.data.tasks.processes import Engine
 from megatron_vlm.platform.files.durable import write_durably
 
@@ -142,8 +142,7 @@ def _row(fingerprints: Fingerprints, sample: int, original: int, kind: str) -> s
     what = f"{_SAYS[kind]} {place[0]}"
     what += f" line {place[1]}" if place[1] is not None else ""
     what += f" key {first_key}" if first_key is not None else ""
-    error = RejectError(_REASON, what)
-    return reject_row(file, Found(line, key, error), error)
+    return reject_row(file, line, key, RejectError(_REASON, what))
 
 
 def _shards_kept(piece: _Piece, folder: Path, gone: np.ndarray) -> list[_Kept]:

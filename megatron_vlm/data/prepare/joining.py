@@ -11,18 +11,12 @@ import numpy as np
 from megatron_vlm.config import DataError
 from megatron_vlm.data.files.img2dataset import TableFile
 from megatron_vlm.data.prepare.duplicates import FILES
-from megatron_vlm.data.prepare.part import PREPARE_AGAIN, USED_ROWS_FILE, PartFacts, reject_row
+from megatron_vlm.data.prepare.part import PREPARE_AGAIN, USED_ROWS_FILE, PartFacts
 from megatron_vlm.data.prepare.share import SHARE_OPTION
+from megatron_vlm.data.rejects import describe_rejects, reject_row
 from megatron_vlm.data.shards.manifest import REJECTS_FILE, Manifest, ShardFacts, facts_of_file, fault_of_file
 from megatron_vlm.data.sources.pairs.source import TarPairSource
 from megatron_vlm.platform.files.durable import open_durably
-
-
-def describe_rejects(rejects: dict[str, int]) -> str:
-    """Return the reasons that there are with their counts, most frequent first."""
-    return ", ".join(
-        f"{reason} {count}" for reason, count in sorted(rejects.items(), key=lambda item: -item[1]) if count
-    )
 
 
 def number_shards(pieces: Sequence[PartFacts | Manifest]) -> list[ShardFacts]:
@@ -81,7 +75,7 @@ def missing_rows(tables: tuple[TableFile, ...], names: Sequence[str], used_rows:
         used[rows] = True
     for path, found in TarPairSource((), tables=tables).missing(used):
         if isinstance(found.document, DataError):
-            yield reject_row(named[path], found, found.document)
+            yield reject_row(named[path], found.line, found.key, found.document)
 
 
 def files_of_part(manifest: Manifest) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ import os
 import shutil
 import socket
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,15 +21,17 @@ from pathlib import Path
 import numpy as np
 
 from megatron_vlm.config import DataError
-from megatron_vlm.data.documents import VARIANTS, Document, JoinRules, RejectError, join_text
+from megatron_vlm.data.documents import VARIANTS, Document, JoinRules, join_text
 from megatron_vlm.data.files.locations import Location, RemoteFile
 from megatron_vlm.data.images.checking import ImageRules
 from megatron_vlm.data.prepare.duplicates import FingerprintWriter
+from megatron_vlm.data.rejects import RejectError, reject_row
 from megatron_vlm.data.samples import EncodedSample
 from megatron_vlm.data.shards.manifest import REJECTS_FILE, ShardFacts
 from megatron_vlm.data.shards.writer import ShardWriter
 from megatron_vlm.data.sources.image_store import FolderImages, ImageReader, ImageStore, RemoteImages, TarImages
 from megatron_vlm.data.sources.source import Found, ReadContext, Source
+from megatron_vlm.data.tasks.processes import Report
 from megatron_vlm.data.text.encoding import encode_document, encode_exact
 from megatron_vlm.data.text.tokenizer import Tokenizer, load_tokenizer
 from megatron_vlm.platform.files.durable import flush_to_disk, storage_errors, write_durably
@@ -37,11 +39,7 @@ from megatron_vlm.platform.files.durable import flush_to_disk, storage_errors, w
 PART_FILE = "part.json"
 USED_ROWS_FILE = "used_rows.npy"
 _REPORT_EVERY = 100
-_MAX_DETAIL = 300
 PREPARE_AGAIN = "delete the folder of this part and prepare it again"
-
-Report = Callable[[int, int], None]
-"""Told how many more documents were read, and how many of them rejected."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,12 +176,6 @@ def load_used_rows(folder: Path, num_rows: int) -> np.ndarray:
     return rows
 
 
-def reject_row(file: str, found: Found, error: RejectError) -> str:
-    """Return one line of the list of rejects."""
-    row = {"file": file, "line": found.line, "key": found.key, "reason": error.reason}
-    return json.dumps(row | {"detail": error.detail[:_MAX_DETAIL]}) + "\n"
-
-
 def _write_part(job: PartJob, path: Location, name: str, folder: Path, report: Report) -> PartFacts:
     images = ImageReader(job.images.open(job.image_rules.max_bytes), job.image_rules)
     context = ReadContext(images)
@@ -197,7 +189,7 @@ def _write_part(job: PartJob, path: Location, name: str, folder: Path, report: R
             samples = _samples(found, job.recipe, tokenizer)
             if isinstance(samples, RejectError):
                 rejects[samples.reason] += 1
-                log.write(reject_row(name, found, samples))
+                log.write(reject_row(name, found.line, found.key, samples))
             else:
                 for sample in samples:
                     shards.add(sample)

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from megatron_vlm.config import ConfigError, DataError, UsageError
 from megatron_vlm.data.files.locations import Location, place_of
 from megatron_vlm.data.files.parquet import open_parquet, unreadable
-from megatron_vlm.data.prepare.joining import describe_rejects
+from megatron_vlm.data.rejects import describe_rejects
 from megatron_vlm.data.select.histogram import ScoreHistogram, histogram_rows, save_histogram
 from megatron_vlm.platform.files.durable import folder_beside, storage_errors, write_durably
 

@@ -12,7 +12,7 @@ import logging
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -20,13 +20,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from megatron_vlm.config import ConfigError, DataError, UsageError
-from megatron_vlm.data.documents import RejectError
+from megatron_vlm.data.files.inputs import TABLE_SUFFIX, is_table
 from megatron_vlm.data.files.locations import Location, place_of
 from megatron_vlm.data.files.records import MAX_RECORD_BYTES, SUFFIXES, parse_record, read_raw_records
-from megatron_vlm.data.files.table_records import TABLE_SUFFIX, is_table, read_table_records
-from megatron_vlm.data.prepare.part import reject_row
-from megatron_vlm.data.sources.source import Found
-from megatron_vlm.data.tasks.processes import run_tasks
+from megatron_vlm.data.files.table_records import read_table_records
+from megatron_vlm.data.rejects import RejectError, reject_row
+from megatron_vlm.data.tasks.processes import Report, run_tasks
 from megatron_vlm.platform.files.durable import flush_to_disk, folder_beside, storage_errors, write_durably
 
 logger = logging.getLogger(__name__)
@@ -37,8 +36,6 @@ _HASHES, _REJECTS_SUFFIX = "_hashes", ".rejects"
 _MIN_SPARE = 1 << 16
 _REPORT_EVERY = 1000
 _BLANK = b" \t\r\n"
-
-Report = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -231,7 +228,7 @@ def _hash_file(file: _InputFile, rules: TextSelectRules, hashes_file: Path, repo
                 rows.append(row)
             except RejectError as error:
                 rejects[error.reason] += 1
-                log.write(reject_row(file.name, Found(line, None, error), error))
+                log.write(reject_row(file.name, line, None, error))
             if records % _REPORT_EVERY == 0:
                 _offer(smallest, hashes, rows)
                 report(_REPORT_EVERY, rejects.total() - reported)

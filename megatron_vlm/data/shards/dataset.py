@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_vlm.config import DataError, StorageError
-from megatron_vlm.data.samples import EncodedSample, ImageSegment, TextSegment
+from megatron_vlm.data.samples import EncodedSample, ImageSegment, TextSegment, TokenizerFacts
 from megatron_vlm.data.shards.index import (
     MODE_IMAGE,
     MODE_TRAINED,
@@ -31,7 +31,6 @@ from megatron_vlm.data.shards.manifest import (
     MANIFEST_FILE,
     Manifest,
     ShardFacts,
-    TokenizerFacts,
     crc32_of_file,
     load_manifest,
 )

@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from megatron_vlm.config import ConfigError, DataError, UsageError
-from megatron_vlm.data.prepare.part import Report
 from megatron_vlm.data.samples import EncodedSample, ImageSegment
 from megatron_vlm.data.shards.dataset import ShardedDataset
-from megatron_vlm.data.tasks.processes import Engine, run_tasks
+from megatron_vlm.data.tasks.processes import Engine, Report, run_tasks
 from megatron_vlm.data.text.tokenizer import Tokenizer, load_tokenizer
 from megatron_vlm.platform.files.durable import flush_to_disk, storage_errors
 from megatron_vlm.platform.files.locks import locked

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vlm.config import DataError
+from megatron_vlm.data.samples import TokenizerFacts
 from megatron_vlm.platform.files.durable import write_durably
 
 FORMAT_NAME = "megatron_vlm shards"
@@ -26,17 +27,6 @@ class FileFacts:
 
     bytes: int
     crc32: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TokenizerFacts:
-    """Which tokenizer made the token ids; training with another one is refused."""
-
-    name: str
-    sha256: str
-    vocab_size: int
-    bos_id: int
-    eos_id: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

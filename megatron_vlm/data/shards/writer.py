@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_vlm.data.samples import EncodedSample, ImageSegment
+from megatron_vlm.data.samples import EncodedSample, ImageSegment, TokenizerFacts
 from megatron_vlm.data.shards.index import MODE_CONTEXT, MODE_IMAGE, MODE_TRAINED, TOKEN_DTYPE, pack_index
-from megatron_vlm.data.shards.manifest import Counts, FileFacts, Manifest, ShardFacts, TokenizerFacts, save_manifest
+from megatron_vlm.data.shards.manifest import Counts, FileFacts, Manifest, ShardFacts, save_manifest
 from megatron_vlm.platform.files.durable import flush_to_disk
 
 _WRITE_BUFFER_BYTES = 1 << 20

@@ -1,16 +1,13 @@
 """What every reader of a raw corpus has in common."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
-from megatron_vlm.config import ConfigError
-from megatron_vlm.data.documents import Document, RejectError
-from megatron_vlm.data.files.locations import Location, check_suffixes, list_location
-from megatron_vlm.data.files.records import SUFFIXES
+from megatron_vlm.data.documents import Document
+from megatron_vlm.data.files.locations import Location
+from megatron_vlm.data.rejects import RejectError
 from megatron_vlm.data.sources.image_store import ImageReader
-
-RECORD_SUFFIXES = ".jsonl, .ndjson, .json, each also with .gz or .zip"
 
 
 class Found(NamedTuple):
@@ -39,51 +36,6 @@ class Source(Protocol):
 
     def read(self, path: Location, context: ReadContext) -> Iterator[Found]:
         """Yield every document of one file, those that are rejected too."""
-
-
-def find_record_files(paths: tuple[Location, ...]) -> tuple[Location, ...]:
-    """Return the JSON files among `paths` and directly inside of the folders among them, by name.
-
-    Raises:
-        ConfigError: a path does not exist, or there is no such file.
-    """
-    return find_files(paths, SUFFIXES, f"JSON or JSON-lines files ({RECORD_SUFFIXES})")
-
-
-def find_files(paths: tuple[Location, ...], suffixes: tuple[str, ...], what: str) -> tuple[Location, ...]:
-    """Return the files with one of `suffixes` among `paths` and directly inside of the folders among them, by name.
-
-    Raises:
-        ConfigError: a path does not exist, there is no such file, or one is named that is of another kind; `what` names
-            the kind.
-    """
-    listed = list_inputs(paths, suffixes)
-    files = tuple(file for path in paths for file in listed[path])
-    check_suffixes(files, suffixes)
-    check_each_used(listed, files, what)
-    return files
-
-
-def list_inputs(paths: Sequence[Location], suffixes: tuple[str, ...]) -> dict[Location, list[Location]]:
-    """Return for each path the file itself, or the files with one of `suffixes` directly inside of it.
-
-    Raises:
-        ConfigError: a path does not exist.
-    """
-    return {path: list_location(path, suffixes) for path in paths}
-
-
-def check_each_used(listed: Mapping[Location, Sequence[Location]], used: Collection[Location], what: str) -> None:
-    """Refuse an input that nothing would be read of: it would be missing in the result without a word.
-
-    Raises:
-        ConfigError: a path has none of the files that are used; `what` names their kind.
-    """
-    used = set(used)
-    for path, files in listed.items():
-        if not any(file in used for file in files):
-            fix = "check --input" if len(listed) == 1 else "leave it out; prepare each kind of input on its own"
-            raise ConfigError(f"input has no {what}", where=str(path), fix=fix)
 
 
 def key_of(value: object) -> str | None:

@@ -19,6 +19,10 @@ _worker_counters: Any = None
 """In a worker process: what was done and what was rejected, shared with the process that shows it."""
 
 
+Report = Callable[[int, int], None]
+"""Told how many more things a task has done, and how many of them it rejected."""
+
+
 class Engine(Protocol):
     """Runs tasks: `run_tasks` with its number of workers, or a cluster in its place."""
 

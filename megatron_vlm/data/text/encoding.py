@@ -6,7 +6,8 @@ from typing import Protocol
 import numpy as np
 
 from megatron_vlm.config import ConfigError
-from megatron_vlm.data.documents import Control, Document, Image, RejectError, Segment, Special, Text
+from megatron_vlm.data.documents import Control, Document, Image, Segment, Special, Text
+from megatron_vlm.data.rejects import RejectError
 from megatron_vlm.data.samples import EncodedSample, ImageSegment, TextSegment
 
 

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from megatron_vlm.config import ConfigError
-from megatron_vlm.data.documents import PLACEHOLDER, Control, Document, Image, RejectError, Segment, Special, Text
+from megatron_vlm.data.documents import PLACEHOLDER, Control, Document, Image, Segment, Special, Text
+from megatron_vlm.data.rejects import RejectError
 from megatron_vlm.data.samples import ImageSegment, TextSegment
 from megatron_vlm.data.text.encoding import Encoder, encode_segments
 

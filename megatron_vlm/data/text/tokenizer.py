@@ -8,7 +8,7 @@ from pathlib import Path
 import sentencepiece
 
 from megatron_vlm.config import ConfigError
-from megatron_vlm.data.shards.manifest import TokenizerFacts
+from megatron_vlm.data.samples import TokenizerFacts
 from megatron_vlm.data.text.words import WordEncoder, read_word_rule
 
 # Serialised protobuf messages merge when they are concatenated. These bytes are a ModelProto that holds only

@@ -9,7 +9,8 @@ import pyarrow.parquet
 import pytest
 
 from megatron_vlm.config import ConfigError
-from megatron_vlm.data.documents import JoinRules, RejectError
+from megatron_vlm.data.documents import JoinRules
+from megatron_vlm.data.files.inputs import find_instruction_files, find_record_files
 from megatron_vlm.data.files.locations import (
     RemoteFile,
     can_list,
@@ -23,17 +24,16 @@ from megatron_vlm.data.files.locations import (
     size_of,
 )
 from megatron_vlm.data.files.records import read_records
-from megatron_vlm.data.files.table_records import find_instruction_files
 from megatron_vlm.data.files.tars import TarReader
 from megatron_vlm.data.prepare.merge import merge_datasets
 from megatron_vlm.data.prepare.part import ImagePlace, PartJob, Recipe
 from megatron_vlm.data.prepare.run import PrepareJob, prepare
 from megatron_vlm.data.prepare.share import Share
+from megatron_vlm.data.rejects import RejectError
 from megatron_vlm.data.shards.manifest import load_manifest
 from megatron_vlm.data.sources.image_store import RemoteImages
 from megatron_vlm.data.sources.interleaved.source import InterleavedRules, InterleavedSource, find_interleaved_source
 from megatron_vlm.data.sources.pairs.source import PairRules, find_pair_source
-from megatron_vlm.data.sources.source import find_record_files
 
 
 def content(folder: Path) -> dict[str, bytes]:

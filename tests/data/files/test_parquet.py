@@ -4,9 +4,9 @@ import pyarrow.parquet
 import pytest
 
 from megatron_vlm.config import DataError
-from megatron_vlm.data.documents import RejectError
 from megatron_vlm.data.files.locations import RemoteFile
 from megatron_vlm.data.files.parquet import open_parquet, read_rows
+from megatron_vlm.data.rejects import RejectError
 
 
 def read(path, columns=None) -> list:

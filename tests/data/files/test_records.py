@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_vlm.data.documents import RejectError
 from megatron_vlm.data.files import records
 from megatron_vlm.data.files.records import field, parse_record, read_records
+from megatron_vlm.data.rejects import RejectError
 
 GOOD = [{"a": 1, "text": 'quote " brace } comma , [ \\'}, {"a": 2, "b": [{"c": "]"}]}, {"a": 3}]
 

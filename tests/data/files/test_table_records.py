@@ -3,8 +3,9 @@ import pyarrow.parquet
 import pytest
 
 from megatron_vlm.config import ConfigError
-from megatron_vlm.data.documents import RejectError
-from megatron_vlm.data.files.table_records import find_instruction_files, read_any_records, read_table_records
+from megatron_vlm.data.files.inputs import find_instruction_files
+from megatron_vlm.data.files.table_records import read_any_records, read_table_records
+from megatron_vlm.data.rejects import RejectError
 
 
 def read(path, **options):

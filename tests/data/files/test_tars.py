@@ -4,8 +4,8 @@ import tarfile
 import numpy as np
 import pytest
 
-from megatron_vlm.data.documents import RejectError
 from megatron_vlm.data.files.tars import Member, TarReader, find_image, group_members, list_members
+from megatron_vlm.data.rejects import RejectError
 
 LONG = "folder/" + "n" * 180 + ".tail.jpg"
 FILES = [("a.jpg", b"1" * 600), ("a.txt", b"caption"), ("folder/ä.png", b""), (LONG, b"x" * 512)]

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image as PILImage
 
-from megatron_vlm.data.documents import RejectError
 from megatron_vlm.data.images.checking import ImageFacts, ImageRules, check_image, shrink_image
 from megatron_vlm.data.images.decoding import ImageLimits
+from megatron_vlm.data.rejects import RejectError
 
 RULES = ImageRules()
 FORMATS = ["JPEG", "PNG", "WEBP", "GIF"]

@@ -17,9 +17,8 @@ from megatron_vlm.data.loading.batch import ImageShare
 from megatron_vlm.data.loading.collate import Collation
 from megatron_vlm.data.loading.loader import BatchLoader, LoaderWorkers, RankShare
 from megatron_vlm.data.plan.plan import PlanSettings, build_plan, open_plan
-from megatron_vlm.data.samples import EncodedSample, ImageSegment, TextSegment
+from megatron_vlm.data.samples import EncodedSample, ImageSegment, TextSegment, TokenizerFacts
 from megatron_vlm.data.shards.dataset import ShardedDataset
-from megatron_vlm.data.shards.manifest import TokenizerFacts
 from megatron_vlm.data.shards.writer import write_dataset
 
 TOKENIZER = TokenizerFacts(name="tiny", sha256="0" * 64, vocab_size=100, bos_id=1, eos_id=2)

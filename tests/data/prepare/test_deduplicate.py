@@ -7,6 +7,7 @@ import pytest
 
 from megatron_vlm.config import ConfigError, DataError, StorageError
 from megatron_vlm.data.documents import JoinRules
+from megatron_vlm.data.files.inputs import find_record_files
 from megatron_vlm.data.prepare import deduplicate
 from megatron_vlm.data.prepare.duplicates import FILES, fingerprint
 from megatron_vlm.data.prepare.merge import merge_datasets
@@ -16,7 +17,6 @@ from megatron_vlm.data.shards.dataset import ShardedDataset
 from megatron_vlm.data.shards.manifest import REJECTS_FILE
 from megatron_vlm.data.shards.verify import verify_dataset
 from megatron_vlm.data.sources.interleaved.source import InterleavedRules, InterleavedSource
-from megatron_vlm.data.sources.source import find_record_files
 from tests.support.preparing import content, prepare_shares, run_until
 
 FILES_OF_CORPUS = 5

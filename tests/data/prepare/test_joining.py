@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 
 from megatron_vlm.config import DataError
-from megatron_vlm.data.prepare.joining import describe_rejects
 from megatron_vlm.data.prepare.part import USED_ROWS_FILE, load_used_rows, save_used_rows
+from megatron_vlm.data.rejects import describe_rejects
 
 
 def test_rejects_are_listed_by_frequency():

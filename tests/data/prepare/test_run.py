@@ -16,6 +16,7 @@ import pytest
 
 from megatron_vlm.config import ConfigError, DataError, StorageError
 from megatron_vlm.data.documents import JoinRules
+from megatron_vlm.data.files.inputs import find_record_files
 from megatron_vlm.data.images.checking import ImageRules
 from megatron_vlm.data.prepare import run as prepare_module
 from megatron_vlm.data.prepare.merge import merge_datasets
@@ -29,7 +30,6 @@ from megatron_vlm.data.shards.verify import verify_dataset
 from megatron_vlm.data.sources.instructions.text import TextSource
 from megatron_vlm.data.sources.interleaved.source import InterleavedRules, InterleavedSource
 from megatron_vlm.data.sources.pairs.source import PairRules, find_pair_source
-from megatron_vlm.data.sources.source import find_record_files
 from tests.support.preparing import content, run_until
 
 

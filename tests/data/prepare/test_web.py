@@ -11,10 +11,10 @@ import pytest
 
 from megatron_vlm.cli.main import main
 from megatron_vlm.config import StorageError
-from megatron_vlm.data.documents import RejectError
 from megatron_vlm.data.files import remote
 from megatron_vlm.data.files.locations import RemoteFile, is_file, list_location, open_stream
 from megatron_vlm.data.files.tars import TarReader
+from megatron_vlm.data.rejects import RejectError
 from megatron_vlm.data.sources.image_store import RemoteImages
 
 SECRET = "X-Sig=ab/cd"

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_vlm.config import ConfigError, DataError, StorageError, UsageError
-from megatron_vlm.data.files.table_records import find_instruction_files
+from megatron_vlm.data.files.inputs import find_instruction_files
 from megatron_vlm.data.select import text as module
 from megatron_vlm.data.select.text import (
     REJECTS_FILE,

@@ -8,10 +8,10 @@ import psutil
 import pytest
 
 from megatron_vlm.config import DataError
-from megatron_vlm.data.samples import EncodedSample, ImageSegment, TextSegment
+from megatron_vlm.data.samples import EncodedSample, ImageSegment, TextSegment, TokenizerFacts
 from megatron_vlm.data.shards.dataset import ShardedDataset
 from megatron_vlm.data.shards.index import ShardIndex
-from megatron_vlm.data.shards.manifest import MANIFEST_FILE, WORK_FOLDER, TokenizerFacts
+from megatron_vlm.data.shards.manifest import MANIFEST_FILE, WORK_FOLDER
 from megatron_vlm.data.shards.writer import write_dataset
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from megatron_vlm.config import ConfigError, DataError, StorageError, UsageError
 from megatron_vlm.data.documents import Image, JoinRules, Text, TextRules
+from megatron_vlm.data.files.inputs import find_record_files
 from megatron_vlm.data.images.checking import ImageRules
 from megatron_vlm.data.prepare.part import ImagePlace, PartJob, Recipe
 from megatron_vlm.data.prepare.run import PrepareJob, prepare
@@ -23,7 +24,7 @@ from megatron_vlm.data.sources.image_store import ImageReader
 from megatron_vlm.data.sources.instructions.conversations import ConversationRules, ConversationSource
 from megatron_vlm.data.sources.interleaved.source import InterleavedRules, InterleavedSource
 from megatron_vlm.data.sources.interleaved.tars import InterleavedTarSource
-from megatron_vlm.data.sources.source import ReadContext, find_record_files
+from megatron_vlm.data.sources.source import ReadContext
 from tests.support.preparing import content
 
 

@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 
 from megatron_vlm.config import ConfigError
-from megatron_vlm.data.documents import Control, Document, Image, RejectError, Special, Text
+from megatron_vlm.data.documents import Control, Document, Image, Special, Text
+from megatron_vlm.data.rejects import RejectError
 from megatron_vlm.data.samples import ImageSegment
 from megatron_vlm.data.text.encoding import encode_document, encode_exact, encode_segments
 

@@ -1,7 +1,8 @@
 import pytest
 
 from megatron_vlm.config import ConfigError
-from megatron_vlm.data.documents import Image, RejectError, Special, Text
+from megatron_vlm.data.documents import Image, Special, Text
+from megatron_vlm.data.rejects import RejectError
 from megatron_vlm.data.samples import ImageSegment
 from megatron_vlm.data.text.templates import (
     TEMPLATES,

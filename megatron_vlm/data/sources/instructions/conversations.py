@@ -4,10 +4,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_vlm.data.documents import PLACEHOLDER, Document, RejectError, TextRules, clean_text
+from megatron_vlm.data.documents import PLACEHOLDER, Document, TextRules, clean_text
 from megatron_vlm.data.files.locations import Location
 from megatron_vlm.data.files.records import MAX_RECORD_BYTES
 from megatron_vlm.data.files.table_records import read_any_records
+from megatron_vlm.data.rejects import RejectError
 from megatron_vlm.data.sources.image_store import ImageReader
 from megatron_vlm.data.sources.instructions.records import Conversation, read_conversation
 from megatron_vlm.data.sources.source import Found, ReadContext, key_of

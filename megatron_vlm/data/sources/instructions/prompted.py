@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_vlm.data.documents import PLACEHOLDER, RejectError
+from megatron_vlm.data.documents import PLACEHOLDER
 from megatron_vlm.data.files.locations import Location
 from megatron_vlm.data.files.table_records import read_any_records
+from megatron_vlm.data.rejects import RejectError
 from megatron_vlm.data.sources.instructions.conversations import ConversationRules, make_document
 from megatron_vlm.data.sources.instructions.prompt_pools import (
     IMAGE_FIELDS,

@@ -3,7 +3,7 @@
 import base64
 from typing import Any, NamedTuple
 
-from megatron_vlm.data.documents import RejectError
+from megatron_vlm.data.rejects import RejectError
 from megatron_vlm.data.sources.image_store import ImageReader
 
 PATH_FIELDS = ("image", "images")

@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from megatron_vlm.data.documents import PLACEHOLDER, RejectError
+from megatron_vlm.data.documents import PLACEHOLDER
 from megatron_vlm.data.files.records import field
+from megatron_vlm.data.rejects import RejectError
 from megatron_vlm.data.sources.instructions.m3it import split_dialog
 from megatron_vlm.data.sources.instructions.record_images import ImageRef, find_images, read_ref
 

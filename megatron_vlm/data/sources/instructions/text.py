@@ -4,10 +4,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_vlm.data.documents import Control, Document, RejectError, Special, Text, clean_text
+from megatron_vlm.data.documents import Control, Document, Special, Text, clean_text
 from megatron_vlm.data.files.locations import Location
 from megatron_vlm.data.files.records import field
 from megatron_vlm.data.files.table_records import read_any_records
+from megatron_vlm.data.rejects import RejectError
 from megatron_vlm.data.sources.instructions.conversations import ConversationRules
 from megatron_vlm.data.sources.instructions.records import read_conversation
 from megatron_vlm.data.sources.source import Found, ReadContext, key_of

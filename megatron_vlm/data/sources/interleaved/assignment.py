@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from megatron_vlm.data.documents import RejectError
 from megatron_vlm.data.files.records import field
+from megatron_vlm.data.rejects import RejectError
 
 _MAX_IMAGES = 100  # the time of the linear assignment grows with the square of it: 100 take a few ms
 _MAX_SIMILARITY = 1e6  # of cosines; refuses NaN and integers too long for a float as well

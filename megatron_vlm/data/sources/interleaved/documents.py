@@ -5,17 +5,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from megatron_vlm.data.documents import (
-    Document,
-    Image,
-    RejectError,
-    Segment,
-    Special,
-    Text,
-    TextRules,
-    clean_text,
-)
+from megatron_vlm.data.documents import Document, Image, Segment, Special, Text, TextRules, clean_text
 from megatron_vlm.data.files.records import MAX_RECORD_BYTES, field
+from megatron_vlm.data.rejects import RejectError
 from megatron_vlm.data.sources.image_store import ImageReader
 from megatron_vlm.data.sources.interleaved.assignment import reassign
 

@@ -4,14 +4,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_vlm.config import ConfigError
-from megatron_vlm.data.documents import RejectError
 from megatron_vlm.data.files.img2dataset import is_shard_table
+from megatron_vlm.data.files.inputs import check_each_used, find_record_files, list_inputs
 from megatron_vlm.data.files.locations import Location, check_suffixes
 from megatron_vlm.data.files.records import SUFFIXES, read_records
+from megatron_vlm.data.rejects import RejectError
 from megatron_vlm.data.sources.interleaved.documents import InterleavedRules, find_listed_image, matched_document
 from megatron_vlm.data.sources.interleaved.tables import TABLE_SUFFIX, InterleavedTableSource, check_first_table
 from megatron_vlm.data.sources.interleaved.tars import InterleavedTarSource
-from megatron_vlm.data.sources.source import Found, ReadContext, check_each_used, find_record_files, key_of, list_inputs
+from megatron_vlm.data.sources.source import Found, ReadContext, key_of
 
 __all__ = ["InterleavedRules", "InterleavedSource", "find_interleaved_source"]
 

@@ -5,10 +5,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_vlm.data.documents import Control, Document, RejectError, Special, Text
+from megatron_vlm.data.documents import Control, Document, Special, Text
 from megatron_vlm.data.files.locations import Location
 from megatron_vlm.data.files.records import field, parse_record
 from megatron_vlm.data.files.tars import IMAGE_EXTENSIONS, Member, TarReader, group_members, list_members
+from megatron_vlm.data.rejects import RejectError
 from megatron_vlm.data.sources.image_store import ImageReader
 from megatron_vlm.data.sources.interleaved.documents import (
     ExactText,

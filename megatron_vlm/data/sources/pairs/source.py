@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_vlm.data.documents import Document, Image, RejectError, Text, TextRules, clean_text
+from megatron_vlm.data.documents import Document, Image, Text, TextRules, clean_text
 from megatron_vlm.data.files.img2dataset import (
     PairTable,
     TableFile,
@@ -16,11 +16,13 @@ from megatron_vlm.data.files.img2dataset import (
     read_shard_table,
     unused_rows,
 )
+from megatron_vlm.data.files.inputs import check_each_used, find_record_files, list_inputs
 from megatron_vlm.data.files.locations import Location, check_suffixes, name_files
 from megatron_vlm.data.files.records import MAX_RECORD_BYTES, SUFFIXES, field, parse_record, read_records
 from megatron_vlm.data.files.tars import Member, TarReader, find_image, group_members, list_members
+from megatron_vlm.data.rejects import RejectError
 from megatron_vlm.data.sources.image_store import ImageReader
-from megatron_vlm.data.sources.source import Found, ReadContext, check_each_used, find_record_files, key_of, list_inputs
+from megatron_vlm.data.sources.source import Found, ReadContext, key_of
 
 _IMAGE_FIELDS = ("image", "image_name", "file_name", "image_path", "path")
 _CAPTION_FIELDS = ("caption", "text", "txt")

@@ -3,8 +3,9 @@ import json
 
 import pytest
 
-from megatron_vlm.data.documents import Control, RejectError
+from megatron_vlm.data.documents import Control
 from megatron_vlm.data.images.checking import ImageRules
+from megatron_vlm.data.rejects import RejectError
 from megatron_vlm.data.sources.image_store import FolderImages, ImageReader
 from megatron_vlm.data.sources.instructions.conversations import ConversationRules, ConversationSource
 from megatron_vlm.data.sources.instructions.record_images import ImageRef

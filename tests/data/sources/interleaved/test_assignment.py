@@ -4,7 +4,7 @@ import time
 import numpy as np
 import pytest
 
-from megatron_vlm.data.documents import RejectError
+from megatron_vlm.data.rejects import RejectError
 from megatron_vlm.data.sources.interleaved.assignment import assign_each_best, assign_linear, reassign
 
 
