@@ -3,14 +3,17 @@
 import argparse
 from pathlib import Path
 
-from megatron_vlm.cli.paths import local_path
+from megatron_vlm.cli.values import local_path
 from megatron_vlm.config import ExitCode
 
-_EXAMPLE = """example:
-  megatron-vlm checkpoint list runs/pretrain
-  megatron-vlm checkpoint verify runs/pretrain/checkpoints/iter_0001000
-  megatron-vlm checkpoint hash runs/pretrain
-"""
+_ACTIONS = {
+    "list": ("one line for each checkpoint of a run", "checkpoint list runs/pretrain"),
+    "verify": (
+        "compare every byte with the manifest",
+        "checkpoint verify runs/pretrain/checkpoints/iter_0001000",
+    ),
+    "hash": ("sha256 of the gathered weights, the same for every parallel layout", "checkpoint hash runs/pretrain"),
+}
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -18,17 +21,19 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
         "checkpoint",
         help="list and verify checkpoints; hash their weights",
-        epilog=_EXAMPLE,
+        epilog="examples:\n" + "\n".join(f"  megatron-vlm {example}" for _, example in _ACTIONS.values()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    actions = parser.add_subparsers(dest="action", required=True)
-    for name, text in (
-        ("list", "one line for each checkpoint of a run"),
-        ("verify", "compare every byte with the manifest"),
-        ("hash", "sha256 of the gathered weights, the same for every parallel layout"),
-    ):
-        action = actions.add_parser(name, help=text)
-        action.add_argument("folder", type=local_path, help="run folder, or one checkpoint")
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    for name, (text, example) in _ACTIONS.items():
+        action = actions.add_parser(
+            name,
+            help=text,
+            description=text,
+            epilog=f"example:\n  megatron-vlm {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        action.add_argument("folder", type=local_path, metavar="RUN", help="run folder, or one checkpoint")
     parser.set_defaults(run=run)
 
 

@@ -2,8 +2,7 @@
 
 import argparse
 
-from megatron_vlm.cli.numbers import seed
-from megatron_vlm.cli.paths import local_path, new_folder
+from megatron_vlm.cli.values import local_path, new_folder, seed
 from megatron_vlm.config import ExitCode, ModelConfig, UsageError, load_section
 
 _EXAMPLE = """\

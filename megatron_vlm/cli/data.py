@@ -2,10 +2,9 @@
 
 import argparse
 
-from megatron_vlm.cli.numbers import positive, seed, whole_number
-from megatron_vlm.cli.paths import local_path, location, new_file, new_folder, new_name
-from megatron_vlm.cli.source_options import add_workers
+from megatron_vlm.cli.options import add_workers
 from megatron_vlm.cli.stopping import stops_at_once
+from megatron_vlm.cli.values import local_path, location, new_file, new_folder, new_name, positive, seed, whole_number
 from megatron_vlm.config import ConfigError, ExitCode
 from megatron_vlm.data.files.locations import list_location
 

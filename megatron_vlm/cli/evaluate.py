@@ -5,8 +5,7 @@ import json
 from pathlib import Path
 
 from megatron_vlm.cli.model_options import add_model_options, open_from_options
-from megatron_vlm.cli.numbers import positive, seed, whole_number
-from megatron_vlm.cli.paths import local_path, new_file
+from megatron_vlm.cli.values import local_path, new_file, positive, seed, whole_number
 from megatron_vlm.config import ExitCode, UsageError
 from megatron_vlm.config.modules import module_names
 from megatron_vlm.platform.files.durable import write_durably

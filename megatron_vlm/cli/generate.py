@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from megatron_vlm.cli.model_options import add_model_options, open_from_options
-from megatron_vlm.cli.numbers import positive, seed, whole_number
+from megatron_vlm.cli.values import positive, seed, whole_number
 from megatron_vlm.config import ExitCode
 
 _EXAMPLE = """\

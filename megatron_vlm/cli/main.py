@@ -1,4 +1,8 @@
-"""The command `megatron-vlm`: finds the verb, runs it, and turns errors into one line and an exit code."""
+"""The command `megatron-vlm`: finds the verb, runs it, and turns errors into one line and an exit code.
+
+A verb is a module of this folder with `add_parser(subparsers)`, which sets `run(args) -> int` as a default and imports
+what is heavy only inside `run`. A new file is a new verb.
+"""
 
 import argparse
 import difflib
@@ -7,32 +11,22 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from types import ModuleType
 from typing import NoReturn
 
 import megatron_vlm
 from megatron_vlm.config import ExitCode, UsageError
+from megatron_vlm.config.modules import module_names
 from megatron_vlm.platform.launch.exit_status import describe_error, error_line
 
-VERBS = {
-    "prepare": "megatron_vlm.cli.prepare",
-    "select": "megatron_vlm.cli.select",
-    "data": "megatron_vlm.cli.data",
-    "plan": "megatron_vlm.cli.plan",
-    "train": "megatron_vlm.cli.train",
-    "checkpoint": "megatron_vlm.cli.checkpoint",
-    "convert": "megatron_vlm.cli.convert",
-    "evaluate": "megatron_vlm.cli.evaluate",
-    "generate": "megatron_vlm.cli.generate",
-}
-"""Each verb's module has `add_parser(subparsers)` and `run(args) -> int`; it imports what is heavy inside `run`."""
-
+_PACKAGE = "megatron_vlm.cli"
 _PROGRAM = "megatron-vlm"
 _EPILOG = """\
 example:
   megatron-vlm train examples/vila_7b/pretrain.yaml training.micro_batch_size=2 --nproc-per-node 8
 
-exit codes: 0 done, 1 crash or dead rank, 64 usage, 65 bad data or checkpoint, 70 not a finite number, 71 hang,
-74 disk, 75 stopped in good order (start the same command again), 78 configuration, 130 interrupted
+exit codes: 0 done, 1 crash or dead rank, 64 wrong command line, 65 bad data or checkpoint, 70 loss not finite,
+71 hang, 74 disk, 75 stopped cleanly (run the same command again), 78 wrong setting or file, 130 interrupted
 """
 
 
@@ -40,10 +34,11 @@ class _Parser(argparse.ArgumentParser):
     """A parser whose errors are one line, with the exit code for a wrong command line."""
 
     def parse_known_args(self, args=None, namespace=None):  # type: ignore[override]
-        """Parse, after a look for options that do not exist: a mistyped one would be told as a missing one."""
-        if self._subparsers is None:
-            for argument in args or ():
-                self._check_option(argument.partition("=")[0])
+        """Parse, but first look for unknown options: argparse would report a mistyped one as a missing one."""
+        for argument in args or ():
+            if argument == "--" or (self._subparsers is not None and not argument.startswith("-")):
+                break  # the rest are values, or belong to a verb of its own
+            self._check_option(argument.partition("=")[0])
         return super().parse_known_args(args, namespace)
 
     def _check_option(self, name: str) -> None:
@@ -56,7 +51,7 @@ class _Parser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
-        """Raise what argparse would print."""
+        """Raise the error that argparse would print."""
         raise UsageError(message, fix=f"see {self.prog} --help")
 
 
@@ -64,10 +59,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit code.
 
     Args:
-        argv: arguments after the program's name; None: those of this process.
+        argv: arguments after the program's name; None: the arguments of this process.
 
     Raises:
-        Exception: an error that nobody foresaw, with its traceback; Python makes exit code 1 of it.
+        Exception: an unforeseen error, which Python reports with a traceback and exit code 1.
     """
     arguments = sys.argv[1:] if argv is None else list(argv)
     try:
@@ -92,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = _build_parser(arguments)
     args, rest = parser.parse_known_args(arguments)
-    # argparse takes no more values for a list once an option stood between them: train CONFIG --nproc-per-node 8 a.b=1
+    # argparse stops filling a list at the first option: train CONFIG --nproc-per-node 8 a.b=1
     if rest and hasattr(args, "overrides") and not any(argument.startswith("-") for argument in rest):
         args.overrides.extend(rest)
     elif rest:
@@ -101,7 +96,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def _build_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
-    """Build the parser of the verb at hand; of all of them where none is named."""
+    """Build the parser of the verb that is named, or of all verbs if none is."""
     parser = _Parser(
         prog=_PROGRAM,
         description="Pretrain visual language models on megatron-core: prepare data, train, convert, evaluate.",
@@ -111,6 +106,14 @@ def _build_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"%(prog)s {megatron_vlm.__version__}")
     subparsers = parser.add_subparsers(metavar="VERB", dest="verb", required=True)
     named = next((argument for argument in arguments if not argument.startswith("-")), None)
-    for verb in [named] if named in VERBS else VERBS:
-        importlib.import_module(VERBS[verb]).add_parser(subparsers)
+    for module in find_verbs(named) or find_verbs():
+        module.add_parser(subparsers)
     return parser
+
+
+def find_verbs(name: str | None = None) -> list[ModuleType]:
+    """Return the module of the verb `name`, as a list that is empty if there is none; without a name, all verbs."""
+    modules = [
+        importlib.import_module(f"{_PACKAGE}.{found}") for found in module_names(_PACKAGE) if name in (None, found)
+    ]
+    return [module for module in modules if hasattr(module, "add_parser")]

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from megatron_vlm.cli.numbers import positive
+from megatron_vlm.cli.values import positive
 from megatron_vlm.config import ExitCode, TrainConfig, UsageError, UserError, derive_layout, load_config
 from megatron_vlm.platform.gpus import PEAK_FLOPS
 

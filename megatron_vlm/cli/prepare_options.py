@@ -2,9 +2,8 @@
 
 import argparse
 
-from megatron_vlm.cli.numbers import number, positive, seed, whole_number
-from megatron_vlm.cli.paths import local_path, location, new_folder
-from megatron_vlm.cli.source_options import add_input, add_max_record_bytes, add_workers
+from megatron_vlm.cli.options import add_input, add_max_record_bytes, add_workers
+from megatron_vlm.cli.values import local_path, location, new_folder, number, positive, seed, whole_number
 
 EXAMPLES = {
     "interleaved": "prepare interleaved --input mmc4 --images mmc4/images --output shards/mmc4 --tokenizer T",

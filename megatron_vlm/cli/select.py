@@ -2,10 +2,9 @@
 
 import argparse
 
-from megatron_vlm.cli.numbers import number, seed
-from megatron_vlm.cli.paths import new_folder
-from megatron_vlm.cli.source_options import add_input, add_max_record_bytes, add_workers
+from megatron_vlm.cli.options import add_input, add_max_record_bytes, add_workers
 from megatron_vlm.cli.stopping import stops_at_once
+from megatron_vlm.cli.values import new_folder, number, seed
 from megatron_vlm.config import ExitCode, UsageError
 
 _PAIRS_EXAMPLE = """example (the paper's 25M of COYO-700M):

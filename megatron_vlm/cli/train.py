@@ -12,7 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from megatron_vlm.cli.numbers import positive
+from megatron_vlm.cli.values import positive
 from megatron_vlm.config import ExitCode, TrainConfig, derive_layout, load_config
 from megatron_vlm.platform.cores import count_cores
 from megatron_vlm.platform.files.run_folder import EXIT_STATUS_NAME, hold_run_folder

@@ -1,9 +1,8 @@
-"""Options of the verbs that read raw corpora: what is read, and by how many processes."""
+"""Options that several verbs share."""
 
 import argparse
 
-from megatron_vlm.cli.numbers import positive
-from megatron_vlm.cli.paths import location
+from megatron_vlm.cli.values import location, positive
 from megatron_vlm.platform.cores import count_cores
 
 
@@ -13,8 +12,8 @@ def add_input(parser: argparse.ArgumentParser, text: str) -> None:
 
 
 def add_workers(parser: argparse.ArgumentParser) -> None:
-    """Add --workers; by default as many as there are cores for this process, which SLURM may have bound to a few."""
-    text = "processes (default: one a core)"
+    """Add --workers; the default counts only cores that SLURM lets this process use."""
+    text = "processes (default: one per core)"
     parser.add_argument("--workers", type=positive, default=count_cores(), metavar="N", help=text)
 
 

@@ -3,7 +3,42 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vlm.cli.paths import local_path, location, new_file, new_folder, new_name
+from megatron_vlm.cli.values import (
+    local_path,
+    location,
+    new_file,
+    new_folder,
+    new_name,
+    number,
+    positive,
+    seed,
+    whole_number,
+)
+
+
+def test_numbers_within_bounds_are_taken():
+    assert (positive("1"), whole_number(0)("0"), whole_number(1, 95)("95")) == (1, 0, 95)
+    assert (number()("-0.5"), number(1)("1e1")) == (-0.5, 10.0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "message"),
+    [
+        (positive, "0", "0 is below 1"),
+        (whole_number(0), "-1", "-1 is below 0"),
+        (whole_number(1, 95), "96", "96 is not from 1 to 95"),
+        (seed, "-1", "-1 is not from 0 to 9223372036854775807"),
+        (positive, "1.5", "'1.5' is not a whole number"),
+        (number(), "nan", "'nan' is not a finite number"),
+        (number(), "-inf", "'-inf' is not a finite number"),
+        (number(), "wide", "'wide' is not a number"),
+        (number(1), "0.5", "0.5 is below 1"),
+        (number(0, 1), "1.5", "1.5 is above 1"),
+    ],
+)
+def test_other_numbers_are_refused(kind, text, message):
+    with pytest.raises(argparse.ArgumentTypeError, match=message):
+        kind(text)
 
 
 def test_paths_of_the_file_system_are_taken(tmp_path):
@@ -58,7 +93,7 @@ def test_a_folder_without_a_name_has_that_which_it_is_found_under(kind, tmp_path
     monkeypatch.chdir(tmp_path / "here" / "below")
     assert kind(".") == tmp_path / "here" / "below"
     assert kind("..") == tmp_path / "here"
-    with pytest.raises(argparse.ArgumentTypeError, match="is no folder to write to"):
+    with pytest.raises(argparse.ArgumentTypeError, match="cannot be written to"):
         kind("/")
 
 
