@@ -60,10 +60,10 @@ def write_logits(checkpoint: str, test: Path, output: Path) -> None:
 def _make_batch(settings: Any, tokenizer: Any, images: Sequence[str], question: str) -> Any:
     """Return a micro-batch of one prompt without padding."""
     from megatron_vlm.config import BlendEntry, DataConfig
-    from megatron_vlm.data.loading.batch import ImageShare
     from megatron_vlm.data.loading.collate import Collation, PlacedSample, collate
     from megatron_vlm.data.samples import EncodedSample, ImageSegment
     from megatron_vlm.data.text.templates import PLACEHOLDER, Turn, encode_prompt, find_template, split_placeholders
+    from megatron_vlm.parallel.slicing import ImageShare
 
     text = f"{PLACEHOLDER}\n" * len(images) + question
     turn = Turn(split_placeholders(text, [Path(image).read_bytes() for image in images]), None)
@@ -78,7 +78,7 @@ def _make_batch(settings: Any, tokenizer: Any, images: Sequence[str], question: 
         seq_length=length,
         image_aspect=settings.image_aspect,
     )
-    placed = PlacedSample(EncodedSample(segments), sample_id=0, source=0, where=question)
+    placed = PlacedSample(EncodedSample(segments), sample_id=0, dataset=0, where=question)
     return collate([[placed]], Collation.from_config(settings.model, data), ImageShare(0, 1))
 
 

@@ -19,6 +19,7 @@ from megatron_vlm.checkpoint.folder import (
 from megatron_vlm.checkpoint.manifest import Manifest, find_faults, read_manifest
 from megatron_vlm.checkpoint.sharded_state import load_all, load_model
 from megatron_vlm.config import CheckpointError, TrainConfig
+from megatron_vlm.parallel.collective import decide_on_main
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ def load_weights(path: str, chunks: Sequence[MegatronModule]) -> Path:
     Raises:
         CheckpointError: there is none, it is damaged, or it is of another model.
     """
-    checkpoint = Path(_from_main(lambda: str(find_checkpoint(path))))
+    checkpoint = Path(decide_on_main(lambda: str(find_checkpoint(path))))
     faults = _verify_together(checkpoint, read_manifest(checkpoint))
     if faults:
         raise CheckpointError(f"checkpoint is damaged: {faults[0]}", where=str(checkpoint), fix="use another one")
@@ -62,7 +63,7 @@ def load_weights(path: str, chunks: Sequence[MegatronModule]) -> Path:
 
 
 def _newest_valid(run_dir: Path) -> tuple[Path, Manifest] | None:
-    iterations = _from_main(lambda: _settled_iterations(run_dir))
+    iterations = decide_on_main(lambda: _settled_iterations(run_dir))
     for iteration in iterations:
         path = checkpoint_path(run_dir, iteration)
         try:
@@ -94,17 +95,3 @@ def _verify_together(path: Path, manifest: Manifest) -> list[str]:
     gathered: list[list[str]] = [[] for _ in range(world_size)]
     torch.distributed.all_gather_object(gathered, mine)
     return [fault for part in gathered for fault in part]
-
-
-def _from_main(look: Any) -> Any:
-    """Let rank 0 look at the file system and tell the others, so that all decide alike; its error is everybody's."""
-    box: list[Any] = [None, None]
-    if torch.distributed.get_rank() == 0:
-        try:
-            box[0] = look()
-        except CheckpointError as error:
-            box[1] = error
-    torch.distributed.broadcast_object_list(box, src=0)
-    if box[1] is not None:
-        raise box[1]
-    return box[0]

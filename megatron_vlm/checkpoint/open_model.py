@@ -18,7 +18,7 @@ from megatron_vlm.config import (
 )
 from megatron_vlm.models.build import build_model
 from megatron_vlm.models.vlm import VisionLanguageModel
-from megatron_vlm.parallel.groups import build_groups, seed_everything, stop_distributed
+from megatron_vlm.parallel.groups import build_groups, seed_everything, single_process
 
 Precision = Literal["fp32", "bf16"]
 
@@ -37,12 +37,9 @@ def open_model(settings: RunSettings, precision: Precision = "fp32") -> Iterator
         CheckpointError: the checkpoint is damaged.
         ValueError: this process is a rank of a larger job.
     """
-    is_running = torch.distributed.is_initialized()
-    if is_running and torch.distributed.get_world_size() > 1:
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
         raise ValueError("open_model needs a process of its own")
-    if not is_running:
-        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
+    with single_process():
         build_groups(ParallelConfig())
         seed_everything(0)
         chunks = build_model(_as_run(settings, precision))
@@ -50,9 +47,6 @@ def open_model(settings: RunSettings, precision: Precision = "fp32") -> Iterator
         model = chunks[0].eval()
         model.requires_grad_(False)
         yield model
-    finally:
-        if not is_running:
-            stop_distributed()
 
 
 def _as_run(settings: RunSettings, precision: Precision) -> TrainConfig:

@@ -1,8 +1,7 @@
 """Whole tensors of a checkpoint, one by one and without building a model: for conversion and comparison."""
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -15,6 +14,7 @@ from megatron_vlm.checkpoint.folder import checkpoint_path, write_latest
 from megatron_vlm.checkpoint.manifest import Manifest, checksum_file, list_files, write_manifest
 from megatron_vlm.checkpoint.pickles import check_metadata
 from megatron_vlm.checkpoint.sharded_state import MODEL_PREFIX
+from megatron_vlm.parallel.groups import single_process
 from megatron_vlm.platform.files.durable import folder_beside
 from megatron_vlm.platform.files.run_folder import CONFIG_NAME
 
@@ -97,16 +97,3 @@ def _in_pieces(tensors: Mapping[str, Tensor | Sequence[Tensor]]) -> dict[str, Sh
         for layer, part in enumerate(tensor):
             pieces[f"{key}.{layer}"] = ShardedTensor.from_rank_offsets(key, part[None], (0, layer, len(tensor)))
     return pieces
-
-
-@contextmanager
-def single_process() -> Iterator[None]:
-    """Be a job of one rank, as torch's checkpoint reader and writer ask for; a running job is used as it is."""
-    if torch.distributed.is_initialized():
-        yield
-        return
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        yield
-    finally:
-        torch.distributed.destroy_process_group()

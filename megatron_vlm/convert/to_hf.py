@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megatron_vlm.checkpoint.run_settings import RunSettings
-from megatron_vlm.checkpoint.tensors import list_tensors, read_tensor, single_process
+from megatron_vlm.checkpoint.tensors import list_tensors, read_tensor
 from megatron_vlm.checkpoint.verify import inspect_checkpoint
 from megatron_vlm.config import CheckpointError, ModelConfig, UsageError
 from megatron_vlm.convert.differences import describe_differences
@@ -22,6 +22,7 @@ from megatron_vlm.convert.folder import CONFIG_NAME, Planned, WeightsWriter, wri
 from megatron_vlm.convert.rules import Rule
 from megatron_vlm.data.text.templates import DEFAULT_SYSTEM, find_template
 from megatron_vlm.data.text.tokenizer import load_tokenizer
+from megatron_vlm.parallel.groups import single_process
 from megatron_vlm.platform.files.durable import STORAGE_ERRNOS, folder_beside, storage_errors
 
 logger = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-from megatron_vlm.config import ParallelConfig, UserError
+from megatron_vlm.config import ParallelConfig
 from megatron_vlm.platform.device import distributed_backend
 
 
@@ -85,27 +85,16 @@ def rank_layout() -> RankLayout:
 
 
 @contextmanager
-def main_rank_first(rank: RankLayout) -> Iterator[None]:
-    """Let rank 0 do the body before all others; an error of rank 0 is raised on every rank."""
-    if rank.rank != 0:
-        _raise_error_of_main()
+def single_process() -> Iterator[None]:
+    """Be a job of one rank for megatron-core and torch's checkpoint reader; a running job is used as it is."""
+    if torch.distributed.is_initialized():
         yield
         return
-    error: UserError | None = None
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         yield
-    except UserError as caught:
-        error = caught
-    torch.distributed.broadcast_object_list([error], src=0)
-    if error is not None:
-        raise error
-
-
-def _raise_error_of_main() -> None:
-    box: list[UserError | None] = [None]
-    torch.distributed.broadcast_object_list(box, src=0)
-    if box[0] is not None:
-        raise box[0]
+    finally:
+        stop_distributed()
 
 
 def stop_distributed() -> None:

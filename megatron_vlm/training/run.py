@@ -12,13 +12,14 @@ import torch
 
 from megatron_vlm.checkpoint.run_settings import TOKENIZER_NAME
 from megatron_vlm.config import TrainConfig, derive_layout, save_config
-from megatron_vlm.data.loading.batch import ImageShare
 from megatron_vlm.data.loading.collate import Collation
-from megatron_vlm.data.loading.loader import BatchLoader, LoaderWorkers, RankShare
+from megatron_vlm.data.loading.loader import BatchLoader, LoaderWorkers
 from megatron_vlm.data.plan.ledger import Ledger
 from megatron_vlm.data.plan.plan import Plan, PlanSettings, build_plan, open_plan
 from megatron_vlm.data.shards.dataset import ShardedDataset
-from megatron_vlm.parallel.groups import RankLayout, main_rank_first, start_distributed, stop_distributed
+from megatron_vlm.parallel.collective import main_rank_first
+from megatron_vlm.parallel.groups import RankLayout, start_distributed, stop_distributed
+from megatron_vlm.parallel.slicing import ImageShare, RankSlice
 from megatron_vlm.platform.device import prepare_process
 from megatron_vlm.platform.files.run_folder import CONFIG_NAME
 from megatron_vlm.training.hooks import LogHook, save_hook, stop_hook
@@ -82,7 +83,7 @@ def _run(config: TrainConfig, rank: RankLayout, device: torch.device, stop_reque
 def _open_plan(config: TrainConfig, datasets: Sequence[ShardedDataset], rank: RankLayout) -> Plan:
     """Let the first rank build the plan, or find it, and all others open it."""
     settings, folder = PlanSettings.from_config(config), Path(config.run_dir) / PLAN_FOLDER
-    with main_rank_first(rank):
+    with main_rank_first():
         return (build_plan if rank.rank == 0 else open_plan)(settings, datasets, folder)
 
 
@@ -95,7 +96,7 @@ def _build_loader(
         plan,
         collation=Collation.from_config(state.config.model, data),
         start_iteration=state.iteration,
-        share=RankShare(
+        rank_slice=RankSlice(
             data_parallel_rank=rank.dp_rank,
             data_parallel_size=rank.dp_size,
             micro_batch_size=state.config.training.micro_batch_size,

@@ -102,7 +102,7 @@ def forward_step(batches: _TimedIterator, model: Any, num_sources: int) -> tuple
         label_index=batch.label_index,
         packed_seq_params=packed_seq_params(batch),
     )
-    return output, partial(reduce_losses, label_sources=batch.label_sources, num_sources=num_sources)
+    return output, partial(reduce_losses, label_datasets=batch.label_datasets, num_sources=num_sources)
 
 
 def train_step(

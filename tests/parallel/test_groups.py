@@ -1,6 +1,8 @@
 import pytest
+import torch
 
 from megatron_vlm.config import ParallelConfig
+from megatron_vlm.parallel.groups import single_process
 
 pytestmark = pytest.mark.distributed
 
@@ -27,10 +29,10 @@ def test_what_is_left_of_the_world_is_data_parallel(workers):
     assert ranks[3].describe() == "rank 3: dp 1, pp 0, tp 1"
 
 
-def test_an_error_of_the_first_rank_is_raised_on_every_rank(workers):
-    answers = workers.run("tests.support.jobs:fail_on_main", 2)
-    assert answers == ["data is missing (shard 3); fix: prepare it"] * 2
-
-
-def test_the_first_rank_is_done_before_the_others_begin(workers, tmp_path):
-    assert workers.run("tests.support.jobs:write_then_read", 2, path=str(tmp_path / "file")) == ["built", "built"]
+def test_process_of_its_own_is_a_job_of_one_rank_for_a_while():
+    with single_process():
+        assert torch.distributed.get_world_size() == 1
+        with single_process():  # a running job is used
+            assert torch.distributed.is_initialized()
+        assert torch.distributed.is_initialized()
+    assert not torch.distributed.is_initialized()

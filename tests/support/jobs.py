@@ -15,11 +15,13 @@ from megatron_vlm.checkpoint.load import load_weights
 from megatron_vlm.checkpoint.optimizer_state import inner_optimizers
 from megatron_vlm.checkpoint.save import save_checkpoint
 from megatron_vlm.config import CheckpointConfig, DataError, ParallelConfig, TrainConfig
-from megatron_vlm.data.loading.batch import ImageShare, VLMBatch
+from megatron_vlm.data.loading.batch import VLMBatch
 from megatron_vlm.data.loading.collate import Collation, PlacedSample, collate
 from megatron_vlm.data.samples import ImageSegment
 from megatron_vlm.models.build import build_model
-from megatron_vlm.parallel.groups import RankLayout, build_groups, main_rank_first, rank_layout, seed_everything
+from megatron_vlm.parallel.collective import decide_on_main, main_rank_first
+from megatron_vlm.parallel.groups import RankLayout, build_groups, rank_layout, seed_everything
+from megatron_vlm.parallel.slicing import ImageShare
 from megatron_vlm.training.optimizer import build_optimizer, wrap_model
 from megatron_vlm.training.setup import build_state
 from megatron_vlm.training.state import TrainState
@@ -231,7 +233,7 @@ def fail_on_main() -> str:
     build_groups(ParallelConfig())
     rank = rank_layout()
     try:
-        with main_rank_first(rank):
+        with main_rank_first():
             if rank.rank == 0:
                 raise DataError("data is missing", where="shard 3", fix="prepare it")
     except DataError as error:
@@ -243,8 +245,22 @@ def write_then_read(path: str) -> str:
     """Let the first rank write a file, slowly, and every rank return what it holds."""
     build_groups(ParallelConfig())
     rank = rank_layout()
-    with main_rank_first(rank):
+    with main_rank_first():
         if rank.rank == 0:
             time.sleep(0.5)
             Path(path).write_text("built")
         return Path(path).read_text()
+
+
+def decide(fails: bool) -> str:
+    """Return what the first rank decides, or its error."""
+
+    def look() -> str:
+        if fails:
+            raise DataError("nothing is there")
+        return f"rank {torch.distributed.get_rank()}"
+
+    try:
+        return decide_on_main(look)
+    except DataError as error:
+        return error.what

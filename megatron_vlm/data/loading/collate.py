@@ -8,9 +8,10 @@ import torch
 
 from megatron_vlm.config import IGNORE_INDEX, DataConfig, DataError, ModelConfig
 from megatron_vlm.data.images.decoding import ImageLimits
-from megatron_vlm.data.loading.batch import ImageShare, VLMBatch
+from megatron_vlm.data.loading.batch import VLMBatch
 from megatron_vlm.data.loading.pixels import Aspect, decode_image
 from megatron_vlm.data.samples import EncodedSample, ImageSegment, TextSegment
+from megatron_vlm.parallel.slicing import ImageShare, PackedBatch, slice_batch
 
 _MAX_SEQLEN_MULTIPLE = 64
 # Preparation decides which images are taken, by the user's limits; what it took must not end a run.
@@ -59,7 +60,7 @@ class PlacedSample:
     sample: EncodedSample
     sample_id: int
     """Global id of the plan."""
-    source: int
+    dataset: int
     """Index of its blend entry."""
     where: str
     """Dataset, shard and sample, for error messages."""
@@ -81,31 +82,23 @@ def collate(rows: Sequence[Sequence[PlacedSample]], collation: Collation, image_
         DataError: a sample has a token outside the vocabulary or an image that cannot be decoded, or a row is too
             short for its samples; names dataset, shard and sample.
     """
-    pieces = _Pieces(collation)
+    packed = _PackedRows(collation)
     for row in rows:
-        pieces.add_row(row)
-    ids = np.concatenate(pieces.ids, dtype=np.int64)
-    borders = np.array(pieces.borders, dtype=np.int32)
-    sizes = np.diff(borders)
-    target = np.repeat(pieces.trained, list(map(len, pieces.ids)))
-    # Nothing before it in its own sample predicts a first token (BOS).
-    target[borders[:-1]] = False
-    label_index = np.flatnonzero(target[1:])
-    labels = np.full(len(ids), IGNORE_INDEX, dtype=np.int64)
-    labels[label_index] = ids[label_index + 1]
+        packed.add_row(row)
+    mine = slice_batch(packed.close(), image_share)
     return VLMBatch(
-        input_ids=torch.from_numpy(ids)[None],
-        labels=torch.from_numpy(labels)[None],
-        position_ids=torch.from_numpy(np.arange(len(ids)) - np.repeat(borders[:-1], sizes).astype(np.int64))[None],
-        cu_seqlens=torch.from_numpy(borders),
-        max_seqlen=_choose_max_seqlen(sizes),
-        label_index=torch.from_numpy(label_index),
-        label_sources=torch.from_numpy(np.repeat(pieces.sources, sizes)[label_index]),
-        image_token_index=torch.from_numpy(np.flatnonzero(ids == collation.image_token_id)),
-        num_images=len(pieces.images),
-        pixel_values=_decode_share(pieces.images, collation, image_share),
-        sample_ids=torch.tensor(pieces.sample_ids, dtype=torch.int64),
-        num_tokens=pieces.num_tokens,
+        input_ids=torch.from_numpy(mine.input_ids)[None],
+        labels=torch.from_numpy(mine.labels)[None],
+        cu_seqlens=torch.from_numpy(mine.cu_seqlens),
+        max_seqlen=_choose_max_seqlen(np.diff(mine.cu_seqlens)),
+        label_index=torch.from_numpy(mine.label_index),
+        label_datasets=torch.from_numpy(mine.label_datasets),
+        image_token_index=torch.from_numpy(mine.image_token_index),
+        num_images=mine.num_images,
+        pixel_values=None if image_share is None else _decode(mine.images, collation),
+        sample_ids=torch.tensor(packed.sample_ids, dtype=torch.int64),
+        samples_per_row=torch.tensor([len(row) for row in rows], dtype=torch.int64),
+        num_tokens=packed.num_tokens,
     )
 
 
@@ -126,7 +119,7 @@ def cut_sample(sample: EncodedSample, max_tokens: int, num_image_tokens: int) ->
     return EncodedSample(tuple(kept))
 
 
-class _Pieces:
+class _PackedRows:
     """Segments of a micro-batch in reading order, padding included."""
 
     def __init__(self, collation: Collation) -> None:
@@ -134,7 +127,7 @@ class _Pieces:
         self.ids: list[np.ndarray] = []
         self.trained: list[bool] = []
         self.borders = [0]
-        self.sources: list[int] = []
+        self.datasets: list[int] = []
         self.sample_ids: list[int] = []
         self.images: list[tuple[bytes, str]] = []
         self.num_tokens = 0
@@ -154,13 +147,34 @@ class _Pieces:
             if size:
                 padding = min(-size % self.collation.sample_multiple, left)
                 self._add_padding(padding)
-                self._close_segment(size + padding, placed.source)
+                self._close_segment(size + padding, placed.dataset)
                 left -= padding
             self.sample_ids.append(placed.sample_id)
             self.num_tokens += size
         if left:
             self._add_padding(left)
-            self._close_segment(left, source=0)
+            self._close_segment(left, dataset=0)
+
+    def close(self) -> PackedBatch[tuple[bytes, str]]:
+        """Return the whole micro-batch, with every image as its file and where it comes from."""
+        ids = np.concatenate(self.ids, dtype=np.int64)
+        borders = np.array(self.borders, dtype=np.int32)
+        is_target = np.repeat(self.trained, list(map(len, self.ids)))
+        # Nothing before it in its own sample predicts a first token (BOS).
+        is_target[borders[:-1]] = False
+        label_index = np.flatnonzero(is_target[1:])
+        labels = np.full(len(ids), IGNORE_INDEX, dtype=np.int64)
+        labels[label_index] = ids[label_index + 1]
+        return PackedBatch(
+            input_ids=ids,
+            labels=labels,
+            cu_seqlens=borders,
+            label_index=label_index,
+            label_datasets=np.repeat(self.datasets, np.diff(borders))[label_index],
+            image_token_index=np.flatnonzero(ids == self.collation.image_token_id),
+            num_images=len(self.images),
+            images=self.images,
+        )
 
     def _add_sample(self, placed: PlacedSample) -> int:
         collation, size = self.collation, 0
@@ -182,9 +196,9 @@ class _Pieces:
         self.ids.append(ids)
         self.trained.append(trained)
 
-    def _close_segment(self, size: int, source: int) -> None:
+    def _close_segment(self, size: int, dataset: int) -> None:
         self.borders.append(self.borders[-1] + size)
-        self.sources.append(source)
+        self.datasets.append(dataset)
 
     def _check_ids(self, ids: np.ndarray, where: str) -> None:
         # A vocabulary-parallel embedding turns ids out of range into zeros without an error.
@@ -208,15 +222,10 @@ def _choose_max_seqlen(sizes: np.ndarray) -> int:
     return rounded + _MAX_SEQLEN_MULTIPLE if rounded == total and len(sizes) > 1 else rounded
 
 
-def _decode_share(
-    images: Sequence[tuple[bytes, str]], collation: Collation, image_share: ImageShare | None
-) -> torch.Tensor | None:
-    if image_share is None:
-        return None
-    first, last = image_share.bounds(len(images))
+def _decode(images: Sequence[tuple[bytes, str]], collation: Collation) -> torch.Tensor:
     side = collation.image_size
-    pixels = np.empty((last - first, 3, side, side), dtype=np.uint8)
-    for position, (encoded, where) in enumerate(images[first:last]):
+    pixels = np.empty((len(images), 3, side, side), dtype=np.uint8)
+    for position, (encoded, where) in enumerate(images):
         try:
             pixels[position] = decode_image(
                 encoded,

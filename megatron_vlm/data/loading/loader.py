@@ -2,9 +2,9 @@
 
 import dataclasses
 import functools
-import logging
 import os
 import signal
+import traceback
 import warnings
 import weakref
 from collections.abc import Iterator, Sequence
@@ -16,28 +16,15 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from megatron_vlm.config import DataError, UserError
-from megatron_vlm.data.loading.batch import ImageShare, VLMBatch
+from megatron_vlm.data.loading.batch import VLMBatch
 from megatron_vlm.data.loading.collate import Collation, PlacedSample, collate
 from megatron_vlm.data.plan.fragments import PieceTable, take_piece
 from megatron_vlm.data.plan.plan import Plan
 from megatron_vlm.data.shards.dataset import ShardedDataset
+from megatron_vlm.parallel.slicing import RankSlice
 from megatron_vlm.platform.launch.parent import die_with_parent
 
-logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RankShare:
-    """What one rank has of every global batch."""
-
-    data_parallel_rank: int = 0
-    """This rank among those that see different rows."""
-    data_parallel_size: int = 1
-    """Number of them."""
-    micro_batch_size: int = 1
-    """Rows of a micro-batch."""
-    image_share: ImageShare | None = ImageShare()
-    """Part of the images this rank decodes; None where its pipeline stage needs no pixels."""
+_WHOLE_BATCH = RankSlice()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,15 +42,14 @@ class LoaderWorkers:
 class BatchLoader:
     """Iterate over the micro-batches of one data-parallel rank, from an iteration until the plan ends.
 
-    Row j of a global batch goes to data-parallel rank j % data_parallel_size; the rows of a rank are cut into
-    micro-batches in order. Which samples a global batch holds depends on the plan alone.
+    Which samples a global batch holds depends only on the plan; `RankSlice` says which of its rows this rank has.
 
     Args:
         datasets: one per entry of the blend, as the plan was built from.
         plan: rows of samples.
         collation: sizes and ids of the model.
         start_iteration: global batches that are already consumed.
-        share: rows and images of this rank; by default all.
+        rank_slice: rows and images of this rank; by default all.
         workers: processes that decode ahead; by default none.
 
     Raises:
@@ -77,14 +63,15 @@ class BatchLoader:
         *,
         collation: Collation,
         start_iteration: int = 0,
-        share: RankShare = RankShare(),
+        rank_slice: RankSlice = _WHOLE_BATCH,
         workers: LoaderWorkers = LoaderWorkers(),
     ) -> None:
-        rows, rows_at_once = plan.settings.global_batch_size, share.data_parallel_size * share.micro_batch_size
+        rows = plan.settings.global_batch_size
+        rows_at_once = rank_slice.data_parallel_size * rank_slice.micro_batch_size
         if rows % rows_at_once:
             raise ValueError(
                 f"global batch of {rows} rows is not a multiple of data_parallel_size * micro_batch_size = "
-                f"{share.data_parallel_size} * {share.micro_batch_size}"
+                f"{rank_slice.data_parallel_size} * {rank_slice.micro_batch_size}"
             )
         self.plan = plan
         self.num_micro_batches = rows // rows_at_once
@@ -96,10 +83,8 @@ class BatchLoader:
             _SampleReader(datasets, plan.pieces, collation.num_image_tokens),
             plan,
             collation,
-            share.image_share,
-            _RowSlice(
-                share.data_parallel_rank, share.data_parallel_size, share.micro_batch_size, self.num_micro_batches
-            ),
+            rank_slice,
+            self.num_micro_batches,
         )
         self._next = 0
         self._batches = self._start(workers)
@@ -118,6 +103,7 @@ class BatchLoader:
         Raises:
             StopIteration: the plan has ended.
             DataError: a sample cannot be read, or a worker died; names dataset, shard and sample.
+            RuntimeError: loading failed for a reason that is not the data's; holds the traceback.
         """
         if self._next == len(self._positions):
             raise StopIteration
@@ -134,6 +120,8 @@ class BatchLoader:
             ) from error
         if isinstance(batch, UserError):
             raise batch
+        if isinstance(batch, _Crash):
+            raise RuntimeError(f"data loading failed at {batch.where}\n{batch.traceback}")
         self._next += 1
         return batch
 
@@ -169,19 +157,11 @@ class BatchLoader:
 
 
 @dataclass(frozen=True, slots=True)
-class _RowSlice:
-    """Which rows of a global batch belong to which micro-batch of this rank."""
+class _Crash:
+    """A bug in this package, met while a micro-batch was made; the traceback crosses the process border as text."""
 
-    rank: int
-    size: int
-    micro_batch_size: int
-    num_micro_batches: int
-
-    def rows(self, position: int, global_batch_size: int) -> list[int]:
-        """Return the rows of this rank's micro-batch `position`, counted over all iterations."""
-        iteration, index = divmod(position, self.num_micro_batches)
-        places = range(index * self.micro_batch_size, (index + 1) * self.micro_batch_size)
-        return [iteration * global_batch_size + self.rank + self.size * place for place in places]
+    where: str
+    traceback: str
 
 
 class _SampleReader:
@@ -234,29 +214,33 @@ class _MicroBatches(Dataset):
         reader: _SampleReader,
         plan: Plan,
         collation: Collation,
-        image_share: ImageShare | None,
-        row_slice: _RowSlice,
+        rank_slice: RankSlice,
+        num_micro_batches: int,
     ) -> None:
         self.reader, self.plan, self.collation = reader, plan, collation
-        self.image_share, self.row_slice = image_share, row_slice
+        self.rank_slice, self.num_micro_batches = rank_slice, num_micro_batches
 
-    def __getitem__(self, position: int) -> VLMBatch | UserError:
+    def __getitem__(self, position: int) -> VLMBatch | UserError | _Crash:
         # Returned, not raised: torch would wrap it into its own text with a traceback.
         sample_id = None
         try:
             rows = []
             for row in self._rows(position):
                 rows.append([self.reader.read(sample_id := int(value)) for value in self.plan.row(row)])
-            seq_length = self.plan.seq_length(position // self.row_slice.num_micro_batches)
-            return collate(rows, dataclasses.replace(self.collation, seq_length=seq_length), self.image_share)
+            seq_length = self.plan.seq_length(position // self.num_micro_batches)
+            collation = dataclasses.replace(self.collation, seq_length=seq_length)
+            return collate(rows, collation, self.rank_slice.image_share)
         except UserError as error:
             return error
-        except Exception as error:
-            logger.debug("micro-batch %d", position, exc_info=True)
-            where = self.reader.describe(sample_id) if sample_id is not None else f"micro-batch {position}"
+        except OSError as error:
             return DataError(
-                f"sample cannot be read: {type(error).__name__}: {error}", where=where, fix="run data verify on it"
+                f"sample cannot be read: {error}", where=self._where(position, sample_id), fix="run data verify on it"
             )
+        except Exception:
+            return _Crash(self._where(position, sample_id), traceback.format_exc())
+
+    def _where(self, position: int, sample_id: int | None) -> str:
+        return self.reader.describe(sample_id) if sample_id is not None else f"micro-batch {position}"
 
     def describe(self, position: int) -> str:
         """Name the first sample of a micro-batch."""
@@ -266,7 +250,10 @@ class _MicroBatches(Dataset):
         return f"micro-batch {position}"
 
     def _rows(self, position: int) -> list[int]:
-        return self.row_slice.rows(position, self.plan.settings.global_batch_size)
+        """Return the rows of this rank's micro-batch `position`, both counted over all iterations."""
+        iteration, index = divmod(position, self.num_micro_batches)
+        first = iteration * self.plan.settings.global_batch_size
+        return [first + row for row in self.rank_slice.rows(index)]
 
 
 def _keep(batch: Any) -> Any:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_vlm.parallel.slicing import ImageShare
+
 ProcessGroup = torch.distributed.ProcessGroup
 
 
@@ -60,7 +62,7 @@ def gather_features(local: Tensor, num_images: int, group: ProcessGroup) -> Tens
     """Gather the features of all images of a micro-batch.
 
     Args:
-        local: float[share, p, h]; the first ranks hold ceil(num_images / size) images each, the last ones fewer.
+        local: float[share, p, h]; this rank's `ImageShare`.
         num_images: images of the whole micro-batch.
         group: the tensor-parallel ranks.
 
@@ -69,7 +71,7 @@ def gather_features(local: Tensor, num_images: int, group: ProcessGroup) -> Tens
     """
     if group.size() == 1:
         return local
-    share = -(-num_images // group.size())
+    share = ImageShare(size=group.size()).images_per_rank(num_images)
     if local.size(0) < share:
         local = torch.cat([local, local.new_zeros((share - local.size(0), *local.shape[1:]))])
     return _GatherFeatures.apply(local, group)[:num_images]

@@ -18,9 +18,10 @@ from megatron_vlm.config import (
     ModelConfig,
     VisionConfig,
 )
-from megatron_vlm.data.loading.batch import ImageShare
 from megatron_vlm.data.loading.collate import Collation, PlacedSample, collate, cut_sample
 from megatron_vlm.data.samples import EncodedSample, ImageSegment, TextSegment
+from megatron_vlm.parallel.slicing import ImageShare
+from tests.support.batches import validate
 
 LANGUAGE = LanguageConfig(vocab_size=100, num_layers=1, hidden_size=8, ffn_hidden_size=8, num_attention_heads=1)
 IMAGE, PAD, NONE = LANGUAGE.image_token_id, LANGUAGE.pad_token_id, IGNORE_INDEX
@@ -51,8 +52,8 @@ def image(colour: int = 0) -> ImageSegment:
     return ImageSegment(buffer.getvalue())
 
 
-def place(*segments, sample_id: int = 0, source: int = 0) -> PlacedSample:
-    return PlacedSample(EncodedSample(tuple(segments)), sample_id, source, f"shard sample {sample_id}")
+def place(*segments, sample_id: int = 0, dataset: int = 0) -> PlacedSample:
+    return PlacedSample(EncodedSample(tuple(segments)), sample_id, dataset, f"shard sample {sample_id}")
 
 
 def make_batch(rows, seq_length: int, image_share=ImageShare(), sample_multiple: int = 1):  # noqa: B008 -- frozen
@@ -60,25 +61,23 @@ def make_batch(rows, seq_length: int, image_share=ImageShare(), sample_multiple:
 
 
 def test_two_packed_samples_written_out():
-    rows = [[place(text(1), image(), text(7, 8)), place(text(1, 9, train=False), text(2), sample_id=5, source=1)]]
+    rows = [[place(text(1), image(), text(7, 8)), place(text(1, 9, train=False), text(2), sample_id=5, dataset=1)]]
     batch = make_batch(rows, 10)
     assert batch.input_ids.tolist() == [[1, IMAGE, IMAGE, 7, 8, 1, 9, 2, PAD, PAD]]
     assert batch.labels.tolist() == [[NONE, NONE, 7, 8, NONE, NONE, 2, NONE, NONE, NONE]]
-    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 0, 1]]
     assert batch.cu_seqlens.tolist() == [0, 5, 8, 10]
-    assert (batch.label_index.tolist(), batch.label_sources.tolist()) == ([2, 3, 6], [0, 0, 1])
+    assert (batch.label_index.tolist(), batch.label_datasets.tolist()) == ([2, 3, 6], [0, 0, 1])
     assert batch.image_token_index.tolist() == [1, 2]
     assert (batch.sample_ids.tolist(), batch.num_tokens, batch.num_images) == ([0, 5], 8, 1)
 
 
 def test_two_aligned_samples_written_out():
-    rows = [[place(text(1), image(), text(7, 8)), place(text(1, 9, train=False), text(2), sample_id=5, source=1)]]
+    rows = [[place(text(1), image(), text(7, 8)), place(text(1, 9, train=False), text(2), sample_id=5, dataset=1)]]
     batch = make_batch(rows, 16, sample_multiple=4)
     assert batch.input_ids.tolist() == [[1, IMAGE, IMAGE, 7, 8, PAD, PAD, PAD, 1, 9, 2, PAD, PAD, PAD, PAD, PAD]]
     assert batch.labels.tolist() == [[NONE, NONE, 7, 8, NONE, NONE, NONE, NONE, NONE, 2] + [NONE] * 6]
-    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 0, 1, 2, 3]]
     assert batch.cu_seqlens.tolist() == [0, 8, 12, 16]
-    assert (batch.label_sources.tolist(), batch.num_tokens) == ([0, 0, 1], 8)
+    assert (batch.label_datasets.tolist(), batch.num_tokens) == ([0, 0, 1], 8)
 
 
 def test_tensors_have_the_agreed_types():
@@ -86,15 +85,19 @@ def test_tensors_have_the_agreed_types():
     for name in (
         "input_ids",
         "labels",
-        "position_ids",
         "label_index",
-        "label_sources",
+        "label_datasets",
         "image_token_index",
         "sample_ids",
     ):
         assert getattr(batch, name).dtype == torch.int64
     assert batch.cu_seqlens.dtype == torch.int32
     assert batch.pixel_values.dtype == torch.uint8
+
+
+def test_samples_of_each_row_are_counted():
+    batch = make_batch([[place(text(1, 5)), place(text(1), sample_id=4)], [], [place(text(1, 6, 7), sample_id=2)]], 4)
+    assert (batch.sample_ids.tolist(), batch.samples_per_row.tolist()) == ([0, 4, 2], [2, 0, 1])
 
 
 def test_rows_follow_each_other_with_their_own_padding():
@@ -220,7 +223,7 @@ samples = st.lists(segments, max_size=3).map(lambda parts: [text(1), *parts])
 def test_batch_equals_its_samples_one_by_one(rows, multiple):
     placed = [[place(*parts) for parts in row] for row in rows]
     batch = make_batch(placed, 64, sample_multiple=multiple)
-    batch.validate(LANGUAGE, NUM_IMAGE_TOKENS, ImageShare())
+    validate(batch, LANGUAGE, NUM_IMAGE_TOKENS, ImageShare())
     assert (batch.cu_seqlens % multiple == 0).all()
     assert batch.num_tokens == int((batch.input_ids != PAD).sum())
     for row, row_start in zip(placed, range(0, 64 * len(rows), 64), strict=True):
@@ -229,7 +232,7 @@ def test_batch_equals_its_samples_one_by_one(rows, multiple):
             alone = make_batch([[sample]], 64)
             size = alone.num_tokens
             here = slice(position, position + size)
-            for name in ("input_ids", "labels", "position_ids"):
+            for name in ("input_ids", "labels"):
                 assert torch.equal(getattr(batch, name)[0, here], getattr(alone, name)[0, :size]), name
             end = position + -(-size // multiple) * multiple
             assert (batch.input_ids[0, position + size : end] == PAD).all()

@@ -13,13 +13,14 @@ import torch
 from PIL import Image
 
 from megatron_vlm.config import BlendEntry, DataError, LanguageConfig
-from megatron_vlm.data.loading.batch import ImageShare
 from megatron_vlm.data.loading.collate import Collation
-from megatron_vlm.data.loading.loader import BatchLoader, LoaderWorkers, RankShare
+from megatron_vlm.data.loading.loader import BatchLoader, LoaderWorkers
 from megatron_vlm.data.plan.plan import PlanSettings, build_plan, open_plan
 from megatron_vlm.data.samples import EncodedSample, ImageSegment, TextSegment, TokenizerFacts
 from megatron_vlm.data.shards.dataset import ShardedDataset
 from megatron_vlm.data.shards.writer import write_dataset
+from megatron_vlm.parallel.slicing import ImageShare, RankSlice
+from tests.support.batches import validate
 
 TOKENIZER = TokenizerFacts(name="tiny", sha256="0" * 64, vocab_size=100, bos_id=1, eos_id=2)
 LANGUAGE = LanguageConfig(vocab_size=100, num_layers=1, hidden_size=8, ffn_hidden_size=8, num_attention_heads=1)
@@ -91,13 +92,13 @@ def plan(datasets, tmp_path_factory):
 
 def make_loader(datasets, plan, *, collation=COLLATION, start_iteration=0, **options):
     of_workers = {name: value for name, value in options.items() if name in ("num_workers", "prefetch_factor")}
-    share = RankShare(**{name: value for name, value in options.items() if name not in of_workers})
+    rank_slice = RankSlice(**{name: value for name, value in options.items() if name not in of_workers})
     return BatchLoader(
         datasets,
         plan,
         collation=collation,
         start_iteration=start_iteration,
-        share=share,
+        rank_slice=rank_slice,
         workers=LoaderWorkers(**of_workers),
     )
 
@@ -193,7 +194,7 @@ def test_pieces_of_a_sample_are_the_sample(datasets, tmp_path, workers):
     collation = dataclasses.replace(COLLATION, seq_length=16)
     found = {}
     for batch in make_loader(datasets, plan, collation=collation, num_workers=workers, micro_batch_size=2):
-        batch.validate(LANGUAGE, COLLATION.num_image_tokens, ImageShare())
+        validate(batch, LANGUAGE, COLLATION.num_image_tokens, ImageShare())
         borders = batch.cu_seqlens.tolist()
         segments = [batch.input_ids[0, a:b].tolist() for a, b in itertools.pairwise(borders)]
         segments = [segment for segment in segments if segment[0] != COLLATION.pad_token_id]
@@ -233,14 +234,14 @@ def test_clustered_rows_are_as_long_as_the_plan_says(datasets, tmp_path):
     for number, batch in enumerate(loader):
         seq_length = plan.seq_length(number // loader.num_micro_batches)
         assert batch.input_ids.numel() == 2 * seq_length
-        batch.validate(LANGUAGE, COLLATION.num_image_tokens, ImageShare())
+        validate(batch, LANGUAGE, COLLATION.num_image_tokens, ImageShare())
         lengths.add(seq_length)
     assert len(lengths) > 2
 
 
 def test_every_batch_is_sound(datasets, plan):
     for batch in make_loader(datasets, plan, micro_batch_size=2):
-        batch.validate(LANGUAGE, COLLATION.num_image_tokens, ImageShare())
+        validate(batch, LANGUAGE, COLLATION.num_image_tokens, ImageShare())
 
 
 def test_rows_follow_the_plan_in_order(datasets, plan):
@@ -298,7 +299,7 @@ def test_stage_without_pixels_gets_none(datasets, plan):
 def test_empty_rows_at_the_end_are_all_padding(datasets, tmp_path):
     plan = make_plan(datasets, tmp_path, global_batch_size=64, train_epochs=1)
     last = list(make_loader(datasets, plan, micro_batch_size=1))[-1]
-    last.validate(LANGUAGE, COLLATION.num_image_tokens, ImageShare())
+    validate(last, LANGUAGE, COLLATION.num_image_tokens, ImageShare())
     assert (last.num_tokens, len(last.sample_ids), last.cu_seqlens.tolist()) == (0, 0, [0, 64])
 
 
@@ -308,11 +309,11 @@ def test_text_only_data_has_no_images(datasets, tmp_path):
     assert batch.pixel_values.shape == (0, 3, 8, 8)
 
 
-def test_label_sources_name_the_blend_entry(datasets, plan):
+def test_label_datasets_name_the_blend_entry(datasets, plan):
     for batch in make_loader(datasets, plan):
         text_only = [index >= len(datasets[0]) for index in batch.sample_ids.tolist()]
         segment = torch.searchsorted(batch.cu_seqlens.long(), batch.label_index, right=True) - 1
-        assert batch.label_sources.tolist() == [int(text_only[index]) for index in segment.tolist()]
+        assert batch.label_datasets.tolist() == [int(text_only[index]) for index in segment.tolist()]
 
 
 def test_killed_worker_gives_one_data_error(datasets, plan):
@@ -377,13 +378,25 @@ def test_flipped_bit_names_dataset_shard_and_sample(tmp_path, workers):
         list(loader)
 
 
-def test_any_other_failure_of_a_worker_is_one_data_error(datasets, plan, monkeypatch):
+@pytest.mark.parametrize("workers", [0, 1])
+def test_file_that_cannot_be_read_names_its_sample(datasets, plan, monkeypatch, workers):
     def fail(self, index):
-        raise KeyError("surprise")
+        raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(ShardedDataset, "__getitem__", fail)
-    with pytest.raises(DataError, match=r"KeyError: 'surprise'.*\.bin sample"):
-        next(make_loader(datasets, plan, num_workers=1))
+    with pytest.raises(DataError, match=r"cannot be read: .*Input/output error.*\.bin sample"):
+        next(make_loader(datasets, plan, num_workers=workers))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("error", [KeyError("surprise"), RuntimeError("surprise")])
+def test_bug_of_ours_is_not_called_a_fault_of_the_data(datasets, plan, monkeypatch, workers, error):
+    def fail(self, index):
+        raise error
+
+    monkeypatch.setattr(ShardedDataset, "__getitem__", fail)
+    with pytest.raises(RuntimeError, match=r"(?s)\.bin sample .*Traceback.*in fail.*surprise"):
+        next(make_loader(datasets, plan, num_workers=workers))
 
 
 def test_loader_refuses_a_batch_that_does_not_divide(datasets, plan):
