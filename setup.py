@@ -15,7 +15,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["megatron_vlm", "megatron_vlm.*"]),
-    package_data={"megatron_vlm": ["**/*.yaml"]},
+    package_data={"megatron_vlm": ["**/*.yaml", "**/*.css"]},
     install_requires=[
         "torch>=2.6",
         # platform/host.py and the spec modules follow one minor version; tests/platform guards the step to the next.

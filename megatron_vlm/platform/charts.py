@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLORS = ("#3465a4", "#d9722b", "#14927f", "#8a55c9", "#b3261e", "#7d6608", "#bebebe")
+COLORS = ("#3465a4", "#d9722b", "#14927f", "#8a55c9", "#c2185b", "#7d6608", "#bebebe")
 GREY = COLORS[-1]
+MARK_COLOR = "#b3261e"
 MAX_POINTS = 400
 """Points that a line is drawn with; a longer series is averaged over neighbours."""
 _MAX_TICKS = 12
@@ -66,7 +67,15 @@ def draw_bars(title: str, labels: Sequence[str], layers: Mapping[str, Sequence[f
     return figure
 
 
-def draw_lines(title: str, lines: Sequence[Line], *, unit: str, log: bool = False, from_zero: bool = False) -> "Figure":
+def draw_lines(
+    title: str,
+    lines: Sequence[Line],
+    *,
+    unit: str,
+    log: bool = False,
+    from_zero: bool = False,
+    marks: Sequence[float] = (),
+) -> "Figure":
     """Draw lines over the iterations of a run.
 
     Args:
@@ -75,6 +84,7 @@ def draw_lines(title: str, lines: Sequence[Line], *, unit: str, log: bool = Fals
         unit: label of the y axis.
         log: whether the y axis is logarithmic; values that are not positive are left out.
         from_zero: whether the y axis begins at zero.
+        marks: iterations with a dashed vertical line.
     """
     figure, axes = _begin(title, height=2.8)
     for number, line in enumerate(lines):
@@ -88,6 +98,8 @@ def draw_lines(title: str, lines: Sequence[Line], *, unit: str, log: bool = Fals
             which(_plain_number)
     elif from_zero:
         axes.set_ylim(bottom=0)
+    for mark in marks:
+        axes.axvline(mark, color=MARK_COLOR, linestyle="--", linewidth=0.8)
     axes.grid(axis="y", which="both", color="#e1e5ea")
     axes.set_xlabel("iteration")
     axes.set_ylabel(unit)

@@ -48,6 +48,7 @@ def metrics_record(state: TrainState, metrics: StepMetrics, sample_ids_sha: str)
         "seconds": metrics.seconds,
         "tokens_per_s": metrics.num_tokens / metrics.seconds,
         "data_wait": metrics.data_wait,
+        "flops": flops,
         "tflops_per_rank": flops_per_rank / 1e12,
         "mfu": flops_per_rank / peak if peak else None,
     }

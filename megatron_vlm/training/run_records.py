@@ -1,0 +1,190 @@
+"""What the files of a run folder say: metrics by iteration, starts, checkpoints and how the run ended.
+
+Reads files and nothing else, so that it works on a machine that cannot train, while the run goes on, and after a kill.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_vlm.checkpoint.folder import checkpoint_path, list_iterations
+from megatron_vlm.checkpoint.manifest import MANIFEST_NAME
+from megatron_vlm.config import DataError
+from megatron_vlm.platform.files.run_folder import CONFIG_NAME, EXIT_STATUS_NAME, METRICS_NAME
+from megatron_vlm.platform.launch.exit_status import ExitStatus, read_exit_status
+
+Record = dict[str, Any]
+_EVENT_FILE = re.compile(r"events\.out\.tfevents\.(\d+)\..*")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """Something that happened to the run beside its steps."""
+
+    what: str
+    """One line for a person."""
+    iteration: int | None = None
+    """Steps done when it happened; None where no file says so."""
+    unix_time: float | None = None
+    is_resume: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunRecords:
+    """All that a report of a run is made of."""
+
+    run_dir: Path
+    metrics: Sequence[Record]
+    """One record per iteration, in order; of an iteration that was done twice, the later one."""
+    unreadable_lines: int
+    """Lines of metrics.jsonl that are not a whole record, as a killed process leaves."""
+    config_text: str
+    """config.yaml as it is; empty where there is none."""
+    events: Sequence[Event]
+    """In order of time."""
+    end: ExitStatus | None
+    """None: the run goes on, or its launcher was killed too."""
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The settings as plain values; empty where the file is missing or not a mapping."""
+        try:
+            values = yaml.safe_load(self.config_text)
+        except yaml.YAMLError:
+            return {}
+        return values if isinstance(values, dict) else {}
+
+    def series(self, key: str) -> tuple[list[int], list[float]]:
+        """Return the iterations that have a number under `key`, and the numbers."""
+        found = [(record["iteration"], record[key]) for record in self.metrics if _is_number(record.get(key))]
+        return [iteration for iteration, _ in found], [value for _, value in found]
+
+    def names(self, prefix: str) -> list[str]:
+        """Return what follows `prefix` in the keys of the records, in order of first appearance."""
+        keys = dict.fromkeys(key for record in self.metrics for key in record if key.startswith(prefix))
+        return [key.removeprefix(prefix) for key in keys]
+
+    def total(self, key: str) -> float:
+        """Return the sum of the finite numbers under `key`."""
+        return math.fsum(value for value in self.series(key)[1] if math.isfinite(value))
+
+
+def read_run(run_dir: Path) -> RunRecords:
+    """Read the folder of a run that is finished, stopped, or still going on.
+
+    Raises:
+        DataError: the folder does not exist or is not the folder of a run.
+    """
+    if not any((run_dir / name).is_file() for name in (METRICS_NAME, CONFIG_NAME, EXIT_STATUS_NAME)):
+        raise DataError(
+            f"not a run folder: it holds neither {METRICS_NAME} nor {CONFIG_NAME}",
+            where=str(run_dir),
+            fix="name the run_dir of a training run",
+        )
+    lines = _read_text(run_dir / METRICS_NAME).splitlines()
+    records = [record for record in map(_parse, lines) if record is not None]
+    end = read_exit_status(run_dir / EXIT_STATUS_NAME)
+    events = [*_starts(run_dir), *_repetitions(records), *_checkpoints(run_dir), *_ends(end)]
+    return RunRecords(
+        run_dir=run_dir,
+        metrics=_last_of_each_iteration(records),
+        unreadable_lines=len(lines) - len(records),
+        config_text=_read_text(run_dir / CONFIG_NAME),
+        events=sorted(events, key=_place_in_time),
+        end=end,
+    )
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace")
+    except FileNotFoundError:
+        return ""
+
+
+def _parse(line: str) -> Record | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("iteration"), int) else None
+
+
+def _last_of_each_iteration(records: Iterable[Record]) -> list[Record]:
+    by_iteration: dict[int, Record] = {}
+    for record in records:
+        # A record of validation stands on a line of its own in some runs.
+        by_iteration.setdefault(record["iteration"], {}).update(record)
+    return [by_iteration[iteration] for iteration in sorted(by_iteration)]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _starts(run_dir: Path) -> Iterator[Event]:
+    """Yield every start of the run: each has begun a TensorBoard file of its own."""
+    for path in sorted((run_dir / "tensorboard").glob("events.out.tfevents.*")):
+        match = _EVENT_FILE.fullmatch(path.name)
+        if match is None:
+            continue
+        iteration = _first_iteration(path)
+        resumed = bool(iteration)
+        what = f"resumed after iteration {iteration:,}" if resumed else "started"
+        yield Event(what=what, iteration=iteration, unix_time=float(match[1]), is_resume=resumed)
+
+
+def _first_iteration(path: Path) -> int | None:
+    """Return the steps that were done when a TensorBoard file was begun; None where it does not say."""
+    from google.protobuf.message import DecodeError
+    from tensorboard.compat.proto.event_pb2 import Event as Written
+    from tensorboard.compat.proto.event_pb2 import SessionLog
+
+    with path.open("rb") as stream:
+        # Each record: length, its checksum, the event, its checksum.
+        while len(head := stream.read(12)) == 12:
+            content = stream.read(int.from_bytes(head[:8], "little"))
+            try:
+                event = Written.FromString(content)
+            except DecodeError:  # cut short by a kill
+                return None
+            if event.session_log.status == SessionLog.START:
+                return event.step - 1
+            stream.read(4)
+    return None
+
+
+def _repetitions(records: Sequence[Record]) -> Iterator[Event]:
+    """Yield where the file goes back: a start that went on before the last iteration of the one before it."""
+    for earlier, later in zip(records, records[1:], strict=False):
+        if "loss" in earlier and "loss" in later and later["iteration"] <= earlier["iteration"]:
+            done = later["iteration"] - 1
+            what = f"went back from iteration {earlier['iteration']:,} to {done:,}"
+            yield Event(what=what, iteration=done, is_resume=True)
+
+
+def _checkpoints(run_dir: Path) -> Iterator[Event]:
+    for iteration in list_iterations(run_dir):
+        path = checkpoint_path(run_dir, iteration)
+        manifest = path / MANIFEST_NAME
+        if manifest.is_file():
+            yield Event(what=f"saved {path.name}", iteration=iteration, unix_time=manifest.stat().st_mtime)
+        else:
+            yield Event(what=f"{path.name} is incomplete", iteration=iteration, unix_time=path.stat().st_mtime)
+
+
+def _ends(end: ExitStatus | None) -> Iterator[Event]:
+    if end is not None:
+        what = f"ended with exit code {end.exit_code}" + (f": {end.message}" if end.message else "")
+        yield Event(what=what, iteration=end.iteration, unix_time=end.unix_time)
+
+
+def _place_in_time(event: Event) -> tuple[float, float]:
+    iteration = math.inf if event.iteration is None else event.iteration
+    return (math.inf if event.unix_time is None else event.unix_time), iteration
