@@ -70,7 +70,7 @@ class CheckpointError(UserError):
 
 
 class NumericError(UserError):
-    """A loss or gradient is not finite."""
+    """A loss or gradient is not finite, or a step was computed on other samples than planned."""
 
     exit_code = ExitCode.NUMERIC
 

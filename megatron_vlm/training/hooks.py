@@ -1,9 +1,9 @@
 """What happens beside the step: logs, checkpoints, the ledger, and the reasons to stop."""
 
 import logging
-from collections.abc import Callable
 
 from megatron_vlm.checkpoint.save import save_checkpoint
+from megatron_vlm.data.plan.ledger import Ledger
 from megatron_vlm.training.metrics import MetricsWriter, log_line, metrics_record
 from megatron_vlm.training.state import TrainState
 from megatron_vlm.training.step import StepMetrics
@@ -19,15 +19,16 @@ class LogHook:
 
     Args:
         writer: of this run.
-        sample_ids_sha: from iteration (counted from 1) to the hash of its sample ids.
+        ledger: of this run.
     """
 
-    def __init__(self, writer: MetricsWriter, sample_ids_sha: Callable[[int], str]) -> None:
-        self.writer, self.sample_ids_sha = writer, sample_ids_sha
+    def __init__(self, writer: MetricsWriter, ledger: Ledger) -> None:
+        self.writer, self.ledger = writer, ledger
 
     def __call__(self, state: TrainState, metrics: StepMetrics) -> None:
         """Write one iteration."""
-        record = metrics_record(state, metrics, self.sample_ids_sha(state.iteration))
+        self.ledger.record(state.iteration, metrics.sample_ids_sha)
+        record = metrics_record(state, metrics)
         self.writer.write(record)
         if state.iteration % state.config.training.log_interval == 0 or state.iteration == state.train_iters:
             logger.info(log_line(record, state.train_iters))

@@ -18,7 +18,7 @@ from megatron_vlm.training.step import StepMetrics
 logger = logging.getLogger(__name__)
 
 
-def metrics_record(state: TrainState, metrics: StepMetrics, sample_ids_sha: str) -> dict[str, Any]:
+def metrics_record(state: TrainState, metrics: StepMetrics) -> dict[str, Any]:
     """Return one line of metrics.jsonl; `loss_hex` and `grad_norm_hex` are exact."""
     training = state.config.training
     flops = step_flops(
@@ -40,7 +40,7 @@ def metrics_record(state: TrainState, metrics: StepMetrics, sample_ids_sha: str)
         "grad_norm_hex": metrics.grad_norm.hex(),
         "learning_rate": metrics.lr,
         "consumed_samples": state.consumed_samples,
-        "sample_ids_sha": sample_ids_sha,
+        "sample_ids_sha": metrics.sample_ids_sha,
         "tokens": metrics.num_tokens,
         "labels": metrics.num_labels,
         "images": metrics.num_images,
@@ -52,7 +52,7 @@ def metrics_record(state: TrainState, metrics: StepMetrics, sample_ids_sha: str)
         "tflops_per_rank": flops_per_rank / 1e12,
         "mfu": flops_per_rank / peak if peak else None,
     }
-    for name, value in zip(state.source_names, metrics.source_losses, strict=True):
+    for name, value in zip(state.dataset_names, metrics.dataset_losses, strict=True):
         if not math.isnan(value):
             record[f"loss/{name}"] = value
     return record

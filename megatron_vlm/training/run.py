@@ -19,7 +19,6 @@ from megatron_vlm.data.plan.plan import Plan, PlanSettings, build_plan, open_pla
 from megatron_vlm.data.shards.dataset import ShardedDataset
 from megatron_vlm.parallel.collective import main_rank_first
 from megatron_vlm.parallel.groups import RankLayout, start_distributed, stop_distributed
-from megatron_vlm.parallel.slicing import ImageShare, RankSlice
 from megatron_vlm.platform.device import prepare_process
 from megatron_vlm.platform.files.run_folder import CONFIG_NAME
 from megatron_vlm.training.hooks import LogHook, save_hook, stop_hook
@@ -70,7 +69,7 @@ def _run(config: TrainConfig, rank: RankLayout, device: torch.device, stop_reque
     if state.is_reporter:
         writer = MetricsWriter(config.run_dir, state.iteration)
         ledger = Ledger(Path(config.run_dir) / LEDGER_FOLDER, plan, state.iteration)
-        hooks.insert(0, LogHook(writer, ledger.record))
+        hooks.insert(0, LogHook(writer, ledger))
     try:
         train(state, loaders, hooks, device=device, stop_requested=stop_requested)
     finally:
@@ -90,18 +89,13 @@ def _open_plan(config: TrainConfig, datasets: Sequence[ShardedDataset], rank: Ra
 def _build_loader(
     state: TrainState, plan: Plan, datasets: Sequence[ShardedDataset], device: torch.device, *, has_tower: bool
 ) -> BatchLoader:
-    data, rank = state.config.data, state.rank
+    data = state.config.data
     return BatchLoader(
         datasets,
         plan,
         collation=Collation.from_config(state.config.model, data),
         start_iteration=state.iteration,
-        rank_slice=RankSlice(
-            data_parallel_rank=rank.dp_rank,
-            data_parallel_size=rank.dp_size,
-            micro_batch_size=state.config.training.micro_batch_size,
-            image_share=ImageShare(rank.tp_rank, rank.tp_size) if has_tower else None,
-        ),
+        rank_slice=state.rank_slice(has_tower=has_tower),
         workers=LoaderWorkers(
             # Without images there is nothing to decode: a few memory-mapped reads a batch need no process of their own.
             num_workers=data.num_workers if has_tower else 0,

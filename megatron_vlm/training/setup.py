@@ -16,7 +16,7 @@ from megatron_vlm.training.state import TrainState
 logger = logging.getLogger(__name__)
 
 
-def build_state(config: TrainConfig, rank: RankLayout, plan: Plan, source_names: Sequence[str]) -> TrainState:
+def build_state(config: TrainConfig, rank: RankLayout, plan: Plan, dataset_names: Sequence[str]) -> TrainState:
     """Build model and optimizer and load what the run starts from.
 
     Raises:
@@ -36,7 +36,7 @@ def build_state(config: TrainConfig, rank: RankLayout, plan: Plan, source_names:
         wrapped=wrapped,
         optimizer=optimizer,
         plan=plan,
-        source_names=source_names,
+        dataset_names=dataset_names,
     )
     _load(state)
     if state.is_reporter:

@@ -11,6 +11,7 @@ from megatron_vlm.config import Layout, TrainConfig
 from megatron_vlm.data.plan.plan import Plan
 from megatron_vlm.models.vlm import VisionLanguageModel
 from megatron_vlm.parallel.groups import RankLayout
+from megatron_vlm.parallel.slicing import ImageShare, RankSlice
 
 
 @dataclass(slots=True, kw_only=True)
@@ -31,12 +32,22 @@ class TrainState:
     consumed_samples: int = 0
     stop_reason: str | None = None
     """Why the loop ends before train_iters; None: it goes on."""
-    source_names: Sequence[str] = field(default=())
+    dataset_names: Sequence[str] = field(default=())
+    """One for each entry of the blend; losses are reported under them."""
 
     @property
     def train_iters(self) -> int:
         """Steps of the whole run."""
         return self.plan.num_iterations
+
+    def rank_slice(self, *, has_tower: bool = False) -> RankSlice:
+        """Return what this rank has of every global batch; pixels only where it has the tower."""
+        return RankSlice(
+            data_parallel_rank=self.rank.dp_rank,
+            data_parallel_size=self.rank.dp_size,
+            micro_batch_size=self.config.training.micro_batch_size,
+            image_share=ImageShare(self.rank.tp_rank, self.rank.tp_size) if has_tower else None,
+        )
 
     def progress(self) -> dict[str, Any]:
         """Return what a checkpoint keeps beside the tensors, as plain values."""

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from megatron_vlm.config import NumericError
 from megatron_vlm.data.loading.batch import VLMBatch
+from megatron_vlm.data.plan.row_hash import HASH_BITS, hash_rows
 from megatron_vlm.parallel.groups import seed_everything
+from megatron_vlm.training.batch_counts import BatchCounts, CountedBatches
 from megatron_vlm.training.objectives.language_modelling import reduce_losses
 from megatron_vlm.training.optimizer import set_learning_rate
 from megatron_vlm.training.schedule import learning_rate
@@ -31,8 +33,8 @@ class StepMetrics:
     """Mean over all labels of the global batch."""
     grad_norm: float
     lr: float
-    source_losses: tuple[float, ...]
-    """Mean by source; nan for a source without labels in this batch."""
+    dataset_losses: tuple[float, ...]
+    """Mean by dataset; nan for one without labels in this batch."""
     num_labels: int
     num_tokens: int
     """Positions that hold something."""
@@ -45,41 +47,8 @@ class StepMetrics:
     seconds: float
     stop_requested: bool
     """Whether a rank was told to stop."""
-
-
-@dataclass(slots=True)
-class _Counts:
-    """What this rank saw of the batch in one step."""
-
-    pad_token_id: int
-    num_tokens: int = 0
-    num_positions: int = 0
-    num_images: int = 0
-    attention_pairs: int = 0
-    data_wait: float = 0.0
-
-    def add(self, batch: VLMBatch) -> None:
-        # A segment may end with padding; one that is nothing else counts as 0 tokens.
-        filled = (batch.input_ids[0] != self.pad_token_id).cumsum(0)
-        lengths = torch.cat([filled.new_zeros(1), filled[batch.cu_seqlens[1:].long() - 1]]).diff().double()
-        self.num_tokens += batch.num_tokens
-        self.num_positions += batch.input_ids.numel()
-        self.num_images += batch.num_images
-        self.attention_pairs += int((lengths * (lengths + 1) / 2).sum())
-
-
-class _TimedIterator:
-    """Hands batches on, counting on the host what they hold and how long they took to come."""
-
-    def __init__(self, batches: Iterator[VLMBatch], counts: _Counts, device: torch.device) -> None:
-        self.batches, self.counts, self.device = batches, counts, device
-
-    def __next__(self) -> VLMBatch:
-        start = time.perf_counter()
-        batch = next(self.batches)
-        self.counts.data_wait += time.perf_counter() - start
-        self.counts.add(batch)
-        return batch.to(self.device, non_blocking=True) if self.device.type != "cpu" else batch
+    sample_ids_sha: str
+    """Hash of the samples that the ranks consumed."""
 
 
 def packed_seq_params(batch: VLMBatch) -> PackedSeqParams:
@@ -90,7 +59,7 @@ def packed_seq_params(batch: VLMBatch) -> PackedSeqParams:
     )
 
 
-def forward_step(batches: _TimedIterator, model: Any, num_sources: int) -> tuple[Tensor, Any]:
+def forward_step(batches: CountedBatches, model: Any, num_datasets: int) -> tuple[Tensor, Any]:
     """Run one micro-batch through this stage, as megatron-core's schedules call it."""
     batch = next(batches)
     output = model(
@@ -102,7 +71,7 @@ def forward_step(batches: _TimedIterator, model: Any, num_sources: int) -> tuple
         label_index=batch.label_index,
         packed_seq_params=packed_seq_params(batch),
     )
-    return output, partial(reduce_losses, label_datasets=batch.label_datasets, num_sources=num_sources)
+    return output, partial(reduce_losses, label_datasets=batch.label_datasets, num_datasets=num_datasets)
 
 
 def train_step(
@@ -117,20 +86,21 @@ def train_step(
         stop_requested: whether this rank was told to stop; all ranks learn of it.
 
     Raises:
-        NumericError: loss or gradient norm is not finite.
+        NumericError: loss or gradient norm is not finite, or the ranks consumed other samples than those of the plan.
     """
     start = time.perf_counter()
-    config, num_sources = state.config, len(state.source_names)
+    config, num_datasets = state.config, len(state.dataset_names)
     seed_everything((config.training.seed * _SEED_STRIDE + state.iteration) % 2**31)
     lr = learning_rate(config.optimizer, state.iteration, state.train_iters)
     set_learning_rate(state.optimizer, lr)
     for chunk in state.wrapped:
         chunk.zero_grad_buffer()
     state.optimizer.zero_grad()
-    counts = [_Counts(config.model.language.pad_token_id) for _ in loaders]
-    iterators = [_TimedIterator(batches, count, device) for batches, count in zip(loaders, counts, strict=True)]
+    pad_token_id = config.model.language.pad_token_id
+    counts = [BatchCounts(pad_token_id, state.rank_slice()) for _ in loaders]
+    iterators = [CountedBatches(batches, count, device) for batches, count in zip(loaders, counts, strict=True)]
     sums = get_forward_backward_func()(
-        forward_step_func=partial(forward_step, num_sources=num_sources),
+        forward_step_func=partial(forward_step, num_datasets=num_datasets),
         data_iterator=iterators if len(iterators) > 1 else iterators[0],
         model=list(state.wrapped) if len(state.wrapped) > 1 else state.wrapped[0],
         num_microbatches=state.layout.num_micro_batches,
@@ -139,47 +109,105 @@ def train_step(
         forward_only=False,
     )
     _, grad_norm, _ = state.optimizer.step()
-    totals = _sum_over_ranks(state, sums, counts[-1], stop_requested, device)
-    metrics = _metrics(totals, num_sources, float(grad_norm or 0.0), lr, time.perf_counter() - start)
+    totals = _sum_over_ranks(state, sums, counts, stop_requested, device)
+    _check_samples(state, totals, num_chunks=len(loaders))
+    metrics = _metrics(totals, float(grad_norm or 0.0), lr, time.perf_counter() - start)
     _check_finite(metrics, state.iteration + 1)
     return metrics
 
 
+@dataclass(frozen=True, slots=True)
+class _Totals:
+    """What the ranks know together."""
+
+    losses: list[float]
+    """Sum of the losses of each dataset."""
+    labels: list[float]
+    """Labels of each dataset."""
+    counts: list[float]
+    """Tokens, positions, images and attention pairs."""
+    data_wait: float
+    stop_requested: bool
+    sample_hash: int
+    """Of the samples whose loss was computed."""
+    sample_hash_of_all: int
+    """Sum over all ranks and their model chunks, which each got the samples on their own."""
+
+
 def _sum_over_ranks(
-    state: TrainState, sums: list[Tensor], counts: _Counts, stop_requested: bool, device: torch.device
-) -> list[float]:
-    """Sum over the data-parallel ranks what the first tensor-parallel rank of a stage knows: one collective a step."""
-    num_sources, rank = len(state.source_names), state.rank
-    totals = torch.zeros(2 * num_sources + 6, dtype=torch.float64, device=device)
+    state: TrainState, sums: list[Tensor], counts: list[BatchCounts], stop_requested: bool, device: torch.device
+) -> _Totals:
+    """Sum over all ranks what each of them knows: one collective a step."""
+    num_datasets, rank = len(state.dataset_names), state.rank
+    losses = torch.zeros(2 * num_datasets, dtype=torch.float64, device=device)
+    counted, sample_hash = [0.0] * 4, 0
     if rank.is_last_stage and rank.tp_rank == 0:
         for part in sums:
-            totals[: 2 * num_sources] += part.flatten()
-        measured = [counts.num_tokens, counts.num_positions, counts.num_images, counts.attention_pairs]
-        totals[2 * num_sources : 2 * num_sources + 4] = torch.tensor(measured, dtype=torch.float64)
-    if rank.is_first_stage and rank.tp_rank == 0:
-        totals[-2] = counts.data_wait / rank.dp_size
-    totals[-1] = float(stop_requested)
+            losses += part.flatten()
+        last = counts[-1]
+        counted = [last.num_tokens, last.num_positions, last.num_images, last.attention_pairs]
+        sample_hash = last.sample_hash
+    data_wait = counts[-1].data_wait / rank.dp_size if rank.is_first_stage and rank.tp_rank == 0 else 0.0
+    hash_of_all = sum(count.sample_hash for count in counts) % (1 << HASH_BITS)
+    measured = [*counted, data_wait, float(stop_requested), *_halves(sample_hash), *_halves(hash_of_all)]
+    totals = torch.cat([losses, torch.tensor(measured, dtype=torch.float64, device=device)])
     torch.distributed.all_reduce(totals)
-    return totals.tolist()  # the one wait of the host for the device in a step
+    values = totals.tolist()  # the one wait of the host for the device in a step
+    rest = values[2 * num_datasets :]
+    return _Totals(
+        losses=values[:num_datasets],
+        labels=values[num_datasets : 2 * num_datasets],
+        counts=rest[:4],
+        data_wait=rest[4],
+        stop_requested=rest[5] > 0,
+        sample_hash=_whole(*rest[6:8]),
+        sample_hash_of_all=_whole(*rest[8:10]),
+    )
 
 
-def _metrics(totals: list[float], num_sources: int, grad_norm: float, lr: float, seconds: float) -> StepMetrics:
-    sums, counts = totals[:num_sources], totals[num_sources : 2 * num_sources]
-    tokens, positions, images, pairs, data_wait, stop = totals[2 * num_sources :]
-    num_labels = sum(counts)
+def _halves(value: int) -> tuple[float, float]:
+    """Split a hash so that float64 sums of both halves are exact over two million ranks."""
+    high, low = divmod(value, 1 << 32)
+    return float(high), float(low)
+
+
+def _whole(high: float, low: float) -> int:
+    return ((int(high) << 32) + int(low)) % (1 << HASH_BITS)
+
+
+def _check_samples(state: TrainState, totals: _Totals, num_chunks: int) -> None:
+    """Check, alike on every rank, that the samples consumed are those of the plan, each in its place."""
+    planned = hash_rows(*state.plan.rows(state.iteration), range(state.config.training.global_batch_size))
+    copies = state.rank.tp_size * state.rank.pp_size * num_chunks
+    if (totals.sample_hash, totals.sample_hash_of_all) == (planned, planned * copies % (1 << HASH_BITS)):
+        return
+    what = f"with hash {totals.sample_hash:016x}"
+    if totals.sample_hash == planned:
+        what = "on a rank that computes no loss"
+    raise NumericError(
+        f"the samples consumed at iteration {state.iteration + 1} {what} are not those of the plan, {planned:016x}",
+        where=state.config.run_dir,
+        fix="start the same command again; it resumes before this step. If it happens again, it is a bug of the loader",
+    )
+
+
+def _metrics(totals: _Totals, grad_norm: float, lr: float, seconds: float) -> StepMetrics:
+    tokens, positions, images, pairs = totals.counts
+    num_labels = sum(totals.labels)
     return StepMetrics(
-        loss=sum(sums) / num_labels if num_labels else 0.0,
+        loss=sum(totals.losses) / num_labels if num_labels else 0.0,
         grad_norm=grad_norm,
         lr=lr,
-        source_losses=tuple(s / c if c else float("nan") for s, c in zip(sums, counts, strict=True)),
+        dataset_losses=tuple(s / c if c else float("nan") for s, c in zip(totals.losses, totals.labels, strict=True)),
         num_labels=int(num_labels),
         num_tokens=int(tokens),
         num_positions=int(positions),
         num_images=int(images),
         attention_pairs=int(pairs),
-        data_wait=data_wait,
+        data_wait=totals.data_wait,
         seconds=seconds,
-        stop_requested=stop > 0,
+        stop_requested=totals.stop_requested,
+        sample_ids_sha=f"{totals.sample_hash:016x}",
     )
 
 

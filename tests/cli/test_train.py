@@ -1,4 +1,5 @@
 import json
+import os
 import signal
 import subprocess
 import time
@@ -129,6 +130,40 @@ def test_crash_shows_one_traceback_and_names_the_rank(project):
     assert done.returncode == 1
     assert done.stderr.count("Traceback") == 1
     assert "rank 1 crashed: IsADirectoryError" in errors_of(done.stderr)[0]
+
+
+SWAPPED_ROWS = """
+import os
+
+if os.environ.get("RANK") == "1":
+    from megatron_vlm.data.loading import loader
+
+    planned = loader._MicroBatches._rows
+
+    def swapped(self, position):
+        iteration, index = divmod(position, self.num_micro_batches)
+        return planned(self, position if iteration != 2 else 2 * self.num_micro_batches + 1 - index)
+
+    loader._MicroBatches._rows = swapped
+"""
+
+
+@pytest.mark.distributed
+def test_run_whose_loader_swaps_two_rows_on_one_rank_ends_before_the_step_is_saved(project):
+    patch = project.folder / "patch"
+    patch.mkdir()
+    (patch / "sitecustomize.py").write_text(SWAPPED_ROWS)
+    path = f"{patch}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    arguments = ("run_dir=swapped", "checkpoint.save_interval=1", "--nproc-per-node", "2")
+    done = project.run("train", "train.yaml", *arguments, PYTHONPATH=path)
+    assert done.returncode == 70
+    (line,) = errors_of(done.stderr)
+    assert "the samples consumed at iteration 3 with hash " in line
+    assert "Traceback" not in done.stderr
+    assert exit_status(project, "swapped")["exit_code"] == 70
+    checkpoints = sorted(path.name for path in (project.folder / "swapped" / "checkpoints").glob("iter_*"))
+    assert checkpoints == ["iter_0000001", "iter_0000002"]
+    assert len((project.folder / "swapped" / "metrics.jsonl").read_text().splitlines()) == 2
 
 
 @pytest.mark.distributed

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -14,22 +15,23 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron_vlm.checkpoint.load import load_weights
 from megatron_vlm.checkpoint.optimizer_state import inner_optimizers
 from megatron_vlm.checkpoint.save import save_checkpoint
-from megatron_vlm.config import CheckpointConfig, DataError, ParallelConfig, TrainConfig
+from megatron_vlm.config import CheckpointConfig, DataError, NumericError, ParallelConfig, TrainConfig
 from megatron_vlm.data.loading.batch import VLMBatch
 from megatron_vlm.data.loading.collate import Collation, PlacedSample, collate
 from megatron_vlm.data.samples import ImageSegment
 from megatron_vlm.models.build import build_model
 from megatron_vlm.parallel.collective import decide_on_main, main_rank_first
 from megatron_vlm.parallel.groups import RankLayout, build_groups, rank_layout, seed_everything
-from megatron_vlm.parallel.slicing import ImageShare
+from megatron_vlm.parallel.slicing import ImageShare, RankSlice
+from megatron_vlm.training.batch_counts import BatchCounts, CountedBatches
 from megatron_vlm.training.optimizer import build_optimizer, wrap_model
 from megatron_vlm.training.setup import build_state
 from megatron_vlm.training.state import TrainState
-from megatron_vlm.training.step import _Counts, _TimedIterator, forward_step, train_step
+from megatron_vlm.training.step import forward_step, train_step
 from tests.support.samples import make_samples
 
 CPU = torch.device("cpu")
-SOURCES = ("even", "odd")
+DATASETS = ("even", "odd")
 
 
 @dataclass(frozen=True)
@@ -42,14 +44,28 @@ class FixedPlan:
     hash: str = "fixed"
     data_hash: str = "fixed"
     stable_iterations: int = 100
+    planned_rows: Sequence[Sequence[int]] = ()
+    """Samples of the rows of all iterations."""
+    global_batch_size: int = 1
 
     @classmethod
-    def of(cls, config: TrainConfig, row_lengths: Sequence[int] = (), **changes: Any) -> "FixedPlan":
-        settings = {"num_iterations": config.training.train_iters, "row_lengths": row_lengths, **changes}
-        return cls(**{**settings, "row_lengths": tuple(row_lengths) or (config.data.seq_length,)})
+    def of(cls, config: TrainConfig, rows: Sequence[Sequence[int]] = (), **changes: Any) -> "FixedPlan":
+        settings = {
+            "num_iterations": config.training.train_iters,
+            "row_lengths": (config.data.seq_length,),
+            "planned_rows": rows,
+            "global_batch_size": config.training.global_batch_size,
+        }
+        return cls(**{**settings, **changes})
 
     def seq_length(self, iteration: int) -> int:
         return self.row_lengths[min(iteration, len(self.row_lengths) - 1)]
+
+    def rows(self, iteration: int) -> tuple[np.ndarray, np.ndarray]:
+        size = self.global_batch_size
+        rows = self.planned_rows[iteration * size : (iteration + 1) * size]
+        ids = [sample for row in rows for sample in row]
+        return np.array(ids, dtype=np.int64), np.array([len(row) for row in rows], dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -58,7 +74,8 @@ class Steps:
 
     losses: list[float]
     grad_norms: list[float]
-    source_losses: list[tuple[float, ...]]
+    dataset_losses: list[tuple[float, ...]]
+    sample_ids_shas: list[str]
     adam_steps: list[float]
     """Distinct step counts of the optimizer at the end."""
 
@@ -66,7 +83,7 @@ class Steps:
 def start(config: TrainConfig, plan: FixedPlan | None = None) -> TrainState:
     """Build groups, model and optimizer on this rank, and load what the config names."""
     build_groups(config.parallel)
-    return build_state(config, rank_layout(), plan or FixedPlan.of(config), SOURCES)
+    return build_state(config, rank_layout(), plan or FixedPlan.of(config), DATASETS)
 
 
 def batches_of(
@@ -100,7 +117,7 @@ def train_steps(
     row_lengths: Sequence[int] = (),
 ) -> Steps:
     """Do steps over given rows, after loading what the config names; save at the end if asked to."""
-    plan = FixedPlan.of(config, row_lengths)
+    plan = FixedPlan.of(config, rows, **({"row_lengths": tuple(row_lengths)} if row_lengths else {}))
     state = start(config, plan)
     samples = make_samples(num_samples, max_images=max_images)
     loaders = [batches_of(config, state.rank, rows, samples, state.iteration, plan) for _ in state.chunks]
@@ -110,9 +127,23 @@ def train_steps(
     return Steps(
         losses=[metrics.loss for metrics in measured],
         grad_norms=[metrics.grad_norm for metrics in measured],
-        source_losses=[metrics.source_losses for metrics in measured],
+        dataset_losses=[metrics.dataset_losses for metrics in measured],
+        sample_ids_shas=[metrics.sample_ids_sha for metrics in measured],
         adam_steps=_adam_steps(state),
     )
+
+
+def step_with_a_wrong_rank(config: TrainConfig, rows: Sequence[Sequence[int]], wrong_rank: int) -> str:
+    """Do one step in which one rank is given a wrong sample, and return the error that this rank raises."""
+    state = start(config, FixedPlan.of(config, rows))
+    batches = batches_of(config, state.rank, rows, make_samples(4), 0)
+    if state.rank.rank == wrong_rank:
+        batches = (replace(batch, sample_ids=batch.sample_ids + 1) for batch in batches)
+    try:
+        _step(state, [batches])
+    except NumericError as error:
+        return str(error)
+    return "no error"
 
 
 def _step(state: TrainState, loaders: Sequence[Iterator[VLMBatch]]) -> Any:
@@ -145,7 +176,7 @@ def starting_from(config: TrainConfig, path: str) -> TrainConfig:
 
 def train_steps_without_borders(config: TrainConfig, rows: Sequence[Sequence[int]], *, num_samples: int) -> Steps:
     """Do one step in which every row is one segment: the negative control of packing."""
-    state = start(config)
+    state = start(config, FixedPlan.of(config, rows))
     batches = batches_of(config, state.rank, rows, make_samples(num_samples), 0)
     merged = (
         replace(
@@ -156,7 +187,7 @@ def train_steps_without_borders(config: TrainConfig, rows: Sequence[Sequence[int
         for batch in batches
     )
     metrics = _step(state, [merged])
-    return Steps([metrics.loss], [metrics.grad_norm], [metrics.source_losses], [])
+    return Steps([metrics.loss], [metrics.grad_norm], [metrics.dataset_losses], [metrics.sample_ids_sha], [])
 
 
 def gradients_of_one_step(
@@ -183,12 +214,12 @@ def gradients_of_one_step(
     wrapped = wrap_model(config, chunks)
     build_optimizer(config, wrapped)
     samples = _pictures_then_text()
-    loader = _TimedIterator(
-        batches_of(config, rank, rows, samples, 0), _Counts(config.model.language.pad_token_id), CPU
+    loader = CountedBatches(
+        batches_of(config, rank, rows, samples, 0), BatchCounts(config.model.language.pad_token_id, RankSlice()), CPU
     )
     wrapped[0].zero_grad_buffer()
     get_forward_backward_func()(
-        forward_step_func=partial(forward_step, num_sources=len(SOURCES)),
+        forward_step_func=partial(forward_step, num_datasets=len(DATASETS)),
         data_iterator=loader,
         model=wrapped[0],
         num_microbatches=len(rows) // rank.dp_size,

@@ -65,7 +65,7 @@ def run(workers, config, initial, world_size=1, rows=None, **arguments):
 @pytest.fixture(scope="module")
 def reference(workers, initial):
     steps = run(workers, tiny_run(), initial)
-    assert len(set(steps.losses)) == NUM_STEPS
+    assert len(set(steps.losses)) == len(set(steps.sample_ids_shas)) == NUM_STEPS
     return steps
 
 
@@ -75,10 +75,12 @@ def test_loss_and_gradient_norm_equal_those_of_one_rank(workers, initial, refere
     steps = run(workers, tiny_run(parallel=parallel), initial, world_size)
     assert steps.losses == pytest.approx(reference.losses, rel=TOLERANCE)
     assert steps.grad_norms == pytest.approx(reference.grad_norms, rel=TOLERANCE)
+    assert steps.sample_ids_shas == reference.sample_ids_shas
 
 
 def test_two_rows_a_micro_batch_equal_one(workers, initial, reference):
     steps = run(workers, tiny_run(training={"micro_batch_size": 2}), initial)
+    assert steps.sample_ids_shas == reference.sample_ids_shas
     assert steps.losses == pytest.approx(reference.losses, rel=TOLERANCE)
     assert steps.grad_norms == pytest.approx(reference.grad_norms, rel=TOLERANCE)
 
@@ -150,8 +152,8 @@ def test_recomputing_activations_changes_nothing(workers, initial, reference):
     assert steps.grad_norms == pytest.approx(reference.grad_norms, rel=TOLERANCE)
 
 
-def test_mean_of_the_sources_is_the_loss(reference):
-    for loss, parts in zip(reference.losses, reference.source_losses, strict=True):
+def test_mean_of_the_datasets_is_the_loss(reference):
+    for loss, parts in zip(reference.losses, reference.dataset_losses, strict=True):
         assert min(parts) < loss < max(parts)
 
 

@@ -6,10 +6,10 @@ import json
 import pytest
 
 from megatron_vlm.config import BlendEntry, CheckpointConfig
-from megatron_vlm.data.plan.ledger import read_ledger
 from megatron_vlm.data.samples import TokenizerFacts
 from megatron_vlm.data.shards.writer import write_dataset
 from tests.support.configs import VOCAB_SIZE, tiny_run
+from tests.support.ledgers import read_ledger
 from tests.support.samples import make_samples
 
 pytestmark = pytest.mark.distributed

@@ -8,7 +8,7 @@ from megatron_vlm.training.hooks import EXIT_ITERATION, SIGNALLED, stop_hook
 from megatron_vlm.training.loop import train
 from megatron_vlm.training.step import train_step
 from tests.support.configs import tiny_run
-from tests.support.jobs import CPU, batches_of, start
+from tests.support.jobs import CPU, FixedPlan, batches_of, start
 from tests.support.samples import make_samples, sample_length
 
 ROWS = [[0, 1], [2, 3]] * 3
@@ -16,7 +16,8 @@ ROWS = [[0, 1], [2, 3]] * 3
 
 @pytest.fixture
 def state(one_rank, tmp_path):
-    return start(tiny_run(str(tmp_path), training={"global_batch_size": 2, "train_iters": 3}))
+    config = tiny_run(str(tmp_path), training={"global_batch_size": 2, "train_iters": 3})
+    return start(config, FixedPlan.of(config, ROWS))
 
 
 def loaders(state):
@@ -47,6 +48,29 @@ def test_a_loss_that_is_not_finite_ends_the_run(state):
         state.chunks[0].vision_projection.encoder.linear_fc1.weight.fill_(float("nan"))
     with pytest.raises(NumericError, match="loss is nan at iteration 1"):
         train_step(state, loaders(state), device=CPU, stop_requested=False)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        pytest.param([[2, 3], [0, 1]], id="exchanged rows"),
+        pytest.param([[1, 0], [2, 3]], id="samples in another order"),
+        pytest.param([[0, 1], [2]], id="a missing sample"),
+        pytest.param([[0, 1], [2, 2]], id="a wrong sample"),
+    ],
+)
+def test_samples_that_are_not_those_of_the_plan_end_the_run(state, rows):
+    loader = batches_of(state.config, state.rank, rows, make_samples(4), 0)
+    with pytest.raises(NumericError, match="consumed at iteration 1 with hash [0-9a-f]{16} are not those of the plan"):
+        train_step(state, [loader], device=CPU, stop_requested=False)
+
+
+@pytest.mark.distributed
+def test_samples_of_a_rank_that_computes_no_loss_are_compared_too(workers):
+    config = tiny_run(parallel={"tensor_model_parallel_size": 2}, training={"global_batch_size": 2, "train_iters": 3})
+    answers = workers.run("tests.support.jobs:step_with_a_wrong_rank", 2, config=config, rows=ROWS, wrong_rank=1)
+    assert len(set(answers)) == 1
+    assert "consumed at iteration 1 on a rank that computes no loss are not those" in answers[0]
 
 
 def test_a_stop_request_ends_the_run_after_the_step(state):

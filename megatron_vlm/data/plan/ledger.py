@@ -1,10 +1,8 @@
 """The record of which samples each iteration has consumed."""
 
-import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -29,21 +27,13 @@ class LedgerEntry:
     """Counted from 1."""
     samples: int
     sample_ids_sha: str
+    """Hash of the samples that the ranks consumed; see `row_hash`."""
     plan: str
     """Hash of the plan."""
 
 
-def hash_sample_ids(sample_ids: np.ndarray) -> str:
-    """Return a short hash of the samples of a global batch.
-
-    Args:
-        sample_ids: int[n]; global sample ids in the order of the plan.
-    """
-    return hashlib.sha256(sample_ids.astype(_ID_DTYPE).tobytes()).hexdigest()[:16]
-
-
 class Ledger:
-    """Append one entry per iteration; written by one rank, from the plan, without communication.
+    """Append one entry per iteration; written by one rank, after all ranks compared what they consumed with the plan.
 
     `sample_ids.bin` holds little-endian int64 ids, as the plan counts them (pieces of long samples have their own; see
     `Plan.pieces`), `iterations.jsonl` one `LedgerEntry` a line.
@@ -68,11 +58,12 @@ class Ledger:
             raise self._storage_error(error) from None
         self._last = start_iteration
 
-    def record(self, iteration: int) -> str:
-        """Append an iteration that was just done and return the hash of its sample ids.
+    def record(self, iteration: int, sample_ids_sha: str) -> None:
+        """Append an iteration that was just done.
 
         Args:
             iteration: counted from 1, in order.
+            sample_ids_sha: hash of the samples that the ranks consumed; the plan's own, or the run would have ended.
 
         Raises:
             ValueError: another iteration is due.
@@ -81,7 +72,7 @@ class Ledger:
         if iteration != self._last + 1:
             raise ValueError(f"iteration {iteration} recorded after {self._last}")
         ids = self.plan.sample_ids(iteration - 1)
-        entry = LedgerEntry(iteration, len(ids), hash_sample_ids(ids), self.plan.hash)
+        entry = LedgerEntry(iteration, len(ids), sample_ids_sha, self.plan.hash)
         try:
             # The ids first: a line means that its ids are there.
             self._ids_file.write(ids.astype(_ID_DTYPE).tobytes())
@@ -89,7 +80,6 @@ class Ledger:
         except OSError as error:
             raise self._storage_error(error) from None
         self._last = iteration
-        return entry.sample_ids_sha
 
     def close(self) -> None:
         """Close the files."""
@@ -121,25 +111,6 @@ class Ledger:
 
     def _storage_error(self, error: OSError) -> StorageError:
         return StorageError(f"ledger cannot be written: {error}", where=str(self.folder), fix="make room there")
-
-
-def read_ledger(folder: str | Path) -> Iterator[tuple[LedgerEntry, np.ndarray]]:
-    """Yield every entry with its sample ids, int64[samples].
-
-    Raises:
-        DataError: the ledger is missing or damaged.
-    """
-    folder = Path(folder)
-    try:
-        with (folder / _INDEX_FILE).open("rb") as index, (folder / _IDS_FILE).open("rb") as ids_file:
-            for line in index:
-                entry = _parse(line, folder)
-                ids = np.frombuffer(ids_file.read(entry.samples * _ID_DTYPE.itemsize), dtype=_ID_DTYPE)
-                if hash_sample_ids(ids) != entry.sample_ids_sha:
-                    raise _damaged(folder, f"ids of iteration {entry.iteration} do not have the hash of their entry")
-                yield entry, ids
-    except OSError as error:
-        raise DataError(f"ledger cannot be read: {error}", where=str(folder), fix="check the path") from None
 
 
 def _parse(line: bytes, folder: Path) -> LedgerEntry:

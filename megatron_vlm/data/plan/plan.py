@@ -108,16 +108,30 @@ class Plan:
             return np.empty(0, dtype=np.int64)
         return self._sample_ids[self._borders[index] : self._borders[index + 1]].astype(np.int64)
 
-    def sample_ids(self, iteration: int) -> np.ndarray:
-        """Return the global sample ids of a whole global batch, row after row, int64[samples].
+    def rows(self, iteration: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the samples of a whole global batch.
+
+        Returns:
+            The global sample ids, row after row, int64[samples]; and how many each row holds,
+            int64[global_batch_size].
 
         Raises:
             IndexError: the plan has no such iteration.
         """
         self._check_iteration(iteration)
         size = self.settings.global_batch_size
-        first, last = (min(row, self.summary.num_rows) for row in (iteration * size, (iteration + 1) * size))
-        return self._sample_ids[self._borders[first] : self._borders[last]].astype(np.int64)
+        # Rows after the last one that holds samples are empty.
+        wanted = np.minimum(np.arange(iteration * size, (iteration + 1) * size + 1), self.summary.num_rows)
+        borders = self._borders[wanted]
+        return self._sample_ids[borders[0] : borders[-1]].astype(np.int64), np.diff(borders)
+
+    def sample_ids(self, iteration: int) -> np.ndarray:
+        """Return the global sample ids of a whole global batch, row after row, int64[samples].
+
+        Raises:
+            IndexError: the plan has no such iteration.
+        """
+        return self.rows(iteration)[0]
 
     def _check_iteration(self, iteration: int) -> None:
         if not 0 <= iteration < self.num_iterations:

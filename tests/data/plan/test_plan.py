@@ -349,7 +349,9 @@ def test_iteration_is_its_rows_in_order(datasets, tmp_path):
     plan = build_plan(make_settings(), datasets, tmp_path)
     for iteration in range(plan.num_iterations):
         rows = [plan.row(iteration * 8 + row) for row in range(8)]
-        assert plan.sample_ids(iteration).tolist() == np.concatenate(rows).tolist()
+        ids, samples_per_row = plan.rows(iteration)
+        assert ids.tolist() == plan.sample_ids(iteration).tolist() == np.concatenate(rows).tolist()
+        assert samples_per_row.tolist() == list(map(len, rows))
 
 
 def test_plan_knows_the_row_length_of_every_iteration(datasets, tmp_path):

@@ -1,10 +1,10 @@
 import torch
 
-from megatron_vlm.training.objectives.language_modelling import reduce_losses, sum_by_source
+from megatron_vlm.training.objectives.language_modelling import reduce_losses, sum_by_dataset
 
 
-def test_sums_and_counts_are_of_each_source():
-    sums = sum_by_source(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([0, 2, 0]), 3)
+def test_sums_and_counts_are_of_each_dataset():
+    sums = sum_by_dataset(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([0, 2, 0]), 3)
     assert sums.tolist() == [[5.0, 0.0, 2.0], [2.0, 0.0, 1.0]]
 
 

@@ -1,0 +1,56 @@
+"""What the micro-batches of one step hold, counted on the host while they are handed to the model."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from megatron_vlm.data.loading.batch import VLMBatch
+from megatron_vlm.data.plan.row_hash import HASH_BITS, hash_rows
+from megatron_vlm.parallel.slicing import RankSlice
+
+
+@dataclass(slots=True)
+class BatchCounts:
+    """What this rank saw of the global batch in one step."""
+
+    pad_token_id: int
+    rank_slice: RankSlice
+    num_micro_batches: int = 0
+    num_tokens: int = 0
+    num_positions: int = 0
+    num_images: int = 0
+    attention_pairs: int = 0
+    data_wait: float = 0.0
+    """Time that this rank waited for its micro-batches [s]."""
+    sample_hash: int = 0
+    """Hash of the samples that came, at the rows that this rank has to have; see `hash_rows`."""
+
+    def add(self, batch: VLMBatch) -> None:
+        """Count the next micro-batch; it is on the host."""
+        # A segment may end with padding; one that is nothing else counts as 0 tokens.
+        filled = (batch.input_ids[0] != self.pad_token_id).cumsum(0)
+        lengths = torch.cat([filled.new_zeros(1), filled[batch.cu_seqlens[1:].long() - 1]]).diff().double()
+        self.num_tokens += batch.num_tokens
+        self.num_positions += batch.input_ids.numel()
+        self.num_images += batch.num_images
+        self.attention_pairs += int((lengths * (lengths + 1) / 2).sum())
+        rows = self.rank_slice.rows(self.num_micro_batches)
+        self.sample_hash += hash_rows(batch.sample_ids.numpy(), batch.samples_per_row.numpy(), rows)
+        self.sample_hash %= 1 << HASH_BITS
+        self.num_micro_batches += 1
+
+
+class CountedBatches:
+    """Hands micro-batches on to the device and counts what they hold and how long they took to come."""
+
+    def __init__(self, batches: Iterator[VLMBatch], counts: BatchCounts, device: torch.device) -> None:
+        self.batches, self.counts, self.device = batches, counts, device
+
+    def __next__(self) -> VLMBatch:
+        start = time.perf_counter()
+        batch = next(self.batches)
+        self.counts.data_wait += time.perf_counter() - start
+        self.counts.add(batch)
+        return batch.to(self.device, non_blocking=True) if self.device.type != "cpu" else batch
