@@ -1,7 +1,7 @@
 """Whole tensors of a checkpoint, one by one and without building a model: for conversion and comparison."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -11,6 +11,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import Tensor
 
 from megatron_vlm.checkpoint.folder import checkpoint_path, write_latest
+from megatron_vlm.checkpoint.lazy_tensors import LazyTensor, save_lazily
 from megatron_vlm.checkpoint.manifest import Manifest, checksum_file, list_files, write_manifest
 from megatron_vlm.checkpoint.pickles import check_metadata
 from megatron_vlm.checkpoint.sharded_state import MODEL_PREFIX
@@ -62,23 +63,28 @@ def hash_weights(checkpoint: Path) -> str:
 
 
 def write_weights(
-    run_dir: str | Path, tensors: Mapping[str, Tensor | Sequence[Tensor]], config: Mapping[str, object]
+    run_dir: str | Path,
+    tensors: Mapping[str, Tensor | LazyTensor],
+    config: Mapping[str, object],
+    report: Callable[[], object] = lambda: None,
 ) -> Path:
     """Write whole tensors as checkpoint 0 of a new run folder, to be loaded at any layout.
 
     Args:
         run_dir: created where it does not exist.
-        tensors: by key, as `list_tensors` names them; one that stacks layers may come as its layers.
+        tensors: by key, as `list_tensors` names them; lazy ones are made one at a time.
         config: what `config.yaml` shall hold; at least the `model` section.
+        report: called after each tensor, after each layer of one that stacks layers.
 
     Returns:
         The folder of the checkpoint.
     """
     path = checkpoint_path(run_dir, 0)
     text = yaml.safe_dump(dict(config), sort_keys=False)
+    lazy = {key: value if isinstance(value, LazyTensor) else _as_lazy(key, value) for key, value in tensors.items()}
     with folder_beside(path, replaces=True) as unfinished:
         with single_process():
-            dist_checkpointing.save(_in_pieces(tensors), str(unfinished))
+            save_lazily(lazy, unfinished, report)
         (unfinished / CONFIG_NAME).write_text(text)
         (Path(run_dir) / CONFIG_NAME).write_text(text)
         files = {name: checksum_file(unfinished / name) for name in list_files(unfinished)}
@@ -87,13 +93,10 @@ def write_weights(
     return path
 
 
-def _in_pieces(tensors: Mapping[str, Tensor | Sequence[Tensor]]) -> dict[str, ShardedTensor]:
-    """Cut stacked tensors into layers, as a model saves them: a rank then reads only the layers that it needs."""
-    pieces: dict[str, ShardedTensor] = {}
-    for key, tensor in tensors.items():
-        if _LAYERS not in key:
-            pieces[key] = ShardedTensor.from_rank_offsets(key, tensor)
-            continue
-        for layer, part in enumerate(tensor):
-            pieces[f"{key}.{layer}"] = ShardedTensor.from_rank_offsets(key, part[None], (0, layer, len(tensor)))
-    return pieces
+def _as_lazy(key: str, tensor: Tensor) -> LazyTensor:
+    return LazyTensor(
+        shape=tuple(tensor.shape),
+        dtype=tensor.dtype,
+        is_stacked=_LAYERS in key,
+        make=lambda layer: tensor if layer is None else tensor[layer],
+    )

@@ -19,11 +19,20 @@ from megatron_vlm.config import CheckpointError, StorageError
 
 CONFIG_NAME = "config.json"
 _SAFETENSORS, _PICKLED = "model.safetensors", "pytorch_model.bin"
+_SAFETENSORS_SUFFIX = ".safetensors"
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
 }
 
 
@@ -51,22 +60,23 @@ class HFFolder:
 
     def __init__(self, path: str | Path, renames: Sequence[tuple[str, str]] = ()) -> None:
         self.path = Path(path)
-        self._pickles: dict[Path, dict[str, Tensor]] = {}
         self.config = read_json(self.path / CONFIG_NAME)
         self.stored: dict[str, Stored] = {}
         for file in self._files():
-            for stored in self._list(file):
+            for stored in _list_tensors(file):
                 self.stored[_rename(stored.name, renames)] = stored
 
     def read(self, name: str) -> Tensor:
         """Read one tensor.
 
+        The file is opened anew each time: pages of a file that stays mapped would stay in memory.
+
         Args:
             name: as in `stored`, after renaming.
         """
         stored = self.stored[name]
-        if stored.file in self._pickles:
-            return self._pickles[stored.file][stored.name]
+        if stored.file.suffix != _SAFETENSORS_SUFFIX:
+            return _load_pickle(stored.file)[stored.name]
         with safetensors.safe_open(stored.file, "pt") as file:
             return file.get_tensor(stored.name)
 
@@ -86,18 +96,6 @@ class HFFolder:
         if Path(name).name != name or not (self.path / name).is_file():
             raise CheckpointError(f"file {name} is missing", where=str(index), fix="download the folder again")
         return self.path / name
-
-    def _list(self, file: Path) -> list[Stored]:
-        if file.suffix == ".safetensors":
-            return _list_safetensors(file)
-        try:
-            tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise CheckpointError(
-                f"weights cannot be read: {str(error).splitlines()[0]}", where=str(file), fix="download the file again"
-            ) from None
-        self._pickles[file] = {name: value for name, value in tensors.items() if isinstance(value, Tensor)}
-        return [Stored(file, name, tuple(value.shape), value.dtype) for name, value in self._pickles[file].items()]
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -129,14 +127,34 @@ def _rename(name: str, renames: Sequence[tuple[str, str]]) -> str:
     return name
 
 
+def _list_tensors(file: Path) -> list[Stored]:
+    if file.suffix == _SAFETENSORS_SUFFIX:
+        return _list_safetensors(file)
+    return [Stored(file, name, tuple(value.shape), value.dtype) for name, value in _load_pickle(file).items()]
+
+
+def _load_pickle(file: Path) -> dict[str, Tensor]:
+    """Return the tensors of a file, whose values stay on the disk until they are used."""
+    try:
+        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise CheckpointError(
+            f"weights cannot be read: {str(error).splitlines()[0]}", where=str(file), fix="download the file again"
+        ) from None
+    return {name: value for name, value in tensors.items() if isinstance(value, Tensor)}
+
+
 def _list_safetensors(file: Path) -> list[Stored]:
     try:
         with safetensors.safe_open(file, "pt") as opened:
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
             return [
-                Stored(file, name, tuple(part.get_shape()), _DTYPES.get(part.get_dtype(), torch.uint8))
-                for name, part in slices.items()
+                Stored(file, name, tuple(part.get_shape()), _DTYPES[part.get_dtype()]) for name, part in slices.items()
             ]
+    except KeyError as error:
+        raise CheckpointError(
+            f"a tensor has the type {error.args[0]}", where=str(file), fix="use a model that is not quantised"
+        ) from None
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"weights cannot be read: {error}", where=str(file), fix="get the file again") from None
 

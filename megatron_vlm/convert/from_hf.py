@@ -3,8 +3,9 @@
 import logging
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import reduce
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megatron_vlm.checkpoint.folder import list_iterations
+from megatron_vlm.checkpoint.lazy_tensors import LazyTensor
 from megatron_vlm.checkpoint.run_settings import TOKENIZER_NAME
 from megatron_vlm.checkpoint.tensors import write_weights
 from megatron_vlm.config import (
@@ -88,7 +90,10 @@ def import_parts(
         llama_folder, llama.rules(model.language, vocab_rows=vocab_rows), llama.unused(model.language)
     )
     vision_source = _Source(clip_folder, clip.rules(model.vision), clip.unused(model.vision))
-    tensors = _Tensors([language_source, vision_source], _draw_projection(model, options.seed), model.language)
+    tensors: dict[str, Tensor | LazyTensor] = {
+        **_lazy_tensors([language_source, vision_source], model.language),
+        **_draw_projection(model, options.seed),
+    }
     _write(run_dir, tensors, model, language)
     return model
 
@@ -103,9 +108,8 @@ def import_llava(folder: Path, run_dir: Path, model: ModelConfig | None = None) 
     if model is not None:
         _check_same(model, found)
     model = model or found
-    _write(
-        run_dir, _Tensors([_Source(source, llava.rules(model), llava.unused(model))], {}, model.language), model, folder
-    )
+    tensors = _lazy_tensors([_Source(source, llava.rules(model), llava.unused(model))], model.language)
+    _write(run_dir, tensors, model, folder)
     return model
 
 
@@ -206,37 +210,36 @@ class _Source:
             )
 
 
-class _Tensors(Mapping[str, Tensor | list[Tensor]]):
-    """Our tensors by key, each made of the folders' when it is asked for; those of layers as a list."""
+def _lazy_tensors(sources: Sequence[_Source], language: LanguageConfig) -> dict[str, LazyTensor]:
+    """Return our tensors by key, each made of the folders' when it is asked for.
 
-    def __init__(self, sources: Iterable[_Source], drawn: dict[str, Tensor], language: LanguageConfig) -> None:
-        self._rules: dict[str, tuple[HFFolder, Rule]] = {}
-        for source in sources:
-            source.check()
-            self._rules.update({rule.key: (source.folder, rule) for rule in source.rules})
-        self._drawn, self._language = drawn, language
+    Raises:
+        CheckpointError: a folder and its table differ.
+    """
+    for source in sources:
+        source.check()
+    return {rule.key: _lazy_tensor(source.folder, rule, language) for source in sources for rule in source.rules}
 
-    def __iter__(self) -> Iterator[str]:
-        yield from self._rules
-        yield from self._drawn
 
-    def __len__(self) -> int:
-        return len(self._rules) + len(self._drawn)
+def _lazy_tensor(folder: HFFolder, rule: Rule, language: LanguageConfig) -> LazyTensor:
+    is_vocabulary = rule.key in (llama.EMBEDDING_KEY, llama.OUTPUT_KEY)
+    shape = (language.padded_vocab_size, *rule.shape[1:]) if is_vocabulary else rule.checkpoint_shape
+    dtype = _common_type(folder, rule)
 
-    def __getitem__(self, key: str) -> Tensor | list[Tensor]:
-        if key in self._drawn:
-            return self._drawn[key]
-        folder, rule = self._rules[key]
-        if rule.num_layers is not None:
-            return [self._join(folder, rule, layer) for layer in rule.layers]
-        tensor = self._join(folder, rule, None)
-        return pad_vocabulary(tensor, self._language) if key in (llama.EMBEDDING_KEY, llama.OUTPUT_KEY) else tensor
-
-    def _join(self, folder: HFFolder, rule: Rule, layer: int | None) -> Tensor:
+    def make(layer: int | None) -> Tensor:
         try:
-            return rule.transform.join([folder.read(name) for name in rule.names_of(layer)]).contiguous()
+            tensor = rule.transform.join([folder.read(name) for name in rule.names_of(layer)]).to(dtype)
         except ValueError as error:
             raise CheckpointError(str(error), where=str(folder.path), fix="use another model") from None
+        return pad_vocabulary(tensor, language) if is_vocabulary else tensor
+
+    return LazyTensor(shape=shape, dtype=dtype, is_stacked=rule.num_layers is not None, make=make)
+
+
+def _common_type(folder: HFFolder, rule: Rule) -> torch.dtype:
+    """Return the type that holds the values of all layers; a folder may mix types."""
+    types = {folder.stored[name].dtype for layer in rule.layers for name in rule.names_of(layer)}
+    return reduce(torch.promote_types, types)
 
 
 def pad_vocabulary(rows: Tensor, language: LanguageConfig) -> Tensor:
@@ -269,7 +272,9 @@ def _draw_projection(model: ModelConfig, seed: int) -> dict[str, Tensor]:
     return drawn
 
 
-def _write(run_dir: Path, tensors: _Tensors, model: ModelConfig, tokenizer_folder: Path) -> None:
+def _write(
+    run_dir: Path, tensors: Mapping[str, Tensor | LazyTensor], model: ModelConfig, tokenizer_folder: Path
+) -> None:
     config: dict[str, Any] = {"model": config_to_dict(model)}
     run_dir.mkdir(parents=True, exist_ok=True)
     tokenizer = tokenizer_folder / TOKENIZER_NAME
@@ -278,6 +283,6 @@ def _write(run_dir: Path, tensors: _Tensors, model: ModelConfig, tokenizer_folde
         config["data"] = {"tokenizer": str(run_dir / TOKENIZER_NAME)}
     else:
         logger.warning("no %s in %s: name the tokenizer in the training config", TOKENIZER_NAME, tokenizer_folder)
-    with tqdm(tensors, unit="tensor", desc="import", disable=None) as keys:
-        loaded = {key: tensors[key] for key in keys}
-    write_weights(run_dir, loaded, config)
+    total = sum(len(tensor.layers) if isinstance(tensor, LazyTensor) else 1 for tensor in tensors.values())
+    with tqdm(total=total, unit="tensor", desc="import", disable=None) as progress:
+        write_weights(run_dir, tensors, config, progress.update)

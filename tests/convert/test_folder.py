@@ -101,3 +101,11 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path):
     torch.save({"a": Hostile()}, tmp_path / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match="weights cannot be read"):
         HFFolder(tmp_path)
+
+
+def test_a_type_that_torch_cannot_hold_is_named(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    header = json.dumps({"a": {"dtype": "F8_E8M0", "shape": [8], "data_offsets": [0, 8]}}).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    with pytest.raises(CheckpointError, match=r"a tensor has the type F8_E8M0 .*that is not quantised"):
+        HFFolder(tmp_path)

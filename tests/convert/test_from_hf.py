@@ -1,6 +1,8 @@
 import json
 import logging
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -351,3 +353,64 @@ def test_colours_come_from_the_folder(llama_dir, clip_dir, tmp_path):
     model = import_parts(llama_dir, folder, tmp_path / "run", ImportOptions())
     assert model.vision.image_mean == (0.5, 0.5, 0.5)
     assert model.vision.image_std == (0.25, 0.25, 0.25)
+
+
+MEASURE = """
+import re, sys
+from pathlib import Path
+from megatron_vlm.platform.device import prepare_process
+prepare_process()
+from megatron_vlm.convert.from_hf import ImportOptions, import_parts
+
+def memory(name):
+    return int(re.search(name + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+before = memory("VmRSS")
+import_parts(*map(Path, sys.argv[1:]), ImportOptions())
+print(memory("VmHWM") - before)
+"""
+
+
+def write_large_llama(folder, *, as_pickle: bool) -> int:
+    """Write a Llama of many small layers in two files; return the size of its weights [bytes]."""
+    hidden, ffn, layers = 512, 2048, 36
+    config = {"model_type": "llama", "vocab_size": NUM_PIECES, "hidden_size": hidden, "intermediate_size": ffn}
+    config |= {"num_hidden_layers": layers, "num_attention_heads": 8, "num_key_value_heads": 8}
+    shapes = {"model.embed_tokens": (NUM_PIECES, hidden), "lm_head": (NUM_PIECES, hidden), "model.norm": (hidden,)}
+    for layer in range(layers):
+        name = f"model.layers.{layer}."
+        shapes |= {f"{name}self_attn.{part}_proj": (hidden, hidden) for part in "qkvo"}
+        shapes |= {f"{name}mlp.gate_proj": (ffn, hidden), f"{name}mlp.up_proj": (ffn, hidden)}
+        shapes |= {f"{name}mlp.down_proj": (hidden, ffn), f"{name}input_layernorm": (hidden,)}
+        shapes |= {f"{name}post_attention_layernorm": (hidden,)}
+    tensors = {f"{name}.weight": torch.ones(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    stem, save = ("pytorch_model-{}.bin", torch.save) if as_pickle else ("model-{}.safetensors", save_file)
+    names = list(tensors)
+    halves = {stem.format(1): names[: len(names) // 2], stem.format(2): names[len(names) // 2 :]}
+    for file, half in halves.items():
+        save({name: tensors[name] for name in half}, folder / file)
+    index = "pytorch_model.bin.index.json" if as_pickle else "model.safetensors.index.json"
+    weight_map = {name: file for file, half in halves.items() for name in half}
+    (folder / index).write_text(json.dumps({"weight_map": weight_map}))
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+@pytest.mark.parametrize("as_pickle", [False, True])
+def test_memory_does_not_grow_with_the_model(clip_dir, tmp_path, as_pickle):
+    size = write_large_llama(tmp_path / "llama", as_pickle=as_pickle)
+    command = [sys.executable, "-c", MEASURE, tmp_path / "llama", clip_dir, tmp_path / "run"]
+    grown = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+    assert size > 300e6
+    assert grown < 0.25 * size, f"{grown / 1e6:.0f} MB for weights of {size / 1e6:.0f} MB"
+
+
+def test_a_folder_may_mix_types(llama_dir, clip_dir, changed_copy, imported, tmp_path):
+    name = "model.layers.1.mlp.down_proj.weight"
+    mixed = changed_copy(llama_dir, lambda tensors: {**tensors, name: tensors[name].double()})
+    import_parts(mixed, clip_dir, tmp_path / "run", ImportOptions(projection="mlp2x_gelu"))
+    key = "model.language_model.decoder.layers.mlp.linear_fc2.weight"
+    ours, theirs = (read_tensor(read_run_settings(run).checkpoint, key) for run in (imported, tmp_path / "run"))
+    assert theirs.dtype == torch.float64
+    assert torch.equal(ours.double(), theirs)

@@ -1,0 +1,133 @@
+"""Write tensors to a checkpoint one at a time, each made when its turn comes: memory holds one of them, not all.
+
+megatron-core's own writer takes a state dict of finished tensors. The files here are the ones that it would write, in
+the same order and with the same bytes, so that it reads them like its own.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
+from torch import Tensor
+from torch.distributed.checkpoint import ChunkStorageMetadata, FileSystemWriter, SavePlan
+from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.storage import WriteResult
+
+from megatron_vlm.config import CheckpointError
+from megatron_vlm.platform.files.durable import flush_to_disk
+
+_NUM_FILES = 2
+"""As many as megatron-core's writer uses by default."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LazyTensor:
+    """A tensor that is going to be written."""
+
+    shape: tuple[int, ...]
+    """Of the whole tensor; one that stacks layers has them along the first axis."""
+    dtype: torch.dtype
+    is_stacked: bool
+    """Whether it stacks layers. A checkpoint stores each apart, so that a rank reads only its own."""
+    make: Callable[[int | None], Tensor]
+    """Return the values of one layer, without the layer axis; of the whole tensor for None."""
+
+    @property
+    def layers(self) -> tuple[int | None, ...]:
+        """The arguments that `make` is called with."""
+        return tuple(range(self.shape[0])) if self.is_stacked else (None,)
+
+
+def save_lazily(tensors: Mapping[str, LazyTensor], folder: Path, report: Callable[[], object] = lambda: None) -> None:
+    """Write tensors, as a process that is a job of one rank, into an empty folder that megatron-core can load.
+
+    Args:
+        tensors: by key.
+        folder: exists and is empty.
+        report: called after each tensor, after each layer of one that stacks layers.
+
+    Raises:
+        CheckpointError: a tensor turns out to have another shape or type than announced.
+        OSError: a file cannot be written.
+    """
+    dist_checkpointing.save({}, str(folder), sharded_strategy=_LazyStrategy(tensors, report))
+
+
+class _LazyStrategy(SaveShardedStrategy):
+    """Takes its tensors from the constructor; megatron-core writes the rest of the checkpoint around them."""
+
+    def __init__(self, tensors: Mapping[str, LazyTensor], report: Callable[[], object]) -> None:
+        super().__init__("torch_dist", 1)
+        self._tensors, self._report = tensors, report
+
+    @property
+    def can_handle_sharded_objects(self) -> bool:
+        """There are none."""
+        return True
+
+    def save(self, sharded_state_dict: object, checkpoint_dir: str | Path) -> None:
+        """Write the files and their index."""
+        items = [item for key, tensor in self._tensors.items() for item in _write_items(key, tensor)]
+        (plan,), metadata = create_default_global_save_plan([SavePlan(items)])
+        results: list[WriteResult] = []
+        for number, bucket in enumerate(_split(plan.items)):
+            results += self._write_file(Path(checkpoint_dir) / f"__0_{number}.distcp", bucket)
+        FileSystemWriter(checkpoint_dir).finish(metadata, [results])
+
+    def _write_file(self, path: Path, items: list[WriteItem]) -> Iterator[WriteResult]:
+        with path.open("wb") as stream:
+            for item in items:
+                begin = stream.tell()
+                torch.save(self._make(item), stream)
+                length = stream.tell() - begin
+                yield WriteResult(item.index, length, _StorageInfo(path.name, begin, length))
+                self._report()
+            flush_to_disk(stream)
+
+    def _make(self, item: WriteItem) -> Tensor:
+        key, data = item.index.fqn, item.tensor_data
+        lazy = self._tensors[key]
+        assert data is not None
+        made = lazy.make(data.chunk.offsets[0])[None] if lazy.is_stacked else lazy.make(None)
+        if made.shape != data.chunk.sizes or made.dtype != lazy.dtype:
+            raise CheckpointError(
+                f"tensor {key} is {list(made.shape)} {made.dtype}, announced as {list(data.chunk.sizes)} {lazy.dtype}"
+            )
+        values = made.detach().contiguous()
+        # A view would be written with all the values that it is a view of.
+        return values if values.untyped_storage().nbytes() == values.nbytes else values.clone()
+
+
+def _split(items: list[WriteItem]) -> list[list[WriteItem]]:
+    """Spread over files of about the same size, large tensors first."""
+    buckets: list[list[WriteItem]] = [[] for _ in range(_NUM_FILES)]
+    sizes = [0] * _NUM_FILES
+    for item in sorted(items, key=_num_bytes, reverse=True):
+        smallest = sizes.index(min(sizes))
+        buckets[smallest].append(item)
+        sizes[smallest] += _num_bytes(item)
+    return [bucket for bucket in buckets if bucket]
+
+
+def _num_bytes(item: WriteItem) -> int:
+    data = item.tensor_data
+    assert data is not None
+    return data.chunk.sizes.numel() * data.properties.dtype.itemsize
+
+
+def _write_items(key: str, tensor: LazyTensor) -> Iterator[WriteItem]:
+    sizes = torch.Size((1, *tensor.shape[1:]) if tensor.is_stacked else tensor.shape)
+    for layer in tensor.layers:
+        offsets = torch.Size(0 if axis else layer or 0 for axis in range(len(sizes)))
+        data = TensorWriteData(
+            chunk=ChunkStorageMetadata(offsets=offsets, sizes=sizes),
+            properties=TensorProperties(dtype=tensor.dtype),
+            size=torch.Size(tensor.shape),
+        )
+        yield WriteItem(MetadataIndex(key, offsets), WriteItemType.SHARD, tensor_data=data)
