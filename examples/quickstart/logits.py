@@ -60,13 +60,14 @@ def write_logits(checkpoint: str, test: Path, output: Path) -> None:
 def _make_batch(settings: Any, tokenizer: Any, images: Sequence[str], question: str) -> Any:
     """Return a micro-batch of one prompt without padding."""
     from megatron_vlm.config import BlendEntry, DataConfig
+    from megatron_vlm.data.documents import Image
     from megatron_vlm.data.loading.collate import Collation, PlacedSample, collate
     from megatron_vlm.data.samples import EncodedSample, ImageSegment
     from megatron_vlm.data.text.templates import PLACEHOLDER, Turn, encode_prompt, find_template, split_placeholders
     from megatron_vlm.parallel.slicing import ImageShare
 
     text = f"{PLACEHOLDER}\n" * len(images) + question
-    turn = Turn(split_placeholders(text, [Path(image).read_bytes() for image in images]), None)
+    turn = Turn(split_placeholders(text, [Image(Path(image).read_bytes()) for image in images]), None)
     segments = encode_prompt([turn], tokenizer, template=find_template("vicuna_v1"), system=None)
     num_image_tokens = settings.model.fixed_image_tokens("this check")
     length = sum(

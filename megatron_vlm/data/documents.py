@@ -23,9 +23,11 @@ class Text(NamedTuple):
 
 
 class Image(NamedTuple):
-    """An image as it was found: the bytes of its file."""
+    """An image file, checked, and made smaller where the options say so."""
 
     data: bytes
+    size: tuple[int, int] | None = None
+    """Width and height of the upright image [pixels]; None where nobody has measured it."""
 
 
 class Control(enum.Enum):

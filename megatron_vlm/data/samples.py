@@ -20,6 +20,8 @@ class ImageSegment(NamedTuple):
 
     encoded: bytes
     """JPEG, PNG, WEBP or GIF file."""
+    size: tuple[int, int] | None = None
+    """Width and height of the upright image [pixels]; None where nobody has measured it. Shards have it always."""
 
 
 class EncodedSample(NamedTuple):

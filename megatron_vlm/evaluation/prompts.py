@@ -72,7 +72,7 @@ def _split(exchange: Exchange) -> tuple[Text | Image, ...]:
     if PLACEHOLDER not in text:
         text = f"{PLACEHOLDER}\n" * exchange.num_images + text
     try:
-        return split_placeholders(text, [b""] * exchange.num_images)
+        return split_placeholders(text, [Image(b"")] * exchange.num_images)
     except RejectError:
         raise UsageError(
             f"{text.count(PLACEHOLDER)} placeholders for {exchange.num_images} images in {exchange.text[:60]!r}",

@@ -83,7 +83,7 @@ def make_samples(make_image):
         for number in range(count):
             segments: list[TextSegment | ImageSegment] = [TextSegment(np.array([1], dtype=np.int32), False)]
             for _ in range(generator.integers(0, 4)):
-                segments.append(ImageSegment(make_image(seed=number)))
+                segments.append(ImageSegment(make_image(seed=number), (48, 40)))
                 ids = generator.integers(3, 512, generator.integers(1, 20)).astype(np.int32)
                 segments.append(TextSegment(ids, bool(generator.integers(0, 2))))
             samples.append(EncodedSample(tuple(segments)))

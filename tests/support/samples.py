@@ -24,7 +24,7 @@ def _sample(rng: np.random.Generator, num_images: int) -> EncodedSample:
     for _ in range(num_images):
         if rng.random() < 0.6:
             segments.append(TextSegment(_tokens(rng, int(rng.integers(1, 7))), bool(rng.random() < 0.7)))
-        segments.append(ImageSegment(_picture(rng)))
+        segments.append(ImageSegment(_picture(rng), (32, 32)))
     segments.append(TextSegment(_tokens(rng, int(rng.integers(5, 13))), True))
     return EncodedSample(tuple(segments))
 

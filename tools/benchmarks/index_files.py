@@ -16,6 +16,7 @@ from megatron_vlm.data.shards.manifest import Counts, FileFacts, Manifest, Shard
 
 _SAMPLES_PER_SHARD = 100_000
 _IMAGE_BYTES, _READABLE_IMAGE_BYTES = 30_000, 2_000  # what is read fills the page cache
+_IMAGE_SIZE = (640, 480)
 _TOKENIZER = TokenizerFacts(name="none", sha256="0" * 64, vocab_size=32000, bos_id=1, eos_id=2)
 
 
@@ -64,7 +65,10 @@ def _write_shard(folder: Path, name: str, images: np.ndarray, text: np.ndarray, 
         distinct, kind = np.unique(lengths, return_inverse=True)
         crcs = np.array([zlib.crc32(bytes(length)) for length in distinct.tolist()], dtype="<u4")
         (folder / f"{name}.crc").write_bytes(crcs[kind].tobytes())
+    dim = np.tile(np.array(_IMAGE_SIZE, "<u2"), int(images.sum())).tobytes()
+    (folder / f"{name}.dim").write_bytes(dim)
     files = {suffix: FileFacts(bytes=size, crc32=0) for suffix, size in sizes.items()}
+    files["dim"] = FileFacts(bytes=len(dim), crc32=zlib.crc32(dim))
     files["idx"] = FileFacts(bytes=len(index), crc32=zlib.crc32(index))
     counts = Counts(samples=len(images), sequences=len(lengths), images=int(images.sum()))
     return ShardFacts(name=name, input=name, counts=counts, files=files)

@@ -100,11 +100,12 @@ def prepare(folder: Path, number: int) -> Tokenizer:
     tokenizer = load_tokenizer(folder / "tiny.model")
     samples, records = [], []
     for number, caption in enumerate(captions):
-        encoded = make_jpeg(*_SHAPES[number % len(_SHAPES)], rng)
+        shape = _SHAPES[number % len(_SHAPES)]
+        encoded = make_jpeg(*shape, rng)
         (folder / f"{number}.jpg").write_bytes(encoded)
         records.append({"image": f"{number}.jpg", "caption": caption})
         begin, text = TextSegment(np.array([1]), True), np.array([*tokenizer.encode(caption), 2])
-        samples.append(EncodedSample((begin, ImageSegment(encoded), TextSegment(text, True))))
+        samples.append(EncodedSample((begin, ImageSegment(encoded, shape), TextSegment(text, True))))
     (folder / "pairs.json").write_text(json.dumps(records))
     write_dataset(folder / "shards", samples, source="pairs", tokenizer=tokenizer.facts)
     return tokenizer

@@ -6,6 +6,7 @@ followed by 0x00 or a restart marker, and embedded thumbnails lie before the sca
 checksum, a GIF if its first frame ends, a WEBP if it is as long as it says. Whoever wants more decodes each image.
 """
 
+import dataclasses
 import io
 import struct
 import zlib
@@ -14,8 +15,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_vlm.config import DataError
-from megatron_vlm.data.images.decoding import ImageLimits, decode_rgb
+from megatron_vlm.data.documents import Image
+from megatron_vlm.data.images.decoding import ImageLimits, decode_rgb, has_orientation, has_swapped_sides
 from megatron_vlm.data.rejects import RejectError
+
+MAX_SIDE = 65535
+"""Longest side of an image that shards can hold [pixels]."""
 
 _JPEG_STANDALONE = frozenset([0x01, *range(0xD0, 0xD8)])
 _JPEG_FRAMES = frozenset([*range(0xC0, 0xD0)]) - {0xC4, 0xC8, 0xCC}
@@ -28,7 +33,7 @@ _WEBP_ANIMATED = 0x02
 
 @dataclass(frozen=True, slots=True)
 class ImageFacts:
-    """What the structure of an image file says."""
+    """What the structure of an image file says; width and height are those of the upright image [pixels]."""
 
     format: Literal["JPEG", "PNG", "WEBP", "GIF"]
     width: int
@@ -70,25 +75,28 @@ def check_image(data: bytes, rules: ImageRules) -> ImageFacts:
     except (IndexError, struct.error):
         raise RejectError("image_truncated", f"the file ends within its structure, after {len(data)} bytes") from None
     if rules.decode:
-        _decode(data, rules)
+        width, height = _decode(data, rules).size
+        return dataclasses.replace(facts, width=width, height=height)
+    if has_orientation(data) and has_swapped_sides(data):
+        return dataclasses.replace(facts, width=facts.height, height=facts.width)
     return facts
 
 
-def shrink_image(data: bytes, facts: ImageFacts, rules: ImageRules) -> bytes:
-    """Make an image smaller by the rules, or return it as it is.
+def shrink_image(data: bytes, facts: ImageFacts, rules: ImageRules) -> Image:
+    """Return an image as it is, or made smaller by the rules.
 
     Raises:
         RejectError: image_damaged.
     """
     side = rules.resize_shorter_side
     if side is None or min(facts.width, facts.height) <= side:
-        return data
+        return Image(data, (facts.width, facts.height))
     image = _decode(data, rules)
     scale = side / min(image.width, image.height)
     small = image.resize((max(side, round(image.width * scale)), max(side, round(image.height * scale))))
     stream = io.BytesIO()
     small.save(stream, "JPEG", quality=rules.jpeg_quality)
-    return stream.getvalue()
+    return Image(stream.getvalue(), small.size)
 
 
 def _decode(data: bytes, rules: ImageRules):
@@ -118,6 +126,8 @@ def _check_size(width: int, height: int, limits: ImageLimits) -> None:
         raise RejectError("image_pixels", f"{size}, at most {limits.max_pixels} pixels are taken")
     if short < limits.min_side:
         raise RejectError("image_side", f"{size}, the shorter side must have at least {limits.min_side}")
+    if long > MAX_SIDE:
+        raise RejectError("image_side", f"{size}, a side must have at most {MAX_SIDE}")
     if long > limits.max_aspect_ratio * short:
         raise RejectError("image_aspect", f"{size}, the aspect ratio must be at most {limits.max_aspect_ratio:g}")
 

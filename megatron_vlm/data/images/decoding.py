@@ -6,6 +6,7 @@ Without torch, so that preparation starts fast; `pixels.py` makes of them what t
 import io
 import struct
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +16,17 @@ from megatron_vlm.config import DataError
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
 _ORIENTATION_TAG = 0x0112
+_LYING = frozenset([5, 6, 7, 8])
+_JPEG_SCAN = b"\xda"
+# What the segments, and the types and keywords of the chunks, begin with that Pillow reads an orientation from.
+_JPEG_METADATA = (b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0")
+_PNG_METADATA = tuple(
+    kind + keyword
+    for kind, keyword in [(b"eXIf", b"")]
+    + [(kind, b"Raw profile type exif\0") for kind in (b"tEXt", b"zTXt", b"iTXt")]
+    + [(b"iTXt", b"XML:com.adobe.xmp\0")]
+)
+_WEBP_METADATA = 0x08 | 0x04  # flags of EXIF and of XMP
 # What Pillow raises on damaged bytes, over all four formats; anything else is a bug and must show itself.
 _DECODE_ERRORS = (
     OSError,
@@ -82,8 +94,8 @@ def decode_rgb(encoded: bytes, *, limits: ImageLimits | None = None) -> Image.Im
 def _open(encoded: bytes) -> Image.Image:
     try:
         with warnings.catch_warnings():
-            # Pillow warns of large images; the limit on pixels decides instead.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            # Pillow warns of large images, where the limit on pixels decides, and of corrupt EXIF data.
+            warnings.simplefilter("ignore")
             return Image.open(io.BytesIO(encoded), formats=_FORMATS)
     except _DECODE_ERRORS as error:
         raise DataError(
@@ -111,16 +123,66 @@ def check_limits(header: ImageHeader, limits: ImageLimits) -> None:
         )
 
 
+def has_orientation(encoded: bytes) -> bool:
+    """Tell whether an image file has metadata that may say how it is to be turned, EXIF or XMP.
+
+    Only segments and chunks are looked at: searching a whole file would take as long as resizing it.
+    """
+    if encoded.startswith(b"\xff\xd8"):
+        return any(encoded.startswith(_JPEG_METADATA, start + 4) for start in _jpeg_segments(encoded))
+    if encoded.startswith(b"\x89PNG"):
+        return any(encoded.startswith(_PNG_METADATA, start + 4) for start in _png_chunks(encoded))
+    if encoded.startswith(b"RIFF"):
+        return encoded[12:16] == b"VP8X" and bool(encoded[20] & _WEBP_METADATA)
+    return False
+
+
+def _jpeg_segments(encoded: bytes) -> Iterator[int]:
+    """Yield where each segment before the scan begins."""
+    position = 2
+    while encoded[position : position + 1] == b"\xff" and encoded[position + 1 : position + 2] != _JPEG_SCAN:
+        if encoded[position + 1 : position + 2] == b"\xff":  # a fill byte
+            position += 1
+            continue
+        yield position
+        position += 2 + int.from_bytes(encoded[position + 2 : position + 4], "big")
+
+
+def _png_chunks(encoded: bytes) -> Iterator[int]:
+    """Yield where each chunk begins."""
+    position = 8
+    while position < len(encoded):
+        yield position
+        position += 12 + int.from_bytes(encoded[position : position + 4], "big")
+
+
 def is_upright(encoded: bytes) -> bool:
-    """Whether the EXIF data of an image file, if any, leave it as it is stored.
+    """Tell whether an image is stored as it is to be seen.
 
     Raises:
         DataError: not one of the four formats by content.
     """
+    return _orientation(encoded) == 1
+
+
+def has_swapped_sides(encoded: bytes) -> bool:
+    """Tell whether an image is stored lying on its side: upright, it is as wide as the file says that it is high.
+
+    Raises:
+        DataError: not one of the four formats by content.
+    """
+    return _orientation(encoded) in _LYING
+
+
+def _orientation(encoded: bytes) -> int | None:
+    """Return the orientation that the metadata name, 1 if none; None if they cannot be read."""
+    image = _open(encoded)
     try:
-        return _open(encoded).getexif().get(_ORIENTATION_TAG, 1) == 1
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of corrupt EXIF data
+            return image.getexif().get(_ORIENTATION_TAG, 1)
     except _DECODE_ERRORS:
-        return False
+        return None
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -17,14 +17,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from megatron_vlm.data.images.decoding import ImageHeader, ImageLimits, check_limits, decode_rgb, is_upright
+from megatron_vlm.data.images.decoding import (
+    ImageHeader,
+    ImageLimits,
+    check_limits,
+    decode_rgb,
+    has_orientation,
+    is_upright,
+)
 
 Aspect = Literal["pad", "square", "resize"]
 
 _upsample = torch.ops.aten._upsample_bicubic2d_aa.default
 _JPEG_START = b"\xff\xd8\xff"
-_JPEG_SCAN = b"\xda"
-_EXIF_START = b"Exif\x00\x00"
 # Adobe's other colour spaces need the handling that Pillow has.
 _PLAIN_JPEG = ("YCbCr", "Gray")
 
@@ -86,23 +91,13 @@ def _decode_jpeg(encoded: bytes, limits: ImageLimits) -> np.ndarray | None:
     except ValueError:
         return None
     check_limits(ImageHeader("JPEG", width, height), limits)
-    if colours not in _PLAIN_JPEG or (_has_exif(encoded) and not is_upright(encoded)):
+    if colours not in _PLAIN_JPEG or (has_orientation(encoded) and not is_upright(encoded)):
         return None
     try:
         return simplejpeg.decode_jpeg(encoded, "RGB")
     except ValueError:
         # Damaged, or only unusual: Pillow decides.
         return None
-
-
-def _has_exif(encoded: bytes) -> bool:
-    """Walk over the segments of a JPEG up to its scan; searching the whole file would take as long as resizing it."""
-    position = 2
-    while encoded[position : position + 1] == b"\xff" and encoded[position + 1 : position + 2] != _JPEG_SCAN:
-        if encoded[position + 4 : position + 10] == _EXIF_START:
-            return True
-        position += 2 + int.from_bytes(encoded[position + 2 : position + 4], "big")
-    return False
 
 
 def _resize(image: Tensor, height: int, width: int) -> Tensor:

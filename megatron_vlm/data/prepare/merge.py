@@ -25,10 +25,10 @@ from megatron_vlm.data.prepare.joining import check_not_empty, check_part_files,
 from megatron_vlm.data.prepare.part import load_used_rows
 from megatron_vlm.data.prepare.share import SHARE_OPTION, Share
 from megatron_vlm.data.shards.dataset import ShardedDataset
-from megatron_vlm.data.shards.index import SUFFIXES
 from megatron_vlm.data.shards.manifest import (
     MANIFEST_FILE,
     REJECTS_FILE,
+    SUFFIXES,
     Manifest,
     ShardFacts,
     load_manifest,

@@ -34,10 +34,10 @@ from megatron_vlm.data.prepare.part import (
     save_used_rows,
 )
 from megatron_vlm.data.prepare.share import SHARE_OPTION, Share
-from megatron_vlm.data.shards.index import SUFFIXES
 from megatron_vlm.data.shards.manifest import (
     MANIFEST_FILE,
     REJECTS_FILE,
+    SUFFIXES,
     WORK_FOLDER,
     Manifest,
     facts_of_file,

@@ -1,8 +1,8 @@
 """Read prepared shards, format version 1: any sample at any time, every read checked against its checksum.
 
-A shard is a plain megatron-core `IndexedDataset` (dtype uint8, multimodal) plus a checksum per sequence;
-docs/shard_format.md describes it to the byte. It is read here with numpy alone, because megatron-core never compares an
-index with its data.
+A shard is a plain megatron-core `IndexedDataset` (dtype uint8, multimodal) plus a checksum of each sequence and the
+size of each image; docs/shard_format.md describes it to the byte. It is read here with numpy alone, because
+megatron-core never compares an index with its data.
 """
 
 import hashlib
@@ -10,7 +10,7 @@ import os
 import struct
 import zlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -22,30 +22,35 @@ from megatron_vlm.data.shards.index import (
     MODE_IMAGE,
     MODE_TRAINED,
     PREPARE_AGAIN,
-    SUFFIXES,
+    SIZE_DTYPE,
     TOKEN_DTYPE,
     IndexOffsets,
     ShardIndex,
 )
 from megatron_vlm.data.shards.manifest import (
     MANIFEST_FILE,
+    SUFFIXES,
     Manifest,
     ShardFacts,
     crc32_of_file,
     load_manifest,
 )
 
-_MAX_OPEN_SHARDS = 64  # three file descriptors each; the usual limit of a process is 1024
+_NAMES = {"idx": "shard index", "dim": "file of image sizes"}
+_SIZE_BYTES = 2 * SIZE_DTYPE.itemsize
+_IMAGE_BLOCK = 4096  # sequences between two places at which the images before are known
+_MAX_OPEN_SHARDS = 64  # four file descriptors each; the usual limit of a process is 1024
 
 
 class _OpenShard:
     """File descriptors of one shard in this process.
 
-    All three files are read by pread, not mapped: a file truncated under a mapping kills the process without a
+    All files are read by pread, not mapped: a file truncated under a mapping kills the process without a
     message, and mapped pages of the index would add up in the memory of every reader.
     """
 
-    def __init__(self, folder: Path, facts: ShardFacts) -> None:
+    def __init__(self, folder: Path, facts: ShardFacts, images_before: np.ndarray) -> None:
+        self._images_before = images_before
         self.prefix, self.samples = folder / facts.name, facts.counts.samples
         index = self.map_index()
         if (len(index.lengths), len(index.borders) - 1) != (facts.counts.sequences, self.samples):
@@ -73,7 +78,7 @@ class _OpenShard:
         count = last - first
         lengths = struct.unpack(f"<{count}i", self._pread("idx", 4 * count, offsets.lengths + 4 * first, sample))
         (pointer,) = struct.unpack("<q", self._pread("idx", 8, offsets.pointers + 8 * first, sample))
-        modes = self._pread("idx", count, offsets.modes + first, sample)
+        modes, sizes = self._read_images(first, count, sample)
         crcs = struct.unpack(f"<{count}I", self._pread("crc", 4 * count, 4 * first, sample))
         content = self._pread("bin", sum(lengths), pointer, sample)
         segments: list[TextSegment | ImageSegment] = []
@@ -88,10 +93,23 @@ class _OpenShard:
                     fix=PREPARE_AGAIN,
                 )
             if mode == MODE_IMAGE:
-                segments.append(ImageSegment(piece))
+                segments.append(ImageSegment(piece, next(sizes)))
             else:
                 segments.append(TextSegment(np.frombuffer(piece, dtype=TOKEN_DTYPE), mode == MODE_TRAINED))
         return EncodedSample(tuple(segments))
+
+    def _read_images(self, first: int, count: int, sample: int) -> tuple[bytes, Iterator[tuple[int, int]]]:
+        """Return the modes of some sequences, and the sizes of the images among them."""
+        block = first // _IMAGE_BLOCK
+        start = block * _IMAGE_BLOCK
+        modes = self._pread("idx", first - start + count, self._offsets.modes + start, sample)
+        modes, before = modes[first - start :], modes[: first - start].count(MODE_IMAGE)
+        number = modes.count(MODE_IMAGE)
+        if not number:
+            return modes, iter(())
+        offset = _SIZE_BYTES * (int(self._images_before[block]) + before)
+        content = self._pread("dim", _SIZE_BYTES * number, offset, sample)
+        return modes, struct.iter_unpack("<2H", content)
 
     def _pread(self, suffix: str, size: int, offset: int, sample: int) -> bytes:
         try:
@@ -118,7 +136,8 @@ class ShardedDataset(Sequence[EncodedSample]):
         self.folder, self.manifest, self.fingerprint = folder, manifest, fingerprint
         self._ends = np.cumsum([shard.counts.samples for shard in manifest.shards], dtype=np.int64)
         self._open_shards: OrderedDict[int, _OpenShard] = OrderedDict()
-        self._checked: set[int] = set()
+        self._checked: set[tuple[int, str]] = set()
+        self._images_before: dict[int, np.ndarray] = {}
 
     @classmethod
     def open(cls, path: str | Path) -> "ShardedDataset":
@@ -181,11 +200,29 @@ class ShardedDataset(Sequence[EncodedSample]):
             index = self._shard(int(number)).map_index()
             own = samples[shards == number] - (self._ends[number - 1] if number else 0)
             sizes.append(index.borders[own + 1] - index.borders[own])
-            ends = np.cumsum(sizes[-1])
-            segments = np.arange(ends[-1]) + np.repeat(index.borders[own] - (ends - sizes[-1]), sizes[-1])
+            segments = _ranges(index.borders[own], index.borders[own + 1])
             images.append(index.modes[segments] == MODE_IMAGE)
             tokens.append(np.where(images[-1], 0, index.lengths[segments] // TOKEN_DTYPE.itemsize))
         return np.cumsum(np.concatenate(sizes)), np.concatenate(images), np.concatenate(tokens)
+
+    def image_sizes(self, samples: np.ndarray | None = None) -> np.ndarray:
+        """Return width and height of the images of some samples in reading order, uint16[images, 2] [pixels].
+
+        Args:
+            samples: int[n]; ascending. None: all samples.
+
+        Raises:
+            DataError: an index or a file of sizes is damaged.
+        """
+        found = [np.zeros((0, 2), dtype=SIZE_DTYPE)]
+        if samples is None:
+            return np.concatenate(found + [self._sizes(number) for number in range(len(self.manifest.shards))])
+        shards = np.searchsorted(self._ends, samples, side="right")
+        for number in np.unique(shards):
+            borders = self._shard(int(number)).map_index().image_borders()
+            own = samples[shards == number] - (self._ends[number - 1] if number else 0)
+            found.append(self._sizes(int(number))[_ranges(borders[own], borders[own + 1])])
+        return np.concatenate(found)
 
     def check_tokenizer(self, tokenizer: TokenizerFacts) -> None:
         """Refuse token ids of another tokenizer.
@@ -207,33 +244,62 @@ class ShardedDataset(Sequence[EncodedSample]):
         """Images and text tokens of each sample."""
         images, tokens = [], []
         for number, shard in enumerate(self.manifest.shards):
-            self._check_index(number)
+            self._check_file(number, "idx")
             index = ShardIndex.open(self.folder / f"{shard.name}.idx")
             images.append(index.num_images())
             tokens.append(index.text_lengths())
         empty = np.zeros(0, dtype=np.int32)
         return np.concatenate([empty, *images]), np.concatenate([empty, *tokens])
 
-    def _check_index(self, number: int) -> None:
-        """Check an index against the manifest, once in each process."""
-        if number in self._checked:
+    def _sizes(self, number: int) -> np.ndarray:
+        """Map the sizes of the images of a shard, uint16[images, 2]."""
+        facts = self.manifest.shards[number]
+        self._check_file(number, "dim")
+        path = self.folder / f"{facts.name}.dim"
+        if facts.files["dim"].bytes != _SIZE_BYTES * facts.counts.images:
+            what = f"file of image sizes has {facts.files['dim'].bytes} bytes for {facts.counts.images} images"
+            raise DataError(what, where=str(path), fix=PREPARE_AGAIN)
+        if not facts.counts.images:  # an empty file cannot be mapped
+            return np.zeros((0, 2), dtype=SIZE_DTYPE)
+        return np.memmap(path, mode="r", dtype=SIZE_DTYPE).reshape(-1, 2)
+
+    def _check_file(self, number: int, suffix: str) -> None:
+        """Compare a file of a shard with its checksum in the manifest, once in each process."""
+        if (number, suffix) in self._checked:
             return
         facts = self.manifest.shards[number]
-        path = self.folder / f"{facts.name}.idx"
-        if crc32_of_file(path) != facts.files["idx"].crc32:
-            raise DataError("shard index is damaged: its checksum differs", where=str(path), fix=PREPARE_AGAIN)
-        self._checked.add(number)
+        path = self.folder / f"{facts.name}.{suffix}"
+        if crc32_of_file(path) != facts.files[suffix].crc32:
+            raise DataError(f"{_NAMES[suffix]} is damaged: its checksum differs", where=str(path), fix=PREPARE_AGAIN)
+        self._checked.add((number, suffix))
 
     def _shard(self, number: int) -> _OpenShard:
         shard = self._open_shards.get(number)
         if shard is None:
-            self._check_index(number)
-            shard = self._open_shards[number] = _OpenShard(self.folder, self.manifest.shards[number])
+            shard = self._open_shards[number] = self._open_shard(number)
             if len(self._open_shards) > _MAX_OPEN_SHARDS:
                 self._open_shards.popitem(last=False)
         else:
             self._open_shards.move_to_end(number)
         return shard
+
+    def _open_shard(self, number: int) -> _OpenShard:
+        self._check_file(number, "idx")
+        self._check_file(number, "dim")
+        facts = self.manifest.shards[number]
+        if number not in self._images_before:
+            # Kept when the shard is closed, since it takes a pass over the index.
+            modes = ShardIndex.open(self.folder / f"{facts.name}.idx").modes
+            counts = np.add.reduceat(modes == MODE_IMAGE, np.arange(0, len(modes), _IMAGE_BLOCK), dtype=np.int64)
+            self._images_before[number] = np.cumsum(counts) - counts
+        return _OpenShard(self.folder, facts, self._images_before[number])
+
+
+def _ranges(first: np.ndarray, last: np.ndarray) -> np.ndarray:
+    """Return first[0] to last[0] - 1, first[1] to last[1] - 1, and so on."""
+    sizes = last - first
+    ends = np.cumsum(sizes)
+    return np.arange(ends[-1] if len(ends) else 0) + np.repeat(first - (ends - sizes), sizes)
 
 
 def _check_size(path: Path, expected: int) -> None:

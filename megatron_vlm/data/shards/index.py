@@ -15,7 +15,7 @@ from megatron_vlm.config import DataError
 
 MODE_TRAINED, MODE_IMAGE, MODE_CONTEXT = 0, 1, 2
 TOKEN_DTYPE = np.dtype("<i4")
-SUFFIXES = ("bin", "idx", "crc")
+SIZE_DTYPE = np.dtype("<u2")
 PREPARE_AGAIN = "prepare the dataset again, or copy it again from where it is whole"
 
 _HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document borders
@@ -77,6 +77,10 @@ class ShardIndex:
     def num_images(self) -> np.ndarray:
         """Return the images of each sample, int32[samples]."""
         return _sum_between(self.modes == MODE_IMAGE, self.borders)
+
+    def image_borders(self) -> np.ndarray:
+        """Return the first image of each sample among those of the shard, and their number, int64[samples + 1]."""
+        return np.concatenate([[0], np.cumsum(self.num_images(), dtype=np.int64)])
 
     def text_lengths(self) -> np.ndarray:
         """Return the text tokens of each sample, int32[samples]."""

@@ -15,6 +15,8 @@ FORMAT_NAME = "megatron_vlm shards"
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 REJECTS_FILE = "rejects.jsonl"
+SUFFIXES = ("bin", "idx", "crc", "dim")
+"""Files of a shard."""
 WORK_FOLDER = ".prepare"
 """Where `prepare` keeps its unfinished parts, inside the output folder."""
 
@@ -50,14 +52,14 @@ class Counts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardFacts:
-    """One shard: `name`.bin, `name`.idx and `name`.crc."""
+    """One shard: the files `name`.bin, `name`.idx, `name`.crc and `name`.dim."""
 
     name: str
     input: str
     """Input file that the samples come from."""
     counts: Counts
     files: dict[str, FileFacts]
-    """By suffix: bin, idx, crc."""
+    """By suffix, those of `SUFFIXES`."""
 
     @classmethod
     def from_tree(cls, tree: dict[str, Any]) -> "ShardFacts":
@@ -179,9 +181,21 @@ def load_manifest(folder: Path) -> Manifest:
         raise DataError(
             f"manifest lacks or mistypes a field: {error}", where=str(path), fix="prepare the dataset again"
         ) from None
+    _check_files(manifest, path)
     if dataclasses.asdict(manifest.counts) != tree["counts"]:
         raise DataError("counts of the manifest are not the sum of its shards", where=str(path), fix="prepare again")
     return manifest
+
+
+def _check_files(manifest: Manifest, path: Path) -> None:
+    for shard in manifest.shards:
+        for suffix in SUFFIXES:
+            if suffix not in shard.files:
+                raise DataError(
+                    f"shard has no file {shard.name}.{suffix}: an older version of this program prepared it",
+                    where=str(path),
+                    fix="prepare the dataset again",
+                )
 
 
 def _missing(folder: Path) -> DataError:

@@ -10,9 +10,10 @@ from tqdm import tqdm
 from megatron_vlm.config import DataError
 from megatron_vlm.data.images.checking import ImageRules, check_image
 from megatron_vlm.data.images.decoding import ImageLimits
-from megatron_vlm.data.shards.index import MODE_CONTEXT, MODE_IMAGE, MODE_TRAINED, SUFFIXES, TOKEN_DTYPE, ShardIndex
+from megatron_vlm.data.shards.index import MODE_CONTEXT, MODE_IMAGE, MODE_TRAINED, SIZE_DTYPE, TOKEN_DTYPE, ShardIndex
 from megatron_vlm.data.shards.manifest import (
     REJECTS_FILE,
+    SUFFIXES,
     Counts,
     FileFacts,
     Manifest,
@@ -31,7 +32,7 @@ def verify_dataset(folder: Path, *, decode: bool = False) -> Iterator[str]:
     """Yield one line for each fault of a dataset: nothing if it is whole.
 
     Checked are size and checksum of every file, the checksum of every sequence, index against data, the range of the
-    token ids, the structure of every image, the counts, and that documents = used + rejected.
+    token ids, the structure of every image and its size, the counts, and that documents = used + rejected.
 
     Args:
         folder: what `prepare` wrote.
@@ -79,7 +80,7 @@ def _verify_file(path: Path, facts: FileFacts) -> Iterator[str]:
 
 def _verify_shard(folder: Path, shard: ShardFacts, vocab_size: int, decode: bool) -> Iterator[str]:
     faults: list[str] = []
-    for suffix in ("idx", "crc"):
+    for suffix in ("idx", "crc", "dim"):
         faults += _verify_file(folder / f"{shard.name}.{suffix}", shard.files[suffix])
     index = None
     if not faults:
@@ -93,8 +94,7 @@ def _verify_shard(folder: Path, shard: ShardFacts, vocab_size: int, decode: bool
     if faults or index is None or not path.is_file() or path.stat().st_size != facts.bytes:
         yield from _verify_file(path, facts)  # what is in it cannot be told, but whether it is whole
         return
-    crcs = np.fromfile(folder / f"{shard.name}.crc", dtype="<u4")
-    yield from _verify_data(path, shard, index, crcs, vocab_size, decode)
+    yield from _verify_data(path, shard, index, vocab_size, decode)
 
 
 def _verify_index(shard: ShardFacts, index: ShardIndex) -> Iterator[str]:
@@ -113,6 +113,8 @@ def _verify_index(shard: ShardFacts, index: ShardIndex) -> Iterator[str]:
         yield f"{name}: a text sequence is no whole number of tokens"
     elif shard.files["crc"].bytes != 4 * len(lengths):
         yield f"{shard.name}.crc: {shard.files['crc'].bytes // 4} checksums for {len(lengths)} sequences"
+    elif shard.files["dim"].bytes != 4 * (number := int((index.modes == MODE_IMAGE).sum())):
+        yield f"{shard.name}.dim: {shard.files['dim'].bytes // 4} sizes for {number} images"
     elif (found := _count(index)) != shard.counts:
         yield f"{name}: holds {found}, the manifest says {shard.counts}"
 
@@ -130,24 +132,23 @@ def _count(index: ShardIndex) -> Counts:
     )
 
 
-def _verify_data(
-    path: Path, shard: ShardFacts, index: ShardIndex, crcs: np.ndarray, vocab_size: int, decode: bool
-) -> Iterator[str]:
+def _verify_data(path: Path, shard: ShardFacts, index: ShardIndex, vocab_size: int, decode: bool) -> Iterator[str]:
+    crcs = np.fromfile(path.with_suffix(".crc"), dtype="<u4")
+    sizes = np.fromfile(path.with_suffix(".dim"), dtype=SIZE_DTYPE).reshape(-1, 2)
     rules = ImageRules(limits=_ANY_SIZE, max_bytes=1 << 40, decode=decode)
-    whole = 0
+    whole = image = 0
     with path.open("rb") as stream:
         for number, (length, mode, crc) in enumerate(zip(index.lengths, index.modes, crcs, strict=True)):
             content = stream.read(int(length))
             whole = zlib.crc32(content, whole)
-            fault = None
+            fault: str | None
             if zlib.crc32(content) != crc:
                 fault = "checksum differs"
             elif mode == MODE_IMAGE:
-                fault = _image_fault(content, rules)
+                fault = _image_fault(content, rules, f"entry {image} of {shard.name}.dim", *sizes[image].tolist())
             else:
-                ids = np.frombuffer(content, dtype=TOKEN_DTYPE)
-                if ids.min() < 0 or ids.max() >= vocab_size:
-                    fault = f"token ids {ids.min()} to {ids.max()} are outside of 0 to {vocab_size - 1}"
+                fault = _text_fault(content, vocab_size)
+            image += mode == MODE_IMAGE
             if fault:
                 sample = int(np.searchsorted(index.borders, number, side="right")) - 1
                 yield f"{path.name}: sample {sample}, sequence {number}: {fault}"
@@ -155,9 +156,18 @@ def _verify_data(
         yield f"{path.name}: checksum differs from the manifest"
 
 
-def _image_fault(content: bytes, rules: ImageRules) -> str | None:
+def _image_fault(content: bytes, rules: ImageRules, entry: str, width: int, height: int) -> str | None:
     try:
-        check_image(content, rules)
+        facts = check_image(content, rules)
     except DataError as error:
         return error.what
-    return None
+    if (facts.width, facts.height) == (width, height):
+        return None
+    return f"image of {facts.width}x{facts.height} pixels, {entry} says {width}x{height}"
+
+
+def _text_fault(content: bytes, vocab_size: int) -> str | None:
+    ids = np.frombuffer(content, dtype=TOKEN_DTYPE)
+    if 0 <= ids.min() and ids.max() < vocab_size:
+        return None
+    return f"token ids {ids.min()} to {ids.max()} are outside of 0 to {vocab_size - 1}"

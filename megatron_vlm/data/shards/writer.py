@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_vlm.data.images.checking import MAX_SIDE
 from megatron_vlm.data.samples import EncodedSample, ImageSegment, TokenizerFacts
-from megatron_vlm.data.shards.index import MODE_CONTEXT, MODE_IMAGE, MODE_TRAINED, TOKEN_DTYPE, pack_index
+from megatron_vlm.data.shards.index import MODE_CONTEXT, MODE_IMAGE, MODE_TRAINED, SIZE_DTYPE, TOKEN_DTYPE, pack_index
 from megatron_vlm.data.shards.manifest import Counts, FileFacts, Manifest, ShardFacts, save_manifest
 from megatron_vlm.platform.files.durable import flush_to_disk
 
@@ -19,12 +20,14 @@ class ShardWriter:
     """Write one shard, sample by sample, in constant memory per sequence.
 
     Args:
-        prefix: path without suffix; `.bin`, `.idx` and `.crc` are appended. The three are valid only after `close`.
+        prefix: path without suffix; `.bin`, `.idx`, `.crc` and `.dim` are appended. The files are valid only after
+            `close`.
     """
 
     def __init__(self, prefix: Path) -> None:
         self.prefix = prefix
         self._lengths, self._modes, self._crcs = array("i"), array("b"), array("I")
+        self._sizes = array("H")
         self._borders = array("q", [0])
         self._tokens = self._trained = self._images = self._image_bytes = 0
         self.bytes_written = 0
@@ -38,13 +41,14 @@ class ShardWriter:
         """Append one sample.
 
         Raises:
-            ValueError: the sample, or one of its segments, is empty.
+            ValueError: the sample, or one of its segments, is empty, or an image has no size that fits in 16 bits.
         """
         if not sample.segments:
             raise ValueError("a sample needs at least one segment")
         for segment in sample.segments:
             if isinstance(segment, ImageSegment):
                 content, mode = segment.encoded, MODE_IMAGE
+                self._sizes.extend(_checked(segment.size))
                 self._images += 1
                 self._image_bytes += len(content)
             else:
@@ -64,12 +68,13 @@ class ShardWriter:
         self._borders.append(len(self._lengths))
 
     def close(self, input_name: str = "") -> ShardFacts:
-        """Write index and checksums and return what the manifest says about this shard."""
+        """Write index, checksums and sizes of the images, and return what the manifest says about this shard."""
         with self._stream as stream:
             flush_to_disk(stream)
         files = {"bin": FileFacts(bytes=self.bytes_written, crc32=self._crc)}
         files["idx"] = self._write("idx", pack_index(self._lengths, self._modes, self._borders))
         files["crc"] = self._write("crc", np.array(self._crcs, dtype="<u4").tobytes())
+        files["dim"] = self._write("dim", np.array(self._sizes, dtype=SIZE_DTYPE).tobytes())
         counts = Counts(
             samples=len(self),
             sequences=len(self._lengths),
@@ -89,6 +94,12 @@ class ShardWriter:
             stream.write(content)
             flush_to_disk(stream)
         return FileFacts(bytes=len(content), crc32=zlib.crc32(content))
+
+
+def _checked(size: tuple[int, int] | None) -> tuple[int, int]:
+    if size is None or not 1 <= min(size) <= max(size) <= MAX_SIDE:
+        raise ValueError(f"an image needs its width and height, each 1 to {MAX_SIDE} pixels, not {size}")
+    return size
 
 
 def write_dataset(

@@ -9,6 +9,7 @@ from typing import Protocol
 import numpy as np
 
 from megatron_vlm.config import ConfigError, DataError
+from megatron_vlm.data.documents import Image
 from megatron_vlm.data.files.join_index import JoinIndex, JoinRows, hash_texts
 from megatron_vlm.data.files.locations import Location, RemoteFile
 from megatron_vlm.data.files.records import MAX_RECORD_BYTES, parse_record
@@ -186,7 +187,7 @@ class ImageReader:
         """Add to a note."""
         self.notes[note] = self.notes.get(note, 0) + count
 
-    def find(self, name: str | None, url: str | None = None) -> bytes:
+    def find(self, name: str | None, url: str | None = None) -> Image:
         """Return the checked image of this name or URL.
 
         Raises:
@@ -196,7 +197,7 @@ class ImageReader:
             raise DataError("the corpus names image files", fix="say where they are with --images")
         return self.check(self._store.read(name, url))
 
-    def check(self, data: bytes) -> bytes:
+    def check(self, data: bytes) -> Image:
         """Return the image, checked, smaller where the rules want it.
 
         Raises:
@@ -204,9 +205,9 @@ class ImageReader:
         """
         facts = check_image(data, self._rules)
         self.notes["animated_images"] += facts.animated
-        shrunk = shrink_image(data, facts, self._rules)
-        self.notes["shrunk_images"] += shrunk is not data
-        return shrunk
+        image = shrink_image(data, facts, self._rules)
+        self.notes["shrunk_images"] += image.data is not data
+        return image
 
 
 def _url_names(tar: TarReader, member: Member | None) -> list[str]:

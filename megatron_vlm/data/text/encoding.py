@@ -41,7 +41,7 @@ def encode_segments(segments: Iterable[Segment], tokenizer: Encoder) -> tuple[Te
         if isinstance(segment, Image):
             _flush(encoded, ids, train)
             ids = []
-            encoded.append(ImageSegment(segment.data))
+            encoded.append(ImageSegment(segment.data, segment.size))
             continuation = False
             continue
         if segment.train != train:

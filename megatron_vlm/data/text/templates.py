@@ -137,7 +137,7 @@ def check_template(template: Template, tokenizer: Encoder) -> None:
     encode_conversation([Turn((Text("question"),), "answer")], tokenizer, template=template)
 
 
-def split_placeholders(text: str, images: Sequence[bytes]) -> tuple[Text | Image, ...]:
+def split_placeholders(text: str, images: Sequence[Image]) -> tuple[Text | Image, ...]:
     """Put images where the placeholders of a question stand.
 
     Raises:
@@ -148,7 +148,7 @@ def split_placeholders(text: str, images: Sequence[bytes]) -> tuple[Text | Image
         raise RejectError("placeholder_count", f"{len(chunks) - 1} placeholders for {len(images)} images")
     segments: list[Text | Image] = [Text(chunks[0])]
     for image, chunk in zip(images, chunks[1:], strict=True):
-        segments += [Image(image), Text(chunk)]
+        segments += [image, Text(chunk)]
     return tuple(segment for segment in segments if isinstance(segment, Image) or segment.text)
 
 

@@ -115,6 +115,32 @@ def test_tiny_and_long_images_are_rejected(make_image, size, reason):
     assert reason_of(make_image(*size)) == reason
 
 
+def test_side_that_shards_cannot_hold_is_rejected():
+    rules = ImageRules(limits=ImageLimits(max_aspect_ratio=1e9))
+    with pytest.raises(RejectError, match="65536x8 pixels, a side must have at most 65535"):
+        check_image(bomb(65536, 8), rules)
+
+
+@pytest.mark.parametrize("decode", [False, True])
+def test_size_is_that_of_the_upright_image(decode):
+    exif = PILImage.Exif()
+    exif[0x0112] = 6
+    stream = io.BytesIO()
+    PILImage.new("RGB", (48, 40)).save(stream, "JPEG", exif=exif)
+    data, rules = stream.getvalue(), ImageRules(decode=decode)
+    facts = check_image(data, rules)
+    assert (facts.width, facts.height) == (40, 48)
+    small = shrink_image(data, facts, ImageRules(resize_shorter_side=20))
+    assert small.size == (20, 24) == PILImage.open(io.BytesIO(small.data)).size
+
+
+def test_corrupt_exif_data_are_not_warned_of(recwarn):
+    stream = io.BytesIO()
+    PILImage.new("RGB", (33, 21)).save(stream, "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\0\0")
+    check_image(stream.getvalue(), RULES)
+    assert not recwarn.list
+
+
 def test_limits_are_options(make_image):
     rules = ImageRules(limits=ImageLimits(min_side=1, max_aspect_ratio=1e9), min_bytes=1)
     assert check_image(make_image(1, 1000), rules).height == 1000
@@ -188,13 +214,15 @@ def test_checking_costs_little_beside_decoding(make_image):
 def test_larger_images_are_encoded_again_with_the_shorter_side_wanted(make_image):
     data, rules = make_image(90, 60, "PNG"), ImageRules(resize_shorter_side=30)
     small = shrink_image(data, check_image(data, rules), rules)
-    assert check_image(small, rules) == ImageFacts("JPEG", 45, 30)
+    assert (check_image(small.data, rules), small.size) == (ImageFacts("JPEG", 45, 30), (45, 30))
 
 
 def test_images_that_are_small_already_keep_their_bytes(make_image):
     data, rules = make_image(30, 60), ImageRules(resize_shorter_side=30)
-    assert shrink_image(data, check_image(data, rules), rules) is data
-    assert shrink_image(data, check_image(data, RULES), RULES) is data
+    for own in (rules, RULES):
+        image = shrink_image(data, check_image(data, own), own)
+        assert image.data is data
+        assert image.size == (30, 60)
 
 
 def test_damage_found_while_shrinking_is_a_reject(make_image):

@@ -5,6 +5,7 @@ import io
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from megatron_vlm.config import DataError
 from megatron_vlm.data.images.decoding import (
@@ -12,6 +13,8 @@ from megatron_vlm.data.images.decoding import (
     ImageLimits,
     check_limits,
     decode_rgb,
+    has_orientation,
+    has_swapped_sides,
     is_upright,
     read_image_header,
 )
@@ -66,3 +69,37 @@ def test_orientation_is_read_from_exif(orientation, expected):
     if orientation is not None:
         exif[0x0112] = orientation
     assert is_upright(encode(make_photo(40, 30), "JPEG", exif=exif)) is expected
+
+
+def turned(kind: str, orientation: int, metadata: str) -> bytes:
+    """Encode a picture of 40x30 whose metadata say how it is to be turned."""
+    photo = make_photo(40, 30)
+    if metadata == "xmp":
+        text = f'<x:xmpmeta tiff:Orientation="{orientation}"/>'
+        if kind == "PNG":
+            chunks = PngInfo()
+            chunks.add_itxt("XML:com.adobe.xmp", text)
+            return encode(photo, kind, pnginfo=chunks)
+        return encode(photo, kind, xmp=text.encode())
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return encode(photo, kind, exif=exif)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("metadata", ["exif", "xmp"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_swapped_sides_are_those_of_the_decoded_image(kind, metadata, orientation):
+    encoded = turned(kind, orientation, metadata)
+    assert has_orientation(encoded)
+    assert has_swapped_sides(encoded) == (decode_rgb(encoded).size == (30, 40)) == (orientation > 4)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF"])
+def test_image_without_metadata_has_no_orientation(kind):
+    assert not has_orientation(encode(make_photo(40, 30), kind))
+
+
+def test_fill_bytes_before_a_segment_hide_no_orientation():
+    encoded = turned("JPEG", 6, "exif")
+    assert has_orientation(encoded[:2] + b"\xff\xff" + encoded[2:])

@@ -49,7 +49,7 @@ def make_samples(number: int, with_images: bool, seed: int) -> list[EncodedSampl
     for index in range(number):
         segments = [TextSegment(np.array([1], dtype=np.int32), True)]
         for _ in range(rng.integers(0, 3) if with_images else 0):
-            segments.append(ImageSegment(encode_colour(index % 256)))
+            segments.append(ImageSegment(encode_colour(index % 256), (8, 8)))
             segments.append(TextSegment(rng.integers(3, 100, rng.integers(1, 9)).astype(np.int32), True))
         segments.append(TextSegment(rng.integers(3, 100, rng.integers(1, 20)).astype(np.int32), bool(index % 2)))
         samples.append(EncodedSample(tuple(segments)))
@@ -219,7 +219,7 @@ def _ids_of(sample) -> list[int]:
 def test_error_in_a_piece_names_its_tokens(tmp_path):
     samples = make_samples(4, False, seed=1)
     long = TextSegment(np.full(40, 7, dtype=np.int32), True)
-    samples.append(EncodedSample((long, ImageSegment(b"no image"))))
+    samples.append(EncodedSample((long, ImageSegment(b"no image", (8, 8)))))
     write_dataset(tmp_path / "d", samples, source="d", tokenizer=TOKENIZER)
     datasets = [ShardedDataset.open(tmp_path / "d")]
     plan = make_plan(datasets, tmp_path, overflow="split", seq_length=32)
@@ -357,7 +357,7 @@ def test_close_ends_the_workers(datasets, plan):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_damaged_image_names_dataset_shard_and_sample(tmp_path, workers):
     samples = make_samples(40, True, seed=1)
-    samples[35] = EncodedSample((TextSegment(np.array([1], dtype=np.int32), True), ImageSegment(b"no image")))
+    samples[35] = EncodedSample((TextSegment(np.array([1], dtype=np.int32), True), ImageSegment(b"no image", (8, 8))))
     write_dataset(tmp_path / "d", samples, source="d", tokenizer=TOKENIZER, samples_per_shard=32)
     datasets = [ShardedDataset.open(tmp_path / "d")]
     loader = make_loader(datasets, make_plan(datasets, tmp_path), num_workers=workers)

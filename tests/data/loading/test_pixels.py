@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from megatron_vlm.config import DataError
-from megatron_vlm.data.images.decoding import ImageLimits, read_image_header
+from megatron_vlm.data.images.decoding import ImageLimits, decode_rgb, read_image_header
 from megatron_vlm.data.loading import pixels
 from megatron_vlm.data.loading.pixels import decode_image
 
@@ -215,3 +215,12 @@ def test_damaged_bytes_give_an_image_or_a_data_error(kind):
         except DataError:
             continue
         assert result.shape == (3, 16, 16)
+
+
+def test_jpeg_turned_by_xmp_is_turned_as_pillow_does():
+    photo = make_photo(40, 30)
+    plain, turned = encode(photo, "JPEG"), encode(photo, "JPEG", xmp=b'<x tiff:Orientation="6"/>')
+    assert (decode(turned, 32) != decode(plain, 32)).any()
+    upright = decode_rgb(turned)
+    assert upright.size == (30, 40)
+    assert (decode(turned, 32) == decode(encode(upright, "PNG"), 32)).all()

@@ -1,6 +1,7 @@
 import contextlib
 import dataclasses
 import fcntl
+import io
 import json
 import multiprocessing
 import os
@@ -13,11 +14,13 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from megatron_vlm.config import ConfigError, DataError, StorageError
 from megatron_vlm.data.documents import JoinRules
 from megatron_vlm.data.files.inputs import find_record_files
 from megatron_vlm.data.images.checking import ImageRules
+from megatron_vlm.data.images.decoding import decode_rgb
 from megatron_vlm.data.prepare import run as prepare_module
 from megatron_vlm.data.prepare.merge import merge_datasets
 from megatron_vlm.data.prepare.part import USED_ROWS_FILE, ImagePlace, PartJob, Recipe
@@ -416,3 +419,20 @@ def test_no_worker_process_is_left_behind(mmc4, tokenizer_path, output):
     before = set(multiprocessing.active_children())  # other tests keep processes of their own
     prepare(mmc4_job(mmc4, tokenizer_path, output), num_workers=2)
     assert set(multiprocessing.active_children()) <= before
+
+
+@pytest.mark.parametrize("side", [None, 24])
+def test_shards_know_the_decoded_size_of_every_image(mmc4, tokenizer_path, output, make_image, side):
+    pictures = sorted((mmc4 / "images").iterdir())
+    for number, path in enumerate(pictures):
+        exif = Image.Exif()
+        exif[0x0112] = 6 if number % 2 else 1  # every second picture lies on its side
+        Image.open(io.BytesIO(make_image(40 + number, 20 + 2 * number))).save(path, "JPEG", exif=exif)
+    job = mmc4_job(mmc4, tokenizer_path, output, image_rules=ImageRules(resize_shorter_side=side))
+    prepare(job)
+    dataset = ShardedDataset.open(output)
+    images = [s for sample in dataset for s in sample.segments if isinstance(s, ImageSegment)]
+    sizes = [decode_rgb(image.encoded).size for image in images]
+    assert [image.size for image in images] == sizes == list(map(tuple, dataset.image_sizes().tolist()))
+    assert len(set(sizes)) == len(pictures)
+    assert (side is None) or max(min(size) for size in sizes) == side

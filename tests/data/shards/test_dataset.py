@@ -1,3 +1,5 @@
+import dataclasses
+import json
 import pickle
 import subprocess
 import sys
@@ -9,6 +11,7 @@ import pytest
 
 from megatron_vlm.config import DataError
 from megatron_vlm.data.samples import EncodedSample, ImageSegment, TextSegment, TokenizerFacts
+from megatron_vlm.data.shards import dataset as dataset_module
 from megatron_vlm.data.shards.dataset import ShardedDataset
 from megatron_vlm.data.shards.index import ShardIndex
 from megatron_vlm.data.shards.manifest import MANIFEST_FILE, WORK_FOLDER
@@ -73,7 +76,7 @@ def test_fingerprint_differs_for_other_content(folder, tmp_path, make_samples, t
     assert prints[0] == prints[1] != prints[2]
 
 
-@pytest.mark.parametrize("suffix", ["bin", "idx", "crc"])
+@pytest.mark.parametrize("suffix", ["bin", "idx", "crc", "dim"])
 def test_truncated_file_is_refused_at_open(dataset, suffix):
     path = dataset.folder / f"00001.{suffix}"
     path.write_bytes(path.read_bytes()[:-1])
@@ -120,7 +123,7 @@ def test_flipped_bit_of_the_index_is_found_before_planning_and_before_reading(da
         ShardedDataset.open(dataset.folder)[0]
 
 
-@pytest.mark.parametrize("suffix", ["bin", "idx", "crc"])
+@pytest.mark.parametrize("suffix", ["bin", "idx", "crc", "dim"])
 def test_file_truncated_after_opening_is_an_error_not_a_crash(dataset, suffix):
     dataset[0]
     (dataset.folder / f"00000.{suffix}").write_bytes(b"")
@@ -168,7 +171,7 @@ def test_another_tokenizer_is_refused(dataset, tokenizer_facts):
 
 
 def test_opening_a_million_samples_takes_under_ten_milliseconds(folder, tokenizer_facts):
-    sample = EncodedSample((TextSegment(np.array([1, 2], dtype=np.int32), True), ImageSegment(b"x")))
+    sample = EncodedSample((TextSegment(np.array([1, 2], dtype=np.int32), True), ImageSegment(b"x", (8, 8))))
     write_dataset(folder, (sample for _ in range(1_000_000)), source="tiny", tokenizer=tokenizer_facts)
     times = []
     for _ in range(5):
@@ -210,3 +213,69 @@ def test_outlines_equal_the_segments_of_the_samples(folder, make_samples, tokeni
             for segment in samples[number].segments
         ]
         assert list(zip(is_image[part].tolist(), tokens[part].tolist(), strict=True)) == expected
+
+
+@pytest.fixture
+def sized(folder, tokenizer_facts):
+    """30 samples of 0 to 3 images of different sizes, in shards of 7, and these sizes."""
+    generator, samples = np.random.default_rng(0), []
+    for _ in range(30):
+        images = [
+            ImageSegment(b"x", tuple(generator.integers(1, 65536, 2).tolist())) for _ in range(generator.integers(4))
+        ]
+        samples.append(EncodedSample((*images, TextSegment(np.array([1], dtype=np.int32), True))))
+    write_dataset(folder, samples, source="tiny", tokenizer=tokenizer_facts, samples_per_shard=7)
+    return [[segment.size for segment in sample.segments[:-1]] for sample in samples]
+
+
+@pytest.mark.parametrize("block", [1, 3, 4096])
+def test_every_image_is_read_with_its_size(folder, sized, block, monkeypatch):
+    monkeypatch.setattr(dataset_module, "_IMAGE_BLOCK", block)
+    dataset = ShardedDataset.open(folder)
+    for number in np.random.default_rng(1).permutation(30).tolist():
+        assert [segment.size for segment in dataset[number].segments[:-1]] == sized[number]
+
+
+@pytest.mark.parametrize("samples", [None, [], [0], [29], [3, 6, 7, 20, 21]])
+def test_sizes_of_samples_are_those_of_their_images(folder, sized, samples):
+    found = ShardedDataset.open(folder).image_sizes(None if samples is None else np.array(samples, dtype=np.int64))
+    expected = [size for number in (range(30) if samples is None else samples) for size in sized[number]]
+    assert found.dtype == np.uint16
+    assert found.shape == (len(expected), 2)
+    assert list(map(tuple, found.tolist())) == expected
+
+
+def test_dataset_without_images_has_no_sizes(folder, tokenizer_facts):
+    sample = EncodedSample((TextSegment(np.array([1], dtype=np.int32), True),))
+    write_dataset(folder, [sample], source="text", tokenizer=tokenizer_facts)
+    assert (folder / "00000.dim").stat().st_size == 0
+    assert ShardedDataset.open(folder).image_sizes().shape == (0, 2)
+
+
+def test_flipped_bit_of_the_sizes_is_found_before_planning_and_before_reading(dataset):
+    path = dataset.folder / "00000.dim"
+    content = bytearray(path.read_bytes())
+    content[3] ^= 4
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="file of image sizes is damaged: its checksum differs .*00000.dim"):
+        ShardedDataset.open(dataset.folder).image_sizes()
+    with pytest.raises(DataError, match="file of image sizes is damaged"):
+        ShardedDataset.open(dataset.folder)[0]
+
+
+def test_sizes_of_another_number_of_images_are_refused(dataset):
+    facts = dataset.manifest.shards[0]
+    counts = dataclasses.replace(facts.counts, images=facts.counts.images + 1)
+    manifest = dataclasses.replace(dataset.manifest, shards=(dataclasses.replace(facts, counts=counts),))
+    with pytest.raises(DataError, match=f"has {4 * facts.counts.images} bytes for {counts.images} images"):
+        ShardedDataset(dataset.folder, manifest, "").image_sizes()
+
+
+def test_shards_without_sizes_of_images_name_the_fix(dataset):
+    tree = json.loads((dataset.folder / MANIFEST_FILE).read_text())
+    del tree["shards"][1]["files"]["dim"]
+    (dataset.folder / MANIFEST_FILE).write_text(json.dumps(tree))
+    with pytest.raises(
+        DataError, match="shard has no file 00001.dim: an older version .*fix: prepare the dataset again"
+    ):
+        ShardedDataset.open(dataset.folder)

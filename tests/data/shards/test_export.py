@@ -128,7 +128,7 @@ def test_any_token_ids_come_back(seed, tokenizer, tokenizer_path, tmp_path, make
     generator = np.random.default_rng(seed)
     samples = []
     for _ in range(20):
-        segments, train = [ImageSegment(make_image(seed=seed))], True
+        segments, train = [ImageSegment(make_image(seed=seed), (48, 40))], True
         for _ in range(generator.integers(1, 5)):
             ids = generator.integers(0, tokenizer.vocab_size, generator.integers(1, 9)).astype(np.int32)
             segments.append(TextSegment(np.where(generator.random(len(ids)) < 0.2, tokenizer.eos_id, ids), train))
@@ -192,13 +192,15 @@ def test_any_document_is_read_back_as_it_was(seed, tokenizer, tokenizer_path, tm
     segments: list[Text | Image] = []
     for _ in range(generator.randrange(1, 7)):
         if generator.random() < 0.4:
-            segments.append(Image(make_image(16, 16, generator.choice(("JPEG", "PNG", "WEBP", "GIF")), seed=seed)))
+            segments.append(
+                Image(make_image(16, 16, generator.choice(("JPEG", "PNG", "WEBP", "GIF")), seed=seed), (16, 16))
+            )
         else:
             train = generator.random() < 0.5
             if segments and isinstance(segments[-1], Text) and segments[-1].train == train:
                 train = not train
             segments.append(Text("".join(generator.choices(WORDS, k=generator.randrange(1, 5))), train))
-    segments.append(Image(make_image(16, 16, seed=seed + 1)))
+    segments.append(Image(make_image(16, 16, seed=seed + 1), (16, 16)))
     segments.append(Text("the end"))
     sample = encode_document(Document(tuple(segments)), tokenizer)
     write_dataset(tmp_path / "shards", [sample], source="t", tokenizer=tokenizer.facts)
@@ -321,6 +323,6 @@ def test_a_dataset_that_changes_meanwhile_is_refused(job):
 
 
 def test_an_image_of_unknown_format_is_a_data_error(tokenizer):
-    sample = EncodedSample((TextSegment(np.array([5], dtype=np.int32), True), ImageSegment(b"<html>")))
+    sample = EncodedSample((TextSegment(np.array([5], dtype=np.int32), True), ImageSegment(b"<html>", (8, 8))))
     with pytest.raises(DataError, match="image has an unknown format"):
         describe_sample(sample, tokenizer)

@@ -39,7 +39,7 @@ class Page(HTMLParser):
 
 @pytest.fixture
 def dataset(folder, tokenizer, make_image):
-    turns = [Turn((Image(make_image()), Text("what is <b>?")), "a cat & dog")]
+    turns = [Turn((Image(make_image(), (48, 40)), Text("what is <b>?")), "a cat & dog")]
     segments = encode_conversation(turns, tokenizer, template=TEMPLATES["vicuna_v1"], system=None)
     write_dataset(folder, [EncodedSample(segments)] * 5, source="<tiny>", tokenizer=tokenizer.facts)
     return ShardedDataset.open(folder)

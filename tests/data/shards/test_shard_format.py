@@ -1,6 +1,7 @@
 """docs/shard_format.md is complete: a reader written from it alone, and every reason of a reject is in it."""
 
 import hashlib
+import io
 import json
 import re
 import struct
@@ -8,6 +9,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 import megatron_vlm
 from megatron_vlm.data.prepare.duplicates import FingerprintWriter
@@ -35,6 +37,8 @@ def read_shard(folder: Path, shard: dict) -> list[list[tuple[int, bytes]]]:
     modes = struct.unpack_from(f"<{sequences}b", index, 34 + 12 * sequences + 8 * borders)
     crcs = struct.unpack(f"<{sequences}I", contents["crc"])
     assert (offsets[0], first[0], first[-1]) == (0, 0, sequences)
+    assert len(contents["dim"]) == 4 * modes.count(1)
+    sizes = struct.iter_unpack("<HH", contents["dim"])
     samples = []
     for sample in range(borders - 1):
         samples.append([])
@@ -42,6 +46,8 @@ def read_shard(folder: Path, shard: dict) -> list[list[tuple[int, bytes]]]:
             content = contents["bin"][offsets[number] : offsets[number] + lengths[number]]
             assert zlib.crc32(content) == crcs[number]
             samples[-1].append((modes[number], content))
+            if modes[number] == 1:
+                assert Image.open(io.BytesIO(content)).size == next(sizes)
     return samples
 
 
@@ -62,7 +68,7 @@ def read_dataset(folder: Path) -> list[list[tuple[int, bytes]]]:
     return samples
 
 
-def test_a_reader_of_forty_lines_written_from_the_document_reads_every_sample(folder, make_samples, tokenizer_facts):
+def test_a_reader_of_fifty_lines_written_from_the_document_reads_every_sample(folder, make_samples, tokenizer_facts):
     write_dataset(folder, make_samples(20), source="tiny", tokenizer=tokenizer_facts, samples_per_shard=8)
     found, dataset = read_dataset(folder), ShardedDataset.open(folder)
     expected = []

@@ -15,7 +15,7 @@ def text(count: int, train: bool = True) -> TextSegment:
 
 @pytest.fixture
 def statistics(folder, tokenizer_facts):
-    image = ImageSegment(b"xyz")
+    image = ImageSegment(b"xyz", (8, 8))
     samples = [
         EncodedSample((text(1), image, text(5, False), image, text(4))),
         EncodedSample((text(8), image)),

@@ -1,4 +1,6 @@
+import dataclasses
 import json
+import zlib
 
 import numpy as np
 import pytest
@@ -30,7 +32,7 @@ def test_whole_dataset_has_no_fault(dataset):
     assert faults(dataset) == faults(dataset, decode=True) == []
 
 
-@pytest.mark.parametrize("suffix", ["bin", "idx", "crc"])
+@pytest.mark.parametrize("suffix", ["bin", "idx", "crc", "dim"])
 @pytest.mark.parametrize("fraction", [0.0, 0.3, 0.7, 0.999])
 def test_flipped_bit_of_any_file_is_found(dataset, suffix, fraction):
     path = dataset / f"00001.{suffix}"
@@ -48,7 +50,7 @@ def test_flipped_bit_of_the_data_names_sample_and_sequence(dataset):
     ]
 
 
-@pytest.mark.parametrize("suffix", ["bin", "idx", "crc"])
+@pytest.mark.parametrize("suffix", ["bin", "idx", "crc", "dim"])
 def test_truncated_and_missing_files_are_found(dataset, suffix):
     path = dataset / f"00000.{suffix}"
     path.write_bytes(path.read_bytes()[:-3])
@@ -74,7 +76,7 @@ def test_hole_of_zeros_is_found(dataset):
 
 
 def test_swapped_shards_are_found(dataset):
-    for suffix in ("bin", "idx", "crc"):
+    for suffix in ("bin", "idx", "crc", "dim"):
         one, other = dataset / f"00000.{suffix}", dataset / f"00001.{suffix}"
         first, second = one.read_bytes(), other.read_bytes()
         one.write_bytes(second)
@@ -100,7 +102,7 @@ def test_token_outside_of_the_vocabulary_is_found(folder, tokenizer_facts, ids):
 
 
 def test_image_that_is_no_image_is_found(folder, tokenizer_facts):
-    (fault,) = write_bad(folder, EncodedSample((ImageSegment(b"<html>"),)), tokenizer_facts)
+    (fault,) = write_bad(folder, EncodedSample((ImageSegment(b"<html>", (8, 8)),)), tokenizer_facts)
     assert "image_format" in fault
 
 
@@ -108,7 +110,9 @@ def test_damage_inside_of_an_image_is_found_by_decoding(folder, tokenizer_facts,
     data = bytearray(make_image(64, 64))
     start = data.index(b"\xff\xc4")
     data[start + 4 : start + 24] = b"\xff" * 20
-    write_dataset(folder, [EncodedSample((ImageSegment(bytes(data)),))], source="t", tokenizer=tokenizer_facts)
+    write_dataset(
+        folder, [EncodedSample((ImageSegment(bytes(data), (64, 64)),))], source="t", tokenizer=tokenizer_facts
+    )
     assert faults(folder) == []
     (fault,) = faults(folder, decode=True)
     assert "image_damaged" in fault
@@ -116,9 +120,6 @@ def test_damage_inside_of_an_image_is_found_by_decoding(folder, tokenizer_facts,
 
 def rewrite_index(folder, change) -> None:
     """Change an index and make the manifest agree with its bytes."""
-    import dataclasses
-    import zlib
-
     path = folder / "00000.idx"
     content = bytearray(path.read_bytes())
     change(content)
@@ -172,7 +173,7 @@ def test_list_of_rejects_is_held_against_the_manifest(dataset):
 
 
 def test_many_faults_of_a_shard_are_cut_short(folder, tokenizer_facts):
-    writer_samples = [EncodedSample((ImageSegment(b"x"),))] * 300
+    writer_samples = [EncodedSample((ImageSegment(b"x", (8, 8)),))] * 300
     write_dataset(folder, writer_samples, source="tiny", tokenizer=tokenizer_facts)
     found = faults(folder)
     assert len(found) == 101
@@ -192,10 +193,34 @@ def test_folder_without_dataset_is_an_error(tmp_path):
 
 
 def test_empty_shard_is_found(dataset):
-    import dataclasses
-
     empty = ShardWriter(dataset / "00000").close()
     manifest = load_manifest(dataset)
     manifest = dataclasses.replace(manifest, shards=(empty, manifest.shards[1]), documents=6)
     save_manifest(manifest, dataset)
     assert any("a sequence is empty" in fault for fault in faults(dataset))
+
+
+def rewrite_sizes(folder, content: bytes) -> None:
+    """Write other sizes and make the manifest agree with them."""
+    (folder / "00000.dim").write_bytes(content)
+    manifest = load_manifest(folder)
+    files = manifest.shards[0].files | {"dim": FileFacts(bytes=len(content), crc32=zlib.crc32(content))}
+    shard = dataclasses.replace(manifest.shards[0], files=files)
+    save_manifest(dataclasses.replace(manifest, shards=(shard, *manifest.shards[1:])), folder)
+
+
+@pytest.mark.parametrize("decode", [False, True])
+def test_size_that_is_not_the_images_names_shard_and_image(dataset, decode):
+    sizes = np.fromfile(dataset / "00000.dim", "<u2").reshape(-1, 2)
+    sizes[2] = (40, 48)
+    rewrite_sizes(dataset, sizes.tobytes())
+    (fault,) = faults(dataset, decode=decode)
+    assert fault.startswith("00000.bin: sample ")
+    assert fault.endswith(": image of 48x40 pixels, entry 2 of 00000.dim says 40x48")
+
+
+def test_another_number_of_sizes_is_found(dataset):
+    sizes = (dataset / "00000.dim").read_bytes()
+    rewrite_sizes(dataset, sizes[:-4])
+    number = len(sizes) // 4
+    assert faults(dataset) == [f"00000.dim: {number - 1} sizes for {number} images"]

@@ -131,7 +131,9 @@ def test_join_index_finds_all_rows_of_a_text_in_order(tmp_path):
 
 def test_reader_checks_counts_and_shrinks(make_image):
     reader = ImageReader(None, ImageRules(resize_shorter_side=20))
-    assert len(reader.check(make_image(60, 60))) < len(make_image(60, 60))
+    image = reader.check(make_image(90, 60))
+    assert len(image.data) < len(make_image(90, 60))
+    assert image.size == (30, 20)
     assert reader.notes["shrunk_images"] == 1
     with pytest.raises(RejectError, match="image_format"):
         reader.check(b"text")

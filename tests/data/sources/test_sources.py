@@ -323,7 +323,7 @@ def captions(found) -> list[str]:
 def test_coyo_tars_give_pairs_by_key(coyo, tmp_path, context, make_image):
     found = read_all(coyo_source(coyo, tmp_path), context)
     assert captions(found) == [f"a red cat {shard} {number}" for shard in range(2) for number in range(4)]
-    assert found[5].document.segments[0] == Image(make_image(seed=11))
+    assert found[5].document.segments[0] == Image(make_image(seed=11), (48, 40))
     assert found[5].key == "000010001"
 
 

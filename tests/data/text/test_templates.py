@@ -162,7 +162,7 @@ def test_unknown_template_names_the_choices():
 
 
 def test_placeholders_become_images_in_place():
-    assert split_placeholders("a <image> b <image>", [b"1", b"2"]) == (
+    assert split_placeholders("a <image> b <image>", [Image(b"1"), Image(b"2")]) == (
         Text("a "),
         Image(b"1"),
         Text(" b "),
@@ -174,7 +174,7 @@ def test_placeholders_become_images_in_place():
 @pytest.mark.parametrize(("text", "count"), [("<image>", 2), ("<image>" * 1_000_000, 1), ("none", 1)])
 def test_other_numbers_of_placeholders_than_images_are_rejected(text, count):
     with pytest.raises(RejectError, match="placeholder_count"):
-        split_placeholders(text, [b"x"] * count)
+        split_placeholders(text, [Image(b"x")] * count)
 
 
 def test_conversation_without_turns_or_answers_is_a_mistake_of_the_caller():

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_vlm.data.documents import PLACEHOLDER, Document, TextRules, clean_text
+from megatron_vlm.data.documents import PLACEHOLDER, Document, Image, TextRules, clean_text
 from megatron_vlm.data.files.locations import Location
 from megatron_vlm.data.files.records import MAX_RECORD_BYTES
 from megatron_vlm.data.files.table_records import read_any_records
@@ -89,7 +89,7 @@ def make_document(conversation: Conversation, images: ImageReader, rules: Conver
     return render_conversation(turns, find_template(rules.template), system)
 
 
-def _make_turn(question: str, answer: str, images: list[bytes], rules: ConversationRules) -> Turn:
+def _make_turn(question: str, answer: str, images: list[Image], rules: ConversationRules) -> Turn:
     if rules.image_position == "front" and images:
         question = f"{PLACEHOLDER}\n" * len(images) + question.replace(PLACEHOLDER, "").strip()
     for chunk in question.split(PLACEHOLDER):

@@ -3,6 +3,7 @@
 import base64
 from typing import Any, NamedTuple
 
+from megatron_vlm.data.documents import Image
 from megatron_vlm.data.rejects import RejectError
 from megatron_vlm.data.sources.image_store import ImageReader
 
@@ -19,7 +20,7 @@ class ImageRef(NamedTuple):
     url: str | None = None
     data: bytes | None = None
 
-    def load(self, images: ImageReader) -> bytes:
+    def load(self, images: ImageReader) -> Image:
         """Return the checked image.
 
         Raises:

@@ -13,9 +13,9 @@ from megatron_vlm.data.sources.interleaved.assignment import reassign
 
 _MAX_LISTED_IMAGES = 1000
 
-FindImage = Callable[[dict[str, Any]], bytes]
+FindImage = Callable[[dict[str, Any]], Image]
 """Returns the checked image of an entry of `image_info`."""
-LoadImage = Callable[[], bytes]
+LoadImage = Callable[[], Image]
 """Returns one checked image, or raises RejectError."""
 
 
@@ -184,7 +184,7 @@ def pair_up(texts: list[Any], images: list[Any], train: list[Any] | None = None)
     return places
 
 
-def find_listed_image(info: dict[str, Any], images: ImageReader) -> bytes:
+def find_listed_image(info: dict[str, Any], images: ImageReader) -> Image:
     """Return the image of an entry of `image_info`: base64 inside of it, or a file by name or URL.
 
     Raises:
@@ -211,7 +211,7 @@ class _ImageTaker:
     def take(self, load: LoadImage) -> Image | None:
         """Return the image, or None if it is left out."""
         try:
-            data = load()
+            image = load()
         except RejectError:
             if self._rules.bad_image == "document":
                 raise
@@ -221,7 +221,7 @@ class _ImageTaker:
             self._images.count("images_beyond_the_most")
             return None
         self._num_taken += 1
-        return Image(data)
+        return image
 
     def check_enough(self) -> None:
         if self._num_taken < self._rules.min_images:

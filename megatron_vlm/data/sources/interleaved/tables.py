@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow.parquet
 
 from megatron_vlm.config import DataError
-from megatron_vlm.data.documents import Document, Text
+from megatron_vlm.data.documents import Document, Image, Text
 from megatron_vlm.data.files.locations import Location
 from megatron_vlm.data.files.parquet import open_parquet, read_rows
 from megatron_vlm.data.files.records import field, parse_record
@@ -96,7 +96,7 @@ def _key(cells: dict[str, Any]) -> str | None:
 
 
 def _loader(image: Any, images: ImageReader) -> LoadImage:
-    def load() -> bytes:
+    def load() -> Image:
         found = image
         if isinstance(found, dict):
             found = found.get("bytes") if found.get("bytes") is not None else found.get("path")

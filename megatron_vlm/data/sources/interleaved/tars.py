@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_vlm.data.documents import Control, Document, Special, Text
+from megatron_vlm.data.documents import Control, Document, Image, Special, Text
 from megatron_vlm.data.files.locations import Location
 from megatron_vlm.data.files.records import field, parse_record
 from megatron_vlm.data.files.tars import IMAGE_EXTENSIONS, Member, TarReader, group_members, list_members
@@ -131,7 +131,7 @@ class _Sample:
         return Text(entry) if self._member(entry) is None else self._image(entry)
 
     def _image(self, name: Any) -> LoadImage:
-        def load() -> bytes:
+        def load() -> Image:
             if not isinstance(name, str):
                 raise RejectError("json_type", f"an image is {type(name).__name__}, not a name")
             member = self._member(name)
@@ -143,7 +143,7 @@ class _Sample:
 
         return load
 
-    def _find_listed(self, info: dict[str, Any]) -> bytes:
+    def _find_listed(self, info: dict[str, Any]) -> Image:
         name = info.get("image_name")
         if isinstance(name, str) and self._member(name) is not None:
             return self._image(name)()

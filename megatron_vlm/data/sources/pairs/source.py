@@ -40,7 +40,7 @@ class PairRules:
     max_record_bytes: int = MAX_RECORD_BYTES
 
 
-def make_pair(image: bytes, caption: str, key: str, rules: PairRules) -> Document:
+def make_pair(image: Image, caption: str, key: str, rules: PairRules) -> Document:
     """Return the document: the image, then its caption.
 
     Raises:
@@ -49,7 +49,7 @@ def make_pair(image: bytes, caption: str, key: str, rules: PairRules) -> Documen
     caption = clean_text(caption, rules.text)
     if not caption or caption.isspace():
         raise RejectError("empty_text", "the caption is empty")
-    return Document((Image(image), Text(caption)), key=key)
+    return Document((image, Text(caption)), key=key)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +122,7 @@ class _TarPair:
             name = next(extension for extension, member in group.items() if member is None)
             raise RejectError("duplicate_name", f"the tar has {key[:200]}.{name} twice")
 
-    def image(self, images: ImageReader) -> bytes:
+    def image(self, images: ImageReader) -> Image:
         member = find_image(self._group)
         if member is None:
             raise RejectError("image_missing", f"the key has {', '.join(self._group) or 'nothing'}"[:200])

@@ -65,8 +65,8 @@ def test_base64_names_its_field():
 def test_an_image_is_loaded_from_the_record_or_the_folder_and_checked(tmp_path, make_image):
     images = ImageReader(FolderImages(tmp_path, max_bytes=10**6), ImageRules())
     (tmp_path / "a.jpg").write_bytes(make_image(seed=1))
-    assert ImageRef("a.jpg").load(images) == make_image(seed=1)
-    assert ImageRef(data=make_image(seed=2)).load(images) == make_image(seed=2)
+    assert ImageRef("a.jpg").load(images) == (make_image(seed=1), (48, 40))
+    assert ImageRef(data=make_image(seed=2)).load(images) == (make_image(seed=2), (48, 40))
     for ref in (ImageRef(data=b"no picture"), ImageRef("none.jpg")):
         with pytest.raises(RejectError, match="image_"):
             ref.load(images)

@@ -75,7 +75,7 @@ def test_special_says_which_tokens_there_are_besides_the_texts(tmp_path, make_ta
     members = [("k.json", json.dumps(record).encode()), ("k.0.jpg", pictures["A"])]
     source = InterleavedTarSource((make_tar(tmp_path / "0.tar", members),))
     (found,) = source.read(source.inputs[0], context)
-    picture = Image(pictures["A"])
+    picture = Image(pictures["A"], found.document.images[0].size)
     assert found.document.segments == (Text("a", False), picture, Text("one", True), Text("b", False))
     assert found.document.exact == (
         *(Special(Control.BOS, False), Text("a", False), picture, Special("on"), Special("e")),
