@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from megatron_vlm.config.prepare import MAX_SEED
 from megatron_vlm.data.files.locations import Location, RemoteFile, parse_location
 
 
@@ -49,7 +50,7 @@ def number(least: float = -math.inf, most: float = math.inf) -> Callable[[str], 
 positive = whole_number(1)
 """A type for argparse: a whole number of at least 1."""
 
-seed = whole_number(0, 2**63 - 1)
+seed = whole_number(0, MAX_SEED)
 """A type for argparse: a seed that every random number generator takes."""
 
 
@@ -64,6 +65,12 @@ def location(text: str) -> Location:
         except OSError as error:
             raise argparse.ArgumentTypeError(f"{text[:100]} cannot be used: {error.strerror}") from None
     return place
+
+
+def location_text(text: str) -> str:
+    """Return a path or a URL as it is; a type for argparse that refuses what `location` refuses."""
+    location(text)
+    return text
 
 
 def local_path(text: str) -> Path:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from megatron_vlm.config.errors import ConfigError
+from megatron_vlm.config.errors import ConfigError, UsageError
 
 
 def check_positive(section: str, config: Any, *names: str) -> None:
@@ -27,3 +27,13 @@ def check_not_negative(section: str, config: Any, *names: str) -> None:
         value = getattr(config, name)
         if value is not None and value < 0:
             raise ConfigError(f"{section}.{name}={value} is negative", fix="use 0 or more")
+
+
+def check_order(least_flag: str, least: float, most_flag: str, most: float) -> None:
+    """Check that a lower limit is not above the upper one.
+
+    Raises:
+        UsageError: it is.
+    """
+    if least > most:
+        raise UsageError(f"{least_flag} {least} is above {most_flag} {most}", fix="lower one or raise the other")

@@ -9,8 +9,9 @@ import enum
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
+from megatron_vlm.config.prepare import JoinRules, TextRules
 from megatron_vlm.data.rejects import RejectError
 
 
@@ -72,18 +73,6 @@ PLACEHOLDER = "<image>"
 """How corpora write the place of an image in a text."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TextRules:
-    """Which text is taken, and what is changed in it."""
-
-    max_characters: int = 500_000
-    """Longest text of one document [characters]."""
-    control_characters: bool = False
-    """Whether control characters other than tab and line breaks are taken."""
-    placeholder: Literal["upper", "keep"] = "upper"
-    """What becomes of a literal "<image>" that stands for no image; the VILA code writes "<IMAGE>"."""
-
-
 _CONTROL_CHARACTERS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 _SURROGATES = re.compile("[\ud800-\udfff]")
 
@@ -100,7 +89,7 @@ def clean_text(text: str, rules: TextRules) -> str:
         raise RejectError("invalid_unicode", f"code point U+{ord(found[0]):04X} at character {found.start()}")
     if not rules.control_characters and not text.isprintable() and (found := _CONTROL_CHARACTERS.search(text)):
         raise RejectError("control_character", f"U+{ord(found[0]):04X} at character {found.start()}")
-    if rules.placeholder == "upper" and PLACEHOLDER in text:
+    if not rules.keep_placeholders and PLACEHOLDER in text:
         return text.replace(PLACEHOLDER, PLACEHOLDER.upper())
     return text
 
@@ -108,19 +97,6 @@ def clean_text(text: str, rules: TextRules) -> str:
 # A control character that clean_text refuses in the input; with control_characters=True it is still unlikely, and
 # join_text replaces it first.
 _IMAGE_MARK = "\x00"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class JoinRules:
-    """How sentences and images become one running text.
-
-    Source: VILA, llava/data/dataset.py, LazyMMC4Dataset: " ".join, then one blank beside each image removed.
-    """
-
-    separator: str = " "
-    """Between two sentences."""
-    trim_at_images: bool = True
-    """Remove one separator on either side of an image."""
 
 
 def join_text(document: Document, rules: JoinRules) -> Document:
@@ -164,7 +140,7 @@ def _join_run(run: Sequence[Text | Image], rules: JoinRules) -> list[Segment]:
             pieces.append(marks + segment.text.replace(_IMAGE_MARK, ""))
             train, marks = segment.train, ""
     joined = rules.separator.join(pieces) + marks if pieces else marks
-    if rules.trim_at_images and rules.separator:
+    if not rules.keep_blanks and rules.separator:
         joined = joined.replace(_IMAGE_MARK + rules.separator, _IMAGE_MARK)
         joined = joined.replace(rules.separator + _IMAGE_MARK, _IMAGE_MARK)
     chunks = joined.split(_IMAGE_MARK)

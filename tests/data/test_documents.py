@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_vlm.data.documents import VARIANTS, Document, Image, JoinRules, Text, TextRules, clean_text, join_text
+from megatron_vlm.config.prepare import JoinRules, TextRules
+from megatron_vlm.data.documents import VARIANTS, Document, Image, Text, clean_text, join_text
 from megatron_vlm.data.rejects import RejectError
 
 I1, I2 = Image(b"1"), Image(b"2")
@@ -59,7 +60,7 @@ def test_joining_equals_the_string_operations_of_the_paper_code(sentences, match
 
 
 def test_join_rules_can_be_turned_off():
-    rules = JoinRules(separator="\n", trim_at_images=False)
+    rules = JoinRules(separator="\n", keep_blanks=True)
     assert plain(join_text(document("a", I1, "b", "c"), rules)) == ["a\n", I1, "b\nc"]
 
 
@@ -115,7 +116,7 @@ def test_other_text_is_taken(text):
 
 def test_literal_placeholders_are_written_in_capitals_unless_kept():
     assert clean_text("an <image> tag", TextRules()) == "an <IMAGE> tag"
-    assert clean_text("an <image> tag", TextRules(placeholder="keep")) == "an <image> tag"
+    assert clean_text("an <image> tag", TextRules(keep_placeholders=True)) == "an <image> tag"
 
 
 def test_control_characters_are_taken_on_request():

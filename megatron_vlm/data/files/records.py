@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from typing import Any, BinaryIO, NamedTuple, cast
 
+from megatron_vlm.config.prepare import MAX_RECORD_BYTES
 from megatron_vlm.data.files.locations import Location, open_stream
 from megatron_vlm.data.rejects import RejectError
 
 SUFFIXES = tuple(kind + packed for packed in ("", ".gz", ".zip") for kind in (".jsonl", ".ndjson", ".json"))
-MAX_RECORD_BYTES = 16 << 20
 
 _CHUNK_BYTES, _PIECE_BYTES = 1 << 20, 1 << 16
 _BOM = b"\xef\xbb\xbf"

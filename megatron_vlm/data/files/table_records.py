@@ -4,10 +4,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from megatron_vlm.config import DataError
+from megatron_vlm.config.prepare import MAX_RECORD_BYTES
 from megatron_vlm.data.files.inputs import is_table
 from megatron_vlm.data.files.locations import Location
 from megatron_vlm.data.files.parquet import open_parquet, read_rows
-from megatron_vlm.data.files.records import MAX_RECORD_BYTES, Record, read_records
+from megatron_vlm.data.files.records import Record, read_records
 from megatron_vlm.data.rejects import RejectError
 
 

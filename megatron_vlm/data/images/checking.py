@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_vlm.config import DataError
+from megatron_vlm.config.prepare import ImageLimits, ImageRules
 from megatron_vlm.data.documents import Image
-from megatron_vlm.data.images.decoding import ImageLimits, decode_rgb, has_orientation, has_swapped_sides
+from megatron_vlm.data.images.decoding import decode_rgb, has_orientation, has_swapped_sides
 from megatron_vlm.data.rejects import RejectError
 
 MAX_SIDE = 65535
@@ -39,23 +40,6 @@ class ImageFacts:
     width: int
     height: int
     animated: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ImageRules:
-    """What is checked and changed at preparation."""
-
-    limits: ImageLimits = ImageLimits()
-    max_bytes: int = 32 << 20
-    """Largest file [bytes]."""
-    min_bytes: int = 0
-    """Smallest file [bytes]."""
-    decode: bool = False
-    """Decode every image, which finds damage inside of it as well."""
-    resize_shorter_side: int | None = None
-    """Images with a longer shorter side are made smaller and encoded again as JPEG [pixels]; None keeps all bytes."""
-    jpeg_quality: int = 75
-    """Of images that are encoded again; 75 is what the tooling of the VILA paper used."""
 
 
 def check_image(data: bytes, rules: ImageRules) -> ImageFacts:

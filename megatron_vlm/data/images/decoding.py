@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from megatron_vlm.config import DataError
+from megatron_vlm.config.prepare import ImageLimits
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
 _ORIENTATION_TAG = 0x0112
@@ -38,18 +39,6 @@ _DECODE_ERRORS = (
     struct.error,
     Image.DecompressionBombError,
 )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ImageLimits:
-    """Which images are taken, judged by the header alone."""
-
-    max_pixels: int = 50_000_000
-    """Largest width * height [pixels]."""
-    min_side: int = 4
-    """Smallest shorter side [pixels]."""
-    max_aspect_ratio: float = 20.0
-    """Largest longer side / shorter side."""
 
 
 @dataclass(frozen=True, slots=True)

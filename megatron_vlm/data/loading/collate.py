@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from megatron_vlm.config import IGNORE_INDEX, DataConfig, DataError, ModelConfig
-from megatron_vlm.data.images.decoding import ImageLimits
+from megatron_vlm.config.prepare import ImageLimits
 from megatron_vlm.data.loading.batch import VLMBatch
 from megatron_vlm.data.loading.pixels import Aspect, decode_image
 from megatron_vlm.data.samples import EncodedSample, ImageSegment, TextSegment

@@ -17,14 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from megatron_vlm.data.images.decoding import (
-    ImageHeader,
-    ImageLimits,
-    check_limits,
-    decode_rgb,
-    has_orientation,
-    is_upright,
-)
+from megatron_vlm.config.prepare import ImageLimits
+from megatron_vlm.data.images.decoding import ImageHeader, check_limits, decode_rgb, has_orientation, is_upright
 
 Aspect = Literal["pad", "square", "resize"]
 

@@ -21,9 +21,9 @@ from pathlib import Path
 import numpy as np
 
 from megatron_vlm.config import DataError
-from megatron_vlm.data.documents import VARIANTS, Document, JoinRules, join_text
+from megatron_vlm.config.prepare import MAX_SHARD_BYTES, ImageRules, Recipe
+from megatron_vlm.data.documents import VARIANTS, Document, join_text
 from megatron_vlm.data.files.locations import Location, RemoteFile
-from megatron_vlm.data.images.checking import ImageRules
 from megatron_vlm.data.prepare.duplicates import FingerprintWriter
 from megatron_vlm.data.rejects import RejectError, reject_row
 from megatron_vlm.data.samples import EncodedSample
@@ -40,17 +40,6 @@ PART_FILE = "part.json"
 USED_ROWS_FILE = "used_rows.npy"
 _REPORT_EVERY = 100
 PREPARE_AGAIN = "delete the folder of this part and prepare it again"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Recipe:
-    """How a document becomes samples."""
-
-    variant: str = "full"
-    join: JoinRules | None = None
-    """How sentences are joined; None: the source has done it."""
-    bos: bool = True
-    eos: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +70,7 @@ class PartJob:
     tokenizer: Path
     images: ImagePlace = ImagePlace()
     image_rules: ImageRules = ImageRules()
-    max_shard_bytes: int = 4 << 30
+    max_shard_bytes: int = MAX_SHARD_BYTES
     """A shard that reaches this size is followed by another."""
     drop_duplicates: str | None = None
     """Which samples go when the parts are joined, one of `duplicates.KINDS`; None: all stay."""

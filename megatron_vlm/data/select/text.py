@@ -20,9 +20,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from megatron_vlm.config import ConfigError, DataError, UsageError
+from megatron_vlm.config.prepare import MAX_RECORD_BYTES
 from megatron_vlm.data.files.inputs import TABLE_SUFFIX, is_table
 from megatron_vlm.data.files.locations import Location, place_of
-from megatron_vlm.data.files.records import MAX_RECORD_BYTES, SUFFIXES, parse_record, read_raw_records
+from megatron_vlm.data.files.records import SUFFIXES, parse_record, read_raw_records
 from megatron_vlm.data.files.table_records import read_table_records
 from megatron_vlm.data.rejects import RejectError, reject_row
 from megatron_vlm.data.tasks.processes import Report, run_tasks

@@ -8,9 +8,16 @@ import numpy as np
 from tqdm import tqdm
 
 from megatron_vlm.config import DataError
-from megatron_vlm.data.images.checking import ImageRules, check_image
-from megatron_vlm.data.images.decoding import ImageLimits
-from megatron_vlm.data.shards.index import MODE_CONTEXT, MODE_IMAGE, MODE_TRAINED, SIZE_DTYPE, TOKEN_DTYPE, ShardIndex
+from megatron_vlm.config.prepare import ImageLimits, ImageRules
+from megatron_vlm.data.images.checking import check_image
+from megatron_vlm.data.shards.index import (
+    MODE_CONTEXT,
+    MODE_IMAGE,
+    MODE_TRAINED,
+    SIZE_DTYPE,
+    TOKEN_DTYPE,
+    ShardIndex,
+)
 from megatron_vlm.data.shards.manifest import (
     REJECTS_FILE,
     SUFFIXES,

@@ -9,13 +9,14 @@ from typing import Protocol
 import numpy as np
 
 from megatron_vlm.config import ConfigError, DataError
+from megatron_vlm.config.prepare import MAX_RECORD_BYTES, ImageRules
 from megatron_vlm.data.documents import Image
 from megatron_vlm.data.files.join_index import JoinIndex, JoinRows, hash_texts
 from megatron_vlm.data.files.locations import Location, RemoteFile
-from megatron_vlm.data.files.records import MAX_RECORD_BYTES, parse_record
+from megatron_vlm.data.files.records import parse_record
 from megatron_vlm.data.files.remote import WEB_SCHEMES, DeniedError, RemoteStore
 from megatron_vlm.data.files.tars import Member, TarReader, find_image, group_members, list_members
-from megatron_vlm.data.images.checking import ImageRules, check_image, shrink_image
+from megatron_vlm.data.images.checking import check_image, shrink_image
 from megatron_vlm.data.rejects import RejectError
 
 _PLACE_DTYPE = np.dtype([("tar", "<u4"), ("size", "<u4"), ("offset", "<u8")])

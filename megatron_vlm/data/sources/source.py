@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from megatron_vlm.data.documents import Document
 from megatron_vlm.data.files.locations import Location
 from megatron_vlm.data.rejects import RejectError
 from megatron_vlm.data.sources.image_store import ImageReader
+from megatron_vlm.data.text.tokenizer import Tokenizer
 
 
 class Found(NamedTuple):
@@ -25,6 +26,23 @@ class ReadContext:
     images: ImageReader
     used_rows: list[int] = field(default_factory=list)
     """Rows of a joined table that a document was found for."""
+
+
+class SourceModule(Protocol):
+    """The function that every kind of corpus offers, as `data/sources/<kind>`."""
+
+    def find_source(self, paths: tuple[Location, ...], options: Any, tokenizer: Tokenizer) -> "Source":
+        """Return the reader of what `paths` have.
+
+        Args:
+            paths: files, folders or patterns that the user named.
+            options: `Options` of `config/sources/<kind>`.
+            tokenizer: the tokenizer of the dataset, which a template may not fit.
+
+        Raises:
+            ConfigError: the input does not exist or is of another kind, or an option does not fit it.
+            DataError: the input is damaged.
+        """
 
 
 class Source(Protocol):

@@ -4,11 +4,12 @@ import shutil
 import numpy as np
 import pytest
 
+from megatron_vlm.config.prepare import ImageRules
+from megatron_vlm.config.sources.pairs import PairRules
 from megatron_vlm.data.files.img2dataset import PairTable, TableFile, index_table, is_shard_table
 from megatron_vlm.data.files.join_index import save_join_index
-from megatron_vlm.data.images.checking import ImageRules
 from megatron_vlm.data.sources.image_store import ImageReader
-from megatron_vlm.data.sources.pairs.source import PairRules, TarPairSource, find_pair_source
+from megatron_vlm.data.sources.pairs.source import TarPairSource, find_pair_source
 from megatron_vlm.data.sources.source import ReadContext
 
 

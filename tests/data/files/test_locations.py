@@ -9,7 +9,9 @@ import pyarrow.parquet
 import pytest
 
 from megatron_vlm.config import ConfigError
-from megatron_vlm.data.documents import JoinRules
+from megatron_vlm.config.prepare import JoinRules, Recipe
+from megatron_vlm.config.sources.interleaved import InterleavedRules
+from megatron_vlm.config.sources.pairs import PairRules
 from megatron_vlm.data.files.inputs import find_instruction_files, find_record_files
 from megatron_vlm.data.files.locations import (
     RemoteFile,
@@ -26,14 +28,14 @@ from megatron_vlm.data.files.locations import (
 from megatron_vlm.data.files.records import read_records
 from megatron_vlm.data.files.tars import TarReader
 from megatron_vlm.data.prepare.merge import merge_datasets
-from megatron_vlm.data.prepare.part import ImagePlace, PartJob, Recipe
+from megatron_vlm.data.prepare.part import ImagePlace, PartJob
 from megatron_vlm.data.prepare.run import PrepareJob, prepare
 from megatron_vlm.data.prepare.share import Share
 from megatron_vlm.data.rejects import RejectError
 from megatron_vlm.data.shards.manifest import load_manifest
 from megatron_vlm.data.sources.image_store import RemoteImages
-from megatron_vlm.data.sources.interleaved.source import InterleavedRules, InterleavedSource, find_interleaved_source
-from megatron_vlm.data.sources.pairs.source import PairRules, find_pair_source
+from megatron_vlm.data.sources.interleaved.source import InterleavedSource, find_interleaved_source
+from megatron_vlm.data.sources.pairs.source import find_pair_source
 
 
 def content(folder: Path) -> dict[str, bytes]:

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image as PILImage
 
-from megatron_vlm.data.images.checking import ImageFacts, ImageRules, check_image, shrink_image
-from megatron_vlm.data.images.decoding import ImageLimits
+from megatron_vlm.config.prepare import ImageLimits, ImageRules
+from megatron_vlm.data.images.checking import ImageFacts, check_image, shrink_image
 from megatron_vlm.data.rejects import RejectError
 
 RULES = ImageRules()

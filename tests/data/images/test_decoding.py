@@ -8,9 +8,9 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from megatron_vlm.config import DataError
+from megatron_vlm.config.prepare import ImageLimits
 from megatron_vlm.data.images.decoding import (
     ImageHeader,
-    ImageLimits,
     check_limits,
     decode_rgb,
     has_orientation,

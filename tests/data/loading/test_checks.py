@@ -16,7 +16,7 @@ from megatron_vlm.config import (
     TrainingConfig,
     VisionConfig,
 )
-from megatron_vlm.data.images.checking import ImageRules
+from megatron_vlm.config.prepare import ImageRules
 from megatron_vlm.data.loading.checks import check_data
 from megatron_vlm.data.shards.manifest import load_manifest, save_manifest
 from megatron_vlm.data.shards.writer import write_dataset

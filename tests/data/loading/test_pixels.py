@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from megatron_vlm.config import DataError
-from megatron_vlm.data.images.decoding import ImageLimits, decode_rgb, read_image_header
+from megatron_vlm.config.prepare import ImageLimits
+from megatron_vlm.data.images.decoding import decode_rgb, read_image_header
 from megatron_vlm.data.loading import pixels
 from megatron_vlm.data.loading.pixels import decode_image
 

@@ -6,17 +6,18 @@ from pathlib import Path
 import pytest
 
 from megatron_vlm.config import ConfigError, DataError, StorageError
-from megatron_vlm.data.documents import JoinRules
+from megatron_vlm.config.prepare import JoinRules, Recipe
+from megatron_vlm.config.sources.interleaved import InterleavedRules
 from megatron_vlm.data.files.inputs import find_record_files
 from megatron_vlm.data.prepare import deduplicate
 from megatron_vlm.data.prepare.duplicates import FILES, fingerprint
 from megatron_vlm.data.prepare.merge import merge_datasets
-from megatron_vlm.data.prepare.part import PREPARE_AGAIN, ImagePlace, PartJob, Recipe
+from megatron_vlm.data.prepare.part import PREPARE_AGAIN, ImagePlace, PartJob
 from megatron_vlm.data.prepare.run import PrepareJob, prepare
 from megatron_vlm.data.shards.dataset import ShardedDataset
 from megatron_vlm.data.shards.manifest import REJECTS_FILE
 from megatron_vlm.data.shards.verify import verify_dataset
-from megatron_vlm.data.sources.interleaved.source import InterleavedRules, InterleavedSource
+from megatron_vlm.data.sources.interleaved.source import InterleavedSource
 from tests.support.preparing import content, prepare_shares, run_until
 
 FILES_OF_CORPUS = 5

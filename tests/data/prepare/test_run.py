@@ -17,13 +17,14 @@ import pytest
 from PIL import Image
 
 from megatron_vlm.config import ConfigError, DataError, StorageError
-from megatron_vlm.data.documents import JoinRules
+from megatron_vlm.config.prepare import ImageRules, JoinRules, Recipe
+from megatron_vlm.config.sources.interleaved import InterleavedRules
+from megatron_vlm.config.sources.pairs import PairRules
 from megatron_vlm.data.files.inputs import find_record_files
-from megatron_vlm.data.images.checking import ImageRules
 from megatron_vlm.data.images.decoding import decode_rgb
 from megatron_vlm.data.prepare import run as prepare_module
 from megatron_vlm.data.prepare.merge import merge_datasets
-from megatron_vlm.data.prepare.part import USED_ROWS_FILE, ImagePlace, PartJob, Recipe
+from megatron_vlm.data.prepare.part import USED_ROWS_FILE, ImagePlace, PartJob
 from megatron_vlm.data.prepare.run import PrepareJob, prepare
 from megatron_vlm.data.prepare.share import Share
 from megatron_vlm.data.samples import ImageSegment
@@ -31,8 +32,8 @@ from megatron_vlm.data.shards.dataset import ShardedDataset
 from megatron_vlm.data.shards.manifest import WORK_FOLDER, load_manifest
 from megatron_vlm.data.shards.verify import verify_dataset
 from megatron_vlm.data.sources.instructions.text import TextSource
-from megatron_vlm.data.sources.interleaved.source import InterleavedRules, InterleavedSource
-from megatron_vlm.data.sources.pairs.source import PairRules, find_pair_source
+from megatron_vlm.data.sources.interleaved.source import InterleavedSource
+from megatron_vlm.data.sources.pairs.source import find_pair_source
 from tests.support.preparing import content, run_until
 
 

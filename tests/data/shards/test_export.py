@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from megatron_vlm.config import ConfigError, DataError, StorageError, UsageError
-from megatron_vlm.data.documents import Image, JoinRules, Text, TextRules
+from megatron_vlm.config.prepare import ConversationRules, ImageRules, JoinRules, Recipe, TextRules
+from megatron_vlm.config.sources.interleaved import InterleavedRules
+from megatron_vlm.data.documents import Image, Text
 from megatron_vlm.data.files.inputs import find_record_files
-from megatron_vlm.data.images.checking import ImageRules
-from megatron_vlm.data.prepare.part import ImagePlace, PartJob, Recipe
+from megatron_vlm.data.prepare.part import ImagePlace, PartJob
 from megatron_vlm.data.prepare.run import PrepareJob, prepare
 from megatron_vlm.data.samples import EncodedSample, ImageSegment, TextSegment
 from megatron_vlm.data.shards import export
@@ -21,8 +22,8 @@ from megatron_vlm.data.shards.dataset import ShardedDataset
 from megatron_vlm.data.shards.export import ExportJob, describe_sample, export_webdataset, write_tar
 from megatron_vlm.data.shards.writer import write_dataset
 from megatron_vlm.data.sources.image_store import ImageReader
-from megatron_vlm.data.sources.instructions.conversations import ConversationRules, ConversationSource
-from megatron_vlm.data.sources.interleaved.source import InterleavedRules, InterleavedSource
+from megatron_vlm.data.sources.instructions.conversations import ConversationSource
+from megatron_vlm.data.sources.interleaved.source import InterleavedSource
 from megatron_vlm.data.sources.interleaved.tars import InterleavedTarSource
 from megatron_vlm.data.sources.source import ReadContext
 from tests.support.preparing import content
@@ -88,7 +89,7 @@ def test_blanks_at_the_edges_of_texts_come_back(mmc4, make_lines, tokenizer_path
     record = {"text_list": [" the red cat ", " ", "\n a dog  ", " "], "image_info": infos}
     part = PartJob(
         source=InterleavedSource((make_lines(tmp_path / "docs.jsonl", [record]),), InterleavedRules()),
-        recipe=Recipe(join=JoinRules(trim_at_images=False), eos=False),
+        recipe=Recipe(join=JoinRules(keep_blanks=True), eos=False),
         tokenizer=tokenizer_path,
         images=ImagePlace(folder=mmc4 / "images"),
     )

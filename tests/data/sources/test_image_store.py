@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from megatron_vlm.config import ConfigError, DataError
+from megatron_vlm.config.prepare import ImageRules
 from megatron_vlm.data.files.join_index import JoinIndex, JoinRows, hash_texts, save_join_index
-from megatron_vlm.data.images.checking import ImageRules
 from megatron_vlm.data.rejects import RejectError
 from megatron_vlm.data.sources.image_store import FolderImages, ImageReader, TarImages, index_tar
 

@@ -4,18 +4,19 @@ import json
 import pytest
 
 from megatron_vlm.config import ConfigError, DataError
-from megatron_vlm.data.documents import Image, Special, Text, TextRules
+from megatron_vlm.config.prepare import ConversationRules, ImageLimits, ImageRules, TextRules
+from megatron_vlm.config.sources.interleaved import InterleavedRules
+from megatron_vlm.config.sources.pairs import PairRules
+from megatron_vlm.data.documents import Image, Special, Text
 from megatron_vlm.data.files.img2dataset import TableFile, index_table
 from megatron_vlm.data.files.inputs import find_record_files
 from megatron_vlm.data.files.join_index import save_join_index
-from megatron_vlm.data.images.checking import ImageRules
-from megatron_vlm.data.images.decoding import ImageLimits
 from megatron_vlm.data.rejects import RejectError
 from megatron_vlm.data.sources.image_store import FolderImages, ImageReader
-from megatron_vlm.data.sources.instructions.conversations import ConversationRules, ConversationSource
+from megatron_vlm.data.sources.instructions.conversations import ConversationSource
 from megatron_vlm.data.sources.instructions.text import TextSource
-from megatron_vlm.data.sources.interleaved.source import InterleavedRules, InterleavedSource
-from megatron_vlm.data.sources.pairs.source import PairRules, RecordPairSource, TarPairSource, find_pair_source
+from megatron_vlm.data.sources.interleaved.source import InterleavedSource
+from megatron_vlm.data.sources.pairs.source import RecordPairSource, TarPairSource, find_pair_source
 from megatron_vlm.data.sources.source import ReadContext, key_of
 
 

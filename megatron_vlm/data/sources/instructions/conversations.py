@@ -2,11 +2,10 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
 
-from megatron_vlm.data.documents import PLACEHOLDER, Document, Image, TextRules, clean_text
+from megatron_vlm.config.prepare import ConversationRules
+from megatron_vlm.data.documents import PLACEHOLDER, Document, Image, clean_text
 from megatron_vlm.data.files.locations import Location
-from megatron_vlm.data.files.records import MAX_RECORD_BYTES
 from megatron_vlm.data.files.table_records import read_any_records
 from megatron_vlm.data.rejects import RejectError
 from megatron_vlm.data.sources.image_store import ImageReader
@@ -19,24 +18,6 @@ from megatron_vlm.data.text.templates import (
     render_conversation,
     split_placeholders,
 )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ConversationRules:
-    """How a record becomes a document."""
-
-    template: str = "vicuna_v1"
-    system: Literal["default", "none"] | str = "default"  # noqa: PYI051 - the two words mean something
-    """System prompt: the template's own, none, or this text."""
-    image_position: Literal["keep", "front"] = "keep"
-    """Where a question's images stand: where its placeholders do, or on lines of their own before its text."""
-    text: TextRules = TextRules()
-    max_record_bytes: int = MAX_RECORD_BYTES
-
-    @property
-    def system_text(self) -> object:
-        """What `render_conversation` is given."""
-        return find_system(self.system)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +46,11 @@ class ConversationSource:
                 yield Found(line, key, error)
 
 
+def system_prompt(rules: ConversationRules) -> object:
+    """Return the system prompt as `render_conversation` takes it; unless the rules name one, the template's own."""
+    return find_system("default" if rules.system is None else rules.system)
+
+
 def make_document(conversation: Conversation, images: ImageReader, rules: ConversationRules) -> Document:
     """Return a conversation with its images, in the template.
 
@@ -85,7 +71,7 @@ def make_document(conversation: Conversation, images: ImageReader, rules: Conver
     for (question, answer), count in zip(exchanges, counts, strict=True):
         own, found = found[:count], found[count:]
         turns.append(_make_turn(question, answer, own, rules))
-    system = rules.system_text if conversation.system is None else conversation.system
+    system = system_prompt(rules) if conversation.system is None else conversation.system
     return render_conversation(turns, find_template(rules.template), system)
 
 

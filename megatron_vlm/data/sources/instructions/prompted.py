@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_vlm.config.prepare import ConversationRules
+from megatron_vlm.config.sources.conversations import PromptOptions
 from megatron_vlm.data.documents import PLACEHOLDER
 from megatron_vlm.data.files.locations import Location
 from megatron_vlm.data.files.table_records import read_any_records
 from megatron_vlm.data.rejects import RejectError
-from megatron_vlm.data.sources.instructions.conversations import ConversationRules, make_document
+from megatron_vlm.data.sources.instructions.conversations import make_document
 from megatron_vlm.data.sources.instructions.prompt_pools import (
     IMAGE_FIELDS,
     KINDS,
@@ -31,7 +33,7 @@ class PromptRules:
     """How an annotation becomes a conversation."""
 
     prompts: PromptSet
-    seed: int = 0
+    seed: int = PromptOptions().seed
     """Of the choice among the wordings."""
     turns: ConversationRules = ConversationRules()
 

@@ -4,12 +4,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_vlm.config.prepare import ConversationRules
+from megatron_vlm.config.sources.text import Options
 from megatron_vlm.data.documents import Control, Document, Special, Text, clean_text
 from megatron_vlm.data.files.locations import Location
 from megatron_vlm.data.files.records import field
 from megatron_vlm.data.files.table_records import read_any_records
 from megatron_vlm.data.rejects import RejectError
-from megatron_vlm.data.sources.instructions.conversations import ConversationRules
+from megatron_vlm.data.sources.instructions.conversations import system_prompt
 from megatron_vlm.data.sources.instructions.records import read_conversation
 from megatron_vlm.data.sources.source import Found, ReadContext, key_of
 from megatron_vlm.data.text.templates import Turn, find_template, render_conversation
@@ -24,7 +26,7 @@ class TextSource:
     """
 
     inputs: tuple[Location, ...]
-    rules: ConversationRules = ConversationRules(system="none")
+    rules: ConversationRules = Options().rules
 
     def read(self, path: Location, context: ReadContext) -> Iterator[Found]:
         """Yield the documents of one file."""
@@ -54,5 +56,5 @@ class TextSource:
         total = sum(len(text) for exchange in conversation.exchanges for text in exchange)
         if len(turns) > 1 and total > rules.max_characters:
             raise RejectError("text_too_long", f"more than {rules.max_characters} characters")
-        system = self.rules.system_text if conversation.system is None else conversation.system
+        system = system_prompt(self.rules) if conversation.system is None else conversation.system
         return render_conversation(turns, find_template(self.rules.template), system)

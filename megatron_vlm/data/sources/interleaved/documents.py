@@ -3,10 +3,12 @@
 import base64
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-from megatron_vlm.data.documents import Document, Image, Segment, Special, Text, TextRules, clean_text
-from megatron_vlm.data.files.records import MAX_RECORD_BYTES, field
+from megatron_vlm.config.prepare import TextRules
+from megatron_vlm.config.sources.interleaved import InterleavedRules
+from megatron_vlm.data.documents import Document, Image, Segment, Special, Text, clean_text
+from megatron_vlm.data.files.records import field
 from megatron_vlm.data.rejects import RejectError
 from megatron_vlm.data.sources.image_store import ImageReader
 from megatron_vlm.data.sources.interleaved.assignment import reassign
@@ -25,37 +27,6 @@ class ExactText:
 
     text: Text
     tokens: tuple[Special, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class InterleavedRules:
-    """How a record becomes a document; the defaults are those of the VILA paper and its code."""
-
-    max_images: int = 6
-    """Images of a document."""
-    keep_images: Literal["first-listed", "first-in-text"] = "first-listed"
-    """Which ones of more: the first ones as the record lists them, or those of the first sentences."""
-    image_place: Literal["before", "after"] = "before"
-    """On which side of its matched sentence an image stands."""
-    text_after_last_image: Literal["keep", "drop"] = "keep"
-    """What becomes of the sentences after that of the last image; where images have no sentences but places, of those
-    after the first one that follows the last image."""
-    min_images: int = 1
-    """Documents with fewer images are rejected."""
-    bad_image: Literal["document", "image"] = "document"
-    """What is left out for an image that is missing or damaged."""
-    min_similarity: float | None = None
-    """Images whose `matched_sim` is lower are left out; None keeps all."""
-    assignment: Literal["listed", "linear", "best"] = "listed"
-    """The sentence of an image: the record's `matched_text_index`, or computed from its `similarity_matrix` for all
-    listed images, before any is left out; each with a sentence of its own, or each with its most similar one."""
-    text: TextRules = TextRules()
-    max_record_bytes: int = MAX_RECORD_BYTES
-
-    @property
-    def want_matches(self) -> bool:
-        """Whether a rule is about the match of images and sentences, which only MMC4's records have."""
-        return self.min_similarity is not None or self.assignment != "listed" or self.image_place != "before"
 
 
 def matched_document(

@@ -4,17 +4,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_vlm.config import ConfigError
+from megatron_vlm.config.sources.interleaved import InterleavedRules, Options
 from megatron_vlm.data.files.img2dataset import is_shard_table
 from megatron_vlm.data.files.inputs import check_each_used, find_record_files, list_inputs
 from megatron_vlm.data.files.locations import Location, check_suffixes
 from megatron_vlm.data.files.records import SUFFIXES, read_records
 from megatron_vlm.data.rejects import RejectError
-from megatron_vlm.data.sources.interleaved.documents import InterleavedRules, find_listed_image, matched_document
+from megatron_vlm.data.sources.interleaved.documents import find_listed_image, matched_document
 from megatron_vlm.data.sources.interleaved.tables import TABLE_SUFFIX, InterleavedTableSource, check_first_table
 from megatron_vlm.data.sources.interleaved.tars import InterleavedTarSource
 from megatron_vlm.data.sources.source import Found, ReadContext, key_of
-
-__all__ = ["InterleavedRules", "InterleavedSource", "find_interleaved_source"]
+from megatron_vlm.data.text.tokenizer import Tokenizer
 
 _TAR_SUFFIX = ".tar"
 
@@ -48,6 +48,13 @@ class InterleavedSource:
                 yield Found(line, key, document)
             except RejectError as error:
                 yield Found(line, key, error)
+
+
+def find_source(
+    paths: tuple[Location, ...], options: Options, tokenizer: Tokenizer
+) -> InterleavedSource | InterleavedTableSource | InterleavedTarSource:
+    """Return the reader that fits the files; see `find_interleaved_source`."""
+    return find_interleaved_source(paths, options.rules)
 
 
 def find_interleaved_source(

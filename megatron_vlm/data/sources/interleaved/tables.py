@@ -7,13 +7,14 @@ from typing import Any
 import pyarrow.parquet
 
 from megatron_vlm.config import DataError
+from megatron_vlm.config.sources.interleaved import InterleavedRules
 from megatron_vlm.data.documents import Document, Image, Text
 from megatron_vlm.data.files.locations import Location
 from megatron_vlm.data.files.parquet import open_parquet, read_rows
 from megatron_vlm.data.files.records import field, parse_record
 from megatron_vlm.data.rejects import RejectError
 from megatron_vlm.data.sources.image_store import ImageReader
-from megatron_vlm.data.sources.interleaved.documents import InterleavedRules, LoadImage, pair_up, placed_document
+from megatron_vlm.data.sources.interleaved.documents import LoadImage, pair_up, placed_document
 from megatron_vlm.data.sources.source import Found, ReadContext, key_of
 
 TABLE_SUFFIX = ".parquet"

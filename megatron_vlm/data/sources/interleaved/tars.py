@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_vlm.config.sources.interleaved import InterleavedRules
 from megatron_vlm.data.documents import Control, Document, Image, Special, Text
 from megatron_vlm.data.files.locations import Location
 from megatron_vlm.data.files.records import field, parse_record
@@ -13,7 +14,6 @@ from megatron_vlm.data.rejects import RejectError
 from megatron_vlm.data.sources.image_store import ImageReader
 from megatron_vlm.data.sources.interleaved.documents import (
     ExactText,
-    InterleavedRules,
     LoadImage,
     find_listed_image,
     matched_document,

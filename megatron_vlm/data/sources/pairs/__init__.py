@@ -1,1 +1,5 @@
 """Image-text pairs: COYO, img2dataset."""
+
+from megatron_vlm.data.sources.pairs.source import find_source
+
+__all__ = ["find_source"]

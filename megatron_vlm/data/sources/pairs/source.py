@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from megatron_vlm.data.documents import Document, Image, Text, TextRules, clean_text
+from megatron_vlm.config.sources.pairs import Options, PairRules
+from megatron_vlm.data.documents import Document, Image, Text, clean_text
 from megatron_vlm.data.files.img2dataset import (
     PairTable,
     TableFile,
@@ -18,11 +19,12 @@ from megatron_vlm.data.files.img2dataset import (
 )
 from megatron_vlm.data.files.inputs import check_each_used, find_record_files, list_inputs
 from megatron_vlm.data.files.locations import Location, check_suffixes, name_files
-from megatron_vlm.data.files.records import MAX_RECORD_BYTES, SUFFIXES, field, parse_record, read_records
+from megatron_vlm.data.files.records import SUFFIXES, field, parse_record, read_records
 from megatron_vlm.data.files.tars import Member, TarReader, find_image, group_members, list_members
 from megatron_vlm.data.rejects import RejectError
 from megatron_vlm.data.sources.image_store import ImageReader
 from megatron_vlm.data.sources.source import Found, ReadContext, key_of
+from megatron_vlm.data.text.tokenizer import Tokenizer
 
 _IMAGE_FIELDS = ("image", "image_name", "file_name", "image_path", "path")
 _CAPTION_FIELDS = ("caption", "text", "txt")
@@ -30,14 +32,6 @@ _TAR_SUFFIX, _TABLE_SUFFIX = ".tar", ".parquet"
 _STATISTICS_ENDING = "_stats.json"
 """Of the files that img2dataset writes beside its tars."""
 _Group = dict[str, Member | None]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PairRules:
-    """How an image and its caption become a document."""
-
-    text: TextRules = TextRules()
-    max_record_bytes: int = MAX_RECORD_BYTES
 
 
 def make_pair(image: Image, caption: str, key: str, rules: PairRules) -> Document:
@@ -182,6 +176,13 @@ class RecordPairSource:
 
 def _first(record: dict[str, Any], names: tuple[str, ...]) -> str | None:
     return next((record[name] for name in names if isinstance(record.get(name), str)), None)
+
+
+def find_source(
+    paths: tuple[Location, ...], options: Options, tokenizer: Tokenizer
+) -> TarPairSource | RecordPairSource:
+    """Return the reader that fits the files; see `find_pair_source`."""
+    return find_pair_source(paths, options.rules)
 
 
 def find_pair_source(paths: tuple[Location, ...], rules: PairRules) -> TarPairSource | RecordPairSource:

@@ -7,12 +7,11 @@ import random
 import pytest
 
 from megatron_vlm.config import load_section
+from megatron_vlm.config.prepare import ConversationRules, ImageRules
 from megatron_vlm.data.documents import Text
-from megatron_vlm.data.images.checking import ImageRules
 from megatron_vlm.data.rejects import RejectError
 from megatron_vlm.data.sources.image_store import FolderImages, ImageReader
 from megatron_vlm.data.sources.instructions import prompt_pools
-from megatron_vlm.data.sources.instructions.conversations import ConversationRules
 from megatron_vlm.data.sources.instructions.prompt_pools import PromptSet
 from megatron_vlm.data.sources.instructions.prompted import PromptedSource, PromptRules, choose, find_value
 from megatron_vlm.data.sources.source import ReadContext

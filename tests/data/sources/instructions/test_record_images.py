@@ -2,7 +2,7 @@ import base64
 
 import pytest
 
-from megatron_vlm.data.images.checking import ImageRules
+from megatron_vlm.config.prepare import ImageRules
 from megatron_vlm.data.rejects import RejectError
 from megatron_vlm.data.sources.image_store import FolderImages, ImageReader
 from megatron_vlm.data.sources.instructions.record_images import ImageRef, decode_base64, find_images

@@ -3,11 +3,11 @@ import json
 
 import pytest
 
+from megatron_vlm.config.prepare import ConversationRules, ImageRules
 from megatron_vlm.data.documents import Control
-from megatron_vlm.data.images.checking import ImageRules
 from megatron_vlm.data.rejects import RejectError
 from megatron_vlm.data.sources.image_store import FolderImages, ImageReader
-from megatron_vlm.data.sources.instructions.conversations import ConversationRules, ConversationSource
+from megatron_vlm.data.sources.instructions.conversations import ConversationSource
 from megatron_vlm.data.sources.instructions.record_images import ImageRef
 from megatron_vlm.data.sources.instructions.records import read_conversation
 from megatron_vlm.data.sources.instructions.text import TextSource
@@ -283,7 +283,7 @@ def test_record_with_images_is_no_text(read):
 
 
 def test_long_conversation_of_short_texts_is_rejected(tmp_path, make_lines, context):
-    from megatron_vlm.data.documents import TextRules
+    from megatron_vlm.config.prepare import TextRules
 
     path = make_lines(tmp_path / "a.jsonl", [messages("q" * 30, "a" * 30, "q" * 30, "a" * 30)])
     rules = ConversationRules(text=TextRules(max_characters=100))

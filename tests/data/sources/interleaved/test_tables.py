@@ -5,11 +5,11 @@ import pyarrow.parquet
 import pytest
 
 from megatron_vlm.config import ConfigError, DataError
+from megatron_vlm.config.prepare import ImageRules
+from megatron_vlm.config.sources.interleaved import InterleavedRules
 from megatron_vlm.data.files.join_index import save_join_index
-from megatron_vlm.data.images.checking import ImageRules
 from megatron_vlm.data.rejects import RejectError
 from megatron_vlm.data.sources.image_store import FolderImages, ImageReader, TarImages, index_tar
-from megatron_vlm.data.sources.interleaved.documents import InterleavedRules
 from megatron_vlm.data.sources.interleaved.source import InterleavedSource, find_interleaved_source
 from megatron_vlm.data.sources.interleaved.tables import InterleavedTableSource
 from megatron_vlm.data.sources.interleaved.tars import InterleavedTarSource

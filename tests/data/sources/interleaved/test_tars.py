@@ -4,11 +4,11 @@ import tarfile
 
 import pytest
 
-from megatron_vlm.data.documents import Control, Image, Special, Text, TextRules
+from megatron_vlm.config.prepare import ImageRules, TextRules
+from megatron_vlm.config.sources.interleaved import InterleavedRules
+from megatron_vlm.data.documents import Control, Image, Special, Text
 from megatron_vlm.data.files.join_index import save_join_index
-from megatron_vlm.data.images.checking import ImageRules
 from megatron_vlm.data.sources.image_store import ImageReader, TarImages, index_tar
-from megatron_vlm.data.sources.interleaved.documents import InterleavedRules
 from megatron_vlm.data.sources.interleaved.tars import InterleavedTarSource
 from megatron_vlm.data.sources.source import ReadContext
 from tests.support.documents import show
