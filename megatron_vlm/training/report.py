@@ -64,7 +64,7 @@ def _tiles(run: RunRecords) -> str:
             f"{_count(run.total('images'))} images, {_count(run.total('labels'))} trained tokens",
         ),
         ("Throughput", f"{_ratio(tokens, seconds):,.0f}", "tokens/s on all ranks together, padding not counted"),
-        ("Padding", f"{_padding(run):.1%}", "of the positions in the packed rows hold no token"),
+        ("Padding", f"{run.padding:.1%}", "of the positions in the packed rows hold no token"),
         ("Data wait", f"{_ratio(run.total('data_wait'), seconds):.1%}", "of the time is spent waiting for the loader"),
         ("Time in steps", _duration(seconds), f"{_ratio(seconds, len(run.metrics)):.3g} s per iteration"),
         _speed_tile(run),
@@ -190,12 +190,6 @@ def _configuration(run: RunRecords) -> str:
 
 def _at_the_end(run: RunRecords, key: str) -> float:
     return _mean(run.series(key)[1][-_LATEST:])
-
-
-def _padding(run: RunRecords) -> float:
-    full = [record for record in run.metrics if record.get("tokens") and record.get("padding", 1.0) < 1.0]
-    positions = math.fsum(record["tokens"] / (1.0 - record["padding"]) for record in full)
-    return 1.0 - math.fsum(record["tokens"] for record in full) / positions if positions else 0.0
 
 
 def _mean(values: Iterable[float]) -> float:

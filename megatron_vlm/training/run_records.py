@@ -70,6 +70,13 @@ class RunRecords:
         keys = dict.fromkeys(key for record in self.metrics for key in record if key.startswith(prefix))
         return [key.removeprefix(prefix) for key in keys]
 
+    @property
+    def padding(self) -> float:
+        """Share of the positions in the packed rows of the whole run that hold no token."""
+        full = [record for record in self.metrics if record.get("tokens") and record.get("padding", 1.0) < 1.0]
+        positions = math.fsum(record["tokens"] / (1.0 - record["padding"]) for record in full)
+        return 1.0 - math.fsum(record["tokens"] for record in full) / positions if positions else 0.0
+
     def total(self, key: str) -> float:
         """Return the sum of the finite numbers under `key`."""
         return math.fsum(value for value in self.series(key)[1] if math.isfinite(value))
@@ -87,18 +94,29 @@ def read_run(run_dir: Path) -> RunRecords:
             where=str(run_dir),
             fix="name the run_dir of a training run",
         )
-    lines = _read_text(run_dir / METRICS_NAME).splitlines()
-    records = [record for record in map(_parse, lines) if record is not None]
+    records, unreadable_lines = _read_records(run_dir)
     end = read_exit_status(run_dir / EXIT_STATUS_NAME)
     events = [*_starts(run_dir), *_repetitions(records), *_checkpoints(run_dir), *_ends(end)]
     return RunRecords(
         run_dir=run_dir,
         metrics=_last_of_each_iteration(records),
-        unreadable_lines=len(lines) - len(records),
+        unreadable_lines=unreadable_lines,
         config_text=_read_text(run_dir / CONFIG_NAME),
         events=sorted(events, key=_place_in_time),
         end=end,
     )
+
+
+def read_metrics(run_dir: Path) -> list[Record]:
+    """Return one record per iteration of a run, in order; none where the run has not logged any yet."""
+    return _last_of_each_iteration(_read_records(run_dir)[0])
+
+
+def _read_records(run_dir: Path) -> tuple[list[Record], int]:
+    """Return the records as they stand in the file, and how many lines are not whole records."""
+    lines = _read_text(run_dir / METRICS_NAME).splitlines()
+    records = [record for record in map(_parse, lines) if record is not None]
+    return records, len(lines) - len(records)
 
 
 def _read_text(path: Path) -> str:

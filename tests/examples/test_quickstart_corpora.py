@@ -1,18 +1,27 @@
+import hashlib
 import io
 import json
 import random
+import subprocess
 import tarfile
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image, ImageDraw
-from quickstart.corpus import CorpusOptions, build_corpus, read_pictures, write_caption, write_sentence
-from quickstart.pictures import draw_view
-from quickstart.scenes import Question, Scene, describe_scene
-
-from megatron_vlm.config import DataError
+from quickstart import corpora
+from quickstart.corpora import (
+    CorpusOptions,
+    Picture,
+    build_corpora,
+    describe_scene,
+    draw_view,
+    fetch,
+    read_pictures,
+    write_sentence,
+)
 
 BACKGROUND = (240, 230, 220)
 
@@ -25,8 +34,8 @@ def make_picture(box: tuple[int, int, int, int], color: str = "blue") -> bytes:
     return out.getvalue()
 
 
-def ask(text: str, answer: str, picture: int = 0) -> Question:
-    return Question(text=text, answer=answer, picture=picture)
+def show(color: str | None, shape: str | None, absent: tuple[str, ...] = ()) -> Picture:
+    return Picture(0, b"", (), color, shape, absent)
 
 
 @pytest.fixture
@@ -48,7 +57,7 @@ def package(tmp_path: Path) -> Path:
 
 def build(package: Path, output: Path, **options: int) -> dict[str, int]:
     sizes = {"num_pictures": 12, "pairs_per_tar": 10, "documents_per_shard": 2, **options}
-    return build_corpus(package, output, CorpusOptions(**sizes))
+    return build_corpora(package, output, CorpusOptions(**sizes))
 
 
 def read_folder(folder: Path) -> dict[str, bytes]:
@@ -66,13 +75,12 @@ def read_folder(folder: Path) -> dict[str, bytes]:
     ],
 )
 def test_scene_follows_from_questions(questions: list[tuple[str, str]], color: str | None, shape: str | None) -> None:
-    scene = describe_scene(ask(*question) for question in questions)
-    assert (scene.color, scene.shape) == (color, shape)
+    assert describe_scene(questions)[:2] == (color, shape)
 
 
 def test_scene_lists_what_is_ruled_out() -> None:
-    scene = describe_scene([ask("is there a red shape?", "no"), ask("is no circle present?", "yes")])
-    assert scene.absent == ("circle", "red")
+    questions = [("is there a red shape?", "no"), ("is no circle present?", "yes")]
+    assert describe_scene(questions)[2] == ("circle", "red")
 
 
 @pytest.mark.parametrize(
@@ -83,8 +91,8 @@ def test_scene_lists_what_is_ruled_out() -> None:
     ],
 )
 def test_contradicting_questions_are_refused(questions: list[tuple[str, str]]) -> None:
-    with pytest.raises(DataError, match="contradict each other"):
-        describe_scene(ask(*question) for question in questions)
+    with pytest.raises(ValueError, match="contradict each other"):
+        describe_scene(questions)
 
 
 @pytest.mark.parametrize(
@@ -97,12 +105,12 @@ def test_contradicting_questions_are_refused(questions: list[tuple[str, str]]) -
     ],
 )
 def test_caption_says_what_is_known(color: str | None, shape: str | None, caption: str | None) -> None:
-    assert write_caption(Scene(color=color, shape=shape, absent=())) == caption
+    assert show(color, shape).caption == caption
 
 
 def test_sentence_denies_only_what_is_absent() -> None:
-    scene = Scene(color="red", shape="circle", absent=("blue", "triangle"))
-    found = {write_sentence(scene, random.Random(number)) for number in range(50)}
+    picture = show("red", "circle", ("blue", "triangle"))
+    found = {write_sentence(picture, random.Random(number)) for number in range(50)}
     assert found == {
         "There is a red circle.",
         "There is a red circle, not a blue one.",
@@ -190,7 +198,7 @@ def test_conversations_hold_all_questions_of_a_picture(package: Path, tmp_path: 
         number = int(record["id"].split("-")[1])
         turns = [turn["value"].removeprefix("<image>\n") for turn in record["conversations"]]
         asked = set(zip(turns[::2], turns[1::2], strict=True))
-        assert asked == {(question.text, question.answer) for question in pictures[number].questions}
+        assert asked == {*pictures[number].questions}
         assert record["conversations"][0]["value"].startswith("<image>\n")
         assert (folder / record["image"]).exists()
 
@@ -215,5 +223,43 @@ def test_test_questions_are_spread_evenly_over_the_split(package: Path, tmp_path
 
 
 def test_more_pictures_than_the_split_has_are_refused(package: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="12 pictures with questions, 13 wanted"):
+    with pytest.raises(ValueError, match="12 pictures with questions, 13 are wanted"):
         build(package, tmp_path / "raw", num_pictures=13)
+
+
+@pytest.fixture
+def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    path = tmp_path / "downloads" / "some_thing-1.0-py3-none-any.whl"
+    path.parent.mkdir()
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("thing/data.json", "[1, 2]")
+    monkeypatch.setitem(corpora.PACKAGES, "some_thing-1.0", hashlib.sha256(path.read_bytes()).hexdigest())
+    return path
+
+
+def test_half_unpacked_package_is_unpacked_again(wheel: Path) -> None:
+    folder = fetch("some_thing-1.0", wheel.parent)
+    assert (folder / "thing" / "data.json").read_text() == "[1, 2]"
+    (folder / ".complete").unlink()
+    (folder / "thing" / "data.json").write_text("[1,")
+    assert (fetch("some_thing-1.0", wheel.parent) / "thing" / "data.json").read_text() == "[1, 2]"
+
+
+def test_package_that_is_not_the_pinned_one_is_refused(wheel: Path) -> None:
+    wheel.write_bytes(b"something else")
+    with pytest.raises(SystemExit, match="does not have the expected sha256; delete the file and run again"):
+        fetch("some_thing-1.0", wheel.parent)
+
+
+def test_failed_download_is_one_line_that_names_the_package(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wheel.unlink()
+    asked = []
+
+    def fail(command: list[str], **options: object) -> subprocess.CompletedProcess:
+        asked.append(command[-1])
+        return subprocess.CompletedProcess([], 1, "", "WARNING: retrying\nERROR: no route to host\n")
+
+    monkeypatch.setattr(corpora.subprocess, "run", fail)
+    with pytest.raises(SystemExit, match="some_thing-1.0 cannot be downloaded: ERROR: no route to host; check"):
+        fetch("some_thing-1.0", wheel.parent)
+    assert asked == ["some_thing==1.0"]

