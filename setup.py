@@ -26,7 +26,7 @@ setup(
         "pillow>=10.3",
         "simplejpeg>=1.8",
         "safetensors>=0.4",
-        "psutil>=5.9",
+        "psutil>=5.9",  # megatron-core saves no checkpoint without it, and does not ask for it
         "tqdm>=4.66",
         "tensorboard>=2.16",
         "pyarrow>=15",

@@ -8,9 +8,8 @@ import yaml
 
 from megatron_vlm.checkpoint.folder import find_checkpoint
 from megatron_vlm.config import CheckpointError, ConfigError, DataConfig, ModelConfig, load_section
+from megatron_vlm.data.text.tokenizer import MODEL_FILE
 from megatron_vlm.platform.files.run_folder import CONFIG_NAME
-
-TOKENIZER_NAME = "tokenizer.model"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,10 +58,10 @@ def _find_tokenizer(checkpoint: Path, given: str | None, recorded: str | None) -
         candidates = [Path(given)]
     else:
         # Beside the run, where a conversion puts it; or where the training found it.
-        candidates = [checkpoint.parent.parent / TOKENIZER_NAME, *([Path(recorded)] if recorded else [])]
+        candidates = [checkpoint.parent.parent / MODEL_FILE, *([Path(recorded)] if recorded else [])]
     for candidate in candidates:
         if candidate.is_dir():
-            candidate = candidate / TOKENIZER_NAME
+            candidate = candidate / MODEL_FILE
         if candidate.is_file():
             return candidate
     raise ConfigError(

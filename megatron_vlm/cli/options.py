@@ -12,7 +12,7 @@ from megatron_vlm.cli.values import local_path, location, location_text, new_fol
 from megatron_vlm.config import UsageError
 from megatron_vlm.config.options import Group, Option
 from megatron_vlm.config.prepare import MAX_RECORD_BYTES
-from megatron_vlm.platform.cores import count_cores
+from megatron_vlm.platform.machine import count_cores
 
 T = TypeVar("T")
 _PATHS = {"location": location_text, "local": local_path, "new_folder": new_folder}

@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_vlm.cli.values import positive
 from megatron_vlm.config import ExitCode, TrainConfig, UsageError, UserError, derive_layout, load_config
-from megatron_vlm.platform.gpus import PEAK_FLOPS
+from megatron_vlm.platform.machine import PEAK_FLOPS
 
 _EPILOG = """\
 example:

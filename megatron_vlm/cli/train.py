@@ -14,9 +14,7 @@ from typing import NoReturn
 
 from megatron_vlm.cli.values import positive
 from megatron_vlm.config import ExitCode, TrainConfig, derive_layout, load_config
-from megatron_vlm.platform.cores import count_cores
 from megatron_vlm.platform.files.run_folder import EXIT_STATUS_NAME, hold_run_folder
-from megatron_vlm.platform.gpus import count_visible_gpus
 from megatron_vlm.platform.launch.exit_status import (
     ExitStatus,
     describe_error,
@@ -28,7 +26,7 @@ from megatron_vlm.platform.launch.job_end import explain_end, read_reports
 from megatron_vlm.platform.launch.launch import NodeJob, find_free_port, run_node
 from megatron_vlm.platform.launch.slurm import SlurmNode, read_slurm_node
 from megatron_vlm.platform.log_format import setup_logging
-from megatron_vlm.platform.requirements import check_requirements
+from megatron_vlm.platform.machine import check_requirements, count_cores, count_visible_gpus
 
 logger = logging.getLogger(__name__)
 

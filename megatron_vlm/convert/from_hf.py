@@ -15,7 +15,6 @@ from tqdm import tqdm
 
 from megatron_vlm.checkpoint.folder import list_iterations
 from megatron_vlm.checkpoint.lazy_tensors import LazyTensor
-from megatron_vlm.checkpoint.run_settings import TOKENIZER_NAME
 from megatron_vlm.checkpoint.tensors import write_weights
 from megatron_vlm.config import (
     CheckpointError,
@@ -30,7 +29,7 @@ from megatron_vlm.convert.differences import describe_differences
 from megatron_vlm.convert.families import clip, llama, llava
 from megatron_vlm.convert.folder import CONFIG_NAME, HFFolder, read_json
 from megatron_vlm.convert.rules import Rule
-from megatron_vlm.data.text.tokenizer import load_tokenizer
+from megatron_vlm.data.text.tokenizer import MODEL_FILE, load_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -132,7 +131,7 @@ def _language_config(folder: HFFolder) -> LanguageConfig:
     _check_kind(folder, "llama")
     where = str(folder.path / CONFIG_NAME)
     rows = vocab_size = folder.config["vocab_size"]
-    if (folder.path / TOKENIZER_NAME).is_file():
+    if (folder.path / MODEL_FILE).is_file():
         vocab_size = load_tokenizer(folder.path).vocab_size
     if vocab_size > rows:
         raise CheckpointError(
@@ -277,12 +276,12 @@ def _write(
 ) -> None:
     config: dict[str, Any] = {"model": config_to_dict(model)}
     run_dir.mkdir(parents=True, exist_ok=True)
-    tokenizer = tokenizer_folder / TOKENIZER_NAME
+    tokenizer = tokenizer_folder / MODEL_FILE
     if tokenizer.is_file():
-        shutil.copyfile(tokenizer, run_dir / TOKENIZER_NAME)
-        config["data"] = {"tokenizer": str(run_dir / TOKENIZER_NAME)}
+        shutil.copyfile(tokenizer, run_dir / MODEL_FILE)
+        config["data"] = {"tokenizer": str(run_dir / MODEL_FILE)}
     else:
-        logger.warning("no %s in %s: name the tokenizer in the training config", TOKENIZER_NAME, tokenizer_folder)
+        logger.warning("no %s in %s: name the tokenizer in the training config", MODEL_FILE, tokenizer_folder)
     total = sum(len(tensor.layers) if isinstance(tensor, LazyTensor) else 1 for tensor in tensors.values())
     with tqdm(total=total, unit="tensor", desc="import", disable=None) as progress:
         write_weights(run_dir, tensors, config, progress.update)

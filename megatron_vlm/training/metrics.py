@@ -11,7 +11,7 @@ import torch
 from megatron_vlm.costs.flops import step_flops
 from megatron_vlm.platform.files.durable import write_durably
 from megatron_vlm.platform.files.run_folder import METRICS_NAME
-from megatron_vlm.platform.gpus import PEAK_FLOPS
+from megatron_vlm.platform.machine import PEAK_FLOPS
 from megatron_vlm.training.state import TrainState
 from megatron_vlm.training.step import StepMetrics
 

@@ -10,13 +10,13 @@ from types import FrameType
 
 import torch
 
-from megatron_vlm.checkpoint.run_settings import TOKENIZER_NAME
 from megatron_vlm.config import TrainConfig, derive_layout, save_config
 from megatron_vlm.data.loading.collate import Collation
 from megatron_vlm.data.loading.loader import BatchLoader, LoaderWorkers
 from megatron_vlm.data.plan.ledger import Ledger
 from megatron_vlm.data.plan.plan import Plan, PlanSettings, build_plan, open_plan
 from megatron_vlm.data.shards.dataset import ShardedDataset
+from megatron_vlm.data.text.tokenizer import MODEL_FILE
 from megatron_vlm.parallel.collective import main_rank_first
 from megatron_vlm.parallel.groups import RankLayout, start_distributed, stop_distributed
 from megatron_vlm.platform.device import prepare_process
@@ -62,7 +62,7 @@ def _run(config: TrainConfig, rank: RankLayout, device: torch.device, stop_reque
     if rank.rank == 0:
         save_config(config, Path(config.run_dir) / CONFIG_NAME)
         # The run folder is all that generation and conversion need, wherever they are started.
-        shutil.copyfile(config.data.tokenizer, Path(config.run_dir) / TOKENIZER_NAME)
+        shutil.copyfile(config.data.tokenizer, Path(config.run_dir) / MODEL_FILE)
     loaders = [_build_loader(state, plan, datasets, device, has_tower=chunk.pre_process) for chunk in state.chunks]
     hooks: list[Hook] = [stop_hook, save_hook]
     writer = ledger = None

@@ -4,7 +4,7 @@ import pickle
 import pytest
 import torch
 
-from megatron_vlm.checkpoint.pickles import check_metadata
+from megatron_vlm.checkpoint.pickles import METADATA_NAME, check_metadata
 from megatron_vlm.checkpoint.tensors import list_tensors, read_tensor, write_weights
 from megatron_vlm.config import CheckpointError
 
@@ -20,6 +20,8 @@ class Hostile:
 def test_an_index_of_torch_passes(tmp_path):
     checkpoint = write_weights(tmp_path, {"model.weight": torch.arange(6.0)}, {})
     check_metadata(checkpoint)
+    index = pickle.loads((checkpoint / METADATA_NAME).read_bytes())
+    assert list(index.state_dict_metadata) == ["model.weight"]
 
 
 def test_an_index_that_would_run_code_is_refused_and_not_run(tmp_path):

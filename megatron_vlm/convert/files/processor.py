@@ -7,7 +7,7 @@ from megatron_vlm.config import LanguageConfig, VisionConfig
 from megatron_vlm.convert.folder import write_json
 from megatron_vlm.data.documents import Control, Special
 from megatron_vlm.data.loading.pixels import Aspect
-from megatron_vlm.data.text.templates import DEFAULT_SYSTEM, Template
+from megatron_vlm.data.text.templates import Template
 
 _BICUBIC = 3
 _SET_ANSWER = (
@@ -71,7 +71,7 @@ def chat_template(template: Template, system: object, *, bos: str, eos: str, ima
         eos: name of the token that ends an answer.
         image: name of the placeholder.
     """
-    system_text = template.system_text if system is DEFAULT_SYSTEM else system
+    system_text = template.choose_system(system)
     marks = {Control.BOS: bos, Control.EOS: eos}
 
     def text(parts: tuple[str | Special, ...], content: str = "") -> str:
@@ -86,7 +86,7 @@ def chat_template(template: Template, system: object, *, bos: str, eos: str, ima
 
     return "".join(
         (
-            _choose_system("none" if system_text is None else _quote(str(system_text))),
+            _choose_system("none" if system_text is None else _quote(system_text)),
             # The first text of a sample starts with the word-begin mark, which text after <s> does not get by itself.
             _literal(bos) + _literal(" "),
             f"{{% if system is none %}}{text(template.no_system)}{{% else %}}",

@@ -20,11 +20,10 @@ from sentencepiece import sentencepiece_model_pb2
 
 from megatron_vlm.config import CheckpointError, LanguageConfig
 from megatron_vlm.convert.folder import write_json
-from megatron_vlm.data.text.tokenizer import Tokenizer
+from megatron_vlm.data.text.tokenizer import MODEL_FILE, Tokenizer
 
 logger = logging.getLogger(__name__)
 
-MODEL_NAME = "tokenizer.model"
 _WORD_BEGIN = "\u2581"
 # Values of the enumerations in sentencepiece_model.proto.
 _BPE = 2
@@ -54,7 +53,7 @@ def write_tokenizer(folder: Path, tokenizer_path: Path, tokenizer: Tokenizer, la
     content = tokenizer_path.read_bytes()
     model: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
     model.ParseFromString(content)
-    (folder / MODEL_NAME).write_bytes(content)
+    (folder / MODEL_FILE).write_bytes(content)
     pieces = {piece.piece for piece in model.pieces}
     added = AddedTokens(image=_free_name("image", pieces), pad=_free_name("pad", pieces))
     exact = _can_be_json(model)

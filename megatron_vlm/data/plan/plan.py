@@ -8,10 +8,6 @@ import dataclasses
 import hashlib
 import json
 import logging
-import os
-import shutil
-import socket
-import time
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,10 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from megatron_vlm.config import DataError, StorageError, config_to_dict
+from megatron_vlm.config import DataError, config_to_dict
 from megatron_vlm.data.plan.compute import PlannedRows, PlanSettings, PlanSummary, plan_rows
 from megatron_vlm.data.plan.fragments import PieceTable
 from megatron_vlm.data.plan.sample_pool import SampleLengths
+from megatron_vlm.platform.files.durable import folder_once, remove_abandoned, storage_errors
 
 __all__ = ["Plan", "PlanSettings", "PlanSummary", "PlannedRows", "build_plan", "hash_plan", "open_plan", "plan_rows"]
 
@@ -31,8 +28,6 @@ logger = logging.getLogger(__name__)
 _PLAN_VERSION = 3
 """Part of the hash; to be raised by every change that orders samples in another way."""
 _SUMMARY_FILE = "plan.json"
-_UNFINISHED = ".tmp"
-_SECONDS_TO_WRITE = 3600.0
 _LENGTH_OF_TRAINING = ("train_iters", "train_epochs")
 
 
@@ -154,19 +149,12 @@ def build_plan(settings: PlanSettings, datasets: Sequence[SampleLengths], folder
     """
     name = hash_plan(settings, datasets)
     target = Path(folder) / name
-    _remove_leftovers(Path(folder))
+    remove_abandoned(Path(folder))
     if target.exists():
         return open_plan(settings, datasets, folder)
     rows = plan_rows(settings, datasets)
-    temporary = target.with_name(f"{name}{_UNFINISHED}{os.getpid()}@{socket.gethostname()}")
-    try:
-        temporary.mkdir(parents=True, exist_ok=True)
-        _write(temporary, rows, settings, dataclasses.replace(rows.summary, hash=name))
-        os.rename(temporary, target)
-    except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if not target.exists():  # another process may have been faster: its plan is the same
-            raise StorageError(f"plan cannot be written: {error}", where=str(folder), fix="make room there") from None
+    with storage_errors("plan cannot be written", Path(folder)), folder_once(target) as unfinished:
+        _write(unfinished, rows, settings, dataclasses.replace(rows.summary, hash=name))
     plan = open_plan(settings, datasets, folder)
     logger.info(
         "plan %s: %d samples in %d rows of %s%d, %d iterations, utilisation %.4f, %d truncated, %d split, %d dropped",
@@ -182,28 +170,6 @@ def build_plan(settings: PlanSettings, datasets: Sequence[SampleLengths], folder
         plan.summary.dropped,
     )
     return plan
-
-
-def _remove_leftovers(folder: Path) -> None:
-    """Remove what killed builds left: of processes of this host that are gone, and what nobody writes to any more."""
-    for path in folder.glob(f"*{_UNFINISHED}*"):
-        process, _, host = path.name.partition(_UNFINISHED)[2].partition("@")
-        try:
-            silent = time.time() - path.stat().st_mtime
-            if (host == socket.gethostname() and not _is_running(process)) or silent > _SECONDS_TO_WRITE:
-                shutil.rmtree(path, ignore_errors=True)
-        except FileNotFoundError:  # it was finished, or another process was faster
-            continue
-
-
-def _is_running(process: str) -> bool:
-    try:
-        os.kill(int(process), 0)
-    except (ProcessLookupError, ValueError):
-        return False
-    except PermissionError:  # it is another user's
-        return True
-    return True
 
 
 def open_plan(settings: PlanSettings, datasets: Sequence[SampleLengths], folder: str | Path) -> Plan:

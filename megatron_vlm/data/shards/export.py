@@ -7,8 +7,6 @@ on. The tars are the same bytes whenever and by however many processes they are 
 import functools
 import io
 import json
-import os
-import socket
 import tarfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -21,7 +19,7 @@ from megatron_vlm.data.samples import EncodedSample, ImageSegment
 from megatron_vlm.data.shards.dataset import ShardedDataset
 from megatron_vlm.data.tasks.processes import Engine, Report, run_tasks
 from megatron_vlm.data.text.tokenizer import Tokenizer, load_tokenizer
-from megatron_vlm.platform.files.durable import flush_to_disk, storage_errors
+from megatron_vlm.platform.files.durable import flush_to_disk, open_durably, storage_errors
 from megatron_vlm.platform.files.locks import locked
 
 _STATE_FILE = ".export"  # locked while tars are written; no suffix: nothing that looks for tars or JSON finds it
@@ -96,13 +94,10 @@ def write_tar(job: ExportJob, fingerprint: str, number: int, path: Path, report:
     if path.exists():
         report(last - first, 0)
         return
-    # A worker of an export that was killed may live for a moment after the next one has begun.
-    unfinished = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+    # Shared: a worker of an export that was killed may live for a moment after the next one has begun.
     with storage_errors("export stopped", path, kept="finished tars are kept"):
-        with unfinished.open("wb") as stream:
+        with open_durably(path, is_shared=True) as stream:
             _write_samples(stream, dataset, tokenizer, range(first, last), report)
-            flush_to_disk(stream)
-        os.replace(unfinished, path)
 
 
 def describe_sample(sample: EncodedSample, tokenizer: Tokenizer) -> tuple[dict[str, list], dict[str, bytes]]:

@@ -45,6 +45,10 @@ class Template:
     between: tuple[_Part, ...] = ()
     """Between two turns."""
 
+    def choose_system(self, system: object) -> str | None:
+        """Return the system prompt to write: `system`, or the template's own for DEFAULT_SYSTEM; None for none."""
+        return self.system_text if system is DEFAULT_SYSTEM else None if system is None else str(system)
+
 
 _LLAVA_SYSTEM = (
     "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
@@ -165,9 +169,9 @@ def render_conversation(turns: Sequence[Turn], template: Template, system: objec
     """
     if not turns or any(turn.answer is None for turn in turns[:-1]):
         raise ValueError("a conversation needs turns, and an answer in all but the last")
-    system_text = template.system_text if system is DEFAULT_SYSTEM else system
+    system_text = template.choose_system(system)
     segments: list[Segment] = [Special(Control.BOS, train=False)]
-    segments += _fill(template.no_system if system_text is None else template.system, str(system_text), train=False)
+    segments += _fill(template.no_system if system_text is None else template.system, system_text or "", train=False)
     for number, turn in enumerate(turns):
         if number:
             segments += _fill(template.between, "", train=False)

@@ -14,7 +14,8 @@ from megatron_vlm.data.text.words import WordEncoder, read_word_rule
 # Serialised protobuf messages merge when they are concatenated. These bytes are a ModelProto that holds only
 # normalizer_spec {add_dummy_prefix: false, remove_extra_whitespaces: false}.
 _NO_PREFIX = bytes([0x1A, 0x04, 0x18, 0x00, 0x20, 0x00])
-_MODEL_FILE = "tokenizer.model"
+MODEL_FILE = "tokenizer.model"
+"""Name of a SentencePiece model in a folder, a Hugging Face model's or a run's."""
 
 
 def load_tokenizer(path: str | Path) -> "Tokenizer":
@@ -28,7 +29,7 @@ def load_tokenizer(path: str | Path) -> "Tokenizer":
     """
     file = Path(path)
     if file.is_dir():
-        file = file / _MODEL_FILE
+        file = file / MODEL_FILE
     try:
         content = file.read_bytes()
     except OSError as error:

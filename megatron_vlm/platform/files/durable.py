@@ -4,8 +4,9 @@ import errno
 import os
 import shutil
 import socket
+import time
 from collections.abc import Container, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, BinaryIO
 
@@ -16,6 +17,7 @@ UNFINISHED = ".tmp"
 """Last part of the name of a file or folder that is being written."""
 SET_ASIDE = ".being_replaced"
 """Last part of the name of a folder that is being replaced; nobody gives this name to a folder of their own."""
+_SECONDS_TO_WRITE = 3600.0
 STORAGE_ERRNOS = frozenset(
     (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR)
 )
@@ -38,10 +40,15 @@ def open_durably(path: Path, *, is_shared: bool = False) -> Iterator[BinaryIO]:
             to finish stays. Each then writes under a name of its own, which a kill leaves behind.
     """
     unfinished = name_of_process(path) if is_shared else path.with_name(path.name + UNFINISHED)
-    with unfinished.open("wb") as stream:
-        yield stream
-        flush_to_disk(stream)
-    os.replace(unfinished, path)
+    try:
+        with unfinished.open("wb") as stream:
+            yield stream
+            flush_to_disk(stream)
+        os.replace(unfinished, path)
+    except BaseException:
+        with suppress(OSError):
+            unfinished.unlink()
+        raise
 
 
 def flush_to_disk(stream: IO) -> None:
@@ -53,6 +60,29 @@ def flush_to_disk(stream: IO) -> None:
 def name_of_process(path: Path) -> Path:
     """Return the unfinished name of `path` that only this process uses."""
     return path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}{UNFINISHED}")
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Remove what killed processes left in `folder` under a name of their own.
+
+    Those of this host are known to be gone; of others, nothing was written for an hour.
+    """
+    for path in folder.glob(f"*{UNFINISHED}"):
+        name, _, process = path.name.removesuffix(UNFINISHED).rpartition(".")
+        with suppress(FileNotFoundError):  # it was finished, or another process was faster
+            is_silent = time.time() - path.stat().st_mtime > _SECONDS_TO_WRITE
+            if is_silent or (name.endswith(f".{socket.gethostname()}") and not _is_running(process)):
+                remove(path)
+
+
+def _is_running(process: str) -> bool:
+    try:
+        os.kill(int(process), 0)
+    except (ProcessLookupError, ValueError):
+        return False
+    except PermissionError:  # it is another user's
+        return True
+    return True
 
 
 @contextmanager

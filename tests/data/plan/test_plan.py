@@ -2,12 +2,10 @@
 
 import dataclasses
 import json
-import os
 import pickle
 import socket
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -379,33 +377,13 @@ def test_second_build_opens_the_first(datasets, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [first.hash]
 
 
-def leave_unfinished(folder, name, seconds_ago=0):
-    path = folder / f"0123456789abcdef.tmp{name}"
-    path.mkdir()
-    (path / "sample_ids.npy").write_bytes(b"half")
-    os.utime(path, (time.time() - seconds_ago,) * 2)
-    return path
-
-
 def test_what_a_killed_build_left_is_removed(datasets, tmp_path):
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    left = [
-        leave_unfinished(tmp_path, f"{gone.pid}@{socket.gethostname()}"),
-        leave_unfinished(tmp_path, "17@another.host", seconds_ago=7200),
-        leave_unfinished(tmp_path, "4711", seconds_ago=7200),
-    ]
+    left = tmp_path / f"0123456789abcdef.{socket.gethostname()}.{gone.pid}.tmp"
+    left.mkdir()
     build_plan(make_settings(), datasets, tmp_path)
-    assert not any(path.exists() for path in left)
-
-
-def test_what_others_are_building_stays(datasets, tmp_path):
-    building = [
-        leave_unfinished(tmp_path, f"{os.getppid()}@{socket.gethostname()}"),
-        leave_unfinished(tmp_path, "17@another.host"),
-    ]
-    build_plan(make_settings(), datasets, tmp_path)
-    assert all(path.exists() for path in building)
+    assert not left.exists()
 
 
 def test_pickled_plan_carries_no_arrays(datasets, tmp_path):

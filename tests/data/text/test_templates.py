@@ -5,6 +5,7 @@ from megatron_vlm.data.documents import Image, Special, Text
 from megatron_vlm.data.rejects import RejectError
 from megatron_vlm.data.samples import ImageSegment
 from megatron_vlm.data.text.templates import (
+    DEFAULT_SYSTEM,
     TEMPLATES,
     Turn,
     check_template,
@@ -181,3 +182,10 @@ def test_conversation_without_turns_or_answers_is_a_mistake_of_the_caller():
     for turns in ((), (Turn((Text("a"),), None), Turn((Text("b"),), "c"))):
         with pytest.raises(ValueError, match="needs turns"):
             render_conversation(turns, VICUNA)
+
+
+def test_the_system_prompt_is_the_given_one_the_templates_or_none():
+    template = find_template("vicuna_v1")
+    assert template.choose_system(DEFAULT_SYSTEM) == template.system_text
+    assert template.choose_system("Be brief.") == "Be brief."
+    assert template.choose_system(None) is None

@@ -2,6 +2,10 @@ import errno
 import itertools
 import os
 import shutil
+import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +16,7 @@ from megatron_vlm.platform.files.durable import (
     folder_beside,
     folder_once,
     open_durably,
+    remove_abandoned,
     replace_folder,
     settle_folder,
     storage_errors,
@@ -34,6 +39,7 @@ def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path):
     with pytest.raises(TypeError), open_durably(path) as stream:
         stream.writelines([b"half", 1])
     assert path.read_bytes() == b"first"
+    assert names(tmp_path) == ["file"]
     with open_durably(path) as stream:
         stream.write(b"second")
     assert path.read_bytes() == b"second"
@@ -216,3 +222,39 @@ def test_other_errors_stay_as_they_are_where_only_some_are_wanted(tmp_path):
     with pytest.raises(StorageError, match=r"work stopped: .* \(.*\); fix: make room"):
         with storage_errors("work stopped", tmp_path, only=STORAGE_ERRNOS, fix="make room"):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def leave_unfinished(folder: Path, name: str, seconds_ago: int = 0) -> Path:
+    path = folder / f"name.{name}.tmp"
+    fill(path, "half")
+    os.utime(path, (time.time() - seconds_ago,) * 2)
+    return path
+
+
+def test_what_killed_processes_left_is_removed(tmp_path):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    leave_unfinished(tmp_path, f"{socket.gethostname()}.{gone.pid}")
+    leave_unfinished(tmp_path, "another.host.17", seconds_ago=7200)
+    leave_unfinished(tmp_path, "unknown", seconds_ago=7200)
+    remove_abandoned(tmp_path)
+    assert names(tmp_path) == []
+
+
+def test_what_other_processes_are_writing_stays(tmp_path):
+    writing = [
+        leave_unfinished(tmp_path, f"{socket.gethostname()}.{os.getppid()}"),
+        leave_unfinished(tmp_path, "another.host.17"),
+    ]
+    remove_abandoned(tmp_path)
+    assert names(tmp_path) == sorted(path.name for path in writing)
+
+
+def test_what_another_users_process_is_writing_stays(tmp_path, monkeypatch):
+    def is_anothers(process, number):
+        raise PermissionError
+
+    monkeypatch.setattr(os, "kill", is_anothers)
+    left = leave_unfinished(tmp_path, f"{socket.gethostname()}.1")
+    remove_abandoned(tmp_path)
+    assert names(tmp_path) == [left.name]

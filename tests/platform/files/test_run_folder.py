@@ -47,10 +47,11 @@ def test_folder_is_free_once_its_holder_was_killed(tmp_path, holder):
         assert (tmp_path / "run").is_dir()
 
 
-def test_folder_can_be_held_again_afterwards(tmp_path):
+def test_folder_can_be_held_again_afterwards_but_not_twice_at_once(tmp_path):
     for _ in range(2):
         with hold_run_folder(tmp_path):
-            pass
+            with pytest.raises(ConfigError, match="another job"):
+                hold_run_folder(tmp_path).__enter__()
 
 
 def test_file_in_place_of_the_folder_is_refused(tmp_path):
