@@ -26,7 +26,7 @@ from megatron_vlm.data.files.locations import (
     names_files,
     parse_location,
 )
-from megatron_vlm.platform.cores import count_cores
+from megatron_vlm.platform.machine import count_cores
 
 if TYPE_CHECKING:
     from megatron_vlm.data.prepare.part import ImagePlace
