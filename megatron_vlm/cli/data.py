@@ -1,12 +1,11 @@
-"""`megatron-vlm data {verify,stats,inspect,export,merge,split}`."""
+"""`megatron-vlm data {verify,stats,inspect,export,merge,split,dedupe}`."""
 
 import argparse
 
 from megatron_vlm.cli.options import add_workers
 from megatron_vlm.cli.stopping import stops_at_once
-from megatron_vlm.cli.values import local_path, location, new_file, new_folder, new_name, positive, seed, whole_number
-from megatron_vlm.config import ConfigError, ExitCode
-from megatron_vlm.data.files.locations import list_location
+from megatron_vlm.cli.values import local_path, new_file, new_folder, new_name, positive, seed, whole_number
+from megatron_vlm.config import ExitCode
 
 _EXAMPLES = {
     "verify": "data verify shards/mmc4 --decode",
@@ -15,14 +14,16 @@ _EXAMPLES = {
     "export": "data export shards/mmc4 --format webdataset --tokenizer T --output tars/mmc4",
     "merge": "data merge shards/mmc4 shards/mmc4.part-*",
     "split": "data split shards/mmc4 shards/mmc4 --number 4",
+    "dedupe": "data dedupe shards/coyo shards/coyo-unique --by images",
 }
 _HELP = {
     "verify": "hold every byte against the manifest; exit code 65 on any fault",
     "stats": "samples, images per sample, text tokens per image; from the index alone",
     "inspect": "samples as an HTML page: pictures, text coloured by its mask",
     "export": "samples as WebDataset tars, for other programs or to prepare again",
-    "merge": "join what prepare --part 1/N to N/N wrote; hard links, only shards with duplicates are written",
+    "merge": "join what prepare --part 1/N to N/N wrote; nothing is copied",
     "split": "divide a dataset at the borders of its shards; nothing is copied",
+    "dedupe": "drop samples that repeat an earlier one; only shards that lose samples are written again",
 }
 
 
@@ -45,7 +46,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         )
         for action, text in _HELP.items()
     }
-    for action in ("verify", "stats", "inspect", "export", "split"):
+    for action in ("verify", "stats", "inspect", "export", "split", "dedupe"):
         parsers[action].add_argument("folder", type=local_path, metavar="DIR", help="folder of shards")
     parsers["verify"].add_argument("--decode", action="store_true", help="decode every image as well")
     add = parsers["stats"].add_argument
@@ -65,19 +66,19 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     add = parsers["merge"].add_argument
     add("output", type=new_folder, metavar="OUT", help="new folder, on the file system of the parts")
     add("parts", type=local_path, nargs="+", metavar="PART", help="all parts, in any order")
-    add(
-        "--tables",
-        type=location,
-        nargs="+",
-        default=[],
-        metavar="PATH",
-        help="parquet tables of prepare pairs, if they have moved or their URLs are signed: no manifest keeps that",
-    )
-    for action in ("export", "merge"):
-        add_workers(parsers[action])
     add = parsers["split"].add_argument
     add("output", type=new_name, metavar="OUT", help="writes OUT-1-of-N to OUT-N-of-N")
     add("--number", type=positive, required=True, metavar="N", help="datasets, of about equal size")
+    add = parsers["dedupe"].add_argument
+    add("output", type=new_folder, metavar="OUT", help="new folder, on the same file system")
+    add(
+        "--by",
+        choices=("documents", "images"),
+        required=True,
+        help="what equal samples share: text and images, or the images (the text where there is none)",
+    )
+    for action in ("export", "dedupe"):
+        add_workers(parsers[action])
     parser.set_defaults(run=run)
 
 
@@ -90,6 +91,7 @@ def run(args: argparse.Namespace) -> int:
         "export": _export,
         "merge": _merge,
         "split": _split,
+        "dedupe": _dedupe,
     }
     with stops_at_once("finished tars are kept" if args.action == "export" else ""):
         return actions[args.action](args)
@@ -164,10 +166,7 @@ def _export(args: argparse.Namespace) -> int:
 def _merge(args: argparse.Namespace) -> int:
     from megatron_vlm.data.prepare.merge import merge_datasets
 
-    tables = [table for path in args.tables for table in list_location(path, (".parquet",), "--tables")]
-    if args.tables and not tables:
-        raise ConfigError("--tables has no parquet files", where=str(args.tables[0]), fix="check --tables")
-    manifest = merge_datasets(args.output, args.parts, tables=tables, num_workers=args.workers)
+    manifest = merge_datasets(args.output, args.parts)
     documents, rejected = manifest.documents, manifest.rejected
     print(f"documents {documents} = used {documents - rejected} + rejected {rejected}")
     print(f"samples {manifest.counts.samples}, images {manifest.counts.images}, shards {len(manifest.shards)}")
@@ -182,4 +181,16 @@ def _split(args: argparse.Namespace) -> int:
     for folder in split_dataset(args.folder, args.output, args.number):
         counts = load_manifest(folder).counts
         print(f"wrote {folder}: samples {counts.samples}, images {counts.images}")
+    return ExitCode.DONE
+
+
+def _dedupe(args: argparse.Namespace) -> int:
+    from megatron_vlm.data.prepare.deduplicate import deduplicate
+    from megatron_vlm.data.shards.manifest import load_manifest
+
+    before = load_manifest(args.folder).counts.samples
+    manifest = deduplicate(args.folder, args.output, by=args.by, num_workers=args.workers)
+    kept = manifest.counts.samples
+    print(f"samples {before} = kept {kept} + dropped {before - kept}; shards {len(manifest.shards)}")
+    print(f"wrote {args.output}")
     return ExitCode.DONE

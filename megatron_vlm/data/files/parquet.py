@@ -2,28 +2,20 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
 
 from megatron_vlm.config import DataError
 from megatron_vlm.data.files.locations import Location, open_stream
+from megatron_vlm.data.files.records import Record
 from megatron_vlm.data.rejects import RejectError
 
 DAMAGE = (pyarrow.ArrowException, OSError, ValueError)
 """What pyarrow raises over a damaged file; ValueError for names that are not UTF-8."""
 _BUFFER_BYTES = 1 << 20
 _BATCH_BYTES, _MAX_BATCH_ROWS = 8 << 20, 4096
-
-
-class Row(NamedTuple):
-    """One row of a table, or what was wrong with it."""
-
-    number: int
-    """From 1, through all row groups."""
-    cells: dict[str, Any] | RejectError
-    """By column."""
 
 
 def open_parquet(path: Location, *, streamed: bool = False) -> pyarrow.parquet.ParquetFile:
@@ -55,7 +47,7 @@ def unreadable(path: Location, error: Exception) -> DataError:
     )
 
 
-def read_rows(table: pyarrow.parquet.ParquetFile, columns: Sequence[str] | None = None) -> Iterator[Row]:
+def read_rows(table: pyarrow.parquet.ParquetFile, columns: Sequence[str] | None = None) -> Iterator[Record]:
     """Read the rows, a few MiB at a time; at least a page of each column is in memory.
 
     Args:
@@ -78,14 +70,14 @@ def read_rows(table: pyarrow.parquet.ParquetFile, columns: Sequence[str] | None 
                 batch = next(batches, None)
             except DAMAGE as error:
                 detail = f"{end - number} rows: {' '.join(str(error).split())[:200]}"
-                yield Row(number + 1, RejectError("file_truncated", detail))
+                yield Record(number + 1, RejectError("file_truncated", detail))
                 break
             if batch is None:
-                yield Row(number + 1, RejectError("file_truncated", f"{end - number} rows are not there"))
+                yield Record(number + 1, RejectError("file_truncated", f"{end - number} rows are not there"))
                 break
             for cells in _cells(batch):
                 number += 1
-                yield Row(number, cells)
+                yield Record(number, cells)
 
 
 def _cells(batch: pyarrow.RecordBatch) -> list[dict[str, Any] | RejectError]:

@@ -1,185 +1,190 @@
-"""Leave out what repeats an earlier sample, over all parts of a dataset, before they are joined.
+"""Write a dataset again without the samples that repeat earlier ones: `data dedupe`.
 
-A shard without repeats stays as it is; of the others a copy is written that lacks them. The first of equal samples, in
-the order of the input files, stays: which one that is does not depend on workers or parts.
+Every sample gets a fingerprint of 16 bytes. These are kept in files and sorted a bucket at a time, so memory does not
+grow with the number of samples. Of equal samples, the first in the order of the shards stays.
 """
 
 import dataclasses
-import json
+import functools
+import hashlib
+import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from megatron_vlm.data.prepare.duplicates import Fingerprints, find_repeats
-from megatron_vlm.data.prepare.part import PartFacts, built_beside
-from megatron_vlm.data.rejects import RejectError, reject_row
-from megatron_vlm.data.samples import TokenizerFacts
+from megatron_vlm.config import ConfigError, UsageError
+from megatron_vlm.data.prepare.output import dataset_beside, link_shard
+from megatron_vlm.data.prepare.share import SHARE_OPTION
+from megatron_vlm.data.samples import EncodedSample, ImageSegment
 from megatron_vlm.data.shards.dataset import ShardedDataset
-from megatron_vlm.data.shards.manifest import Manifest, ShardFacts
+from megatron_vlm.data.shards.index import TOKEN_DTYPE
+from megatron_vlm.data.shards.manifest import DUPLICATES_NOTE, REJECTS_FILE, Manifest, ShardFacts, save_manifest
 from megatron_vlm.data.shards.writer import ShardWriter
-from megatron_vlm.data.tasks.processes import Engine
-from megatron_vlm.platform.files.durable import write_durably
+from megatron_vlm.data.tasks.processes import Report, run_tasks
 
-_REASON, _NOTE = "duplicate", "duplicate_samples"
-_ROWS_FILE, _FACTS_FILE, _SHARD_NAME = "duplicates.jsonl", "shard.json", "00000"
-_Piece = PartFacts | Manifest
-_SAYS = {"documents": "repeats", "images": "has the images of"}
+KINDS = ("documents", "images")
+"""What equal samples share: token ids and images; or the images only, and the token ids where there is no image."""
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Unique:
-    """The pieces of a dataset without what repeats."""
-
-    pieces: list[_Piece]
-    sources: list[Path]
-    """Where each shard of the pieces, in order, is now: path without suffix."""
-    rows: Path
-    """One line for the list of rejects of each document that is left out."""
+_OPTION, _FINGERPRINTS = "deduplicated", ".fingerprints"
+_DIGEST_BYTES = 16
+_IMAGE_MARK = np.array([-1], dtype=TOKEN_DTYPE).tobytes()  # not a token id
+_BUCKET_SAMPLES = 4_000_000  # sorted at a time, about 200 MB
+_REPORT_EVERY = 100
 
 
-@dataclass(frozen=True, slots=True)
-class _Kept:
-    """A shard of which something stays."""
+def deduplicate(folder: Path, output: Path, *, by: str, num_workers: int = 1) -> Manifest:
+    """Write a dataset without the samples that repeat an earlier one.
 
-    source: Path
-    facts: ShardFacts
-    gone: np.ndarray
-    """int64[n], its samples that go, ascending."""
-
-
-def drop_repeats(
-    pieces: Sequence[_Piece],
-    folders: Sequence[Path],
-    *,
-    kind: str,
-    tokenizer: TokenizerFacts,
-    work: Path,
-    run: Engine,
-) -> Unique:
-    """Leave out every sample that repeats an earlier one; goes on where an earlier call was interrupted.
-
-    A document all of whose samples repeat others is a reject. One that keeps a sample is none; what it loses is
-    counted in the notes.
+    A shard without duplicates is a hard link; one that loses samples is written again; one that loses all is left out.
+    Documents and rejects stay those of the preparation; the dropped samples are counted among the notes.
 
     Args:
-        pieces: what `prepare_part` made of each input file, or the shares of a dataset; in order.
-        folders: of the pieces.
-        kind: one of `duplicates.KINDS`.
-        tokenizer: of the pieces.
-        work: folder for the shards that are written again.
-        run: runs the tasks that write them.
-
-    Raises:
-        DataError: fingerprints are missing or damaged, or a shard is.
-        StorageError: a shard cannot be written.
-    """
-    work.mkdir(exist_ok=True)
-    fingerprints = Fingerprints(folders, [sum(shard.counts.samples for shard in piece.shards) for piece in pieces])
-    repeats = find_repeats(fingerprints)
-    shrunk: list[_Piece] = []
-    kept: list[_Kept] = []
-    with (work / _ROWS_FILE).open("w") as rows:
-        for number, (piece, folder) in enumerate(zip(pieces, folders, strict=True)):
-            start, end = fingerprints.start(number), int(fingerprints.ends[number])
-            first, last = np.searchsorted(repeats.samples, [start, end])
-            gone = repeats.samples[first:last] - start
-            documents, others = _documents_gone(fingerprints.records(number)["origin"], gone)
-            for place in documents:
-                rows.write(_row(fingerprints, start + int(gone[place]), int(repeats.originals[first + place]), kind))
-            own = _shards_kept(piece, folder, gone)
-            kept += own
-            shrunk.append(_without(piece, own, len(documents), others))
-    sources, written = _write_rests(kept, tokenizer, work, run)
-    return Unique(pieces=_with_shards(shrunk, written), sources=sources, rows=work / _ROWS_FILE)
-
-
-def write_rest(
-    source: Path, facts: ShardFacts, tokenizer: TokenizerFacts, gone: np.ndarray, target: Path
-) -> ShardFacts:
-    """Write a shard again without some of its samples, or read what is there if that was done before.
-
-    Args:
-        source: path of the shard without suffix.
-        facts: of the shard.
-        tokenizer: of the shard.
-        gone: int64[n]; the samples to leave out; not all.
-        target: folder for the shard; it exists only when it is whole.
+        folder: the dataset; it is not changed.
+        output: new folder on the same file system; left alone if it already holds this very dataset.
+        by: one of `KINDS`.
+        num_workers: processes; the result does not depend on it.
 
     Returns:
-        The new shard's facts.
+        The manifest of the new dataset.
+
+    Raises:
+        UsageError: `by` is not one of `KINDS`.
+        ConfigError: the dataset is the output of one job of an array, or the output folder holds something else.
+        DataError: the dataset is unfinished or damaged.
+        StorageError: the output cannot be written, or is on another file system.
     """
-    if not target.exists():
-        with built_beside(target, "removal of duplicates") as folder:
-            manifest = Manifest(source="", tokenizer=tokenizer, shards=(facts,), documents=0)
-            samples = ShardedDataset(source.parent, manifest, fingerprint="")
-            writer = ShardWriter(folder / _SHARD_NAME)
-            for sample in np.delete(np.arange(len(samples)), gone):
-                writer.add(samples[int(sample)])
-            content = json.dumps(dataclasses.asdict(writer.close(facts.input)))
-            write_durably(folder / _FACTS_FILE, content.encode())
-    return ShardFacts.from_tree(json.loads((target / _FACTS_FILE).read_bytes()))
+    if by not in KINDS:
+        raise UsageError(f"--by {by} is not one of {', '.join(KINDS)}", fix="choose one of them")
+    whole = ShardedDataset.open(folder).manifest
+    if SHARE_OPTION in whole.options:
+        raise ConfigError("dataset is a part of one", where=str(folder), fix="join the parts first: data merge")
+    singles = [dataclasses.replace(whole, shards=(shard,)) for shard in whole.shards]
+    run = functools.partial(run_tasks, num_workers=num_workers)
+    with dataset_beside(output) as unfinished:
+        work = unfinished / _FINGERPRINTS
+        work.mkdir()
+        files = [work / f"{shard.name}.npy" for shard in whole.shards]
+        tasks = [(folder, single, by, file) for single, file in zip(singles, files, strict=True)]
+        run(save_fingerprints, tasks, unit="samples", reports=True)
+        gone = _by_shard(find_repeats(files), whole.shards)
+        shutil.rmtree(work)
+        kept = [(n, own) for n, own in enumerate(gone) if len(own) < whole.shards[n].counts.samples]
+        writing = [(folder, singles[n], own, unfinished / f"{new:05d}") for new, (n, own) in enumerate(kept)]
+        shards = tuple(run(write_rest, writing, unit="shards"))
+        manifest = _describe(whole, shards, by)
+        if whole.rejects_file is not None:
+            (unfinished / REJECTS_FILE).hardlink_to(folder / REJECTS_FILE)
+        save_manifest(manifest, unfinished)
+    return manifest
 
 
-def _documents_gone(origins: np.ndarray, gone: np.ndarray) -> tuple[np.ndarray, int]:
-    """Return which of `gone` are the first samples of documents that lose all, and how many are not of such documents.
+def fingerprint(sample: EncodedSample, by: str) -> bytes:
+    """Return 16 bytes that are equal for samples of equal content, whatever their loss mask.
 
     Args:
-        origins: int64[samples]; equal for neighbours of one document.
-        gone: int64[n]; ascending.
+        sample: one sample.
+        by: one of `KINDS`.
     """
-    if len(gone) == 0:
-        return gone, 0
-    document = np.cumsum(np.diff(origins, prepend=origins[:1]) != 0)
-    touched, first, losses = np.unique(document[gone], return_index=True, return_counts=True)
-    whole = losses == np.bincount(document)[touched]
-    return first[whole], int(losses[~whole].sum())
+    digest = hashlib.blake2b(digest_size=_DIGEST_BYTES)
+    images_only = by == "images" and any(isinstance(segment, ImageSegment) for segment in sample.segments)
+    for segment in sample.segments:
+        if isinstance(segment, ImageSegment):
+            # The length marks the border between an image and what follows it.
+            digest.update(_IMAGE_MARK + len(segment.encoded).to_bytes(8, "little"))
+            digest.update(segment.encoded)
+        elif not images_only:
+            digest.update(np.asarray(segment.input_ids, dtype=TOKEN_DTYPE).tobytes())
+    return digest.digest()
 
 
-def _row(fingerprints: Fingerprints, sample: int, original: int, kind: str) -> str:
-    (file, line, key), (*place, first_key) = fingerprints.origin(sample), fingerprints.origin(original)
-    what = f"{_SAYS[kind]} {place[0]}"
-    what += f" line {place[1]}" if place[1] is not None else ""
-    what += f" key {first_key}" if first_key is not None else ""
-    return reject_row(file, line, key, RejectError(_REASON, what))
+def save_fingerprints(folder: Path, single: Manifest, by: str, target: Path, report: Report) -> None:
+    """Write the fingerprints of a shard as uint64[samples, 2].
+
+    Args:
+        folder: of the dataset.
+        single: its manifest, with this shard only.
+        by: one of `KINDS`.
+        target: .npy file.
+        report: is told about progress.
+
+    Raises:
+        DataError: the shard is damaged.
+    """
+    samples = ShardedDataset(folder, single, fingerprint="")
+    digests = bytearray()
+    for number in range(len(samples)):
+        digests += fingerprint(samples[number], by)
+        if (number + 1) % _REPORT_EVERY == 0:
+            report(_REPORT_EVERY, 0)
+    report(len(samples) % _REPORT_EVERY, 0)
+    np.save(target, np.frombuffer(bytes(digests), dtype="<u8").reshape(-1, 2))
 
 
-def _shards_kept(piece: _Piece, folder: Path, gone: np.ndarray) -> list[_Kept]:
-    kept = []
+def find_repeats(files: Sequence[Path], *, bucket_samples: int = _BUCKET_SAMPLES) -> np.ndarray:
+    """Return the samples whose fingerprint an earlier one has, int64[n], ascending, numbered through all files.
+
+    Samples with equal remainders of their fingerprints are sorted together, a bucket at a time; every file is read once
+    for each bucket.
+
+    Args:
+        files: what `save_fingerprints` wrote, in the order of the shards.
+        bucket_samples: about how many samples are sorted at a time.
+    """
+    num_samples = sum(len(np.load(file, mmap_mode="r")) for file in files)
+    num_buckets = max(1, -(-num_samples // bucket_samples))
+    found = [_repeats_in_bucket(files, bucket, num_buckets) for bucket in range(num_buckets)]
+    return np.sort(np.concatenate(found))
+
+
+def _repeats_in_bucket(files: Sequence[Path], bucket: int, num_buckets: int) -> np.ndarray:
+    halves: list[np.ndarray] = []
+    places: list[np.ndarray] = []
     start = 0
-    for shard in piece.shards:
-        first, last = np.searchsorted(gone, [start, start + shard.counts.samples])
-        if last - first < shard.counts.samples:
-            kept.append(_Kept(folder / shard.name, shard, gone[first:last] - start))
-        start += shard.counts.samples
-    return kept
+    for file in files:
+        own = np.load(file, mmap_mode="r")
+        inside = np.flatnonzero(own[:, 0] % np.uint64(num_buckets) == bucket)
+        halves.append(own[inside])
+        places.append(inside + start)
+        start += len(own)
+    digests, place = np.concatenate(halves), np.concatenate(places)
+    order = np.lexsort((digests[:, 1], digests[:, 0]))  # stable: of equal samples, the first stays first
+    digests, place = digests[order], place[order]
+    return place[1:][(digests[1:] == digests[:-1]).all(axis=1)]
 
 
-def _without(piece: _Piece, kept: list[_Kept], documents: int, others: int) -> _Piece:
-    rejects = piece.rejects | ({_REASON: documents} if documents else {})
-    notes = piece.notes | ({_NOTE: others} if others else {})
-    return dataclasses.replace(piece, shards=tuple(shard.facts for shard in kept), rejects=rejects, notes=notes)
+def _by_shard(repeats: np.ndarray, shards: Sequence[ShardFacts]) -> list[np.ndarray]:
+    """Return the repeats of each shard, numbered from its own first sample."""
+    ends = np.cumsum([shard.counts.samples for shard in shards])
+    own = np.split(repeats, np.searchsorted(repeats, ends[:-1]))
+    return [numbers - (end - shard.counts.samples) for numbers, end, shard in zip(own, ends, shards, strict=True)]
 
 
-def _write_rests(
-    kept: list[_Kept], tokenizer: TokenizerFacts, work: Path, run: Engine
-) -> tuple[list[Path], list[ShardFacts]]:
-    """Write the shards that lose something; returns where each one is, and what it holds."""
-    sources, facts = [shard.source for shard in kept], [shard.facts for shard in kept]
-    touched = [number for number, shard in enumerate(kept) if len(shard.gone)]
-    tasks = [(sources[n], facts[n], tokenizer, kept[n].gone, work / f"{n:05d}") for n in touched]
-    for number, task, written in zip(touched, tasks, run(write_rest, tasks, unit="shards"), strict=True):
-        facts[number] = written
-        sources[number] = task[-1] / _SHARD_NAME
-    return sources, facts
+def write_rest(folder: Path, single: Manifest, gone: np.ndarray, target: Path) -> ShardFacts:
+    """Write a shard again without some of its samples, or link it where it keeps all.
+
+    Args:
+        folder: of the dataset.
+        single: its manifest, with this shard only.
+        gone: int64[n]; the samples to leave out; not all of them.
+        target: path of the new shard, without suffix.
+
+    Returns:
+        The facts of the new shard.
+    """
+    (facts,) = single.shards
+    if not len(gone):
+        link_shard(folder / facts.name, target)
+        return dataclasses.replace(facts, name=target.name)
+    samples = ShardedDataset(folder, single, fingerprint="")
+    writer = ShardWriter(target)
+    for number in np.delete(np.arange(len(samples)), gone).tolist():
+        writer.add(samples[number])
+    return writer.close(facts.input)
 
 
-def _with_shards(pieces: list[_Piece], shards: list[ShardFacts]) -> list[_Piece]:
-    changed = []
-    start = 0
-    for piece in pieces:
-        end = start + len(piece.shards)
-        changed.append(dataclasses.replace(piece, shards=tuple(shards[start:end])))
-        start = end
-    return changed
+def _describe(whole: Manifest, shards: tuple[ShardFacts, ...], by: str) -> Manifest:
+    dropped = whole.counts.samples - sum(shard.counts.samples for shard in shards)
+    notes = whole.notes | {DUPLICATES_NOTE: whole.notes.get(DUPLICATES_NOTE, 0) + dropped}
+    options = whole.options | {_OPTION: [*whole.options.get(_OPTION, ()), by]}
+    return dataclasses.replace(whole, shards=shards, notes=dict(sorted(notes.items())), options=options)

@@ -6,60 +6,38 @@ have made every reader follow them, and a moved or deleted part would break the 
 """
 
 import dataclasses
-import functools
 import itertools
-import os
-import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-
-from megatron_vlm.config import ConfigError, DataError, StorageError
-from megatron_vlm.data.files.img2dataset import TableFile
-from megatron_vlm.data.files.locations import Location, parse_location, place_of
-from megatron_vlm.data.prepare.deduplicate import drop_repeats
-from megatron_vlm.data.prepare.joining import check_not_empty, check_part_files, join_facts, missing_rows
-from megatron_vlm.data.prepare.part import load_used_rows
+from megatron_vlm.config import ConfigError, DataError
+from megatron_vlm.data.prepare.joining import check_not_empty, join_facts
+from megatron_vlm.data.prepare.output import dataset_beside, link_shards
 from megatron_vlm.data.prepare.share import SHARE_OPTION, Share
 from megatron_vlm.data.shards.dataset import ShardedDataset
 from megatron_vlm.data.shards.manifest import (
-    MANIFEST_FILE,
     REJECTS_FILE,
-    SUFFIXES,
     Manifest,
     ShardFacts,
-    load_manifest,
+    fault_of_file,
     save_manifest,
     without_content,
 )
-from megatron_vlm.data.tasks.processes import run_tasks
-from megatron_vlm.platform.files.durable import folder_beside
-
-_UNIQUE = ".unique"
 
 
-def merge_datasets(
-    output: Path, folders: Sequence[Path], *, tables: Sequence[Location] = (), num_workers: int = 1
-) -> Manifest:
+def merge_datasets(output: Path, folders: Sequence[Path]) -> Manifest:
     """Join all shares of one preparation, in any order, into the dataset that one job would have written.
 
     Args:
         output: new folder on the file system of the parts; left alone if it holds this very dataset.
         folders: what `prepare --part 1/N` to `N/N` wrote.
-        tables: where the parquet tables are now that pairs were joined with, if they have moved or their URLs have to
-            be signed; none: where they were.
-        num_workers: processes that write the shards again that have duplicates, where these are to be dropped.
 
     Returns:
         The manifest of the whole.
 
     Raises:
-        ConfigError: a part is missing, given twice or of another preparation; a joined table is not among those given;
-            or the output folder is not empty.
-        DataError: a part is unfinished or damaged, a joined table has changed, or no document became a sample.
+        ConfigError: a part is missing, given twice or of another preparation; or the output folder is not empty.
+        DataError: a part is unfinished or damaged, or no document became a sample.
         StorageError: the output cannot be written, or is on another file system.
     """
     if not folders:
@@ -68,24 +46,13 @@ def merge_datasets(
     ordered = _order_shares(manifests)
     plan = _common_plan({folder: manifests[folder] for folder in ordered})
     for folder in ordered:
-        check_part_files(folder, manifests[folder])
-    joined = _open_tables(manifests[ordered[0]], tables)
-    num_rows = sum(table.num_rows for table in joined)
-    used_rows = [load_used_rows(folder, num_rows) for folder in ordered] if joined else []
-    pieces: Sequence[Any] = [manifests[folder] for folder in ordered]
+        _check_rejects(folder, manifests[folder])
+    pieces = [manifests[folder] for folder in ordered]
     sources = [folder / shard.name for folder in ordered for shard in manifests[folder].shards]
-    duplicates = None
-    with _written_beside(output) as unfinished:
-        if kind := plan.options.get("drop_duplicates"):
-            run = functools.partial(run_tasks, num_workers=num_workers)
-            work = unfinished / _UNIQUE
-            unique = drop_repeats(pieces, ordered, kind=kind, tokenizer=plan.tokenizer, work=work, run=run)
-            pieces, sources, duplicates = unique.pieces, unique.sources, unique.rows
-        missing = missing_rows(joined, list(plan.options.get("tables", ())), used_rows)
-        manifest = join_facts(plan, pieces, ordered, unfinished / REJECTS_FILE, missing, duplicates)
+    with dataset_beside(output) as unfinished:
+        manifest = join_facts(plan, pieces, ordered, unfinished / REJECTS_FILE)
         check_not_empty(manifest, ordered[0] / REJECTS_FILE)
-        _link_shards(sources, manifest.shards, unfinished)
-        shutil.rmtree(unfinished / _UNIQUE, ignore_errors=True)
+        link_shards(sources, manifest.shards, unfinished)
         save_manifest(manifest, unfinished)
     return manifest
 
@@ -131,8 +98,8 @@ def split_dataset(folder: Path, output: Path, count: int) -> list[Path]:
             rejects_file=None,
             options=whole.options | {"split": {"index": number, "count": count}},
         )
-        with _written_beside(share) as unfinished:
-            _link_shards([folder / shard.name for shard in shards], named, unfinished)
+        with dataset_beside(share) as unfinished:
+            link_shards([folder / shard.name for shard in shards], named, unfinished)
             save_manifest(manifest, unfinished)
         written.append(share)
     return written
@@ -197,96 +164,17 @@ def _common_plan(manifests: dict[Path, Manifest]) -> Manifest:
     return plan
 
 
-def _open_tables(manifest: Manifest, given: Sequence[Location]) -> tuple[TableFile, ...]:
-    """Open the parquet tables that the pairs were joined with; rows without an image in any part are rejects.
+def _check_rejects(folder: Path, manifest: Manifest) -> None:
+    """Compare the list of rejects of a part with its manifest; the shards are checked when they are read.
 
     Raises:
-        ConfigError: tables are given, and one of them is missing or there twice.
-        DataError: a table cannot be read, or has changed.
-        StorageError: it is at a URL and cannot be read.
+        DataError: the list is missing or damaged, or the manifest says nothing about it.
     """
-    recorded: dict[str, int] = manifest.options[SHARE_OPTION]["tables"]
-    places = _find_tables(list(recorded), given) if given else {name: parse_location(name) for name in recorded}
-    tables = []
-    for name, num_rows in recorded.items():
-        place = places[name]
-        try:
-            table = TableFile.open(place)
-        except (DataError, StorageError) as error:
-            fix = "check it, or say where the table is now with --tables"
-            raise type(error)(error.what, where=error.where, fix=fix) from None
-        if table.num_rows != num_rows:
-            raise DataError(
-                f"table has {table.num_rows} rows, had {num_rows}", where=name, fix="prepare all parts again"
-            )
-        tables.append(table)
-    return tuple(tables)
-
-
-def _find_tables(names: Sequence[str], given: Sequence[Location]) -> dict[str, Location]:
-    """Return for each table that the parts were joined with the given one whose path ends most alike.
-
-    Those that are most alike are settled first, so that "sub/x.parquet" does not stand in the way of "x.parquet".
-
-    Raises:
-        ConfigError: there is none, or two are as much alike, or one is it for two names.
-    """
-    alike = np.array([[_common_end(parse_location(name), table) for table in given] for name in names])
-    found: dict[str, Location] = {}
-    while len(found) < len(names):
-        name, table = divmod(int(alike.argmax()), len(given))
-        best = alike[name, table]
-        number = max(np.count_nonzero(line == best) for line in (alike[name], alike[:, table])) if best else 0
-        if number != 1:
-            raise ConfigError(
-                f"{number} of the {len(given)} --tables are that table of the parts",
-                where=names[name],
-                fix="give each of these tables once, with as much of its old path as tells it apart",
-            )
-        found[names[name]] = given[table]
-        alike[:, table] = 0
-        alike[name] = -1
-    return found
-
-
-def _common_end(first: Location, second: Location) -> int:
-    """Return how many parts at the end of two paths are equal."""
-    pairs = zip(reversed(place_of(first).parts), reversed(place_of(second).parts), strict=False)
-    return len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
-
-
-class _AlreadyThereError(Exception):
-    """The output holds what was to be written."""
-
-
-@contextmanager
-def _written_beside(output: Path) -> Iterator[Path]:
-    """Give a folder that becomes `output` when all is written; nothing changes if `output` is already the same.
-
-    Raises:
-        ConfigError: the output folder holds something else, or another process writes it.
-        StorageError: it cannot be written.
-    """
-    try:
-        with suppress(_AlreadyThereError), folder_beside(output) as unfinished:
-            yield unfinished
-            if output.is_dir() and any(output.iterdir()):
-                _check_same(output, load_manifest(unfinished))
-                raise _AlreadyThereError
-    except OSError as error:
-        raise StorageError(
-            f"dataset cannot be written: {error.strerror or error}",
-            where=str(error.filename2 or error.filename or output),
-            fix="give an output folder on the file system of the input, where hard links are allowed",
-        ) from error
-
-
-def _check_same(output: Path, manifest: Manifest) -> None:
-    if not (output / MANIFEST_FILE).exists() or ShardedDataset.open(output).manifest != manifest:
-        raise ConfigError("output folder holds something else", where=str(output), fix="give another, or delete it")
-
-
-def _link_shards(sources: Sequence[Path], shards: Sequence[ShardFacts], output: Path) -> None:
-    for source, shard in zip(sources, shards, strict=True):
-        for suffix in SUFFIXES:
-            os.link(source.with_name(f"{source.name}.{suffix}"), output / f"{shard.name}.{suffix}")
+    facts = manifest.rejects_file
+    fault = "the manifest has no checksum of it" if facts is None else fault_of_file(folder / REJECTS_FILE, facts)
+    if fault is not None:
+        raise DataError(
+            f"part is damaged: {REJECTS_FILE}: {fault}",
+            where=str(folder),
+            fix="delete the folder of this part and prepare it again",
+        )

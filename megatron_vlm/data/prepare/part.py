@@ -7,39 +7,32 @@ part depends on its input file and the options alone, is written beside its plac
 import dataclasses
 import errno
 import functools
-import io
 import json
 import os
 import shutil
 import socket
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-from megatron_vlm.config import DataError
 from megatron_vlm.config.prepare import MAX_SHARD_BYTES, ImageRules, Recipe
 from megatron_vlm.data.documents import VARIANTS, Document, join_text
 from megatron_vlm.data.files.locations import Location, RemoteFile
-from megatron_vlm.data.prepare.duplicates import FingerprintWriter
 from megatron_vlm.data.rejects import RejectError, reject_row
 from megatron_vlm.data.samples import EncodedSample
 from megatron_vlm.data.shards.manifest import REJECTS_FILE, ShardFacts
 from megatron_vlm.data.shards.writer import ShardWriter
 from megatron_vlm.data.sources.image_store import FolderImages, ImageReader, ImageStore, RemoteImages, TarImages
-from megatron_vlm.data.sources.source import Found, ReadContext, Source
+from megatron_vlm.data.sources.source import Found, Source
 from megatron_vlm.data.tasks.processes import Report
 from megatron_vlm.data.text.encoding import encode_document, encode_exact
 from megatron_vlm.data.text.tokenizer import Tokenizer, load_tokenizer
 from megatron_vlm.platform.files.durable import flush_to_disk, storage_errors, write_durably
 
 PART_FILE = "part.json"
-USED_ROWS_FILE = "used_rows.npy"
 _REPORT_EVERY = 100
-PREPARE_AGAIN = "delete the folder of this part and prepare it again"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,8 +65,6 @@ class PartJob:
     image_rules: ImageRules = ImageRules()
     max_shard_bytes: int = MAX_SHARD_BYTES
     """A shard that reaches this size is followed by another."""
-    drop_duplicates: str | None = None
-    """Which samples go when the parts are joined, one of `duplicates.KINDS`; None: all stay."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,39 +133,14 @@ def load_part(folder: Path) -> PartFacts:
     return PartFacts(**tree, shards=shards)
 
 
-def save_used_rows(folder: Path, used_rows: Sequence[np.ndarray]) -> None:
-    """Keep with a piece of a dataset which rows of the joined tables it has used, int64[n] of each of its own."""
-    stream = io.BytesIO()
-    np.save(stream, np.unique(np.concatenate([np.zeros(0, dtype=np.int64), *used_rows])))
-    write_durably(folder / USED_ROWS_FILE, stream.getvalue())
-
-
-def load_used_rows(folder: Path, num_rows: int) -> np.ndarray:
-    """Read what `save_used_rows` has written, int64[n].
-
-    Raises:
-        DataError: the file is missing or damaged, or names rows outside of `num_rows`.
-    """
-    path = folder / USED_ROWS_FILE
-    try:
-        rows = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"list of used rows cannot be read: {error}", where=str(path), fix=PREPARE_AGAIN) from None
-    if len(rows) and not 0 <= rows.min() <= rows.max() < num_rows:
-        raise DataError(f"list of used rows goes beyond the {num_rows} there are", where=str(path), fix=PREPARE_AGAIN)
-    return rows
-
-
 def _write_part(job: PartJob, path: Location, name: str, folder: Path, report: Report) -> PartFacts:
     images = ImageReader(job.images.open(job.image_rules.max_bytes), job.image_rules)
-    context = ReadContext(images)
     tokenizer = _tokenizer(job.tokenizer)
     shards = _ShardSeries(folder, name, job.max_shard_bytes)
-    fingerprints = FingerprintWriter(folder, job.drop_duplicates) if job.drop_duplicates else None
     rejects: Counter[str] = Counter()
     documents = reported_rejects = 0
     with (folder / REJECTS_FILE).open("w") as log:
-        for documents, found in enumerate(job.source.read(path, context), start=1):
+        for documents, found in enumerate(job.source.read(path, images), start=1):
             samples = _samples(found, job.recipe, tokenizer)
             if isinstance(samples, RejectError):
                 rejects[samples.reason] += 1
@@ -182,16 +148,11 @@ def _write_part(job: PartJob, path: Location, name: str, folder: Path, report: R
             else:
                 for sample in samples:
                     shards.add(sample)
-                if fingerprints is not None:
-                    fingerprints.add(samples, name, found.line, found.key)
             if documents % _REPORT_EVERY == 0:
                 report(_REPORT_EVERY, sum(rejects.values()) - reported_rejects)
                 reported_rejects = sum(rejects.values())
         flush_to_disk(log)
     report(documents % _REPORT_EVERY, sum(rejects.values()) - reported_rejects)
-    if fingerprints is not None:
-        fingerprints.close()
-    save_used_rows(folder, [np.array(context.used_rows, dtype=np.int64)])
     facts = PartFacts(
         input=name,
         documents=documents,

@@ -16,22 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from megatron_vlm.config import ConfigError
-from megatron_vlm.data.files.img2dataset import index_table
 from megatron_vlm.data.files.join_index import JoinRows, save_join_index
-from megatron_vlm.data.files.locations import Location, absolute, name_files, size_of
-from megatron_vlm.data.prepare.deduplicate import drop_repeats
-from megatron_vlm.data.prepare.duplicates import join_fingerprints
-from megatron_vlm.data.prepare.joining import check_not_empty, files_of_part, join_facts, missing_rows
+from megatron_vlm.data.files.locations import Location, name_files, size_of
+from megatron_vlm.data.prepare.joining import check_not_empty, join_facts
 from megatron_vlm.data.prepare.part import (
     PartJob,
     discard,
     load_part,
-    load_used_rows,
     prepare_part,
-    save_used_rows,
 )
 from megatron_vlm.data.prepare.share import SHARE_OPTION, Share
 from megatron_vlm.data.shards.manifest import (
@@ -40,14 +33,12 @@ from megatron_vlm.data.shards.manifest import (
     SUFFIXES,
     WORK_FOLDER,
     Manifest,
-    facts_of_file,
     load_manifest,
     manifest_from_tree,
     save_manifest,
     without_content,
 )
 from megatron_vlm.data.sources.image_store import index_tar
-from megatron_vlm.data.sources.pairs.source import TarPairSource
 from megatron_vlm.data.tasks.processes import Engine, run_tasks
 from megatron_vlm.data.text.tokenizer import load_tokenizer
 from megatron_vlm.platform.files.durable import storage_errors, write_durably
@@ -57,7 +48,7 @@ logger = logging.getLogger(__name__)
 
 _JOB_FILE, _LOCK_FILE = "job.json", "lock"
 _MAX_DIFFERENCES = 3
-_PARTS, _UNIQUE, _IMAGE_INDEX, _TABLE_INDEX = "parts", "unique", "images", "tables"
+_PARTS, _IMAGE_INDEX = "parts", "images"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,13 +93,13 @@ def prepare(job: PrepareJob, *, num_workers: int = 1, engine: Engine | None = No
         # Another process may have finished between the first look and the claim.
         if (done := _finished_before(job.output, plan)) is not None:
             return done
-        part = _build_indexes(job.part, work, run)
+        part = _build_index(job.part, work, run)
         folders = [work / _PARTS / f"{number:05d}" for number in range(len(own))]
         # Workers get their input file by itself; a list of thousands with every task would be most of the traffic.
         small = dataclasses.replace(part, source=dataclasses.replace(part.source, inputs=()))  # type: ignore[type-var]
         tasks = [(small, path, name, folder) for (name, path), folder in zip(own, folders, strict=True)]
         run(prepare_part, tasks, unit="documents", reports=True)
-        manifest = _join(job, plan, folders, run)
+        manifest = _join(job, plan, folders)
         save_manifest(manifest, job.output)
         shutil.rmtree(work, ignore_errors=True)  # another process may just be looking whether it is free
     return manifest
@@ -126,20 +117,10 @@ def _plan(job: PrepareJob, inputs: dict[str, Location]) -> Manifest:
         "max_shard_bytes": part.max_shard_bytes,
         "inputs": {name: size_of(path) for name, path in inputs.items()},
     }
-    if part.drop_duplicates:
-        options["drop_duplicates"] = part.drop_duplicates
     if part.images.tars:
         options["image_tars"] = {name: size_of(path) for name, path in name_files(part.images.tars).items()}
-    if isinstance(part.source, TarPairSource):
-        names = name_files([table.path for table in part.source.tables])
-        options["tables"] = {name: table.num_rows for name, table in zip(names, part.source.tables, strict=True)}
     if job.share is not None:
-        tables = part.source.tables if isinstance(part.source, TarPairSource) else ()
-        options[SHARE_OPTION] = {
-            "index": job.share.index,
-            "count": job.share.count,
-            "tables": {absolute(table.path): table.num_rows for table in tables},
-        }
+        options[SHARE_OPTION] = {"index": job.share.index, "count": job.share.count}
     return Manifest(
         source=job.source_name,
         tokenizer=load_tokenizer(part.tokenizer).facts,
@@ -224,65 +205,36 @@ def _claimed(work: Path, plan: Manifest) -> Iterator[None]:
                 where=str(work.parent),
                 fix="use the same options to go on, or delete the folder",
             )
-        for left_over in [path for folder in (work, work / _PARTS, work / _UNIQUE) for path in folder.glob("*.tmp")]:
+        for left_over in [path for folder in (work, work / _PARTS) for path in folder.glob("*.tmp")]:
             discard(left_over)
         yield
 
 
-def _build_indexes(part: PartJob, work: Path, run: Engine) -> PartJob:
-    """Index what is joined by name or URL, and tell the job where the index is."""
-    if part.images.tars:
-        tasks = [(path, number) for number, path in enumerate(part.images.tars)]
-        index = _build_index(work / _IMAGE_INDEX, index_tar, tasks, run)
-        part = dataclasses.replace(part, images=dataclasses.replace(part.images, index=index))
-    if isinstance(part.source, TarPairSource) and part.source.tables:
-        starts = np.cumsum([0, *(table.num_rows for table in part.source.tables)]).tolist()
-        tasks = [(table.path, start) for table, start in zip(part.source.tables, starts, strict=False)]
-        index = _build_index(work / _TABLE_INDEX, index_table, tasks, run)
-        part = dataclasses.replace(part, source=dataclasses.replace(part.source, table_index=index))
-    return part
-
-
-def _build_index(folder: Path, function: Any, tasks: list[tuple], run: Engine) -> Path:
+def _build_index(part: PartJob, work: Path, run: Engine) -> PartJob:
+    """Index the tars in which images are found by name, and tell the job where the index is."""
+    if not part.images.tars:
+        return part
+    folder = work / _IMAGE_INDEX
     if not folder.exists():
-        rows: list[JoinRows] = run(function, tasks, unit="files")
+        rows: list[JoinRows] = run(index_tar, [(p, n) for n, p in enumerate(part.images.tars)], unit="files")
         unfinished = folder.with_name(folder.name + ".tmp")
         save_join_index(rows, unfinished)
         unfinished.rename(folder)
-    return folder
+    return dataclasses.replace(part, images=dataclasses.replace(part.images, index=folder))
 
 
-def _join(job: PrepareJob, plan: Manifest, folders: list[Path], run: Engine) -> Manifest:
+def _join(job: PrepareJob, plan: Manifest, folders: list[Path]) -> Manifest:
     """Put the parts together and return the complete manifest; may be done again after an interruption.
 
     Raises:
         DataError: no document became a sample, of all input files.
     """
-    output, kind = job.output, job.part.drop_duplicates
-    parts: Sequence[Any] = [load_part(folder) for folder in folders]
+    parts = [load_part(folder) for folder in folders]
     shards = [folder / shard.name for folder, part in zip(folders, parts, strict=True) for shard in part.shards]
-    duplicates = None
-    if kind and job.share is None:
-        work = output / WORK_FOLDER / _UNIQUE
-        unique = drop_repeats(parts, folders, kind=kind, tokenizer=plan.tokenizer, work=work, run=run)
-        parts, shards, duplicates = unique.pieces, unique.sources, unique.rows
-    tables = job.part.source.tables if isinstance(job.part.source, TarPairSource) else ()
-    num_rows = sum(table.num_rows for table in tables)
-    used_rows = [load_used_rows(folder, num_rows) for folder in folders] if tables else []
-    # What a job of an array has no image for may be in the tars of another one: `data merge` finds out.
-    table_names = list(plan.options.get("tables", ()))
-    missing = missing_rows(tables, table_names, used_rows) if job.share is None else iter(())
-    manifest = join_facts(plan, parts, folders, output / REJECTS_FILE, missing, duplicates)
+    manifest = join_facts(plan, parts, folders, job.output / REJECTS_FILE)
     if job.share is None:
-        check_not_empty(manifest, output / REJECTS_FILE)
-    else:
-        if tables:
-            save_used_rows(output, used_rows)
-        if kind:  # so does which sample is the first of its kind
-            join_fingerprints(output, folders)
-        names = files_of_part(manifest)
-        manifest = dataclasses.replace(manifest, part_files={name: facts_of_file(output / name) for name in names})
-    _move_shards(output, shards, manifest)
+        check_not_empty(manifest, job.output / REJECTS_FILE)
+    _move_shards(job.output, shards, manifest)
     return manifest
 
 

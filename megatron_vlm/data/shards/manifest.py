@@ -17,6 +17,8 @@ MANIFEST_FILE = "manifest.json"
 REJECTS_FILE = "rejects.jsonl"
 SUFFIXES = ("bin", "idx", "crc", "dim")
 """Files of a shard."""
+DUPLICATES_NOTE = "duplicate_samples"
+"""Among the notes: samples that `data dedupe` has dropped."""
 WORK_FOLDER = ".prepare"
 """Where `prepare` keeps its unfinished parts, inside the output folder."""
 
@@ -93,8 +95,6 @@ class Manifest:
     options: dict[str, Any] = field(default_factory=dict)
     """Options of `prepare`."""
     rejects_file: FileFacts | None = None
-    part_files: dict[str, FileFacts] = field(default_factory=dict)
-    """What a part of a dataset has for `data merge` besides shards and rejects, by name; empty where it is whole."""
 
     @property
     def counts(self) -> Counts:
@@ -121,7 +121,7 @@ def crc32_of_file(path: Path) -> int:
 
 def without_content(manifest: Manifest) -> Manifest:
     """Return what is known before any data is read: from what a dataset is made, and how."""
-    return dataclasses.replace(manifest, shards=(), documents=0, rejects={}, notes={}, rejects_file=None, part_files={})
+    return dataclasses.replace(manifest, shards=(), documents=0, rejects={}, notes={}, rejects_file=None)
 
 
 def facts_of_file(path: Path) -> FileFacts:
@@ -145,8 +145,6 @@ def save_manifest(manifest: Manifest, folder: Path) -> None:
     """Write `manifest.json`; the last file of a dataset, since its presence means that the dataset is complete."""
     tree = {"format": FORMAT_NAME, "format_version": FORMAT_VERSION}
     tree |= dataclasses.asdict(manifest) | {"counts": dataclasses.asdict(manifest.counts)}
-    if not manifest.part_files:
-        del tree["part_files"]
     write_durably(folder / MANIFEST_FILE, (json.dumps(tree, indent=1) + "\n").encode())
 
 
@@ -227,5 +225,4 @@ def manifest_from_tree(tree: dict[str, Any]) -> Manifest:
         notes=dict(tree["notes"]),
         options=dict(tree["options"]),
         rejects_file=FileFacts(**tree["rejects_file"]) if tree["rejects_file"] else None,
-        part_files={name: FileFacts(**facts) for name, facts in tree.get("part_files", {}).items()},
     )

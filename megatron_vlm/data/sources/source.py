@@ -1,31 +1,22 @@
 """What every reader of a raw corpus has in common."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 from megatron_vlm.data.documents import Document
 from megatron_vlm.data.files.locations import Location
+from megatron_vlm.data.files.records import Record
 from megatron_vlm.data.rejects import RejectError
 from megatron_vlm.data.sources.image_store import ImageReader
 from megatron_vlm.data.text.tokenizer import Tokenizer
 
 
 class Found(NamedTuple):
-    """One document of an input file, or why it is none."""
+    """One document of an input file, or why it is rejected."""
 
     line: int | None
     key: str | None
     document: Document | RejectError
-
-
-@dataclass(slots=True)
-class ReadContext:
-    """What reading one input file uses and leaves behind."""
-
-    images: ImageReader
-    used_rows: list[int] = field(default_factory=list)
-    """Rows of a joined table that a document was found for."""
 
 
 class SourceModule(Protocol):
@@ -52,8 +43,32 @@ class Source(Protocol):
     def inputs(self) -> tuple[Location, ...]:
         """The files, each read on its own; in the order of the shards."""
 
-    def read(self, path: Location, context: ReadContext) -> Iterator[Found]:
-        """Yield every document of one file, those that are rejected too."""
+    def read(self, path: Location, images: ImageReader) -> Iterator[Found]:
+        """Yield every document of one file, including those that are rejected."""
+
+
+def read_each(
+    records: Iterable[Record],
+    find_key: Callable[[dict[str, Any]], str | None],
+    make: Callable[[dict[str, Any], str], Document],
+) -> Iterator[Found]:
+    """Yield the document of each record; a record that is damaged, or that `make` rejects, harms no other.
+
+    Args:
+        records: of one file.
+        find_key: returns the name of a record in its corpus.
+        make: returns the document of a record and its key ("" if it has none), or raises RejectError.
+    """
+    for line, value in records:
+        if isinstance(value, RejectError):
+            yield Found(line, None, value)
+            continue
+        key = find_key(value)
+        try:
+            document: Document | RejectError = make(value, key or "")
+        except RejectError as error:
+            document = error
+        yield Found(line, key, document)
 
 
 def key_of(value: object) -> str | None:

@@ -269,7 +269,7 @@ def test_several_workers_read_urls_by_themselves(coyo, tokenizer_path, tmp_path,
     assert content(tmp_path / "a") == content(tmp_path / "b")
 
 
-def test_parts_joined_with_a_table_at_a_url_are_merged(coyo, bucket, tokenizer_path, tmp_path):
+def test_parts_of_tars_at_a_url_are_merged(coyo, bucket, tokenizer_path, tmp_path):
     copy_to(bucket, coyo)
     whole = RemoteFile("memory:///coyo")
     prepare(coyo_job(tokenizer_path, tmp_path / "whole", whole))
@@ -336,6 +336,7 @@ def test_a_folder_that_nothing_would_be_read_of_is_refused(tmp_path, find, names
 
 def test_what_img2dataset_writes_beside_its_tars_may_be_named_with_them(coyo):
     (coyo / "00000_stats.json").write_bytes(b"{}")
+    (coyo / "part-00000.parquet").unlink()
     named = tuple(sorted(coyo.iterdir()))
     assert find_pair_source(named, PairRules()).inputs == find_pair_source((coyo,), PairRules()).inputs
 

@@ -23,7 +23,7 @@ from megatron_vlm.data.sources.interleaved.source import InterleavedSource
 from megatron_vlm.data.sources.interleaved.tables import InterleavedTableSource
 from megatron_vlm.data.sources.interleaved.tars import InterleavedTarSource
 from megatron_vlm.data.sources.pairs.source import RecordPairSource, TarPairSource
-from megatron_vlm.data.sources.source import Found, ReadContext
+from megatron_vlm.data.sources.source import Found
 from tests.support.damaged_images import REFUSED, TAKEN, encode
 
 GOOD = encode()
@@ -108,7 +108,7 @@ READERS: dict[str, tuple[Any, Callable[[Path, list[bytes]], Path]]] = {
 
 def read(source: Any, path: Path) -> tuple[list[Found], ImageReader]:
     images = ImageReader(FolderImages(path.parent, max_bytes=1 << 20), ImageRules(max_bytes=1 << 20))
-    return list(source.read(path, ReadContext(images))), images
+    return list(source.read(path, images)), images
 
 
 def reasons(found: list[Found]) -> list[str | None]:
@@ -219,7 +219,7 @@ def measure(source: Any, path: Path, connection: Any) -> None:
     images = ImageReader(FolderImages(path.parent, max_bytes=1 << 20), ImageRules(max_bytes=1 << 20))
     found: list[str | None] = []
     slowest, start = 0.0, time.process_time()
-    for one in source.read(path, ReadContext(images)):
+    for one in source.read(path, images):
         slowest = max(slowest, time.process_time() - start)
         found += reasons([one])
         start = time.process_time()

@@ -1,29 +1,22 @@
 import dataclasses
-import json
 import os
 import shutil
 from pathlib import Path
 
-import numpy as np
-import pyarrow
-import pyarrow.parquet
 import pytest
 
 from megatron_vlm.config import ConfigError, DataError, StorageError
 from megatron_vlm.config.prepare import JoinRules, Recipe
 from megatron_vlm.config.sources.interleaved import InterleavedRules
-from megatron_vlm.config.sources.pairs import PairRules
 from megatron_vlm.data.files.inputs import find_record_files
-from megatron_vlm.data.prepare import merge
 from megatron_vlm.data.prepare.merge import merge_datasets, split_dataset
-from megatron_vlm.data.prepare.part import USED_ROWS_FILE, ImagePlace, PartJob
+from megatron_vlm.data.prepare.part import ImagePlace, PartJob
 from megatron_vlm.data.prepare.run import PrepareJob, prepare
 from megatron_vlm.data.shards.dataset import ShardedDataset
 from megatron_vlm.data.shards.manifest import REJECTS_FILE, load_manifest, save_manifest
 from megatron_vlm.data.shards.verify import verify_dataset
 from megatron_vlm.data.sources.instructions.text import TextSource
 from megatron_vlm.data.sources.interleaved.source import InterleavedSource
-from megatron_vlm.data.sources.pairs.source import find_pair_source
 from tests.support.preparing import content, prepare_shares
 
 
@@ -49,11 +42,6 @@ def text_job(texts, tokenizer_path, output, **options) -> PrepareJob:
     return PrepareJob(output=output, source_name="text", part=part)
 
 
-def pair_job(coyo, tokenizer_path, output) -> PrepareJob:
-    part = PartJob(source=find_pair_source((coyo,), PairRules()), recipe=Recipe(), tokenizer=tokenizer_path)
-    return PrepareJob(output=output, source_name="coyo", part=part)
-
-
 def mmc4_job(mmc4, tokenizer_path, output) -> PrepareJob:
     part = PartJob(
         source=InterleavedSource(find_record_files((mmc4,)), InterleavedRules()),
@@ -71,14 +59,6 @@ def test_three_parts_merged_are_the_bytes_of_one_run(texts, tokenizer_path, tmp_
     merge_datasets(tmp_path / "joined", parts[::-1])
     assert content(tmp_path / "joined") == content(tmp_path / "straight")
     assert list(verify_dataset(tmp_path / "joined")) == []
-
-
-def test_pairs_that_no_part_has_an_image_of_are_rejects_of_the_whole(coyo, tokenizer_path, tmp_path):
-    prepare(pair_job(coyo, tokenizer_path, tmp_path / "straight"))
-    parts = prepare_shares(pair_job(coyo, tokenizer_path, tmp_path / "joined"), 2)
-    manifest = merge_datasets(tmp_path / "joined", parts)
-    assert manifest.rejects == {"image_missing": 1}
-    assert content(tmp_path / "joined") == content(tmp_path / "straight")
 
 
 def test_a_variant_with_several_shards_a_file_is_the_bytes_of_one_run(mmc4, tokenizer_path, tmp_path):
@@ -161,71 +141,30 @@ def test_an_unfinished_or_cut_part_is_a_data_error(texts, tokenizer_path, tmp_pa
         merge_datasets(tmp_path / "joined", parts)
 
 
-def test_a_damaged_list_of_used_rows_is_a_data_error(coyo, tokenizer_path, tmp_path):
-    parts = prepare_shares(pair_job(coyo, tokenizer_path, tmp_path / "joined"), 2)
-    rows = np.load(parts[0] / USED_ROWS_FILE)
-    np.save(parts[0] / USED_ROWS_FILE, rows[::-1])
-    with pytest.raises(DataError, match=f"part is damaged: {USED_ROWS_FILE}: checksum differs"):
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda content: None, "file is missing"),
+        (lambda content: content[:-5], "bytes, the manifest says"),
+        (lambda content: content[:-1] + bytes([content[-1] ^ 1]), "checksum differs from the manifest"),
+    ],
+)
+def test_a_lost_or_damaged_list_of_rejects_is_a_data_error(texts, tokenizer_path, tmp_path, damage, message):
+    parts = prepare_shares(text_job(texts, tokenizer_path, tmp_path / "joined"), 2)
+    content = damage((parts[1] / REJECTS_FILE).read_bytes())
+    (parts[1] / REJECTS_FILE).unlink()
+    if content is not None:
+        (parts[1] / REJECTS_FILE).write_bytes(content)
+    with pytest.raises(DataError, match=f"part is damaged: {REJECTS_FILE}: .*{message}.*prepare it again"):
         merge_datasets(tmp_path / "joined", parts)
+    assert not (tmp_path / "joined").exists()
 
 
-def test_a_part_without_a_checksum_of_its_files_is_a_data_error(coyo, tokenizer_path, tmp_path):
-    parts = prepare_shares(pair_job(coyo, tokenizer_path, tmp_path / "joined"), 2)
-    save_manifest(dataclasses.replace(load_manifest(parts[0]), part_files={}), parts[0])
-    with pytest.raises(DataError, match=f"{USED_ROWS_FILE}: the manifest has no checksum of it"):
+def test_a_part_without_a_checksum_of_its_rejects_is_a_data_error(texts, tokenizer_path, tmp_path):
+    parts = prepare_shares(text_job(texts, tokenizer_path, tmp_path / "joined"), 2)
+    save_manifest(dataclasses.replace(load_manifest(parts[0]), rejects_file=None), parts[0])
+    with pytest.raises(DataError, match=f"{REJECTS_FILE}: the manifest has no checksum of it"):
         merge_datasets(tmp_path / "joined", parts)
-
-
-def test_a_changed_table_is_a_data_error(coyo, tokenizer_path, tmp_path):
-    parts = prepare_shares(pair_job(coyo, tokenizer_path, tmp_path / "joined"), 2)
-    (table,) = coyo.glob("*.parquet")
-    pyarrow.parquet.write_table(pyarrow.table({"url": ["u"], "text": ["t"]}), table)
-    with pytest.raises(DataError, match="table has 1 rows, had 9"):
-        merge_datasets(tmp_path / "joined", parts)
-
-
-def test_tables_that_have_moved_are_given_again(coyo, tokenizer_path, tmp_path):
-    prepare(pair_job(coyo, tokenizer_path, tmp_path / "straight"))
-    parts = prepare_shares(pair_job(coyo, tokenizer_path, tmp_path / "joined"), 2)
-    (table,) = coyo.glob("*.parquet")
-    moved = [table.rename(tmp_path / table.name), tmp_path / "other.parquet"]
-    with pytest.raises(DataError, match="parquet file cannot be read.* say where the table is now with --tables"):
-        merge_datasets(tmp_path / "joined", parts)
-    for wrong, count in ((moved[1:], 0), ([*moved, table.with_name("x") / table.name], 2)):
-        with pytest.raises(ConfigError, match=f"{count} of the {len(wrong)} --tables are that table"):
-            merge_datasets(tmp_path / "joined", parts, tables=wrong)
-    merge_datasets(tmp_path / "joined", parts, tables=moved)
-    assert content(tmp_path / "joined") == content(tmp_path / "straight")
-
-
-def test_moved_tables_are_told_apart_by_the_end_of_their_paths():
-    names = ["/old/part=0/data.parquet", "/old/part=1/data.parquet"]
-    given = [Path(f"/new/part={number}/data.parquet") for number in (1, 0)]
-    assert merge._find_tables(names, given) == {names[0]: given[1], names[1]: given[0]}
-    for wrong in (given[:1], [Path("/new/data.parquet")], [Path("/x/data.parquet"), Path("/y/data.parquet")]):
-        with pytest.raises(ConfigError, match="--tables are that table of the parts"):
-            merge._find_tables(names, wrong)
-
-
-def test_moved_tables_of_a_folder_and_of_one_inside_of_it_are_told_apart():
-    names, given = ["/old/x.parquet", "/old/sub/x.parquet"], [Path("/new/x.parquet"), Path("/new/sub/x.parquet")]
-    assert merge._find_tables(names, given) == dict(zip(names, given, strict=True))
-    assert merge._find_tables(names, given[::-1]) == dict(zip(names, given, strict=True))
-
-
-def test_tables_of_one_name_are_told_apart(coyo, make_table, tokenizer_path, tmp_path):
-    for folder in ("a", "b"):
-        (coyo / folder).mkdir()
-        make_table(coyo / folder / "t.parquet", {"url": [f"http://x/{folder}"], "text": ["gone"]})
-    inputs = (coyo, coyo / "a" / "t.parquet", coyo / "b" / "t.parquet", coyo / "a")
-    part = PartJob(source=find_pair_source(inputs, PairRules()), recipe=Recipe(), tokenizer=tokenizer_path)
-    job = PrepareJob(output=tmp_path / "straight", source_name="coyo", part=part)
-    assert prepare(job).options["tables"] == {"part-00000.parquet": 9, "a/t.parquet": 1, "b/t.parquet": 1}
-    rejects = [json.loads(line) for line in (tmp_path / "straight" / REJECTS_FILE).read_text().splitlines()]
-    assert [row["file"] for row in rejects] == ["part-00000.parquet", "a/t.parquet", "b/t.parquet"]
-    parts = prepare_shares(dataclasses.replace(job, output=tmp_path / "joined"), 2)
-    merge_datasets(tmp_path / "joined", parts)
-    assert content(tmp_path / "joined") == content(tmp_path / "straight")
 
 
 def test_output_with_something_else_is_refused_and_kept(texts, tokenizer_path, tmp_path):

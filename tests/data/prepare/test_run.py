@@ -24,7 +24,7 @@ from megatron_vlm.data.files.inputs import find_record_files
 from megatron_vlm.data.images.decoding import decode_rgb
 from megatron_vlm.data.prepare import run as prepare_module
 from megatron_vlm.data.prepare.merge import merge_datasets
-from megatron_vlm.data.prepare.part import USED_ROWS_FILE, ImagePlace, PartJob
+from megatron_vlm.data.prepare.part import ImagePlace, PartJob
 from megatron_vlm.data.prepare.run import PrepareJob, prepare
 from megatron_vlm.data.prepare.share import Share
 from megatron_vlm.data.samples import ImageSegment
@@ -114,12 +114,13 @@ def test_variants_count_samples_and_documents_apart(
     assert list(verify_dataset(output)) == []
 
 
-def test_pairs_are_joined_with_their_table_and_the_sum_holds(coyo, tokenizer_path, output):
+def test_pairs_that_img2dataset_has_no_image_of_are_rejects_and_the_sum_holds(coyo, make_table, tokenizer_path, output):
+    make_table(coyo / "00001.parquet", {"key": ["000010000", "gone"], "error_message": [None, "HTTP 404"]})
     manifest = prepare(coyo_job(coyo, tokenizer_path, output))
     assert manifest.documents == 9 == manifest.counts.samples + manifest.rejected
     assert manifest.rejects == {"image_missing": 1}
     (row,) = [json.loads(line) for line in (output / "rejects.jsonl").read_text().splitlines()]
-    assert (row["file"], row["line"], row["key"]) == ("part-00000.parquet", 9, "http://x/gone.jpg")
+    assert (row["file"], row["line"], row["key"]) == ("00001.tar", None, "gone")
 
 
 def test_images_are_found_in_tars_by_url(mmc4, make_tar, tokenizer_path, output, tmp_path):
@@ -134,11 +135,10 @@ def test_images_are_found_in_tars_by_url(mmc4, make_tar, tokenizer_path, output,
     assert [tokens_of(one) for one in tar_samples] == [tokens_of(one) for one in folder_samples]
 
 
-@pytest.mark.parametrize("drop_duplicates", [None, "documents"])
-def test_any_number_of_workers_and_of_parts_writes_the_same_bytes(mmc4, tokenizer_path, tmp_path, drop_duplicates):
+def test_any_number_of_workers_and_of_parts_writes_the_same_bytes(mmc4, tokenizer_path, tmp_path):
     for number in (2, 3, 4):
         shutil.copy(mmc4 / f"docs_shard_{number % 2}_v3.jsonl", mmc4 / f"docs_shard_{number}_v3.jsonl")
-    options = {"max_shard_bytes": 3000, "drop_duplicates": drop_duplicates}
+    options = {"max_shard_bytes": 3000}
     prepare(mmc4_job(mmc4, tokenizer_path, tmp_path / "straight", **options))
     for workers in (2, 4):
         prepare(mmc4_job(mmc4, tokenizer_path, tmp_path / f"{workers}", **options), num_workers=workers)
@@ -149,7 +149,6 @@ def test_any_number_of_workers_and_of_parts_writes_the_same_bytes(mmc4, tokenize
     merge_datasets(job.output, [share.folder(job.output) for share in shares])
     for name in ("2", "4", "parts"):
         assert content(tmp_path / name) == content(tmp_path / "straight")
-    assert load_manifest(job.output).rejects == ({"duplicate": 9} if drop_duplicates else {})
 
 
 def test_any_number_of_workers_writes_the_same_bytes_of_pairs(coyo, tokenizer_path, tmp_path):
@@ -344,7 +343,7 @@ def test_kill_9_at_twenty_random_moments_gives_the_same_bytes(words, tokenizer_p
     context.set_forkserver_preload(["megatron_vlm.data.prepare.run", "megatron_vlm.data.sources.instructions.text"])
 
     def start(output: Path) -> _Forked:
-        return _Forked(context, text_job(words, tokenizer_path, output, drop_duplicates="documents"))
+        return _Forked(context, text_job(words, tokenizer_path, output))
 
     kill_at_random_moments(start, tmp_path / "killed", 20)
 
@@ -366,7 +365,7 @@ class _Command(subprocess.Popen):
 @pytest.mark.parametrize("times", [3, pytest.param(20, marks=pytest.mark.slow)])
 def test_kill_9_of_the_command_and_its_workers_gives_the_same_bytes(words, tokenizer_path, tmp_path, times):
     command = [sys.executable, "-m", "megatron_vlm", "prepare", "text", "--input", str(words), "--workers", "2"]
-    command += ["--tokenizer", str(tokenizer_path), "--drop-duplicates", "documents", "--output"]
+    command += ["--tokenizer", str(tokenizer_path), "--output"]
 
     def start(output: Path) -> _Command:
         quiet = subprocess.DEVNULL
@@ -387,16 +386,6 @@ def test_unfinished_preparation_with_other_options_is_refused(mmc4, tokenizer_pa
     assert prepare(mmc4_job(mmc4, tokenizer_path, output)).counts.samples == 6
 
 
-def test_a_damaged_list_of_used_rows_of_a_finished_part_is_a_data_error(coyo, tokenizer_path, output, monkeypatch):
-    with monkeypatch.context() as patched:
-        patched.setattr(prepare_module, "save_manifest", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            prepare(coyo_job(coyo, tokenizer_path, output))
-    (output / WORK_FOLDER / "parts" / "00001" / USED_ROWS_FILE).write_bytes(b"")
-    with pytest.raises(DataError, match="list of used rows cannot be read"):
-        prepare(coyo_job(coyo, tokenizer_path, output))
-
-
 def test_every_file_of_a_part_is_on_the_disk_before_the_part_is_whole(coyo, tokenizer_path, output, monkeypatch):
     flushed: set[int] = set()
     whole: list[dict[str, bool]] = []
@@ -409,10 +398,9 @@ def test_every_file_of_a_part_is_on_the_disk_before_the_part_is_whole(coyo, toke
 
     monkeypatch.setattr(os, "fsync", lambda descriptor: flushed.add(os.fstat(descriptor).st_ino))
     monkeypatch.setattr(os, "rename", check)
-    job = coyo_job(coyo, tokenizer_path, output)
-    prepare(dataclasses.replace(job, part=dataclasses.replace(job.part, drop_duplicates="images")))
+    prepare(coyo_job(coyo, tokenizer_path, output))
     assert len(whole) == 2
-    assert {USED_ROWS_FILE, "part.json", "rejects.jsonl", "fingerprints.npy", "00000.bin"} <= set(whole[0])
+    assert {"part.json", "rejects.jsonl", "00000.bin"} <= set(whole[0])
     assert [name for files in whole for name, is_flushed in files.items() if not is_flushed] == []
 
 

@@ -174,12 +174,12 @@ def test_images_that_a_bucket_refuses_stop_the_preparation(monkeypatch, bucket):
         images.read("b.jpg", None)
 
 
-def test_signed_tars_and_tables_are_prepared_whatever_the_server_says_of_their_neighbours(
+def test_signed_tars_are_prepared_whatever_the_server_says_of_their_neighbours(
     server, url, coyo, tokenizer_path, tmp_path
 ):
     for path in coyo.iterdir():
         server.files[f"/coyo/{path.name}"] = path.read_bytes()
-    names = ["00000.tar", "00001.tar", "part-00000.parquet"]
+    names = ["00000.tar", "00001.tar"]
     common = ["--tokenizer", str(tokenizer_path), "--workers", "1"]
     for output, inputs in (
         ("files", [f"{coyo}/{name}" for name in names]),
@@ -190,24 +190,17 @@ def test_signed_tars_and_tables_are_prepared_whatever_the_server_says_of_their_n
     assert len(json.loads((tmp_path / "urls" / "manifest.json").read_text())["options"]["inputs"]) == 2
 
 
-def test_parts_keep_no_signature_and_are_merged_with_the_tables_given_again(
-    server, url, coyo, tokenizer_path, tmp_path, capsys
-):
+def test_parts_keep_no_signature_and_are_merged(server, url, coyo, tokenizer_path, tmp_path):
     for path in coyo.iterdir():
         server.files[f"/coyo/{path.name}"] = path.read_bytes()
-    inputs = [url(f"coyo/{name}") for name in ("00000.tar", "00001.tar", "part-00000.parquet")]
+    inputs = [url(f"coyo/{name}") for name in ("00000.tar", "00001.tar")]
     command = ["prepare", "pairs", "--input", *inputs, "--tokenizer", str(tokenizer_path), "--workers", "1", "--output"]
     assert main([*command, str(tmp_path / "whole")]) == 0
     for part in ("1/2", "2/2"):
         assert main([*command, str(tmp_path / "d"), "--part", part]) == 0
     parts = sorted(tmp_path.glob("d.part-*"))
     assert not any(b"X-Sig" in path.read_bytes() for part in parts for path in part.iterdir())
-    merge = ["data", "merge", str(tmp_path / "d"), *map(str, parts), "--workers", "1"]
-    assert main(merge) == 74
-    line = capsys.readouterr().err
-    assert "access denied: HTTP 403 Forbidden" in line
-    assert "with --tables" in line
-    assert main([*merge, "--tables", inputs[-1]]) == 0
+    assert main(["data", "merge", str(tmp_path / "d"), *map(str, parts)]) == 0
     assert content(tmp_path / "d") == content(tmp_path / "whole")
 
 

@@ -25,7 +25,6 @@ from megatron_vlm.data.sources.image_store import ImageReader
 from megatron_vlm.data.sources.instructions.conversations import ConversationSource
 from megatron_vlm.data.sources.interleaved.source import InterleavedSource
 from megatron_vlm.data.sources.interleaved.tars import InterleavedTarSource
-from megatron_vlm.data.sources.source import ReadContext
 from tests.support.preparing import content
 
 
@@ -170,7 +169,7 @@ def test_texts_of_a_conversation_together_are_what_was_encoded(
     source = ConversationSource((make_lines(tmp_path / "c.jsonl", [record]),), ConversationRules(template=template))
     part = PartJob(source=source, recipe=Recipe(bos=False, eos=False), tokenizer=tokenizer_path)
     prepare(PrepareJob(output=tmp_path / "shards", source_name="llava", part=part))
-    (found,) = source.read(tmp_path / "c.jsonl", ReadContext(ImageReader(None, ImageRules())))
+    (found,) = source.read(tmp_path / "c.jsonl", ImageReader(None, ImageRules()))
     wanted = [segment for segment in found.document.segments if isinstance(segment, Text)]
     described, _ = describe_sample(ShardedDataset.open(tmp_path / "shards")[0], tokenizer)
     assert "".join(described["texts"]).replace("<|im_start|>", "").replace("<|im_end|>", "") == "".join(
@@ -207,7 +206,7 @@ def test_any_document_is_read_back_as_it_was(seed, tokenizer, tokenizer_path, tm
     write_dataset(tmp_path / "shards", [sample], source="t", tokenizer=tokenizer.facts)
     export_webdataset(ExportJob(folder=tmp_path / "shards", output=tmp_path / "tars", tokenizer=tokenizer_path))
     source = InterleavedTarSource((tmp_path / "tars" / "00000.tar",), InterleavedRules(max_images=100))
-    (found,) = source.read(source.inputs[0], ReadContext(ImageReader(None, ImageRules())))
+    (found,) = source.read(source.inputs[0], ImageReader(None, ImageRules()))
     assert list(found.document.segments) == segments
     assert repr(encode_exact(found.document.exact, tokenizer)) == repr(sample)
 

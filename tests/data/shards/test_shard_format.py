@@ -1,6 +1,5 @@
 """docs/shard_format.md is complete: a reader written from it alone, and every reason of a reject is in it."""
 
-import hashlib
 import io
 import json
 import re
@@ -12,7 +11,6 @@ import numpy as np
 from PIL import Image
 
 import megatron_vlm
-from megatron_vlm.data.prepare.duplicates import FingerprintWriter
 from megatron_vlm.data.samples import ImageSegment
 from megatron_vlm.data.shards.dataset import ShardedDataset
 from megatron_vlm.data.shards.writer import write_dataset
@@ -84,26 +82,6 @@ def test_a_reader_of_fifty_lines_written_from_the_document_reads_every_sample(fo
     assert [sum(mode == 1 for mode, _ in sample) for sample in found] == dataset.num_images.tolist()
     tokens = [sum(len(content) // 4 for mode, content in sample if mode != 1) for sample in found]
     assert tokens == dataset.text_lengths.tolist()
-
-
-def test_fingerprints_are_what_the_document_says(tmp_path, make_samples):
-    writer = FingerprintWriter(tmp_path, "documents")
-    for number, sample in enumerate(make_samples(9)):
-        writer.add([sample], "a.jsonl", number, None)
-    writer.close()
-    records = np.load(tmp_path / "fingerprints.npy")
-    assert records.itemsize == 24
-    lines = (tmp_path / "origins.jsonl").read_bytes()
-    for number, (sample, record) in enumerate(zip(make_samples(9), records, strict=True)):
-        content = b""
-        for segment in sample.segments:
-            if isinstance(segment, ImageSegment):
-                content += struct.pack("<iQ", -1, len(segment.encoded)) + segment.encoded
-            else:
-                content += np.asarray(segment.input_ids, "<i4").tobytes()
-        digest = hashlib.blake2b(content, digest_size=16).digest()
-        assert struct.pack("<QQ", record["high"], record["low"]) == digest
-        assert json.loads(lines[record["origin"] :].partition(b"\n")[0]) == ["a.jsonl", number, None]
 
 
 def test_every_reason_of_a_reject_is_explained():

@@ -1,23 +1,20 @@
 import base64
-import json
 
 import pytest
 
-from megatron_vlm.config import ConfigError, DataError
+from megatron_vlm.config import ConfigError
 from megatron_vlm.config.prepare import ConversationRules, ImageLimits, ImageRules, TextRules
 from megatron_vlm.config.sources.interleaved import InterleavedRules
 from megatron_vlm.config.sources.pairs import PairRules
 from megatron_vlm.data.documents import Image, Special, Text
-from megatron_vlm.data.files.img2dataset import TableFile, index_table
 from megatron_vlm.data.files.inputs import find_record_files
-from megatron_vlm.data.files.join_index import save_join_index
 from megatron_vlm.data.rejects import RejectError
 from megatron_vlm.data.sources.image_store import FolderImages, ImageReader
 from megatron_vlm.data.sources.instructions.conversations import ConversationSource
 from megatron_vlm.data.sources.instructions.text import TextSource
 from megatron_vlm.data.sources.interleaved.source import InterleavedSource
 from megatron_vlm.data.sources.pairs.source import RecordPairSource, TarPairSource, find_pair_source
-from megatron_vlm.data.sources.source import ReadContext, key_of
+from megatron_vlm.data.sources.source import key_of
 
 
 @pytest.fixture
@@ -33,8 +30,8 @@ def names(tmp_path, make_image):
 
 
 @pytest.fixture
-def context(tmp_path, names):
-    return ReadContext(ImageReader(FolderImages(tmp_path / "pictures", max_bytes=10**6), ImageRules()))
+def reader(tmp_path, names):
+    return ImageReader(FolderImages(tmp_path / "pictures", max_bytes=10**6), ImageRules())
 
 
 def shown(found, names=()) -> list | str:
@@ -56,38 +53,38 @@ def info(name, index, **more):
     return {"image_name": name, "matched_text_index": index, **more}
 
 
-def read_mmc4(tmp_path, make_lines, context, record, **rules):
+def read_mmc4(tmp_path, make_lines, reader, record, **rules):
     path = make_lines(tmp_path / "docs.jsonl", [record])
-    (found,) = InterleavedSource((path,), InterleavedRules(**rules)).read(path, context)
+    (found,) = InterleavedSource((path,), InterleavedRules(**rules)).read(path, reader)
     return found
 
 
-def test_mmc4_image_stands_before_its_sentence_and_duplicates_stack(tmp_path, make_lines, context, names):
+def test_mmc4_image_stands_before_its_sentence_and_duplicates_stack(tmp_path, make_lines, reader, names):
     record = {"url": "u", "text_list": ["s0", "s1", "s2"]}
     record["image_info"] = [info("a.jpg", 2), info("b.jpg", 0), info("c.jpg", 2)]
-    found = read_mmc4(tmp_path, make_lines, context, record)
+    found = read_mmc4(tmp_path, make_lines, reader, record)
     assert shown(found, names) == ["b.jpg", "s0", "s1", "a.jpg", "c.jpg", "s2"]
     assert found.key == "u"
 
 
-def test_mmc4_keeps_the_first_listed_images_not_the_first_in_the_text(tmp_path, make_lines, context, names):
+def test_mmc4_keeps_the_first_listed_images_not_the_first_in_the_text(tmp_path, make_lines, reader, names):
     record = {"text_list": ["s0", "s1"], "image_info": [info("a.jpg", 1), info("b.jpg", 1), info("c.jpg", 0)]}
-    found = read_mmc4(tmp_path, make_lines, context, record, max_images=2)
+    found = read_mmc4(tmp_path, make_lines, reader, record, max_images=2)
     assert shown(found, names) == ["s0", "a.jpg", "b.jpg", "s1"]
-    assert context.images.notes["images_beyond_the_most"] == 1
+    assert reader.notes["images_beyond_the_most"] == 1
 
 
-def test_mmc4_literal_placeholder_in_a_sentence_is_text(tmp_path, make_lines, context, names):
+def test_mmc4_literal_placeholder_in_a_sentence_is_text(tmp_path, make_lines, reader, names):
     record = {"text_list": ["an <image> tag"], "image_info": [info("a.jpg", 0)]}
-    assert shown(read_mmc4(tmp_path, make_lines, context, record), names) == ["a.jpg", "an <IMAGE> tag"]
+    assert shown(read_mmc4(tmp_path, make_lines, reader, record), names) == ["a.jpg", "an <IMAGE> tag"]
 
 
-def test_mmc4_bad_image_rejects_the_document_or_is_left_out(tmp_path, make_lines, context, names):
+def test_mmc4_bad_image_rejects_the_document_or_is_left_out(tmp_path, make_lines, reader, names):
     record = {"text_list": ["s0"], "image_info": [info("a.jpg", 0), info("none.jpg", 0)]}
-    assert shown(read_mmc4(tmp_path, make_lines, context, record)) == "image_missing"
-    found = read_mmc4(tmp_path, make_lines, context, record, bad_image="image")
+    assert shown(read_mmc4(tmp_path, make_lines, reader, record)) == "image_missing"
+    found = read_mmc4(tmp_path, make_lines, reader, record, bad_image="image")
     assert shown(found, names) == ["a.jpg", "s0"]
-    assert context.images.notes["dropped_images"] == 1
+    assert reader.notes["dropped_images"] == 1
 
 
 @pytest.mark.parametrize(
@@ -102,48 +99,48 @@ def test_mmc4_images_outside_of_the_size_limits_are_left_out_and_counted(
     tmp_path, make_lines, make_image, names, size, rules, reason
 ):
     (tmp_path / "pictures" / "other.jpg").write_bytes(make_image(size, size))
-    context = ReadContext(ImageReader(FolderImages(tmp_path / "pictures", max_bytes=10**6), rules))
+    reader = ImageReader(FolderImages(tmp_path / "pictures", max_bytes=10**6), rules)
     record = {"text_list": ["s0"], "image_info": [info("other.jpg", 0), info("b.jpg", 0)]}
-    assert shown(read_mmc4(tmp_path, make_lines, context, record)) == reason
-    found = read_mmc4(tmp_path, make_lines, context, record, bad_image="image")
+    assert shown(read_mmc4(tmp_path, make_lines, reader, record)) == reason
+    found = read_mmc4(tmp_path, make_lines, reader, record, bad_image="image")
     assert shown(found, names) == ["b.jpg", "s0"]
-    assert context.images.notes["dropped_images"] == 1
+    assert reader.notes["dropped_images"] == 1
 
 
-def test_mmc4_images_beyond_the_sentences_go_to_their_most_similar_one(tmp_path, make_lines, context, names):
+def test_mmc4_images_beyond_the_sentences_go_to_their_most_similar_one(tmp_path, make_lines, reader, names):
     infos = [info(name, 0, matched_sim=0.0) for name in ("a.jpg", "b.jpg", "c.jpg")]
     record = {"text_list": ["s0", "s1"], "image_info": infos}
     record["similarity_matrix"] = [[0.9, 0.1], [0.8, 0.2], [0.1, 0.7]]
-    found = read_mmc4(tmp_path, make_lines, context, record, assignment="linear")
+    found = read_mmc4(tmp_path, make_lines, reader, record, assignment="linear")
     assert shown(found, names) == ["a.jpg", "b.jpg", "s0", "c.jpg", "s1"]
 
 
-def test_mmc4_images_below_the_similarity_are_left_out(tmp_path, make_lines, context, names):
+def test_mmc4_images_below_the_similarity_are_left_out(tmp_path, make_lines, reader, names):
     infos = [info("a.jpg", 0, matched_sim=0.3), info("b.jpg", 0, matched_sim=0.2)]
     record = {"text_list": ["s0"], "image_info": infos}
-    assert shown(read_mmc4(tmp_path, make_lines, context, record, min_similarity=0.25), names) == ["a.jpg", "s0"]
-    assert shown(read_mmc4(tmp_path, make_lines, context, record, min_similarity=0.5)) == "too_few_images"
+    assert shown(read_mmc4(tmp_path, make_lines, reader, record, min_similarity=0.25), names) == ["a.jpg", "s0"]
+    assert shown(read_mmc4(tmp_path, make_lines, reader, record, min_similarity=0.5)) == "too_few_images"
 
 
-def test_mmc4_assignment_is_computed_again_on_request(tmp_path, make_lines, context, names):
+def test_mmc4_assignment_is_computed_again_on_request(tmp_path, make_lines, reader, names):
     infos = [info("a.jpg", 0, matched_sim=0.9), info("b.jpg", 0, matched_sim=0.9)]
     record = {"text_list": ["s0", "s1"], "image_info": infos, "similarity_matrix": [[0.9, 0.8], [0.9, 0.1]]}
     seen = {
-        assignment: shown(read_mmc4(tmp_path, make_lines, context, record, assignment=assignment), names)
+        assignment: shown(read_mmc4(tmp_path, make_lines, reader, record, assignment=assignment), names)
         for assignment in ("listed", "linear", "best")
     }
     assert seen["listed"] == seen["best"] == ["a.jpg", "b.jpg", "s0", "s1"]
     assert seen["linear"] == ["b.jpg", "s0", "a.jpg", "s1"]
-    only = read_mmc4(tmp_path, make_lines, context, record, assignment="linear", min_similarity=0.85)
+    only = read_mmc4(tmp_path, make_lines, reader, record, assignment="linear", min_similarity=0.85)
     assert shown(only, names) == ["b.jpg", "s0", "s1"]
 
 
-def test_mmc4_images_inside_of_the_json_are_read(tmp_path, make_lines, context, names, make_image):
+def test_mmc4_images_inside_of_the_json_are_read(tmp_path, make_lines, reader, names, make_image):
     encoded = base64.b64encode(make_image(seed=1)).decode()
     record = {"text_list": ["s0"], "image_info": [info("x", 0, image_base64=encoded)]}
-    assert shown(read_mmc4(tmp_path, make_lines, context, record), names) == ["b.jpg", "s0"]
+    assert shown(read_mmc4(tmp_path, make_lines, reader, record), names) == ["b.jpg", "s0"]
     record["image_info"][0]["image_base64"] = "***"
-    assert shown(read_mmc4(tmp_path, make_lines, context, record)) == "image_base64"
+    assert shown(read_mmc4(tmp_path, make_lines, reader, record)) == "image_base64"
 
 
 GOOD = {"text_list": ["s0"], "image_info": [info("a.jpg", 0)]}
@@ -170,27 +167,27 @@ GOOD = {"text_list": ["s0"], "image_info": [info("a.jpg", 0)]}
     ],
 )
 def test_mmc4_bad_record_is_rejected_with_line_and_key_and_its_neighbours_are_intact(
-    tmp_path, make_lines, context, names, change, reason
+    tmp_path, make_lines, reader, names, change, reason
 ):
     path = make_lines(tmp_path / "docs.jsonl", [GOOD, GOOD | {"url": "bad"} | change, GOOD])
-    found = list(InterleavedSource((path,)).read(path, context))
+    found = list(InterleavedSource((path,)).read(path, reader))
     assert [shown(one, names) for one in found] == [["a.jpg", "s0"], reason, ["a.jpg", "s0"]]
     assert (found[1].line, found[1].key) == (2, "bad")
 
 
-def test_too_long_text_over_many_sentences_is_rejected(tmp_path, make_lines, context):
+def test_too_long_text_over_many_sentences_is_rejected(tmp_path, make_lines, reader):
     record = GOOD | {"text_list": ["x" * 30] * 10}
     rules = {"text": TextRules(max_characters=299)}
-    assert shown(read_mmc4(tmp_path, make_lines, context, record, **rules)) == "text_too_long"
+    assert shown(read_mmc4(tmp_path, make_lines, reader, record, **rules)) == "text_too_long"
 
 
 def turns(*texts):
     return [{"from": "human" if i % 2 == 0 else "gpt", "value": text} for i, text in enumerate(texts)]
 
 
-def read_llava(tmp_path, make_lines, context, record, **rules):
+def read_llava(tmp_path, make_lines, reader, record, **rules):
     path = make_lines(tmp_path / "llava.jsonl", [record])
-    (found,) = ConversationSource((path,), ConversationRules(system="none", **rules)).read(path, context)
+    (found,) = ConversationSource((path,), ConversationRules(system="none", **rules)).read(path, reader)
     return found
 
 
@@ -199,40 +196,40 @@ def words(found, names) -> str:
     return parts if isinstance(parts, str) else "|".join(part for part in parts if isinstance(part, str))
 
 
-def test_llava_images_stand_where_their_placeholders_do(tmp_path, make_lines, context, names):
+def test_llava_images_stand_where_their_placeholders_do(tmp_path, make_lines, reader, names):
     record = {"image": ["a.jpg", "b.jpg"], "conversations": turns("<image>\nand <image> ?", "yes", "sure?", "no")}
-    assert words(read_llava(tmp_path, make_lines, context, record), names) == (
+    assert words(read_llava(tmp_path, make_lines, reader, record), names) == (
         " USER: |a.jpg|\nand |b.jpg| ? ASSISTANT:| yes|USER: sure? ASSISTANT:| no"
     )
 
 
-def test_llava_images_of_later_turns_are_taken_in_order(tmp_path, make_lines, context, names):
+def test_llava_images_of_later_turns_are_taken_in_order(tmp_path, make_lines, reader, names):
     record = {"image": ["a.jpg", "b.jpg"], "conversations": turns("<image>", "yes", "<image>", "no")}
     expected = " USER: |a.jpg| ASSISTANT:| yes|USER: |b.jpg| ASSISTANT:| no"
-    assert words(read_llava(tmp_path, make_lines, context, record), names) == expected
+    assert words(read_llava(tmp_path, make_lines, reader, record), names) == expected
 
 
-def test_llava_image_without_placeholder_stands_before_the_first_question(tmp_path, make_lines, context, names):
+def test_llava_image_without_placeholder_stands_before_the_first_question(tmp_path, make_lines, reader, names):
     record = {"image": "a.jpg", "conversations": turns("what?", "a cat")}
-    assert words(read_llava(tmp_path, make_lines, context, record), names) == " USER: |a.jpg|\nwhat? ASSISTANT:| a cat"
+    assert words(read_llava(tmp_path, make_lines, reader, record), names) == " USER: |a.jpg|\nwhat? ASSISTANT:| a cat"
 
 
-def test_llava_images_can_be_put_in_front(tmp_path, make_lines, context, names):
+def test_llava_images_can_be_put_in_front(tmp_path, make_lines, reader, names):
     record = {"image": "a.jpg", "conversations": turns("what?\n<image>", "a cat")}
-    found = read_llava(tmp_path, make_lines, context, record, image_position="front")
+    found = read_llava(tmp_path, make_lines, reader, record, image_position="front")
     assert words(found, names) == " USER: |a.jpg|\nwhat? ASSISTANT:| a cat"
 
 
-def test_llava_plain_template_is_image_and_caption(tmp_path, make_lines, context, names):
+def test_llava_plain_template_is_image_and_caption(tmp_path, make_lines, reader, names):
     record = {"image": "a.jpg", "conversations": turns("Describe it.\n<image>", "a cat")}
-    assert words(read_llava(tmp_path, make_lines, context, record, template="plain"), names) == "a.jpg|a cat\n"
+    assert words(read_llava(tmp_path, make_lines, reader, record, template="plain"), names) == "a.jpg|a cat\n"
 
 
-def test_llava_first_turn_of_the_assistant_is_left_out_and_a_system_turn_is_used(tmp_path, make_lines, context, names):
+def test_llava_first_turn_of_the_assistant_is_left_out_and_a_system_turn_is_used(tmp_path, make_lines, reader, names):
     record = {"conversations": [{"from": "gpt", "value": "hello"}, *turns("what?", "a cat")]}
-    assert words(read_llava(tmp_path, make_lines, context, record), names) == " USER: what? ASSISTANT:| a cat"
+    assert words(read_llava(tmp_path, make_lines, reader, record), names) == " USER: what? ASSISTANT:| a cat"
     record = {"conversations": [{"from": "system", "value": "be round"}, *turns("what?", "a cat")]}
-    assert words(read_llava(tmp_path, make_lines, context, record), names).startswith("be round USER: what?")
+    assert words(read_llava(tmp_path, make_lines, reader, record), names).startswith("be round USER: what?")
 
 
 @pytest.mark.parametrize(
@@ -259,25 +256,25 @@ def test_llava_first_turn_of_the_assistant_is_left_out_and_a_system_turn_is_used
     ],
 )
 def test_llava_bad_record_is_rejected_and_its_neighbours_are_intact(
-    tmp_path, make_lines, context, names, record, reason
+    tmp_path, make_lines, reader, names, record, reason
 ):
     good = {"conversations": turns("what?", "a cat")}
     path = make_lines(tmp_path / "llava.jsonl", [good, record | {"id": 7}, good])
-    found = list(ConversationSource((path,)).read(path, context))
+    found = list(ConversationSource((path,)).read(path, reader))
     assert [one.document.reason if isinstance(one.document, RejectError) else "" for one in found] == ["", reason, ""]
     assert (found[1].line, found[1].key) == (2, "7")
 
 
-def test_flan_question_is_context_and_target_is_trained(tmp_path, make_lines, context):
+def test_flan_question_is_context_and_target_is_trained(tmp_path, make_lines, reader):
     path = make_lines(tmp_path / "flan.jsonl", [{"inputs": "what?", "targets": "a cat"}])
-    (found,) = TextSource((path,)).read(path, context)
+    (found,) = TextSource((path,)).read(path, reader)
     texts = [segment for segment in found.document.segments if isinstance(segment, Text)]
     assert texts == [Text(" USER: what? ASSISTANT:", False), Text(" a cat", True)]
 
 
-def test_running_text_is_trained_whole(tmp_path, make_lines, context):
+def test_running_text_is_trained_whole(tmp_path, make_lines, reader):
     path = make_lines(tmp_path / "text.jsonl", [{"text": "the sky"}])
-    (found,) = TextSource((path,)).read(path, context)
+    (found,) = TextSource((path,)).read(path, reader)
     assert [s.text if isinstance(s, Text) else s.token.value for s in found.document.segments] == [
         "bos",
         "the sky",
@@ -296,92 +293,43 @@ def test_running_text_is_trained_whole(tmp_path, make_lines, context):
         (b"{", "json_syntax"),
     ],
 )
-def test_bad_text_record_is_rejected(tmp_path, make_lines, context, record, reason):
+def test_bad_text_record_is_rejected(tmp_path, make_lines, reader, record, reason):
     path = make_lines(tmp_path / "text.jsonl", [record])
-    (found,) = TextSource((path,)).read(path, context)
+    (found,) = TextSource((path,)).read(path, reader)
     assert shown(found) == reason
 
 
-def coyo_source(coyo, tmp_path) -> TarPairSource:
-    source = find_pair_source((coyo,), PairRules())
-    start, parts = 0, []
-    for table in source.tables:
-        parts.append(index_table(table.path, start))
-        start += table.num_rows
-    if parts:
-        save_join_index(parts, tmp_path / "index")
-    return TarPairSource(source.inputs, source.rules, source.tables, tmp_path / "index" if parts else None)
-
-
-def read_all(source, context):
-    return [found for path in source.inputs for found in source.read(path, context)]
+def read_all(source, reader):
+    return [found for path in source.inputs for found in source.read(path, reader)]
 
 
 def captions(found) -> list[str]:
     return [shown(one) if isinstance(one.document, RejectError) else one.document.segments[1].text for one in found]
 
 
-def test_coyo_tars_give_pairs_by_key(coyo, tmp_path, context, make_image):
-    found = read_all(coyo_source(coyo, tmp_path), context)
+def test_coyo_tars_give_pairs_by_key(coyo, tmp_path, reader, make_image):
+    found = read_all(find_pair_source((coyo,), PairRules()), reader)
     assert captions(found) == [f"a red cat {shard} {number}" for shard in range(2) for number in range(4)]
     assert found[5].document.segments[0] == Image(make_image(seed=11), (48, 40))
     assert found[5].key == "000010001"
 
 
-def test_coyo_rows_without_an_image_are_listed(coyo, tmp_path, context):
-    import numpy as np
-
-    source = coyo_source(coyo, tmp_path)
-    read_all(source, context)
-    used = np.zeros(9, dtype=bool)
-    used[context.used_rows] = True
-    ((path, found),) = source.missing(used)
-    assert (path.name, found.line, found.key, shown(found)) == (
-        "part-00000.parquet",
-        9,
-        "http://x/gone.jpg",
-        "image_missing",
-    )
-
-
-def test_coyo_pairs_that_no_table_has_are_rejected(coyo, tmp_path, context, make_table):
-    make_table(coyo / "part-00000.parquet", {"url": ["http://x/01.jpg"], "text": ["a"]})
-    reasons = captions(read_all(coyo_source(coyo, tmp_path), context))
-    assert reasons.count("not_selected") == 7
-    assert reasons[1] == "a red cat 0 1"
-
-
-def test_caption_that_the_tar_lacks_comes_from_the_table(tmp_path, context, make_tar, make_image, make_table):
-    root = tmp_path / "laion"
-    root.mkdir()
-    members = []
-    for number in range(6):
-        record = json.dumps({"url": f"http://x/{number}"}).encode()
-        members += [(f"{number}.jpg", make_image(seed=number)), (f"{number}.json", record)]
-    make_tar(root / "00000.tar", members[::-1])
-    columns = {"URL": [f"http://x/{n}" for n in range(6)], "TEXT": [f"caption {n}" for n in range(6)]}
-    make_table(root / "part.parquet", columns, row_group_size=2)
-    found = read_all(coyo_source(root, tmp_path), context)
-    assert {one.key: one.document.segments[1].text for one in found} == {str(n): f"caption {n}" for n in range(6)}
-
-
-def test_tars_alone_are_enough_in_any_order_of_files(tmp_path, context, make_tar, make_image):
+def test_tars_alone_are_enough_in_any_order_of_files(tmp_path, reader, make_tar, make_image):
     members = [(f"{n}.txt", b"caption %d" % n) for n in range(4)]
     members += [(f"{n}.png", make_image(seed=n, file_format="PNG")) for n in (3, 1, 0, 2)]
     make_tar(tmp_path / "0.tar", members)
     source = find_pair_source((tmp_path / "0.tar",), PairRules())
-    for found in read_all(source, context):
+    for found in read_all(source, reader):
         assert found.document.segments[1].text == f"caption {found.key}"
         assert found.document.segments[0].data == make_image(seed=int(found.key), file_format="PNG")
 
 
-def test_own_table_of_a_tar_explains_what_is_missing(tmp_path, context, make_tar, make_image, make_table):
+def test_own_table_of_a_tar_explains_what_is_missing(tmp_path, reader, make_tar, make_image, make_table):
     make_tar(tmp_path / "0.tar", [("00.jpg", make_image())])
     columns = {"key": ["00", "01"], "caption": ["a cat", "a dog"], "status": ["success", "failed_to_download"]}
     make_table(tmp_path / "0.parquet", columns | {"url": ["u0", "u1"], "error_message": [None, "HTTP 404"]})
     source = find_pair_source((tmp_path,), PairRules())
-    assert source.tables == ()
-    found = read_all(source, context)
+    found = read_all(source, reader)
     assert captions(found) == ["a cat", "image_missing"]
     assert (found[1].key, "HTTP 404" in found[1].document.detail) == ("01", True)
 
@@ -402,35 +350,30 @@ def test_own_table_of_a_tar_explains_what_is_missing(tmp_path, context, make_tar
     ],
 )
 def test_bad_pair_of_a_tar_is_rejected_and_its_neighbours_are_intact(
-    tmp_path, context, make_tar, make_image, members, reason
+    tmp_path, reader, make_tar, make_image, members, reason
 ):
     def good(key):
         return [(f"{key}.jpg", make_image()), (f"{key}.txt", b"a cat")]
 
     bad = [(name, make_image() if content is None else content) for name, content in members]
     path = make_tar(tmp_path / "0.tar", good(0) + bad + good(2))
-    found = list(TarPairSource((path,)).read(path, context))
+    found = list(TarPairSource((path,)).read(path, reader))
     assert captions(found) == ["a cat", reason, "a cat"]
     assert found[1].key == "1"
 
 
-def test_image_without_url_cannot_be_joined(coyo, tmp_path, context, make_tar, make_image):
-    make_tar(coyo / "00000.tar", [("1.jpg", make_image()), ("1.txt", b"a cat")])
-    assert captions(read_all(coyo_source(coyo, tmp_path), context))[0] == "url_missing"
-
-
-def test_truncated_tar_keeps_what_is_whole(coyo, tmp_path, context):
+def test_truncated_tar_keeps_what_is_whole(coyo, tmp_path, reader):
     path = coyo / "00001.tar"
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    found = captions(read_all(coyo_source(coyo, tmp_path), context))
+    found = captions(read_all(find_pair_source((coyo,), PairRules()), reader))
     assert found[:4] == [f"a red cat 0 {n}" for n in range(4)]
     assert found[-1] == "tar_truncated"
 
 
-def test_pairs_of_json_lines_name_an_image_file(tmp_path, context, names, make_lines):
+def test_pairs_of_json_lines_name_an_image_file(tmp_path, reader, names, make_lines):
     records = [{"image": "a.jpg", "caption": "a cat"}, {"file_name": "b.jpg", "text": "a dog", "id": 4}]
     path = make_lines(tmp_path / "pairs.jsonl", records + [{"image": "a.jpg"}, {"caption": "x"}, b"{"])
-    found = list(RecordPairSource((path,)).read(path, context))
+    found = list(RecordPairSource((path,)).read(path, reader))
     assert [shown(one, names) for one in found] == [
         ["a.jpg", "a cat"],
         ["b.jpg", "a dog"],
@@ -446,18 +389,6 @@ def test_folder_without_tars_is_read_as_json_lines(tmp_path, make_lines):
     assert find_pair_source((tmp_path,), PairRules()) == RecordPairSource((path,))
 
 
-def test_damaged_parquet_file_is_named(coyo):
-    (coyo / "part-00000.parquet").write_bytes(b"PAR1 no")
-    with pytest.raises(DataError, match="parquet file cannot be read: .*part-00000.parquet"):
-        find_pair_source((coyo,), PairRules())
-
-
-def test_parquet_file_without_urls_is_named(coyo, make_table):
-    path = make_table(coyo / "part-00000.parquet", {"link": ["a"]})
-    with pytest.raises(DataError, match="has no column url or URL .*part-00000.parquet"):
-        index_table(path, 0)
-
-
 def test_missing_and_empty_inputs_are_named(tmp_path):
     with pytest.raises(ConfigError, match="input does not exist .*none"):
         find_record_files((tmp_path / "none",))
@@ -465,11 +396,20 @@ def test_missing_and_empty_inputs_are_named(tmp_path):
         find_record_files((tmp_path,))
 
 
-def test_table_file_knows_its_rows(coyo):
-    assert TableFile.open(coyo / "part-00000.parquet").num_rows == 9
-
-
 def test_keys_are_text_of_bounded_length():
     assert key_of(5) == "5"
     assert len(key_of("x" * 10_000)) == 300
     assert key_of(["a"]) is None
+
+
+def test_parquet_files_that_list_pairs_are_left_alone_and_named(coyo, caplog):
+    (coyo / "part-00000.parquet").write_bytes(b"never opened")
+    source = find_pair_source((coyo,), PairRules())
+    assert [path.name for path in source.inputs] == ["00000.tar", "00001.tar"]
+    assert "1 parquet files are no tables of tars and are not read" in caplog.text
+    assert "select pairs" in caplog.text
+
+
+def test_a_parquet_file_named_by_itself_that_lists_pairs_is_refused(coyo):
+    with pytest.raises(ConfigError, match="input has no tars, as the other inputs have .*part-00000.parquet"):
+        find_pair_source((coyo / "00000.tar", coyo / "part-00000.parquet"), PairRules())

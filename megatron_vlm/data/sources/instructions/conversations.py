@@ -10,7 +10,7 @@ from megatron_vlm.data.files.table_records import read_any_records
 from megatron_vlm.data.rejects import RejectError
 from megatron_vlm.data.sources.image_store import ImageReader
 from megatron_vlm.data.sources.instructions.records import Conversation, read_conversation
-from megatron_vlm.data.sources.source import Found, ReadContext, key_of
+from megatron_vlm.data.sources.source import Found, key_of, read_each
 from megatron_vlm.data.text.templates import (
     Turn,
     find_system,
@@ -33,17 +33,13 @@ class ConversationSource:
     inputs: tuple[Location, ...]
     rules: ConversationRules = ConversationRules()
 
-    def read(self, path: Location, context: ReadContext) -> Iterator[Found]:
+    def read(self, path: Location, images: ImageReader) -> Iterator[Found]:
         """Yield the conversations of one file, rendered in the template."""
-        for line, value in read_any_records(path, max_bytes=self.rules.max_record_bytes):
-            if isinstance(value, RejectError):
-                yield Found(line, None, value)
-                continue
-            key = key_of(value.get("id"))
-            try:
-                yield Found(line, key, make_document(read_conversation(value), context.images, self.rules))
-            except RejectError as error:
-                yield Found(line, key, error)
+        return read_each(
+            read_any_records(path, max_bytes=self.rules.max_record_bytes),
+            lambda record: key_of(record.get("id")),
+            lambda record, _: make_document(read_conversation(record), images, self.rules),
+        )
 
 
 def system_prompt(rules: ConversationRules) -> object:

@@ -12,6 +12,7 @@ from megatron_vlm.data.documents import PLACEHOLDER
 from megatron_vlm.data.files.locations import Location
 from megatron_vlm.data.files.table_records import read_any_records
 from megatron_vlm.data.rejects import RejectError
+from megatron_vlm.data.sources.image_store import ImageReader
 from megatron_vlm.data.sources.instructions.conversations import make_document
 from megatron_vlm.data.sources.instructions.prompt_pools import (
     IMAGE_FIELDS,
@@ -23,7 +24,7 @@ from megatron_vlm.data.sources.instructions.prompt_pools import (
 )
 from megatron_vlm.data.sources.instructions.record_images import ImageRef, read_refs
 from megatron_vlm.data.sources.instructions.records import Conversation
-from megatron_vlm.data.sources.source import Found, ReadContext, key_of
+from megatron_vlm.data.sources.source import Found, key_of
 
 _MAX_OPTIONS = 26
 
@@ -52,7 +53,7 @@ class PromptedSource:
     inputs: tuple[Location, ...]
     rules: PromptRules
 
-    def read(self, path: Location, context: ReadContext) -> Iterator[Found]:
+    def read(self, path: Location, images: ImageReader) -> Iterator[Found]:
         """Yield the conversations of one file, rendered in the template."""
         rules = self.rules.turns
         for line, value in read_any_records(path, max_bytes=rules.max_record_bytes):
@@ -69,7 +70,7 @@ class PromptedSource:
             for number, caption in enumerate(captions):
                 try:
                     conversation = self._conversation(value, caption, (identity, number))
-                    yield Found(line, key, make_document(conversation, context.images, rules))
+                    yield Found(line, key, make_document(conversation, images, rules))
                 except RejectError as error:
                     yield Found(line, key, error)
 

@@ -11,9 +11,10 @@ from megatron_vlm.data.files.locations import Location
 from megatron_vlm.data.files.records import field
 from megatron_vlm.data.files.table_records import read_any_records
 from megatron_vlm.data.rejects import RejectError
+from megatron_vlm.data.sources.image_store import ImageReader
 from megatron_vlm.data.sources.instructions.conversations import system_prompt
 from megatron_vlm.data.sources.instructions.records import read_conversation
-from megatron_vlm.data.sources.source import Found, ReadContext, key_of
+from megatron_vlm.data.sources.source import Found, key_of, read_each
 from megatron_vlm.data.text.templates import Turn, find_template, render_conversation
 
 
@@ -28,17 +29,13 @@ class TextSource:
     inputs: tuple[Location, ...]
     rules: ConversationRules = Options().rules
 
-    def read(self, path: Location, context: ReadContext) -> Iterator[Found]:
+    def read(self, path: Location, images: ImageReader) -> Iterator[Found]:
         """Yield the documents of one file."""
-        for line, value in read_any_records(path, max_bytes=self.rules.max_record_bytes):
-            if isinstance(value, RejectError):
-                yield Found(line, None, value)
-                continue
-            key = key_of(value.get("id"))
-            try:
-                yield Found(line, key, self._document(value))
-            except RejectError as error:
-                yield Found(line, key, error)
+        return read_each(
+            read_any_records(path, max_bytes=self.rules.max_record_bytes),
+            lambda record: key_of(record.get("id")),
+            lambda record, _: self._document(record),
+        )
 
     def _document(self, record: dict[str, Any]) -> Document:
         rules = self.rules.text

@@ -2,18 +2,20 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from megatron_vlm.config import ConfigError
 from megatron_vlm.config.sources.interleaved import InterleavedRules, Options
+from megatron_vlm.data.documents import Document
 from megatron_vlm.data.files.img2dataset import is_shard_table
 from megatron_vlm.data.files.inputs import check_each_used, find_record_files, list_inputs
 from megatron_vlm.data.files.locations import Location, check_suffixes
 from megatron_vlm.data.files.records import SUFFIXES, read_records
-from megatron_vlm.data.rejects import RejectError
+from megatron_vlm.data.sources.image_store import ImageReader
 from megatron_vlm.data.sources.interleaved.documents import find_listed_image, matched_document
 from megatron_vlm.data.sources.interleaved.tables import TABLE_SUFFIX, InterleavedTableSource, check_first_table
 from megatron_vlm.data.sources.interleaved.tars import InterleavedTarSource
-from megatron_vlm.data.sources.source import Found, ReadContext, key_of
+from megatron_vlm.data.sources.source import Found, key_of, read_each
 from megatron_vlm.data.text.tokenizer import Tokenizer
 
 _TAR_SUFFIX = ".tar"
@@ -33,21 +35,14 @@ class InterleavedSource:
     inputs: tuple[Location, ...]
     rules: InterleavedRules = InterleavedRules()
 
-    def read(self, path: Location, context: ReadContext) -> Iterator[Found]:
+    def read(self, path: Location, images: ImageReader) -> Iterator[Found]:
         """Yield the documents of one file, sentences and images not yet joined."""
-        images = context.images
-        for line, value in read_records(path, max_bytes=self.rules.max_record_bytes):
-            if isinstance(value, RejectError):
-                yield Found(line, None, value)
-                continue
-            key = key_of(value.get("url"))
-            try:
-                document = matched_document(
-                    value, key or "", self.rules, images, lambda info: find_listed_image(info, images)
-                )
-                yield Found(line, key, document)
-            except RejectError as error:
-                yield Found(line, key, error)
+
+        def make(record: dict[str, Any], key: str) -> Document:
+            return matched_document(record, key, self.rules, images, lambda info: find_listed_image(info, images))
+
+        records = read_records(path, max_bytes=self.rules.max_record_bytes)
+        return read_each(records, lambda record: key_of(record.get("url")), make)
 
 
 def find_source(

@@ -15,7 +15,7 @@ from megatron_vlm.data.files.records import field, parse_record
 from megatron_vlm.data.rejects import RejectError
 from megatron_vlm.data.sources.image_store import ImageReader
 from megatron_vlm.data.sources.interleaved.documents import LoadImage, pair_up, placed_document
-from megatron_vlm.data.sources.source import Found, ReadContext, key_of
+from megatron_vlm.data.sources.source import Found, key_of, read_each
 
 TABLE_SUFFIX = ".parquet"
 _KEY_COLUMNS = ("url", "id", "key", "__key__")
@@ -36,7 +36,7 @@ class InterleavedTableSource:
     inputs: tuple[Location, ...]
     rules: InterleavedRules = InterleavedRules()
 
-    def read(self, path: Location, context: ReadContext) -> Iterator[Found]:
+    def read(self, path: Location, images: ImageReader) -> Iterator[Found]:
         """Yield the documents of one table."""
         try:
             table = open_parquet(path, streamed=True)
@@ -48,15 +48,11 @@ class InterleavedTableSource:
                 yield Found(None, None, RejectError("column_missing", f"no column {' and '.join(missing)}"))
                 return
             columns = [name for name in (*_WANTED, *_KEY_COLUMNS, _METADATA) if name in table.schema_arrow.names]
-            for number, cells in read_rows(table, columns):
-                if isinstance(cells, RejectError):
-                    yield Found(number, None, cells)
-                    continue
-                key = _key(cells)
-                try:
-                    yield Found(number, key, self._document(cells, key or "", context.images))
-                except RejectError as error:
-                    yield Found(number, key, error)
+            yield from read_each(
+                read_rows(table, columns),
+                _key,
+                lambda cells, key: self._document(cells, key, images),
+            )
 
     def _document(self, cells: dict[str, Any], key: str, images: ImageReader) -> Document:
         texts, listed = field(cells, "texts", list), field(cells, "images", list)

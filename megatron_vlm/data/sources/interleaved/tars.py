@@ -20,7 +20,7 @@ from megatron_vlm.data.sources.interleaved.documents import (
     pair_up,
     placed_document,
 )
-from megatron_vlm.data.sources.source import Found, ReadContext
+from megatron_vlm.data.sources.source import Found
 
 _TEXT_EXTENSION = "txt"
 _CONTROLS = {control.value: control for control in Control}
@@ -51,13 +51,13 @@ class InterleavedTarSource:
     inputs: tuple[Location, ...]
     rules: InterleavedRules = InterleavedRules()
 
-    def read(self, path: Location, context: ReadContext) -> Iterator[Found]:
+    def read(self, path: Location, images: ImageReader) -> Iterator[Found]:
         """Yield the documents of one tar."""
         with TarReader(path) as tar:
             members, damage = list_members(tar)
             for key, group in group_members(iter(members)).items():
                 try:
-                    sample = _Sample(tar, key, group, self.rules, context.images)
+                    sample = _Sample(tar, key, group, self.rules, images)
                     yield Found(None, key, sample.document())
                 except RejectError as error:
                     yield Found(None, key, error)

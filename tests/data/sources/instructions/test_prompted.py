@@ -14,31 +14,30 @@ from megatron_vlm.data.sources.image_store import FolderImages, ImageReader
 from megatron_vlm.data.sources.instructions import prompt_pools
 from megatron_vlm.data.sources.instructions.prompt_pools import PromptSet
 from megatron_vlm.data.sources.instructions.prompted import PromptedSource, PromptRules, choose, find_value
-from megatron_vlm.data.sources.source import ReadContext
 
 load_prompt_set = functools.lru_cache(prompt_pools.load_prompt_set)
 VICUNA = ConversationRules(system="none")
 
 
 @pytest.fixture
-def context(tmp_path, make_image):
+def reader(tmp_path, make_image):
     """A folder in which every picture that the records of this file name is there."""
     root = tmp_path / "pictures"
     names = ["a.jpg", "b.jpg", "7.jpg", "train/CLEVR_1.png", "COCO_train2014_000000000042.jpg", "n3.jpg", "x/y.png"]
     for seed, name in enumerate(names):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(make_image(seed=seed))
-    return ReadContext(ImageReader(FolderImages(root, max_bytes=10**6), ImageRules()))
+    return ImageReader(FolderImages(root, max_bytes=10**6), ImageRules())
 
 
 @pytest.fixture
-def read(tmp_path, make_lines, context):
+def read(tmp_path, make_lines, reader):
     """Read records with a set of prompts: the texts of each document with IMG for a picture, or the reason."""
 
     def read_all(prompts: PromptSet, records, *, seed=0, name="records.jsonl", turns=VICUNA) -> list[str]:
         path = make_lines(tmp_path / name, records)
         source = PromptedSource((path,), PromptRules(prompts=prompts, seed=seed, turns=turns))
-        return [_line(found.document) for found in source.read(path, context)]
+        return [_line(found.document) for found in source.read(path, reader)]
 
     return read_all
 
@@ -281,11 +280,11 @@ GOOD = {"image": "a.jpg", "question": "q?", "answer": "a"}
     ],
 )
 def test_bad_annotation_is_rejected_with_line_and_key_and_its_neighbours_are_intact(
-    tmp_path, make_lines, context, change, reason
+    tmp_path, make_lines, reader, change, reason
 ):
     path = make_lines(tmp_path / "a.jsonl", [GOOD, GOOD | {"question_id": 8} | change, GOOD, b"{"])
     source = PromptedSource((path,), PromptRules(prompts=one_wording("vqav2")))
-    found = list(source.read(path, context))
+    found = list(source.read(path, reader))
     reasons = [one.document.reason if isinstance(one.document, RejectError) else None for one in found]
     assert reasons == [None, reason, None, "json_syntax"]
     assert (found[1].line, found[1].key) == (2, "8")
@@ -304,12 +303,12 @@ def test_raw_base64_of_m3it_is_read(read, make_image):
     assert found.startswith(" USER: |IMG|\nq?")
 
 
-def test_parquet_and_json_give_the_same_documents(tmp_path, make_lines, make_table, context):
+def test_parquet_and_json_give_the_same_documents(tmp_path, make_lines, make_table, reader):
     records = [GOOD | {"question": f"q{n}", "question_id": n} for n in range(10)]
     lines = make_lines(tmp_path / "a.jsonl", records)
     table = make_table(tmp_path / "a.parquet", {name: [record[name] for record in records] for name in records[0]})
     rules = PromptRules(prompts=load_prompt_set("vqav2"))
-    found = [[one.document for one in PromptedSource((p,), rules).read(p, context)] for p in (lines, table)]
+    found = [[one.document for one in PromptedSource((p,), rules).read(p, reader)] for p in (lines, table)]
     assert found[0] == found[1]
 
 

@@ -11,7 +11,6 @@ from megatron_vlm.data.sources.instructions.conversations import ConversationSou
 from megatron_vlm.data.sources.instructions.record_images import ImageRef
 from megatron_vlm.data.sources.instructions.records import read_conversation
 from megatron_vlm.data.sources.instructions.text import TextSource
-from megatron_vlm.data.sources.source import ReadContext
 from tests.support.documents import show
 
 
@@ -28,17 +27,17 @@ def names(tmp_path, make_image):
 
 
 @pytest.fixture
-def context(tmp_path, names):
-    return ReadContext(ImageReader(FolderImages(tmp_path / "pictures", max_bytes=10**6), ImageRules()))
+def reader(tmp_path, names):
+    return ImageReader(FolderImages(tmp_path / "pictures", max_bytes=10**6), ImageRules())
 
 
 @pytest.fixture
-def read(tmp_path, make_lines, context, names):
+def read(tmp_path, make_lines, reader, names):
     """Read records without a system prompt: text, names of images and the marks of control tokens in one line."""
 
     def read_all(records, source=ConversationSource, **rules) -> list[str]:
         path = make_lines(tmp_path / "records.jsonl", records)
-        found = source((path,), ConversationRules(system="none", **rules)).read(path, context)
+        found = source((path,), ConversationRules(system="none", **rules)).read(path, reader)
         return [_line(show(one, names)) for one in found]
 
     return read_all
@@ -120,7 +119,7 @@ def test_m3it_records_have_their_pictures_in_front_of_instruction_and_inputs(rea
     ]
 
 
-def test_m3it_in_parquet_gives_the_same_documents(tmp_path, make_lines, make_table, context, make_image):
+def test_m3it_in_parquet_gives_the_same_documents(tmp_path, make_lines, make_table, reader, make_image):
     encoded = base64.b64encode(make_image(seed=1)).decode()
     rows = [
         {"instruction": f"Do {n}. ", "inputs": "x", "image_base64_str": [encoded] * n, "outputs": f"y{n}"}
@@ -130,7 +129,7 @@ def test_m3it_in_parquet_gives_the_same_documents(tmp_path, make_lines, make_tab
     lines = make_lines(tmp_path / "train.jsonl", rows)
     array = tmp_path / "train.json"
     array.write_text(json.dumps(rows))
-    found = [[one.document for one in ConversationSource((p,)).read(p, context)] for p in (table, lines, array)]
+    found = [[one.document for one in ConversationSource((p,)).read(p, reader)] for p in (table, lines, array)]
     assert found[0] == found[1] == found[2]
     assert [len(document.images) for document in found[0]] == [0, 1, 2]
 
@@ -175,10 +174,10 @@ def test_sharegpt4v_goes_through_with_its_own_paths(read):
     ]
 
 
-def test_sharegpt4v_without_the_pictures_of_sam_rejects_just_those(tmp_path, make_lines, context):
+def test_sharegpt4v_without_the_pictures_of_sam_rejects_just_those(tmp_path, make_lines, reader):
     gone = SHARE_GPT_4V | {"id": "sa_1", "image": "sam/images/sa_1.jpg"}
     path = make_lines(tmp_path / "a.jsonl", [SHARE_GPT_4V, gone, SHARE_GPT_4V])
-    found = list(ConversationSource((path,)).read(path, context))
+    found = list(ConversationSource((path,)).read(path, reader))
     reasons = [one.document.reason if isinstance(one.document, RejectError) else None for one in found]
     assert reasons == [None, "image_missing", None]
     assert (found[1].line, found[1].key) == (2, "sa_1")
@@ -282,17 +281,17 @@ def test_record_with_images_is_no_text(read):
     assert read([{"question": "q", "answer": "a", "image": "c.jpg"}], TextSource) == ["images_in_text"]
 
 
-def test_long_conversation_of_short_texts_is_rejected(tmp_path, make_lines, context):
+def test_long_conversation_of_short_texts_is_rejected(tmp_path, make_lines, reader):
     from megatron_vlm.config.prepare import TextRules
 
     path = make_lines(tmp_path / "a.jsonl", [messages("q" * 30, "a" * 30, "q" * 30, "a" * 30)])
     rules = ConversationRules(text=TextRules(max_characters=100))
     for source in (TextSource, ConversationSource):
-        (found,) = source((path,), rules).read(path, context)
+        (found,) = source((path,), rules).read(path, reader)
         assert found.document.reason == "text_too_long"
 
 
-def test_too_long_record_is_rejected_by_every_reader(tmp_path, make_lines, make_table, context):
+def test_too_long_record_is_rejected_by_every_reader(tmp_path, make_lines, make_table, reader):
     record = {"question": "q" * 300, "answer": "a"}
     paths = [
         make_lines(tmp_path / "a.jsonl", [record]),
@@ -300,5 +299,5 @@ def test_too_long_record_is_rejected_by_every_reader(tmp_path, make_lines, make_
     ]
     for source in (TextSource, ConversationSource):
         for path in paths:
-            (found,) = source((path,), ConversationRules(max_record_bytes=200)).read(path, context)
+            (found,) = source((path,), ConversationRules(max_record_bytes=200)).read(path, reader)
             assert found.document.reason == "record_too_long"

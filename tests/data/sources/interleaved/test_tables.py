@@ -13,7 +13,6 @@ from megatron_vlm.data.sources.image_store import FolderImages, ImageReader, Tar
 from megatron_vlm.data.sources.interleaved.source import InterleavedSource, find_interleaved_source
 from megatron_vlm.data.sources.interleaved.tables import InterleavedTableSource
 from megatron_vlm.data.sources.interleaved.tars import InterleavedTarSource
-from megatron_vlm.data.sources.source import ReadContext
 from tests.support.documents import show
 
 
@@ -23,7 +22,7 @@ def pictures(make_image):
 
 
 @pytest.fixture
-def context(tmp_path, make_tar, pictures):
+def reader(tmp_path, make_tar, pictures):
     """Images http://x/A.jpg, B and C in a tar of img2dataset."""
     members = []
     for number, (name, data) in enumerate(pictures.items()):
@@ -31,17 +30,17 @@ def context(tmp_path, make_tar, pictures):
         members += [(f"{number}.jpg", data), (f"{number}.json", record)]
     path = make_tar(tmp_path / "images.tar", members)
     save_join_index([index_tar(path, 0)], tmp_path / "index")
-    return ReadContext(ImageReader(TarImages((path,), tmp_path / "index", max_bytes=1 << 20), ImageRules()))
+    return ImageReader(TarImages((path,), tmp_path / "index", max_bytes=1 << 20), ImageRules())
 
 
 @pytest.fixture
-def read(tmp_path, make_table, pictures, context):
+def read(tmp_path, make_table, pictures, reader):
     """Read a table of these columns."""
 
-    def read(columns, *, context=context, options=None, **rules):
+    def read(columns, *, reader=reader, options=None, **rules):
         path = make_table(tmp_path / "0.parquet", columns, **(options or {}))
         names = {data: name for name, data in pictures.items()}
-        found = InterleavedTableSource((path,), InterleavedRules(**rules)).read(path, context)
+        found = InterleavedTableSource((path,), InterleavedRules(**rules)).read(path, reader)
         return [(one.line, one.key, show(one, names)) for one in found]
 
     return read
@@ -66,16 +65,16 @@ def test_images_may_be_inside_of_the_table(read, pictures, form):
     wrapped = {name: data if form == "bytes" else {"bytes": data, "path": None} for name, data in pictures.items()}
     columns = {"images": [[wrapped["A"], None], [None, wrapped["B"]]], "texts": [[None, "a"], ["b", None]]}
     columns["id"] = [7, 8]
-    context = ReadContext(ImageReader(None, ImageRules()))
-    assert read(columns, context=context) == [(1, "7", ["A", "a"]), (2, "8", ["b", "B"])]
+    reader = ImageReader(None, ImageRules())
+    assert read(columns, reader=reader) == [(1, "7", ["A", "a"]), (2, "8", ["b", "B"])]
 
 
 def test_images_may_be_files_of_a_folder(read, tmp_path, pictures):
     (tmp_path / "files").mkdir()
     (tmp_path / "files" / "a.jpg").write_bytes(pictures["A"])
-    context = ReadContext(ImageReader(FolderImages(tmp_path / "files", max_bytes=1 << 20), ImageRules()))
+    reader = ImageReader(FolderImages(tmp_path / "files", max_bytes=1 << 20), ImageRules())
     rows = [["a.jpg", None], ["../a.jpg", None], [{"bytes": None, "path": "a.jpg"}, None]]
-    found = [read({"images": [row], "texts": [[None, "t"]]}, context=context)[0][2] for row in rows]
+    found = [read({"images": [row], "texts": [[None, "t"]]}, reader=reader)[0][2] for row in rows]
     assert found == [["A", "t"], "image_path", ["A", "t"]]
 
 
@@ -83,11 +82,11 @@ def test_a_url_is_never_matched_by_the_end_of_its_name(read):
     assert read({"images": [["http://elsewhere/1.jpg", None]], "texts": [[None, "t"]]}) == [(1, None, "image_missing")]
 
 
-def test_the_rules_about_images_are_those_of_mmc4(read, context):
+def test_the_rules_about_images_are_those_of_mmc4(read, reader):
     columns = {"images": [[url("A"), url("gone"), None, url("B"), url("C")]], "texts": [[None, None, "t", None, None]]}
     assert read(columns) == [(1, None, "image_missing")]
     assert read(columns, bad_image="image", max_images=2) == [(1, None, ["A", "t", "B"])]
-    assert context.images.notes["dropped_images"] == 1
+    assert reader.notes["dropped_images"] == 1
     assert read(columns, bad_image="image", min_images=4) == [(1, None, "too_few_images")]
 
 
@@ -124,16 +123,16 @@ def test_a_bad_picture_inside_of_the_table_is_rejected(read, data, reason):
     assert read({"images": [[data, None]], "texts": [[None, "t"]]}) == [(1, None, reason)]
 
 
-def test_text_that_is_not_utf8_rejects_its_row_alone(tmp_path, context, pictures):
+def test_text_that_is_not_utf8_rejects_its_row_alone(tmp_path, reader, pictures):
     raw = pyarrow.array([["a", None], ["b\xff".encode("latin-1"), None]], pyarrow.list_(pyarrow.binary()))
     texts = pyarrow.ListArray.from_arrays(raw.offsets, raw.values.cast(pyarrow.string(), safe=False))
     path = tmp_path / "0.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"texts": texts, "images": [[None, url("A")]] * 2}), path)
-    found = list(InterleavedTableSource((path,)).read(path, context))
+    found = list(InterleavedTableSource((path,)).read(path, reader))
     assert [show(one, {pictures["A"]: "A"}) for one in found] == [["a", "A"], "invalid_utf8"]
 
 
-def test_a_damaged_row_group_is_one_reject_and_the_others_are_read(tmp_path, make_table, context, pictures):
+def test_a_damaged_row_group_is_one_reject_and_the_others_are_read(tmp_path, make_table, reader, pictures):
     columns = {"images": [[url("A"), None]] * 30, "texts": [[None, f"t{n}" * 50] for n in range(30)]}
     path = make_table(tmp_path / "0.parquet", columns, row_group_size=10, use_dictionary=False, compression="zstd")
     group = pyarrow.parquet.ParquetFile(path).metadata.row_group(1)
@@ -141,15 +140,15 @@ def test_a_damaged_row_group_is_one_reject_and_the_others_are_read(tmp_path, mak
     content = bytearray(path.read_bytes())
     content[start : start + 60] = b"\xff" * 60
     path.write_bytes(content)
-    found = list(InterleavedTableSource((path,)).read(path, context))
+    found = list(InterleavedTableSource((path,)).read(path, reader))
     reasons = [one.document.reason for one in found if isinstance(one.document, RejectError)]
     assert reasons == ["file_truncated"]
     assert [one.line for one in found] == [*range(1, 12), *range(21, 31)]
 
 
-def test_a_file_that_is_no_parquet_is_one_reject(tmp_path, context):
+def test_a_file_that_is_no_parquet_is_one_reject(tmp_path, reader):
     (tmp_path / "0.parquet").write_bytes(b"PAR1 no")
-    (found,) = InterleavedTableSource(()).read(tmp_path / "0.parquet", context)
+    (found,) = InterleavedTableSource(()).read(tmp_path / "0.parquet", reader)
     assert show(found, {}) == "file_truncated"
 
 

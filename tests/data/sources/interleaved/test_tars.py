@@ -10,7 +10,6 @@ from megatron_vlm.data.documents import Control, Image, Special, Text
 from megatron_vlm.data.files.join_index import save_join_index
 from megatron_vlm.data.sources.image_store import ImageReader, TarImages, index_tar
 from megatron_vlm.data.sources.interleaved.tars import InterleavedTarSource
-from megatron_vlm.data.sources.source import ReadContext
 from tests.support.documents import show
 
 
@@ -20,12 +19,12 @@ def pictures(make_image):
 
 
 @pytest.fixture
-def context():
-    return ReadContext(ImageReader(None, ImageRules(max_bytes=1 << 20)))
+def reader():
+    return ImageReader(None, ImageRules(max_bytes=1 << 20))
 
 
 @pytest.fixture
-def read(tmp_path, make_tar, pictures, context):
+def read(tmp_path, make_tar, pictures, reader):
     """Read a tar: values are written as JSON, one-letter texts as the picture of that name."""
 
     def read(members, **rules):
@@ -34,7 +33,7 @@ def read(tmp_path, make_tar, pictures, context):
             content = json.dumps(value).encode() if isinstance(value, dict) else value
             files.append((name, pictures[content] if isinstance(content, str) else content))
         path = make_tar(tmp_path / "0.tar", files)
-        found = list(InterleavedTarSource((path,), InterleavedRules(**rules)).read(path, context))
+        found = list(InterleavedTarSource((path,), InterleavedRules(**rules)).read(path, reader))
         names = {data: name for name, data in pictures.items()}
         return [(one.key, show(one, names)) for one in found]
 
@@ -58,14 +57,14 @@ def test_an_image_may_be_named_with_its_key_and_folder(read):
         assert read([("d/k.json", record), ("d/k.0.jpg", "A")]) == [("d/k", ["t", "A"])]
 
 
-def test_train_says_which_texts_are_targets(tmp_path, make_tar, pictures, context):
+def test_train_says_which_texts_are_targets(tmp_path, make_tar, pictures, reader):
     record = {"texts": ["q", None, "a"], "images": [None, "0.jpg", None], "train": [False, True, True]}
     path = make_tar(tmp_path / "0.tar", [("k.json", json.dumps(record).encode()), ("k.0.jpg", pictures["A"])])
-    (found,) = InterleavedTarSource((path,)).read(path, context)
+    (found,) = InterleavedTarSource((path,)).read(path, reader)
     assert [s for s in found.document.segments if isinstance(s, Text)] == [Text("q", False), Text("a", True)]
 
 
-def test_special_says_which_tokens_there_are_besides_the_texts(tmp_path, make_tar, pictures, context):
+def test_special_says_which_tokens_there_are_besides_the_texts(tmp_path, make_tar, pictures, reader):
     record = {
         "texts": ["", "a", None, "one", "", "b"],
         "images": [None, None, "0.jpg", None, None, None],
@@ -74,7 +73,7 @@ def test_special_says_which_tokens_there_are_besides_the_texts(tmp_path, make_ta
     }
     members = [("k.json", json.dumps(record).encode()), ("k.0.jpg", pictures["A"])]
     source = InterleavedTarSource((make_tar(tmp_path / "0.tar", members),))
-    (found,) = source.read(source.inputs[0], context)
+    (found,) = source.read(source.inputs[0], reader)
     picture = Image(pictures["A"], found.document.images[0].size)
     assert found.document.segments == (Text("a", False), picture, Text("one", True), Text("b", False))
     assert found.document.exact == (
@@ -82,7 +81,7 @@ def test_special_says_which_tokens_there_are_besides_the_texts(tmp_path, make_ta
         *(Special(Control.EOS), Text("b", False)),
     )
     for rules in ({"max_images": 1}, {"max_images": 0, "min_images": 0}, {"text_after_last_image": "drop"}):
-        (found,) = InterleavedTarSource(source.inputs, InterleavedRules(**rules)).read(source.inputs[0], context)
+        (found,) = InterleavedTarSource(source.inputs, InterleavedRules(**rules)).read(source.inputs[0], reader)
         assert (found.document.exact is None) == (rules != {"max_images": 1})
 
 
@@ -119,7 +118,7 @@ def test_images_by_url_come_from_the_tars_of_images(tmp_path, make_tar, pictures
     images = ImageReader(TarImages((made,), tmp_path / "index", max_bytes=1 << 20), ImageRules())
     record = {"texts": [None, "t"], "images": [url, None]}
     path = make_tar(tmp_path / "docs.tar", [("k.json", json.dumps(record).encode())])
-    (found,) = InterleavedTarSource((path,)).read(path, ReadContext(images))
+    (found,) = InterleavedTarSource((path,)).read(path, images)
     assert show(found, {pictures["A"]: "A"}) == ["A", "t"]
 
 
@@ -144,12 +143,12 @@ def test_text_after_the_last_image_goes_but_for_what_the_image_stands_before(rea
     assert read(files, text_after_last_image="drop", min_images=0) == [("k", ["a", "b"])]
 
 
-def test_a_bad_image_rejects_the_document_or_is_left_out_and_counted(read, context):
+def test_a_bad_image_rejects_the_document_or_is_left_out_and_counted(read, reader):
     record = {"texts": [None, "a", None], "images": ["0.jpg", None, "1.jpg"]}
     files = [("k.json", record), ("k.0.jpg", b"<html>"), ("k.1.jpg", "B")]
     assert read(files) == [("k", "image_format")]
     assert read(files, bad_image="image") == [("k", ["a", "B"])]
-    assert context.images.notes["dropped_images"] == 1
+    assert reader.notes["dropped_images"] == 1
 
 
 PLAIN = {"texts": ["t", None], "images": [None, "0.jpg"]}
@@ -225,13 +224,13 @@ def test_options_about_matches_need_records_that_have_them(read):
     assert read(files, min_similarity=0.2) == read(files, assignment="best") == [("k", "json_type")]
 
 
-def test_a_truncated_tar_keeps_what_is_whole(tmp_path, make_tar, pictures, context):
+def test_a_truncated_tar_keeps_what_is_whole(tmp_path, make_tar, pictures, reader):
     record = json.dumps({"texts": ["t", None], "images": [None, "0.jpg"]}).encode()
     members = [(f"{key}.{name}", data) for key in "ab" for name, data in (("json", record), ("0.jpg", pictures["A"]))]
     path = make_tar(tmp_path / "0.tar", members)
     with tarfile.open(path) as archive:
         last = archive.getmembers()[-1].offset_data
     path.write_bytes(path.read_bytes()[: last + 100])
-    found = list(InterleavedTarSource((path,)).read(path, context))
+    found = list(InterleavedTarSource((path,)).read(path, reader))
     assert [show(one, {pictures["A"]: "A"}) for one in found] == [["t", "A"], "image_missing", "tar_truncated"]
     assert [one.key for one in found] == ["a", "b", None]
