@@ -1,9 +1,11 @@
 """`megatron-vlm convert {to-hf,from-hf}`."""
 
 import argparse
+from typing import get_args
 
 from megatron_vlm.cli.values import local_path, new_folder, seed
 from megatron_vlm.config import ExitCode, ModelConfig, UsageError, load_section
+from megatron_vlm.config.prepare import ConversationRules, TemplateName
 
 _EXAMPLE = """\
 example:
@@ -40,7 +42,12 @@ def _add_to_hf(actions: argparse._SubParsersAction) -> None:
         "--dtype", choices=("float32", "bfloat16"), help="type of the weights; default: that of the checkpoint"
     )
     action.add_argument("--tokenizer", metavar="FILE", help="SentencePiece model; default: that of the run")
-    action.add_argument("--template", default="vicuna_v1", help="conversation template of the training (%(default)s)")
+    action.add_argument(
+        "--template",
+        choices=get_args(TemplateName),
+        default=ConversationRules().template,
+        help="conversation template used in training (default: %(default)s)",
+    )
     action.add_argument(
         "--system",
         default="default",

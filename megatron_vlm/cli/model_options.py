@@ -2,7 +2,9 @@
 
 import argparse
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
+
+from megatron_vlm.config.prepare import ConversationRules, TemplateName
 
 if TYPE_CHECKING:
     from megatron_vlm.evaluation.opened_model import OpenedModel
@@ -21,7 +23,8 @@ def add_model_options(parser: argparse.ArgumentParser, *, bare_template: bool) -
     none = "; none: continue the prompt as bare text" if bare_template else ""
     parser.add_argument(
         "--template",
-        default="vicuna_v1",
+        choices=(*get_args(TemplateName), *(["none"] if bare_template else [])),
+        default=ConversationRules().template,
         help=f"conversation template used in training{none} (default: %(default)s)",
     )
     parser.add_argument(

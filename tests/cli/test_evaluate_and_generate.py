@@ -89,9 +89,9 @@ def test_evaluate_needs_a_folder_to_write_to(place, tmp_path, capsys):
     assert "none does not exist" in capsys.readouterr().err
 
 
-def test_an_unknown_template_is_one_line(place, tmp_path, capsys):
-    assert evaluate(place, tmp_path / "out.json", "--template", "x")[0] == 78
-    assert "unknown conversation template 'x'" in capsys.readouterr().err
+def test_an_unknown_template_is_a_wrong_command_line(place, tmp_path, capsys):
+    assert evaluate(place, tmp_path / "out.json", "--template", "x")[0] == 64
+    assert "argument --template: invalid choice: 'x' (choose from" in capsys.readouterr().err
 
 
 def test_a_tokenizer_of_another_size_is_refused(place, tmp_path, capsys):
