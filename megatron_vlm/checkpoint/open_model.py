@@ -8,15 +8,9 @@ import torch
 
 from megatron_vlm.checkpoint.load import load_weights
 from megatron_vlm.checkpoint.run_settings import RunSettings
-from megatron_vlm.config import (
-    BlendEntry,
-    DataConfig,
-    OptimizerConfig,
-    ParallelConfig,
-    TrainConfig,
-    TrainingConfig,
-)
+from megatron_vlm.config import ParallelConfig
 from megatron_vlm.models.build import build_model
+from megatron_vlm.models.computation import Computation
 from megatron_vlm.models.vlm import VisionLanguageModel
 from megatron_vlm.parallel.groups import build_groups, seed_everything, single_process
 
@@ -40,27 +34,11 @@ def open_model(settings: RunSettings, precision: Precision = "fp32") -> Iterator
     if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
         raise ValueError("open_model needs a process of its own")
     with single_process():
-        build_groups(ParallelConfig())
+        parallel = ParallelConfig()
+        build_groups(parallel)
         seed_everything(0)
-        chunks = build_model(_as_run(settings, precision))
+        chunks = build_model(settings.model, parallel, Computation(precision=precision))
         load_weights(str(settings.checkpoint), chunks)
         model = chunks[0].eval()
         model.requires_grad_(False)
         yield model
-
-
-def _as_run(settings: RunSettings, precision: Precision) -> TrainConfig:
-    """Return the run that a model is built from: one rank, nothing to learn."""
-    return TrainConfig(
-        stage="sft",
-        run_dir=str(settings.checkpoint.parent.parent),
-        model=settings.model,
-        data=DataConfig(
-            tokenizer=str(settings.tokenizer),
-            blend=(BlendEntry(path="none"),),
-            seq_length=settings.model.language.max_position_embeddings,
-            image_aspect=settings.image_aspect,
-        ),
-        optimizer=OptimizerConfig(lr=0.0),
-        training=TrainingConfig(global_batch_size=1, train_iters=1, precision=precision),
-    )

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vlm.cli.values import positive
-from megatron_vlm.config import ExitCode, TrainConfig, UsageError, UserError, derive_layout, load_config
+from megatron_vlm.config import PART_NAMES, ExitCode, TrainConfig, UsageError, UserError, derive_layout, load_config
 from megatron_vlm.platform.machine import PEAK_FLOPS
 
 _EPILOG = """\
@@ -79,7 +79,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _memory(config: TrainConfig, world_size: int) -> dict[str, Any]:
-    from megatron_vlm.costs.memory import estimate_memory, stage_sizes
+    from megatron_vlm.costs.memory import estimate_memory
+    from megatron_vlm.costs.parameters import stage_sizes
+    from megatron_vlm.costs.time import pipeline_bubble
 
     layout = derive_layout(config, world_size)
     stages = []
@@ -87,13 +89,11 @@ def _memory(config: TrainConfig, world_size: int) -> dict[str, Any]:
         memory = estimate_memory(config, stage, layout.data_parallel_size)
         learning = size.learning(config.training.freeze)
         stages.append({**asdict(size), "learning": learning, **asdict(memory), "total": memory.total})
-    num_micro_batches, pp = layout.num_micro_batches, config.parallel.pipeline_model_parallel_size
-    chunks = config.parallel.virtual_pipeline_model_parallel_size or 1
     return {
         **asdict(layout),
         "tensor_model_parallel_size": config.parallel.tensor_model_parallel_size,
-        "pipeline_model_parallel_size": pp,
-        "bubble": (pp - 1) / (num_micro_batches * chunks + pp - 1),
+        "pipeline_model_parallel_size": config.parallel.pipeline_model_parallel_size,
+        "bubble": pipeline_bubble(config.parallel, layout),
         "stages": stages,
     }
 
@@ -102,18 +102,19 @@ def _data(
     config: TrainConfig, world_size: int, flops_per_second: float, data_parallel_sizes: Sequence[int]
 ) -> dict[str, Any]:
     from megatron_vlm.costs.outlook import foresee
+    from megatron_vlm.costs.time import gpu_hours, stage_imbalance
 
     datasets = _open(config)
     outlook = foresee(config, datasets, data_parallel_sizes)
-    gpu_hours = outlook.gpu_hours(flops_per_second)
+    hours = gpu_hours(outlook.flops, flops_per_second)
     return {
         **asdict(outlook.packing),
         "num_labels": outlook.num_labels,
         "flops": outlook.flops,
         "stage_shares": outlook.stage_shares,
-        "stage_imbalance": outlook.imbalance,
-        "gpu_hours": gpu_hours,
-        "hours": gpu_hours / world_size,
+        "stage_imbalance": stage_imbalance(outlook.stage_shares),
+        "gpu_hours": hours,
+        "hours": hours / world_size,
         "shortest_row": outlook.row_lengths[0],
         "longest_row": outlook.row_lengths[1],
         "balance": [asdict(balance) for balance in outlook.balance],
@@ -153,7 +154,7 @@ def _as_text(facts: dict[str, Any], machine: str) -> str:
         "stage  layers  parameters  learning   weights  gradients  optimizer  activations     total   (a rank)",
     ]
     for index, stage in enumerate(facts["stages"]):
-        parameters = stage["vision_model"] + stage["vision_projection"] + stage["language_model"]
+        parameters = sum(stage[part] for part in (*PART_NAMES, "adapter"))
         lines.append(
             f"{index:5d}  {stage['num_layers']:6d}  {parameters / 1e6:8.1f} M  {stage['learning'] / 1e6:6.1f} M"
             f"  {_gib(stage['weights'])}  {_gib(stage['gradients'], 9)}  {_gib(stage['optimizer'], 9)}"

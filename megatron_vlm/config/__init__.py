@@ -1,5 +1,6 @@
 """Typed settings: dataclasses, YAML loading and the arithmetic that follows from them."""
 
+from megatron_vlm.config.adapters import AdapterConfig
 from megatron_vlm.config.data import BlendEntry, DataConfig
 from megatron_vlm.config.errors import (
     CheckpointError,
@@ -11,11 +12,13 @@ from megatron_vlm.config.errors import (
     UsageError,
     UserError,
 )
+from megatron_vlm.config.language import LanguageConfig
 from megatron_vlm.config.layout import Layout, derive_layout
 from megatron_vlm.config.loading import config_to_dict, load_config, load_section, save_config
-from megatron_vlm.config.model import IGNORE_INDEX, LanguageConfig, ModelConfig, ProjectionConfig, VisionConfig
+from megatron_vlm.config.model import IGNORE_INDEX, PART_NAMES, ModelConfig
+from megatron_vlm.config.projectors import ProjectorConfig
+from megatron_vlm.config.towers import TowerConfig
 from megatron_vlm.config.train import (
-    PART_NAMES,
     CheckpointConfig,
     OptimizerConfig,
     ParallelConfig,
@@ -26,6 +29,7 @@ from megatron_vlm.config.train import (
 __all__ = [
     "IGNORE_INDEX",
     "PART_NAMES",
+    "AdapterConfig",
     "BlendEntry",
     "CheckpointConfig",
     "CheckpointError",
@@ -39,13 +43,13 @@ __all__ = [
     "NumericError",
     "OptimizerConfig",
     "ParallelConfig",
-    "ProjectionConfig",
+    "ProjectorConfig",
     "StorageError",
+    "TowerConfig",
     "TrainConfig",
     "TrainingConfig",
     "UsageError",
     "UserError",
-    "VisionConfig",
     "config_to_dict",
     "derive_layout",
     "load_config",

@@ -37,3 +37,16 @@ def check_order(least_flag: str, least: float, most_flag: str, most: float) -> N
     """
     if least > most:
         raise UsageError(f"{least_flag} {least} is above {most_flag} {most}", fix="lower one or raise the other")
+
+
+def check_heads(section: str, hidden_size: int, num_attention_heads: int, kv_channels: int | None) -> None:
+    """Check that the heads divide the width, unless a head has a size of its own.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    if kv_channels is None and hidden_size % num_attention_heads:
+        raise ConfigError(
+            f"{section}.hidden_size={hidden_size} is not a multiple of num_attention_heads={num_attention_heads}",
+            fix="choose a multiple, or set kv_channels",
+        )

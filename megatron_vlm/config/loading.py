@@ -11,9 +11,20 @@ from typing import Any, TypeVar
 import yaml
 
 from megatron_vlm.config.errors import ConfigError
+from megatron_vlm.config.modules import find_module, module_names
 
 T = TypeVar("T")
 _BASE_KEY = "base"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PartOf:
+    """Marks a field, in `Annotated[...]`, whose section's `type:` names a module that offers the dataclass `Config`."""
+
+    package: str
+    """Package of the modules."""
+    default: str | None = None
+    """Type of a section that names none; None: it has to."""
 
 
 def load_config(cls: type[T], path: str | Path, overrides: typing.Sequence[str] = ()) -> T:
@@ -141,6 +152,9 @@ def _build(kind: Any, value: Any, *, key: str, lines: dict[str, str], source: st
     """Convert a YAML value to `kind`, or say which key is wrong."""
     where = _place_of(key, lines, source)
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Annotated:
+        (part_of,) = kind.__metadata__
+        return _build_part(part_of, value, key=key, lines=lines, source=source)
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in arguments:
             return None
@@ -170,6 +184,19 @@ def _build(kind: Any, value: Any, *, key: str, lines: dict[str, str], source: st
             for name, item in value.items()
         }
     return _build_scalar(kind, value, key=key, where=where)
+
+
+def _build_part(part_of: PartOf, value: Any, *, key: str, lines: dict[str, str], source: str) -> Any:
+    section = {} if value is None else value
+    if not isinstance(section, dict):
+        raise _wrong(key, section, "a section", _place_of(key, lines, source))
+    name, type_key = section.get("type", part_of.default), f"{key}.type"
+    where = _place_of(type_key, lines, source)
+    if name is None:
+        fix = f"set it to one of: {', '.join(module_names(part_of.package)) or 'none in this version'}"
+        raise ConfigError(f"missing value {type_key}", where=where, fix=fix)
+    cls = find_module(part_of.package, str(name), type_key, where=where).Config
+    return _build_dataclass(cls, section, key=key, lines=lines, source=source, type_name=str(name))
 
 
 def _build_scalar(kind: type, value: Any, *, key: str, where: str) -> Any:
@@ -203,28 +230,31 @@ def _place_of(key: str, lines: dict[str, str], source: str) -> str:
     return lines.get(key, source)
 
 
-def _build_dataclass(cls: Any, value: Any, *, key: str, lines: dict[str, str], source: str) -> Any:
+def _build_dataclass(
+    cls: Any, value: Any, *, key: str, lines: dict[str, str], source: str, type_name: str | None = None
+) -> Any:
     where = _place_of(key, lines, source)
     if value is None:
         value = {}
     if not isinstance(value, dict):
         raise _wrong(key, value, "a section", where)
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
-    hints = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls, include_extras=True)
+    of_type = f" for type {type_name}" if type_name else ""
     for name in value:
         if name in fields:
             continue
         dotted = f"{key}.{name}" if key else str(name)
         guess = difflib.get_close_matches(str(name), fields, n=1, cutoff=0.5)
         fix = f"did you mean {key + '.' if key else ''}{guess[0]}" if guess else f"keys here: {', '.join(fields)}"
-        raise ConfigError(f"unknown key {dotted}", where=_place_of(dotted, lines, source), fix=fix)
+        raise ConfigError(f"unknown key {dotted}{of_type}", where=_place_of(dotted, lines, source), fix=fix)
     built = {}
     for name, field in fields.items():
         dotted = f"{key}.{name}" if key else name
         if name in value:
             built[name] = _build(hints[name], value[name], key=dotted, lines=lines, source=source)
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            raise ConfigError(f"missing value {dotted}", where=where, fix=f"set {dotted}")
+            raise ConfigError(f"missing value {dotted}{of_type}", where=where, fix=f"set {dotted}")
     try:
         return cls(**built)
     except ConfigError as error:

@@ -17,18 +17,20 @@ def module_names(package: str) -> tuple[str, ...]:
     return tuple(sorted(module.name for module in found if not module.name.startswith("_")))
 
 
-def find_module(package: str, name: str, what: str) -> ModuleType:
+def find_module(package: str, name: str, what: str, *, where: str | None = None) -> ModuleType:
     """Import the module `name` of a package.
 
     Args:
         package: full name of the package.
         name: the choice that a user made.
         what: what the modules of this package are, for the error: "task".
+        where: file and line of the choice, if there is one.
 
     Raises:
         ConfigError: there is no such module; lists those that exist.
     """
     names = module_names(package)
     if name not in names:
-        raise ConfigError(f"unknown {what} {name!r}", fix=f"choose one of {', '.join(names)}")
+        fix = f"choose one of {', '.join(names)}" if names else "remove it: this version has none"
+        raise ConfigError(f"unknown {what} {name!r}", where=where, fix=fix)
     return importlib.import_module(f"{package}.{name}")

@@ -6,9 +6,7 @@ from typing import Literal
 from megatron_vlm.config.checks import check_not_negative, check_positive
 from megatron_vlm.config.data import DataConfig
 from megatron_vlm.config.errors import ConfigError
-from megatron_vlm.config.model import ModelConfig
-
-PART_NAMES = ("vision_model", "vision_projection", "language_model")
+from megatron_vlm.config.model import PART_NAMES, ModelConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,8 +119,6 @@ class TrainingConfig:
             raise ConfigError(
                 "exactly one of training.train_iters and training.train_epochs must be set", fix="set one"
             )
-        if len(set(self.freeze)) == len(PART_NAMES):
-            raise ConfigError("training.freeze names every part: nothing would learn", fix="leave one part out")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,3 +150,10 @@ class TrainConfig:
     training: TrainingConfig
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    def __post_init__(self) -> None:
+        if self.model.adapter is None and len(set(self.training.freeze)) == len(PART_NAMES):
+            raise ConfigError(
+                "training.freeze names every part, and there is no model.adapter: nothing would learn",
+                fix="leave one part out",
+            )

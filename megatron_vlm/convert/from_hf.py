@@ -20,11 +20,11 @@ from megatron_vlm.config import (
     CheckpointError,
     LanguageConfig,
     ModelConfig,
-    ProjectionConfig,
     UsageError,
-    VisionConfig,
     config_to_dict,
 )
+from megatron_vlm.config.projectors import make_projector
+from megatron_vlm.config.towers.clip import Config as ClipConfig
 from megatron_vlm.convert.differences import describe_differences
 from megatron_vlm.convert.families import clip, llama, llava
 from megatron_vlm.convert.folder import CONFIG_NAME, HFFolder, read_json
@@ -79,7 +79,7 @@ def import_parts(
     found = ModelConfig(
         language=_language_config(llama_folder),
         vision=_vision_config(clip_folder, options.feature_layer),
-        projection=ProjectionConfig(type=options.projection),
+        projection=make_projector(options.projection),
     )
     if model is not None:
         _check_same(model, found)
@@ -88,7 +88,7 @@ def import_parts(
     language_source = _Source(
         llama_folder, llama.rules(model.language, vocab_rows=vocab_rows), llama.unused(model.language)
     )
-    vision_source = _Source(clip_folder, clip.rules(model.vision), clip.unused(model.vision))
+    vision_source = _Source(clip_folder, clip.rules(clip.tower_of(model)), clip.unused(clip.tower_of(model)))
     tensors: dict[str, Tensor | LazyTensor] = {
         **_lazy_tensors([language_source, vision_source], model.language),
         **_draw_projection(model, options.seed),
@@ -103,7 +103,7 @@ def import_llava(folder: Path, run_dir: Path, model: ModelConfig | None = None) 
     source = HFFolder(folder, llava.RENAMES)
     _check_kind(source, "llava")
     found = llava.config_from_hf(source.config, where=str(source.path / CONFIG_NAME))
-    found = replace(found, vision=_with_colours(found.vision, source.path))
+    found = replace(found, vision=_with_colours(clip.tower_of(found), source.path))
     if model is not None:
         _check_same(model, found)
     model = model or found
@@ -140,13 +140,13 @@ def _language_config(folder: HFFolder) -> LanguageConfig:
     return llama.config_from_hf(folder.config, vocab_size=vocab_size, where=where)
 
 
-def _vision_config(folder: HFFolder, feature_layer: int) -> VisionConfig:
+def _vision_config(folder: HFFolder, feature_layer: int) -> ClipConfig:
     _check_kind(folder, "clip_vision_model", "clip")
     vision = clip.config_from_hf(folder.config, feature_layer=feature_layer, where=str(folder.path / CONFIG_NAME))
     return _with_colours(vision, folder.path)
 
 
-def _with_colours(vision: VisionConfig, folder: Path) -> VisionConfig:
+def _with_colours(vision: ClipConfig, folder: Path) -> ClipConfig:
     """Take mean and spread of the colours from the folder, where it has them."""
     path = folder / _PROCESSOR_NAME
     if not path.is_file():
@@ -160,7 +160,7 @@ def _check_same(wanted: ModelConfig, found: ModelConfig) -> None:
     """Compare all that decides what the imported weights compute."""
     parts = (
         ("model.language", wanted.language, found.language, _FREE_LANGUAGE),
-        ("model.vision", wanted.vision, found.vision, _FREE_VISION),
+        ("model.vision", clip.tower_of(wanted), clip.tower_of(found), _FREE_VISION),
     )
     differences = []
     for section, ours, theirs, free in parts:
@@ -258,7 +258,7 @@ def pad_vocabulary(rows: Tensor, language: LanguageConfig) -> Tensor:
 def _draw_projection(model: ModelConfig, seed: int) -> dict[str, Tensor]:
     """Draw the projection as a new model does: normal weights, no bias."""
     generator = torch.Generator().manual_seed(seed)
-    hidden, features, std = model.language.hidden_size, model.vision.hidden_size, model.vision.init_method_std
+    hidden, features, std = model.language.hidden_size, model.vision.feature_size, model.vision.init_method_std
     if model.projection.type == "linear":
         layers = {"": (features, std)}
     else:

@@ -15,7 +15,7 @@ from megatron_vlm.checkpoint.tensors import list_tensors, read_tensor
 from megatron_vlm.checkpoint.verify import inspect_checkpoint
 from megatron_vlm.config import CheckpointError, ModelConfig, UsageError
 from megatron_vlm.convert.differences import describe_differences
-from megatron_vlm.convert.families import llava
+from megatron_vlm.convert.families import clip, llava
 from megatron_vlm.convert.files.processor import chat_template, generation_config, write_processor
 from megatron_vlm.convert.files.tokenizer import write_tokenizer
 from megatron_vlm.convert.folder import CONFIG_NAME, Planned, WeightsWriter, write_json
@@ -139,7 +139,7 @@ def _tensors(settings: RunSettings, rules: Sequence[Rule], dtype: torch.dtype) -
 
 def _post_norm(model: ModelConfig, dtype: torch.dtype) -> list[tuple[str, Tensor]]:
     """Return the norm of the class token's last feature, which LLaVA has and never uses: one that changes nothing."""
-    hidden = model.vision.hidden_size
+    hidden = model.vision.feature_size
     return [
         (llava.POST_NORM + "weight", torch.ones(hidden, dtype=dtype)),
         (llava.POST_NORM + "bias", torch.zeros(hidden, dtype=dtype)),
@@ -151,7 +151,7 @@ def _write_settings(settings: RunSettings, options: ExportOptions, folder: Path,
     tokenizer = load_tokenizer(settings.tokenizer)
     ids = {"bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id}
     added = write_tokenizer(folder, settings.tokenizer, tokenizer, model.language)
-    write_processor(folder, model.vision, settings.image_aspect, added.image)
+    write_processor(folder, clip.tower_of(model), settings.image_aspect, added.image)
     write_json(folder / CONFIG_NAME, llava.config_to_hf(model, dtype=str(dtype).removeprefix("torch."), **ids))
     write_json(folder / "generation_config.json", generation_config(model.language, **ids))
     template = find_template(options.template)

@@ -1,60 +1,83 @@
 """Floating-point operations that a step has to do: real patches and real samples, no padding, no recomputation.
 
-A multiplication and an addition count as two; the backward pass costs twice the forward pass.
+Each part counts its own forward pass (`operations` in `config/`); here the parts of a step are put together, and what
+of the backward pass is left where some of them are frozen.
 """
 
-from megatron_vlm.config import LanguageConfig, ModelConfig, VisionConfig
+from dataclasses import dataclass
+
+from megatron_vlm.config import PART_NAMES, ModelConfig
+from megatron_vlm.config.operations import Operations
 
 
-def language_flops(language: LanguageConfig, num_tokens: int, attention_pairs: int, num_labels: int) -> float:
-    """Return the forward operations of the decoder.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """What the operations of a step, or of a whole run, depend on."""
+
+    num_tokens: int
+    """Positions that hold something."""
+    attention_pairs: int
+    """Query-key pairs that causal attention inside the samples looks at."""
+    num_labels: int
+    """Positions whose logits are computed."""
+    num_images: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepFlops:
+    """Operations of forward and backward pass, by what does them."""
+
+    tower: float
+    projection: float
+    decoder: float
+    """The decoder layers."""
+    output: float
+    """The output layer."""
+
+    @property
+    def total(self) -> float:
+        """Operations of all parts."""
+        return self.tower + self.projection + self.decoder + self.output
+
+
+def step_flops(model: ModelConfig, freeze: tuple[str, ...], work: Work) -> StepFlops:
+    """Return the operations of an optimizer step: forward, and what of the backward pass the frozen parts leave.
+
+    Gradients go from the loss back to the first part that learns. A frozen part on this way computes the gradient of
+    its input, not of its weights; a frozen part before it computes nothing in the backward pass.
 
     Args:
-        language: sizes.
-        num_tokens: positions that hold something.
-        attention_pairs: query-key pairs that causal attention inside the samples looks at.
-        num_labels: positions whose logits are computed.
+        model: sizes of the parts.
+        freeze: parts that do not learn.
+        work: what the step holds.
+
+    Raises:
+        ConfigError: the images of the model have different sizes.
     """
-    hidden, channels = language.hidden_size, language.head_channels
-    query, key_value = language.num_attention_heads * channels, language.query_groups * channels
-    weights = hidden * (2 * query + 2 * key_value) + 3 * hidden * language.ffn_hidden_size
-    per_layer = 2 * num_tokens * weights + 4 * attention_pairs * query
-    return language.num_layers * per_layer + 2 * num_labels * hidden * language.padded_vocab_size
+    adapter, learns_before, counted = model.adapter, False, []
+    for part, forward, num_positions in _forward(model, work):
+        learns, adapted = part not in freeze, adapter is not None and part in adapter.parts
+        flops = forward.training(learns=learns, input_gradient=learns_before, has_adapter=adapted)
+        if adapter is not None and adapted:
+            added = adapter.operations(model, part, num_positions)
+            flops += added.training(learns=True, input_gradient=learns_before)
+        counted.append(flops)
+        learns_before = learns_before or learns or adapted
+    return StepFlops(*counted)
 
 
-def vision_flops(vision: VisionConfig, num_images: int) -> float:
-    """Return the forward operations of the tower on `num_images` images."""
-    hidden, tokens = vision.hidden_size, vision.num_patches + int(vision.class_token)
-    weights = 4 * hidden * hidden + 2 * hidden * vision.ffn_hidden_size
-    per_layer = 2 * tokens * weights + 4 * tokens * tokens * hidden
-    patches = 2 * vision.num_patches * 3 * vision.patch_size**2 * hidden
-    return num_images * (vision.num_layers_run * per_layer + patches)
-
-
-def projection_flops(model: ModelConfig, num_images: int) -> float:
-    """Return the forward operations of the projection on `num_images` images."""
-    inside, outside = model.vision.hidden_size, model.language.hidden_size
-    weights = inside * outside + (outside * outside if model.projection.type == "mlp2x_gelu" else 0)
-    return 2 * num_images * model.vision.num_patches * weights
-
-
-def step_flops(
-    model: ModelConfig,
-    freeze: tuple[str, ...],
-    *,
-    num_tokens: int,
-    attention_pairs: int,
-    num_labels: int,
-    num_images: int,
-) -> float:
-    """Return the operations of one optimizer step: forward, and what of the backward pass the frozen parts leave.
-
-    A frozen decoder still hands gradients to the images, which costs as much as one forward pass; a frozen tower costs
-    its forward pass alone.
-    """
-    language = language_flops(model.language, num_tokens, attention_pairs, num_labels)
-    vision, projection = vision_flops(model.vision, num_images), projection_flops(model, num_images)
-    language_factor = 2 if "language_model" in freeze else 3
-    vision_factor = 1 if "vision_model" in freeze else 3
-    projection_factor = 1 if "vision_projection" in freeze and "vision_model" in freeze else 3
-    return language_factor * language + vision_factor * vision + projection_factor * projection
+def _forward(model: ModelConfig, work: Work) -> list[tuple[str, Operations, int]]:
+    """Return for each field of `StepFlops` its part, the forward operations and the positions an adapter would see."""
+    patches, sizes = (
+        model.fixed_patches("the count of operations"),
+        (model.vision.feature_size, model.language.hidden_size),
+    )
+    layer = model.language.layer_operations(work.num_tokens, work.attention_pairs)
+    vision_model, vision_projection, language_model = PART_NAMES
+    num_patches = work.num_images * patches.size
+    return [
+        (vision_model, model.vision.operations(patches).times(work.num_images), num_patches),
+        (vision_projection, model.projection.operations(patches, *sizes).times(work.num_images), num_patches),
+        (language_model, layer.times(model.language.num_layers), work.num_tokens),
+        (language_model, model.language.output_operations(work.num_labels), 0),
+    ]

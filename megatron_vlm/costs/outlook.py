@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_vlm.config import TrainConfig
-from megatron_vlm.costs.flops import language_flops, projection_flops, step_flops, vision_flops
-from megatron_vlm.costs.memory import stage_sizes
+from megatron_vlm.costs.flops import StepFlops, Work, step_flops
+from megatron_vlm.costs.parameters import stage_sizes
 from megatron_vlm.data.plan.balance_report import Balance, report_balance
 from megatron_vlm.data.plan.plan import PlannedRows, PlanSettings, PlanSummary, plan_rows
 from megatron_vlm.data.shards.dataset import ShardedDataset
@@ -29,15 +29,6 @@ class Outlook:
     balance: tuple[Balance, ...]
     """For the numbers of data-parallel ranks that were asked for."""
 
-    @property
-    def imbalance(self) -> float:
-        """Return how much longer than the mean the slowest stage takes."""
-        return max(self.stage_shares) * len(self.stage_shares) - 1
-
-    def gpu_hours(self, flops_per_second: float) -> float:
-        """Return the GPU hours at so many useful operations per second and GPU."""
-        return self.flops / flops_per_second / 3600
-
 
 def foresee(
     config: TrainConfig, datasets: Sequence[ShardedDataset], data_parallel_sizes: Sequence[int] = ()
@@ -58,18 +49,19 @@ def foresee(
     rows = plan_rows(settings, datasets)
     # As they are in the rows: cut samples are shorter, and pieces have lengths of their own.
     used = rows.pool.lengths[rows.sample_ids].astype(np.float64)
-    counts = {
-        "num_tokens": rows.summary.num_tokens,
-        "attention_pairs": int((used * (used + 1) / 2).sum()),
-        "num_labels": _count_labels(rows, datasets, settings.num_image_tokens),
-        "num_images": rows.summary.num_images,
-    }
+    work = Work(
+        num_tokens=rows.summary.num_tokens,
+        attention_pairs=int((used * (used + 1) / 2).sum()),
+        num_labels=_count_labels(rows, datasets, settings.num_image_tokens),
+        num_images=rows.summary.num_images,
+    )
+    flops = step_flops(config.model, config.training.freeze, work)
     lengths = [settings.seq_length] if rows.seq_lengths is None else rows.seq_lengths.tolist()
     return Outlook(
         packing=rows.summary,
-        num_labels=counts["num_labels"],
-        flops=step_flops(config.model, config.training.freeze, **counts),
-        stage_shares=_stage_shares(config, **counts),
+        num_labels=work.num_labels,
+        flops=flops.total,
+        stage_shares=_stage_shares(config, flops),
         row_lengths=(min(lengths), max(lengths)),
         balance=tuple(report_balance(settings, rows, data_parallel_sizes)) if data_parallel_sizes else (),
     )
@@ -87,16 +79,9 @@ def _count_labels(rows: PlannedRows, datasets: Sequence[ShardedDataset], num_ima
     return int(labels[rows.sample_ids].sum())
 
 
-def _stage_shares(
-    config: TrainConfig, *, num_tokens: int, attention_pairs: int, num_labels: int, num_images: int
-) -> tuple[float, ...]:
-    model, freeze = config.model, config.training.freeze
-    decoder = language_flops(model.language, num_tokens, attention_pairs, 0) / model.language.num_layers
-    head = language_flops(model.language, 0, 0, num_labels)
-    decoder_factor = 2 if "language_model" in freeze else 3
-    tower = vision_flops(model.vision, num_images) * (1 if "vision_model" in freeze else 3)
-    tower += projection_flops(model, num_images) * 3
-    work = [size.num_layers * decoder * decoder_factor for size in stage_sizes(config)]
-    work[0] += tower
-    work[-1] += head * decoder_factor
-    return tuple(part / sum(work) for part in work)
+def _stage_shares(config: TrainConfig, flops: StepFlops) -> tuple[float, ...]:
+    layer = flops.decoder / config.model.language.num_layers
+    stages = [size.num_layers * layer for size in stage_sizes(config)]
+    stages[0] += flops.tower + flops.projection
+    stages[-1] += flops.output
+    return tuple(stage / sum(stages) for stage in stages)

@@ -10,6 +10,7 @@ from megatron.core.inference.contexts.static_context import StaticInferenceConte
 from torch import Tensor
 
 from megatron_vlm.config import ModelConfig
+from megatron_vlm.costs.memory import cache_bytes
 from megatron_vlm.evaluation.sampling import SamplingOptions, choose_tokens, draw_uniforms
 from megatron_vlm.models.layers.attention import PackedAttention
 from megatron_vlm.models.vlm import VisionLanguageModel, merge_image_embeddings
@@ -65,8 +66,7 @@ class Generator:
         language = config.language
         parameter = next(model.parameters())
         itemsize = parameter.dtype.itemsize
-        per_position = 2 * itemsize * language.num_layers * language.query_groups * language.head_channels
-        self._positions_per_batch = min(positions_per_batch, CACHE_BYTES // per_position)
+        self._positions_per_batch = min(positions_per_batch, CACHE_BYTES // cache_bytes(language, itemsize))
         self._device = parameter.device
         # Several positions after a cache: megatron-core asks transformer-engine for no mask then.
         self._can_continue = isinstance(
@@ -190,9 +190,7 @@ class Generator:
 
     def _forward(self, hidden: Tensor, context: StaticInferenceContext) -> Tensor:
         """Return float[b, vocab_size] logits of the last position and count the positions as seen."""
-        logits = self._model.language_model(
-            None, None, None, decoder_input=hidden, inference_context=context, runtime_gather_output=True
-        )
+        logits = self._model.language_model(hidden, inference_context=context)
         context.increment_sequence_len_offset(hidden.size(0))
         context.enable_decode_mode()
         # Ids beyond the tokenizer's pieces (image, padding) cannot be said.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_vlm.config import DataError, VisionConfig
+from megatron_vlm.config import DataError, TowerConfig
 from megatron_vlm.data.loading.pixels import Aspect, decode_image
 
 _NUM_THREADS = 4
@@ -23,7 +23,7 @@ class PictureReader:
         aspect: how an image becomes a square; as in training.
     """
 
-    vision: VisionConfig
+    vision: TowerConfig
     aspect: Aspect
 
     def read(self, paths: Sequence[Path]) -> np.ndarray:

@@ -1,76 +1,95 @@
-"""Build the model chunks of this rank and freeze what does not learn."""
+"""Build the model chunks of this rank, freeze what does not learn and add the adapter."""
 
 from collections.abc import Iterable
 
 import torch
 from megatron.core import parallel_state
 
-from megatron_vlm.config import TrainConfig
-from megatron_vlm.models.language_model import LanguageModel
-from megatron_vlm.models.layers.image_parallel import mark_replicated, own_group
+from megatron_vlm.config import ModelConfig, ParallelConfig
+from megatron_vlm.config.modules import find_module
+from megatron_vlm.models.computation import Computation
+from megatron_vlm.models.language_model import LanguageModel, language_transformer_config
+from megatron_vlm.models.layers.replicas import Replicated, mark_replicated, replica_groups
 from megatron_vlm.models.layers.specs import choose_backend
-from megatron_vlm.models.transformer_configs import (
-    language_transformer_config,
-    projection_transformer_config,
-    vision_transformer_config,
-)
-from megatron_vlm.models.vision_model import VisionModel
-from megatron_vlm.models.vision_projection import VisionProjection
 from megatron_vlm.models.vlm import VisionLanguageModel
 
 
-def build_model(config: TrainConfig) -> list[VisionLanguageModel]:
+def build_model(
+    model: ModelConfig, parallel: ParallelConfig, computation: Computation, freeze: Iterable[str] = ()
+) -> list[VisionLanguageModel]:
     """Build this rank's chunks: one, or one per virtual pipeline stage.
 
-    Needs megatron-core's parallel state. Weights are random, the same for every tensor-parallel size.
+    Needs megatron-core's parallel state, of the layout that `parallel` says. Weights are random, the same for every
+    tensor-parallel size.
+
+    Args:
+        model: sizes and types of the parts.
+        parallel: how they are spread over the ranks.
+        computation: precision and recomputation.
+        freeze: names of parts that do not learn, as in `PART_NAMES`; the weights of an adapter always learn.
+
+    Raises:
+        ConfigError: a part has a type that can be configured and not built, or the backend is not there.
     """
-    virtual = config.parallel.virtual_pipeline_model_parallel_size
-    return [_build_chunk(config, vp_stage) for vp_stage in (range(virtual) if virtual else (None,))]
+    virtual, frozen = parallel.virtual_pipeline_model_parallel_size, tuple(freeze)
+    chunks = []
+    for vp_stage in range(virtual) if virtual else (None,):
+        chunk = _build_chunk(model, parallel, computation, vp_stage)
+        _freeze(chunk, frozen)
+        _adapt(chunk, model)
+        if torch.cuda.is_available():
+            chunk.cuda(torch.cuda.current_device())
+        chunks.append(chunk)
+    return chunks
 
 
-def _build_chunk(config: TrainConfig, vp_stage: int | None) -> VisionLanguageModel:
-    backend = choose_backend(config.model.backend)
-    language_config = language_transformer_config(config, backend)
+def _build_chunk(
+    model: ModelConfig, parallel: ParallelConfig, computation: Computation, vp_stage: int | None
+) -> VisionLanguageModel:
+    backend = choose_backend(model.backend)
+    language_config = language_transformer_config(model.language, parallel, computation, backend)
     first = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
     last = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
     language_model = LanguageModel(
-        language_config, config.model.language, backend, pre_process=first, post_process=last, vp_stage=vp_stage
+        language_config, model.language, backend, pre_process=first, post_process=last, vp_stage=vp_stage
     )
-    model = VisionLanguageModel(
+    return VisionLanguageModel(
         language_config,
-        vision=_build_vision(config) if first else None,
+        vision=_build_vision(model, computation) if first else None,
         language_model=language_model,
-        num_image_tokens=config.model.fixed_image_tokens("the exchange of image features between ranks"),
+        num_image_tokens=model.fixed_image_tokens("the exchange of image features between ranks"),
         tp_group=parallel_state.get_tensor_model_parallel_group(),
     )
-    if torch.cuda.is_available():
-        model.cuda(torch.cuda.current_device())
-    return model
 
 
-def _build_vision(config: TrainConfig) -> tuple[VisionModel, VisionProjection]:
-    tp_group = own_group()
-    replica_group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
-    vision_model = VisionModel(
-        vision_transformer_config(config), config.model.vision, tp_group=tp_group, replica_group=replica_group
+def _build_vision(model: ModelConfig, computation: Computation) -> tuple[Replicated, Replicated]:
+    groups, vision, projection = replica_groups(), model.vision, model.projection
+    tower_module = find_module("megatron_vlm.models.towers", vision.type, "model.vision.type")
+    projector_module = find_module("megatron_vlm.models.projectors", projection.type, "model.projection.type")
+    tower = tower_module.build(vision, computation, groups)
+    projector = projector_module.build(
+        projection,
+        computation,
+        groups,
+        input_size=vision.feature_size,
+        output_size=model.language.hidden_size,
+        init_method_std=vision.init_method_std,
     )
-    vision_projection = VisionProjection(
-        projection_transformer_config(config),
-        config.model.projection,
-        config.model.vision.hidden_size,
-        tp_group=tp_group,
-        replica_group=replica_group,
-    )
-    for module in (vision_model, vision_projection):
-        mark_replicated(module)
-    return vision_model, vision_projection
+    return tower, projector
 
 
-def freeze_parts(model: Iterable[VisionLanguageModel], part_names: Iterable[str]) -> None:
-    """Stop the named parts from learning; call it before gradients are set up."""
-    names = tuple(part_names)
-    for chunk in model:
-        for name in names:
-            part = getattr(chunk, name, None)  # the vision parts are on the first stage only
-            if part is not None:
-                part.requires_grad_(False)
+def _freeze(chunk: VisionLanguageModel, part_names: Iterable[str]) -> None:
+    for name in part_names:
+        part = getattr(chunk, name, None)  # the vision parts are on the first stage only
+        if part is not None:
+            part.requires_grad_(False)
+
+
+def _adapt(chunk: VisionLanguageModel, model: ModelConfig) -> None:
+    """Add the adapter's weights, and mark those of the vision parts with the parts' own."""
+    if model.adapter is not None:
+        adapter = find_module("megatron_vlm.models.adapters", model.adapter.type, "model.adapter.type")
+        adapter.apply(model.adapter, chunk)
+    if chunk.pre_process:
+        mark_replicated(chunk.vision_model)
+        mark_replicated(chunk.vision_projection)

@@ -2,14 +2,57 @@
 
 from typing import Any
 
-import torch
+import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_vlm.config import LanguageConfig
+from megatron_vlm.config import LanguageConfig, ParallelConfig
+from megatron_vlm.models.computation import Computation
 from megatron_vlm.models.layers.specs import Backend, language_block_spec
+
+
+def language_transformer_config(
+    language: LanguageConfig, parallel: ParallelConfig, computation: Computation, backend: Backend
+) -> TransformerConfig:
+    """Return megatron-core's config of the decoder, with the parallel layout of the job."""
+    return TransformerConfig(
+        num_layers=language.num_layers,
+        hidden_size=language.hidden_size,
+        ffn_hidden_size=language.ffn_hidden_size,
+        num_attention_heads=language.num_attention_heads,
+        num_query_groups=language.query_groups,
+        kv_channels=language.head_channels,
+        layernorm_epsilon=language.layernorm_epsilon,
+        init_method_std=language.init_method_std,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        fp8=computation.fp8,
+        apply_rope_fusion=backend == "transformer_engine",
+        **_parallel_arguments(parallel),
+        **computation.recompute_arguments(),
+        **computation.common_arguments(),
+    )
+
+
+def _parallel_arguments(parallel: ParallelConfig) -> dict[str, Any]:
+    virtual = parallel.virtual_pipeline_model_parallel_size
+    return {
+        "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
+        "virtual_pipeline_model_parallel_size": virtual,
+        "num_layers_in_first_pipeline_stage": parallel.num_layers_in_first_pipeline_stage,
+        "sequence_parallel": parallel.sequence_parallel,
+        "overlap_p2p_comm": parallel.overlap_p2p_comm,
+        "batch_p2p_comm": not parallel.overlap_p2p_comm,
+        # Freed at once, an output that gloo is still sending in the background would be overwritten (measured: another
+        # loss with a virtual pipeline on the host); without one the schedules wait for each send first.
+        "deallocate_pipeline_outputs": parallel.pipeline_model_parallel_size > 1 and virtual is None,
+    }
 
 
 class LanguageModel(GPTModel):
@@ -44,19 +87,64 @@ class LanguageModel(GPTModel):
             scatter_embedding_sequence_parallel=False,
             vp_stage=vp_stage,
         )
-        self.label_index: Tensor | None = None
-        if post_process:
-            if config.sequence_parallel:
-                # The gather below brings the whole sequence and, backwards, reduce-scatters the partial gradients.
-                self.output_layer.sequence_parallel = False
-                self.output_layer.disable_grad_reduce = True
-            self.output_layer.register_forward_pre_hook(self._select_positions)
+        if post_process and config.sequence_parallel:
+            # The gather in `_select_positions` brings the whole sequence and, backwards, reduce-scatters the partial
+            # gradients.
+            self.output_layer.sequence_parallel = False
+            self.output_layer.disable_grad_reduce = True
 
-    def _select_positions(self, module: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Keep the hidden states float[t, 1, h] whose logits are wanted."""
-        hidden_states, *rest = inputs
+    def forward(
+        self,
+        decoder_input: Tensor | None,
+        *,
+        labels: Tensor | None = None,
+        label_index: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+        inference_context: Any = None,
+    ) -> Tensor:
+        """Run the decoder layers of this stage, and the output layer on the last one.
+
+        GPTModel's own forward hands nothing of ours to the output layer, so its three steps are called here. The
+        positions are an argument all the way: a recomputed or replayed forward reads those of its own micro-batch.
+
+        Args:
+            decoder_input: float[s, b, h], embedded, on the first stage; None on the others, see `set_input_tensor`.
+            labels: int64[1, k], one for each position of `label_index`; None asks for logits.
+            label_index: int64[k], positions whose logits are wanted; None: all.
+            packed_seq_params: borders of the samples; None for a batch of equally long samples.
+            inference_context: megatron-core's key/value cache.
+
+        Returns:
+            The loss of each label float[1, k] with labels, logits float[b, s or k, padded_vocab_size / tp] without (of
+            the last position and the whole vocabulary with a cache); before the last stage hidden states.
+        """
+        decoder_input, rotary_pos_emb, _, _, sequence_len_offset, _ = self._preprocess(
+            None, None, decoder_input, inference_context, packed_seq_params
+        )
+        hidden_states = self.decoder(
+            hidden_states=decoder_input,
+            attention_mask=None,
+            inference_context=inference_context,
+            rotary_pos_emb=rotary_pos_emb,
+            packed_seq_params=packed_seq_params,
+            sequence_len_offset=sequence_len_offset,
+        )
+        if self.post_process:
+            hidden_states = self._select_positions(hidden_states, label_index)
+        return self._postprocess(
+            hidden_states=hidden_states,
+            input_ids=None,
+            position_ids=None,
+            labels=labels,
+            rotary_pos_emb=rotary_pos_emb,
+            rotary_pos_cos=None,
+            rotary_pos_sin=None,
+            inference_context=inference_context,
+            runtime_gather_output=True if inference_context is not None else None,
+        )
+
+    def _select_positions(self, hidden_states: Tensor, label_index: Tensor | None) -> Tensor:
+        """Keep the hidden states float[k, 1, h] whose logits are wanted."""
         if self.config.sequence_parallel:
             hidden_states = gather_from_sequence_parallel_region(hidden_states)
-        if self.label_index is not None:
-            hidden_states = hidden_states.index_select(0, self.label_index)
-        return (hidden_states, *rest)
+        return hidden_states if label_index is None else hidden_states.index_select(0, label_index)

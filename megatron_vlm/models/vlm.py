@@ -9,9 +9,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_vlm.models.language_model import LanguageModel
-from megatron_vlm.models.layers.image_parallel import gather_features, give_zero_gradients
-from megatron_vlm.models.vision_model import VisionModel, keep_gradient_path
-from megatron_vlm.models.vision_projection import VisionProjection
+from megatron_vlm.models.layers.gradients import give_zero_gradients, keep_gradient_path
+from megatron_vlm.models.layers.image_parallel import gather_features
 
 
 def merge_image_embeddings(text: Tensor, image: Tensor, image_token_index: Tensor) -> Tensor:
@@ -49,14 +48,14 @@ class VisionLanguageModel(MegatronModule):
         tp_group: ranks that share the images of a micro-batch.
     """
 
-    vision_model: VisionModel
-    vision_projection: VisionProjection
+    vision_model: MegatronModule
+    vision_projection: MegatronModule
 
     def __init__(
         self,
         config: TransformerConfig,
         *,
-        vision: tuple[VisionModel, VisionProjection] | None,
+        vision: tuple[MegatronModule, MegatronModule] | None,
         language_model: LanguageModel,
         num_image_tokens: int,
         tp_group: torch.distributed.ProcessGroup,
@@ -93,7 +92,11 @@ class VisionLanguageModel(MegatronModule):
         if pixel_values.size(0):
             local = self.vision_projection(self.vision_model(pixel_values))
         else:
-            local = self.vision_model.conv1.weight.new_zeros((0, self.num_image_tokens, self.config.hidden_size))
+            local = torch.zeros(
+                (0, self.num_image_tokens, self.config.hidden_size),
+                dtype=self.config.params_dtype,
+                device=pixel_values.device,
+            )
             local = give_zero_gradients(local, self.vision_model, self.vision_projection)
         return gather_features(local, num_images, self.tp_group).flatten(0, 1)
 
@@ -145,18 +148,14 @@ class VisionLanguageModel(MegatronModule):
         embeddings = None
         if self.pre_process:
             embeddings = self.embed(input_ids, pixel_values, image_token_index, num_images)
-        self.language_model.label_index = label_index
         if not self.post_process:
             labels = None
         elif labels is not None and label_index is not None:
             labels = labels.index_select(1, label_index)
         return self.language_model(
-            None,
-            None,
-            None,
-            decoder_input=embeddings,
+            embeddings,
             labels=labels,
+            label_index=label_index,
             packed_seq_params=packed_seq_params,
             inference_context=inference_context,
-            runtime_gather_output=True if inference_context is not None else None,
         )

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from megatron_vlm.costs.flops import step_flops
+from megatron_vlm.costs.flops import Work, step_flops
 from megatron_vlm.platform.files.durable import write_durably
 from megatron_vlm.platform.files.run_folder import METRICS_NAME
 from megatron_vlm.platform.machine import PEAK_FLOPS
@@ -21,14 +21,13 @@ logger = logging.getLogger(__name__)
 def metrics_record(state: TrainState, metrics: StepMetrics) -> dict[str, Any]:
     """Return one line of metrics.jsonl; `loss_hex` and `grad_norm_hex` are exact."""
     training = state.config.training
-    flops = step_flops(
-        state.config.model,
-        training.freeze,
+    work = Work(
         num_tokens=metrics.num_tokens,
         attention_pairs=metrics.attention_pairs,
         num_labels=metrics.num_labels,
         num_images=metrics.num_images,
     )
+    flops = step_flops(state.config.model, training.freeze, work).total
     flops_per_rank = flops / metrics.seconds / state.layout.world_size
     peak = _device_peak()
     record: dict[str, Any] = {

@@ -8,7 +8,8 @@ import torch
 from megatron_vlm.checkpoint.load import load_weights, resume
 from megatron_vlm.config import CheckpointError, ConfigError, TrainConfig, derive_layout
 from megatron_vlm.data.plan.plan import Plan
-from megatron_vlm.models.build import build_model, freeze_parts
+from megatron_vlm.models.build import build_model
+from megatron_vlm.models.computation import Computation
 from megatron_vlm.parallel.groups import RankLayout, seed_everything
 from megatron_vlm.training.optimizer import build_optimizer, wrap_model
 from megatron_vlm.training.state import TrainState
@@ -24,8 +25,8 @@ def build_state(config: TrainConfig, rank: RankLayout, plan: Plan, dataset_names
         ConfigError: the run's checkpoint was trained on other data than the config names now.
     """
     seed_everything(config.training.seed)
-    chunks = build_model(config)
-    freeze_parts(chunks, config.training.freeze)
+    computation = Computation.from_config(config.training)
+    chunks = build_model(config.model, config.parallel, computation, config.training.freeze)
     wrapped = wrap_model(config, chunks)
     optimizer = build_optimizer(config, wrapped)
     state = TrainState(

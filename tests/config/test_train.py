@@ -8,6 +8,7 @@ from megatron_vlm.config import (
     ParallelConfig,
     TrainingConfig,
 )
+from tests.support.configs import tiny_run
 
 
 @pytest.mark.parametrize(
@@ -92,8 +93,8 @@ def test_length_of_the_training_is_set_exactly_once(length):
 
 def test_freezing_every_part_is_refused():
     with pytest.raises(ConfigError, match="nothing would learn"):
-        TrainingConfig(global_batch_size=1, train_iters=1, freeze=PART_NAMES)
+        tiny_run(training={"freeze": PART_NAMES})
 
 
 def test_freezing_all_but_one_part_is_accepted():
-    assert TrainingConfig(global_batch_size=1, train_iters=1, freeze=PART_NAMES[:2]).freeze == PART_NAMES[:2]
+    assert tiny_run(training={"freeze": PART_NAMES[:2]}).training.freeze == PART_NAMES[:2]

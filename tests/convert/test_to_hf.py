@@ -11,7 +11,8 @@ from PIL import Image as PILImage
 from megatron_vlm.checkpoint.open_model import open_model
 from megatron_vlm.checkpoint.run_settings import read_run_settings
 from megatron_vlm.checkpoint.tensors import list_tensors
-from megatron_vlm.config import CheckpointError, ConfigError, ModelConfig, ProjectionConfig, StorageError, UsageError
+from megatron_vlm.config import CheckpointError, ConfigError, ModelConfig, StorageError, UsageError
+from megatron_vlm.config.projectors import make_projector
 from megatron_vlm.convert.files.processor import write_processor
 from megatron_vlm.convert.to_hf import ExportOptions, export_llava
 from megatron_vlm.data.documents import Image, Text
@@ -69,7 +70,7 @@ def assert_same_logits(run, folder) -> None:
 
 @pytest.mark.parametrize("projection", ["linear", "mlp2x_gelu"])
 def test_transformers_computes_the_same_logits(projection, make_run, model_config, tmp_path):
-    run = make_run(replace(model_config, projection=ProjectionConfig(type=projection)))
+    run = make_run(replace(model_config, projection=make_projector(projection)))
     export_llava(read_run_settings(run), tmp_path / "hf")
     assert_same_logits(run, tmp_path / "hf")
 

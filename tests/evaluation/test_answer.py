@@ -6,10 +6,12 @@ import torch
 
 from megatron_vlm.checkpoint.open_model import open_model
 from megatron_vlm.checkpoint.run_settings import read_run_settings
+from megatron_vlm.config import ParallelConfig
 from megatron_vlm.evaluation import answer as generation
 from megatron_vlm.evaluation.answer import Answer, Generator, Prompt
 from megatron_vlm.evaluation.sampling import SamplingOptions
 from megatron_vlm.models.build import build_model
+from megatron_vlm.models.computation import Computation
 from tests.support.configs import tiny_model, tiny_run
 
 EOS = 2
@@ -20,7 +22,7 @@ MODEL = tiny_model(init_method_std=0.4)
 
 @pytest.fixture
 def model(one_rank):
-    model = build_model(tiny_run(model=MODEL))[0].eval()
+    model = build_model(MODEL, ParallelConfig(), Computation())[0].eval()
     model.requires_grad_(False)
     return model
 

@@ -9,11 +9,11 @@ from megatron_vlm.config import (
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
-    ProjectionConfig,
     TrainConfig,
     TrainingConfig,
-    VisionConfig,
 )
+from megatron_vlm.config.projectors import make_projector
+from megatron_vlm.config.towers.clip import Config as ClipConfig
 
 VOCAB_SIZE = 120
 SEQ_LENGTH = 192
@@ -31,10 +31,10 @@ def tiny_model(**language: Any) -> ModelConfig:
     }
     return ModelConfig(
         language=LanguageConfig(**{**settings, **language}),
-        vision=VisionConfig(
+        vision=ClipConfig(
             image_size=32, patch_size=8, num_layers=3, hidden_size=36, ffn_hidden_size=72, num_attention_heads=3
         ),
-        projection=ProjectionConfig(type="mlp2x_gelu"),
+        projection=make_projector("mlp2x_gelu"),
         backend="torch",
     )
 

@@ -20,6 +20,7 @@ from megatron_vlm.data.loading.batch import VLMBatch
 from megatron_vlm.data.loading.collate import Collation, PlacedSample, collate
 from megatron_vlm.data.samples import ImageSegment
 from megatron_vlm.models.build import build_model
+from megatron_vlm.models.computation import Computation
 from megatron_vlm.parallel.collective import decide_on_main, main_rank_first
 from megatron_vlm.parallel.groups import RankLayout, build_groups, rank_layout, seed_everything
 from megatron_vlm.parallel.slicing import ImageShare, RankSlice
@@ -205,7 +206,7 @@ def gradients_of_one_step(
     build_groups(config.parallel)
     seed_everything(config.training.seed)
     rank = rank_layout()
-    chunks = build_model(config)
+    chunks = build_model(config.model, config.parallel, Computation.from_config(config.training))
     load_weights(config.checkpoint.load_weights, chunks)
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():

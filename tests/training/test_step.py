@@ -92,13 +92,3 @@ def test_the_run_ends_at_train_iters(state):
     train(state, loaders(state), [stop_hook], device=CPU, stop_requested=lambda: False)
     assert state.iteration == 3
     assert state.stop_reason is None
-
-
-def test_normalisation_of_a_bf16_model_is_not_rounded(one_rank):
-    from megatron_vlm.models.build import build_model
-
-    tower = build_model(tiny_run(training={"precision": "bf16"}))[0].vision_model
-    pixels = torch.arange(256, dtype=torch.uint8).repeat(3).view(1, 3, 16, 16)
-    mean = torch.tensor(tower.vision_config.image_mean).view(1, 3, 1, 1) * 255
-    std = torch.tensor(tower.vision_config.image_std).view(1, 3, 1, 1) * 255
-    assert torch.equal(tower.bfloat16().normalise(pixels), ((pixels.float() - mean) / std).bfloat16())

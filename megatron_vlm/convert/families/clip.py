@@ -2,7 +2,8 @@
 
 from typing import Any, Literal
 
-from megatron_vlm.config import CheckpointError, VisionConfig
+from megatron_vlm.config import CheckpointError, ModelConfig
+from megatron_vlm.config.towers.clip import Config as ClipConfig
 from megatron_vlm.convert.rules import QueryKeyValue, Reshaped, Rule
 
 KEY_PREFIX = "model.vision_model."
@@ -25,7 +26,22 @@ _ACTIVATIONS: dict[Literal["quick_gelu", "gelu", "gelu_tanh"], str] = {
 }
 
 
-def rules(vision: VisionConfig) -> list[Rule]:
+def tower_of(model: ModelConfig) -> ClipConfig:
+    """Return the tower's settings.
+
+    Raises:
+        CheckpointError: the model has a tower of another type.
+    """
+    if not isinstance(model.vision, ClipConfig):
+        raise CheckpointError(
+            f"the tower is of type {model.vision.type}, not clip",
+            where="model.vision",
+            fix="convert models with a clip tower only",
+        )
+    return model.vision
+
+
+def rules(vision: ClipConfig) -> list[Rule]:
     """Return the table; only the layers that run are in it."""
     hidden, ffn, layers = vision.hidden_size, vision.ffn_hidden_size, vision.num_layers_run
     patch, heads = vision.patch_size, vision.num_attention_heads
@@ -58,13 +74,13 @@ def rules(vision: VisionConfig) -> list[Rule]:
     return table
 
 
-def unused(vision: VisionConfig) -> tuple[str, ...]:
+def unused(vision: ClipConfig) -> tuple[str, ...]:
     """Return regular expressions of tensors that a file may hold beside those of the table."""
     beyond = range(vision.num_layers_run, vision.num_layers)
     return (*UNUSED, *(rf"vision_model\.encoder\.layers\.{layer}\..*" for layer in beyond))
 
 
-def config_to_hf(vision: VisionConfig) -> dict[str, Any]:
+def config_to_hf(vision: ClipConfig) -> dict[str, Any]:
     """Return config.json of a tower that ends with the layer whose output is handed on.
 
     Raises:
@@ -94,7 +110,7 @@ def config_to_hf(vision: VisionConfig) -> dict[str, Any]:
     }
 
 
-def config_from_hf(settings: dict[str, Any], *, feature_layer: int, where: str) -> VisionConfig:
+def config_from_hf(settings: dict[str, Any], *, feature_layer: int, where: str) -> ClipConfig:
     """Return our settings.
 
     Args:
@@ -112,7 +128,7 @@ def config_from_hf(settings: dict[str, Any], *, feature_layer: int, where: str) 
         raise CheckpointError(
             f"the tower has hidden_act={activation}", where=where, fix=f"use one of {', '.join(activations)}"
         )
-    return VisionConfig(
+    return ClipConfig(
         # The defaults are those of transformers' CLIPVisionConfig: files leave equal values out.
         image_size=settings.get("image_size", 224),
         patch_size=settings.get("patch_size", 32),

@@ -3,7 +3,8 @@
 from dataclasses import replace
 from typing import Any
 
-from megatron_vlm.config import CheckpointError, ModelConfig, ProjectionConfig
+from megatron_vlm.config import CheckpointError, ModelConfig, ProjectorConfig
+from megatron_vlm.config.projectors import make_projector
 from megatron_vlm.convert.families import clip, llama
 from megatron_vlm.convert.rules import LinearAsMLP, Rule
 
@@ -25,7 +26,7 @@ _PROJECTOR_ACTIVATIONS = {"linear": "linear", "mlp2x_gelu": "gelu"}
 def rules(model: ModelConfig) -> list[Rule]:
     """Return the table of the whole model; their embedding has our `padded_vocab_size` rows."""
     return [
-        *(prefixed(rule, VISION_PREFIX) for rule in clip.rules(model.vision)),
+        *(prefixed(rule, VISION_PREFIX) for rule in clip.rules(clip.tower_of(model))),
         *_projection_rules(model),
         *(
             prefixed(rule, LANGUAGE_PREFIX)
@@ -37,7 +38,7 @@ def rules(model: ModelConfig) -> list[Rule]:
 def unused(model: ModelConfig) -> tuple[str, ...]:
     """Return regular expressions of tensors that a file may hold beside those of the table."""
     return (
-        *(rf"vision_tower\.{pattern}" for pattern in clip.unused(model.vision)),
+        *(rf"vision_tower\.{pattern}" for pattern in clip.unused(clip.tower_of(model))),
         *(rf"language_model\.{pattern}" for pattern in llama.unused(model.language)),
     )
 
@@ -48,7 +49,7 @@ def prefixed(rule: Rule, prefix: str) -> Rule:
 
 
 def _projection_rules(model: ModelConfig) -> list[Rule]:
-    hidden, features = model.language.hidden_size, model.vision.hidden_size
+    hidden, features = model.language.hidden_size, model.vision.feature_size
     first, second = PROJECTOR_PREFIX + "linear_1.", PROJECTOR_PREFIX + "linear_2."
     if model.projection.type == "linear":
         # LLaVA has two layers; the second one of a linear projection is written as the identity.
@@ -95,7 +96,7 @@ def config_to_hf(model: ModelConfig, *, bos_id: int, eos_id: int, dtype: str) ->
         "pad_token_id": model.language.pad_token_id,
         "tie_word_embeddings": model.language.share_embeddings_and_output_weights,
         "text_config": {**llama.config_to_hf(model.language), **tokens, "dtype": dtype},
-        "vision_config": {**clip.config_to_hf(model.vision), "dtype": dtype},
+        "vision_config": {**clip.config_to_hf(clip.tower_of(model)), "dtype": dtype},
     }
 
 
@@ -140,10 +141,10 @@ def config_from_hf(settings: dict[str, Any], *, where: str) -> ModelConfig:
     )
 
 
-def _projection_from_hf(activation: str, where: str) -> ProjectionConfig:
+def _projection_from_hf(activation: str, where: str) -> ProjectorConfig:
     for ours, theirs in _PROJECTOR_ACTIVATIONS.items():
         if theirs == activation:
-            return ProjectionConfig(type=ours)  # type: ignore[arg-type]
+            return make_projector(ours)
     raise CheckpointError(
         f"projector_hidden_act={activation}", where=where, fix=f"use {', '.join(_PROJECTOR_ACTIVATIONS.values())}"
     )

@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from megatron_vlm.config import LanguageConfig, VisionConfig
+from megatron_vlm.config import LanguageConfig
+from megatron_vlm.config.towers.clip import Config as ClipConfig
 from megatron_vlm.convert.folder import write_json
 from megatron_vlm.data.documents import Control, Special
 from megatron_vlm.data.loading.pixels import Aspect
@@ -16,7 +17,7 @@ _SET_ANSWER = (
 )
 
 
-def image_processor_config(vision: VisionConfig, aspect: Aspect) -> dict[str, Any]:
+def image_processor_config(vision: ClipConfig, aspect: Aspect) -> dict[str, Any]:
     """Return preprocessor_config.json: the square of pixels of training, up to the rounding of the filter."""
     side = {"height": vision.image_size, "width": vision.image_size}
     return {
@@ -38,7 +39,7 @@ def image_processor_config(vision: VisionConfig, aspect: Aspect) -> dict[str, An
     }
 
 
-def processor_config(vision: VisionConfig, image_token: str) -> dict[str, Any]:
+def processor_config(vision: ClipConfig, image_token: str) -> dict[str, Any]:
     """Return processor_config.json: how many placeholders an image becomes."""
     return {
         "processor_class": "LlavaProcessor",
@@ -136,7 +137,7 @@ def _literal(value: str) -> str:
     return f"{{{{ {_quote(value)} }}}}" if value else ""
 
 
-def write_processor(folder: Path, vision: VisionConfig, aspect: Aspect, image_token: str) -> None:
+def write_processor(folder: Path, vision: ClipConfig, aspect: Aspect, image_token: str) -> None:
     """Write preprocessor_config.json and processor_config.json."""
     write_json(folder / "preprocessor_config.json", image_processor_config(vision, aspect))
     write_json(folder / "processor_config.json", processor_config(vision, image_token))

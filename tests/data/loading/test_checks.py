@@ -14,9 +14,9 @@ from megatron_vlm.config import (
     OptimizerConfig,
     TrainConfig,
     TrainingConfig,
-    VisionConfig,
 )
 from megatron_vlm.config.prepare import ImageRules
+from megatron_vlm.config.towers.clip import Config as ClipConfig
 from megatron_vlm.data.loading.checks import check_data
 from megatron_vlm.data.shards.manifest import load_manifest, save_manifest
 from megatron_vlm.data.shards.writer import write_dataset
@@ -28,7 +28,7 @@ def make_config(tokenizer_path, folder, *, vocab_size: int, seq_length: int = 64
         stage="align",
         run_dir="unused",
         model=ModelConfig(
-            language=LanguageConfig(vocab_size=vocab_size, **sizes), vision=VisionConfig(image_size=image_size, **sizes)
+            language=LanguageConfig(vocab_size=vocab_size, **sizes), vision=ClipConfig(image_size=image_size, **sizes)
         ),
         data=DataConfig(tokenizer=str(tokenizer_path), blend=(BlendEntry(path=str(folder)),), seq_length=seq_length),
         optimizer=OptimizerConfig(lr=1e-3),

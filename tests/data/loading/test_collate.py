@@ -16,8 +16,8 @@ from megatron_vlm.config import (
     DataError,
     LanguageConfig,
     ModelConfig,
-    VisionConfig,
 )
+from megatron_vlm.config.towers.clip import Config as ClipConfig
 from megatron_vlm.data.loading.collate import Collation, PlacedSample, collate, cut_sample
 from megatron_vlm.data.samples import EncodedSample, ImageSegment, TextSegment
 from megatron_vlm.parallel.slicing import ImageShare
@@ -243,7 +243,7 @@ def test_batch_equals_its_samples_one_by_one(rows, multiple):
 
 
 def test_collation_follows_the_settings():
-    vision = VisionConfig(image_size=28, num_layers=2, hidden_size=8, ffn_hidden_size=8, num_attention_heads=1)
+    vision = ClipConfig(image_size=28, num_layers=2, hidden_size=8, ffn_hidden_size=8, num_attention_heads=1)
     data = DataConfig(
         tokenizer="t", blend=(BlendEntry(path="d"),), seq_length=32, image_aspect="square", sample_multiple=8
     )

@@ -1,13 +1,15 @@
 import pytest
 import torch
 
+from megatron_vlm.config import ParallelConfig
 from megatron_vlm.models.build import build_model
-from tests.support.configs import tiny_run
+from megatron_vlm.models.computation import Computation
+from tests.support.configs import tiny_model
 
 
 @pytest.fixture
 def tower(one_rank):
-    return build_model(tiny_run())[0].vision_model.eval()
+    return build_model(tiny_model(), ParallelConfig(), Computation())[0].vision_model.eval()
 
 
 def test_changing_the_last_patch_changes_every_patch_feature(tower):
@@ -29,6 +31,14 @@ def test_uint8_pixels_equal_pixels_normalised_by_hand(tower):
         torch.testing.assert_close(tower(pixels), tower((pixels / 255 - mean) / std), rtol=1e-4, atol=1e-5)
 
 
+def test_normalisation_of_a_bf16_model_is_not_rounded(one_rank):
+    tower = build_model(tiny_model(), ParallelConfig(), Computation(precision="bf16"))[0].vision_model
+    pixels = torch.arange(256, dtype=torch.uint8).repeat(3).view(1, 3, 16, 16)
+    mean = torch.tensor(tower.vision_config.image_mean).view(1, 3, 1, 1) * 255
+    std = torch.tensor(tower.vision_config.image_std).view(1, 3, 1, 1) * 255
+    assert torch.equal(tower.bfloat16().normalise(pixels), ((pixels.float() - mean) / std).bfloat16())
+
+
 def test_another_image_size_interpolates_the_positions(tower):
     pixels = torch.randint(0, 256, (1, 3, 48, 48), dtype=torch.uint8)
     with torch.no_grad():
@@ -37,9 +47,9 @@ def test_another_image_size_interpolates_the_positions(tower):
 
 def test_tower_equals_hugging_face_clip(one_rank):
     transformers = pytest.importorskip("transformers")
-    config = tiny_run()
-    tower = build_model(config)[0].vision_model.eval()
-    vision = config.model.vision
+    model = tiny_model()
+    tower = build_model(model, ParallelConfig(), Computation())[0].vision_model.eval()
+    vision = model.vision
     reference = transformers.CLIPVisionModel(
         transformers.CLIPVisionConfig(
             hidden_size=vision.hidden_size,

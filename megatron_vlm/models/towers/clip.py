@@ -1,45 +1,58 @@
-"""A CLIP-style vision transformer on megatron-core's TransformerBlock."""
-
-from typing import Any
+"""A CLIP-like vision transformer on megatron-core's TransformerBlock."""
 
 import torch
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_vlm.config import VisionConfig
+from megatron_vlm.config.towers.clip import Config
+from megatron_vlm.models.computation import Computation
+from megatron_vlm.models.layers.activations import ACTIVATIONS
+from megatron_vlm.models.layers.gradients import keep_gradient_path
 from megatron_vlm.models.layers.norm import Norm
+from megatron_vlm.models.layers.replicas import ReplicaGroups, Replicated
 from megatron_vlm.models.layers.specs import vision_block_spec
 
-ProcessGroup = torch.distributed.ProcessGroup
+
+def build(config: Config, computation: Computation, groups: ReplicaGroups) -> "VisionModel":
+    """Build the tower."""
+    return VisionModel(_transformer_config(config, computation), config, groups)
 
 
-class VisionModel(MegatronModule):
+def _transformer_config(config: Config, computation: Computation) -> TransformerConfig:
+    return TransformerConfig(
+        num_layers=config.num_layers_run,
+        hidden_size=config.hidden_size,
+        ffn_hidden_size=config.ffn_hidden_size,
+        num_attention_heads=config.num_attention_heads,
+        layernorm_epsilon=config.layernorm_epsilon,
+        init_method_std=config.init_method_std,
+        normalization="LayerNorm",
+        add_bias_linear=True,
+        activation_func=ACTIVATIONS[config.activation],
+        # Selective recomputation of the attention core saves little in a tower of a few hundred tokens an image.
+        **computation.recompute_arguments(selective=False),
+        **computation.common_arguments(),
+    )
+
+
+class VisionModel(Replicated):
     """Pixels to patch features: the hidden state that `feature_layer` names, without the class token.
 
     Args:
         config: megatron-core's config of the layers that run.
         vision_config: sizes of the images and patches.
-        tp_group: a group of this rank alone: the tower is whole on each rank.
-        replica_group: all ranks that hold the same tower; a checkpoint stores it once for them.
+        groups: process groups of the replicas.
     """
 
-    def __init__(
-        self,
-        config: TransformerConfig,
-        vision_config: VisionConfig,
-        *,
-        tp_group: ProcessGroup,
-        replica_group: ProcessGroup,
-    ) -> None:
+    def __init__(self, config: TransformerConfig, vision_config: Config, groups: ReplicaGroups) -> None:
         super().__init__(config=config)
         self.vision_config = vision_config
-        self.tp_group, self.replica_group = tp_group, replica_group
+        self.groups, self.tp_group = groups, groups.own
         hidden_size, dtype = config.hidden_size, config.params_dtype
-        patch, grid = vision_config.patch_size, vision_config.image_size // vision_config.patch_size
+        patch, grid = vision_config.patch_size, vision_config.constant_grid.rows
         self.grid, self.num_class_tokens = grid, int(vision_config.class_token)
         self.conv1 = torch.nn.Conv2d(3, hidden_size, patch, patch, bias=not vision_config.class_token, dtype=dtype)
         self.position_embeddings = torch.nn.Embedding(grid**2 + self.num_class_tokens, hidden_size, dtype=dtype)
@@ -47,9 +60,9 @@ class VisionModel(MegatronModule):
         if vision_config.class_token:
             self.class_token = torch.nn.Parameter(torch.empty(1, 1, hidden_size, dtype=dtype))
         self.ln_pre = Norm(config, hidden_size, config.layernorm_epsilon) if vision_config.pre_norm else None
-        groups = ProcessGroupCollection(tp=tp_group, cp=tp_group, pp=tp_group)
+        collection = ProcessGroupCollection(tp=groups.own, cp=groups.own, pp=groups.own)
         self.decoder = TransformerBlock(
-            config, vision_block_spec(config), pre_process=True, post_process=False, pg_collection=groups
+            config, vision_block_spec(config), pre_process=True, post_process=False, pg_collection=collection
         )
         # No buffers: a bf16 model would round them, and a mean of 122.7 levels by up to half a level.
         self._mean_and_std: Tensor | None = None
@@ -106,20 +119,3 @@ class VisionModel(MegatronModule):
         resized = F.interpolate(square.float(), size=(rows, columns), mode="bicubic", align_corners=False)
         resized = resized.permute(0, 2, 3, 1).reshape(rows * columns, -1).to(weight.dtype)
         return torch.cat([weight[: self.num_class_tokens], resized])
-
-    def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None
-    ) -> dict[str, Any]:
-        """Return the checkpoint's view of the tower, held once for all replicas."""
-        metadata = {**(metadata or {}), "dp_cp_group": self.replica_group}
-        return super().sharded_state_dict(prefix, sharded_offsets, metadata)
-
-
-def keep_gradient_path(x: Tensor, module: torch.nn.Module) -> Tensor:
-    """Return `x` so that a recomputed `module` still gets its gradients when nothing before it learns.
-
-    Checkpointed layers whose input requires no gradient drop the gradients of their own weights without an error.
-    """
-    if torch.is_grad_enabled() and not x.requires_grad and any(p.requires_grad for p in module.parameters()):
-        return x.detach().requires_grad_()
-    return x

@@ -1,0 +1,106 @@
+"""The Llama-2 decoder: its sizes, its token ids, its parameters and its operations."""
+
+from dataclasses import dataclass
+
+from megatron_vlm.config.checks import check_heads, check_positive
+from megatron_vlm.config.errors import ConfigError
+from megatron_vlm.config.operations import Operations
+
+_VOCAB_SIZE_DIVISOR = 64
+# Ids that follow the tokenizer's own: the image placeholder, then padding (the order of llava-1.5-hf).
+_NUM_ADDED_TOKENS = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LanguageConfig:
+    """A Llama-2 decoder."""
+
+    vocab_size: int
+    """Pieces of the tokenizer, without the added tokens."""
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int | None = None
+    """Key/value heads; None: one per attention head."""
+    kv_channels: int | None = None
+    """Size of one head; None: hidden_size / num_attention_heads."""
+    max_position_embeddings: int = 4096
+    """Longest sample that the model is meant for [tokens]; recorded at conversion."""
+    rotary_base: float = 10000.0
+    layernorm_epsilon: float = 1e-5
+    share_embeddings_and_output_weights: bool = False
+    init_method_std: float = 0.02
+    """Standard deviation of the initial weights."""
+
+    def __post_init__(self) -> None:
+        sizes = ("vocab_size", "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
+        check_positive("model.language", self, *sizes, "num_query_groups", "kv_channels", "max_position_embeddings")
+        check_heads("model.language", self.hidden_size, self.num_attention_heads, self.kv_channels)
+        if self.num_attention_heads % self.query_groups:
+            raise ConfigError(
+                f"model.language.num_attention_heads={self.num_attention_heads} is not a multiple of "
+                f"num_query_groups={self.query_groups}",
+                fix="choose a divisor",
+            )
+
+    @property
+    def query_groups(self) -> int:
+        """Key/value heads."""
+        return self.num_query_groups or self.num_attention_heads
+
+    @property
+    def head_channels(self) -> int:
+        """Size of one head."""
+        return self.kv_channels or self.hidden_size // self.num_attention_heads
+
+    @property
+    def image_token_id(self) -> int:
+        """Placeholder id that stands at every image position."""
+        return self.vocab_size
+
+    @property
+    def pad_token_id(self) -> int:
+        """Id of positions that hold nothing."""
+        return self.vocab_size + 1
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding: the same for every parallel layout, so that losses are too."""
+        wanted = self.vocab_size + _NUM_ADDED_TOKENS
+        return -(-wanted // _VOCAB_SIZE_DIVISOR) * _VOCAB_SIZE_DIVISOR
+
+    @property
+    def attention_sizes(self) -> tuple[int, int]:
+        """Width of all queries, and of all keys (or values), of a layer."""
+        return self.num_attention_heads * self.head_channels, self.query_groups * self.head_channels
+
+    @property
+    def layer_weights(self) -> int:
+        """Parameters of the matrices of one layer, which tensor parallelism splits."""
+        query, key_value = self.attention_sizes
+        return self.hidden_size * (2 * query + 2 * key_value) + 3 * self.hidden_size * self.ffn_hidden_size
+
+    @property
+    def layer_norms(self) -> int:
+        """Parameters of the norms of one layer, which every tensor-parallel rank has."""
+        return 2 * self.hidden_size
+
+    @property
+    def embedding_weights(self) -> int:
+        """Parameters of the embedding; the output layer has as many, or the same ones."""
+        return self.padded_vocab_size * self.hidden_size
+
+    def layer_operations(self, num_tokens: int, attention_pairs: int) -> Operations:
+        """Return the operations of one layer.
+
+        Args:
+            num_tokens: positions, padding left out.
+            attention_pairs: query-key pairs that causal attention inside the samples looks at.
+        """
+        query, _ = self.attention_sizes
+        return Operations(inner=2.0 * num_tokens * self.layer_weights, attention=4.0 * attention_pairs * query)
+
+    def output_operations(self, num_labels: int) -> Operations:
+        """Return the operations of the output layer on the positions with a loss."""
+        return Operations(inner=2.0 * num_labels * self.embedding_weights)

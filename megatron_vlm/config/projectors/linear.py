@@ -1,0 +1,29 @@
+"""One linear layer with a bias, as in the paper.
+
+Source: VILA, arXiv:2312.07533, section 3.1.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_vlm.config.grid import Grid
+from megatron_vlm.config.operations import Operations
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """A linear projection: one image token for each patch."""
+
+    type: Literal["linear"] = "linear"
+
+    def token_grid(self, patches: Grid) -> Grid:
+        """Return the grid of patches: each becomes one token."""
+        return patches
+
+    def num_parameters(self, input_size: int, output_size: int) -> int:
+        """Return the parameters of weight and bias."""
+        return (input_size + 1) * output_size
+
+    def operations(self, patches: Grid, input_size: int, output_size: int) -> Operations:
+        """Return the operations on one image of so many patches."""
+        return Operations(entry=2 * patches.size * input_size * output_size)

@@ -1,0 +1,31 @@
+"""Two linear layers with an exact GELU between them, as in LLaVA-1.5 and the released VILA weights.
+
+Source: LLaVA-1.5, arXiv:2310.03744, section 3.3.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_vlm.config.grid import Grid
+from megatron_vlm.config.operations import Operations
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """A projection of two layers, both as wide as the language model: one image token for each patch."""
+
+    type: Literal["mlp2x_gelu"] = "mlp2x_gelu"
+
+    def token_grid(self, patches: Grid) -> Grid:
+        """Return the grid of patches: each becomes one token."""
+        return patches
+
+    def num_parameters(self, input_size: int, output_size: int) -> int:
+        """Return the parameters of both weights and biases."""
+        return (input_size + 1) * output_size + (output_size + 1) * output_size
+
+    def operations(self, patches: Grid, input_size: int, output_size: int) -> Operations:
+        """Return the operations on one image of so many patches."""
+        return Operations(
+            entry=2 * patches.size * input_size * output_size, inner=2 * patches.size * output_size * output_size
+        )

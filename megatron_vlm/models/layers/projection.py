@@ -1,0 +1,45 @@
+"""megatron-core's multimodal projector, whole on every rank."""
+
+import torch.nn.functional as F
+from megatron.core.models.vision.multimodal_projector import MultimodalProjector
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_vlm.models.computation import Computation
+from megatron_vlm.models.layers.replicas import ReplicaGroups, Replicated
+from megatron_vlm.models.layers.specs import mlp_submodules
+
+
+class Projection(Replicated, MultimodalProjector):
+    """Image features to language-model embeddings, by one of megatron-core's projectors.
+
+    Args:
+        kind: megatron-core's name: "affine" is one linear layer, "mlp" two with a GELU between them.
+        computation: precision.
+        groups: process groups of the replicas.
+        input_size: width of the image features.
+        output_size: width of the language model, and of the layer inside.
+        init_method_std: standard deviation of the initial weights.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        computation: Computation,
+        groups: ReplicaGroups,
+        *,
+        input_size: int,
+        output_size: int,
+        init_method_std: float,
+    ) -> None:
+        config = TransformerConfig(
+            num_layers=1,
+            hidden_size=output_size,
+            ffn_hidden_size=output_size,
+            num_attention_heads=1,  # there is no attention, but the field has to be set
+            init_method_std=init_method_std,
+            add_bias_linear=True,
+            activation_func=F.gelu,
+            **computation.common_arguments(),
+        )
+        super().__init__(config, mlp_submodules(), kind, input_size, tp_group=groups.own)
+        self.groups, self.tp_group = groups, groups.own

@@ -1,0 +1,26 @@
+"""Two linear layers with an exact GELU between them."""
+
+from megatron_vlm.config.projectors.mlp2x_gelu import Config
+from megatron_vlm.models.computation import Computation
+from megatron_vlm.models.layers.projection import Projection
+from megatron_vlm.models.layers.replicas import ReplicaGroups
+
+
+def build(
+    config: Config,
+    computation: Computation,
+    groups: ReplicaGroups,
+    *,
+    input_size: int,
+    output_size: int,
+    init_method_std: float,
+) -> Projection:
+    """Build the projection."""
+    return Projection(
+        "mlp",
+        computation,
+        groups,
+        input_size=input_size,
+        output_size=output_size,
+        init_method_std=init_method_std,
+    )

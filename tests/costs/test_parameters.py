@@ -1,0 +1,67 @@
+import dataclasses
+
+import pytest
+
+from megatron_vlm.config.projectors import make_projector
+from megatron_vlm.costs.parameters import stage_sizes
+from tests.support.configs import tiny_model, tiny_run
+
+
+def run_of(tp=1, pp=1, dp=1, model=None, training=None, **parallel):
+    layout = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp, **parallel}
+    return tiny_run(parallel=layout, model=model, training={"global_batch_size": 4 * dp, **(training or {})})
+
+
+def counted(state):
+    """Return the parameters that a rank really holds, by part."""
+    totals = {}
+    for chunk in state.chunks:
+        for name, parameter in chunk.named_parameters():
+            part = name.split(".")[0]
+            totals[part] = totals.get(part, 0) + parameter.numel()
+    return totals
+
+
+@pytest.mark.parametrize(
+    ("tp", "pp", "first", "changes"),
+    [
+        (1, 1, None, {}),
+        (2, 1, None, {}),
+        (4, 1, None, {"num_query_groups": 4}),
+        (1, 2, None, {}),
+        (2, 2, None, {}),
+        (2, 4, None, {}),
+        (1, 2, 1, {}),
+        (1, 1, None, {"share_embeddings_and_output_weights": True}),
+        (2, 2, None, {"share_embeddings_and_output_weights": True}),
+        (1, 1, None, {"kv_channels": 24}),
+    ],
+)
+def test_parameters_are_those_that_each_rank_builds(tp, pp, first, changes, play, tmp_path):
+    config = run_of(tp, pp, model=tiny_model(**changes), num_layers_in_first_pipeline_stage=first)
+    config = dataclasses.replace(config, run_dir=str(tmp_path))
+    for rank in range(tp * pp):
+        state = play(config, rank, tp * pp, step=False)
+        size = stage_sizes(config)[state.rank.pp_rank]
+        expected = {name: getattr(size, name) for name in ("vision_model", "vision_projection", "language_model")}
+        assert counted(state) == {name: value for name, value in expected.items() if value}
+
+
+@pytest.mark.parametrize("changes", [{"class_token": False}, {"pre_norm": False}, {"feature_layer": -1}])
+def test_parameters_of_other_towers_are_right_too(changes, play, tmp_path):
+    model = tiny_model()
+    model = dataclasses.replace(model, vision=dataclasses.replace(model.vision, **changes))
+    config = dataclasses.replace(run_of(model=model), run_dir=str(tmp_path))
+    assert counted(play(config, 0, 1, step=False))["vision_model"] == stage_sizes(config)[0].vision_model
+
+
+def test_parameters_of_a_linear_projection_are_right_too(play, tmp_path):
+    model = tiny_model()
+    model = dataclasses.replace(model, projection=make_projector("linear"))
+    config = dataclasses.replace(run_of(model=model), run_dir=str(tmp_path))
+    assert counted(play(config, 0, 1, step=False))["vision_projection"] == stage_sizes(config)[0].vision_projection
+
+
+def test_frozen_parts_do_not_learn():
+    size = stage_sizes(run_of())[0]
+    assert size.learning(("vision_model", "language_model")) == size.vision_projection
