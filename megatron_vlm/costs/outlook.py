@@ -47,12 +47,12 @@ def foresee(
     """
     settings = PlanSettings.from_config(config)
     rows = plan_rows(settings, datasets)
-    # As they are in the rows: cut samples are shorter, and pieces have lengths of their own.
+    # As they are in the rows: cut samples are shorter, and fragments have lengths of their own.
     used = rows.pool.lengths[rows.sample_ids].astype(np.float64)
     work = Work(
         num_tokens=rows.summary.num_tokens,
         attention_pairs=int((used * (used + 1) / 2).sum()),
-        num_labels=_count_labels(rows, datasets, settings.num_image_tokens),
+        num_labels=_count_labels(rows, datasets),
         num_images=rows.summary.num_images,
     )
     flops = step_flops(config.model, config.training.freeze, work)
@@ -67,14 +67,14 @@ def foresee(
     )
 
 
-def _count_labels(rows: PlannedRows, datasets: Sequence[ShardedDataset], num_image_tokens: int) -> int:
+def _count_labels(rows: PlannedRows, datasets: Sequence[ShardedDataset]) -> int:
     """Return the tokens with a loss, as if every text had its dataset's share of trained tokens."""
     pool = rows.pool
-    labels = (pool.lengths - pool.num_images * np.int32(num_image_tokens)).astype(np.float64)
+    labels = (pool.lengths - pool.image_lengths).astype(np.float64)
     counts = [dataset.manifest.counts for dataset in datasets]
     shares = np.array([count.trained_tokens / max(1, count.text_tokens) for count in counts])
     sizes = [len(dataset) for dataset in datasets]
-    sources = np.searchsorted(np.cumsum(sizes), pool.pieces[0], side="right")
+    sources = np.searchsorted(np.cumsum(sizes), pool.fragments[0], side="right")
     labels *= np.concatenate([np.repeat(shares, sizes), shares[sources]])
     return int(labels[rows.sample_ids].sum())
 

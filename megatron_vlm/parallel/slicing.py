@@ -83,6 +83,8 @@ class PackedBatch(Generic[Image]):
     """Images of the whole micro-batch."""
     images: Sequence[Image]
     """The images of this slice, in reading order."""
+    image_lengths: tuple[int, ...] | None = None
+    """Placeholders of each image of the whole micro-batch; None where every image has the same number."""
 
 
 def slice_batch(batch: PackedBatch[Image], image_share: ImageShare | None) -> PackedBatch[Image]:

@@ -6,6 +6,7 @@ from megatron_vlm.config import BlendEntry
 from megatron_vlm.costs.flops import Work, step_flops
 from megatron_vlm.costs.outlook import foresee
 from megatron_vlm.data.loading.collate import cut_sample
+from megatron_vlm.data.plan.image_tokens import ImageTokens
 from megatron_vlm.data.samples import ImageSegment, TokenizerFacts
 from megatron_vlm.data.shards.dataset import ShardedDataset
 from megatron_vlm.data.shards.writer import write_dataset
@@ -49,7 +50,7 @@ def short_rows(overflow):
     return dataclasses.replace(run, data=dataclasses.replace(run.data, seq_length=32, overflow=overflow))
 
 
-def test_pieces_of_split_samples_are_counted_once(dataset):
+def test_fragments_of_split_samples_are_counted_once(dataset):
     whole, split = foresee(one_epoch(), [dataset]), foresee(short_rows("split"), [dataset])
     assert split.packing.split > 3
     assert split.packing.num_tokens == whole.packing.num_tokens
@@ -58,7 +59,7 @@ def test_pieces_of_split_samples_are_counted_once(dataset):
 
 
 def test_cut_samples_are_counted_as_long_as_they_are_in_their_rows(dataset):
-    samples = [cut_sample(placed.sample, 32, 16) for placed in make_samples(NUM_SAMPLES)]
+    samples = [cut_sample(placed.sample, 32, ImageTokens(16)) for placed in make_samples(NUM_SAMPLES)]
     lengths = [sample_length(sample, 16) for sample in samples]
     assert any(16 < length < 32 for length in lengths)
     run = short_rows("truncate")

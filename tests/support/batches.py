@@ -12,7 +12,7 @@ def validate(batch: VLMBatch, language: LanguageConfig, num_image_tokens: int, i
 
     Args:
         language: names the placeholder, the padding and the vocabulary.
-        num_image_tokens: placeholders of one image.
+        num_image_tokens: placeholders of one image, where they do not vary.
         image_share: the share that was asked for; None: no pixels.
 
     Raises:
@@ -67,7 +67,10 @@ def _validate_images(
         raise ValueError(
             f"image_token_index has {len(batch.image_token_index)} entries, input_ids {len(placeholders)} placeholders"
         )
-    if len(placeholders) != batch.num_images * num_image_tokens:
+    if batch.image_lengths is not None:
+        if (len(batch.image_lengths), sum(batch.image_lengths)) != (batch.num_images, len(placeholders)):
+            raise ValueError(f"{len(placeholders)} placeholders for images of {batch.image_lengths} tokens")
+    elif len(placeholders) != batch.num_images * num_image_tokens:
         raise ValueError(f"{len(placeholders)} placeholders for {batch.num_images} images of {num_image_tokens} tokens")
     if image_share is None or batch.pixel_values is None:
         if (image_share is None) != (batch.pixel_values is None):

@@ -15,6 +15,7 @@ from report import Row, parse_arguments, report
 
 from megatron_vlm.config import BlendEntry
 from megatron_vlm.data.plan.balance_report import report_balance
+from megatron_vlm.data.plan.image_tokens import ImageTokens
 from megatron_vlm.data.plan.plan import PlanSettings, plan_rows
 
 _GLOBAL_BATCH_SIZE = 1024
@@ -60,7 +61,7 @@ def main() -> int:
     settings = PlanSettings(
         blend=tuple(BlendEntry(path=dataset.fingerprint, images=1.0) for dataset in datasets),
         seq_length=4096,
-        num_image_tokens=NUM_IMAGE_TOKENS,
+        image_tokens=ImageTokens(NUM_IMAGE_TOKENS),
         packing=True,
         overflow="truncate",
         seed=1,

@@ -20,6 +20,7 @@ from corpora import make_jpeg
 from PIL import Image
 from report import Row, cpu_seconds, describe_versions, how_to_install, is_installed, parse_arguments, report
 
+from megatron_vlm.data.plan.image_tokens import ImageTokens
 from megatron_vlm.platform.device import prepare_process
 
 prepare_process()
@@ -136,7 +137,7 @@ def _measure(folder: Path, number: int, rounds: int) -> list[Row]:
     settings = PlanSettings(
         blend=(BlendEntry(path=str(folder / "shards")),),
         seq_length=_SEQ_LENGTH,
-        num_image_tokens=_NUM_IMAGE_TOKENS,
+        image_tokens=ImageTokens(_NUM_IMAGE_TOKENS),
         packing=True,
         overflow="fail",
         seed=1,
@@ -147,7 +148,7 @@ def _measure(folder: Path, number: int, rounds: int) -> list[Row]:
     plan = build_plan(settings, datasets, folder / "plan")
     collation = Collation(
         seq_length=_SEQ_LENGTH,
-        num_image_tokens=_NUM_IMAGE_TOKENS,
+        image_tokens=ImageTokens(_NUM_IMAGE_TOKENS),
         vocab_size=tokenizer.vocab_size,
         image_token_id=tokenizer.vocab_size,
         pad_token_id=tokenizer.vocab_size + 1,

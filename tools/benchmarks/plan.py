@@ -27,6 +27,7 @@ from report import Row, describe_versions, parse_arguments, report
 from megatron_vlm.config import BlendEntry, TrainConfig, load_config
 from megatron_vlm.data.loading.collate import Collation
 from megatron_vlm.data.loading.loader import BatchLoader
+from megatron_vlm.data.plan.image_tokens import ImageTokens
 from megatron_vlm.data.plan.plan import Plan, PlanSettings, build_plan, open_plan
 from megatron_vlm.data.shards.dataset import ShardedDataset
 
@@ -49,7 +50,7 @@ def restore(settings: PlanSettings, folder: Path, iteration: int) -> BatchLoader
     plan = open_plan(settings, datasets, folder)
     collation = Collation(
         seq_length=settings.seq_length,
-        num_image_tokens=NUM_IMAGE_TOKENS,
+        image_tokens=ImageTokens(NUM_IMAGE_TOKENS),
         vocab_size=32000,
         image_token_id=32000,
         pad_token_id=32001,
@@ -113,7 +114,7 @@ def write_datasets(num_images: int, folder: Path) -> PlanSettings:
     return PlanSettings(
         blend=tuple(BlendEntry(path=str(folder / name), images=1.0) for name in ("mmc4", "coyo")),
         seq_length=4096,
-        num_image_tokens=NUM_IMAGE_TOKENS,
+        image_tokens=ImageTokens(NUM_IMAGE_TOKENS),
         packing=True,
         overflow="truncate",
         seed=1,

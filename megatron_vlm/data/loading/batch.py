@@ -31,9 +31,11 @@ class VLMBatch:
     label_datasets: Tensor
     """int64[k]; blend entry that each of them comes from."""
     image_token_index: Tensor
-    """int64[num_images * num_image_tokens]; flat positions of the placeholders, image by image in reading order."""
+    """int64[k]; flat positions of the placeholders, image by image in reading order."""
     num_images: int
     """Images of the whole micro-batch, over all shares."""
+    image_lengths: tuple[int, ...] | None = None
+    """Placeholders of each of these images, in reading order; None where every image has the same number."""
     pixel_values: Tensor | None
     """uint8[share, 3, height, width]; this rank's share of the images. None where the stage needs no pixels."""
     sample_ids: Tensor

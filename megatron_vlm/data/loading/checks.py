@@ -36,8 +36,9 @@ def check_data(config: TrainConfig) -> tuple[ShardedDataset, ...]:
 def _check_images(config: TrainConfig, dataset: ShardedDataset) -> None:
     if not dataset.manifest.counts.images:
         return
-    vision, num_image_tokens = config.model.vision, config.model.fixed_image_tokens("the plan")
-    if num_image_tokens >= config.data.seq_length:
+    vision, num_image_tokens = config.model.vision, config.model.constant_image_tokens
+    # Where the number varies, data.overflow decides about the images that are too long.
+    if num_image_tokens is not None and num_image_tokens >= config.data.seq_length:
         raise ConfigError(
             f"one image takes {num_image_tokens} tokens, data.seq_length is {config.data.seq_length}",
             fix=f"raise data.seq_length above {num_image_tokens}, or lower model.vision.image_size",

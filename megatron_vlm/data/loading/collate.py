@@ -10,6 +10,7 @@ from megatron_vlm.config import IGNORE_INDEX, DataConfig, DataError, ModelConfig
 from megatron_vlm.config.prepare import ImageLimits
 from megatron_vlm.data.loading.batch import VLMBatch
 from megatron_vlm.data.loading.pixels import Aspect, decode_image
+from megatron_vlm.data.plan.image_tokens import ImageTokens
 from megatron_vlm.data.samples import EncodedSample, ImageSegment, TextSegment
 from megatron_vlm.parallel.slicing import ImageShare, PackedBatch, slice_batch
 
@@ -24,8 +25,8 @@ class Collation:
 
     seq_length: int
     """Length of a row [tokens]."""
-    num_image_tokens: int
-    """Placeholders of one image."""
+    image_tokens: ImageTokens
+    """Placeholders of an image."""
     vocab_size: int
     """Token ids are below it."""
     image_token_id: int
@@ -42,7 +43,7 @@ class Collation:
         """Collect it from a run's settings."""
         return cls(
             seq_length=data.seq_length,
-            num_image_tokens=model.fixed_image_tokens("data loading"),
+            image_tokens=ImageTokens.from_model(model),
             vocab_size=model.language.vocab_size,
             image_token_id=model.language.image_token_id,
             pad_token_id=model.language.pad_token_id,
@@ -95,6 +96,7 @@ def collate(rows: Sequence[Sequence[PlacedSample]], collation: Collation, image_
         label_datasets=torch.from_numpy(mine.label_datasets),
         image_token_index=torch.from_numpy(mine.image_token_index),
         num_images=mine.num_images,
+        image_lengths=mine.image_lengths,
         pixel_values=None if image_share is None else _decode(mine.images, collation),
         sample_ids=torch.tensor(packed.sample_ids, dtype=torch.int64),
         samples_per_row=torch.tensor([len(row) for row in rows], dtype=torch.int64),
@@ -102,15 +104,16 @@ def collate(rows: Sequence[Sequence[PlacedSample]], collation: Collation, image_
     )
 
 
-def cut_sample(sample: EncodedSample, max_tokens: int, num_image_tokens: int) -> EncodedSample:
+def cut_sample(sample: EncodedSample, max_tokens: int, image_tokens: ImageTokens) -> EncodedSample:
     """Return the beginning of a sample: whole images and as many tokens as fit, up to the first image that does not."""
     kept: list[TextSegment | ImageSegment] = []
     left = max_tokens
     for segment in sample.segments:
         if isinstance(segment, ImageSegment):
-            if num_image_tokens > left:
+            size = image_tokens.of_image(segment.size)
+            if size > left:
                 break
-            left -= num_image_tokens
+            left -= size
             kept.append(segment)
             continue
         if left:
@@ -131,7 +134,7 @@ class _PackedRows:
         self.sample_ids: list[int] = []
         self.images: list[tuple[bytes, str]] = []
         self.num_tokens = 0
-        self._placeholders = np.full(collation.num_image_tokens, collation.image_token_id)
+        self.image_lengths: list[int] = []
 
     def add_row(self, row: Sequence[PlacedSample]) -> None:
         left = self.collation.seq_length
@@ -173,14 +176,16 @@ class _PackedRows:
             label_datasets=np.repeat(self.datasets, np.diff(borders))[label_index],
             image_token_index=np.flatnonzero(ids == self.collation.image_token_id),
             num_images=len(self.images),
+            image_lengths=tuple(self.image_lengths) if self.collation.image_tokens.constant is None else None,
             images=self.images,
         )
 
     def _add_sample(self, placed: PlacedSample) -> int:
         collation, size = self.collation, 0
-        for segment in cut_sample(placed.sample, collation.seq_length, collation.num_image_tokens).segments:
+        for segment in cut_sample(placed.sample, collation.seq_length, collation.image_tokens).segments:
             if isinstance(segment, ImageSegment):
-                self._add(self._placeholders, trained=False)
+                self.image_lengths.append(collation.image_tokens.of_image(segment.size))
+                self._add(np.full(self.image_lengths[-1], collation.image_token_id), trained=False)
                 self.images.append((segment.encoded, placed.where))
             else:
                 self._check_ids(segment.input_ids, placed.where)

@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader, Dataset
 from megatron_vlm.config import DataError, UserError
 from megatron_vlm.data.loading.batch import VLMBatch
 from megatron_vlm.data.loading.collate import Collation, PlacedSample, collate
-from megatron_vlm.data.plan.fragments import PieceTable, take_piece
+from megatron_vlm.data.plan.fragments import FragmentTable, take_fragment
+from megatron_vlm.data.plan.image_tokens import ImageTokens
 from megatron_vlm.data.plan.plan import Plan
 from megatron_vlm.data.shards.dataset import ShardedDataset
 from megatron_vlm.parallel.slicing import RankSlice
@@ -80,7 +81,7 @@ class BatchLoader:
         last = plan.num_iterations * self.num_micro_batches
         self._positions = range(first, max(first, last))
         self._source = _MicroBatches(
-            _SampleReader(datasets, plan.pieces, collation.num_image_tokens),
+            _SampleReader(datasets, plan.fragments, collation.image_tokens),
             plan,
             collation,
             rank_slice,
@@ -165,17 +166,19 @@ class _Crash:
 
 
 class _SampleReader:
-    """Samples of all datasets of the blend, and pieces of them, under their global ids."""
+    """Samples of all datasets of the blend, and fragments of them, under their global ids."""
 
-    def __init__(self, datasets: Sequence[ShardedDataset], pieces: PieceTable | None, num_image_tokens: int) -> None:
-        self.datasets, self.pieces, self.num_image_tokens = tuple(datasets), pieces, num_image_tokens
+    def __init__(
+        self, datasets: Sequence[ShardedDataset], fragments: FragmentTable | None, image_tokens: ImageTokens
+    ) -> None:
+        self.datasets, self.fragments, self.image_tokens = tuple(datasets), fragments, image_tokens
         self._ends = np.cumsum([len(dataset) for dataset in datasets])
         self._shard_ends = [
             np.cumsum([shard.counts.samples for shard in dataset.manifest.shards]) for dataset in datasets
         ]
 
     def describe(self, sample_id: int) -> str:
-        """Name dataset, shard, sample and, of a piece, its tokens for an error message."""
+        """Name dataset, shard, sample and, of a fragment, its tokens for an error message."""
         sample, first, last = self._find(sample_id)
         source, index = self._locate(sample)
         dataset, ends = self.datasets[source], self._shard_ends[source]
@@ -185,7 +188,7 @@ class _SampleReader:
         return f"{dataset.folder}/{dataset.manifest.shards[shard].name}.bin sample {place}{tokens}"
 
     def read(self, sample_id: int) -> PlacedSample:
-        """Read one sample or piece.
+        """Read one sample or fragment.
 
         Raises:
             DataError: it is damaged or cannot be read.
@@ -194,11 +197,11 @@ class _SampleReader:
         source, index = self._locate(number)
         sample = self.datasets[source][index]
         if last is not None:
-            sample = take_piece(sample, first, last, self.num_image_tokens)
+            sample = take_fragment(sample, first, last, self.image_tokens)
         return PlacedSample(sample, sample_id, source, self.describe(sample_id))
 
     def _find(self, sample_id: int) -> tuple[int, int, int | None]:
-        return (sample_id, 0, None) if self.pieces is None else self.pieces.find(sample_id)
+        return (sample_id, 0, None) if self.fragments is None else self.fragments.find(sample_id)
 
     def _locate(self, sample: int) -> tuple[int, int]:
         """Return blend entry and index in its dataset."""

@@ -57,9 +57,9 @@ def read_in_epochs(num_samples: int, start: int, stop: int, seed: Sequence[int])
     Returns:
         int64[stop - start].
     """
-    pieces = [np.empty(0, dtype=np.int64)]
+    parts = [np.empty(0, dtype=np.int64)]
     for epoch in range(start // num_samples, -(-stop // num_samples)):
         first = epoch * num_samples
         order = np.random.default_rng([*seed, epoch]).permutation(num_samples)
-        pieces.append(order[max(start - first, 0) : max(stop - first, 0)])
-    return np.concatenate(pieces)
+        parts.append(order[max(start - first, 0) : max(stop - first, 0)])
+    return np.concatenate(parts)

@@ -10,8 +10,10 @@ from megatron_vlm.config import BlendEntry, ConfigError, TrainConfig
 from megatron_vlm.data.plan.balance import balance_ranks, deal_rows
 from megatron_vlm.data.plan.blend import read_in_epochs, samples_per_pass
 from megatron_vlm.data.plan.clustering import cluster_by_length, clustered_row_lengths
+from megatron_vlm.data.plan.image_tokens import ImageTokens
 from megatron_vlm.data.plan.packing import pack_samples
-from megatron_vlm.data.plan.sample_pool import Overflow, SampleLengths, SamplePool, collect_samples
+from megatron_vlm.data.plan.sample_lengths import SampleLengths
+from megatron_vlm.data.plan.sample_pool import Overflow, SamplePool, collect_samples
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,7 +22,7 @@ class PlanSettings:
 
     blend: tuple[BlendEntry, ...]
     seq_length: int
-    num_image_tokens: int
+    image_tokens: ImageTokens
     packing: bool
     overflow: Overflow
     seed: int
@@ -37,7 +39,7 @@ class PlanSettings:
         return cls(
             blend=config.data.blend,
             seq_length=config.data.seq_length,
-            num_image_tokens=config.model.fixed_image_tokens("the plan"),
+            image_tokens=ImageTokens.from_model(config.model),
             packing=config.data.packing,
             overflow=config.data.overflow,
             seed=config.training.seed,
@@ -71,9 +73,13 @@ class PlanSummary:
     utilisation: float
     """Share of the positions of the rows that hold a token."""
     split: int = 0
-    """Samples of the datasets that become several pieces for the same reason."""
-    first_piece_id: int = 0
-    """Number of samples of all datasets; ids from here on are of the pieces after the first one of split samples."""
+    """Samples of the datasets that become several fragments for the same reason."""
+    first_fragment_id: int = 0
+    """Number of samples of all datasets; ids from here on are of fragments after the first one of split samples."""
+    fewest_image_tokens: int = 0
+    """Tokens of the shortest image of the datasets; 0 where there are no images and their number is not constant."""
+    most_image_tokens: int = 0
+    """Tokens of the longest image of the datasets."""
     stable_iterations: int = 0
     """Leading global batches that every longer training over the same data begins with, too."""
 
@@ -106,7 +112,7 @@ def plan_rows(settings: PlanSettings, datasets: Sequence[SampleLengths]) -> Plan
         settings.blend,
         datasets,
         seq_length=settings.seq_length,
-        num_image_tokens=settings.num_image_tokens,
+        image_tokens=settings.image_tokens,
         overflow=settings.overflow,
     )
     sizes = [len(ids) for ids in pool.usable]
@@ -161,7 +167,9 @@ def _summarise(
         dropped=pool.dropped,
         utilisation=num_tokens / max(num_positions, 1),
         split=pool.split,
-        first_piece_id=pool.num_samples,
+        first_fragment_id=pool.num_samples,
+        fewest_image_tokens=pool.tokens_per_image[0],
+        most_image_tokens=pool.tokens_per_image[1],
         # A batch that is not full would get the first rows of the next pass.
         stable_iterations=stable_rows // batch,
     )
@@ -202,11 +210,11 @@ def _wants_more(num_passes: int, num_rows: int, wanted_rows: int | None, train_e
 
 def _samples_of_pass(settings: PlanSettings, pool: SamplePool, start: np.ndarray, stop: np.ndarray) -> np.ndarray:
     """Return the global ids of one pass; passes together read every dataset in whole epochs."""
-    pieces = []
+    samples = []
     for index, ids in enumerate(pool.usable):
         first, last = round(float(start[index])), round(float(stop[index]))
-        pieces.append(ids[read_in_epochs(len(ids), first, last, (settings.seed, 0, index))])
-    return np.concatenate(pieces)
+        samples.append(ids[read_in_epochs(len(ids), first, last, (settings.seed, 0, index))])
+    return np.concatenate(samples)
 
 
 def _rows_of_pass(

@@ -1,82 +1,91 @@
-"""Cut samples that are longer than a row into pieces, none inside an image, so that no token is lost or repeated.
+"""Cut samples that are longer than a row into fragments, none inside an image, so that no token is lost or repeated.
 
-A piece takes as many tokens as fit and ends where an image that does not fit begins. The first piece of a sample keeps
-the sample's id; the others have ids of their own behind those of all samples of all datasets, in the order of their
-samples. Each piece is a sample of the plan: its positions begin at 0, it does not see the other pieces, and its first
-token has no loss.
+A fragment takes as many tokens as fit and ends where an image that does not fit begins. The first fragment of a sample
+keeps the sample's id; the others have ids of their own behind those of all samples of all datasets, in the order of
+their samples. Each fragment is a sample of the plan: its positions begin at 0, it does not see the other fragments, and
+its first token has no loss.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_vlm.data.plan.image_tokens import ImageTokens
+from megatron_vlm.data.plan.outlines import Outlines
 from megatron_vlm.data.samples import EncodedSample, ImageSegment, TextSegment
 
 
 @dataclass(frozen=True, slots=True)
 class Cuts:
-    """All pieces of some samples, in order."""
+    """All fragments of some samples, in order."""
 
     owner: np.ndarray
-    """int64[pieces]; which of the samples each belongs to, ascending."""
+    """int64[fragments]; which of the samples each belongs to, ascending."""
     first: np.ndarray
-    """int64[pieces]; its first token in the sample."""
+    """int64[fragments]; its first token in the sample."""
     last: np.ndarray
-    """int64[pieces]; the token behind its last one."""
+    """int64[fragments]; the token behind its last one."""
     num_images: np.ndarray
-    """int64[pieces]."""
+    """int64[fragments]."""
+    image_lengths: np.ndarray
+    """int64[fragments]; tokens of these images."""
 
 
-def find_cuts(
-    borders: np.ndarray, is_image: np.ndarray, text_lengths: np.ndarray, max_tokens: int, num_image_tokens: int
-) -> Cuts:
-    """Cut samples into pieces of at most `max_tokens` tokens.
-
-    Args:
-        borders: int64[samples + 1]; segments of each sample, at least one.
-        is_image: bool[segments]; in reading order.
-        text_lengths: int[segments]; 0 for images [tokens].
-        max_tokens: longest piece.
-        num_image_tokens: tokens of an image.
+def find_cuts(outlines: Outlines, max_tokens: int) -> Cuts:
+    """Cut samples into fragments of at most `max_tokens` tokens.
 
     Raises:
-        ValueError: an image is longer than a piece.
+        ValueError: an image is longer than a fragment.
     """
-    if num_image_tokens > max_tokens and is_image.any():
-        raise ValueError(f"an image of {num_image_tokens} tokens does not fit in a piece of {max_tokens}")
-    ends = np.cumsum(np.where(is_image, num_image_tokens, text_lengths), dtype=np.int64)
-    sample_borders = np.concatenate([[0], ends])[borders]
+    is_image, lengths = outlines.is_image, outlines.lengths
+    if (longest := int(lengths[is_image].max(initial=0))) > max_tokens:
+        raise ValueError(f"an image of {longest} tokens does not fit in a fragment of {max_tokens}")
+    ends = np.cumsum(lengths, dtype=np.int64)
+    sample_borders = np.concatenate([[0], ends])[outlines.borders]
+    owner, first = _fragment_starts(outlines, sample_borders, ends, max_tokens)
+    last = np.append(first[1:], sample_borders[-1])
+    # No border is inside an image, so that images are counted as whole segments.
+    segments = np.stack([np.searchsorted(ends, first, "right"), np.searchsorted(ends, last, "right")])
+    num_images = np.concatenate([[0], np.cumsum(is_image)])
+    image_tokens = np.concatenate([[0], np.cumsum(np.where(is_image, lengths, 0), dtype=np.int64)])
+    start = sample_borders[owner]
+    return Cuts(
+        owner,
+        first - start,
+        last - start,
+        num_images[segments[1]] - num_images[segments[0]],
+        image_tokens[segments[1]] - image_tokens[segments[0]],
+    )
+
+
+def _fragment_starts(
+    outlines: Outlines, sample_borders: np.ndarray, ends: np.ndarray, max_tokens: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the sample and the first token of every fragment; tokens are counted over all samples."""
     position, stop = sample_borders[:-1].copy(), sample_borders[1:]
     owners, firsts = [np.arange(len(position))], [position.copy()]
     left = np.flatnonzero(stop - position > max_tokens)
-    # As many rounds as the longest sample has pieces; a round takes one piece of every sample that is still too long.
+    # As many rounds as the longest sample has fragments; a round takes one from every sample that is still too long.
     while left.size:
         cut = position[left] + max_tokens
         segment = np.searchsorted(ends, cut)
-        inside_image = is_image[segment] & (ends[segment] > cut)
-        cut = np.where(inside_image, ends[segment] - num_image_tokens, cut)
+        inside_image = outlines.is_image[segment] & (ends[segment] > cut)
+        cut = np.where(inside_image, ends[segment] - outlines.lengths[segment], cut)
         owners.append(left)
         firsts.append(cut)
         position[left] = cut
         left = left[stop[left] - cut > max_tokens]
     owner, first = np.concatenate(owners), np.concatenate(firsts)
     order = np.argsort(first, kind="stable")
-    owner, first = owner[order], first[order]
-    last = np.append(first[1:], sample_borders[-1])
-    images_before = np.concatenate([[0], np.cumsum(is_image)])
-    num_images = (
-        images_before[np.searchsorted(ends, last, "right")] - images_before[np.searchsorted(ends, first, "right")]
-    )
-    start = sample_borders[owner]
-    return Cuts(owner, first - start, last - start, num_images)
+    return owner[order], first[order]
 
 
-class PieceTable:
+class FragmentTable:
     """Which tokens of which sample the ids of a plan stand for.
 
     Args:
-        table: int64[3, pieces]; sample, first token and the token behind the last one of the pieces with ids of their
-            own, ascending.
+        table: int64[3, fragments]; sample, first token and the token behind the last one of the fragments with ids of
+            their own, ascending.
         first_id: id of the first of them: the number of samples of all datasets.
     """
 
@@ -94,16 +103,19 @@ class PieceTable:
         return sample_id, 0, None
 
 
-def take_piece(sample: EncodedSample, first: int, last: int, num_image_tokens: int) -> EncodedSample:
+def take_fragment(sample: EncodedSample, first: int, last: int, image_tokens: ImageTokens) -> EncodedSample:
     """Return the tokens [first, last) of a sample.
 
     Raises:
-        ValueError: the piece has an end inside an image or behind the end of the sample.
+        ValueError: the fragment has an end inside an image or behind the end of the sample.
     """
     kept: list[TextSegment | ImageSegment] = []
     position = 0
     for segment in sample.segments:
-        size = num_image_tokens if isinstance(segment, ImageSegment) else len(segment.input_ids)
+        if isinstance(segment, ImageSegment):
+            size = image_tokens.of_image(segment.size)
+        else:
+            size = len(segment.input_ids)
         begin, end = max(first - position, 0), min(last - position, size)
         position += size
         if begin >= end:
@@ -115,5 +127,5 @@ def take_piece(sample: EncodedSample, first: int, last: int, num_image_tokens: i
         else:
             raise ValueError(f"tokens {first} to {last} end inside an image")
     if last > position:
-        raise ValueError(f"the sample has {position} tokens, its piece ends at {last}")
+        raise ValueError(f"the sample has {position} tokens, its fragment ends at {last}")
     return EncodedSample(tuple(kept))

@@ -35,8 +35,8 @@ class LedgerEntry:
 class Ledger:
     """Append one entry per iteration; written by one rank, after all ranks compared what they consumed with the plan.
 
-    `sample_ids.bin` holds little-endian int64 ids, as the plan counts them (pieces of long samples have their own; see
-    `Plan.pieces`), `iterations.jsonl` one `LedgerEntry` a line.
+    `sample_ids.bin` holds little-endian int64 ids, as the plan counts them (fragments of long samples have their own;
+    see `Plan.fragments`), `iterations.jsonl` one `LedgerEntry` a line.
 
     Args:
         folder: `<run>/ledger`.

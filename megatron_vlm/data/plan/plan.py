@@ -17,15 +17,15 @@ import numpy as np
 
 from megatron_vlm.config import DataError, config_to_dict
 from megatron_vlm.data.plan.compute import PlannedRows, PlanSettings, PlanSummary, plan_rows
-from megatron_vlm.data.plan.fragments import PieceTable
-from megatron_vlm.data.plan.sample_pool import SampleLengths
+from megatron_vlm.data.plan.fragments import FragmentTable
+from megatron_vlm.data.plan.sample_lengths import SampleLengths
 from megatron_vlm.platform.files.durable import folder_once, remove_abandoned, storage_errors
 
 __all__ = ["Plan", "PlanSettings", "PlanSummary", "PlannedRows", "build_plan", "hash_plan", "open_plan", "plan_rows"]
 
 logger = logging.getLogger(__name__)
 
-_PLAN_VERSION = 3
+_PLAN_VERSION = 4
 """Part of the hash; to be raised by every change that orders samples in another way."""
 _SUMMARY_FILE = "plan.json"
 _LENGTH_OF_TRAINING = ("train_iters", "train_epochs")
@@ -35,7 +35,7 @@ class Plan:
     """An open plan; its arrays are memory-mapped.
 
     Sample ids count the samples of all datasets of the blend, one after the other; with overflow "split", ids after
-    those are of the further pieces of long samples, and `pieces` says which tokens an id stands for.
+    those are of the further fragments of long samples, and `fragments` says which tokens an id stands for.
 
     Args:
         folder: folder of this one plan.
@@ -49,8 +49,8 @@ class Plan:
         arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in _array_names(settings)}
         self._sample_ids, self._borders = arrays["sample_ids"], arrays["row_borders"]
         self._seq_lengths = arrays.get("seq_lengths")
-        pieces = arrays.get("pieces")
-        self.pieces = None if pieces is None else PieceTable(pieces, summary.first_piece_id)
+        table = arrays.get("fragments")
+        self.fragments = None if table is None else FragmentTable(table, summary.first_fragment_id)
         """Which tokens an id stands for; None: every id is a sample of a dataset, cut to a row at most."""
 
     def __reduce__(self) -> tuple:
@@ -198,7 +198,7 @@ def hash_plan(settings: PlanSettings, datasets: Sequence[SampleLengths]) -> str:
 
 
 def _hash(settings: PlanSettings, datasets: Sequence[SampleLengths], without: Sequence[str]) -> str:
-    tree = config_to_dict(settings)
+    tree = _describe(settings)
     for entry in tree["blend"]:
         del entry["path"]
     for name in without:
@@ -210,11 +210,15 @@ def _hash(settings: PlanSettings, datasets: Sequence[SampleLengths], without: Se
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def _describe(settings: PlanSettings) -> dict[str, Any]:
+    return config_to_dict(settings) | {"image_tokens": settings.image_tokens.describe()}
+
+
 def _array_names(settings: PlanSettings) -> tuple[str, ...]:
     """Return which files a plan has."""
     names = ["sample_ids", "row_borders"]
     if settings.overflow == "split":
-        names.append("pieces")
+        names.append("fragments")
     if settings.length_clustering:
         names.append("seq_lengths")
     return tuple(names)
@@ -225,12 +229,12 @@ def _write(folder: Path, rows: PlannedRows, settings: PlanSettings, summary: Pla
     arrays: dict[str, Any] = {
         "sample_ids": rows.sample_ids,
         "row_borders": rows.row_borders,
-        "pieces": rows.pool.pieces,
+        "fragments": rows.pool.fragments,
         "seq_lengths": rows.seq_lengths,
     }
     for name in _array_names(settings):
         path = folder / f"{name}.npy"
         np.save(path, arrays[name])
         checksums[name] = zlib.crc32(path.read_bytes())
-    tree = {"summary": dataclasses.asdict(summary), "settings": config_to_dict(settings), "crc32": checksums}
+    tree = {"summary": dataclasses.asdict(summary), "settings": _describe(settings), "crc32": checksums}
     (folder / _SUMMARY_FILE).write_text(json.dumps(tree, indent=1) + "\n")

@@ -9,7 +9,8 @@ import numpy as np
 from megatron_vlm.data.plan.blend import samples_per_pass
 from megatron_vlm.data.plan.compute import PlanSettings
 from megatron_vlm.data.plan.packing import packed_utilisation
-from megatron_vlm.data.plan.sample_pool import Overflow, SampleLengths
+from megatron_vlm.data.plan.sample_lengths import SampleLengths, measure_images
+from megatron_vlm.data.plan.sample_pool import Overflow
 
 _NEIGHBOURS = range(-2, 5)
 _STEPS_PER_ROW = 32
@@ -77,7 +78,7 @@ def _draw_lengths(settings: PlanSettings, datasets: Sequence[SampleLengths]) -> 
     rng = np.random.default_rng(settings.seed)
     drawn = []
     for dataset, number in zip(datasets, per_pass * share, strict=True):
-        total = dataset.num_images * np.int32(settings.num_image_tokens) + dataset.text_lengths
+        total = measure_images(dataset, settings.image_tokens).lengths + dataset.text_lengths
         whole, part = divmod(max(1, round(float(number))), len(total))
         drawn += [total] * whole + [rng.choice(total, part, replace=False)]
     return np.concatenate(drawn)

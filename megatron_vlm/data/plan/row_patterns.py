@@ -116,7 +116,7 @@ def best_values(prices: np.ndarray, available: np.ndarray) -> np.ndarray:
     seq_length, shortest, longest = len(prices) - 1, int(available[0]), int(available[-1])
     offered = np.full(longest - shortest + 1, _UNAVAILABLE)
     offered[available - shortest] = prices[available]
-    # Reversed, so that the sum below runs over two contiguous pieces.
+    # Reversed, so that the sum below runs over two contiguous stretches.
     result = np.zeros(seq_length + 1)
     total, best = np.empty_like(offered), 0.0
     for size in range(shortest, seq_length + 1):

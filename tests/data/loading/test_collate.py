@@ -1,5 +1,6 @@
 """A micro-batch holds its samples, their labels and only its share of the images."""
 
+import dataclasses
 import io
 
 import numpy as np
@@ -19,6 +20,7 @@ from megatron_vlm.config import (
 )
 from megatron_vlm.config.towers.clip import Config as ClipConfig
 from megatron_vlm.data.loading.collate import Collation, PlacedSample, collate, cut_sample
+from megatron_vlm.data.plan.image_tokens import ImageTokens
 from megatron_vlm.data.samples import EncodedSample, ImageSegment, TextSegment
 from megatron_vlm.parallel.slicing import ImageShare
 from tests.support.batches import validate
@@ -31,7 +33,7 @@ NUM_IMAGE_TOKENS = 2
 def make_collation(seq_length: int, sample_multiple: int = 1) -> Collation:
     return Collation(
         seq_length=seq_length,
-        num_image_tokens=NUM_IMAGE_TOKENS,
+        image_tokens=ImageTokens(NUM_IMAGE_TOKENS),
         vocab_size=100,
         image_token_id=IMAGE,
         pad_token_id=PAD,
@@ -174,14 +176,14 @@ def test_max_seqlen_is_a_multiple_of_64_and_not_the_whole_sequence(lengths, seq_
 def test_sample_is_cut_behind_the_last_whole_image_and_token(limit, expected):
     sample = EncodedSample((text(1), image(), text(7, 8)))
     found = []
-    for segment in cut_sample(sample, limit, NUM_IMAGE_TOKENS).segments:
+    for segment in cut_sample(sample, limit, ImageTokens(NUM_IMAGE_TOKENS)).segments:
         found += ["image"] if isinstance(segment, ImageSegment) else segment.input_ids.tolist()
     assert found == expected
 
 
 def test_nothing_follows_an_image_that_does_not_fit():
     sample = EncodedSample((text(1, 2), image(), text(7)))
-    assert len(cut_sample(sample, 3, NUM_IMAGE_TOKENS).segments) == 1
+    assert len(cut_sample(sample, 3, ImageTokens(NUM_IMAGE_TOKENS)).segments) == 1
 
 
 def test_sample_longer_than_a_row_fills_it():
@@ -248,6 +250,23 @@ def test_collation_follows_the_settings():
         tokenizer="t", blend=(BlendEntry(path="d"),), seq_length=32, image_aspect="square", sample_multiple=8
     )
     collation = Collation.from_config(ModelConfig(language=LANGUAGE, vision=vision), data)
-    assert (collation.num_image_tokens, collation.image_size, collation.image_aspect) == (4, 28, "square")
+    assert (collation.image_tokens.constant, collation.image_size, collation.image_aspect) == (4, 28, "square")
     assert (collation.image_token_id, collation.pad_token_id, collation.seq_length) == (IMAGE, PAD, 32)
     assert collation.sample_multiple == 8
+
+
+def test_images_of_different_lengths_get_as_many_placeholders_each():
+    collation = dataclasses.replace(make_collation(16), image_tokens=ImageTokens(function=lambda width, height: width))
+    sizes = [(3, 1), (1, 3), (4, 2)]
+    images = [image(number)._replace(size=size) for number, size in enumerate(sizes)]
+    batch = collate(
+        [[place(text(1), images[0], text(7), images[1]), place(images[2], text(9))]], collation, ImageShare()
+    )
+    assert batch.input_ids[0, :11].tolist() == [1, *[IMAGE] * 3, 7, IMAGE, *[IMAGE] * 4, 9]
+    assert batch.image_token_index.tolist() == [1, 2, 3, 5, 6, 7, 8, 9]
+    assert (batch.image_lengths, batch.num_images, len(batch.pixel_values)) == ((3, 1, 4), 3, 3)
+    assert batch.to("cpu").image_lengths == (3, 1, 4)
+
+
+def test_images_of_one_length_have_no_list_of_lengths():
+    assert make_batch([[place(text(1), image())]], 8).image_lengths is None

@@ -15,6 +15,7 @@ from PIL import Image
 from megatron_vlm.config import BlendEntry, DataError, LanguageConfig
 from megatron_vlm.data.loading.collate import Collation
 from megatron_vlm.data.loading.loader import BatchLoader, LoaderWorkers
+from megatron_vlm.data.plan.image_tokens import ImageTokens
 from megatron_vlm.data.plan.plan import PlanSettings, build_plan, open_plan
 from megatron_vlm.data.samples import EncodedSample, ImageSegment, TextSegment, TokenizerFacts
 from megatron_vlm.data.shards.dataset import ShardedDataset
@@ -24,9 +25,10 @@ from tests.support.batches import validate
 
 TOKENIZER = TokenizerFacts(name="tiny", sha256="0" * 64, vocab_size=100, bos_id=1, eos_id=2)
 LANGUAGE = LanguageConfig(vocab_size=100, num_layers=1, hidden_size=8, ffn_hidden_size=8, num_attention_heads=1)
+NUM_IMAGE_TOKENS = 4
 COLLATION = Collation(
     seq_length=64,
-    num_image_tokens=4,
+    image_tokens=ImageTokens(NUM_IMAGE_TOKENS),
     vocab_size=100,
     image_token_id=LANGUAGE.image_token_id,
     pad_token_id=LANGUAGE.pad_token_id,
@@ -69,7 +71,7 @@ def make_plan_settings(blend, **changes):
     settings = PlanSettings(
         blend=tuple(blend),
         seq_length=64,
-        num_image_tokens=4,
+        image_tokens=ImageTokens(NUM_IMAGE_TOKENS),
         packing=True,
         overflow="fail",
         seed=7,
@@ -188,23 +190,23 @@ def test_position_in_the_middle_is_found_at_once(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_pieces_of_a_sample_are_the_sample(datasets, tmp_path, workers):
+def test_fragments_of_a_sample_are_the_sample(datasets, tmp_path, workers):
     plan = make_plan(datasets, tmp_path, overflow="split", seq_length=16, train_epochs=1)
     assert plan.summary.split > 20
     collation = dataclasses.replace(COLLATION, seq_length=16)
     found = {}
     for batch in make_loader(datasets, plan, collation=collation, num_workers=workers, micro_batch_size=2):
-        validate(batch, LANGUAGE, COLLATION.num_image_tokens, ImageShare())
+        validate(batch, LANGUAGE, NUM_IMAGE_TOKENS, ImageShare())
         borders = batch.cu_seqlens.tolist()
         segments = [batch.input_ids[0, a:b].tolist() for a, b in itertools.pairwise(borders)]
         segments = [segment for segment in segments if segment[0] != COLLATION.pad_token_id]
         for sample_id, segment in zip(batch.sample_ids.tolist(), segments, strict=True):
-            sample, first, _ = plan.pieces.find(sample_id)
+            sample, first, _ = plan.fragments.find(sample_id)
             found.setdefault(sample, {})[first] = segment
     samples = [dataset[index] for dataset in datasets for index in range(len(dataset))]
     assert sorted(found) == list(range(len(samples)))
     for number, sample in enumerate(samples):
-        joined = sum((piece for _, piece in sorted(found[number].items())), [])
+        joined = sum((fragment for _, fragment in sorted(found[number].items())), [])
         assert joined == _ids_of(sample)
 
 
@@ -212,11 +214,11 @@ def _ids_of(sample) -> list[int]:
     ids = []
     for segment in sample.segments:
         is_image = isinstance(segment, ImageSegment)
-        ids += [COLLATION.image_token_id] * COLLATION.num_image_tokens if is_image else segment.input_ids.tolist()
+        ids += [COLLATION.image_token_id] * NUM_IMAGE_TOKENS if is_image else segment.input_ids.tolist()
     return ids
 
 
-def test_error_in_a_piece_names_its_tokens(tmp_path):
+def test_error_in_a_fragment_names_its_tokens(tmp_path):
     samples = make_samples(4, False, seed=1)
     long = TextSegment(np.full(40, 7, dtype=np.int32), True)
     samples.append(EncodedSample((long, ImageSegment(b"no image", (8, 8)))))
@@ -234,14 +236,14 @@ def test_clustered_rows_are_as_long_as_the_plan_says(datasets, tmp_path):
     for number, batch in enumerate(loader):
         seq_length = plan.seq_length(number // loader.num_micro_batches)
         assert batch.input_ids.numel() == 2 * seq_length
-        validate(batch, LANGUAGE, COLLATION.num_image_tokens, ImageShare())
+        validate(batch, LANGUAGE, NUM_IMAGE_TOKENS, ImageShare())
         lengths.add(seq_length)
     assert len(lengths) > 2
 
 
 def test_every_batch_is_sound(datasets, plan):
     for batch in make_loader(datasets, plan, micro_batch_size=2):
-        validate(batch, LANGUAGE, COLLATION.num_image_tokens, ImageShare())
+        validate(batch, LANGUAGE, NUM_IMAGE_TOKENS, ImageShare())
 
 
 def test_rows_follow_the_plan_in_order(datasets, plan):
@@ -293,13 +295,13 @@ def test_image_shares_together_are_all_images(datasets, plan):
 def test_stage_without_pixels_gets_none(datasets, plan):
     batch = next(make_loader(datasets, plan, image_share=None))
     assert batch.pixel_values is None
-    assert len(batch.image_token_index) == batch.num_images * COLLATION.num_image_tokens
+    assert len(batch.image_token_index) == batch.num_images * NUM_IMAGE_TOKENS
 
 
 def test_empty_rows_at_the_end_are_all_padding(datasets, tmp_path):
     plan = make_plan(datasets, tmp_path, global_batch_size=64, train_epochs=1)
     last = list(make_loader(datasets, plan, micro_batch_size=1))[-1]
-    validate(last, LANGUAGE, COLLATION.num_image_tokens, ImageShare())
+    validate(last, LANGUAGE, NUM_IMAGE_TOKENS, ImageShare())
     assert (last.num_tokens, len(last.sample_ids), last.cu_seqlens.tolist()) == (0, 0, [0, 64])
 
 

@@ -9,6 +9,7 @@ import pytest
 from megatron_vlm.config import BlendEntry, UsageError
 from megatron_vlm.data.plan import balance_report
 from megatron_vlm.data.plan.balance_report import report_balance
+from megatron_vlm.data.plan.image_tokens import ImageTokens
 from megatron_vlm.data.plan.plan import PlanSettings, plan_rows
 
 
@@ -29,7 +30,7 @@ class Lengths:
 SETTINGS = PlanSettings(
     blend=(BlendEntry(path="a"),),
     seq_length=256,
-    num_image_tokens=16,
+    image_tokens=ImageTokens(16),
     packing=True,
     overflow="fail",
     seed=3,
@@ -105,7 +106,7 @@ def paper_balance():
         SETTINGS,
         blend=tuple(BlendEntry(path=dataset.fingerprint, images=1.0) for dataset in (documents, pairs)),
         seq_length=4096,
-        num_image_tokens=576,
+        image_tokens=ImageTokens(576),
         overflow="truncate",
         global_batch_size=1024,
     )

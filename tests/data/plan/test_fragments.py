@@ -1,25 +1,32 @@
-"""The pieces of a long sample are the sample, and no image is cut."""
+"""The fragments of a long sample are the sample, and no image is cut."""
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_vlm.data.plan.fragments import PieceTable, find_cuts, take_piece
+from megatron_vlm.data.plan.fragments import FragmentTable, find_cuts, take_fragment
+from megatron_vlm.data.plan.image_tokens import ImageTokens
+from megatron_vlm.data.plan.outlines import Outlines
 from megatron_vlm.data.samples import EncodedSample, ImageSegment, TextSegment
 
 IMAGE_TOKENS = 16
+CONSTANT = ImageTokens(IMAGE_TOKENS)
+BY_SIZE = ImageTokens(function=lambda width, height: width + height, identity="sum")
 
 text = st.integers(1, 90).map(lambda size: TextSegment(np.arange(size, dtype=np.int32), bool(size % 2)))
-images = st.integers(0, 255).map(lambda value: ImageSegment(bytes([value])))
+images = st.tuples(st.integers(0, 255), st.integers(1, 8), st.integers(1, 8)).map(
+    lambda values: ImageSegment(bytes(values), values[1:])
+)
 samples = st.lists(st.one_of(images, text), min_size=1, max_size=12).map(lambda parts: EncodedSample(tuple(parts)))
+both = pytest.mark.parametrize("image_tokens", [CONSTANT, BY_SIZE], ids=["constant", "by size"])
 
 
-def outline(batch: list[EncodedSample]):
+def outline(batch: list[EncodedSample], image_tokens: ImageTokens = CONSTANT) -> Outlines:
     flat = [segment for sample in batch for segment in sample.segments]
     is_image = np.array([isinstance(segment, ImageSegment) for segment in flat])
-    tokens = np.array([0 if isinstance(segment, ImageSegment) else len(segment.input_ids) for segment in flat])
-    return np.cumsum([0, *(len(sample.segments) for sample in batch)]), is_image, tokens
+    tokens = [image_tokens.of_image(one.size) if isinstance(one, ImageSegment) else len(one.input_ids) for one in flat]
+    return Outlines(np.cumsum([0, *(len(sample.segments) for sample in batch)]), is_image, np.array(tokens))
 
 
 def contents(sample: EncodedSample) -> list:
@@ -33,47 +40,53 @@ def contents(sample: EncodedSample) -> list:
     return found
 
 
-def length(sample: EncodedSample) -> int:
-    return sum(IMAGE_TOKENS if isinstance(entry, bytes) else 1 for entry in contents(sample))
+def length(sample: EncodedSample, image_tokens: ImageTokens) -> int:
+    return sum(
+        image_tokens.of_image((entry[1], entry[2])) if isinstance(entry, bytes) else 1 for entry in contents(sample)
+    )
 
 
+@both
 @given(batch=st.lists(samples, min_size=1, max_size=4), limit=st.integers(IMAGE_TOKENS, 120))
-def test_pieces_one_after_the_other_are_the_sample(batch, limit):
-    cuts = find_cuts(*outline(batch), limit, IMAGE_TOKENS)
+def test_fragments_one_after_the_other_are_the_sample(image_tokens, batch, limit):
+    cuts = find_cuts(outline(batch, image_tokens), limit)
     for number, sample in enumerate(batch):
         own = np.flatnonzero(cuts.owner == number)
-        pieces = [take_piece(sample, cuts.first[i], cuts.last[i], IMAGE_TOKENS) for i in own]
-        assert sum((contents(piece) for piece in pieces), []) == contents(sample)
-        assert all(0 < length(piece) <= limit for piece in pieces)
-        found = [sum(isinstance(entry, bytes) for entry in contents(piece)) for piece in pieces]
-        assert found == cuts.num_images[own].tolist()
+        fragments = [take_fragment(sample, cuts.first[i], cuts.last[i], image_tokens) for i in own]
+        assert sum((contents(fragment) for fragment in fragments), []) == contents(sample)
+        assert all(0 < length(fragment, image_tokens) <= limit for fragment in fragments)
+        found = [[entry for entry in contents(fragment) if isinstance(entry, bytes)] for fragment in fragments]
+        assert [len(entries) for entries in found] == cuts.num_images[own].tolist()
+        tokens = [sum(image_tokens.of_image((entry[1], entry[2])) for entry in entries) for entries in found]
+        assert tokens == cuts.image_lengths[own].tolist()
 
 
+@both
 @given(batch=st.lists(samples, min_size=1, max_size=4), limit=st.integers(IMAGE_TOKENS, 120))
-def test_nothing_that_follows_would_fit_in_a_piece(batch, limit):
-    cuts = find_cuts(*outline(batch), limit, IMAGE_TOKENS)
+def test_nothing_that_follows_would_fit_in_a_fragment(image_tokens, batch, limit):
+    cuts = find_cuts(outline(batch, image_tokens), limit)
     for number, sample in enumerate(batch):
         own = np.flatnonzero(cuts.owner == number)
-        for piece in own[:-1]:
-            behind = take_piece(sample, cuts.last[piece], cuts.last[own[-1]], IMAGE_TOKENS).segments[0]
-            next_size = IMAGE_TOKENS if isinstance(behind, ImageSegment) else 1
-            assert cuts.last[piece] - cuts.first[piece] + next_size > limit
+        for fragment in own[:-1]:
+            behind = take_fragment(sample, cuts.last[fragment], cuts.last[own[-1]], image_tokens).segments[0]
+            next_size = image_tokens.of_image(behind.size) if isinstance(behind, ImageSegment) else 1
+            assert cuts.last[fragment] - cuts.first[fragment] + next_size > limit
 
 
-def test_image_longer_than_a_piece_is_refused():
+def test_image_longer_than_a_fragment_is_refused():
     batch = [EncodedSample((ImageSegment(b"x"),))]
-    with pytest.raises(ValueError, match="image of 16 tokens does not fit in a piece of 15"):
-        find_cuts(*outline(batch), 15, IMAGE_TOKENS)
+    with pytest.raises(ValueError, match="image of 16 tokens does not fit in a fragment of 15"):
+        find_cuts(outline(batch), 15)
 
 
 def test_text_may_be_cut_where_an_image_would_not_fit():
-    cuts = find_cuts(*outline([EncodedSample((TextSegment(np.zeros(20, dtype=np.int32), True),))]), 15, IMAGE_TOKENS)
+    cuts = find_cuts(outline([EncodedSample((TextSegment(np.zeros(20, dtype=np.int32), True),))]), 15)
     assert (cuts.first.tolist(), cuts.last.tolist()) == ([0, 15], [15, 20])
 
 
 def test_table_knows_which_tokens_an_id_stands_for():
     # Samples 3 and 7 of 10 are split, the second into three.
-    table = PieceTable(np.array([[3, 7, 7], [60, 64, 120], [80, 120, 130]]), first_id=10)
+    table = FragmentTable(np.array([[3, 7, 7], [60, 64, 120], [80, 120, 130]]), first_id=10)
     assert [table.find(number) for number in (2, 3, 4, 7, 9)] == [
         (2, 0, None),
         (3, 0, 60),
@@ -85,17 +98,17 @@ def test_table_knows_which_tokens_an_id_stands_for():
 
 
 def test_empty_table_leaves_samples_whole():
-    assert PieceTable(np.empty((3, 0), dtype=np.int64), first_id=5).find(4) == (4, 0, None)
+    assert FragmentTable(np.empty((3, 0), dtype=np.int64), first_id=5).find(4) == (4, 0, None)
 
 
 @pytest.mark.parametrize(("first", "last"), [(0, 8), (8, 20), (5, 12)])
-def test_piece_that_ends_inside_an_image_is_refused(first, last):
+def test_fragment_that_ends_inside_an_image_is_refused(first, last):
     sample = EncodedSample((ImageSegment(b"x"), TextSegment(np.zeros(9, dtype=np.int32), True)))
     with pytest.raises(ValueError, match="inside an image"):
-        take_piece(sample, first, last, IMAGE_TOKENS)
+        take_fragment(sample, first, last, CONSTANT)
 
 
-def test_piece_behind_the_end_is_refused():
+def test_fragment_behind_the_end_is_refused():
     sample = EncodedSample((TextSegment(np.zeros(9, dtype=np.int32), True),))
-    with pytest.raises(ValueError, match="has 9 tokens, its piece ends at 10"):
-        take_piece(sample, 4, 10, IMAGE_TOKENS)
+    with pytest.raises(ValueError, match="has 9 tokens, its fragment ends at 10"):
+        take_fragment(sample, 4, 10, CONSTANT)

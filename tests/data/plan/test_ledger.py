@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from megatron_vlm.config import BlendEntry, DataError, StorageError
+from megatron_vlm.data.plan.image_tokens import ImageTokens
 from megatron_vlm.data.plan.ledger import Ledger
 from megatron_vlm.data.plan.plan import PlanSettings, build_plan
 from tests.support.ledgers import read_ledger
@@ -26,7 +27,7 @@ def plan(tmp_path):
     settings = PlanSettings(
         blend=(BlendEntry(path="d"),),
         seq_length=64,
-        num_image_tokens=4,
+        image_tokens=ImageTokens(4),
         packing=True,
         overflow="fail",
         seed=1,

@@ -7,12 +7,13 @@ import pytest
 
 from megatron_vlm.config import BlendEntry
 from megatron_vlm.data.plan.compute import PlanSettings
+from megatron_vlm.data.plan.image_tokens import ImageTokens
 from megatron_vlm.data.plan.row_lengths import RowLength, choose_row_length, compare_row_lengths
 
 SETTINGS = PlanSettings(
     blend=(BlendEntry(path="pairs"),),
     seq_length=4096,
-    num_image_tokens=576,
+    image_tokens=ImageTokens(576),
     packing=True,
     overflow="truncate",
     seed=1,
