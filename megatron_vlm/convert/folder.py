@@ -1,10 +1,9 @@
-"""Read and write model folders in Hugging Face's layout; the only file that knows safetensors."""
+"""Read model folders as Hugging Face lays them out."""
 
 import json
 import pickle
 import re
-import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,15 +11,15 @@ from typing import Any
 import safetensors
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_vlm.config import CheckpointError, StorageError
+from megatron_vlm.config import CheckpointError
 
 CONFIG_NAME = "config.json"
-_SAFETENSORS, _PICKLED = "model.safetensors", "pytorch_model.bin"
+WEIGHTS_NAME, INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
+_PICKLED = "pytorch_model.bin"
 _SAFETENSORS_SUFFIX = ".safetensors"
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -34,6 +33,7 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+"""Types by the names that safetensors has for them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,7 @@ class HFFolder:
             return file.get_tensor(stored.name)
 
     def _files(self) -> list[Path]:
-        for name in (_SAFETENSORS, _PICKLED):
+        for name in (WEIGHTS_NAME, _PICKLED):
             if (self.path / name).is_file():
                 return [self.path / name]
             index = self.path / f"{name}.index.json"
@@ -89,7 +89,7 @@ class HFFolder:
                 names = sorted(set(read_json(index)["weight_map"].values()))
                 return [self._inside(name, index) for name in names]
         raise CheckpointError(
-            f"no {_SAFETENSORS} and no {_PICKLED}", where=str(self.path), fix="name a folder with the weights"
+            f"no {WEIGHTS_NAME} and no {_PICKLED}", where=str(self.path), fix="name a folder with the weights"
         )
 
     def _inside(self, name: str, index: Path) -> Path:
@@ -129,7 +129,7 @@ def _rename(name: str, renames: Sequence[tuple[str, str]]) -> str:
 
 def _list_tensors(file: Path) -> list[Stored]:
     if file.suffix == _SAFETENSORS_SUFFIX:
-        return _list_safetensors(file)
+        return list_safetensors(file)
     return [Stored(file, name, tuple(value.shape), value.dtype) for name, value in _load_pickle(file).items()]
 
 
@@ -144,12 +144,17 @@ def _load_pickle(file: Path) -> dict[str, Tensor]:
     return {name: value for name, value in tensors.items() if isinstance(value, Tensor)}
 
 
-def _list_safetensors(file: Path) -> list[Stored]:
+def list_safetensors(file: Path) -> list[Stored]:
+    """Return what a safetensors file holds.
+
+    Raises:
+        CheckpointError: it is damaged, or has a tensor of a type that torch lacks.
+    """
     try:
         with safetensors.safe_open(file, "pt") as opened:
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
             return [
-                Stored(file, name, tuple(part.get_shape()), _DTYPES[part.get_dtype()]) for name, part in slices.items()
+                Stored(file, name, tuple(part.get_shape()), DTYPES[part.get_dtype()]) for name, part in slices.items()
             ]
     except KeyError as error:
         raise CheckpointError(
@@ -157,120 +162,3 @@ def _list_safetensors(file: Path) -> list[Stored]:
         ) from None
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"weights cannot be read: {error}", where=str(file), fix="get the file again") from None
-
-
-@dataclass(frozen=True, slots=True)
-class Planned:
-    """A tensor that is going to be written."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def num_bytes(self) -> int:
-        """Size of the values [bytes]."""
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
-
-
-class WeightsWriter:
-    """Write safetensors files of limited size and an index; tensors come in the order of the plan.
-
-    Args:
-        folder: where the files go.
-        plan: every tensor that will come.
-        max_shard_bytes: largest size of a file; a larger tensor gets a file of its own [bytes].
-    """
-
-    def __init__(self, folder: Path, plan: Sequence[Planned], max_shard_bytes: int) -> None:
-        self._folder, self._plan = folder, {entry.name: entry for entry in plan}
-        self._file_of = _assign_files(plan, max_shard_bytes)
-        self._waiting: dict[str, Tensor] = {}
-        self._checksums: dict[str, int] = {}
-
-    def write(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Write all tensors of the plan, then the index.
-
-        Raises:
-            CheckpointError: a tensor is not as planned, or missing.
-        """
-        current = None
-        for name, tensor in tensors:
-            self._check(name, tensor)
-            if current not in (None, self._file_of[name]):
-                self._flush(current)
-            current = self._file_of[name]
-            self._waiting[name] = tensor.contiguous()
-            self._checksums[name] = _checksum(tensor)
-        if current is not None:
-            self._flush(current)
-        missing = [name for name in self._plan if name not in self._checksums]
-        if missing:
-            raise CheckpointError(f"{len(missing)} tensors were not written, first {missing[0]}")
-        files = sorted(set(self._file_of.values()))
-        if len(files) > 1:
-            total = sum(entry.num_bytes for entry in self._plan.values())
-            index = {"metadata": {"total_size": total}, "weight_map": self._file_of}
-            write_json(self._folder / f"{_SAFETENSORS}.index.json", index)
-
-    def _check(self, name: str, tensor: Tensor) -> None:
-        planned = self._plan[name]
-        if tuple(tensor.shape) != planned.shape or tensor.dtype != planned.dtype:
-            raise CheckpointError(
-                f"tensor {name} is {list(tensor.shape)} {tensor.dtype}, planned {list(planned.shape)} {planned.dtype}"
-            )
-
-    def _flush(self, file: str | None) -> None:
-        try:
-            save_file(self._waiting, self._folder / str(file), metadata={"format": "pt"})
-        except SafetensorError as error:
-            raise StorageError(
-                f"weights not written: {error}", where=str(self._folder / str(file)), fix="make room or change folder"
-            ) from None
-        # safetensors writes files that only their owner can read.
-        (self._folder / str(file)).chmod(self._folder.stat().st_mode & 0o666)
-        self._waiting = {}
-
-    def verify(self) -> None:
-        """Read everything back and compare names, shapes, types and bytes.
-
-        Raises:
-            CheckpointError: the files do not hold what was written.
-        """
-        found: dict[str, Stored] = {}
-        for file in sorted(set(self._file_of.values())):
-            for stored in _list_safetensors(self._folder / file):
-                found[stored.name] = stored
-        if set(found) != set(self._plan):
-            raise CheckpointError(
-                f"{len(found)} tensors in the files, {len(self._plan)} written",
-                where=str(self._folder),
-                fix="check the disk and export again",
-            )
-        for name, stored in found.items():
-            with safetensors.safe_open(stored.file, "pt") as opened:
-                tensor = opened.get_tensor(name)
-            self._check(name, tensor)
-            if _checksum(tensor) != self._checksums[name]:
-                raise CheckpointError(
-                    f"tensor {name} has other values than were written",
-                    where=str(stored.file),
-                    fix="check the disk and export again",
-                )
-
-
-def _assign_files(plan: Sequence[Planned], max_shard_bytes: int) -> dict[str, str]:
-    numbers: dict[str, int] = {}
-    number = used = 0
-    for entry in plan:
-        if used and used + entry.num_bytes > max_shard_bytes:
-            number, used = number + 1, 0
-        numbers[entry.name] = number
-        used += entry.num_bytes
-    if number == 0:
-        return dict.fromkeys(numbers, _SAFETENSORS)
-    return {name: f"model-{part + 1:05d}-of-{number + 1:05d}.safetensors" for name, part in numbers.items()}
-
-
-def _checksum(tensor: Tensor) -> int:
-    return zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).numpy().data)

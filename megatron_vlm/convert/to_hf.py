@@ -18,8 +18,9 @@ from megatron_vlm.convert.differences import describe_differences
 from megatron_vlm.convert.families import clip, llava
 from megatron_vlm.convert.files.processor import chat_template, generation_config, write_processor
 from megatron_vlm.convert.files.tokenizer import write_tokenizer
-from megatron_vlm.convert.folder import CONFIG_NAME, Planned, WeightsWriter, write_json
+from megatron_vlm.convert.folder import CONFIG_NAME, write_json
 from megatron_vlm.convert.rules import Rule
+from megatron_vlm.convert.weights_writer import Announced, WeightsWriter
 from megatron_vlm.data.text.templates import DEFAULT_SYSTEM, find_template
 from megatron_vlm.data.text.tokenizer import load_tokenizer
 from megatron_vlm.parallel.groups import single_process
@@ -107,19 +108,19 @@ def check_checkpoint(checkpoint: Path, rules: Sequence[Rule]) -> set[torch.dtype
 def _write_weights(
     settings: RunSettings, rules: Sequence[Rule], folder: Path, dtype: torch.dtype, max_shard_bytes: int
 ) -> None:
-    plan = [
-        Planned(name, shape, dtype)
+    announced = [
+        Announced(name, shape, dtype)
         for rule in rules
         for layer in rule.layers
         for name, shape in zip(rule.names_of(layer), rule.their_shapes(), strict=True)
     ]
-    plan += [Planned(name, tuple(tensor.shape), dtype) for name, tensor in _post_norm(settings.model, dtype)]
-    writer = WeightsWriter(folder, plan, max_shard_bytes)
-    with tqdm(total=len(plan), unit="tensor", desc="export", disable=None) as progress:
+    announced += [Announced(name, tuple(tensor.shape), dtype) for name, tensor in _post_norm(settings.model, dtype)]
+    writer = WeightsWriter(folder, announced, max_shard_bytes)
+    with tqdm(total=len(announced), unit="tensor", desc="export", disable=None) as progress:
         writer.write(_counted(_tensors(settings, rules, dtype), progress))
     writer.verify()
-    total = sum(entry.num_bytes for entry in plan)
-    logger.info("%d tensors, %.3f GB, written and read back equal", len(plan), total / 1e9)
+    total = sum(entry.num_bytes for entry in announced)
+    logger.info("%d tensors, %.3f GB, written and read back equal", len(announced), total / 1e9)
 
 
 def _counted(tensors: Iterator[tuple[str, Tensor]], progress: tqdm) -> Iterator[tuple[str, Tensor]]:

@@ -1,0 +1,147 @@
+"""Write the weights of a model folder as safetensors files, one tensor at a time.
+
+The files are those that `safetensors.torch.save_file` writes, byte for byte; it takes all tensors of a file at once.
+"""
+
+import json
+import zlib
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors
+import torch
+from torch import Tensor
+
+from megatron_vlm.config import CheckpointError
+from megatron_vlm.convert.folder import DTYPES, INDEX_NAME, WEIGHTS_NAME, list_safetensors, write_json
+from megatron_vlm.platform.files.durable import flush_to_disk
+
+_ALIGNMENT = 8
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Announced:
+    """A tensor that is going to be written."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the values [bytes]."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+class WeightsWriter:
+    """Write safetensors files of limited size and an index.
+
+    Args:
+        folder: where the files go.
+        announced: every tensor that will come, in any order; all of one type.
+        max_shard_bytes: largest size of a file; a larger tensor gets a file of its own [bytes].
+    """
+
+    def __init__(self, folder: Path, announced: Sequence[Announced], max_shard_bytes: int) -> None:
+        self._folder, self._announced = folder, {entry.name: entry for entry in announced}
+        self._files = _assign_files(announced, max_shard_bytes)
+        self._file_of = {entry.name: file for file, entries in self._files.items() for entry in entries}
+        self._checksums: dict[str, int] = {}
+
+    def write(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Write all announced tensors, then the index.
+
+        Raises:
+            CheckpointError: a tensor is not as announced, or missing.
+            OSError: a file cannot be written.
+        """
+        with ExitStack() as stack:
+            streams, offsets = {}, {}
+            for file, entries in self._files.items():
+                streams[file] = stack.enter_context((self._folder / file).open("wb"))
+                header, starts = _lay_out(entries)
+                streams[file].write(header)
+                offsets.update(starts)
+            for name, tensor in tensors:
+                self._check(name, tensor)
+                values = _bytes_of(tensor)
+                stream = streams[self._file_of[name]]
+                stream.seek(offsets[name])
+                stream.write(values)
+                self._checksums[name] = zlib.crc32(values)
+            for stream in streams.values():
+                flush_to_disk(stream)
+        missing = [name for name in self._announced if name not in self._checksums]
+        if missing:
+            raise CheckpointError(f"{len(missing)} tensors were not written, first {missing[0]}")
+        if len(self._files) > 1:
+            total = sum(entry.num_bytes for entry in self._announced.values())
+            write_json(self._folder / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": self._file_of})
+
+    def _check(self, name: str, tensor: Tensor) -> None:
+        expected = self._announced[name]
+        if tuple(tensor.shape) != expected.shape or tensor.dtype != expected.dtype:
+            raise CheckpointError(
+                f"tensor {name} is {list(tensor.shape)} {tensor.dtype}, announced as {list(expected.shape)} "
+                f"{expected.dtype}"
+            )
+
+    def verify(self) -> None:
+        """Read everything back and compare names, shapes, types and bytes.
+
+        Raises:
+            CheckpointError: the files do not hold what was written.
+        """
+        found = {stored.name: stored for file in self._files for stored in list_safetensors(self._folder / file)}
+        if set(found) != set(self._announced):
+            raise CheckpointError(
+                f"{len(found)} tensors in the files, {len(self._announced)} written",
+                where=str(self._folder),
+                fix="check the disk and export again",
+            )
+        for name, stored in found.items():
+            with safetensors.safe_open(stored.file, "pt") as opened:
+                tensor = opened.get_tensor(name)
+            self._check(name, tensor)
+            if zlib.crc32(_bytes_of(tensor)) != self._checksums[name]:
+                raise CheckpointError(
+                    f"tensor {name} has other values than were written",
+                    where=str(stored.file),
+                    fix="check the disk and export again",
+                )
+
+
+def _assign_files(announced: Sequence[Announced], max_shard_bytes: int) -> dict[str, list[Announced]]:
+    files: list[list[Announced]] = [[]]
+    used = 0
+    for entry in announced:
+        if used and used + entry.num_bytes > max_shard_bytes:
+            files.append([])
+            used = 0
+        files[-1].append(entry)
+        used += entry.num_bytes
+    if len(files) == 1:
+        return {WEIGHTS_NAME: files[0]}
+    return {f"model-{number + 1:05d}-of-{len(files):05d}.safetensors": file for number, file in enumerate(files)}
+
+
+def _lay_out(entries: Sequence[Announced]) -> tuple[bytes, dict[str, int]]:
+    """Return the header of a file, and where the values of each tensor begin in it [bytes]."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    starts, end = {}, 0
+    for entry in sorted(entries, key=lambda entry: entry.name):
+        starts[entry.name], end = end, end + entry.num_bytes
+        offsets = [starts[entry.name], end]
+        header[entry.name] = {"dtype": _DTYPE_NAMES[entry.dtype], "shape": entry.shape, "data_offsets": offsets}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    begin = 8 + len(text)
+    return len(text).to_bytes(8, "little") + text, {name: begin + start for name, start in starts.items()}
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """Return the values as they are written, without a copy where they lie in order."""
+    return tensor.contiguous().flatten().view(torch.uint8).numpy().data
