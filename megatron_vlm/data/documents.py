@@ -55,13 +55,10 @@ class Document:
     Args:
         segments: text, images and control tokens.
         key: the name of the document in its corpus: a URL, an id, a tar key.
-        exact: the same document with every token of its sample, BOS and EOS included, where the source knows them;
-            variants are made of `segments`.
     """
 
     segments: tuple[Segment, ...]
     key: str = ""
-    exact: tuple[Segment, ...] | None = None
 
     @property
     def images(self) -> tuple[Image, ...]:

@@ -17,7 +17,8 @@ from typing import Literal
 from megatron_vlm.config import DataError
 from megatron_vlm.config.prepare import ImageLimits, ImageRules
 from megatron_vlm.data.documents import Image
-from megatron_vlm.data.images.decoding import decode_rgb, has_orientation, has_swapped_sides
+from megatron_vlm.data.images.decoding import decode_rgb, find_excess, has_orientation, has_swapped_sides
+from megatron_vlm.data.images.formats import GIF, JPEG, PNG, PNG_SIGNATURE, WEBP, find_format
 from megatron_vlm.data.rejects import RejectError
 
 MAX_SIDE = 65535
@@ -27,7 +28,6 @@ _JPEG_STANDALONE = frozenset([0x01, *range(0xD0, 0xD8)])
 _JPEG_FRAMES = frozenset([*range(0xC0, 0xD0)]) - {0xC4, 0xC8, 0xCC}
 # Baseline, extended and progressive, with Huffman or arithmetic coding; the others are lossless or hierarchical.
 _JPEG_DECODABLE = frozenset([0xC0, 0xC1, 0xC2, 0xC9, 0xCA])
-_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_CHUNK = struct.Struct(">I4s")
 _WEBP_ANIMATED = 0x02
 
@@ -91,29 +91,20 @@ def _decode(data: bytes, rules: ImageRules):
 
 
 def _find_reader(data: bytes) -> Callable[[bytes, ImageLimits], ImageFacts]:
-    if data.startswith(b"\xff\xd8"):
-        return _read_jpeg
-    if data.startswith(_PNG_SIGNATURE):
-        return _read_png
-    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
-        return _read_webp
-    if data.startswith((b"GIF87a", b"GIF89a")):
-        return _read_gif
-    raise RejectError("image_format", f"not a JPEG, PNG, WEBP or GIF; starts with {data[:12]!r}")
+    readers = {JPEG: _read_jpeg, PNG: _read_png, WEBP: _read_webp, GIF: _read_gif}
+    file_format = find_format(data)
+    if file_format is None:
+        raise RejectError("image_format", f"not a JPEG, PNG, WEBP or GIF; starts with {data[:12]!r}")
+    return readers[file_format]
 
 
 def _check_size(width: int, height: int, limits: ImageLimits) -> None:
     if not width or not height:
         raise RejectError("image_damaged", f"{width}x{height} pixels")
-    size, short, long = f"{width}x{height} pixels", min(width, height), max(width, height)
-    if width * height > limits.max_pixels:
-        raise RejectError("image_pixels", f"{size}, at most {limits.max_pixels} pixels are taken")
-    if short < limits.min_side:
-        raise RejectError("image_side", f"{size}, the shorter side must have at least {limits.min_side}")
-    if long > MAX_SIDE:
-        raise RejectError("image_side", f"{size}, a side must have at most {MAX_SIDE}")
-    if long > limits.max_aspect_ratio * short:
-        raise RejectError("image_aspect", f"{size}, the aspect ratio must be at most {limits.max_aspect_ratio:g}")
+    if excess := find_excess(width, height, limits):
+        raise RejectError(*excess)
+    if max(width, height) > MAX_SIDE:
+        raise RejectError("image_side", f"{width}x{height} pixels, a side must have at most {MAX_SIDE}")
 
 
 def _read_jpeg(data: bytes, limits: ImageLimits) -> ImageFacts:
@@ -147,7 +138,7 @@ def _read_jpeg(data: bytes, limits: ImageLimits) -> ImageFacts:
 
 
 def _read_png(data: bytes, limits: ImageLimits) -> ImageFacts:
-    view, position = memoryview(data), len(_PNG_SIGNATURE)
+    view, position = memoryview(data), len(PNG_SIGNATURE)
     size, animated, has_data = None, False, False
     while True:
         length, kind = _PNG_CHUNK.unpack_from(data, position)

@@ -7,15 +7,15 @@ import io
 import struct
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from megatron_vlm.config import DataError
 from megatron_vlm.config.prepare import ImageLimits
+from megatron_vlm.data.images.formats import FORMATS, JPEG, PNG, WEBP, find_format
 
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
+_FORMATS = tuple(one.name for one in FORMATS)
 _ORIENTATION_TAG = 0x0112
 _LYING = frozenset([5, 6, 7, 8])
 _JPEG_SCAN = b"\xda"
@@ -41,29 +41,6 @@ _DECODE_ERRORS = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class ImageHeader:
-    """What an image says about itself before it is decoded."""
-
-    format: str
-    """JPEG, PNG, WEBP or GIF."""
-    width: int
-    height: int
-
-
-def read_image_header(encoded: bytes, limits: ImageLimits | None = None) -> ImageHeader:
-    """Read format and size without decoding, and refuse what is outside `limits`.
-
-    Raises:
-        DataError: not one of the four formats by content, or outside the limits.
-    """
-    image = _open(encoded)
-    header = ImageHeader("JPEG" if image.format == "MPO" else str(image.format), image.width, image.height)
-    if limits is not None:
-        check_limits(header, limits)
-    return header
-
-
 def decode_rgb(encoded: bytes, *, limits: ImageLimits | None = None) -> Image.Image:
     """Decode one image at its own size: upright, RGB, transparent parts on white, the first frame of an animation.
 
@@ -71,7 +48,7 @@ def decode_rgb(encoded: bytes, *, limits: ImageLimits | None = None) -> Image.Im
         DataError: the bytes are no JPEG, PNG, WEBP or GIF, are damaged, or are outside the limits.
     """
     image = _open(encoded)
-    check_limits(ImageHeader(str(image.format), image.width, image.height), limits or ImageLimits())
+    check_limits(image.width, image.height, limits or ImageLimits())
     try:
         return _to_rgb(image)
     except _DECODE_ERRORS as error:
@@ -93,23 +70,26 @@ def _open(encoded: bytes) -> Image.Image:
         ) from None
 
 
-def check_limits(header: ImageHeader, limits: ImageLimits) -> None:
-    """Refuse an image by its header.
+def find_excess(width: int, height: int, limits: ImageLimits) -> tuple[str, str] | None:
+    """Return why an image is outside of the limits, as a reason of rejects and as text; None if it is not."""
+    size, short, long = f"{width}x{height} pixels", min(width, height), max(width, height)
+    if width * height > limits.max_pixels:
+        return "image_pixels", f"{size}, at most {limits.max_pixels} pixels are taken"
+    if short < limits.min_side:
+        return "image_side", f"{size}, the shorter side must have at least {limits.min_side}"
+    if long > limits.max_aspect_ratio * short:
+        return "image_aspect", f"{size}, the aspect ratio must be at most {limits.max_aspect_ratio:g}"
+    return None
+
+
+def check_limits(width: int, height: int, limits: ImageLimits) -> None:
+    """Refuse an image by its size [pixels].
 
     Raises:
-        DataError: it is outside the limits; names the limit.
+        DataError: it is outside of the limits; names the limit.
     """
-    short, long = sorted((header.width, header.height))
-    size = f"image of {header.width}x{header.height} pixels"
-    if header.width * header.height > limits.max_pixels:
-        raise DataError(f"{size} has more than {limits.max_pixels}", fix="leave the sample out, or raise the limit")
-    if short < limits.min_side:
-        raise DataError(f"{size} has a side below {limits.min_side}", fix="leave the sample out, or lower the limit")
-    if long > limits.max_aspect_ratio * short:
-        raise DataError(
-            f"{size} is longer than {limits.max_aspect_ratio:g} times its width or height",
-            fix="leave the sample out, or raise the limit",
-        )
+    if excess := find_excess(width, height, limits):
+        raise DataError(f"image of {excess[1]}", fix="leave the sample out, or change the limits")
 
 
 def has_orientation(encoded: bytes) -> bool:
@@ -117,11 +97,12 @@ def has_orientation(encoded: bytes) -> bool:
 
     Only segments and chunks are looked at: searching a whole file would take as long as resizing it.
     """
-    if encoded.startswith(b"\xff\xd8"):
+    file_format = find_format(encoded)
+    if file_format is JPEG:
         return any(encoded.startswith(_JPEG_METADATA, start + 4) for start in _jpeg_segments(encoded))
-    if encoded.startswith(b"\x89PNG"):
+    if file_format is PNG:
         return any(encoded.startswith(_PNG_METADATA, start + 4) for start in _png_chunks(encoded))
-    if encoded.startswith(b"RIFF"):
+    if file_format is WEBP:
         return encoded[12:16] == b"VP8X" and bool(encoded[20] & _WEBP_METADATA)
     return False
 

@@ -18,12 +18,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megatron_vlm.config.prepare import ImageLimits
-from megatron_vlm.data.images.decoding import ImageHeader, check_limits, decode_rgb, has_orientation, is_upright
+from megatron_vlm.data.images.decoding import check_limits, decode_rgb, has_orientation, is_upright
+from megatron_vlm.data.images.formats import JPEG, find_format
 
 Aspect = Literal["pad", "square", "resize"]
 
 _upsample = torch.ops.aten._upsample_bicubic2d_aa.default
-_JPEG_START = b"\xff\xd8\xff"
 # Adobe's other colour spaces need the handling that Pillow has.
 _PLAIN_JPEG = ("YCbCr", "Gray")
 
@@ -78,13 +78,13 @@ def _decode_jpeg(encoded: bytes, limits: ImageLimits) -> np.ndarray | None:
     Raises:
         DataError: the image is outside the limits.
     """
-    if not encoded.startswith(_JPEG_START):
+    if find_format(encoded) is not JPEG:
         return None
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(encoded)
     except ValueError:
         return None
-    check_limits(ImageHeader("JPEG", width, height), limits)
+    check_limits(width, height, limits)
     if colours not in _PLAIN_JPEG or (has_orientation(encoded) and not is_upright(encoded)):
         return None
     try:

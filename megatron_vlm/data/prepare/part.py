@@ -27,7 +27,7 @@ from megatron_vlm.data.shards.writer import ShardWriter
 from megatron_vlm.data.sources.image_store import FolderImages, ImageReader, ImageStore, RemoteImages, TarImages
 from megatron_vlm.data.sources.source import Found, Source
 from megatron_vlm.data.tasks.processes import Report
-from megatron_vlm.data.text.encoding import encode_document, encode_exact
+from megatron_vlm.data.text.encoding import encode_document
 from megatron_vlm.data.text.tokenizer import Tokenizer, load_tokenizer
 from megatron_vlm.platform.files.durable import flush_to_disk, storage_errors, write_durably
 
@@ -175,9 +175,6 @@ def _samples(found: Found, recipe: Recipe, tokenizer: Tokenizer) -> list[Encoded
 
 
 def _encode(document: Document, recipe: Recipe, tokenizer: Tokenizer) -> Iterator[EncodedSample]:
-    if document.exact is not None and recipe.variant == "full":
-        yield encode_exact(document.exact, tokenizer)
-        return
     documents = VARIANTS[recipe.variant](document)
     if not documents:
         raise RejectError("variant_empty", f"variant {recipe.variant} leaves nothing of the document")

@@ -1,7 +1,7 @@
-"""Prepared shards as WebDataset tars: the way back for other programs, and for `prepare interleaved`.
+"""Prepared shards as WebDataset tars, for other programs and for `prepare interleaved`.
 
-Each sample is `KEY.json`, with `texts`, `images`, `train` and `special`, and its images `KEY.0.jpg`, `KEY.1.png` and so
-on. The tars are the same bytes whenever and by however many processes they are written, and each is whole or not there.
+Each sample is `KEY.json`, with `texts`, `images` and `train`, and its images `KEY.0.jpg`, `KEY.1.png` and so on. The
+tars are the same bytes whenever and by however many processes they are written, and each is whole or not there.
 """
 
 import functools
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from megatron_vlm.config import ConfigError, DataError, UsageError
+from megatron_vlm.data.images.formats import find_format
 from megatron_vlm.data.samples import EncodedSample, ImageSegment
 from megatron_vlm.data.shards.dataset import ShardedDataset
 from megatron_vlm.data.tasks.processes import Engine, Report, run_tasks
@@ -24,7 +25,6 @@ from megatron_vlm.platform.files.locks import locked
 
 _STATE_FILE = ".export"  # locked while tars are written; no suffix: nothing that looks for tars or JSON finds it
 _REPORT_EVERY = 100
-_EXTENSIONS = {b"\xff\xd8": "jpg", b"\x89P": "png", b"RI": "webp", b"GI": "gif"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,68 +101,50 @@ def write_tar(job: ExportJob, fingerprint: str, number: int, path: Path, report:
 
 
 def describe_sample(sample: EncodedSample, tokenizer: Tokenizer) -> tuple[dict[str, list], dict[str, bytes]]:
-    """Return a sample as four lists, with one entry for each text and each image, and its image files by name.
+    """Return a sample as three lists, with one entry for each text and each image, and its image files by name.
 
-    Prepared again they give the same sample: `special` has "bos" or "eos" where a text is nothing else, and the names
-    of the pieces where encoding the text would give others.
+    `prepare interleaved --separator ""` makes samples of it with the same text, images and loss mask. These may differ:
+
+    - BOS and EOS are not part of a text. Prepared again, they stand at the ends of a sample, as its options say; those
+      between the turns of a conversation are gone.
+    - Other control tokens that no text spells are gone, and a piece that a template names, such as `<|im_end|>`,
+      becomes its characters, which are encoded as any text.
+    - Tokens that are not how the tokenizer encodes their text, half of a character for example.
 
     Args:
         sample: of the shards.
-        tokenizer: that of the shards.
+        tokenizer: the tokenizer of the shards.
 
     Raises:
-        DataError: an image is none.
+        DataError: an image is of no known format.
     """
-    record: dict[str, list] = {"texts": [], "images": [], "train": [], "special": []}
+    record: dict[str, list] = {"texts": [], "images": [], "train": []}
     files: dict[str, bytes] = {}
-
-    def add(text: str | None, image: str | None, train: bool, special: str | list[str] | None) -> None:
-        for name, value in zip(record, (text, image, train, special), strict=True):
-            record[name].append(value)
-
     before: list[int] = []  # the text that the next one continues
-    continuation = False  # as `encode_segments` has it
+    entry: tuple[str | None, str | None, bool]
     for segment in sample.segments:
         if isinstance(segment, ImageSegment):
             name = f"{len(files)}.{_extension(segment.encoded)}"
             files[name] = segment.encoded
-            before, continuation = [], False
-            add(None, name, False, None)
-            continue
-        for run in _runs(segment.input_ids.tolist(), tokenizer):
-            if run[0] in (tokenizer.bos_id, tokenizer.eos_id):
-                is_bos = run[0] == tokenizer.bos_id
-                continuation = bool(record["texts"]) or not is_bos
-                add("", None, segment.train, "bos" if is_bos else "eos")
+            before, entry = [], (None, name, False)
+        else:
+            ends = (tokenizer.bos_id, tokenizer.eos_id)
+            tokens = [token for token in segment.input_ids.tolist() if token not in ends]
+            # Decoded on its own, a text loses the blank that it may begin with; after what it continues, it does not.
+            text = tokenizer.decode(before + tokens)[len(tokenizer.decode(before)) :]
+            if not text:
                 continue
-            # Decoded alone, a text loses the blank that it may begin with; decoded with what it continues, it does not.
-            text = tokenizer.decode(before + run)[len(tokenizer.decode(before)) :]
-            is_exact = tokenizer.encode(text, continuation=continuation) == run
-            add(text, None, segment.train, None if is_exact else [tokenizer.piece(token) for token in run])
-            before, continuation = run, True
+            before, entry = tokens, (text, None, segment.train)
+        for values, value in zip(record.values(), entry, strict=True):
+            values.append(value)
     return record, files
 
 
-def _runs(input_ids: list[int], tokenizer: Tokenizer) -> Iterator[list[int]]:
-    """Yield text, and each BOS and EOS by itself."""
-    run: list[int] = []
-    for token in input_ids:
-        if token not in (tokenizer.bos_id, tokenizer.eos_id):
-            run.append(token)
-            continue
-        if run:
-            yield run
-        run = []
-        yield [token]
-    if run:
-        yield run
-
-
 def _extension(image: bytes) -> str:
-    extension = _EXTENSIONS.get(image[:2])
-    if extension is None:
+    file_format = find_format(image)
+    if file_format is None:
         raise DataError(f"image has an unknown format; starts with {image[:12]!r}", fix="check the shards: data verify")
-    return extension
+    return file_format.extension
 
 
 def _write_samples(

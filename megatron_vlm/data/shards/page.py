@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from megatron_vlm.config import UsageError
+from megatron_vlm.data.images.formats import find_format
 from megatron_vlm.data.samples import EncodedSample, ImageSegment
 from megatron_vlm.data.shards.dataset import ShardedDataset
 from megatron_vlm.data.text.tokenizer import Tokenizer
@@ -19,7 +20,6 @@ body { font-family: sans-serif; max-width: 60rem; margin: 2rem auto; line-height
 .text { white-space: pre-wrap; } h2 { font-size: 1rem; margin: 0 0 0.5rem; }
 """
 _WORD_BEGIN = "▁"
-_MIME = {b"\xff\xd8": "image/jpeg", b"\x89P": "image/png", b"GI": "image/gif", b"RI": "image/webp"}
 
 
 def choose_samples(count: int, *, number: int, seed: int | None, indices: Sequence[int] = ()) -> list[int]:
@@ -72,7 +72,8 @@ def _render_sample(index: int, sample: EncodedSample, tokenizer: Tokenizer, sour
     follows_text = False
     for segment in sample.segments:
         if isinstance(segment, ImageSegment):
-            mime = _MIME.get(segment.encoded[:2], "application/octet-stream")
+            file_format = find_format(segment.encoded)
+            mime = file_format.media_type if file_format else "application/octet-stream"
             data = base64.b64encode(segment.encoded).decode()
             follows_text = False
             body.append(f"<img alt='image of {len(segment.encoded)} bytes' src='data:{mime};base64,{data}'>")

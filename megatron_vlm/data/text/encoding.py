@@ -74,26 +74,6 @@ def encode_document(document: Document, tokenizer: Encoder, *, bos: bool = True,
     return EncodedSample(encode_segments((*opening, *segments, *closing), tokenizer))
 
 
-def encode_exact(segments: Iterable[Segment], tokenizer: Encoder) -> EncodedSample:
-    """Encode segments that are all there is of a sample, BOS and EOS included.
-
-    Raises:
-        RejectError: the tokenizer lacks a piece, or none is trained besides BOS and EOS.
-    """
-    segments = tuple(segments)
-    is_trained = False
-    for segment in segments:
-        if isinstance(segment, Special) and isinstance(segment.token, str):
-            if tokenizer.piece_id(segment.token) is None:
-                raise RejectError("unknown_piece", f"the tokenizer has no piece {segment.token!r}"[:200])
-            is_trained |= segment.train
-        elif isinstance(segment, Text) and segment.text:
-            is_trained |= segment.train
-    if not is_trained:
-        raise RejectError("nothing_to_train", "the document has no text that is trained")
-    return EncodedSample(encode_segments(segments, tokenizer))
-
-
 def _flush(encoded: list[TextSegment | ImageSegment], ids: list[int], train: bool) -> None:
     if ids:
         encoded.append(TextSegment(np.array(ids, dtype=np.int32), train))

@@ -10,13 +10,11 @@ from PIL.PngImagePlugin import PngInfo
 from megatron_vlm.config import DataError
 from megatron_vlm.config.prepare import ImageLimits
 from megatron_vlm.data.images.decoding import (
-    ImageHeader,
     check_limits,
     decode_rgb,
     has_orientation,
     has_swapped_sides,
     is_upright,
-    read_image_header,
 )
 
 
@@ -31,25 +29,19 @@ def make_photo(width: int, height: int) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF"])
-def test_format_is_recognised_by_content(kind):
-    header = read_image_header(encode(make_photo(40, 30), kind))
-    assert (header.format, header.width, header.height) == (kind, 40, 30)
-
-
 @pytest.mark.parametrize("encoded", [b"", b"<html>", encode(make_photo(8, 8), "BMP")])
-def test_header_of_something_else_is_refused(encoded):
+def test_something_else_is_refused(encoded):
     with pytest.raises(DataError, match="not a JPEG, PNG, WEBP or GIF"):
-        read_image_header(encoded)
+        decode_rgb(encoded)
 
 
 @pytest.mark.parametrize(
     ("width", "height", "message"),
-    [(8000, 8000, "more than 50000000"), (3, 9, "a side below 4"), (9, 400, "longer than 20 times")],
+    [(8000, 8000, "at most 50000000"), (3, 9, "at least 4"), (9, 400, "at most 20")],
 )
 def test_limits_name_what_is_wrong(width, height, message):
-    with pytest.raises(DataError, match=f"image of {width}x{height} pixels .*{message}"):
-        check_limits(ImageHeader("PNG", width, height), ImageLimits())
+    with pytest.raises(DataError, match=f"image of {width}x{height} pixels, .*{message}"):
+        check_limits(width, height, ImageLimits())
 
 
 def test_decode_rgb_keeps_the_size():

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from megatron_vlm.config import DataError
-from megatron_vlm.config.prepare import ImageLimits
-from megatron_vlm.data.images.decoding import decode_rgb, read_image_header
+from megatron_vlm.data.images.decoding import decode_rgb
 from megatron_vlm.data.loading import pixels
 from megatron_vlm.data.loading.pixels import decode_image
 
@@ -185,12 +184,10 @@ def test_truncated_image_is_refused(kind):
 
 
 @pytest.mark.parametrize(
-    ("shape", "message"), [((400, 10), "longer than 20 times"), ((1, 1), "a side below 4"), ((10, 400), "longer than")]
+    ("shape", "message"), [((400, 10), "at most 20"), ((1, 1), "at least 4"), ((10, 400), "at most 20")]
 )
-def test_header_outside_the_limits_is_refused(shape, message):
+def test_an_image_outside_of_the_limits_is_refused(shape, message):
     encoded = encode(Image.new("RGB", shape))
-    with pytest.raises(DataError, match=message):
-        read_image_header(encoded, ImageLimits())
     with pytest.raises(DataError, match=message):
         decode(encoded)
 
@@ -198,7 +195,7 @@ def test_header_outside_the_limits_is_refused(shape, message):
 def test_huge_image_is_refused_from_its_header():
     encoded = encode(Image.new("1", (12000, 9000)))
     started = time.perf_counter()
-    with pytest.raises(DataError, match="12000x9000 pixels has more than 50000000"):
+    with pytest.raises(DataError, match="12000x9000 pixels, at most 50000000"):
         decode(encoded)
     assert time.perf_counter() - started < 0.1
 

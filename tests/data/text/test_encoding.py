@@ -5,7 +5,7 @@ from megatron_vlm.config import ConfigError
 from megatron_vlm.data.documents import Control, Document, Image, Special, Text
 from megatron_vlm.data.rejects import RejectError
 from megatron_vlm.data.samples import ImageSegment
-from megatron_vlm.data.text.encoding import encode_document, encode_exact, encode_segments
+from megatron_vlm.data.text.encoding import encode_document, encode_segments
 
 IMAGE = Image(b"picture")
 
@@ -70,22 +70,3 @@ def test_special_piece_that_the_tokenizer_lacks_is_refused(tokenizer):
 def test_document_without_trained_text_is_rejected(tokenizer, segments):
     with pytest.raises(RejectError, match="nothing_to_train"):
         encode_document(Document(segments), tokenizer)
-
-
-def test_exact_segments_are_all_there_is_of_a_sample(tokenizer):
-    sample = encode_exact((Special(Control.BOS, False), Text("a cat"), Special("<|im_end|>")), tokenizer)
-    assert flat(sample.segments) == [
-        ([1], False),
-        ([*tokenizer.encode("a cat"), *tokenizer.encode("<|im_end|>")[-1:]], True),
-    ]
-
-
-@pytest.mark.parametrize("segments", [(), (IMAGE,), (Text("a", False),), (IMAGE, Special(Control.EOS))])
-def test_exact_segments_without_a_trained_piece_are_rejected(tokenizer, segments):
-    with pytest.raises(RejectError, match="nothing_to_train"):
-        encode_exact(segments, tokenizer)
-
-
-def test_a_piece_of_another_tokenizer_is_a_reject(tokenizer):
-    with pytest.raises(RejectError, match="unknown_piece: the tokenizer has no piece '<.eot_id.>'"):
-        encode_exact((Text("a"), Special("<|eot_id|>")), tokenizer)

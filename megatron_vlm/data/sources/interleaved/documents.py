@@ -2,12 +2,11 @@
 
 import base64
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from megatron_vlm.config.prepare import TextRules
 from megatron_vlm.config.sources.interleaved import InterleavedRules
-from megatron_vlm.data.documents import Document, Image, Segment, Special, Text, clean_text
+from megatron_vlm.data.documents import Document, Image, Segment, Text, clean_text
 from megatron_vlm.data.files.records import field
 from megatron_vlm.data.rejects import RejectError
 from megatron_vlm.data.sources.image_store import ImageReader
@@ -19,14 +18,6 @@ FindImage = Callable[[dict[str, Any]], Image]
 """Returns the checked image of an entry of `image_info`."""
 LoadImage = Callable[[], Image]
 """Returns one checked image, or raises RejectError."""
-
-
-@dataclass(frozen=True, slots=True)
-class ExactText:
-    """A text with the tokens that it is in the sample, which the encoding of the text alone does not give."""
-
-    text: Text
-    tokens: tuple[Special, ...]
 
 
 def matched_document(
@@ -78,12 +69,7 @@ def matched_document(
 
 
 def placed_document(
-    places: Sequence[Text | ExactText | LoadImage],
-    key: str,
-    rules: InterleavedRules,
-    images: ImageReader,
-    *,
-    exact: bool = False,
+    places: Sequence[Text | LoadImage], key: str, rules: InterleavedRules, images: ImageReader
 ) -> Document:
     """Put text and images where they stand; of the images, the first ones are kept, which are listed in this order.
 
@@ -92,37 +78,24 @@ def placed_document(
         key: of the document.
         rules: what is taken.
         images: counts what is left out.
-        exact: whether the places are all there is of a sample, BOS and EOS included. Where the rules leave something
-            out, the rest is a document as any other.
 
     Raises:
         RejectError: a text or an image is not taken, or there are too few images.
     """
     if rules.want_matches:
         raise RejectError("json_type", "the record matches no images and sentences, as the options want it")
-    texts = [place.text if isinstance(place, ExactText) else place for place in places if not callable(place)]
-    pieces = [token for place in places if isinstance(place, ExactText) for token in place.tokens]
+    texts = [place for place in places if isinstance(place, Text)]
     _check_length(sum(len(text.text) for text in texts), rules.text)
-    _check_length(sum(len(piece.token) for piece in pieces if isinstance(piece.token, str)), rules.text)
     _check_listed(len(places) - len(texts))
     taker = _ImageTaker(rules, images)
     segments: list[Segment] = []
-    tokens: list[Segment] = []
     for place in places:
-        if isinstance(place, ExactText):
-            tokens += place.tokens
-            if place.text.text:
-                segments.append(_cleaned(place.text, rules))
-            continue
-        segment = _cleaned(place, rules) if isinstance(place, Text) else taker.take(place)
-        if segment is None:
-            exact = False
-        else:
-            segments.append(segment)
-            tokens.append(segment)
+        if isinstance(place, Text):
+            segments.append(Text(clean_text(place.text, rules.text), place.train))
+        elif (image := taker.take(place)) is not None:
+            segments.append(image)
     taker.check_enough()
-    kept = _without_tail(segments, rules)
-    return Document(tuple(kept), key=key, exact=tuple(tokens) if exact and len(kept) == len(segments) else None)
+    return Document(tuple(_without_tail(segments, rules)), key=key)
 
 
 def pair_up(texts: list[Any], images: list[Any], train: list[Any] | None = None) -> list[Text | Any]:
@@ -199,10 +172,6 @@ class _ImageTaker:
             raise RejectError(
                 "too_few_images", f"{self._num_taken} images, at least {self._rules.min_images} are wanted"
             )
-
-
-def _cleaned(text: Text, rules: InterleavedRules) -> Text:
-    return Text(clean_text(text.text, rules.text), text.train)
 
 
 def _matched_index(info: Any, num_sentences: int) -> int:

@@ -6,14 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_vlm.config.sources.interleaved import InterleavedRules
-from megatron_vlm.data.documents import Control, Document, Image, Special, Text
+from megatron_vlm.data.documents import Document, Image, Text
 from megatron_vlm.data.files.locations import Location
 from megatron_vlm.data.files.records import field, parse_record
 from megatron_vlm.data.files.tars import IMAGE_EXTENSIONS, Member, TarReader, group_members, list_members
 from megatron_vlm.data.rejects import RejectError
 from megatron_vlm.data.sources.image_store import ImageReader
 from megatron_vlm.data.sources.interleaved.documents import (
-    ExactText,
     LoadImage,
     find_listed_image,
     matched_document,
@@ -23,7 +22,6 @@ from megatron_vlm.data.sources.interleaved.documents import (
 from megatron_vlm.data.sources.source import Found
 
 _TEXT_EXTENSION = "txt"
-_CONTROLS = {control.value: control for control in Control}
 _NUMBERED = re.compile(rf"(?:(\d+)\.)?({'|'.join((*IMAGE_EXTENSIONS, _TEXT_EXTENSION))})")
 
 
@@ -34,9 +32,8 @@ class InterleavedTarSource:
     A key is one of:
 
     - `KEY.json` with `texts` and `images`, two lists of which exactly one has something at each place; an image is the
-      file `KEY.<image>`, for example "0.jpg". A list `train` may say which texts are trained. A list `special`, as
-      `data export` writes it, says that the places are all there is of a sample: nothing is joined, and BOS and EOS
-      stand where it has "bos" and "eos"; a list of names at a text stands for exactly these pieces.
+      file `KEY.<image>`, for example "0.jpg". A list `train` may say which texts are trained, as `data export` writes
+      it.
     - `KEY.json` with `sequence`, one list: `{"text": ...}` or `{"image": ...}`, or a string, which is an image if a
       file of the key is called so.
     - `KEY.json` as MMC4 has it, `text_list` and `image_info`, images as files of the key, base64 or in --images;
@@ -95,11 +92,7 @@ class _Sample:
             return self._place([self._entry(entry) for entry in field(record, "sequence", list)])
         train = field(record, "train", list) if record.get("train") is not None else None
         found = pair_up(field(record, "texts", list), field(record, "images", list), train)
-        places = [place if isinstance(place, Text) else self._image(place) for place in found]
-        if record.get("special") is None:
-            return self._place(places)
-        marked = _mark(places, field(record, "special", list))
-        return placed_document(marked, self._key, self._rules, self._images, exact=True)
+        return self._place([place if isinstance(place, Text) else self._image(place) for place in found])
 
     def _place(self, places: list[Text | LoadImage]) -> Document:
         return placed_document(places, self._key, self._rules, self._images)
@@ -163,32 +156,6 @@ class _Sample:
             return self._tar.read(member, 4 * self._rules.text.max_characters, "text_too_long").decode()
         except UnicodeDecodeError as error:
             raise RejectError("invalid_utf8", f"byte {error.start} of {member.name[:200]}") from None
-
-
-def _mark(places: list[Text | LoadImage], special: list[Any]) -> list[Text | ExactText | LoadImage]:
-    """Return the places with the tokens that `special` names."""
-    if len(special) != len(places):
-        raise RejectError("json_type", f"lists differ in length: {len(places)} texts, {len(special)} special")
-    marked: list[Text | ExactText | LoadImage] = []
-    for place, entry in zip(places, special, strict=True):
-        if entry is None:
-            marked.append(place)
-            continue
-        is_control = isinstance(entry, str) and entry in _CONTROLS
-        names = [_CONTROLS[entry]] if is_control else entry
-        if not isinstance(place, Text) or not isinstance(names, list) or not names or not all(map(_is_name, names)):
-            raise RejectError("json_type", f"special has {entry!r}"[:200])
-        if is_control and place.text:
-            raise RejectError("json_type", f"special has {entry!r}"[:200])
-        marked.append(ExactText(place, tuple(Special(name, place.train) for name in names)))
-    return marked
-
-
-def _is_name(value: Any) -> bool:
-    if not isinstance(value, str):
-        return isinstance(value, Control)
-    # Half of a surrogate pair is no character, and SentencePiece takes none.
-    return value != "" and not any("\ud800" <= sign <= "\udfff" for sign in value)
 
 
 def _as_mmc4(record: dict[str, Any]) -> dict[str, Any]:

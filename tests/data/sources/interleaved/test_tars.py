@@ -6,7 +6,7 @@ import pytest
 
 from megatron_vlm.config.prepare import ImageRules, TextRules
 from megatron_vlm.config.sources.interleaved import InterleavedRules
-from megatron_vlm.data.documents import Control, Image, Special, Text
+from megatron_vlm.data.documents import Text
 from megatron_vlm.data.files.join_index import save_join_index
 from megatron_vlm.data.sources.image_store import ImageReader, TarImages, index_tar
 from megatron_vlm.data.sources.interleaved.tars import InterleavedTarSource
@@ -62,27 +62,6 @@ def test_train_says_which_texts_are_targets(tmp_path, make_tar, pictures, reader
     path = make_tar(tmp_path / "0.tar", [("k.json", json.dumps(record).encode()), ("k.0.jpg", pictures["A"])])
     (found,) = InterleavedTarSource((path,)).read(path, reader)
     assert [s for s in found.document.segments if isinstance(s, Text)] == [Text("q", False), Text("a", True)]
-
-
-def test_special_says_which_tokens_there_are_besides_the_texts(tmp_path, make_tar, pictures, reader):
-    record = {
-        "texts": ["", "a", None, "one", "", "b"],
-        "images": [None, None, "0.jpg", None, None, None],
-        "train": [False, False, False, True, True, False],
-        "special": ["bos", None, None, ["on", "e"], "eos", None],
-    }
-    members = [("k.json", json.dumps(record).encode()), ("k.0.jpg", pictures["A"])]
-    source = InterleavedTarSource((make_tar(tmp_path / "0.tar", members),))
-    (found,) = source.read(source.inputs[0], reader)
-    picture = Image(pictures["A"], found.document.images[0].size)
-    assert found.document.segments == (Text("a", False), picture, Text("one", True), Text("b", False))
-    assert found.document.exact == (
-        *(Special(Control.BOS, False), Text("a", False), picture, Special("on"), Special("e")),
-        *(Special(Control.EOS), Text("b", False)),
-    )
-    for rules in ({"max_images": 1}, {"max_images": 0, "min_images": 0}, {"text_after_last_image": "drop"}):
-        (found,) = InterleavedTarSource(source.inputs, InterleavedRules(**rules)).read(source.inputs[0], reader)
-        assert (found.document.exact is None) == (rules != {"max_images": 1})
 
 
 def test_sequence_mixes_names_and_text_in_one_list(read):
@@ -177,16 +156,6 @@ PLAIN = {"texts": ["t", None], "images": [None, "0.jpg"]}
         ([("k.json", PLAIN | {"train": [True]})], "json_type"),
         ([("k.json", PLAIN | {"train": ["yes", True]}), ("k.0.jpg", "A")], "json_type"),
         ([("k.json", PLAIN | {"train": 1})], "json_type"),
-        ([("k.json", PLAIN | {"special": [None]}), ("k.0.jpg", "A")], "json_type"),
-        ([("k.json", PLAIN | {"special": "bos"}), ("k.0.jpg", "A")], "json_type"),
-        ([("k.json", PLAIN | {"special": ["pad", None]}), ("k.0.jpg", "A")], "json_type"),
-        ([("k.json", PLAIN | {"special": [[""], None]}), ("k.0.jpg", "A")], "json_type"),
-        ([("k.json", PLAIN | {"special": [[7], None]}), ("k.0.jpg", "A")], "json_type"),
-        ([("k.json", PLAIN | {"special": [None, "eos"]}), ("k.0.jpg", "A")], "json_type"),
-        ([("k.json", PLAIN | {"special": [[], None]}), ("k.0.jpg", "A")], "json_type"),
-        ([("k.json", PLAIN | {"special": ["bos", None]}), ("k.0.jpg", "A")], "json_type"),
-        ([("k.json", PLAIN | {"special": [["\ud800"], None]}), ("k.0.jpg", "A")], "json_type"),
-        ([("k.json", PLAIN | {"special": [["t" * 500_001], None]}), ("k.0.jpg", "A")], "text_too_long"),
         ([("k.json", {"sequence": [3]})], "json_type"),
         ([("k.json", {"sequence": [{"text": "a", "image": "0.jpg"}]})], "json_type"),
         ([("k.json", {"sequence": "a"})], "json_type"),

@@ -1,0 +1,31 @@
+"""Which kind of image a file is, by its first bytes; names of files and what servers say are often wrong."""
+
+from typing import Literal, NamedTuple
+
+
+class ImageFormat(NamedTuple):
+    """A kind of image file."""
+
+    name: Literal["JPEG", "PNG", "WEBP", "GIF"]
+    """As Pillow spells it."""
+    extension: str
+    media_type: str
+
+
+JPEG = ImageFormat("JPEG", "jpg", "image/jpeg")
+PNG = ImageFormat("PNG", "png", "image/png")
+WEBP = ImageFormat("WEBP", "webp", "image/webp")
+GIF = ImageFormat("GIF", "gif", "image/gif")
+FORMATS = (JPEG, PNG, WEBP, GIF)
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+
+
+def find_format(data: bytes) -> ImageFormat | None:
+    """Return the kind of an image file; None if it is not one that can be read here."""
+    if data.startswith(b"\xff\xd8"):
+        return JPEG
+    if data.startswith(PNG_SIGNATURE):
+        return PNG
+    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
+        return WEBP
+    return GIF if data.startswith((b"GIF87a", b"GIF89a")) else None
