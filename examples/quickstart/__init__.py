@@ -1,1 +1,1 @@
-"""The whole path on real input: prepare, train on 4 processes, kill, resume, convert, evaluate, report."""
+"""What run.sh needs beside the `megatron-vlm` commands: raw corpora, a kill, a comparison of logits, the bars."""

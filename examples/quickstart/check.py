@@ -1,8 +1,8 @@
-"""Hold what the quickstart found against its bars, print it and write `summary.json`.
+"""Check the results of the quickstart against its bars, print them and write `summary.json`.
 
     python -m quickstart.check OUTPUT [--smoke]
 
-The exit code is 0 only if every bar is met. A smoke run is too short to be held against the bars of accuracy.
+The exit code is 0 only if every bar is met. A smoke run is too short for the two bars on accuracy.
 """
 
 import argparse
@@ -25,20 +25,20 @@ STAGES = ("align", "pretrain", "sft")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResumeCheck:
-    """Losses and gradient norms of a killed and resumed run beside those of an uninterrupted one."""
+    """A killed and resumed run compared with an uninterrupted one."""
 
     killed_after: int  # last iteration that the killed run logged
-    resumed_from: int  # iteration of the checkpoint that the second start began with
-    iterations_compared: int  # those that the uninterrupted run shares with the other one
-    iterations_different: tuple[int, ...]  # those in which loss or gradient norm differ in any bit
-    bit_equal: bool  # it resumed, something was compared on both sides of the kill, and nothing differed
+    resumed_from: int  # iteration of the checkpoint that was resumed
+    iterations_compared: int  # iterations that both runs have
+    iterations_different: tuple[int, ...]  # iterations whose loss or gradient norm differs in any bit
+    bit_equal: bool  # the run resumed, iterations on both sides of the kill were compared, and none differs
 
 
 def check_resume(straight: Sequence[Record], killed: Sequence[Record], final: Sequence[Record]) -> ResumeCheck:
     """Compare loss and gradient norm, to the last bit, over all iterations of the uninterrupted run.
 
-    `killed` holds the records that the killed run had written when it died. They are also among those of `final`, the
-    same folder after the second start, with the same seconds: what differs is from the second start.
+    `killed` holds the records written before the kill and `final` those in the same folder after the resumed run, which
+    keeps the earlier ones up to its checkpoint. A record that differs, in its seconds at least, was written after it.
     """
     first = {record["iteration"]: record for record in killed}
     resumed = [record for record in final if first.get(record["iteration"]) != record]
@@ -63,7 +63,7 @@ def _bits(record: Record) -> tuple[str, str]:
 
 
 def guess(training: Sequence[tuple[str, str, int]], test: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Return the accuracy of two ways to answer without a picture, both learned from the training split."""
+    """Return the accuracy of two strategies that answer without looking, both learned from the training split."""
     overall = Counter(answer for _, answer, _ in training)
     by_text: dict[str, Counter[str]] = defaultdict(Counter)
     for text, answer, _ in training:
@@ -79,7 +79,7 @@ def guess(training: Sequence[tuple[str, str, int]], test: Sequence[dict[str, Any
 
 
 def _mode(counts: Counter[str]) -> str:
-    # Ties go to the first in the alphabet, so that the figure does not depend on the order of the file.
+    # The alphabetically first answer wins a tie, so that the figure does not depend on the order of the file.
     return min(counts, key=lambda answer: (-counts[answer], answer))
 
 
@@ -96,7 +96,7 @@ def accuracy_by_kind(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
 def check_bars(
     *, accuracy: float, blind: float, resume: ResumeCheck, exit_code: int, difference: float, smoke: bool
 ) -> list[dict[str, Any]]:
-    """Return name, required and found value of every bar, and whether it is met."""
+    """Return the name of each bar, the required value, the value found, and whether the bar is met."""
     compared, different = resume.iterations_compared, len(resume.iterations_different)
     equal = f"{compared - different} of {compared} iterations"
     bars = [
@@ -116,7 +116,7 @@ def check_bars(
 
 
 def summarise(output: Path, *, smoke: bool) -> dict[str, Any]:
-    """Read what the steps left in the folder of a quickstart and return the content of summary.json."""
+    """Return the content of summary.json, from the files that the steps of a quickstart wrote."""
     kill = _read(output / "pretrain_killed.json")
     own, other = _read(output / "evaluate.json"), _read(output / "evaluate_another_picture.json")
     runs = {name: read_run(output / name) for name in (*STAGES, "pretrain_straight")}
@@ -155,7 +155,7 @@ def _read(path: Path) -> Any:
 
 
 def describe(summary: dict[str, Any], output: Path) -> str:
-    """Return the summary as lines for a person."""
+    """Return the summary as lines of text."""
     controls = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in summary["controls"].items())
     packing = ", ".join(f"{name} {value:.1%}" for name, value in summary["packing_utilisation"].items())
     return "\n".join(
@@ -177,7 +177,7 @@ def main() -> int:
     """Check, write and print; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
-    parser.add_argument("--smoke", action="store_true", help="the accuracy is measured but held against no bar")
+    parser.add_argument("--smoke", action="store_true", help="skip the bars on accuracy")
     args = parser.parse_args()
     summary = summarise(args.output, smoke=args.smoke)
     (args.output / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")

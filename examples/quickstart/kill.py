@@ -1,9 +1,9 @@
-"""Start a training, kill one of its ranks with signal 9 in the middle of it, and keep what was found.
+"""Start a training run, kill one of its ranks with signal 9, and record how the job ended.
 
     python -m quickstart.kill RUN --rank 1 --after 120 --facts FILE -- megatron-vlm train ...
 
-A run folder that is there is removed first. FILE gets the exit code of the job, the seconds that it took to end, and
-the metrics that the run had written when it died.
+The run folder is removed first if it exists. FILE receives the exit code of the job, the seconds it took to end, and
+the metrics that had been written by then.
 """
 
 import argparse
@@ -22,22 +22,23 @@ _SECONDS_TO_DIE = 120.0
 
 
 def find_rank(launcher: int, rank: int) -> int | None:
-    """Return the process id of a rank that this launcher started; None where there is none."""
+    """Return the process id of a rank started by this launcher, or None."""
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
             if parent == launcher and f"RANK={rank}".encode() in (folder / "environ").read_bytes().split(b"\0"):
                 return int(folder.name)
         except OSError:
-            continue  # it has ended meanwhile, or belongs to somebody else
+            continue  # the process has ended, or belongs to another user
     return None
 
 
 def kill_rank(command: list[str], run: Path, *, rank: int, after: int) -> dict:
-    """Run a command, kill a rank of it when `after` iterations are done, and return what happened.
+    """Run a command, kill one of its ranks after `after` iterations, and return how it ended.
 
     Raises:
-        RuntimeError: the command ended before the kill, or did not end after it.
+        SystemExit: the command ended too early.
+        subprocess.TimeoutExpired: the command did not end after the kill.
     """
     process = subprocess.Popen(command)
     try:
@@ -45,7 +46,7 @@ def kill_rank(command: list[str], run: Path, *, rank: int, after: int) -> dict:
             time.sleep(0.2)
         victim = find_rank(process.pid, rank)
         if victim is None:
-            raise RuntimeError(f"the run ended before iteration {after}, where rank {rank} was to be killed")
+            sys.exit(f"error: the run ended before iteration {after}, at which rank {rank} was to be killed")
         os.kill(victim, signal.SIGKILL)
         start = time.monotonic()
         print(f"kill -9 {victim}: rank {rank} at iteration {after}", flush=True)
@@ -60,7 +61,7 @@ def kill_rank(command: list[str], run: Path, *, rank: int, after: int) -> dict:
 
 
 def main() -> None:
-    """Kill and write the facts."""
+    """Parse the command line, kill, and write the facts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     parser.add_argument("--rank", type=int, required=True)
@@ -68,7 +69,7 @@ def main() -> None:
     parser.add_argument("--facts", type=Path, required=True)
     parser.add_argument("command", nargs="+")
     args = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the training is ended, too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends the training run, too
     shutil.rmtree(args.run, ignore_errors=True)
     facts = kill_rank(args.command, args.run, rank=args.rank, after=args.after)
     args.facts.write_text(json.dumps(facts))

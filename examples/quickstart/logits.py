@@ -1,10 +1,10 @@
-"""Logits of a checkpoint beside those of its export in transformers, each computed in a process of its own.
+"""Compare the logits of a checkpoint with those of its export in transformers, each computed in its own process.
 
     python -m quickstart.logits write CHECKPOINT TEST_JSON NPZ
     python -m quickstart.logits compare EXPORTED_FOLDER NPZ RESULT_JSON
 
-The second process imports nothing of our model: it reads the pictures with the exported processor and the weights with
-`LlavaForConditionalGeneration.from_pretrained`.
+The second process imports none of our model code: it reads the pictures with the exported processor and loads the
+weights with `LlavaForConditionalGeneration.from_pretrained`.
 """
 
 import json
@@ -21,7 +21,7 @@ _MAX_IMAGES = 3
 
 
 def choose_samples(items: Sequence[dict[str, Any]], count: int = NUM_SAMPLES) -> list[tuple[list[str], str]]:
-    """Return pictures and question of each sample: in turn 1, 2 and 3 different test pictures, over the whole split."""
+    """Return pictures and question of each sample: 1, 2 or 3 test pictures in turn, from across the whole split."""
     pictures = list(dict.fromkeys(item["image"] for item in items))
     samples = []
     for number in range(count):
@@ -34,7 +34,7 @@ def choose_samples(items: Sequence[dict[str, Any]], count: int = NUM_SAMPLES) ->
 
 
 def write_logits(checkpoint: str, test: Path, output: Path) -> None:
-    """Run our model on the samples and keep token ids, picture files and logits."""
+    """Run our model on the samples and write token ids, picture files and logits."""
     from megatron_vlm.platform.device import prepare_process
 
     prepare_process()

@@ -2,8 +2,8 @@
 # The whole path on real data, on this machine: download, prepare, train on 4 processes, kill, resume, convert, evaluate.
 #   bash examples/quickstart/run.sh            about 20 minutes on 2 cores
 #   bash examples/quickstart/run.sh --smoke    the same path on 2 processes in 2 minutes, too short to be accurate
-# Run again, it goes on where it stopped. --fresh starts over, and --output DIR writes elsewhere than runs/quickstart.
-# The environment is .venv, which is made first where it is missing; --installed uses the megatron-vlm on the PATH instead.
+# Run it again and it continues where it stopped; --fresh starts over. --output DIR replaces runs/quickstart.
+# It makes the environment .venv if there is none; with --installed it uses the megatron-vlm on the PATH instead.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
@@ -21,13 +21,13 @@ while [ "$#" -gt 0 ]; do
   shift
 done
 
-# The real run and the smoke run differ in nothing but this.
+# The only differences between the real run and the smoke run.
 if [ -z "$smoke" ]; then
   output="${output:-runs/quickstart}" processes=4 kill_after=120 straight_iterations=140
   align=() pretrain=() sft=()
 else
   output="${output:-runs/quickstart-smoke}" processes=2 kill_after=7 straight_iterations=10
-  # Most of so short a run is the start of its processes: half as many take half the time.
+  # Starting processes takes most of the time of such a short run, so it has half as many.
   align=(parallel.pipeline_model_parallel_size=1 training.train_iters=5)
   pretrain=(parallel.pipeline_model_parallel_size=1 training.train_iters=12 checkpoint.save_interval=5)
   sft=(parallel.pipeline_model_parallel_size=1 training.train_iters=8)
@@ -44,7 +44,7 @@ if [ -n "$fresh" ] && [ -d "$output" ]; then
 fi
 mkdir -p "$output/done" "$output/logs"
 
-# The YAML files name runs/quickstart; for another folder they are copied with its name in them.
+# The YAML files name runs/quickstart. For another folder, copies of them name that one.
 configs=examples/quickstart
 if [ "$output" != runs/quickstart ]; then
   configs="$output/configs"
@@ -55,12 +55,12 @@ if [ "$output" != runs/quickstart ]; then
 fi
 settings="$(cat "$configs"/*.yaml | cksum) $smoke"
 if [ "$(cat "$output/settings" 2>/dev/null || printf '%s' "$settings")" != "$settings" ]; then
-  printf 'error: %s was begun with other settings; start over with --fresh, or choose another --output\n' "$output" >&2
+  printf 'error: %s holds a run with other settings; start over with --fresh, or choose another --output\n' "$output" >&2
   exit 64
 fi
 printf '%s' "$settings" >"$output/settings"
 
-# step NAME COMMAND...: run a command once, and keep its output in a log.
+# step NAME COMMAND...: run a command unless it is done, and keep its output in a log.
 step() {
   local name="$1" begin="$SECONDS" code=0
   shift
@@ -71,16 +71,16 @@ step() {
   printf '[%s] %s\n' "$name" "$*"
   "$@" 2>&1 | tee -ia "$output/logs/$name.log" || code="$?"
   if [ "$code" -ne 0 ]; then
-    printf '[%s] ended with exit code %d; log: %s; run again to go on\n' "$name" "$code" "$output/logs/$name.log" >&2
+    printf '[%s] ended with exit code %d; log: %s; run the script again to continue\n' "$name" "$code" "$output/logs/$name.log" >&2
     exit "$code"
   fi
   printf '%d\n' "$((SECONDS - begin))" >"$output/done/$name"
 }
 
-# Raw data: easy-vqa written as COYO, MMC4 and LLaVA files, and a SentencePiece model.
+# Raw data: easy-vqa as COYO, MMC4 and LLaVA files, and a SentencePiece model.
 step corpora python -m quickstart.corpora "$output" $smoke
 
-# Raw data to shards. A small model has better use for its tokens than the same system prompt in every conversation.
+# Raw data to shards; no system prompt, because a small model has better uses for its tokens.
 step prepare_coyo megatron-vlm prepare pairs --input "$output/raw/coyo" \
   --output "$output/data/coyo" --tokenizer "$output/tokenizer.model"
 step prepare_mmc4 megatron-vlm prepare interleaved --input "$output/raw/mmc4" --images "$output/raw/mmc4/images" \
@@ -95,8 +95,8 @@ done
 # Stage 1.
 step align megatron-vlm train "$configs/align.yaml" "${align[@]}" --nproc-per-node "$processes"
 
-# Stage 2, three times: its beginning without an interruption; then with one rank killed by kill -9; then the same
-# command once more, which resumes. Its losses must equal those of the uninterrupted run in every bit.
+# Stage 2 runs three times: its first iterations uninterrupted; then with one rank killed by kill -9; then the same
+# command again, which resumes. Its losses must equal those of the uninterrupted run bit for bit.
 step pretrain_straight megatron-vlm train "$configs/pretrain.yaml" "${pretrain[@]}" --nproc-per-node "$processes" \
   run_dir="$output/pretrain_straight" training.exit_iteration="$straight_iterations"
 step pretrain_killed python -m quickstart.kill "$output/pretrain" --rank 1 --after "$kill_after" \
@@ -107,12 +107,12 @@ step pretrain megatron-vlm train "$configs/pretrain.yaml" "${pretrain[@]}" --npr
 # Stage 3.
 step sft megatron-vlm train "$configs/sft.yaml" "${sft[@]}" --nproc-per-node "$processes"
 
-# Export to Hugging Face, and the logits of both sides.
+# Export to Hugging Face, and compare the logits on both sides.
 step convert megatron-vlm convert to-hf "$output/sft" --format llava --output "$output/huggingface"
 step logits_here python -m quickstart.logits write "$output/sft" "$output/raw/test.json" "$output/logits.npz"
 step logits_transformers python -m quickstart.logits compare "$output/huggingface" "$output/logits.npz" "$output/logits.json"
 
-# All questions of the test split; then the same questions, each about a wrong picture.
+# All questions of the test split; then the same questions, each with a wrong picture.
 step evaluate megatron-vlm evaluate "$output/sft" --task vqa --questions "$output/raw/test.json" \
   --system none --max-new-tokens 4 --output "$output/evaluate.json"
 step evaluate_another_picture megatron-vlm evaluate "$output/sft" --task vqa --questions "$output/raw/test.json" \

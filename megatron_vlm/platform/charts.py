@@ -1,6 +1,6 @@
-"""Bar and line charts, drawn by matplotlib: as an `<svg>` element of a page or as a PNG file.
+"""Bar and line charts by matplotlib, as an inline `<svg>` element or a PNG file.
 
-The same values give the same bytes, so that two reports of one run can be compared.
+The same values give the same bytes.
 """
 
 import io
@@ -19,7 +19,7 @@ COLORS = ("#3465a4", "#d9722b", "#14927f", "#8a55c9", "#c2185b", "#7d6608", "#be
 GREY = COLORS[-1]
 MARK_COLOR = "#b3261e"
 MAX_POINTS = 400
-"""Points that a line is drawn with; a longer series is averaged over neighbours."""
+"""Most points in a line; longer series are averaged over neighbouring points."""
 _MAX_TICKS = 12
 _STYLE: Any = {
     "axes.spines.right": False,
@@ -33,24 +33,24 @@ _STYLE: Any = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Line:
-    """One series of a line chart; values that are not finite are left out."""
+    """One series of a line chart; infinities and NaN are left out."""
 
     name: str
     xs: Sequence[float]
     ys: Sequence[float]
     markers: bool = False
-    """Whether each point gets a dot, as for a series of few points."""
+    """Mark each point with a dot, for series of few points."""
 
 
 def draw_bars(title: str, labels: Sequence[str], layers: Mapping[str, Sequence[float]], note: str = "") -> "Figure":
-    """Draw vertical bars of one or more layers stacked on each other.
+    """Draw vertical bars, with one or more layers stacked in each.
 
     Args:
         title: heading of the chart.
-        labels: one for each bar; only some are printed where there are many.
-        layers: heights of the bars by the name of the layer, the lowest layer first. The heights are printed above the
-            bars of a single layer; several layers get a legend.
-        note: a line below the chart.
+        labels: one per bar; if there are many, only some are printed.
+        layers: heights of the bars by layer, lowest layer first. With a single layer, the heights are printed above the
+            bars; several layers get a legend.
+        note: text below the x axis.
     """
     figure, axes = _begin(title, height=3.0)
     bottoms = [0.0] * len(labels)
@@ -80,18 +80,18 @@ def draw_lines(
 
     Args:
         title: heading of the chart.
-        lines: the series; a long one is drawn as the mean over neighbours.
+        lines: the series; long ones are averaged over neighbouring points.
         unit: label of the y axis.
-        log: whether the y axis is logarithmic; values that are not positive are left out.
-        from_zero: whether the y axis begins at zero.
-        marks: iterations with a dashed vertical line.
+        log: use a logarithmic y axis and leave out values that are not positive.
+        from_zero: start the y axis at zero.
+        marks: iterations to mark with a dashed vertical line.
     """
     figure, axes = _begin(title, height=2.8)
     for number, line in enumerate(lines):
         xs, ys = average_points(line.xs, line.ys, positive=log)
         axes.plot(xs, ys, color=COLORS[number % len(COLORS)], label=line.name, marker="." if line.markers else None)
     low, high = axes.dataLim.intervaly
-    # Within a smaller range a logarithmic axis has hardly a tick.
+    # In a smaller range, a logarithmic axis would have hardly any ticks.
     if log and high > 4 * low:
         axes.set_yscale("log")
         for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
@@ -110,13 +110,13 @@ def draw_lines(
 def average_points(
     xs: Sequence[float], ys: Sequence[float], *, positive: bool = False, count: int = MAX_POINTS
 ) -> tuple[list[float], list[float]]:
-    """Return at most `count` points, each the mean of neighbours.
+    """Return at most `count` points, each the mean of neighbouring ones.
 
     Args:
         xs: places, in order.
-        ys: values; those that are not finite are left out.
-        positive: whether values of zero and below are left out as well.
-        count: points to return at most.
+        ys: values; infinities and NaN are left out.
+        positive: leave out zero and negative values, too.
+        count: most points to return.
     """
     pairs = [(x, y) for x, y in zip(xs, ys, strict=True) if math.isfinite(y) and (y > 0 or not positive)]
     size = max(1, math.ceil(len(pairs) / count))
@@ -128,14 +128,14 @@ def average_points(
 
 
 def to_svg(figure: "Figure") -> str:
-    """Return the figure as an `<svg>` element that can stand in an HTML page."""
+    """Return the figure as an `<svg>` element for an HTML page."""
     import matplotlib
 
     out = io.StringIO()
     with matplotlib.rc_context(_STYLE):
         figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     text = out.getvalue()
-    # The names of groups repeat in every chart of a page, and nothing refers to them.
+    # Group ids would be duplicates on a page with several charts; nothing refers to them.
     return re.sub(r'<g id="[^"]*">', "<g>", text[text.index("<svg") :])
 
 
@@ -151,7 +151,7 @@ def _begin(title: str, height: float) -> "tuple[Figure, Axes]":
     import matplotlib
     from matplotlib.figure import Figure
 
-    # A figure without pyplot has no window and no global state.
+    # Without pyplot there is no window and no global state.
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(9.0, height), layout="constrained")
         axes = figure.add_subplot()
@@ -161,7 +161,7 @@ def _begin(title: str, height: float) -> "tuple[Figure, Axes]":
 
 def _add_legend(axes: "Axes", num_entries: int) -> None:
     if num_entries > 1:
-        # Above the axes, on the line of the title: nothing of the chart is covered.
+        # Next to the title, where it covers nothing.
         axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=num_entries, borderpad=0.0)
 
 

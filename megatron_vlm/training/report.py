@@ -1,4 +1,4 @@
-"""The report of a run: one HTML page with its curves, events and settings, which needs nothing beside itself."""
+"""The report of a run: one self-contained HTML page with its curves, events and settings."""
 
 import html
 import math
@@ -13,14 +13,14 @@ from megatron_vlm.training.run_records import RunRecords
 _STYLE = Path(__file__).with_name("report.css")
 _LOSS, _VALIDATION = "loss/", "validation/loss/"
 _LATEST = 100
-"""Iterations that "at the end" means."""
+"""Iterations that the latest means are taken over."""
 
 
 def render_report(run: RunRecords) -> str:
     """Return the page.
 
     Args:
-        run: what the files of the run folder say; a run without an iteration has a page without curves.
+        run: from `read_run`; without a finished iteration, the page has no curves.
     """
     sections = [_header(run), _tiles(run), *_charts(run), _losses(run), _events(run), _work(run), _configuration(run)]
     title = html.escape(f"{_stage(run)} {run.run_dir}".strip())
@@ -39,7 +39,7 @@ def _stage(run: RunRecords) -> str:
 
 def _header(run: RunRecords) -> str:
     if run.end is None:
-        text, kind = "running, or killed without an exit status", "open"
+        text, kind = "running, or killed before it could record its end", "open"
     elif run.end.exit_code == 0:
         text, kind = "finished", "good"
     else:
@@ -53,7 +53,7 @@ def _header(run: RunRecords) -> str:
 
 def _tiles(run: RunRecords) -> str:
     if not run.metrics:
-        return '<p class="lead">No iteration is done yet.</p>'
+        return '<p class="lead">No iteration has finished yet.</p>'
     tokens, seconds = run.total("tokens"), run.total("seconds")
     tiles = [
         ("Iterations", f"{run.metrics[-1]['iteration']:,}", _planned(run)),
@@ -63,9 +63,9 @@ def _tiles(run: RunRecords) -> str:
             _count(tokens),
             f"{_count(run.total('images'))} images, {_count(run.total('labels'))} trained tokens",
         ),
-        ("Throughput", f"{_ratio(tokens, seconds):,.0f}", "tokens/s on all ranks together, padding not counted"),
-        ("Padding", f"{run.padding:.1%}", "of the positions in the packed rows hold no token"),
-        ("Data wait", f"{_ratio(run.total('data_wait'), seconds):.1%}", "of the time is spent waiting for the loader"),
+        ("Throughput", f"{_ratio(tokens, seconds):,.0f}", "tokens/s over all ranks, without padding"),
+        ("Padding", f"{run.padding:.1%}", "of the positions in the packed rows"),
+        ("Data wait", f"{_ratio(run.total('data_wait'), seconds):.1%}", "of the time in steps, waiting for the loader"),
         ("Time in steps", _duration(seconds), f"{_ratio(seconds, len(run.metrics)):.3g} s per iteration"),
         _speed_tile(run),
     ]
@@ -84,12 +84,12 @@ def _speed_tile(run: RunRecords) -> tuple[str, str, str]:
     mfu = run.series("mfu")[1]
     teraflops = f"{_mean(run.series('tflops_per_rank')[1]):.3g}"
     if mfu:
-        return "MFU", f"{_mean(mfu):.1%}", f"of the peak of the device; {teraflops} TFLOP/s per rank"
-    return "TFLOP/s per rank", teraflops, "MFU is known for GPUs only"
+        return "MFU", f"{_mean(mfu):.1%}", f"of peak; {teraflops} TFLOP/s per rank"
+    return "TFLOP/s per rank", teraflops, "no MFU: the peak of this device is not known"
 
 
 def _charts(run: RunRecords) -> list[str]:
-    """Return a section for each quantity that the records hold."""
+    """Return a section for each quantity in the records."""
     if not run.metrics:
         return []
     named = [(name, f"{_LOSS}{name}") for name in run.names(_LOSS)] or [("all datasets", "loss")]
@@ -119,7 +119,7 @@ def _chart(
     log: bool = False,
     from_zero: bool = False,
 ) -> str:
-    """Return a chart of the records under the given keys, or nothing where no record has any of them."""
+    """Return a chart of the given keys, or an empty string if no record has any of them."""
     lines = []
     for name, key in named:
         xs, ys = run.series(key)
@@ -133,7 +133,7 @@ def _chart(
 
 
 def _losses(run: RunRecords) -> str:
-    """Return a table of the losses by dataset: at the start, at the end, and in validation."""
+    """Return a table of the loss of each dataset: first, latest, and in validation."""
     rows = []
     for name in run.names(_LOSS):
         values, validation = run.series(f"{_LOSS}{name}")[1], run.series(f"{_VALIDATION}{name}")[1]
@@ -154,22 +154,22 @@ def _events(run: RunRecords) -> str:
     ]
     notes = []
     if run.unreadable_lines:
-        notes.append(f"{run.unreadable_lines} unreadable lines of metrics.jsonl are left out, as a kill leaves them.")
+        notes.append(f"{run.unreadable_lines} unreadable lines of metrics.jsonl are ignored, as a kill leaves them.")
     if any(event.is_resume for event in run.events):
-        notes.append("Dashed lines in the charts stand where the run was resumed.")
+        notes.append("Dashed lines in the charts mark where the run was resumed.")
     text = f"<p>{' '.join(notes)}</p>" if notes else ""
-    table = _table(["time (UTC)", "iteration", "event"], rows) if rows else "<p>No event is recorded.</p>"
+    table = _table(["time (UTC)", "iteration", "event"], rows) if rows else "<p>No events are recorded.</p>"
     return _card("Events", text + table)
 
 
 def _work(run: RunRecords) -> str:
-    """Return the floating-point operations that were done."""
+    """Return a table of the floating-point operations done."""
     seconds = run.total("seconds")
     rows = []
     if flops := run.total("flops"):
         tokens, steps = run.total("tokens"), len(run.series("flops")[0])
         rows += [
-            ["in all", f"{flops:.3e}"],
+            ["total", f"{flops:.3e}"],
             ["per iteration", f"{_ratio(flops, steps):.3e}"],
             ["per token", f"{_ratio(flops, tokens):.3e}"],
         ]
@@ -177,7 +177,7 @@ def _work(run: RunRecords) -> str:
     if pairs:
         per_rank = math.fsum(speed * time for speed, time in pairs) * 1e12
         rows += [["per rank", f"{per_rank:.3e}"], ["per rank and second", f"{_ratio(per_rank, seconds):.3e}"]]
-    text = "<p>Forward and backward pass of real tokens and images; padding and recomputation are not counted.</p>"
+    text = "<p>Forward and backward passes over real tokens and images, without padding and recomputation.</p>"
     return _card("Floating-point operations", text + _table(["", "FLOPs"], rows)) if rows else ""
 
 

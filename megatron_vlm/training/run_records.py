@@ -1,6 +1,6 @@
-"""What the files of a run folder say: metrics by iteration, starts, checkpoints and how the run ended.
+"""The records of a run folder: metrics by iteration, starts, checkpoints, and how the run ended.
 
-Reads files and nothing else, so that it works on a machine that cannot train, while the run goes on, and after a kill.
+Only files are read, so this works on any machine, during the run, and after a kill.
 """
 
 import json
@@ -25,35 +25,35 @@ _EVENT_FILE = re.compile(r"events\.out\.tfevents\.(\d+)\..*")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
-    """Something that happened to the run beside its steps."""
+    """A start, a checkpoint or an end."""
 
     what: str
-    """One line for a person."""
+    """One line of text."""
     iteration: int | None = None
-    """Steps done when it happened; None where no file says so."""
+    """Iterations done at that time; None if not known."""
     unix_time: float | None = None
     is_resume: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunRecords:
-    """All that a report of a run is made of."""
+    """Everything a report of a run is made from."""
 
     run_dir: Path
     metrics: Sequence[Record]
-    """One record per iteration, in order; of an iteration that was done twice, the later one."""
+    """One record per iteration, in order; the last one if an iteration was repeated."""
     unreadable_lines: int
-    """Lines of metrics.jsonl that are not a whole record, as a killed process leaves."""
+    """Lines of metrics.jsonl that are not complete records; a killed process leaves such a line."""
     config_text: str
-    """config.yaml as it is; empty where there is none."""
+    """Content of config.yaml; empty if there is none."""
     events: Sequence[Event]
-    """In order of time."""
+    """In chronological order."""
     end: ExitStatus | None
-    """None: the run goes on, or its launcher was killed too."""
+    """None: the run is going on, or its launcher was killed as well."""
 
     @property
     def config(self) -> dict[str, Any]:
-        """The settings as plain values; empty where the file is missing or not a mapping."""
+        """The settings as plain values; empty if the file is missing or unreadable."""
         try:
             values = yaml.safe_load(self.config_text)
         except yaml.YAMLError:
@@ -61,18 +61,18 @@ class RunRecords:
         return values if isinstance(values, dict) else {}
 
     def series(self, key: str) -> tuple[list[int], list[float]]:
-        """Return the iterations that have a number under `key`, and the numbers."""
+        """Return the iterations whose record has a number under `key`, and these numbers."""
         found = [(record["iteration"], record[key]) for record in self.metrics if _is_number(record.get(key))]
         return [iteration for iteration, _ in found], [value for _, value in found]
 
     def names(self, prefix: str) -> list[str]:
-        """Return what follows `prefix` in the keys of the records, in order of first appearance."""
+        """Return the rest of each key that starts with `prefix`, in order of first appearance."""
         keys = dict.fromkeys(key for record in self.metrics for key in record if key.startswith(prefix))
         return [key.removeprefix(prefix) for key in keys]
 
     @property
     def padding(self) -> float:
-        """Share of the positions in the packed rows of the whole run that hold no token."""
+        """Fraction of the positions in all packed rows of the run that hold no token."""
         full = [record for record in self.metrics if record.get("tokens") and record.get("padding", 1.0) < 1.0]
         positions = math.fsum(record["tokens"] / (1.0 - record["padding"]) for record in full)
         return 1.0 - math.fsum(record["tokens"] for record in full) / positions if positions else 0.0
@@ -83,10 +83,10 @@ class RunRecords:
 
 
 def read_run(run_dir: Path) -> RunRecords:
-    """Read the folder of a run that is finished, stopped, or still going on.
+    """Read the folder of a run, finished or not.
 
     Raises:
-        DataError: the folder does not exist or is not the folder of a run.
+        DataError: the folder does not exist or is not a run folder.
     """
     if not any((run_dir / name).is_file() for name in (METRICS_NAME, CONFIG_NAME, EXIT_STATUS_NAME)):
         raise DataError(
@@ -108,12 +108,12 @@ def read_run(run_dir: Path) -> RunRecords:
 
 
 def read_metrics(run_dir: Path) -> list[Record]:
-    """Return one record per iteration of a run, in order; none where the run has not logged any yet."""
+    """Return one record per iteration of a run, in order; empty before the first iteration."""
     return _last_of_each_iteration(_read_records(run_dir)[0])
 
 
 def _read_records(run_dir: Path) -> tuple[list[Record], int]:
-    """Return the records as they stand in the file, and how many lines are not whole records."""
+    """Return the records in the order of the file, and the number of lines that are not complete records."""
     lines = _read_text(run_dir / METRICS_NAME).splitlines()
     records = [record for record in map(_parse, lines) if record is not None]
     return records, len(lines) - len(records)
@@ -137,7 +137,7 @@ def _parse(line: str) -> Record | None:
 def _last_of_each_iteration(records: Iterable[Record]) -> list[Record]:
     by_iteration: dict[int, Record] = {}
     for record in records:
-        # A record of validation stands on a line of its own in some runs.
+        # Validation losses may be on a line of their own.
         by_iteration.setdefault(record["iteration"], {}).update(record)
     return [by_iteration[iteration] for iteration in sorted(by_iteration)]
 
@@ -147,7 +147,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _starts(run_dir: Path) -> Iterator[Event]:
-    """Yield every start of the run: each has begun a TensorBoard file of its own."""
+    """Yield every start of the run; each start writes a new TensorBoard file."""
     for path in sorted((run_dir / "tensorboard").glob("events.out.tfevents.*")):
         match = _EVENT_FILE.fullmatch(path.name)
         if match is None:
@@ -159,13 +159,13 @@ def _starts(run_dir: Path) -> Iterator[Event]:
 
 
 def _first_iteration(path: Path) -> int | None:
-    """Return the steps that were done when a TensorBoard file was begun; None where it does not say."""
+    """Return the iterations done before a TensorBoard file was started; None if the file does not say."""
     from google.protobuf.message import DecodeError
     from tensorboard.compat.proto.event_pb2 import Event as Written
     from tensorboard.compat.proto.event_pb2 import SessionLog
 
     with path.open("rb") as stream:
-        # Each record: length, its checksum, the event, its checksum.
+        # Each record: length, checksum of the length, event, checksum of the event.
         while len(head := stream.read(12)) == 12:
             content = stream.read(int.from_bytes(head[:8], "little"))
             try:
@@ -179,7 +179,7 @@ def _first_iteration(path: Path) -> int | None:
 
 
 def _repetitions(records: Sequence[Record]) -> Iterator[Event]:
-    """Yield where the file goes back: a start that went on before the last iteration of the one before it."""
+    """Yield the places where the iteration goes back: a start from a checkpoint before the last iteration."""
     for earlier, later in zip(records, records[1:], strict=False):
         if "loss" in earlier and "loss" in later and later["iteration"] <= earlier["iteration"]:
             done = later["iteration"] - 1

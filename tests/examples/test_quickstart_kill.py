@@ -41,7 +41,7 @@ def test_rank_is_killed_when_the_iteration_is_done(tmp_path: Path) -> None:
 
 
 def test_run_that_ends_before_the_kill_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="ended before iteration 5, where rank 1 was to be killed"):
+    with pytest.raises(SystemExit, match="ended before iteration 5, at which rank 1 was to be killed"):
         kill_rank(launch(tmp_path / "run", 3), tmp_path / "run", rank=1, after=5)
 
 

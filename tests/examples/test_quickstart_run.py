@@ -80,7 +80,7 @@ def test_folder_of_other_settings_is_refused(script: Script) -> None:
     script()
     refused = script("--smoke")
     assert refused.returncode == 64
-    assert "was begun with other settings; start over with --fresh" in refused.stderr
+    assert "holds a run with other settings; start over with --fresh" in refused.stderr
     assert script.calls == []
 
 

@@ -117,7 +117,7 @@ def test_figures_are_those_of_the_whole_run(tmp_path):
     assert "<b>800</b>" in page  # 2000 tokens in 2.5 s
     assert "<b>50.0%</b>" in page  # of 4000 positions
     assert "<b>10.0%</b>" in page  # 0.25 of 2.5 s
-    assert "<td>in all</td><td>4.000e+09</td>" in page
+    assert "<td>total</td><td>4.000e+09</td>" in page
     assert "<td>per rank</td><td>1.250e+12</td>" in page
 
 
@@ -126,7 +126,9 @@ def test_run_without_an_iteration_has_a_page(tmp_path):
     write_exit_status(tmp_path / "exit_status.json", ExitStatus(exit_code=78, message="a < b"))
     page = page_of(tmp_path)
     assert Page(page).open == []
-    assert all(text in page for text in ("No iteration is done yet", "exit code 78", "a &lt; b", "name: &lt;a&gt;"))
+    assert all(
+        text in page for text in ("No iteration has finished yet", "exit code 78", "a &lt; b", "name: &lt;a&gt;")
+    )
     assert "<svg" not in page
 
 
@@ -146,7 +148,7 @@ def test_planned_iterations_and_left_out_lines_are_told(tmp_path):
     (tmp_path / "config.yaml").write_text("training: {train_iters: 4000}\n")
     page = page_of(tmp_path)
     assert "of 4,000 planned" in page
-    assert "1 unreadable lines of metrics.jsonl are left out" in page
+    assert "1 unreadable lines of metrics.jsonl are ignored" in page
 
 
 def test_record_of_an_earlier_version_with_few_keys_has_a_page(tmp_path):
