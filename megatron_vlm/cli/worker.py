@@ -63,8 +63,8 @@ def _train(config: TrainConfig) -> ExitStatus:
     from megatron_vlm.platform.device import prepare_process
 
     prepare_process()
-    from megatron_vlm.training.hooks import SIGNALLED
     from megatron_vlm.training.run import run_training
+    from megatron_vlm.training.state import SIGNALLED
 
     if run_training(config) == SIGNALLED:
         message = "stopped by a signal with a checkpoint of the last iteration; start the same command again"

@@ -36,6 +36,8 @@ class DataConfig:
     """SentencePiece model file; its sha256 must be that of the shards."""
     blend: tuple[BlendEntry, ...]
     """Datasets; entries without a proportion are used for one epoch each."""
+    validation: tuple[BlendEntry, ...] = ()
+    """Datasets of the validation loss, used as in `blend`; empty: no validation."""
     seq_length: int
     """Length of a packed row, image tokens included [tokens]."""
     packing: bool = True
@@ -63,14 +65,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         if not self.blend:
             raise ConfigError("data.blend is empty", fix="name at least one prepared dataset")
-        kinds = {
-            "epochs" if entry.weight is None and entry.images is None else "weight" if entry.weight else "images"
-            for entry in self.blend
-        }
-        if len(kinds) > 1:
-            raise ConfigError(
-                f"data.blend mixes {', '.join(sorted(kinds))}", fix="use one kind of proportion for all entries"
-            )
+        _check_proportions("data.blend", self.blend)
+        _check_proportions("data.validation", self.validation)
         check_positive("data", self, "seq_length", "prefetch_factor", "sample_multiple", "length_multiple")
         check_not_negative("data", self, "num_workers")
         self._check_multiples()
@@ -93,3 +89,14 @@ class DataConfig:
                 f"data.length_multiple={self.length_multiple} is not a multiple of data.sample_multiple={multiple}",
                 fix=f"set data.length_multiple={-(-self.length_multiple // multiple) * multiple}",
             )
+
+
+def _check_proportions(section: str, blend: tuple[BlendEntry, ...]) -> None:
+    kinds = {
+        "epochs" if entry.weight is None and entry.images is None else "weight" if entry.weight else "images"
+        for entry in blend
+    }
+    if len(kinds) > 1:
+        raise ConfigError(
+            f"{section} mixes {', '.join(sorted(kinds))}", fix="use one kind of proportion for all entries"
+        )

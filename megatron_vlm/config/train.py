@@ -107,6 +107,10 @@ class TrainingConfig:
     """FP8 matrix products; needs transformer-engine and a GPU that has them."""
     recompute: Literal["none", "full", "selective"] = "none"
     """Activations computed again in the backward pass; selective: the attention core only."""
+    validation_interval: int | None = None
+    """Iterations between measurements of the loss on `data.validation`; the last iteration is measured, too."""
+    validation_iters: int | None = None
+    """Global batches of a validation; None: as many as one pass over `data.validation` takes."""
     seed: int = 1234
     log_interval: int = 1
     num_threads: int | None = None
@@ -115,6 +119,7 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         check_positive("training", self, "global_batch_size", "micro_batch_size", "train_iters", "train_epochs")
         check_positive("training", self, "log_interval", "num_threads", "exit_iteration")
+        check_positive("training", self, "validation_interval", "validation_iters")
         if (self.train_iters is None) == (self.train_epochs is None):
             raise ConfigError(
                 "exactly one of training.train_iters and training.train_epochs must be set", fix="set one"
@@ -156,4 +161,8 @@ class TrainConfig:
             raise ConfigError(
                 "training.freeze names every part, and there is no model.adapter: nothing would learn",
                 fix="leave one part out",
+            )
+        if bool(self.data.validation) != (self.training.validation_interval is not None):
+            raise ConfigError(
+                "data.validation and training.validation_interval are given without each other", fix="set both or none"
             )

@@ -6,12 +6,11 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from megatron_vlm.data.loading.batch import VLMBatch
+from megatron_vlm.training.hook import Hook, running
 from megatron_vlm.training.state import TrainState
-from megatron_vlm.training.step import StepMetrics, train_step
+from megatron_vlm.training.step import train_step
 
 logger = logging.getLogger(__name__)
-
-Hook = Callable[[TrainState, StepMetrics], None]
 
 
 def train(
@@ -27,15 +26,16 @@ def train(
     Args:
         state: where the run stands; moves on.
         loaders: micro-batches for each model chunk, from `state.iteration` on.
-        hooks: called after each step, in order, on every rank.
+        hooks: act after each step, in order, on every rank.
         device: where the batches go.
         stop_requested: says whether this process was told to stop.
     """
     if state.iteration >= state.train_iters:
         logger.info("the run is complete: %d of %d iterations are done", state.iteration, state.train_iters)
-    while state.iteration < state.train_iters and state.stop_reason is None:
-        metrics = train_step(state, loaders, device=device, stop_requested=stop_requested())
-        state.iteration += 1
-        state.consumed_samples += state.config.training.global_batch_size
-        for hook in hooks:
-            hook(state, metrics)
+    with running(hooks, state):
+        while state.iteration < state.train_iters and state.stop_reason is None:
+            metrics = train_step(state, loaders, device=device, stop_requested=stop_requested())
+            state.iteration += 1
+            state.consumed_samples += state.config.training.global_batch_size
+            for hook in hooks:
+                hook.step(state, metrics)

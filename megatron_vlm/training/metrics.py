@@ -1,21 +1,14 @@
-"""What a run writes about each iteration: the log line, metrics.jsonl and TensorBoard."""
+"""What a run says about each iteration, in log, metrics.jsonl and curves."""
 
-import json
-import logging
 import math
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from megatron_vlm.costs.flops import Work, step_flops
-from megatron_vlm.platform.files.durable import write_durably
-from megatron_vlm.platform.files.run_folder import METRICS_NAME
 from megatron_vlm.platform.machine import PEAK_FLOPS
 from megatron_vlm.training.state import TrainState
 from megatron_vlm.training.step import StepMetrics
-
-logger = logging.getLogger(__name__)
 
 
 def metrics_record(state: TrainState, metrics: StepMetrics) -> dict[str, Any]:
@@ -54,6 +47,7 @@ def metrics_record(state: TrainState, metrics: StepMetrics) -> dict[str, Any]:
     for name, value in zip(state.dataset_names, metrics.dataset_losses, strict=True):
         if not math.isnan(value):
             record[f"loss/{name}"] = value
+    record.update(state.validation_losses)
     return record
 
 
@@ -65,58 +59,6 @@ def _device_peak() -> float | None:
     return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
 
 
-def log_line(record: dict[str, Any], train_iters: int) -> str:
-    """Return the line for people, in Megatron-LM's form."""
-    parts = [
-        f"iteration {record['iteration']:8d}/{train_iters:8d}",
-        f"consumed samples: {record['consumed_samples']:10d}",
-        f"elapsed time per iteration (ms): {record['seconds'] * 1e3:.1f}",
-        f"tokens per second: {record['tokens_per_s']:.0f}",
-        f"learning rate: {record['learning_rate']:.4E}",
-        f"lm loss: {record['loss']:.6E}",
-        f"grad norm: {record['grad_norm']:.3f}",
-        f"padding: {record['padding']:.3f}",
-        *(f"{key}: {value:.4f}" for key, value in record.items() if key.startswith("loss/")),
-    ]
-    return " | ".join(parts) + " |"
-
-
-class MetricsWriter:
-    """Writes metrics.jsonl and TensorBoard files of a run; lines after the resumed iteration are replaced."""
-
-    def __init__(self, run_dir: str | Path, resumed_iteration: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        path = Path(run_dir) / METRICS_NAME
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _drop_after(path, resumed_iteration)
-        self._stream = path.open("a")
-        self._tensorboard = SummaryWriter(str(Path(run_dir) / "tensorboard"), purge_step=resumed_iteration + 1)
-
-    def write(self, record: dict[str, Any]) -> None:
-        """Append one record; it is on disk when the call returns, as far as the process dying goes."""
-        self._stream.write(json.dumps(record) + "\n")
-        self._stream.flush()
-        for key, value in record.items():
-            if isinstance(value, float) and key != "iteration":
-                self._tensorboard.add_scalar(key, value, record["iteration"])
-
-    def close(self) -> None:
-        """Flush and close both."""
-        self._stream.close()
-        self._tensorboard.close()
-
-
-def _drop_after(path: Path, iteration: int) -> None:
-    """Keep the whole lines up to an iteration; a line cut short by a kill goes too."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if record["iteration"] <= iteration:
-            kept.append(line + "\n")
-    write_durably(path, "".join(kept).encode())
+def scalars(record: dict[str, Any]) -> dict[str, float]:
+    """Return the measured numbers of a record, as curves show them."""
+    return {key: value for key, value in record.items() if isinstance(value, float)}

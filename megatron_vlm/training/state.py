@@ -1,6 +1,6 @@
 """Everything that a run is at one moment."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,9 @@ from megatron_vlm.data.plan.plan import Plan
 from megatron_vlm.models.vlm import VisionLanguageModel
 from megatron_vlm.parallel.groups import RankLayout
 from megatron_vlm.parallel.slicing import ImageShare, RankSlice
+
+SIGNALLED = "signalled"
+EXIT_ITERATION = "exit_iteration"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -31,9 +34,11 @@ class TrainState:
     """Steps done."""
     consumed_samples: int = 0
     stop_reason: str | None = None
-    """Why the loop ends before train_iters; None: it goes on."""
+    """Why the loop ends before train_iters: SIGNALLED or EXIT_ITERATION; None: it goes on."""
     dataset_names: Sequence[str] = field(default=())
     """One for each entry of the blend; losses are reported under them."""
+    validation_losses: Mapping[str, float] = field(default_factory=dict)
+    """What the validation after this iteration measured, by name; empty where none was due."""
 
     @property
     def train_iters(self) -> int:
@@ -48,6 +53,15 @@ class TrainState:
             micro_batch_size=self.config.training.micro_batch_size,
             image_share=ImageShare(self.rank.tp_rank, self.rank.tp_size) if has_tower else None,
         )
+
+    def gather_parameters(self) -> None:
+        """Have every weight on every rank that holds it.
+
+        With `overlap_param_gather`, a rank has only its own shard of what a step changed until the next forward pass.
+        """
+        if self.config.parallel.overlap_param_gather:
+            for chunk in self.wrapped:
+                chunk.start_param_sync(force_sync=True)
 
     def progress(self) -> dict[str, Any]:
         """Return what a checkpoint keeps beside the tensors, as plain values."""

@@ -65,3 +65,13 @@ def test_negative_number_of_loader_processes_is_refused():
 def test_multiples_that_do_not_go_together_are_refused(settings, message):
     with pytest.raises(ConfigError, match=message):
         data(BlendEntry(path="a"), **settings)
+
+
+def test_proportions_of_two_kinds_in_the_validation_are_refused():
+    with pytest.raises(ConfigError, match="data.validation mixes epochs, weight"):
+        DataConfig(
+            tokenizer="t",
+            blend=(BlendEntry(path="a"),),
+            validation=(BlendEntry(path="b", weight=1), BlendEntry(path="c", epochs=1)),
+            seq_length=8,
+        )

@@ -1,7 +1,10 @@
+import dataclasses
+
 import pytest
 
 from megatron_vlm.config import (
     PART_NAMES,
+    BlendEntry,
     CheckpointConfig,
     ConfigError,
     OptimizerConfig,
@@ -98,3 +101,15 @@ def test_freezing_every_part_is_refused():
 
 def test_freezing_all_but_one_part_is_accepted():
     assert tiny_run(training={"freeze": PART_NAMES[:2]}).training.freeze == PART_NAMES[:2]
+
+
+@pytest.mark.parametrize("section", ["data", "training"])
+def test_validation_is_configured_as_a_whole(section):
+    config = tiny_run()
+    changes = {
+        "data": dataclasses.replace(config.data, validation=(BlendEntry(path="v"),)),
+        "training": dataclasses.replace(config.training, validation_interval=5),
+    }
+    assert dataclasses.replace(config, **changes)
+    with pytest.raises(ConfigError, match=r"data.validation and training.validation_interval are given without each"):
+        dataclasses.replace(config, **{section: changes[section]})

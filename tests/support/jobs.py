@@ -25,6 +25,7 @@ from megatron_vlm.parallel.collective import decide_on_main, main_rank_first
 from megatron_vlm.parallel.groups import RankLayout, build_groups, rank_layout, seed_everything
 from megatron_vlm.parallel.slicing import ImageShare, RankSlice
 from megatron_vlm.training.batch_counts import BatchCounts, CountedBatches
+from megatron_vlm.training.hooks import checkpoint
 from megatron_vlm.training.optimizer import build_optimizer, wrap_model
 from megatron_vlm.training.setup import build_state
 from megatron_vlm.training.state import TrainState
@@ -162,6 +163,14 @@ def _adam_steps(state: TrainState) -> list[float]:
         for entry in inner.optimizer.state.values()
     ]
     return sorted(set(steps))
+
+
+def save_after_steps(config: TrainConfig, rows: Sequence[Sequence[int]]) -> None:
+    """Do a step for each global batch of `rows`; the checkpoint hook saves after the last one."""
+    state = start(config, FixedPlan.of(config, rows))
+    loader, hook = batches_of(config, state.rank, rows, make_samples(8), 0), checkpoint.Hook()
+    for _ in range(len(rows) // config.training.global_batch_size):
+        hook.step(state, _step(state, [loader]))
 
 
 def save_initial(config: TrainConfig) -> None:

@@ -1,62 +1,38 @@
 """A whole run on prepared shards: what it leaves in its folder, and that stopping and going on changes nothing."""
 
-import dataclasses
-import json
-
 import pytest
 
-from megatron_vlm.config import BlendEntry, CheckpointConfig
-from megatron_vlm.data.samples import TokenizerFacts
-from megatron_vlm.data.shards.writer import write_dataset
-from tests.support.configs import VOCAB_SIZE, tiny_run
 from tests.support.ledgers import read_ledger
-from tests.support.samples import make_samples
+from tests.support.runs import read_metrics, shard_run
 
 pytestmark = pytest.mark.distributed
 
-TOKENIZER = TokenizerFacts(name="tiny", sha256="0" * 64, vocab_size=VOCAB_SIZE, bos_id=1, eos_id=2)
 TP2_PP2_SP = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "sequence_parallel": True}
 
 
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory):
-    """Two prepared datasets and a tokenizer file."""
-    folder = tmp_path_factory.mktemp("shards")
-    samples = [placed.sample for placed in make_samples(40)]
-    write_dataset(folder / "coyo", samples[:25], source="coyo", tokenizer=TOKENIZER)
-    write_dataset(folder / "mmc4", samples[25:], source="mmc4", tokenizer=TOKENIZER)
-    (folder / "tokenizer.model").write_bytes(b"pieces")
-    return folder
-
-
 def config_of(shards, run_dir, lr_decay_style="cosine", **training):
-    settings = {"global_batch_size": 2, "train_iters": 6, **training}
-    config = tiny_run(
-        str(run_dir), parallel=TP2_PP2_SP, training=settings, optimizer={"lr_decay_style": lr_decay_style}
+    return shard_run(
+        shards,
+        run_dir,
+        parallel=TP2_PP2_SP,
+        training=training,
+        optimizer={"lr_decay_style": lr_decay_style},
+        checkpoint={"save_interval": 4},
     )
-    blend = tuple(BlendEntry(path=str(shards / name), images=1) for name in ("coyo", "mmc4"))
-    data = dataclasses.replace(
-        config.data, blend=blend, tokenizer=str(shards / "tokenizer.model"), num_workers=1, prefetch_factor=2
-    )
-    return dataclasses.replace(config, data=data, checkpoint=CheckpointConfig(save_interval=4, keep_last=1))
 
 
 def run(workers, config):
     return workers.run("megatron_vlm.training.run:run_training", 4, config=config)
 
 
-def metrics(run_dir):
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-
-
 def test_a_run_that_stops_and_goes_on_equals_one_that_does_not(workers, shards, tmp_path):
     assert run(workers, config_of(shards, tmp_path / "whole")) == [None] * 4
     stopped = config_of(shards, tmp_path / "parts", exit_iteration=3)
     assert run(workers, stopped) == ["exit_iteration"] * 4
-    assert [line["iteration"] for line in metrics(tmp_path / "parts")] == [1, 2, 3]
+    assert [line["iteration"] for line in read_metrics(tmp_path / "parts")] == [1, 2, 3]
     assert run(workers, config_of(shards, tmp_path / "parts")) == [None] * 4
 
-    whole, parts = metrics(tmp_path / "whole"), metrics(tmp_path / "parts")
+    whole, parts = read_metrics(tmp_path / "whole"), read_metrics(tmp_path / "parts")
     for name in ("iteration", "loss_hex", "grad_norm_hex", "sample_ids_sha", "learning_rate", "tokens", "images"):
         assert [line[name] for line in parts] == [line[name] for line in whole], name
     check_folder(tmp_path / "parts", whole)
@@ -78,7 +54,7 @@ def test_a_finished_run_that_is_made_longer_equals_one_that_was_as_long(workers,
     for train_iters in (4, 7):
         assert run(workers, config_of(shards, tmp_path / "parts", "constant", train_iters=train_iters)) == [None] * 4
     assert run(workers, config_of(shards, tmp_path / "whole", "constant", train_iters=7)) == [None] * 4
-    whole, parts = metrics(tmp_path / "whole"), metrics(tmp_path / "parts")
+    whole, parts = read_metrics(tmp_path / "whole"), read_metrics(tmp_path / "parts")
     for name in ("iteration", "loss_hex", "grad_norm_hex", "sample_ids_sha", "consumed_samples"):
         assert [line[name] for line in parts] == [line[name] for line in whole], name
     entries = [

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from megatron_vlm.config import NumericError
-from megatron_vlm.training.hooks import EXIT_ITERATION, SIGNALLED, stop_hook
+from megatron_vlm.training.hooks import stop
 from megatron_vlm.training.loop import train
+from megatron_vlm.training.state import EXIT_ITERATION, SIGNALLED
 from megatron_vlm.training.step import train_step
 from tests.support.configs import tiny_run
 from tests.support.jobs import CPU, FixedPlan, batches_of, start
@@ -74,7 +75,7 @@ def test_samples_of_a_rank_that_computes_no_loss_are_compared_too(workers):
 
 
 def test_a_stop_request_ends_the_run_after_the_step(state):
-    train(state, loaders(state), [stop_hook], device=CPU, stop_requested=lambda: state.iteration == 1)
+    train(state, loaders(state), [stop.Hook()], device=CPU, stop_requested=lambda: state.iteration == 1)
     assert state.iteration == 2
     assert state.stop_reason == SIGNALLED
 
@@ -83,12 +84,12 @@ def test_exit_iteration_ends_the_run(state):
     state.config = dataclasses.replace(
         state.config, training=dataclasses.replace(state.config.training, exit_iteration=1)
     )
-    train(state, loaders(state), [stop_hook], device=CPU, stop_requested=lambda: False)
+    train(state, loaders(state), [stop.Hook()], device=CPU, stop_requested=lambda: False)
     assert state.iteration == 1
     assert state.stop_reason == EXIT_ITERATION
 
 
 def test_the_run_ends_at_train_iters(state):
-    train(state, loaders(state), [stop_hook], device=CPU, stop_requested=lambda: False)
+    train(state, loaders(state), [stop.Hook()], device=CPU, stop_requested=lambda: False)
     assert state.iteration == 3
     assert state.stop_reason is None

@@ -9,7 +9,7 @@ def check_data(config: TrainConfig) -> tuple[ShardedDataset, ...]:
     """Check that tokenizer, shards and model fit together.
 
     Returns:
-        The datasets of the blend, open.
+        The datasets of `data.blend`, open; those of `data.validation` are only checked.
 
     Raises:
         ConfigError: the tokenizer cannot be read or has another vocabulary than the model; an image does not fit in a
@@ -25,12 +25,12 @@ def check_data(config: TrainConfig) -> tuple[ShardedDataset, ...]:
             fix=f"set model.language.vocab_size={tokenizer.vocab_size}, or data.tokenizer to the model's",
         )
     datasets = []
-    for entry in config.data.blend:
+    for entry in (*config.data.blend, *config.data.validation):
         dataset = ShardedDataset.open(entry.path)
         dataset.check_tokenizer(tokenizer.facts)
         _check_images(config, dataset)
         datasets.append(dataset)
-    return tuple(datasets)
+    return tuple(datasets[: len(config.data.blend)])
 
 
 def _check_images(config: TrainConfig, dataset: ShardedDataset) -> None:

@@ -64,6 +64,19 @@ def test_shards_of_another_tokenizer_are_refused(folder, make_samples, tokenizer
         check_data(make_config(tokenizer_path, folder, vocab_size=tokenizer.vocab_size))
 
 
+def test_datasets_of_the_validation_are_checked_too(dataset, tmp_path, make_samples, tokenizer, tokenizer_path):
+    other = dataclasses.replace(tokenizer.facts, name="other.model", sha256="0" * 64)
+    write_dataset(tmp_path / "validation", make_samples(5), source="tiny", tokenizer=other)
+    config = make_config(tokenizer_path, dataset, vocab_size=tokenizer.vocab_size)
+    config = dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, validation=(BlendEntry(path=str(tmp_path / "validation")),)),
+        training=dataclasses.replace(config.training, validation_interval=1),
+    )
+    with pytest.raises(DataError, match=r"other\.model .*not with tiny\.model"):
+        check_data(config)
+
+
 def test_missing_folder_is_refused(tmp_path, tokenizer_path, tokenizer):
     with pytest.raises(DataError, match="does not exist"):
         check_data(make_config(tokenizer_path, tmp_path / "nowhere", vocab_size=tokenizer.vocab_size))

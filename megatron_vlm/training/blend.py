@@ -1,0 +1,88 @@
+"""The datasets of a blend and their plan, open, and the loaders that read them."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megatron_vlm.config import TrainConfig
+from megatron_vlm.data.loading.collate import Collation
+from megatron_vlm.data.loading.loader import BatchLoader, LoaderWorkers
+from megatron_vlm.data.plan.plan import Plan, PlanSettings, build_plan, open_plan
+from megatron_vlm.data.shards.dataset import ShardedDataset
+from megatron_vlm.parallel.collective import main_rank_first
+from megatron_vlm.training.state import TrainState
+
+PLAN_FOLDER = "plan"
+# Not the seed of the training: runs that differ in it are validated on the same batches.
+_VALIDATION_SEED = 0
+
+
+@dataclass(frozen=True, slots=True)
+class OpenBlend:
+    """What is read for training or for validation."""
+
+    datasets: Sequence[ShardedDataset]
+    plan: Plan
+
+    @property
+    def dataset_names(self) -> list[str]:
+        """Name of each dataset, under which its loss is reported."""
+        return [dataset.manifest.source for dataset in self.datasets]
+
+    def start_loaders(self, state: TrainState, device: torch.device, start_iteration: int) -> list[BatchLoader]:
+        """Start a loader for each model chunk of this rank, from an iteration of the plan on; to be closed."""
+        return [self._start_loader(state, device, start_iteration, chunk.pre_process) for chunk in state.chunks]
+
+    def _start_loader(
+        self, state: TrainState, device: torch.device, start_iteration: int, has_tower: bool
+    ) -> BatchLoader:
+        data = state.config.data
+        return BatchLoader(
+            self.datasets,
+            self.plan,
+            collation=Collation.from_config(state.config.model, data),
+            start_iteration=start_iteration,
+            rank_slice=state.rank_slice(has_tower=has_tower),
+            workers=LoaderWorkers(
+                # Without images there is nothing to decode: a few memory-mapped reads a batch need no process.
+                num_workers=data.num_workers if has_tower else 0,
+                prefetch_factor=data.prefetch_factor,
+                pin_memory=device.type == "cuda",
+            ),
+        )
+
+
+def open_training_blend(config: TrainConfig) -> OpenBlend:
+    """Open `data.blend`; all ranks call it together.
+
+    Raises:
+        UserError: a dataset is missing or damaged, or the plan cannot be made or written.
+    """
+    return _open(config, PlanSettings.from_config(config))
+
+
+def open_validation_blend(config: TrainConfig) -> OpenBlend | None:
+    """Open `data.validation`; None where there is none. Raises as `open_training_blend`."""
+    if not config.data.validation:
+        return None
+    iterations = config.training.validation_iters
+    settings = dataclasses.replace(
+        PlanSettings.from_config(config),
+        blend=config.data.validation,
+        seed=_VALIDATION_SEED,
+        train_iters=iterations,
+        train_epochs=1.0 if iterations is None else None,
+    )
+    return _open(config, settings)
+
+
+def _open(config: TrainConfig, settings: PlanSettings) -> OpenBlend:
+    datasets = [ShardedDataset.open(entry.path) for entry in settings.blend]
+    folder = Path(config.run_dir) / PLAN_FOLDER
+    with main_rank_first():
+        is_main = torch.distributed.get_rank() == 0
+        plan = (build_plan if is_main else open_plan)(settings, datasets, folder)
+    return OpenBlend(datasets, plan)

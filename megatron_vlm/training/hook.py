@@ -1,0 +1,51 @@
+"""What happens beside the step: hooks, which start, act after every step and close."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+from megatron_vlm.training.state import TrainState
+from megatron_vlm.training.step import StepMetrics
+
+logger = logging.getLogger(__name__)
+
+
+class Hook(Protocol):
+    """One concern beside the step. Every rank has it; one that only writes does so on the reporting rank."""
+
+    def start(self, state: TrainState) -> None:
+        """Get ready, before the first step."""
+
+    def step(self, state: TrainState, metrics: StepMetrics) -> None:
+        """Act on a step that was just done; `state.iteration` counts it."""
+
+    def close(self, state: TrainState) -> None:
+        """Release what `start` took; also called after an error."""
+
+
+@contextmanager
+def running(hooks: Sequence[Hook], state: TrainState) -> Iterator[None]:
+    """Start hooks in order, and close those that started in reverse order, whatever happens.
+
+    The first error is raised; errors that follow while hooks close are logged.
+    """
+    started: list[Hook] = []
+    first: BaseException | None = None
+    try:
+        for hook in hooks:
+            hook.start(state)
+            started.append(hook)
+        yield
+    except BaseException as error:
+        first = error
+    for hook in reversed(started):
+        try:
+            hook.close(state)
+        except Exception as error:
+            if first is None:
+                first = error
+            else:
+                logger.warning("%s could not be closed: %s", type(hook).__module__, error)
+    if first is not None:
+        raise first

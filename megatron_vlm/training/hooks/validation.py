@@ -1,0 +1,45 @@
+"""Measures the validation loss at its interval and after the last iteration."""
+
+from collections.abc import Callable
+
+import torch
+
+from megatron_vlm.training.blend import OpenBlend
+from megatron_vlm.training.state import SIGNALLED, TrainState
+from megatron_vlm.training.step import StepMetrics
+from megatron_vlm.training.validation import validation_losses
+
+
+class Hook:
+    """Sets `state.validation_losses`; stands before the hooks that write.
+
+    Args:
+        blend: what is validated on; None: nothing.
+        device: where the batches go.
+        stop_requested: says whether this process was told to stop: a validation then ends without a result.
+    """
+
+    def __init__(
+        self, blend: OpenBlend | None, *, device: torch.device, stop_requested: Callable[[], bool] = lambda: False
+    ) -> None:
+        self.blend, self.device, self.stop_requested = blend, device, stop_requested
+
+    def start(self, state: TrainState) -> None:
+        """Nothing to get ready."""
+
+    def step(self, state: TrainState, metrics: StepMetrics) -> None:
+        """Validate where it is due, and stop the run if a rank was told to meanwhile."""
+        state.validation_losses = {}
+        interval = state.config.training.validation_interval
+        if self.blend is None or interval is None or metrics.stop_requested:
+            return
+        if state.iteration % interval and state.iteration != state.train_iters:
+            return
+        losses = validation_losses(state, self.blend, device=self.device, stop_requested=self.stop_requested)
+        if losses is None:
+            state.stop_reason = SIGNALLED
+        else:
+            state.validation_losses = losses
+
+    def close(self, state: TrainState) -> None:
+        """Nothing to release: a validation closes its own loaders."""

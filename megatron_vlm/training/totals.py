@@ -1,0 +1,126 @@
+"""What all ranks know together after a forward pass over a global batch: one collective."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_vlm.config import NumericError
+from megatron_vlm.data.plan.plan import Plan
+from megatron_vlm.data.plan.row_hash import HASH_BITS, hash_rows
+from megatron_vlm.parallel.groups import RankLayout
+from megatron_vlm.training.batch_counts import BatchCounts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Totals:
+    """Sums over the ranks, the same on each of them."""
+
+    losses: list[float]
+    """Sum of the losses of each dataset."""
+    labels: list[float]
+    """Labels of each dataset."""
+    num_tokens: int
+    num_positions: int
+    num_images: int
+    attention_pairs: int
+    data_wait: float
+    """Mean time that a data-parallel rank waited for its micro-batches [s]."""
+    stop_requested: bool
+    """Whether a rank was told to stop."""
+    sample_hash: int
+    """Of the samples whose loss was computed."""
+    sample_hash_of_all: int
+    """Summed over all ranks and their model chunks, each of which loads its micro-batches itself."""
+
+
+def sum_over_ranks(
+    sums: Sequence[Tensor],
+    counts: Sequence[BatchCounts],
+    rank: RankLayout,
+    *,
+    num_datasets: int,
+    stop_requested: bool,
+    device: torch.device,
+) -> Totals:
+    """Sum what each rank knows; all ranks call it together.
+
+    Args:
+        sums: float64[2, num_datasets] of each micro-batch, where this rank computes the loss; see `reduce_losses`.
+        counts: of each model chunk of this rank.
+        rank: where this rank stands.
+        num_datasets: datasets of the blend.
+        stop_requested: whether this rank was told to stop.
+        device: of the collective.
+    """
+    losses = torch.zeros(2 * num_datasets, dtype=torch.float64, device=device)
+    counted, sample_hash = [0] * 4, 0
+    if rank.is_last_stage and rank.tp_rank == 0:
+        for part in sums:
+            losses += part.flatten()
+        last = counts[-1]
+        counted = [last.num_tokens, last.num_positions, last.num_images, last.attention_pairs]
+        sample_hash = last.sample_hash
+    data_wait = counts[-1].data_wait / rank.dp_size if rank.is_first_stage and rank.tp_rank == 0 else 0.0
+    hash_of_all = sum(count.sample_hash for count in counts) % (1 << HASH_BITS)
+    measured = [*counted, data_wait, stop_requested, *_halves(sample_hash), *_halves(hash_of_all)]
+    totals = torch.cat([losses, torch.tensor(measured, dtype=torch.float64, device=device)])
+    torch.distributed.all_reduce(totals)
+    values = totals.tolist()  # the one wait of the host for the device in a step
+    tokens, positions, images, pairs, data_wait, stops, *halves = values[2 * num_datasets :]
+    return Totals(
+        losses=values[:num_datasets],
+        labels=values[num_datasets : 2 * num_datasets],
+        num_tokens=int(tokens),
+        num_positions=int(positions),
+        num_images=int(images),
+        attention_pairs=int(pairs),
+        data_wait=data_wait,
+        stop_requested=stops > 0,
+        sample_hash=_whole(*halves[:2]),
+        sample_hash_of_all=_whole(*halves[2:]),
+    )
+
+
+def _halves(value: int) -> tuple[int, int]:
+    """Split a hash so that float64 sums of both halves are exact over two million ranks."""
+    return divmod(value, 1 << 32)
+
+
+def _whole(high: float, low: float) -> int:
+    return ((int(high) << 32) + int(low)) % (1 << HASH_BITS)
+
+
+def check_samples(totals: Totals, plan: Plan, index: int, rank: RankLayout, *, num_chunks: int, batch: str) -> None:
+    """Check, alike on every rank, that the samples consumed are those of the plan, each in its place.
+
+    Args:
+        totals: of the global batch.
+        plan: says which samples they should be.
+        index: of the global batch in the plan.
+        rank: any rank of the layout.
+        num_chunks: model chunks of each rank.
+        batch: names the global batch in the error.
+
+    Raises:
+        NumericError: they are not.
+    """
+    sample_ids, samples_per_row = plan.rows(index)
+    planned = hash_rows(sample_ids, samples_per_row, range(len(samples_per_row)))
+    planned_of_all = planned * rank.tp_size * rank.pp_size * num_chunks % (1 << HASH_BITS)
+    if (totals.sample_hash, totals.sample_hash_of_all) == (planned, planned_of_all):
+        return
+    is_loss = totals.sample_hash != planned
+    found = f"with hash {totals.sample_hash:016x}" if is_loss else "on a rank that computes no loss"
+    raise NumericError(
+        f"the samples consumed at {batch} {found} are not those of the plan, {planned:016x}",
+        fix="start the same command again, which resumes before this step; if it happens again, it is a bug of loading",
+    )
+
+
+def means(sums: Sequence[float], counts: Sequence[float]) -> tuple[float, tuple[float, ...]]:
+    """Return the mean over all labels, 0 without any, and the mean of each dataset, nan for one without labels."""
+    num_labels = sum(counts)
+    mean = sum(sums) / num_labels if num_labels else 0.0
+    return mean, tuple(s / c if c else float("nan") for s, c in zip(sums, counts, strict=True))

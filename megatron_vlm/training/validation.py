@@ -1,0 +1,92 @@
+"""The loss on fixed batches that are not trained on."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+
+from megatron_vlm.training.blend import OpenBlend
+from megatron_vlm.training.state import TrainState
+from megatron_vlm.training.step import run_micro_batches
+from megatron_vlm.training.totals import Totals, check_samples, means, sum_over_ranks
+
+VALIDATION_LOSS = "validation_loss"
+
+
+def validation_losses(
+    state: TrainState, blend: OpenBlend, *, device: torch.device, stop_requested: Callable[[], bool]
+) -> dict[str, float] | None:
+    """Compute the loss over the whole plan of a blend; all ranks call it together. Changes nothing of the training.
+
+    Args:
+        state: the model as it is now.
+        blend: what is validated on.
+        device: where the batches go.
+        stop_requested: says whether this process was told to stop.
+
+    Returns:
+        `validation_loss`, the mean over all labels, and `validation_loss/<dataset>`, the mean of each dataset; None
+        where a rank was told to stop meanwhile.
+
+    Raises:
+        DataError: a sample cannot be read.
+        NumericError: the ranks consumed other samples than those of the plan.
+    """
+    names = blend.dataset_names
+    losses, labels = [0.0] * len(names), [0.0] * len(names)
+    loaders = blend.start_loaders(state, device, start_iteration=0)
+    try:
+        with torch.no_grad(), _evaluating(state):
+            for index in range(blend.plan.num_iterations):
+                totals = _forward(state, blend, loaders, index, device, stop_requested())
+                if totals.stop_requested:
+                    return None
+                losses = [a + b for a, b in zip(losses, totals.losses, strict=True)]
+                labels = [a + b for a, b in zip(labels, totals.labels, strict=True)]
+    finally:
+        for loader in loaders:
+            loader.close()
+    mean, by_dataset = means(losses, labels)
+    named = {f"{VALIDATION_LOSS}/{name}": value for name, value in zip(names, by_dataset, strict=True)}
+    return {VALIDATION_LOSS: mean, **{key: value for key, value in named.items() if not math.isnan(value)}}
+
+
+def _forward(
+    state: TrainState, blend: OpenBlend, loaders: Sequence, index: int, device: torch.device, stop_requested: bool
+) -> Totals:
+    sums, counts = run_micro_batches(
+        state,
+        loaders,
+        seq_length=blend.plan.seq_length(index),
+        num_datasets=len(blend.datasets),
+        device=device,
+        forward_only=True,
+    )
+    totals = sum_over_ranks(
+        sums, counts, state.rank, num_datasets=len(blend.datasets), stop_requested=stop_requested, device=device
+    )
+    batch = f"batch {index + 1} of the validation at iteration {state.iteration}"
+    check_samples(totals, blend.plan, index, state.rank, num_chunks=len(loaders), batch=batch)
+    return totals
+
+
+@contextmanager
+def _evaluating(state: TrainState) -> Iterator[None]:
+    """Set the model to evaluation and have all its weights in place; afterwards, let it be as it was."""
+    modes = [(module, module.training) for chunk in state.wrapped for module in chunk.modules()]
+    hooked: list[DistributedDataParallel] = []
+    if state.config.parallel.overlap_param_gather:
+        hooked = list(state.wrapped)
+    for chunk in state.wrapped:
+        chunk.eval()
+    for chunk in hooked:
+        chunk.disable_forward_pre_hook(param_sync=True)
+    try:
+        yield
+    finally:
+        for chunk in hooked:
+            chunk.enable_forward_pre_hook()
+        for module, mode in modes:
+            module.training = mode
