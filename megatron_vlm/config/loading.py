@@ -153,7 +153,9 @@ def _build(kind: Any, value: Any, *, key: str, lines: dict[str, str], source: st
     where = _place_of(key, lines, source)
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is typing.Annotated:
-        (part_of,) = kind.__metadata__
+        part_of = next((mark for mark in kind.__metadata__ if isinstance(mark, PartOf)), None)
+        if part_of is None:
+            return _build(arguments[0], value, key=key, lines=lines, source=source)
         return _build_part(part_of, value, key=key, lines=lines, source=source)
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in arguments:

@@ -32,3 +32,10 @@ def test_a_module_is_found_by_its_name(package):
 def test_an_unknown_name_lists_what_there_is(package, name):
     with pytest.raises(ConfigError, match=f"unknown tea '{name}'; fix: choose one of assam, oolong"):
         find_module(package, name, "tea")
+
+
+def test_an_empty_package_says_that_it_has_none(package, tmp_path):
+    (tmp_path / "sorts_of_tea" / "herbs").mkdir()
+    (tmp_path / "sorts_of_tea" / "herbs" / "__init__.py").write_text("")
+    with pytest.raises(ConfigError, match=r"unknown tea 'mint' \(tea.yaml:3\); fix: remove it: this version has none"):
+        find_module("sorts_of_tea.herbs", "mint", "tea", where="tea.yaml:3")

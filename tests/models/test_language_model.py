@@ -1,0 +1,81 @@
+from functools import partial
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from megatron_vlm.config import ParallelConfig
+from megatron_vlm.models.build import build_model
+from megatron_vlm.models.computation import Computation
+from tests.support.configs import tiny_model
+from tests.support.micro_batches import make_micro_batch
+
+MODEL = tiny_model()
+
+
+@pytest.fixture
+def model(one_rank):
+    return build_model(MODEL, ParallelConfig(), Computation())[0]
+
+
+def batches(*num_labels):
+    """Return micro-batches of the same length whose losses are at other positions."""
+    return [
+        make_micro_batch(MODEL, num_images=1, num_text=30, num_labels=count, seed=seed).arguments
+        for seed, count in enumerate(num_labels)
+    ]
+
+
+def gradients(model, arguments):
+    """Do the forward passes of all micro-batches, then the backward passes; return the gradient of every parameter."""
+    model.zero_grad()
+    losses = [model(**each).sum() for each in arguments]
+    for loss in losses:
+        loss.backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("num_labels", [(20, 20), (20, 7)])
+def test_recomputed_decoder_reads_the_positions_of_its_own_micro_batch(model, num_labels):
+    arguments = batches(*num_labels)
+    arguments[1]["label_index"] = arguments[1]["label_index"] - 5  # other positions, also where there are as many
+    arguments[1]["labels"] = torch.full_like(arguments[1]["labels"], 9)
+    expected = gradients(model, arguments)
+    # As a schedule with two micro-batches under way does: the second forward comes before the first is recomputed.
+    model.language_model.forward = partial(checkpoint, model.language_model.forward, use_reentrant=False)
+    recomputed = gradients(model, arguments)
+    for name, gradient in expected.items():
+        assert torch.equal(gradient, recomputed[name]), name
+
+
+def test_loss_of_a_position_is_that_of_its_logits(model):
+    (arguments,) = batches(12)
+    with torch.no_grad():
+        losses = model(**arguments)
+        logits = model(**{**arguments, "labels": None, "label_index": None})[0]
+    chosen, labels = arguments["label_index"], arguments["labels"][0]
+    expected = torch.nn.functional.cross_entropy(logits[chosen].float(), labels[chosen], reduction="none")
+    # Two implementations of the same sum in float32.
+    torch.testing.assert_close(losses[0], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_logits_of_chosen_positions_are_those_of_all_positions(model):
+    (arguments,) = batches(12)
+    index = torch.tensor([3, 30, 11])
+    with torch.no_grad():
+        everywhere = model(**{**arguments, "labels": None, "label_index": None})
+        chosen = model(**{**arguments, "labels": None, "label_index": index})
+    assert chosen.shape == (1, 3, MODEL.language.padded_vocab_size)
+    # A product of fewer rows may sum in another order: float32.
+    torch.testing.assert_close(chosen, everywhere[:, index], rtol=1e-5, atol=1e-5)
+
+
+def test_a_later_token_changes_nothing_before_it(model):
+    (arguments,) = batches(12)
+    arguments = {**arguments, "labels": None, "label_index": None}
+    other = arguments["input_ids"].clone()
+    other[0, -4] = 5
+    with torch.no_grad():
+        changed = (model(**arguments) - model(**{**arguments, "input_ids": other})).abs().amax(dim=-1)[0]
+    assert changed[:-4].max() == 0
+    assert changed[-4:].min() > 0

@@ -1,0 +1,103 @@
+"""A new projection or adapter is one file of settings and one of the model: no file that exists knows of it."""
+
+import pytest
+import torch
+import yaml
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from megatron_vlm.checkpoint.open_model import open_model
+from megatron_vlm.checkpoint.run_settings import RunSettings
+from megatron_vlm.config import PART_NAMES, ConfigError, TrainConfig, config_to_dict, load_config
+from megatron_vlm.costs.flops import Work, step_flops
+from megatron_vlm.costs.parameters import stage_sizes
+from megatron_vlm.models.build import build_model
+from megatron_vlm.models.computation import Computation
+from tests.support.configs import tiny_run
+from tests.support.jobs import start, train_steps
+from tests.support.micro_batches import make_micro_batch
+from tests.support.toy_parts import toy_parts
+
+__all__ = ["toy_parts"]
+ROWS = [[0, 1], [2, 3], [4, 5], [6, 7]] * 2
+
+
+@pytest.fixture
+def write_run(tmp_path, toy_parts, one_rank):
+    """Return a tiny run whose file has these sections under `model` and `training`."""
+
+    def write(*, model, **training) -> TrainConfig:
+        run = config_to_dict(tiny_run(str(tmp_path / "run")))
+        run["model"].update(model)
+        run["training"].update(training)
+        path = tmp_path / "train.yaml"
+        path.write_text(yaml.safe_dump(run))
+        return load_config(TrainConfig, path)
+
+    return write
+
+
+def assert_costs_are_real(config, freeze=()):
+    """Compare parameters and operations with those of a real model and a real step."""
+    (chunk,) = build_model(config.model, config.parallel, Computation(), freeze)
+    (size,) = stage_sizes(config)
+    assert size.parameters == sum(parameter.numel() for parameter in chunk.parameters())
+    assert size.learning(freeze) == sum(p.numel() for p in chunk.parameters() if p.requires_grad)
+    batch = make_micro_batch(config.model, num_images=3, num_text=40, num_labels=20)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        chunk(**batch.arguments).sum().backward()
+    work = Work(
+        num_tokens=batch.num_tokens,
+        attention_pairs=batch.num_tokens**2,
+        num_labels=batch.num_labels,
+        num_images=batch.num_images,
+    )
+    assert step_flops(config.model, freeze, work).total == pytest.approx(counter.get_total_flops())
+
+
+def test_a_new_projection_is_loaded_trained_and_counted(write_run):
+    config = write_run(model={"projection": {"type": "pixel_shuffle"}})
+    assert config.model.constant_image_tokens == 4  # of 4 x 4 patches
+    steps = train_steps(config, ROWS, num_samples=8, num_steps=2)
+    assert steps.losses[1] < steps.losses[0]
+    assert all(norm > 0 for norm in steps.grad_norms)
+    assert_costs_are_real(config)
+
+
+def test_settings_of_a_new_projection_are_checked_like_those_of_the_others(write_run):
+    with pytest.raises(ConfigError, match=r"unknown key model.projection.faktor for type pixel_shuffle .*train.yaml"):
+        write_run(model={"projection": {"type": "pixel_shuffle", "faktor": 2}})
+
+
+def test_a_new_adapter_learns_while_the_parts_rest(write_run):
+    plain = write_run(model={})
+    adapted = write_run(model={"adapter": {"type": "beside_mlp", "rank": 3}}, freeze=list(PART_NAMES))
+    expected = train_steps(plain, ROWS, num_samples=8, num_steps=1).losses[0]
+    before = weights_of(start(adapted))
+    steps = train_steps(adapted, ROWS, num_samples=8, num_steps=2, save=True)
+    assert steps.losses[0] == pytest.approx(expected, rel=1e-6)  # it adds zero at first
+    assert steps.losses[1] < steps.losses[0]
+    after = weights_of(start(adapted))  # resumed from the checkpoint
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if ".up." in name or ".down." in name}
+    assert_costs_are_real(adapted, PART_NAMES)
+
+
+def weights_of(state):
+    return {name: parameter.detach().clone() for name, parameter in state.chunks[0].named_parameters()}
+
+
+def test_an_adapted_model_is_opened_with_its_adapter(write_run, tmp_path):
+    config = write_run(model={"adapter": {"type": "beside_mlp", "rank": 3}}, freeze=["vision_model"])
+    train_steps(config, ROWS, num_samples=8, num_steps=2, save=True)
+    trained = weights_of(start(config))
+    settings = RunSettings(
+        checkpoint=next((tmp_path / "run" / "checkpoints").iterdir()),
+        model=config.model,
+        tokenizer=tmp_path / "unused",
+        image_aspect="pad",
+    )
+    with open_model(settings) as model:
+        opened = dict(model.named_parameters())
+        assert opened.keys() == trained.keys()
+        assert all(torch.equal(opened[name], trained[name]) for name in trained)
