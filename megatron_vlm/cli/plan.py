@@ -170,6 +170,7 @@ def _as_text(facts: dict[str, Any], machine: str) -> str:
         f"{data['num_iterations']} iterations, {data['utilisation']:.2%} of the positions used, "
         f"longer than a row, of the samples of the datasets: {data['truncated']} cut, {data['split']} split, "
         f"{data['dropped']} left out",
+        *_image_lines(data),
         *_clustering_lines(data),
         f"{data['num_tokens'] / 1e6:.1f} M tokens, {data['num_labels'] / 1e6:.1f} M with a loss; work of the stages "
         f"{shares}, the slowest {data['stage_imbalance']:.1%} over the mean",
@@ -189,6 +190,11 @@ def _row_length_lines(data: dict[str, Any]) -> list[str]:
         best = "  <- wastes least" if row["seq_length"] == data["best_row_length"] else ""
         lines.append(f"{row['seq_length']:15d}  {row['utilisation']:14.2%}  {row['too_long']:16.3%}{best}")
     return lines
+
+
+def _image_lines(data: dict[str, Any]) -> list[str]:
+    fewest, most = data["fewest_image_tokens"], data["most_image_tokens"]
+    return [] if fewest == most else [f"{fewest} to {most} tokens an image, by its size"]
 
 
 def _clustering_lines(data: dict[str, Any]) -> list[str]:

@@ -2,6 +2,7 @@ import json
 
 import pytest
 
+from megatron_vlm.cli import plan as plan_verb
 from megatron_vlm.config import TrainConfig, load_config
 from megatron_vlm.data.plan.plan import PlanSettings, build_plan
 from megatron_vlm.data.shards.dataset import ShardedDataset
@@ -101,3 +102,12 @@ def test_clustering_shows_how_long_the_rows_are(project):
         "plan", "train.yaml", "data.packing=false", "data.length_clustering=true", "data.length_multiple=8"
     ).stdout
     assert "as long as each global batch needs them" in text
+
+
+def test_tokens_an_image_are_shown_where_they_vary(project):
+    found = facts(project)
+    tokens = load_config(TrainConfig, project.config).model.constant_image_tokens
+    assert (found["data"]["fewest_image_tokens"], found["data"]["most_image_tokens"]) == (tokens, tokens)
+    assert "tokens an image" not in plan_verb._as_text(found, "A100")
+    found["data"] |= {"fewest_image_tokens": 16, "most_image_tokens": 900}
+    assert "\n16 to 900 tokens an image, by its size\n" in plan_verb._as_text(found, "A100")

@@ -79,9 +79,8 @@ def collect_samples(
         first += len(one.lengths)
         first_fragment += len(ids)
     fragments = np.concatenate(tables, axis=1)
-    varying = None
-    if image_tokens.constant is None:
-        varying = [one.image_lengths for one in settled] + [one.image_lengths_of_fragments for one in settled]
+    # One for each dataset, or none at all.
+    varying = [one.image_lengths for one in settled if one.image_lengths is not None]
     return SamplePool(
         np.concatenate([one.lengths for one in settled] + [(fragments[2] - fragments[1]).astype(np.int32)]),
         np.concatenate([one.num_images for one in settled] + [one.images_of_fragments for one in settled]),
@@ -91,7 +90,9 @@ def collect_samples(
         split=sum(one.split for one in settled),
         dropped=sum(one.dropped for one in settled),
         tokens_per_image=_range([one.tokens_per_image for one in settled if one.tokens_per_image]),
-        varying_image_lengths=None if varying is None else np.concatenate(varying).astype(np.int32),
+        varying_image_lengths=(
+            np.concatenate(varying + [one.image_lengths_of_fragments for one in settled]) if varying else None
+        ),
     )
 
 
@@ -112,8 +113,8 @@ class _Settled:
     lengths: np.ndarray
     num_images: np.ndarray
     kept: np.ndarray
-    image_lengths: np.ndarray
-    """Of no use where every image has the same number of tokens."""
+    image_lengths: np.ndarray | None
+    """None where every image has the same number of tokens."""
     tokens_per_image: tuple[int, int] | None
     fragments: np.ndarray = field(default_factory=lambda: np.empty((3, 0), dtype=np.int64))
     images_of_fragments: np.ndarray = field(default_factory=_nothing)
@@ -131,7 +132,7 @@ def _settle(
         lengths=images.lengths + dataset.text_lengths,
         num_images=dataset.num_images,
         kept=np.arange(len(dataset)),
-        image_lengths=images.lengths,
+        image_lengths=images.lengths if image_tokens.constant is None else None,
         tokens_per_image=images.tokens_per_image,
     )
     longer = np.flatnonzero(whole.lengths > seq_length)
@@ -154,7 +155,8 @@ def _split(whole: _Settled, outlines: Outlines, longer: np.ndarray, seq_length: 
     cuts = find_cuts(outlines, seq_length)
     is_first = cuts.first == 0
     whole.lengths[longer], whole.num_images[longer] = cuts.last[is_first], cuts.num_images[is_first]
-    whole.image_lengths[longer] = cuts.image_lengths[is_first]
+    if whole.image_lengths is not None:
+        whole.image_lengths[longer] = cuts.image_lengths[is_first]
     return replace(
         whole,
         fragments=np.stack([longer[cuts.owner], cuts.first, cuts.last])[:, ~is_first],
@@ -167,7 +169,8 @@ def _split(whole: _Settled, outlines: Outlines, longer: np.ndarray, seq_length: 
 def _truncate(whole: _Settled, outlines: Outlines, longer: np.ndarray, seq_length: int) -> _Settled:
     left = cut_outlines(outlines, seq_length)
     whole.lengths[longer], whole.num_images[longer] = left.lengths, left.num_images
-    whole.image_lengths[longer] = left.image_lengths
+    if whole.image_lengths is not None:
+        whole.image_lengths[longer] = left.image_lengths
     nothing_fits = longer[left.lengths == 0]
     return replace(
         whole,

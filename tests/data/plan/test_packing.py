@@ -31,6 +31,7 @@ def row_sums(lengths, packed) -> np.ndarray:
     return np.add.reduceat(lengths[packed.order], packed.borders[:-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "seq_length", "required"),
     [("pairs", 4096, 0.893), ("pairs", 4224, 0.995), ("mix", 4096, 0.94), ("mix", 4224, 0.972)],
