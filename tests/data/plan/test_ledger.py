@@ -1,15 +1,24 @@
 """The ledger says which samples each iteration consumed, across kills and resumes."""
 
+import dataclasses
 import logging
 
 import numpy as np
 import pytest
 
 from megatron_vlm.config import BlendEntry, DataError, StorageError
+from megatron_vlm.data.loading.collate import Collation
+from megatron_vlm.data.loading.loader import BatchLoader
 from megatron_vlm.data.plan.image_tokens import ImageTokens
 from megatron_vlm.data.plan.ledger import Ledger
 from megatron_vlm.data.plan.plan import PlanSettings, build_plan
+from megatron_vlm.data.samples import TokenizerFacts
+from megatron_vlm.data.shards.dataset import ShardedDataset
+from megatron_vlm.data.shards.writer import write_dataset
+from megatron_vlm.parallel.slicing import RankSlice
+from tests.support.configs import VOCAB_SIZE, tiny_run
 from tests.support.ledgers import read_ledger
+from tests.support.samples import make_samples
 
 
 class Lengths:
@@ -110,3 +119,29 @@ def test_full_disk_is_one_line(plan, tmp_path):
     ledger._ids_file = open("/dev/full", "wb", buffering=0)  # noqa: SIM115
     with pytest.raises(StorageError, match="No space left"):
         ledger.record(1, "hash")
+
+
+def test_ledger_holds_what_the_loaders_of_all_ranks_handed_out(tmp_path):
+    """Loaders read the plan row by row and never the ledger; together their rows are each of its iterations."""
+    samples = [placed.sample for placed in make_samples(60)]
+    facts = TokenizerFacts(name="tiny", sha256="0" * 64, vocab_size=VOCAB_SIZE, bos_id=1, eos_id=2)
+    write_dataset(tmp_path / "shards", samples, source="tiny", tokenizer=facts, samples_per_shard=25)
+    run = tiny_run(training={"train_iters": 5, "global_batch_size": 4})
+    settings = dataclasses.replace(PlanSettings.from_config(run), blend=(BlendEntry(path="shards"),))
+    datasets = [ShardedDataset.open(tmp_path / "shards")]
+    plan = build_plan(settings, datasets, tmp_path / "plan")
+    record(tmp_path / "ledger", plan, 0, 5)
+    ranks = [RankSlice(data_parallel_rank=rank, data_parallel_size=2) for rank in range(2)]
+    collation = Collation.from_config(run.model, run.data)
+    loaders = [BatchLoader(datasets, plan, collation=collation, rank_slice=rank) for rank in ranks]
+    entries = read_ledger(tmp_path / "ledger")
+    assert len(entries) == plan.num_iterations == 5
+    for _, recorded in entries:
+        rows: dict[int, list[int]] = {}
+        for rank, loader in zip(ranks, loaders, strict=True):
+            for index in range(loader.num_micro_batches):
+                batch = next(loader)
+                counts = batch.samples_per_row.tolist()
+                parts = batch.sample_ids.split(counts)
+                rows |= {row: part.tolist() for row, part in zip(rank.rows(index), parts, strict=True)}
+        assert sum((rows[row] for row in range(4)), []) == recorded.tolist()

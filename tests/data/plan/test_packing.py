@@ -9,8 +9,6 @@ from hypothesis import strategies as st
 
 from megatron_vlm.data.plan.packing import pack_samples, packed_utilisation
 
-NUM_SAMPLES = 1_000_000
-
 
 def make_pairs(number: int, rng: np.random.Generator) -> np.ndarray:
     """COYO-like lengths: an image of 576 tokens, BOS, EOS and a text of 22.7 tokens on average."""
@@ -31,20 +29,26 @@ def row_sums(lengths, packed) -> np.ndarray:
     return np.add.reduceat(lengths[packed.order], packed.borders[:-1])
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize("num_samples", [20_000, pytest.param(1_000_000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("kind", "seq_length", "required"),
     [("pairs", 4096, 0.893), ("pairs", 4224, 0.995), ("mix", 4096, 0.94), ("mix", 4224, 0.972)],
 )
-def test_utilisation_reaches_the_bar_within_its_time(kind, seq_length, required):
+def test_utilisation_reaches_the_bar(kind, seq_length, required, num_samples):
     rng = np.random.default_rng(0)
-    lengths = make_pairs(NUM_SAMPLES, rng) if kind == "pairs" else make_mix(NUM_SAMPLES, rng, seq_length)
-    started = time.process_time()
+    lengths = make_pairs(num_samples, rng) if kind == "pairs" else make_mix(num_samples, rng, seq_length)
     packed = pack_samples(lengths, seq_length, rng)
-    seconds = time.process_time() - started
     assert lengths.sum() / ((len(packed.borders) - 1) * seq_length) >= required
+
+
+@pytest.mark.slow
+def test_a_million_samples_are_packed_in_seconds():
+    rng = np.random.default_rng(0)
+    lengths = make_mix(1_000_000, rng, 4096)
+    started = time.process_time()
+    pack_samples(lengths, 4096, rng)
     # Required are 3 us a sample; measured 0.4 to 2.4 us. The rest is for busy machines.
-    assert seconds / NUM_SAMPLES < 6e-6
+    assert time.process_time() - started < 6
 
 
 @settings(max_examples=60, deadline=None)
