@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from megatron_vlm.cli.options import add_command
 from megatron_vlm.cli.values import local_path
 from megatron_vlm.config import ExitCode
 
@@ -18,21 +19,11 @@ _ACTIONS = {
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Add the verb to the command line."""
-    parser = subparsers.add_parser(
-        "checkpoint",
-        help="list and verify checkpoints; hash their weights",
-        epilog="examples:\n" + "\n".join(f"  megatron-vlm {example}" for _, example in _ACTIONS.values()),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    text = "list and verify checkpoints; hash their weights"
+    parser = add_command(subparsers, "checkpoint", text, *(example for _, example in _ACTIONS.values()))
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     for name, (text, example) in _ACTIONS.items():
-        action = actions.add_parser(
-            name,
-            help=text,
-            description=text,
-            epilog=f"example:\n  megatron-vlm {example}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
+        action = add_command(actions, name, text, example)
         action.add_argument("folder", type=local_path, metavar="RUN", help="run folder, or one checkpoint")
     parser.set_defaults(run=run)
 

@@ -1,100 +1,55 @@
-"""`megatron-vlm data {verify,stats,inspect,export,merge,split,dedupe}`."""
+"""`megatron-vlm data ACTION`: what is done with finished shards."""
 
 import argparse
+from collections.abc import Callable
+from typing import NamedTuple
 
-from megatron_vlm.cli.options import add_workers
+from megatron_vlm.cli.options import add_command, add_workers
 from megatron_vlm.cli.stopping import stops_at_once
 from megatron_vlm.cli.values import local_path, new_file, new_folder, new_name, positive, seed, whole_number
 from megatron_vlm.config import ExitCode
 
-_EXAMPLES = {
-    "verify": "data verify shards/mmc4 --decode",
-    "stats": "data stats shards/mmc4 --histograms plots",
-    "inspect": "data inspect shards/mmc4 --tokenizer T --output mmc4.html",
-    "export": "data export shards/mmc4 --format webdataset --tokenizer T --output tars/mmc4",
-    "merge": "data merge shards/mmc4 shards/mmc4.part-*",
-    "split": "data split shards/mmc4 shards/mmc4 --number 4",
-    "dedupe": "data dedupe shards/coyo shards/coyo-unique --by images",
-}
-_HELP = {
-    "verify": "hold every byte against the manifest; exit code 65 on any fault",
-    "stats": "samples, images per sample, text tokens per image; from the index alone",
-    "inspect": "samples as an HTML page: pictures, text coloured by its mask",
-    "export": "samples as WebDataset tars, for other programs or to prepare again",
-    "merge": "join what prepare --part 1/N to N/N wrote; nothing is copied",
-    "split": "divide a dataset at the borders of its shards; nothing is copied",
-    "dedupe": "drop samples that repeat an earlier one; only shards that lose samples are written again",
-}
+
+class _Action(NamedTuple):
+    """One action on shards."""
+
+    text: str
+    example: str
+    add_options: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+    kept: str = ""
+    """What an interrupted action keeps for the next start of the same command."""
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Add the verb to the command line."""
-    parser = subparsers.add_parser(
-        "data",
-        help="check, count, show, export and join prepared shards",
-        epilog="examples:\n" + "\n".join(f"  megatron-vlm {example}" for example in _EXAMPLES.values()),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
-    parsers = {
-        action: actions.add_parser(
-            action,
-            help=text,
-            description=text,
-            epilog=f"example:\n  megatron-vlm {_EXAMPLES[action]}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        for action, text in _HELP.items()
-    }
-    for action in ("verify", "stats", "inspect", "export", "split", "dedupe"):
-        parsers[action].add_argument("folder", type=local_path, metavar="DIR", help="folder of shards")
-    parsers["verify"].add_argument("--decode", action="store_true", help="decode every image as well")
-    add = parsers["stats"].add_argument
-    add("--json", action="store_true", help="as JSON")
-    add("--histograms", type=new_folder, metavar="DIR", help="also draw histograms, as PNG in this folder")
-    add = parsers["inspect"].add_argument
-    add("--tokenizer", type=local_path, required=True, metavar="T", help="that of the shards")
-    add("--output", type=new_file, required=True, metavar="FILE", help="the page")
-    add("--samples", type=whole_number(0), nargs="+", default=[], metavar="I", help="these samples")
-    add("--number", type=positive, default=20, metavar="N", help="or this many (default: %(default)s)")
-    add("--seed", type=seed, metavar="S", help="a random choice; without it, the first ones")
-    add = parsers["export"].add_argument
-    add("--format", choices=("webdataset",), default="webdataset", help="tars: KEY.json, KEY.0.jpg, KEY.1.png, ...")
-    add("--output", type=new_folder, required=True, metavar="OUT", help="folder of the tars; new, or one to go on with")
-    add("--tokenizer", type=local_path, required=True, metavar="T", help="that of the shards")
-    add("--samples-per-shard", type=positive, default=10_000, metavar="N", help="of a tar (default: %(default)s)")
-    add = parsers["merge"].add_argument
-    add("output", type=new_folder, metavar="OUT", help="new folder, on the file system of the parts")
-    add("parts", type=local_path, nargs="+", metavar="PART", help="all parts, in any order")
-    add = parsers["split"].add_argument
-    add("output", type=new_name, metavar="OUT", help="writes OUT-1-of-N to OUT-N-of-N")
-    add("--number", type=positive, required=True, metavar="N", help="datasets, of about equal size")
-    add = parsers["dedupe"].add_argument
-    add("output", type=new_folder, metavar="OUT", help="new folder, on the same file system")
-    add(
-        "--by",
-        choices=("documents", "images"),
-        required=True,
-        help="what equal samples share: text and images, or the images (the text where there is none)",
-    )
-    for action in ("export", "dedupe"):
-        add_workers(parsers[action])
+    text = "check, describe, show, export, join, split and deduplicate prepared shards"
+    parser = add_command(subparsers, "data", text, *(action.example for action in _ACTIONS.values()))
+    parsers = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    for name, action in _ACTIONS.items():
+        action.add_options(add_command(parsers, name, action.text, action.example))
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the verb; returns the exit code."""
-    actions = {
-        "verify": _verify,
-        "stats": _stats,
-        "inspect": _inspect,
-        "export": _export,
-        "merge": _merge,
-        "split": _split,
-        "dedupe": _dedupe,
-    }
-    with stops_at_once("finished tars are kept" if args.action == "export" else ""):
-        return actions[args.action](args)
+    action = _ACTIONS[args.action]
+    with stops_at_once(action.kept):
+        return action.run(args)
+
+
+def _add_folder(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=local_path, metavar="DIR", help="folder of shards")
+
+
+def _add_tokenizer(parser: argparse.ArgumentParser) -> None:
+    text = "SentencePiece model that the shards were prepared with"
+    parser.add_argument("--tokenizer", type=local_path, required=True, metavar="T", help=text)
+
+
+def _add_verify(parser: argparse.ArgumentParser) -> None:
+    _add_folder(parser)
+    parser.add_argument("--decode", action="store_true", help="also decode every image")
 
 
 def _verify(args: argparse.Namespace) -> int:
@@ -118,6 +73,12 @@ def _verify(args: argparse.Namespace) -> int:
     return ExitCode.DONE
 
 
+def _add_stats(parser: argparse.ArgumentParser) -> None:
+    _add_folder(parser)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--histograms", type=new_folder, metavar="DIR", help="also draw histograms into this folder")
+
+
 def _stats(args: argparse.Namespace) -> int:
     import dataclasses
     import json
@@ -134,6 +95,16 @@ def _stats(args: argparse.Namespace) -> int:
     return ExitCode.DONE
 
 
+def _add_inspect(parser: argparse.ArgumentParser) -> None:
+    _add_folder(parser)
+    _add_tokenizer(parser)
+    add = parser.add_argument
+    add("--output", type=new_file, required=True, metavar="FILE", help="HTML page to write")
+    add("--samples", type=whole_number(0), nargs="+", default=[], metavar="I", help="show these samples")
+    add("--number", type=positive, default=20, metavar="N", help="or this many samples (default: %(default)s)")
+    add("--seed", type=seed, metavar="S", help="choose them at random (default: the first ones)")
+
+
 def _inspect(args: argparse.Namespace) -> int:
     from megatron_vlm.data.shards.dataset import ShardedDataset
     from megatron_vlm.data.shards.page import choose_samples, render_page
@@ -146,6 +117,19 @@ def _inspect(args: argparse.Namespace) -> int:
     write_durably(args.output, page.encode())
     print(f"wrote {len(indices)} samples to {args.output}")
     return ExitCode.DONE
+
+
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    _add_folder(parser)
+    _add_tokenizer(parser)
+    add = parser.add_argument
+    text = "tars with KEY.json, KEY.0.jpg, KEY.1.png, ... (default: %(default)s)"
+    add("--format", choices=("webdataset",), default="webdataset", help=text)
+    text = "folder for the tars; new, or unfinished to continue it"
+    add("--output", type=new_folder, required=True, metavar="OUT", help=text)
+    text = "samples per tar (default: %(default)s)"
+    add("--samples-per-shard", type=positive, default=10_000, metavar="N", help=text)
+    add_workers(parser)
 
 
 def _export(args: argparse.Namespace) -> int:
@@ -163,6 +147,12 @@ def _export(args: argparse.Namespace) -> int:
     return ExitCode.DONE
 
 
+def _add_merge(parser: argparse.ArgumentParser) -> None:
+    text = "new folder, on the same file system as the parts"
+    parser.add_argument("output", type=new_folder, metavar="OUT", help=text)
+    parser.add_argument("parts", type=local_path, nargs="+", metavar="PART", help="all parts, in any order")
+
+
 def _merge(args: argparse.Namespace) -> int:
     from megatron_vlm.data.prepare.merge import merge_datasets
 
@@ -172,6 +162,13 @@ def _merge(args: argparse.Namespace) -> int:
     print(f"samples {manifest.counts.samples}, images {manifest.counts.images}, shards {len(manifest.shards)}")
     print(f"wrote {args.output}; the parts are no longer needed")
     return ExitCode.DONE
+
+
+def _add_split(parser: argparse.ArgumentParser) -> None:
+    _add_folder(parser)
+    parser.add_argument("output", type=new_name, metavar="OUT", help="prefix: OUT-1-of-N to OUT-N-of-N are written")
+    text = "number of datasets, of about equal size"
+    parser.add_argument("--number", type=positive, required=True, metavar="N", help=text)
 
 
 def _split(args: argparse.Namespace) -> int:
@@ -184,6 +181,15 @@ def _split(args: argparse.Namespace) -> int:
     return ExitCode.DONE
 
 
+def _add_dedupe(parser: argparse.ArgumentParser) -> None:
+    _add_folder(parser)
+    add = parser.add_argument
+    add("output", type=new_folder, metavar="OUT", help="new folder, on the same file system")
+    text = "what equal samples share: text and images, or only the images (the text if there are none)"
+    add("--by", choices=("documents", "images"), required=True, help=text)
+    add_workers(parser)
+
+
 def _dedupe(args: argparse.Namespace) -> int:
     from megatron_vlm.data.prepare.deduplicate import deduplicate
     from megatron_vlm.data.shards.manifest import load_manifest
@@ -194,3 +200,50 @@ def _dedupe(args: argparse.Namespace) -> int:
     print(f"samples {before} = kept {kept} + dropped {before - kept}; shards {len(manifest.shards)}")
     print(f"wrote {args.output}")
     return ExitCode.DONE
+
+
+_ACTIONS = {
+    "verify": _Action(
+        "compare every byte with the manifest; exit code 65 on any fault",
+        "data verify shards/mmc4 --decode",
+        _add_verify,
+        _verify,
+    ),
+    "stats": _Action(
+        "samples, images per sample and text tokens per image, read from the index only",
+        "data stats shards/mmc4 --histograms plots",
+        _add_stats,
+        _stats,
+    ),
+    "inspect": _Action(
+        "show samples as an HTML page: images, and text coloured by its loss mask",
+        "data inspect shards/mmc4 --tokenizer T --output mmc4.html",
+        _add_inspect,
+        _inspect,
+    ),
+    "export": _Action(
+        "write samples as WebDataset tars, for other programs or to prepare them again",
+        "data export shards/mmc4 --format webdataset --tokenizer T --output tars/mmc4",
+        _add_export,
+        _export,
+        kept="finished tars are kept",
+    ),
+    "merge": _Action(
+        "join the parts written by prepare --part 1/N to N/N; nothing is copied",
+        "data merge shards/mmc4 shards/mmc4.part-*",
+        _add_merge,
+        _merge,
+    ),
+    "split": _Action(
+        "divide a dataset at shard boundaries; nothing is copied",
+        "data split shards/mmc4 shards/mmc4 --number 4",
+        _add_split,
+        _split,
+    ),
+    "dedupe": _Action(
+        "drop samples that repeat an earlier one; only shards that lose samples are rewritten",
+        "data dedupe shards/coyo shards/coyo-unique --by images",
+        _add_dedupe,
+        _dedupe,
+    ),
+}

@@ -2,51 +2,40 @@
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_vlm.cli.model_options import add_model_options, open_from_options
-from megatron_vlm.cli.values import local_path, new_file, positive, seed, whole_number
+from megatron_vlm.cli.options import add_command, add_options, read_options
+from megatron_vlm.cli.values import local_path, new_file, positive, seed
 from megatron_vlm.config import ExitCode, UsageError
+from megatron_vlm.config.inference import EvaluationOptions
 from megatron_vlm.config.modules import module_names
 from megatron_vlm.platform.files.durable import write_durably
 
-_EXAMPLE = r"""example:
-  megatron-vlm evaluate runs/sft --task vqa --questions vqa.json --images pictures --output answers.json \
-      --suffix "\nAnswer the question using a single word or phrase."
-
-vqa.json: [{"question_id": 1, "image": "a.jpg", "question": "What colour is the bus?", "answers": ["red", ...]}, ...]
+_TEXT = "answer questions about images and score the answers, zero-shot or with worked examples"
+_EXAMPLE = r"""evaluate runs/sft --task vqa --questions vqa.json --images pictures --output answers.json \
+      --suffix "\nAnswer the question using a single word or phrase." """
+_NOTES = """questions of the task vqa:
+  [{"question_id": 1, "image": "a.jpg", "question": "What colour is the bus?", "answers": ["red", ...]}, ...]
 """
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Add the verb to the command line."""
-    text = "answer questions about images and score the answers, zero-shot or with worked examples"
-    parser = subparsers.add_parser(
-        "evaluate",
-        help=text,
-        description=text,
-        epilog=_EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add_model_options(parser, bare_template=False)
+    parser = add_command(subparsers, "evaluate", _TEXT, _EXAMPLE.strip(), notes=_NOTES)
+    add_model_options(parser)
     add = parser.add_argument
     tasks = module_names("megatron_vlm.evaluation.tasks")
     add("--task", choices=tasks, default="vqa", help="benchmark (default: %(default)s)")
     add("--questions", type=local_path, required=True, metavar="FILE", help="questions, in the format of the task")
     add("--images", type=local_path, metavar="DIR", help="image folder (default: the folder of each questions file)")
     add("--output", type=new_file, required=True, metavar="FILE", help="JSON file for the scores and all answers")
-    add("--suffix", default="", metavar="TEXT", help=r"text after every question; \n is a line break")
-    add("--shots", type=whole_number(0), default=0, metavar="K", help="worked examples before each question")
-    add("--shots-from", type=local_path, metavar="FILE", help="questions from which the examples are drawn")
-    add("--shot-seed", type=seed, default=0, metavar="SEED", help="seed for choosing examples (default: %(default)s)")
+    add_options(parser, EvaluationOptions)
+    add("--shots-from", type=local_path, metavar="FILE", help="questions from which worked examples are drawn")
     add("--limit", type=positive, metavar="N", help="ask only N questions, spread evenly over the file")
-    add(
-        "--swap-images",
-        type=seed,
-        metavar="SEED",
-        help="show each question another question's image, to measure how much the image matters",
-    )
-    add("--max-new-tokens", type=positive, default=32, metavar="N", help="longest answer (default: %(default)s)")
+    text = "show each question another question's image, to measure how much the images matter"
+    add("--swap-images", type=seed, metavar="SEED", help=text)
     add("--batch-positions", type=positive, metavar="N", help="text and image tokens processed together")
     parser.set_defaults(run=run)
 
@@ -56,8 +45,10 @@ def run(args: argparse.Namespace) -> int:
     from megatron_vlm.platform.log_format import setup_logging
 
     setup_logging()
-    if bool(args.shots) != bool(args.shots_from):
-        raise UsageError(f"--shots {args.shots} and --shots-from belong together", fix="give both, or neither")
+    options = read_options(args, EvaluationOptions)
+    options = replace(options, suffix=options.suffix.replace("\\n", "\n"))
+    if bool(options.num_shots) != bool(args.shots_from):
+        raise UsageError(f"--shots {options.num_shots} and --shots-from belong together", fix="give both, or neither")
     from megatron_vlm.evaluation.questions import spread, swap_pictures
     from megatron_vlm.evaluation.task import find_task
 
@@ -67,14 +58,8 @@ def run(args: argparse.Namespace) -> int:
     if args.swap_images is not None:
         questions = swap_pictures(questions, args.swap_images)
     with open_from_options(args, args.batch_positions) as model:
-        from megatron_vlm.evaluation.run import EvaluationOptions, evaluate
+        from megatron_vlm.evaluation.run import evaluate
 
-        options = EvaluationOptions(
-            suffix=args.suffix.replace("\\n", "\n"),
-            num_shots=args.shots,
-            shot_seed=args.shot_seed,
-            max_new_tokens=args.max_new_tokens,
-        )
         result = evaluate(args.task, questions, model, options=options, pool=pool)
         facts = {"checkpoint": model.checkpoint, "questions": str(args.questions)}
     if args.swap_images is not None:
@@ -82,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     _write(args.output, {**result.summary, **facts, "answers": result.answers})
     figures = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in result.figures.items())
     print(
-        f"{args.task}: {len(questions)} questions, {args.shots} shots: {figures}, "
+        f"{args.task}: {len(questions)} questions, {options.num_shots} shots: {figures}, "
         f"{result.summary['seconds']:.1f} s, {args.output}"
     )
     return ExitCode.DONE

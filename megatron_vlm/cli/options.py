@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import math
+import textwrap
 import types
 import typing
 from collections.abc import Collection, Iterator
@@ -17,6 +18,29 @@ from megatron_vlm.platform.machine import count_cores
 T = TypeVar("T")
 _PATHS = {"location": location_text, "local": local_path, "new_folder": new_folder}
 _UNITS = (("GiB", 1 << 30), ("MiB", 1 << 20))
+
+
+def add_command(
+    subparsers: argparse._SubParsersAction, name: str, text: str, *examples: str, notes: str = ""
+) -> argparse.ArgumentParser:
+    """Add a verb, or an action of one.
+
+    Args:
+        subparsers: of the command line, or of the verb.
+        name: the verb or action.
+        text: what it does, in one line.
+        examples: whole commands after the program's name, shown below the options.
+        notes: more help, as it is; shown above the examples.
+    """
+    heading = "examples" if len(examples) > 1 else "example"
+    lines = [*([notes.rstrip(), ""] if notes else []), f"{heading}:"]
+    return subparsers.add_parser(
+        name,
+        help=text,
+        description="\n".join(textwrap.wrap(text, 100)),
+        epilog="\n".join([*lines, *(f"  megatron-vlm {example}" for example in examples)]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
 
 
 def add_input(parser: argparse.ArgumentParser, text: str) -> None:

@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_vlm.cli.options import add_options, read_options
+from megatron_vlm.cli.options import add_command, add_options, read_options
 from megatron_vlm.cli.stopping import stops_at_once
 from megatron_vlm.config import ConfigError, ExitCode, UsageError
 from megatron_vlm.config.modules import find_module, module_names
@@ -34,28 +34,18 @@ if TYPE_CHECKING:
     from megatron_vlm.data.shards.manifest import Manifest
 
 _KINDS, _SOURCES = "megatron_vlm.config.sources", "megatron_vlm.data.sources"
+_NOTES = "T stands for a SentencePiece model."
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Add the verb to the command line."""
     kinds = {name: find_module(_KINDS, name, "kind") for name in module_names(_KINDS)}
-    examples = {name: f"  megatron-vlm prepare {name} {kind.EXAMPLE}" for name, kind in kinds.items()}
-    parser = subparsers.add_parser(
-        "prepare",
-        help="turn a raw corpus into shards; parallel, resumable, with a list of every reject",
-        epilog="examples (T is a SentencePiece model):\n" + "\n".join(examples.values()),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    examples = {name: f"prepare {name} {kind.EXAMPLE}" for name, kind in kinds.items()}
+    text = "turn a raw corpus into shards; parallel, resumable, with a list of every reject"
+    parser = add_command(subparsers, "prepare", text, *examples.values(), notes=_NOTES)
     parsers = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
     for name, kind in kinds.items():
-        notes = f"{kind.NOTES}\n" if kind.NOTES else ""
-        own = parsers.add_parser(
-            name,
-            help=kind.HELP,
-            description=kind.HELP,
-            epilog=f"{notes}example (T is a SentencePiece model):\n{examples[name]}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
+        own = add_command(parsers, name, kind.HELP, examples[name], notes=f"{kind.NOTES}\n{_NOTES}".lstrip())
         add_options(own, PrepareOptions)
         add_options(own, kind.Options())
     parser.set_defaults(run=run)

@@ -1,38 +1,30 @@
-"""`megatron-vlm select {pairs,text}`: keep the best pairs before they are downloaded, or a part of a lot of text."""
+"""`megatron-vlm select {pairs,text}`: keep the best pairs before downloading them, or a sample of a text corpus."""
 
 import argparse
 
-from megatron_vlm.cli.options import add_input, add_max_record_bytes, add_workers
+from megatron_vlm.cli.options import add_command, add_input, add_max_record_bytes, add_workers
 from megatron_vlm.cli.stopping import stops_at_once
 from megatron_vlm.cli.values import new_folder, number, seed
 from megatron_vlm.config import ExitCode, UsageError
 
-_PAIRS_EXAMPLE = """example (the paper's 25M of COYO-700M):
-  megatron-vlm select pairs --input coyo-700m --output coyo-25m --top 25M \\
-      --by clip_similarity_vitb32+clip_similarity_vitl14
+_PAIRS_EXAMPLE = r"""select pairs --input coyo-700m --output coyo-25m --top 25M \
+      --by clip_similarity_vitb32+clip_similarity_vitl14"""
+_PAIRS_NOTES = """The example selects the paper's 25M pairs of COYO-700M. Download them afterwards, for instance with
+img2dataset --input_format parquet --url_list coyo-25m --url_col url --caption_col text.
+Ties are broken by position: the first row wins, in the order of file names, then rows.
+--fraction 0.2 --min-score 0.6 does what VILA's published script does, file by file.
 """
-_PAIRS_NOTES = """
-Then download, for example with img2dataset --input_format parquet --url_list coyo-25m --url_col url --caption_col text.
-Of equal scores the row that comes first is kept: files by name within a folder, then rows.
---fraction 0.2 --min-score 0.6 is what VILA's published script does, file by file.
-"""
-_TEXT_EXAMPLE = """example (the paper's 1M of FLAN):
-  megatron-vlm select text --input flan/*_data --output flan-1m --number 1M --seed 0
-"""
-_TEXT_NOTES = """
-The records with the smallest hashes of their bytes and the seed are kept: the same ones for any order of files and any
-number of workers. They are copied as they are, into one .jsonl for each input file that has any of them.
+_TEXT_EXAMPLE = "select text --input flan/*_data --output flan-1m --number 1M --seed 0"
+_TEXT_NOTES = """The example selects the paper's 1M records of FLAN. The records kept are those with the smallest
+hashes of their bytes and the seed, so the choice does not depend on the order of the files or the number of workers.
+Records are copied unchanged, into one .jsonl file for each input file that has any of them.
 """
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Add the verb to the command line."""
-    parser = subparsers.add_parser(
-        "select",
-        help="keep the top pairs by CLIP similarity over all parquet files, or N records of text",
-        epilog=f"{_PAIRS_EXAMPLE}\n{_TEXT_EXAMPLE}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    text = "keep the image-text pairs with the highest scores, or a random sample of text records"
+    parser = add_command(subparsers, "select", text, _PAIRS_EXAMPLE, _TEXT_EXAMPLE)
     kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
     _add_pairs(kinds)
     _add_text(kinds)
@@ -40,38 +32,30 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 
 def _add_pairs(kinds: argparse._SubParsersAction) -> None:
-    pairs = kinds.add_parser(
-        "pairs",
-        help="rows of parquet files; exact, in memory that depends on --top alone",
-        epilog=_PAIRS_EXAMPLE + _PAIRS_NOTES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add_input(pairs, "parquet files, folders of them, patterns, or URLs")
+    text = "rows of parquet files with the highest scores; exact, in memory that depends only on --top"
+    pairs = add_command(kinds, "pairs", text, _PAIRS_EXAMPLE, notes=_PAIRS_NOTES)
+    add_input(pairs, "parquet files, folders, patterns, or URLs")
     add = pairs.add_argument
-    add(
-        "--output", type=new_folder, required=True, metavar="DIR", help="new folder: parquet, _report.json, _scores.png"
-    )
-    add("--by", required=True, metavar="COLUMN[+COLUMN]", help="the score: a column, or the sum of several")
+    text = "new folder for the parquet files, _report.json and _scores.png"
+    add("--output", type=new_folder, required=True, metavar="DIR", help=text)
+    add("--by", required=True, metavar="COLUMN[+COLUMN]", help="score: one column, or the sum of several")
     amount = pairs.add_mutually_exclusive_group(required=True)
-    amount.add_argument("--top", metavar="N", help="rows to keep of all files together: 25M, 400K, 1000")
-    amount.add_argument("--fraction", metavar="F", help="or the share of its rows that each file keeps, e.g. 0.2")
-    add("--min-score", type=number(), metavar="X", help="keep only scores above this")
+    amount.add_argument("--top", metavar="N", help="rows to keep over all files together: 25M, 400K, 1000")
+    amount.add_argument("--fraction", metavar="F", help="fraction of rows to keep from each file, e.g. 0.2")
+    add("--min-score", type=number(), metavar="X", help="keep only rows with a score above this")
 
 
 def _add_text(kinds: argparse._SubParsersAction) -> None:
-    text = kinds.add_parser(
-        "text",
-        help="records of JSON or parquet; exact, in memory that depends on --number alone",
-        epilog=_TEXT_EXAMPLE + _TEXT_NOTES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add_input(text, "JSON lines or arrays, also .gz or .zip, or parquet; files, folders of them, or URLs")
-    add = text.add_argument
-    add("--output", type=new_folder, required=True, metavar="DIR", help="new folder: .jsonl, _report/select.json")
-    add("--number", required=True, metavar="N", help="records to keep of all files together: 1M, 400K, 1000")
-    add("--seed", type=seed, default=0, metavar="S", help="another one keeps other records (default: %(default)s)")
-    add_workers(text)
-    add_max_record_bytes(text)
+    text = "a random sample of JSON or parquet records; exact, in memory that depends only on --number"
+    parser = add_command(kinds, "text", text, _TEXT_EXAMPLE, notes=_TEXT_NOTES)
+    add_input(parser, "JSON lines or arrays, also .gz or .zip, or parquet; files, folders, or URLs")
+    add = parser.add_argument
+    text = "new folder for the .jsonl files and _report/select.json"
+    add("--output", type=new_folder, required=True, metavar="DIR", help=text)
+    add("--number", required=True, metavar="N", help="records to keep over all files together: 1M, 400K, 1000")
+    add("--seed", type=seed, default=0, metavar="S", help="another seed keeps other records (default: %(default)s)")
+    add_workers(parser)
+    add_max_record_bytes(parser)
 
 
 def run(args: argparse.Namespace) -> int:

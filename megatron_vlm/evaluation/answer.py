@@ -10,8 +10,9 @@ from megatron.core.inference.contexts.static_context import StaticInferenceConte
 from torch import Tensor
 
 from megatron_vlm.config import ModelConfig
+from megatron_vlm.config.inference import SamplingOptions
 from megatron_vlm.costs.memory import cache_bytes
-from megatron_vlm.evaluation.sampling import SamplingOptions, choose_tokens, draw_uniforms
+from megatron_vlm.evaluation.sampling import choose_tokens, draw_uniforms
 from megatron_vlm.models.layers.attention import PackedAttention
 from megatron_vlm.models.vlm import VisionLanguageModel, merge_image_embeddings
 

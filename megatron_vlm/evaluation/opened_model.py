@@ -6,37 +6,15 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_vlm.checkpoint.open_model import Precision, open_model
+from megatron_vlm.checkpoint.open_model import open_model
 from megatron_vlm.checkpoint.run_settings import read_run_settings
 from megatron_vlm.config import ConfigError
+from megatron_vlm.config.inference import BARE_TEXT, ModelOptions
 from megatron_vlm.data.text.templates import find_system, find_template
 from megatron_vlm.data.text.tokenizer import load_tokenizer
 from megatron_vlm.evaluation.answer import POSITIONS_PER_BATCH, Generator
 from megatron_vlm.evaluation.pictures import PictureReader
 from megatron_vlm.evaluation.prompts import PromptFormat
-
-BARE_TEXT = "none"
-"""Name of the template that is none: the model continues the bare text."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelOptions:
-    """Which checkpoint answers, and how prompts are written for it."""
-
-    checkpoint: str
-    """A checkpoint, or a run folder, whose newest checkpoint is meant."""
-    template: str
-    """Conversation template, or `BARE_TEXT`."""
-    system: str
-    """System prompt: "default" (the template's), "none", or the text itself."""
-    tokenizer: str | None = None
-    """SentencePiece model; None: the run's own."""
-    image_aspect: str | None = None
-    """As in `DataConfig`; None: the run's own."""
-    precision: Precision | None = None
-    """None: bf16 on a GPU, fp32 on a CPU."""
-    batch_positions: int | None = None
-    """Positions answered together; None: the generator's default."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,18 +28,22 @@ class OpenedModel:
 
 
 @contextmanager
-def opened_model(options: ModelOptions, device: torch.device) -> Iterator[OpenedModel]:
+def opened_model(
+    checkpoint: str, options: ModelOptions, device: torch.device, batch_positions: int | None = None
+) -> Iterator[OpenedModel]:
     """Open a checkpoint.
 
     Args:
-        options: which one, and how it is asked.
-        device: of this process, from `prepare_process`.
+        checkpoint: a checkpoint, or a run folder for its newest checkpoint.
+        options: how prompts are written, and how the model computes.
+        device: the device of this process, from `prepare_process`.
+        batch_positions: positions answered together; None: the generator's default.
 
     Raises:
         ConfigError: the tokenizer does not belong to the model, or the template is unknown.
         CheckpointError: the checkpoint is missing or damaged.
     """
-    settings = read_run_settings(options.checkpoint, tokenizer=options.tokenizer, image_aspect=options.image_aspect)
+    settings = read_run_settings(checkpoint, tokenizer=options.tokenizer, image_aspect=options.image_aspect)
     tokenizer = load_tokenizer(settings.tokenizer)
     if tokenizer.vocab_size != settings.model.language.vocab_size:
         raise ConfigError(
@@ -81,7 +63,7 @@ def opened_model(options: ModelOptions, device: torch.device) -> Iterator[Opened
                 model,
                 settings.model,
                 eos_id=tokenizer.eos_id,
-                positions_per_batch=options.batch_positions or POSITIONS_PER_BATCH,
+                positions_per_batch=batch_positions or POSITIONS_PER_BATCH,
             ),
             prompt_format=prompt_format,
             reader=PictureReader(settings.model.vision, settings.image_aspect),

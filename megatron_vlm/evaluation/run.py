@@ -8,30 +8,16 @@ from typing import Any
 
 from tqdm import tqdm
 
+from megatron_vlm.config.inference import EvaluationOptions, SamplingOptions
 from megatron_vlm.evaluation.answer import Prompt
 from megatron_vlm.evaluation.opened_model import OpenedModel
 from megatron_vlm.evaluation.pictures import check_pictures
 from megatron_vlm.evaluation.prompts import Exchange
 from megatron_vlm.evaluation.questions import Question, choose_shots
-from megatron_vlm.evaluation.sampling import SamplingOptions
 from megatron_vlm.evaluation.task import find_task
 
 FEATURE_BYTES = 2**30
 """Most image features held at a time [bytes]."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EvaluationOptions:
-    """How questions are asked."""
-
-    suffix: str = ""
-    """Text after every question, e.g. "\\nAnswer the question using a single word or phrase."."""
-    num_shots: int = 0
-    """Worked examples before each question."""
-    shot_seed: int = 0
-    """Decides which examples are chosen."""
-    max_new_tokens: int = 32
-    """Longest answer [tokens]."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,36 +1,9 @@
 """Choose the next token from logits: the most likely one, or a draw."""
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from megatron_vlm.config import UsageError
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SamplingOptions:
-    """How an answer is drawn."""
-
-    max_new_tokens: int = 128
-    temperature: float = 0.0
-    """0 takes the most likely token; 1 draws from the model's own distribution."""
-    top_k: int = 0
-    """Draw from this many most likely tokens; 0: from all."""
-    top_p: float = 1.0
-    """Draw from the fewest tokens that have this probability together."""
-    seed: int = 0
-    """The draws of a prompt depend on it and on the prompt's number alone, not on the batch it is in."""
-
-    def __post_init__(self) -> None:
-        for name, is_good, wanted in (
-            ("max_new_tokens", self.max_new_tokens >= 1, "1 or more"),
-            ("temperature", self.temperature >= 0, "0 or more"),
-            ("top_k", self.top_k >= 0, "0 or more"),
-            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-        ):
-            if not is_good:
-                raise UsageError(f"{name}={getattr(self, name)} makes no sense", fix=f"choose {wanted}")
+from megatron_vlm.config.inference import SamplingOptions
 
 
 def draw_uniforms(options: SamplingOptions, prompt_number: int) -> Tensor:

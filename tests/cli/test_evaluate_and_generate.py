@@ -139,4 +139,4 @@ def test_generate_names_a_missing_picture(place, capsys):
 
 def test_generate_refuses_sampling_that_makes_no_sense(place, capsys):
     assert main(["generate", str(place / "run"), "--prompt", "x", "--top-p", "0"]) == 64
-    assert "top_p=0.0 makes no sense" in capsys.readouterr().err
+    assert "--top-p 0.0 is out of range" in capsys.readouterr().err

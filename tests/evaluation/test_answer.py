@@ -7,9 +7,9 @@ import torch
 from megatron_vlm.checkpoint.open_model import open_model
 from megatron_vlm.checkpoint.run_settings import read_run_settings
 from megatron_vlm.config import ParallelConfig
+from megatron_vlm.config.inference import SamplingOptions
 from megatron_vlm.evaluation import answer as generation
 from megatron_vlm.evaluation.answer import Answer, Generator, Prompt
-from megatron_vlm.evaluation.sampling import SamplingOptions
 from megatron_vlm.models.build import build_model
 from megatron_vlm.models.computation import Computation
 from tests.support.configs import tiny_model, tiny_run

@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 from megatron_vlm.config import DataError
+from megatron_vlm.config.inference import EvaluationOptions
 from megatron_vlm.data.text.templates import TEMPLATES
 from megatron_vlm.data.text.tokenizer import load_tokenizer
 from megatron_vlm.evaluation import run as evaluation
@@ -14,7 +15,7 @@ from megatron_vlm.evaluation.opened_model import OpenedModel
 from megatron_vlm.evaluation.pictures import PictureReader
 from megatron_vlm.evaluation.prompts import PromptFormat
 from megatron_vlm.evaluation.questions import Question
-from megatron_vlm.evaluation.run import EvaluationOptions, evaluate
+from megatron_vlm.evaluation.run import evaluate
 from tests.support.configs import tiny_model
 from tests.support.sentence_piece import NUM_PIECES, train_sentence_piece
 
