@@ -24,6 +24,7 @@ def reader(tmp_path, make_image):
     """A folder in which every picture that the records of this file name is there."""
     root = tmp_path / "pictures"
     names = ["a.jpg", "b.jpg", "7.jpg", "train/CLEVR_1.png", "COCO_train2014_000000000042.jpg", "n3.jpg", "x/y.png"]
+    names += ["images/5/train-72-1-0.png"]
     for seed, name in enumerate(names):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(make_image(seed=seed))
@@ -140,6 +141,13 @@ PUBLISHED = {
         "no",
     ),
 }
+
+
+def test_nlvr_records_name_the_first_of_their_six_pictures(read):
+    record = {"identifier": "72-1", "directory": "5", "sentence": "There is a box.", "label": "false"}
+    (found,) = read(one_wording("nlvr"), [record])
+    assert found.count("IMG") == 1
+    assert found.endswith("ASSISTANT:| false|</s>")
 
 
 @pytest.mark.parametrize("name", sorted(PUBLISHED))
