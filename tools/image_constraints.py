@@ -1,4 +1,4 @@
-"""Print pip constraints that keep every package of a container image and take ours for the rest.
+"""Print pip constraints that keep every package of a container image and add ours for the rest.
 
 The Dockerfile runs it on NVIDIA's image:  python tools/image_constraints.py constraints.txt > merged.txt
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def canonical_name(name: str) -> str:
-    """Return the name under which two spellings of a package are the same (PEP 503)."""
+    """Return the canonical spelling of a package name (PEP 503)."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
@@ -20,7 +20,7 @@ def merge_constraints(ours: Iterable[str], installed: Mapping[str, str]) -> Iter
 
     Args:
         ours: lines of a constraints file, `name==version` with an optional marker.
-        installed: version by name of what the image has.
+        installed: versions of the packages in the image, by name.
     """
     kept = {canonical_name(name): version for name, version in installed.items()}
     yield from (f"{name}=={version}" for name, version in sorted(kept.items()))
@@ -31,7 +31,7 @@ def merge_constraints(ours: Iterable[str], installed: Mapping[str, str]) -> Iter
 
 
 def main() -> None:
-    """Print the merged constraints of this environment and the file of the first argument."""
+    """Print the constraints of this environment merged with the file named by the first argument."""
     installed = {found.metadata["Name"]: found.version for found in distributions()}
     lines = Path(sys.argv[1]).read_text().splitlines()
     sys.stdout.write("\n".join(merge_constraints(lines, installed)) + "\n")

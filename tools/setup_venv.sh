@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Make the virtual environment .venv (or $VENV) with megatron_vlm, its tests' tools and transformers, at tested versions.
-# Run again, it returns at once unless setup.py or constraints.txt changed. $PYTHON names an interpreter of one's choice,
-# $EXTRAS the extras to install (setup.py); the slow tests of Ray need EXTRAS=dev,hf,ray.
+# Make the virtual environment .venv (or $VENV) with megatron_vlm, the test tools and transformers, at tested versions.
+# When run again, it returns at once unless setup.py or constraints.txt has changed. $PYTHON chooses the interpreter and
+# $EXTRAS the extras of setup.py; the slow tests of Ray need EXTRAS=dev,hf,ray.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -13,7 +13,7 @@ stamp_file="$venv/.megatron_vlm_installed"
 say() { printf '[setup] %s\n' "$*"; }
 fail() { printf '[setup] error: %s\n' "$*" >&2; exit 1; }
 
-# An interpreter counts only if it runs: version managers put names on the path that answer "not found".
+# Check that an interpreter runs: version managers put names on the PATH that only answer "not found".
 is_supported() {
   "$1" -c 'import sys, ensurepip, venv; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' >/dev/null 2>&1
 }
@@ -46,14 +46,14 @@ if [ -x "$venv/bin/python" ] && [ "$(cat "$stamp_file" 2>/dev/null)" = "$wanted"
 fi
 
 if ! is_supported "$venv/bin/python"; then
-  if [ -e "$venv" ] && [ ! -e "$venv/pyvenv.cfg" ]; then fail "$venv exists and is no virtual environment; set VENV to another folder"; fi
+  if [ -e "$venv" ] && [ ! -e "$venv/pyvenv.cfg" ]; then fail "$venv exists but is not a virtual environment; set VENV to another folder"; fi
   python="$(find_python)"
   say "making $venv with $python ($("$python" --version))"
   "$python" -m venv --clear "$venv"
 fi
 rm -f "$stamp_file"
 
-# The index's default build of torch for Linux brings 4 GB of CUDA libraries; a machine without a GPU needs none.
+# The default build of torch for Linux brings 4 GB of CUDA libraries, which a machine without a GPU does not need.
 index=()
 if has_gpu; then
   say "GPU found: installing the CUDA build of torch"
@@ -61,10 +61,10 @@ elif [ "$(uname -s)" = Linux ] && is_reachable "$cpu_index"; then
   say "no GPU found: installing the CPU build of torch"
   index=(--extra-index-url "$cpu_index")
 else
-  say "no GPU found: installing the build of torch that pip's own index prefers"
+  say "no GPU found: installing the default build of torch"
 fi
 
-say "installing megatron_vlm and what it needs into $venv (a few minutes the first time)"
+say "installing megatron_vlm and its dependencies into $venv (a few minutes the first time)"
 "$venv/bin/python" -m pip install --disable-pip-version-check --constraint constraints.txt \
   ${index[@]+"${index[@]}"} --editable ".[$extras]"
 printf '%s\n' "$wanted" >"$stamp_file"

@@ -1,4 +1,4 @@
-"""The benchmarks of the data path run, and say what was measured, against what, and whether it is enough."""
+"""The benchmarks of the data path run and report results, peers and whether the requirements are met."""
 
 import itertools
 import json
@@ -33,7 +33,7 @@ def run(tmp_path, name, *arguments):
 
 
 def follows(row) -> bool:
-    """Whether the requirement is met, by the numbers of the row alone."""
+    """Return whether the requirement is met, judged only by the numbers of the row."""
     if row["ratio"] is not None:
         assert math.isclose(row["ratio"], row["ours"] / max(row["peers"].values()))
         return row["ratio"] >= row["required"]

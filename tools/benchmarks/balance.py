@@ -2,7 +2,7 @@
 
 python tools/benchmarks/balance.py --json balance.json
 
-A figure is the load of the fullest rank of each global batch, summed over all batches, over the mean of all ranks: how
+Each figure is the load of the fullest rank, summed over all global batches, divided by the mean load of the ranks: how
 much longer a run takes because ranks wait for each other.
 """
 
@@ -19,7 +19,7 @@ from megatron_vlm.data.plan.image_tokens import ImageTokens
 from megatron_vlm.data.plan.plan import PlanSettings, plan_rows
 
 _GLOBAL_BATCH_SIZE = 1024
-# At most, by data-parallel size. With 512 ranks of 2 rows each, single large rows decide.
+# Upper bounds by data-parallel size. With 512 ranks of 2 rows each, single large rows decide.
 _REQUIRED = {
     8: {"images": 1.002, "attention work": 1.005},
     64: {"images": 1.01, "attention work": 1.03},
@@ -29,7 +29,7 @@ _REQUIRED = {
 
 @dataclass
 class Lengths:
-    """A dataset of lengths alone: a text, then its images."""
+    """A dataset that consists only of lengths: a text, then its images."""
 
     num_images: np.ndarray
     text_lengths: np.ndarray
@@ -51,7 +51,9 @@ def main() -> int:
     """Run the benchmark."""
 
     def add(parser):
-        parser.add_argument("--images", type=int, default=4_000_000, help="of both datasets together")
+        parser.add_argument(
+            "--images", type=int, default=4_000_000, help="in both datasets together (default: %(default)s)"
+        )
 
     arguments = parse_arguments(__doc__, add)
     rng = np.random.default_rng(0)

@@ -18,7 +18,7 @@ _MAX_PIECES = 8000
 
 
 def make_jpeg(width: int, height: int, rng: np.random.Generator, *, quality: int = 85) -> bytes:
-    """Return a JPEG file of about the size of a photo's: smooth shapes with noise."""
+    """Return a JPEG file about as large as a photo: smooth shapes with noise."""
     coarse = Image.fromarray(rng.integers(0, 256, (height // 40, width // 40, 3), dtype=np.uint8))
     smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC)).astype(float)
     noisy = Image.fromarray(np.clip(smooth + rng.normal(0, 8, smooth.shape), 0, 255).astype(np.uint8))
@@ -28,7 +28,7 @@ def make_jpeg(width: int, height: int, rng: np.random.Generator, *, quality: int
 
 
 class Corpus:
-    """English text (of Python's own documentation) and pictures to draw from."""
+    """English text (from Python's own documentation) and pictures to draw from."""
 
     def __init__(self) -> None:
         self.rng = np.random.default_rng(0)
@@ -41,7 +41,7 @@ class Corpus:
         ]
 
     def train_tokenizer(self, folder: Path) -> Path:
-        """Train a SentencePiece model of Llama's kind on the text and return its file."""
+        """Train a SentencePiece model like Llama's on the text and return its file."""
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(self._sentences),
             model_prefix=str(folder / "tokenizer"),
@@ -63,7 +63,7 @@ class Corpus:
             yield " ".join(self._words[first : first + length])
 
     def write_pairs(self, file: Path, number: int) -> None:
-        """Write a tar as img2dataset does: .jpg, .txt and .json of each pair."""
+        """Write a tar like img2dataset's: .jpg, .txt and .json for each pair."""
         with tarfile.open(file, "w") as tar:
             for index, caption in enumerate(self.captions(number)):
                 key = f"{index:09d}"
@@ -78,7 +78,7 @@ class Corpus:
                     tar.addfile(header, io.BytesIO(content))
 
     def write_documents(self, folder: Path, number: int) -> None:
-        """Write an MMC4 shard with 1 to 6 images a document and four sentences an image, and the image files."""
+        """Write an MMC4 shard with 1 to 6 images per document and four sentences per image, and the image files."""
         (folder / "images").mkdir(parents=True)
         num_files = 0
         with (folder / "docs_shard_0_v3.jsonl").open("w") as stream:

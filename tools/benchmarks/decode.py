@@ -1,13 +1,12 @@
-"""Decoding to the tower's square, pictures per CPU second in one process.
+"""Decoding pictures to the square input of the tower, in pictures per CPU second of one process.
 
     python tools/benchmarks/decode.py --json decode.json [PICTURE ...]
 
-Peers: the Hugging Face CLIP processor on Pillow, and the fastest way that is written about, simplejpeg and torch's
-antialiased bicubic filter; both normalise, ours hands over uint8 and leaves that to the device. Differences
-are to the CLIP processor's pixels before its normalisation, in levels of 255. Without pictures, JPEG files are made,
-smooth shapes with noise: half of them of the sizes that web pictures have, half as the paper's tooling stores those
-(shorter side 336, quality 75). A note tells the ratio for each half; decoding weighs more in large pictures, and all
-three decode alike.
+Peers: the Hugging Face CLIP processor on Pillow, and the fastest published method, simplejpeg with torch's antialiased
+bicubic filter. Both normalise; ours hands over uint8 and leaves that to the device. Differences are measured from the
+CLIP processor's pixels before normalisation, in levels of 255. Without arguments, JPEG files are generated (smooth
+shapes with noise): half in typical sizes of web pictures, half as the paper's tooling stores them (shorter side 336,
+quality 75). A note gives the ratio for each half; decoding weighs more in large pictures, and all three decode alike.
 """
 
 import io
@@ -31,7 +30,7 @@ _MAX_MEAN_DIFFERENCE, _MAX_DIFFERENCE = 0.01, 2
 
 
 class ClipProcessor:
-    """The Hugging Face processor, from a JPEG file on."""
+    """The Hugging Face processor, starting from a JPEG file."""
 
     def __init__(self, size: int) -> None:
         from transformers import CLIPImageProcessor
@@ -41,7 +40,7 @@ class ClipProcessor:
         self._plain = CLIPImageProcessor(**options, do_rescale=False, do_normalize=False)
 
     def normalised(self, encoded: bytes) -> np.ndarray:
-        """Return what a model is fed, float32[3, size, size]."""
+        """Return the input of a model, float32[3, size, size]."""
         image = Image.open(io.BytesIO(encoded)).convert("RGB")
         return self._normalising(image, return_tensors="np")["pixel_values"][0]
 
@@ -52,7 +51,7 @@ class ClipProcessor:
 
 
 def decode_with_torch(encoded: bytes, size: int, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
-    """Return what a model is fed, float32[3, size, size], by simplejpeg and torch."""
+    """Return the input of a model, float32[3, size, size], with simplejpeg and torch."""
     image = torch.from_numpy(simplejpeg.decode_jpeg(encoded, "RGB")).permute(2, 0, 1)[None]
     scale = size / min(image.shape[-2:])
     height, width = (int(side * scale) for side in image.shape[-2:])
@@ -62,7 +61,7 @@ def decode_with_torch(encoded: bytes, size: int, mean: torch.Tensor, std: torch.
 
 
 def measure(pictures: list[bytes], size: int, required: float, rounds: int) -> list[Row]:
-    """Compare at one size."""
+    """Compare all methods at one size."""
     mean, std = (torch.tensor(values)[:, None, None] for values in (_MEAN, _STD))
 
     def ours(encoded: bytes) -> np.ndarray:
@@ -99,7 +98,7 @@ def measure(pictures: list[bytes], size: int, required: float, rounds: int) -> l
 
 
 def make_pictures() -> dict[str, list[bytes]]:
-    """Return JPEG files by set, as many of each."""
+    """Return JPEG files by set, equally many in each."""
     rng = np.random.default_rng(0)
     number = len(_WEB_SHAPES)
     return {
@@ -112,8 +111,10 @@ def main() -> int:
     """Run the benchmark."""
 
     def add(parser):
-        parser.add_argument("pictures", nargs="*", type=Path, help="JPEG files; default: made ones")
-        parser.add_argument("--rounds", type=int, default=21, help="of all, in turns (default: %(default)s)")
+        parser.add_argument("pictures", nargs="*", type=Path, help="JPEG files (default: generated ones)")
+        parser.add_argument(
+            "--rounds", type=int, default=21, help="rounds in which all take turns (default: %(default)s)"
+        )
 
     arguments = parse_arguments(__doc__, add)
     torch.set_num_threads(1)
@@ -125,8 +126,8 @@ def main() -> int:
     for size, required in ((224, 3.0), (336, 3.2)):
         rows += measure(pictures, size, required, arguments.rounds)
         for name, own in made.items() if is_installed("transformers") else ():
-            alone = measure(own, size, required, arguments.rounds)[0].ratio
-            notes.append(f"{name} alone at {size}: {alone:.2f}x {_CLIP}")
+            ratio = measure(own, size, required, arguments.rounds)[0].ratio
+            notes.append(f"only {name} at {size}: {ratio:.2f}x {_CLIP}")
     if not is_installed("transformers"):
         notes.append(how_to_install("transformers"))
     notes.append(describe_versions("transformers", "pillow", "simplejpeg", "torch", "numpy"))

@@ -1,7 +1,7 @@
-"""Datasets that are indexes and holes: they plan and open as real ones do, and take little disk.
+"""Datasets of real indexes and sparse data files: planned and opened like any other, but small on disk.
 
-Written by docs/shard_format.md. A hole of a data file reads as zeros, so that with `readable` every sample can be read:
-its texts are tokens 0, its images 2,000 bytes of zeros, and their checksums are true.
+They follow docs/shard_format.md. The holes of a data file read as zeros, so with `readable` every sample can be read:
+texts of token 0 and images of 2,000 zero bytes, with correct checksums.
 """
 
 import zlib
@@ -15,19 +15,19 @@ from megatron_vlm.data.shards.index import MODE_IMAGE, MODE_TRAINED
 from megatron_vlm.data.shards.manifest import Counts, FileFacts, Manifest, ShardFacts, save_manifest
 
 _SAMPLES_PER_SHARD = 100_000
-_IMAGE_BYTES, _READABLE_IMAGE_BYTES = 30_000, 2_000  # what is read fills the page cache
+_IMAGE_BYTES, _READABLE_IMAGE_BYTES = 30_000, 2_000  # reads fill the page cache
 _IMAGE_SIZE = (640, 480)
 _TOKENIZER = TokenizerFacts(name="none", sha256="0" * 64, vocab_size=32000, bos_id=1, eos_id=2)
 
 
 def write_indexes(folder: Path, images: np.ndarray, text: np.ndarray, *, readable: bool = False) -> ShardedDataset:
-    """Write a dataset of the given images and text tokens of each sample.
+    """Write a dataset with the given numbers of images and text tokens per sample.
 
     Args:
-        folder: new.
+        folder: a new folder.
         images: int[samples].
         text: int[samples].
-        readable: write checksums, so that the samples can be read.
+        readable: write checksums, so that samples can be read.
     """
     folder.mkdir(parents=True)
     shards = []
@@ -40,7 +40,7 @@ def write_indexes(folder: Path, images: np.ndarray, text: np.ndarray, *, readabl
 
 
 def _write_shard(folder: Path, name: str, images: np.ndarray, text: np.ndarray, readable: bool) -> ShardFacts:
-    """Write a shard whose samples are a text of one token, then their images, each followed by a part of the text."""
+    """Write a shard whose samples start with one token; each image is followed by a stretch of the text."""
     sequences = 1 + 2 * images.astype(np.int64)
     borders = np.concatenate([[0], np.cumsum(sequences)])
     place = np.arange(borders[-1]) - np.repeat(borders[:-1], sequences)

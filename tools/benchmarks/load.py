@@ -1,9 +1,9 @@
-"""Packed loading of image-text pairs at 224 pixels, real tokens per CPU second, in one process.
+"""Packed loading of image-text pairs at 224 pixels, in real tokens per CPU second of one process.
 
     python tools/benchmarks/load.py --json load.json
 
-Peers: LLaVA's way (JSON records, the Hugging Face CLIP processor on Pillow, tokenizing at each read, padding to the
-longest sample of the batch), and megatron-core's IndexedDataset with the same pixels through Pillow.
+Peers: LLaVA's loading (JSON records, the Hugging Face CLIP processor on Pillow, tokenizing at each read, padding to
+the longest sample of the batch), and megatron-core's IndexedDataset with the same pixels through Pillow.
 """
 
 import io
@@ -45,7 +45,7 @@ _WORDS = "a the photo of red green blue small large cat dog house tree with on u
 
 
 class LlavaDataset:
-    """What LLaVA's LazySupervisedDataset and collator do, reduced to pairs."""
+    """LLaVA's LazySupervisedDataset and collator, reduced to pairs."""
 
     def __init__(self, folder: Path, tokenizer: Tokenizer) -> None:
         from transformers import CLIPImageProcessor
@@ -87,7 +87,7 @@ def count_tokens_indexed(dataset: IndexedDataset, numbers: range) -> int:
 
 
 def prepare(folder: Path, number: int) -> Tokenizer:
-    """Write the same pairs for all three."""
+    """Write the same pairs for all three methods."""
     rng = np.random.default_rng(0)
     captions = [" ".join(rng.choice(_WORDS, rng.integers(5, 30))) for _ in range(number)]
     sentencepiece.SentencePieceTrainer.train(
@@ -117,7 +117,9 @@ def main() -> int:
 
     def add(parser):
         parser.add_argument("--samples", type=int, default=240, help="pairs (default: %(default)s)")
-        parser.add_argument("--rounds", type=int, default=11, help="of all, in turns (default: %(default)s)")
+        parser.add_argument(
+            "--rounds", type=int, default=11, help="rounds in which all take turns (default: %(default)s)"
+        )
 
     arguments = parse_arguments(__doc__, add)
     torch.set_num_threads(1)

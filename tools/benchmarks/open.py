@@ -1,9 +1,9 @@
-"""Opening a dataset of a million documents and reading at random, each in fresh processes.
+"""Opening a dataset of a million documents and reading samples at random, in fresh processes.
 
     python tools/benchmarks/open.py --json open.json
 
-Memory is the growth of the resident set, mapped files included: from before to after opening, and from there to the end
-of the reads. Peer: megatron-core's IndexedDataset of the same files, one a shard.
+Memory is the growth of the resident set, including mapped files, during opening and during the reads. Peer:
+megatron-core's IndexedDataset on the same files, one per shard.
 """
 
 import json
@@ -53,7 +53,7 @@ def measure_peer(folder: Path, num_reads: int) -> dict[str, float]:
         first, last = shards[shard].document_indices[document : document + 2]
         for sequence in range(first, last):
             content, _ = shards[shard][sequence]
-            content.tobytes()  # it reads nothing before
+            content.tobytes()  # nothing is read before this
     return {"milliseconds": milliseconds, "open": opened - before, "read": _resident() - opened}
 
 
@@ -71,7 +71,7 @@ def run_in_processes(who: str, folder: Path, num_reads: int, rounds: int) -> dic
 
 
 def measure(folder: Path, num_documents: int, num_reads: int, rounds: int) -> list[Row]:
-    """Compare on one dataset."""
+    """Compare both on one dataset."""
     images, text = documents(num_documents, np.random.default_rng(0))
     write_indexes(folder / "mmc4", images, text, readable=True)
     ours, peer = (run_in_processes(who, folder / "mmc4", num_reads, rounds) for who in ("ours", "peer"))
@@ -92,10 +92,10 @@ def main() -> int:
 
     def add(parser):
         parser.add_argument("--documents", type=int, default=1_000_000, help="default: %(default)s")
-        parser.add_argument("--reads", type=int, default=50_000, help="at random (default: %(default)s)")
-        parser.add_argument("--rounds", type=int, default=5, help="fresh processes each (default: %(default)s)")
-        parser.add_argument("--in-this-process", choices=("ours", "peer"), help="measure one, for --folder")
-        parser.add_argument("--folder", type=Path, help="of a dataset")
+        parser.add_argument("--reads", type=int, default=50_000, help="random reads (default: %(default)s)")
+        parser.add_argument("--rounds", type=int, default=5, help="fresh processes for each (default: %(default)s)")
+        parser.add_argument("--in-this-process", choices=("ours", "peer"), help="measure only this one, on --folder")
+        parser.add_argument("--folder", type=Path, help="folder of a dataset")
 
     arguments = parse_arguments(__doc__, add)
     if arguments.in_this_process:

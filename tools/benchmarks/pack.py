@@ -1,12 +1,12 @@
-"""Packing without cutting: share of the positions that is used, and CPU time.
+"""Packing without cutting samples: fraction of the positions used, and CPU time.
 
     python tools/benchmarks/pack.py --json pack.json
 
-Peers, all written again here and measured on the same samples: offline best-fit-decreasing; `greedy_knapsack` of
-Megatron-LM's multimodal example over a buffer of 1024 samples, as Energon hands them to it (Megatron-LM's examples are
-on no package index, and Energon leaves the choice to its user); and the best known, a rolling subset-sum over a window
-of 128 samples. A wider window fills rows no better and takes longer. Times of the peers are of counting rows; ours also
-says which sample goes where.
+The peers are reimplemented here and measured on the same samples: offline best-fit-decreasing; `greedy_knapsack` from
+Megatron-LM's multimodal example over buffers of 1024 samples, as Energon passes them to it (Megatron-LM's examples are
+not on any package index, and Energon leaves the choice to its user); and the best method known, a rolling subset-sum
+over a window of 128 samples. A wider window does not fill rows better and takes longer. The peers only count rows; ours
+also decides which sample goes where.
 """
 
 import bisect
@@ -33,7 +33,7 @@ _CASES = (
 
 
 def count_rows_best_fit(lengths: np.ndarray, seq_length: int) -> int:
-    """Return the rows of offline best-fit-decreasing, computed on the histogram."""
+    """Return the number of rows of offline best-fit-decreasing, computed on the histogram."""
     counts = np.bincount(lengths, minlength=seq_length + 1)
     gaps = np.zeros(seq_length + 1, dtype=np.int64)
     rows = 0
@@ -54,7 +54,7 @@ def count_rows_best_fit(lengths: np.ndarray, seq_length: int) -> int:
 
 
 def count_rows_knapsack(lengths: np.ndarray, seq_length: int) -> int:
-    """Return the rows of the greedy knapsack over buffers of 1024 samples: the longest that fits, again and again."""
+    """Return the number of rows of the greedy knapsack over buffers of 1024 samples: always the longest that fits."""
     rows = 0
     for start in range(0, len(lengths), _BUFFER):
         waiting = sorted(lengths[start : start + _BUFFER].tolist())
@@ -67,7 +67,7 @@ def count_rows_knapsack(lengths: np.ndarray, seq_length: int) -> int:
 
 
 def count_rows_subset_sum(lengths: np.ndarray, seq_length: int) -> int:
-    """Return the rows of a rolling subset-sum: the oldest sample of a window, and those that fill its row best."""
+    """Return the number of rows of a rolling subset-sum: the oldest sample and those that best fill its row."""
     stream = iter(lengths.tolist())
     window = list(itertools.islice(stream, _WINDOW))
     rows = 0
@@ -81,9 +81,9 @@ def count_rows_subset_sum(lengths: np.ndarray, seq_length: int) -> int:
 
 
 def _fill(lengths: list[int], room: int) -> list[int]:
-    """Return the positions, the last first, of samples whose sum is the largest that fits."""
+    """Return the positions, last first, of the samples with the largest sum that fits."""
     fits = (1 << room + 1) - 1
-    # Bit s of reachable[n]: some of the first n samples sum up to s.
+    # Bit s of reachable[n]: some of the first n samples add up to s.
     reachable = [1]
     for length in lengths:
         reachable.append((reachable[-1] | reachable[-1] << length) & fits)
@@ -105,12 +105,12 @@ _PEERS: dict[str, Callable[[np.ndarray, int], int]] = {
 
 
 def measure(name: str, seq_length: int, required: float, num_samples: int) -> list[Row]:
-    """Pack one mix into rows of one length: utilisation and time."""
+    """Pack one mix into rows of one length and return utilisation and time."""
     rng = np.random.default_rng(0)
     lengths = pair_lengths(num_samples, rng) if name == "COYO" else mixed_lengths(num_samples, rng, seq_length)
     microseconds = []
     for _ in range(_ROUNDS):
-        # The search for patterns is remembered by histogram; other lengths in between make it start anew.
+        # The pattern search is cached by histogram; packing other lengths in between clears the cache.
         pack_samples(lengths[: len(lengths) // 2], seq_length, rng)
         pack_samples(lengths[: len(lengths) // 3], seq_length, rng)
         started = time.process_time()
@@ -134,7 +134,7 @@ def measure(name: str, seq_length: int, required: float, num_samples: int) -> li
         ),
         Row(
             work=f"{work}, time",
-            unit="us a sample",
+            unit="us per sample",
             ours=float(np.median(microseconds)),
             peers=peer_microseconds,
             required=_MAX_MICROSECONDS,
@@ -147,7 +147,7 @@ def main() -> int:
     """Run the benchmark."""
 
     def add(parser):
-        parser.add_argument("--samples", type=int, default=1_000_000, help="of each mix (default: %(default)s)")
+        parser.add_argument("--samples", type=int, default=1_000_000, help="samples in each mix (default: %(default)s)")
 
     arguments = parse_arguments(__doc__, add)
     rows = [row for case in _CASES for row in measure(*case, arguments.samples)]

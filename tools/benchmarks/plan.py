@@ -1,12 +1,12 @@
-"""Planning the paper's blend from index files alone: images of documents and pairs, 1:1.
+"""Planning the paper's blend from index files only: images from documents and pairs, 1:1.
 
-    python tools/benchmarks/plan.py --json plan.json            # about 6 GB of disk, deleted at the end
-    python tools/benchmarks/plan.py --images 5000000            # a tenth of the smaller, a sixteenth of the larger
+    python tools/benchmarks/plan.py --json plan.json            # needs 6 GB of disk, freed at the end
+    python tools/benchmarks/plan.py --images 5000000            # a tenth of the smaller plan, a sixteenth of the larger
 
-Two plans: of 25M images in documents and 25M pairs, and of as many again that it has 50M samples. Times are those of
-the clock. "Restoring" is what a resumed run does: it reads the manifest of a checkpoint, opens datasets and plan, and a
-loader where it stood. The state is that manifest as the trainer writes it, without the list of the files of tensors.
-No peer plans. With fewer images the time to plan has to be as much shorter.
+Two plans: one of 25M images in documents and 25M pairs, and a larger one with 50M samples. Times are wall-clock times.
+"Restoring" does what a resumed run does: it reads the manifest of a checkpoint and opens datasets, plan, and a loader
+at that iteration. The state is this manifest as the trainer writes it, without the list of tensor files. No peer makes
+a plan. With fewer images, the time allowed for planning shrinks in proportion.
 """
 
 import multiprocessing
@@ -33,7 +33,7 @@ from megatron_vlm.data.shards.dataset import ShardedDataset
 
 _ALL_IMAGES, _IMAGES_OF_ALL_SAMPLES = 50_000_000, 79_000_000
 _MAX_SECONDS, _MAX_GIBIBYTES, _MAX_SECONDS_TO_OPEN = 240.0, 8.0, 1.0
-# The state may grow by the digits of the iteration and of the samples seen, in decimal.
+# The state may grow only by decimal digits of the iteration and the samples seen.
 _MAX_STATE_BYTES, _MAX_STATE_GROWTH = 512, 16
 _CONFIG = Path(__file__).parents[2] / "examples" / "vila_7b" / "pretrain.yaml"
 _ROUNDS = 3
@@ -45,7 +45,7 @@ def open_datasets(settings: PlanSettings) -> list[ShardedDataset]:
 
 
 def restore(settings: PlanSettings, folder: Path, iteration: int) -> BatchLoader:
-    """Return a loader that goes on from an iteration."""
+    """Return a loader that continues after an iteration."""
     datasets = open_datasets(settings)
     plan = open_plan(settings, datasets, folder)
     collation = Collation(
@@ -62,7 +62,7 @@ def restore(settings: PlanSettings, folder: Path, iteration: int) -> BatchLoader
 
 
 def seconds_of(work) -> float:
-    """Return the median seconds on the clock."""
+    """Return the median wall-clock seconds."""
     taken = []
     for _ in range(_ROUNDS):
         started = time.monotonic()
@@ -72,7 +72,7 @@ def seconds_of(work) -> float:
 
 
 def save_state(plan: Plan, iteration: int, folder: Path) -> int:
-    """Write what a checkpoint keeps of a run beside its tensors, and return its bytes."""
+    """Write the state that a checkpoint holds apart from tensors, and return its size in bytes."""
     from megatron_vlm.platform.device import prepare_process
 
     prepare_process()
@@ -80,7 +80,7 @@ def save_state(plan: Plan, iteration: int, folder: Path) -> int:
     from megatron_vlm.training.state import TrainState
 
     samples = plan.summary.num_samples * iteration // plan.num_iterations
-    nothing: Any = None  # of what a position does not depend on
+    nothing: Any = None  # the position does not depend on these
     state = TrainState(
         config=load_config(TrainConfig, _CONFIG),
         layout=nothing,
@@ -98,14 +98,14 @@ def save_state(plan: Plan, iteration: int, folder: Path) -> int:
 
 
 def restore_state(settings: PlanSettings, folder: Path, checkpoint: Path) -> BatchLoader:
-    """Return a loader that goes on where a checkpoint was saved."""
+    """Return a loader that continues from a checkpoint."""
     from megatron_vlm.checkpoint.manifest import read_manifest
 
     return restore(settings, folder, read_manifest(checkpoint).progress["iteration"])
 
 
 def write_datasets(num_images: int, folder: Path) -> PlanSettings:
-    """Write the indexes, and return what to plan."""
+    """Write the indexes and return the settings of the plan."""
     rng = np.random.default_rng(0)
     pairs = pair_texts(num_images // 2, rng)
     write_indexes(folder / "coyo", np.ones(len(pairs), dtype=np.int32), pairs)
@@ -125,7 +125,7 @@ def write_datasets(num_images: int, folder: Path) -> PlanSettings:
 
 
 def measure(num_images: int, most_images: int, folder: Path) -> list[Row]:
-    """Build, open and restore a plan of so many images, which may take as much of the time as it has of the most."""
+    """Build, open and restore a plan of `num_images`; the time allowed is for `most_images`."""
     settings = write_datasets(num_images, folder)
     started = time.monotonic()
     plan = build_plan(settings, open_datasets(settings), folder / "plan")
@@ -144,8 +144,8 @@ def measure(num_images: int, most_images: int, folder: Path) -> list[Row]:
     work = f"plan of {plan.summary.num_samples} samples with {plan.summary.num_images} images"
     facts = (
         (f"{work}, from index files", "s", seconds, _MAX_SECONDS * num_images / most_images),
-        (f"{work}, peak memory, the writing of the indexes included", "GiB", gibibytes, _MAX_GIBIBYTES),
-        (f"opening the {work}, and the ids of the middle batch", "s", to_open, _MAX_SECONDS_TO_OPEN),
+        (f"{work}, peak memory, including the writing of the indexes", "GiB", gibibytes, _MAX_GIBIBYTES),
+        (f"opening the {work} and reading the ids of the middle batch", "s", to_open, _MAX_SECONDS_TO_OPEN),
         (f"restoring the middle of the {work}", "s", to_restore, _MAX_SECONDS_TO_OPEN),
         (f"state at the middle of the {work}", "bytes", sizes[1], _MAX_STATE_BYTES),
         (f"growth of the state of the {work}, start to end", "bytes", max(sizes) - min(sizes), _MAX_STATE_GROWTH),
@@ -156,8 +156,8 @@ def measure(num_images: int, most_images: int, folder: Path) -> list[Row]:
     ]
 
 
-def measure_alone(num_images: int, most_images: int, folder: Path) -> list[Row]:
-    """Measure in a process of its own, whose peak of memory is that of this plan alone."""
+def measure_in_process(num_images: int, most_images: int, folder: Path) -> list[Row]:
+    """Measure in a separate process, so that its peak memory comes from this plan only."""
     folder.mkdir()
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         try:
@@ -170,8 +170,8 @@ def main() -> int:
     """Run the benchmark."""
 
     def add(parser):
-        text = f"of both datasets in the smaller plan, the larger has {_IMAGES_OF_ALL_SAMPLES / _ALL_IMAGES} times"
-        parser.add_argument("--images", type=int, default=_ALL_IMAGES, help=f"{text} as many (default: %(default)s)")
+        text = f"in the smaller plan; the larger has {_IMAGES_OF_ALL_SAMPLES / _ALL_IMAGES} times as many"
+        parser.add_argument("--images", type=int, default=_ALL_IMAGES, help=f"{text} (default: %(default)s)")
 
     arguments = parse_arguments(__doc__, add)
     folder = Path(tempfile.mkdtemp(prefix="plan_benchmark_"))
@@ -179,7 +179,7 @@ def main() -> int:
         rows = []
         for most_images in (_ALL_IMAGES, _IMAGES_OF_ALL_SAMPLES):
             num_images = arguments.images * most_images // _ALL_IMAGES
-            rows += measure_alone(num_images, most_images, folder / str(most_images))
+            rows += measure_in_process(num_images, most_images, folder / str(most_images))
         return report(rows, arguments.json, [describe_versions("numpy")])
     finally:
         shutil.rmtree(folder)

@@ -1,11 +1,11 @@
-"""Preparation, samples per CPU second in one process: tokens, JPEG kept, header check and checksum.
+"""Preparation in samples per CPU second of one process: tokenize, keep the JPEG, check its header, add checksums.
 
     python tools/benchmarks/prepare.py --json prepare.json
 
 Peers: megatron-core's IndexedDatasetBuilder in the loop of Megatron-LM's tools/preprocess_mmdata.py (tokens, then the
-bytes of the image, neither checked), and energon's preparation of the same tars with the metadata of its media, which
-is what reads every image's header, too. Energon writes no tokens and copies no image. Its bare index is told in a note:
-that one reads the headers of the tar alone.
+bytes of the image, neither checked), and energon's preparation of the same tars with media metadata, which also reads
+the header of every image. Energon writes no tokens and copies no images. A note gives the speed of its plain index,
+which reads only the headers of the tar.
 """
 
 import contextlib
@@ -70,7 +70,7 @@ class Builder:
 
 
 def build_pairs(builder: Builder, tar_file: Path) -> None:
-    """Read a tar of pairs with Python's tarfile, as webdataset does, and build the dataset."""
+    """Read a tar of pairs with Python's tarfile, like webdataset, and build the dataset."""
     waiting: dict[str, dict[str, bytes]] = {}
     with tarfile.open(tar_file) as tar:
         for member in tar:
@@ -108,7 +108,7 @@ def build_documents(builder: Builder, folder: Path) -> None:
 
 
 def run_ours(*arguments: object, tokenizer: Path, output: Path) -> None:
-    """Run the real command in this process, with a copy of the tokenizer, since it remembers the words of each file."""
+    """Run the real command in this process, on a copy of the tokenizer because words are cached by file."""
     shutil.rmtree(output, ignore_errors=True)
     fresh = shutil.copy(tokenizer, output.with_name(f"{time.monotonic_ns()}.model"))
     arguments += ("--tokenizer", fresh, "--output", output, "--workers", "1")
@@ -118,14 +118,14 @@ def run_ours(*arguments: object, tokenizer: Path, output: Path) -> None:
 
 
 def check_equal(folder: Path) -> None:
-    """Make sure that both wrote the same tokens and images: BOS stands elsewhere, the bytes are as many."""
+    """Make sure that both wrote the same tokens and images; BOS is elsewhere, but the sizes are equal."""
     ours, peer = (folder / name for name in ("ours/00000.bin", "peer.bin"))
     if ours.stat().st_size != peer.stat().st_size:
         raise SystemExit(f"ours wrote {ours.stat().st_size} bytes, {_BUILDER} {peer.stat().st_size}")
 
 
 def make_energon(tar_file: Path) -> dict[str, Callable[[], None]]:
-    """Return energon's ways of preparing the folder of a tar, with one worker."""
+    """Return energon's two ways to prepare the folder of a tar with one worker."""
     from megatron.energon.flavors.webdataset.prepare import WebdatasetPreparator
     from megatron.energon.media.extractor import MediaFilterConfig
 
@@ -170,9 +170,7 @@ def measure_pairs(folder: Path, number: int, rounds: int, tokenizer: Path, corpu
     if not has_energon:
         return rows, [how_to_install("megatron-energon")]
     index = speeds[_ENERGON_INDEX]
-    return rows, [
-        f"{_ENERGON_INDEX} alone, which reads the headers of the tar and no image: {index:.0f} samples per CPU second"
-    ]
+    return rows, [f"{_ENERGON_INDEX}, which reads only the headers of the tar: {index:.0f} samples per CPU second"]
 
 
 def measure_documents(folder: Path, number: int, rounds: int, tokenizer: Path, corpus: Corpus) -> Row:
@@ -202,9 +200,11 @@ def main() -> int:
 
     def add(parser):
         parser.add_argument("--samples", type=int, default=5000, help="pairs (default: %(default)s)")
-        parser.add_argument("--documents", type=int, default=500, help="of MMC4 (default: %(default)s)")
-        parser.add_argument("--rounds", type=int, default=7, help="of all, in turns (default: %(default)s)")
-        parser.add_argument("--tokenizer", type=Path, help="SentencePiece model (default: one of 8000 pieces is made)")
+        parser.add_argument("--documents", type=int, default=500, help="MMC4 documents (default: %(default)s)")
+        parser.add_argument(
+            "--rounds", type=int, default=7, help="rounds in which all take turns (default: %(default)s)"
+        )
+        parser.add_argument("--tokenizer", type=Path, help="SentencePiece model (default: train one of 8000 pieces)")
 
     arguments = parse_arguments(__doc__, add)
     torch.set_num_threads(1)

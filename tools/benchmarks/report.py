@@ -1,9 +1,9 @@
-"""What all benchmarks share: CPU time of interleaved rounds, the rows of the result, the table and the JSON file.
+"""Shared by all benchmarks: CPU time of interleaved rounds, the rows of the result, the table and the JSON file.
 
-A row of the JSON file has `work`, `unit`, `ours`, `peers`, `ratio`, `required` and `met`. Where `ratio` is a number, it
-is ours over the best peer's, and `required` the least ratio. Where it is null, `required` is a bound of `ours` in
-`unit`: the least share of positions, or the most of everything else. A ratio without an installed peer is null, too,
-and never met.
+A row of the JSON file has `work`, `unit`, `ours`, `peers`, `ratio`, `required` and `met`. If `ratio` is a number, it is
+our figure divided by that of the best peer, and `required` is the lowest ratio allowed. If it is null, `required` is a
+bound on `ours` in `unit`: a minimum for the fraction of positions used, a maximum for everything else. A ratio without
+an installed peer is null, too, and never met.
 """
 
 import argparse
@@ -26,19 +26,19 @@ _HEADINGS = ("work", "ours", "peers", "unit", "ratio", "required", "")
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One fact of the result."""
+    """One result."""
 
     work: str
     unit: str
     ours: float
     required: float
     judged: Literal["ratio", "at least", "at most"] = "ratio"
-    """What `required` is: the least ratio to the best peer, where more is better, or a bound of `ours`."""
+    """Whether `required` is the lowest ratio to the best peer, or a bound on `ours`."""
     peers: dict[str, float] = field(default_factory=dict)
 
     @property
     def ratio(self) -> float | None:
-        """Ours over the best peer; None where a bound decides, and without a peer."""
+        """Our figure over that of the best peer; None for a bound, or without a peer."""
         return self.ours / max(self.peers.values()) if self.judged == "ratio" and self.peers else None
 
     @property
@@ -49,12 +49,12 @@ class Row:
         return self.ours >= self.required if self.judged == "at least" else self.ours <= self.required
 
     def tree(self) -> dict[str, Any]:
-        """Return the row of the JSON file."""
+        """Return the row for the JSON file."""
         names = ("work", "unit", "ours", "peers", "ratio", "required", "met")
         return {name: getattr(self, name) for name in names}
 
     def cells(self) -> tuple[str, ...]:
-        """Return the row of the table."""
+        """Return the row for the table."""
         peers = ", ".join(f"{name} {value:.5g}" for name, value in self.peers.items())
         if self.judged == "ratio" and not peers:
             peers = "none installed"
@@ -65,9 +65,9 @@ class Row:
 
 
 def parse_arguments(description: str, add: Callable[[argparse.ArgumentParser], None] = lambda _: None):
-    """Return the command line: `--json FILE` and what `add` adds."""
+    """Parse the command line: `--json FILE` and the options that `add` adds."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there as well")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to this file")
     add(parser)
     return parser.parse_args()
 
@@ -87,20 +87,20 @@ def report(rows: Sequence[Row], json_file: Path | None, notes: Sequence[str] = (
 
 
 def is_installed(module: str) -> bool:
-    """Whether a peer can be imported."""
+    """Return whether a peer can be imported."""
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # of a package that the module lies in
+    except ModuleNotFoundError:  # its parent package is missing
         return False
 
 
 def how_to_install(package: str) -> str:
-    """Return what to tell of a peer that is missing."""
+    """Return the note for a peer that is not installed."""
     return f"{package} is not installed, so nothing is compared with it: pip install -r {_REQUIREMENTS}"
 
 
 def describe_versions(*packages: str) -> str:
-    """Return name and version of those of the packages that are installed."""
+    """Return name and version of each package that is installed."""
     found = []
     for package in packages:
         try:
@@ -111,9 +111,10 @@ def describe_versions(*packages: str) -> str:
 
 
 def cpu_seconds(rounds: int, work: Mapping[str, Callable[[], object]]) -> dict[str, float]:
-    """Return the median CPU seconds of each piece of work, of this process and its children.
+    """Return the median CPU seconds of each function, in this process and its children.
 
-    All take turns, so that a busy machine slows all alike; the first turn, which imports modules, is not counted.
+    The functions take turns, so that a busy machine slows all of them alike. The first round, in which modules are
+    imported, is not counted.
     """
     taken: dict[str, list[float]] = {name: [] for name in work}
     for number in range(rounds + 1):
