@@ -1,7 +1,19 @@
 import pytest
 import torch
 
+from megatron_vlm.config import ParallelConfig
+from megatron_vlm.models.build import build_model
+from megatron_vlm.models.computation import Computation
 from megatron_vlm.models.vlm import merge_image_embeddings
+from tests.support.configs import tiny_model
+from tests.support.micro_batches import make_micro_batch
+
+MODEL = tiny_model()
+
+
+@pytest.fixture
+def model(one_rank):
+    return build_model(MODEL, ParallelConfig(), Computation())[0].eval()
 
 
 def test_images_are_written_at_their_places_and_nowhere_else():
@@ -20,3 +32,40 @@ def test_embeddings_of_another_width_are_refused():
 def test_embeddings_without_a_place_are_refused():
     with pytest.raises(ValueError, match="2 image embeddings for 1 placeholders"):
         merge_image_embeddings(torch.zeros(4, 1, 2), torch.zeros(2, 2), torch.tensor([0]))
+
+
+def logits(model, arguments):
+    with torch.no_grad():
+        return model(**{**arguments, "labels": None, "label_index": None})[0]
+
+
+def test_the_order_of_the_images_matters_and_their_storage_does_not(model):
+    arguments = make_micro_batch(MODEL, num_images=2, num_text=12, num_labels=4).arguments
+    swapped = {**arguments, "pixel_values": arguments["pixel_values"].flip(0)}
+    tokens = arguments["image_token_index"].numel() // 2
+    index = torch.cat([arguments["image_token_index"][tokens:], arguments["image_token_index"][:tokens]])
+    expected = logits(model, arguments)
+    assert (expected - logits(model, swapped))[-12:].abs().max() > 1e-4
+    # Stored the other way round, each at its own placeholders: the same sequence.
+    torch.testing.assert_close(expected, logits(model, {**swapped, "image_token_index": index}), rtol=1e-4, atol=1e-5)
+
+
+def test_what_stands_under_an_image_is_not_read(model):
+    arguments = make_micro_batch(MODEL, num_images=1, num_text=12, num_labels=4).arguments
+    other = arguments["input_ids"].clone()
+    other[0, arguments["image_token_index"]] = 5
+    assert torch.equal(logits(model, arguments), logits(model, {**arguments, "input_ids": other}))
+
+
+def test_a_micro_batch_without_images_gives_the_vision_parts_gradients_of_zero(model):
+    arguments = make_micro_batch(MODEL, num_images=0, num_text=20, num_labels=8).arguments
+    model(**arguments).sum().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert (parameter.grad.abs().max() == 0) == name.startswith(("vision_model", "vision_projection")), name
+
+
+def test_a_rank_without_images_of_its_own_encodes_none(model):
+    empty = torch.empty((0, 3, 32, 32), dtype=torch.uint8)
+    # Of one rank every image is its own; what others encode is gathered, here nothing.
+    assert model.encode_images(empty, 0).shape == (0, MODEL.language.hidden_size)

@@ -5,7 +5,6 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_vlm.models.layers.attention import PackedAttention
-from megatron_vlm.models.layers.norm import Norm
 
 
 def attention(mask=AttnMaskType.causal, **settings):
@@ -78,7 +77,18 @@ def test_attention_dropout_is_refused():
         PackedAttention(config, 1, AttnMaskType.causal, "self")
 
 
-def test_norm_of_another_library_is_refused():
-    config = TransformerConfig(num_layers=1, hidden_size=32, num_attention_heads=4, layernorm_zero_centered_gamma=True)
-    with pytest.raises(ValueError, match="transformer_engine backend"):
-        Norm(config, 32)
+def test_context_parallelism_is_refused():
+    config = TransformerConfig(
+        num_layers=1, hidden_size=32, num_attention_heads=4, attention_dropout=0.0, context_parallel_size=2
+    )
+    with pytest.raises(ValueError, match="context parallelism needs the transformer_engine backend"):
+        PackedAttention(config, 1, AttnMaskType.causal, "self")
+
+
+@pytest.mark.parametrize("cached", [0, 3, 8])
+def test_queries_after_a_cache_attend_as_in_the_whole_sequence(cached):
+    core = attention(num_query_groups=2)
+    query, key, value = (torch.randn(9, 3, heads, 8) for heads in (4, 2, 2))
+    torch.testing.assert_close(
+        core(query[cached:], key, value, None), core(query, key, value, None)[cached:], rtol=1e-5, atol=1e-6
+    )

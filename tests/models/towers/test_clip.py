@@ -45,6 +45,34 @@ def test_another_image_size_interpolates_the_positions(tower):
         assert tower(pixels).shape == (1, 36, 36)
 
 
+def test_patches_are_read_row_by_row(tower):
+    pixels = torch.zeros(1, 3, 16, 32)
+    pixels[..., 8:16, 16:24] = 1.0  # second row, third column of a 2 x 4 grid
+    with torch.no_grad():
+        patches = tower.conv1(pixels).flatten(2).transpose(1, 2)[0]
+    assert patches.abs().amax(dim=-1).nonzero().flatten().tolist() == [1 * 4 + 2]
+
+
+def test_interpolated_positions_keep_rows_and_columns_apart(tower):
+    with torch.no_grad():
+        weight = tower.position_embeddings.weight
+        weight[0] = 0.0
+        weight[1:] = torch.arange(4.0).repeat_interleave(4)[:, None]  # the row number of every patch
+        same, other = tower._positions(4, 4), tower._positions(2, 8)
+    assert torch.equal(same, weight)
+    rows = other[1:, 0].view(2, 8)
+    torch.testing.assert_close(rows, rows[:, :1].expand(2, 8))  # alike along a row
+    assert rows[0, 0] < rows[1, 0]
+
+
+def test_images_of_a_batch_do_not_see_each_other(tower):
+    pixels = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    with torch.no_grad():
+        together = tower(pixels)
+        # A batch of another size may sum in another order: float32.
+        torch.testing.assert_close(together[1:2], tower(pixels[1:2]), rtol=1e-4, atol=1e-5)
+
+
 def test_tower_equals_hugging_face_clip(one_rank):
     transformers = pytest.importorskip("transformers")
     model = tiny_model()
