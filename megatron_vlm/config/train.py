@@ -6,7 +6,10 @@ from typing import Literal
 from megatron_vlm.config.checks import check_not_negative, check_positive
 from megatron_vlm.config.data import DataConfig
 from megatron_vlm.config.errors import ConfigError
+from megatron_vlm.config.hooks import HookSettings
 from megatron_vlm.config.model import PART_NAMES, ModelConfig
+from megatron_vlm.config.objectives import Objective
+from megatron_vlm.config.objectives.language_modelling import Config as LanguageModelling
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,6 +114,10 @@ class TrainingConfig:
     """Iterations between measurements of the loss on `data.validation`; the last iteration is measured, too."""
     validation_iters: int | None = None
     """Global batches of a validation; None: as many as one pass over `data.validation` takes."""
+    objective: Objective = field(default_factory=LanguageModelling)
+    """What is minimised."""
+    hooks: tuple[HookSettings, ...] = ()
+    """What is done beside every step, further to logs, metrics, TensorBoard and checkpoints."""
     seed: int = 1234
     log_interval: int = 1
     num_threads: int | None = None

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from megatron_vlm.config import ConfigError, TrainConfig
+from megatron_vlm.config.hooks import HookConfig
 
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
 """Dense BF16 peak by NVIDIA's data sheets, by a part of the device's name [FLOP/s]."""
@@ -58,17 +59,33 @@ def check_requirements(config: TrainConfig, *, num_gpus: int, num_workers: int) 
         num_workers: ranks that this node starts.
 
     Raises:
-        ConfigError: FP8 or transformer-engine without the library or a GPU; more ranks than GPUs.
+        ConfigError: FP8 or transformer-engine without the library or a GPU; a hook without its package; more ranks
+            than GPUs.
     """
     if config.training.fp8 is not None:
         # megatron-core computes in full precision without a word where the library is missing.
         _check_transformer_engine(f"training.fp8={config.training.fp8}", "remove training.fp8", num_gpus)
     if config.model.backend == "transformer_engine":
         _check_transformer_engine("model.backend=transformer_engine", "set model.backend=auto", num_gpus)
+    for hook in config.training.hooks:
+        check_package(hook)
     if num_gpus and num_workers > num_gpus:
         raise ConfigError(
             f"{num_workers} ranks on a node with {num_gpus} visible GPUs",
             fix=f"use --nproc-per-node {num_gpus}, or CUDA_VISIBLE_DEVICES= to run on the CPU",
+        )
+
+
+def check_package(hook: HookConfig) -> None:
+    """Check that the optional package of a hook is installed.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if hook.package is not None and importlib.util.find_spec(hook.package) is None:
+        raise ConfigError(
+            f"training.hooks names {hook.type}, which needs {hook.package}; it is not installed",
+            fix=f"pip install 'megatron_vlm[{hook.package}]', or remove the hook",
         )
 
 

@@ -3,11 +3,14 @@
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
+from megatron_vlm.config.hooks import HookConfig
+from megatron_vlm.config.modules import find_module
 from megatron_vlm.training.state import TrainState
 from megatron_vlm.training.step import StepMetrics
 
+_PACKAGE = "megatron_vlm.training.hooks"
 logger = logging.getLogger(__name__)
 
 
@@ -22,6 +25,16 @@ class Hook(Protocol):
 
     def close(self, state: TrainState) -> None:
         """Release what `start` took; also called after an error."""
+
+
+def build_hooks(configs: Sequence[HookConfig]) -> list[Hook]:
+    """Return the hooks that the settings name.
+
+    Raises:
+        ConfigError: there is no such hook.
+    """
+    modules: list[Any] = [find_module(_PACKAGE, config.type, "training.hooks type") for config in configs]
+    return [module.Hook(config) for module, config in zip(modules, configs, strict=True)]
 
 
 @contextmanager

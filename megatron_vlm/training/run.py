@@ -15,7 +15,7 @@ from megatron_vlm.parallel.groups import RankLayout, start_distributed, stop_dis
 from megatron_vlm.platform.device import prepare_process
 from megatron_vlm.platform.files.run_folder import CONFIG_NAME
 from megatron_vlm.training.blend import open_training_blend, open_validation_blend
-from megatron_vlm.training.hook import Hook
+from megatron_vlm.training.hook import Hook, build_hooks
 from megatron_vlm.training.hooks import checkpoint, ledger, log, metrics_file, stop, tensorboard, validation
 from megatron_vlm.training.loop import train
 from megatron_vlm.training.setup import build_state
@@ -59,6 +59,7 @@ def _run(config: TrainConfig, rank: RankLayout, device: torch.device, stop_reque
         metrics_file.Hook(),
         log.Hook(),
         tensorboard.Hook(),
+        *build_hooks(config.training.hooks),
         checkpoint.Hook(),
     ]
     loaders = blend.start_loaders(state, device, state.iteration)

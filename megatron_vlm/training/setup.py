@@ -11,6 +11,7 @@ from megatron_vlm.data.plan.plan import Plan
 from megatron_vlm.models.build import build_model
 from megatron_vlm.models.computation import Computation
 from megatron_vlm.parallel.groups import RankLayout, seed_everything
+from megatron_vlm.training.objective import build_objective
 from megatron_vlm.training.optimizer import build_optimizer, wrap_model
 from megatron_vlm.training.state import TrainState
 
@@ -36,6 +37,7 @@ def build_state(config: TrainConfig, rank: RankLayout, plan: Plan, dataset_names
         chunks=chunks,
         wrapped=wrapped,
         optimizer=optimizer,
+        objective=build_objective(config.training.objective),
         plan=plan,
         dataset_names=dataset_names,
     )

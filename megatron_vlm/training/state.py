@@ -12,6 +12,7 @@ from megatron_vlm.data.plan.plan import Plan
 from megatron_vlm.models.vlm import VisionLanguageModel
 from megatron_vlm.parallel.groups import RankLayout
 from megatron_vlm.parallel.slicing import ImageShare, RankSlice
+from megatron_vlm.training.objective import Objective
 
 SIGNALLED = "signalled"
 EXIT_ITERATION = "exit_iteration"
@@ -29,6 +30,7 @@ class TrainState:
     wrapped: Sequence[DistributedDataParallel]
     """The same with gradient buffers, as the schedules want it."""
     optimizer: MegatronOptimizer
+    objective: Objective
     plan: Plan
     iteration: int = 0
     """Steps done."""

@@ -1,13 +1,12 @@
 """One optimizer step over one global batch."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
@@ -15,7 +14,7 @@ from megatron_vlm.config import NumericError
 from megatron_vlm.data.loading.batch import VLMBatch
 from megatron_vlm.parallel.groups import seed_everything
 from megatron_vlm.training.batch_counts import BatchCounts, CountedBatches
-from megatron_vlm.training.objectives.language_modelling import reduce_losses
+from megatron_vlm.training.objective import Objective
 from megatron_vlm.training.optimizer import set_learning_rate
 from megatron_vlm.training.schedule import learning_rate
 from megatron_vlm.training.state import TrainState
@@ -51,27 +50,12 @@ class StepMetrics:
     """Hash of the samples that the ranks consumed."""
 
 
-def packed_seq_params(batch: VLMBatch) -> PackedSeqParams:
-    """Return the sample borders of a batch as megatron-core wants them."""
-    borders, longest = batch.cu_seqlens, batch.max_seqlen
-    return PackedSeqParams(
-        qkv_format="thd", cu_seqlens_q=borders, cu_seqlens_kv=borders, max_seqlen_q=longest, max_seqlen_kv=longest
-    )
-
-
-def forward_step(batches: CountedBatches, model: Any, num_datasets: int) -> tuple[Tensor, Any]:
+def forward_step(
+    batches: CountedBatches, model: Any, *, objective: Objective, num_datasets: int
+) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]]:
     """Run one micro-batch through this stage, as megatron-core's schedules call it."""
     batch = next(batches)
-    output = model(
-        batch.input_ids,
-        batch.pixel_values,
-        batch.image_token_index,
-        num_images=batch.num_images,
-        labels=batch.labels,
-        label_index=batch.label_index,
-        packed_seq_params=packed_seq_params(batch),
-    )
-    return output, partial(reduce_losses, label_datasets=batch.label_datasets, num_datasets=num_datasets)
+    return objective.forward(model, batch), partial(objective.reduce, batch=batch, num_datasets=num_datasets)
 
 
 def run_micro_batches(
@@ -101,7 +85,7 @@ def run_micro_batches(
     counts = [BatchCounts(pad_token_id, state.rank_slice()) for _ in loaders]
     iterators = [CountedBatches(batches, count, device) for batches, count in zip(loaders, counts, strict=True)]
     sums = get_forward_backward_func()(
-        forward_step_func=partial(forward_step, num_datasets=num_datasets),
+        forward_step_func=partial(forward_step, objective=state.objective, num_datasets=num_datasets),
         data_iterator=iterators if len(iterators) > 1 else iterators[0],
         model=list(state.wrapped) if len(state.wrapped) > 1 else state.wrapped[0],
         num_microbatches=state.layout.num_micro_batches,

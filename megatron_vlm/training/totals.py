@@ -47,7 +47,7 @@ def sum_over_ranks(
     """Sum what each rank knows; all ranks call it together.
 
     Args:
-        sums: float64[2, num_datasets] of each micro-batch, where this rank computes the loss; see `reduce_losses`.
+        sums: float64[2, num_datasets] of each micro-batch, where this rank computes the loss; see `Objective.reduce`.
         counts: of each model chunk of this rank.
         rank: where this rank stands.
         num_datasets: datasets of the blend.

@@ -6,6 +6,7 @@ import stat
 import pytest
 
 from megatron_vlm.config import ConfigError
+from megatron_vlm.config.hooks import profiler, wandb
 from megatron_vlm.platform.machine import check_requirements, count_cores, count_visible_gpus
 from tests.support.configs import tiny_run
 
@@ -116,3 +117,16 @@ def test_more_ranks_than_gpus_are_refused():
 @pytest.mark.parametrize(("num_gpus", "accepted"), [(0, True), (7, False), (8, True)])
 def test_ranks_need_a_gpu_each_or_none_at_all(num_gpus, accepted):
     assert is_accepted(tiny_run(), num_gpus=num_gpus, num_workers=8) == accepted
+
+
+def test_hook_without_its_package_is_refused(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    config = tiny_run(training={"hooks": (wandb.Config(project="p"),)})
+    with pytest.raises(ConfigError, match=r"training.hooks names wandb, which needs wandb; it is not installed"):
+        check_requirements(config, num_gpus=0, num_workers=1)
+
+
+def test_hook_that_needs_no_package_is_accepted():
+    config = tiny_run(training={"hooks": (profiler.Config(iterations=(1,)),)})
+    check_requirements(config, num_gpus=0, num_workers=1)
+    assert profiler.Config.package is None

@@ -26,6 +26,7 @@ from megatron_vlm.parallel.groups import RankLayout, build_groups, rank_layout, 
 from megatron_vlm.parallel.slicing import ImageShare, RankSlice
 from megatron_vlm.training.batch_counts import BatchCounts, CountedBatches
 from megatron_vlm.training.hooks import checkpoint
+from megatron_vlm.training.objective import build_objective
 from megatron_vlm.training.optimizer import build_optimizer, wrap_model
 from megatron_vlm.training.setup import build_state
 from megatron_vlm.training.state import TrainState
@@ -228,8 +229,9 @@ def gradients_of_one_step(
         batches_of(config, rank, rows, samples, 0), BatchCounts(config.model.language.pad_token_id, RankSlice()), CPU
     )
     wrapped[0].zero_grad_buffer()
+    objective = build_objective(config.training.objective)
     get_forward_backward_func()(
-        forward_step_func=partial(forward_step, num_datasets=len(DATASETS)),
+        forward_step_func=partial(forward_step, objective=objective, num_datasets=len(DATASETS)),
         data_iterator=loader,
         model=wrapped[0],
         num_microbatches=len(rows) // rank.dp_size,

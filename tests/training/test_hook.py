@@ -4,7 +4,9 @@ import logging
 
 import pytest
 
-from megatron_vlm.training.hook import running
+from megatron_vlm.config.hooks.profiler import Config
+from megatron_vlm.training.hook import build_hooks, running
+from megatron_vlm.training.hooks import profiler
 
 
 class Recorder:
@@ -64,3 +66,9 @@ def test_error_while_closing_does_not_hide_the_first(caplog):
     ):
         raise KeyError("steps")
     assert "could not be closed: close a failed" in caplog.text
+
+
+def test_hooks_are_built_by_the_names_in_the_settings():
+    (hook,) = build_hooks([Config(iterations=(3,))])
+    assert isinstance(hook, profiler.Hook)
+    assert hook.config.iterations == (3,)

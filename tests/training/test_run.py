@@ -2,6 +2,7 @@
 
 import pytest
 
+from megatron_vlm.config.hooks import profiler
 from tests.support.ledgers import read_ledger
 from tests.support.runs import read_metrics, shard_run
 
@@ -61,3 +62,10 @@ def test_a_finished_run_that_is_made_longer_equals_one_that_was_as_long(workers,
         [entry.sample_ids_sha for entry, _ in read_ledger(tmp_path / name / "ledger")] for name in ("whole", "parts")
     ]
     assert entries[0] == entries[1]
+
+
+def test_hooks_of_the_settings_act_in_a_run(workers, shards, tmp_path):
+    hooks = (profiler.Config(iterations=(2,), ranks=(0, 3)),)
+    assert run(workers, config_of(shards, tmp_path, train_iters=2, hooks=hooks)) == [None] * 4
+    traces = sorted(path.name for path in (tmp_path / "profile").iterdir())
+    assert traces == ["iteration_0000002_rank_00000.json", "iteration_0000002_rank_00003.json"]

@@ -10,6 +10,7 @@ from megatron_vlm.config import BlendEntry
 from megatron_vlm.parallel.groups import rank_layout
 from megatron_vlm.training.blend import open_training_blend, open_validation_blend
 from megatron_vlm.training.hooks import validation
+from megatron_vlm.training.objective import run_model
 from megatron_vlm.training.setup import build_state
 from megatron_vlm.training.state import SIGNALLED
 from megatron_vlm.training.validation import validation_losses
@@ -134,17 +135,7 @@ def test_loss_is_the_mean_over_the_labels_of_every_sample(open_run):
     (loader,) = blend.start_loaders(state, CPU, 0)
     for batch in loader:
         with torch.no_grad():
-            from megatron_vlm.training.step import packed_seq_params
-
-            output = state.chunks[0](
-                batch.input_ids,
-                batch.pixel_values,
-                batch.image_token_index,
-                num_images=batch.num_images,
-                labels=batch.labels,
-                label_index=batch.label_index,
-                packed_seq_params=packed_seq_params(batch),
-            )
+            output = run_model(state.chunks[0], batch)
         losses += output.flatten().tolist()
         datasets += batch.label_datasets.tolist()
     loader.close()

@@ -1,1 +1,1 @@
-"""What a run minimises, one file each."""
+"""What a run minimises, one file each; a file offers the class `Objective` of `training/objective.py`."""

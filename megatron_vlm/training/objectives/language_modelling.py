@@ -1,7 +1,30 @@
-"""The loss of a micro-batch: a sum and a count; the division happens once, over the whole global batch."""
+"""Next-token prediction: a sum and a count; the division happens once, over the whole global batch."""
+
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from megatron_vlm.config.objectives.language_modelling import Config
+from megatron_vlm.data.loading.batch import VLMBatch
+from megatron_vlm.training.objective import run_model
+
+
+class Objective:
+    """Cross-entropy of the tokens that are trained on."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    def forward(self, model: Any, batch: VLMBatch) -> Tensor:
+        """Return float[1, k], the loss of each label, on the last stage."""
+        return run_model(model, batch)
+
+    def reduce(self, output: Tensor, batch: VLMBatch, num_datasets: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Sum the losses; the schedule divides no tensor that is returned here: both sums are of their own."""
+        losses = output.flatten().float()
+        num_labels = torch.tensor(losses.numel(), dtype=torch.int32, device=losses.device)
+        return losses.sum(), num_labels, sum_by_dataset(losses, batch.label_datasets, num_datasets)
 
 
 def sum_by_dataset(losses: Tensor, label_datasets: Tensor, num_datasets: int) -> Tensor:
@@ -19,20 +42,3 @@ def sum_by_dataset(losses: Tensor, label_datasets: Tensor, num_datasets: int) ->
     sums[0].index_add_(0, label_datasets, losses.detach().double())
     sums[1].index_add_(0, label_datasets, torch.ones_like(losses, dtype=torch.float64))
     return sums
-
-
-def reduce_losses(output: Tensor, label_datasets: Tensor, num_datasets: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Reduce the last stage's output as megatron-core's schedules expect it with `calculate_per_token_loss`.
-
-    Args:
-        output: float[1, k], the loss of each label.
-        label_datasets: int64[k].
-        num_datasets: datasets of the blend.
-
-    Returns:
-        The summed loss (a scalar with gradient), the number of labels (int32), and `sum_by_dataset` for the log. The
-        schedule divides no tensor that is returned here: both sums are of their own.
-    """
-    losses = output.flatten().float()
-    num_labels = torch.tensor(losses.numel(), dtype=torch.int32, device=losses.device)
-    return losses.sum(), num_labels, sum_by_dataset(losses, label_datasets, num_datasets)

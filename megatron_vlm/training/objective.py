@@ -1,0 +1,56 @@
+"""What a run minimises, apart from the loop: the protocol of `training/objectives/` and what objectives share."""
+
+from typing import Any, Protocol
+
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor
+
+from megatron_vlm.config.modules import find_module
+from megatron_vlm.config.objectives import ObjectiveConfig
+from megatron_vlm.data.loading.batch import VLMBatch
+
+
+class Objective(Protocol):
+    """From a micro-batch to its loss."""
+
+    def forward(self, model: Any, batch: VLMBatch) -> Tensor:
+        """Run a micro-batch through this pipeline stage and return what the stage hands on."""
+
+    def reduce(self, output: Tensor, batch: VLMBatch, num_datasets: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Reduce the output of the last stage, as megatron-core's schedules expect it.
+
+        Returns:
+            The summed loss (a scalar with gradient), the count that it is divided by over the whole global batch
+            (int32), and float64[2, num_datasets] with sums and counts of each dataset, for the log.
+        """
+
+
+def build_objective(config: ObjectiveConfig) -> Objective:
+    """Return the objective that the settings name.
+
+    Raises:
+        ConfigError: there is no such objective.
+    """
+    module: Any = find_module("megatron_vlm.training.objectives", config.type, "training.objective.type")
+    return module.Objective(config)
+
+
+def run_model(model: Any, batch: VLMBatch) -> Tensor:
+    """Run a micro-batch through a model chunk: the loss of each label on the last stage, hidden states before it."""
+    return model(
+        batch.input_ids,
+        batch.pixel_values,
+        batch.image_token_index,
+        num_images=batch.num_images,
+        labels=batch.labels,
+        label_index=batch.label_index,
+        packed_seq_params=packed_seq_params(batch),
+    )
+
+
+def packed_seq_params(batch: VLMBatch) -> PackedSeqParams:
+    """Return the sample borders of a batch as megatron-core wants them."""
+    borders, longest = batch.cu_seqlens, batch.max_seqlen
+    return PackedSeqParams(
+        qkv_format="thd", cu_seqlens_q=borders, cu_seqlens_kv=borders, max_seqlen_q=longest, max_seqlen_kv=longest
+    )
