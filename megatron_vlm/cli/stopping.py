@@ -1,4 +1,4 @@
-"""How the commands of the data path end at a signal: at once, with one line."""
+"""How the data commands end on a signal: at once, with one line."""
 
 import os
 import signal
@@ -13,32 +13,33 @@ from megatron_vlm.config import ExitCode
 
 @contextmanager
 def stops_at_once(kept: str) -> Iterator[None]:
-    """Let SIGTERM and SIGUSR1 end this process, which is not asked to finish what it does; and SIGINT, if it can go on.
+    """End this process at once on SIGTERM and SIGUSR1, and on SIGINT if the same command can continue the work.
 
-    What is on the disk is as whole after this as after a kill, and workers die with this process.
+    The files on disk are then in the same state as after kill -9, from which every command recovers. Workers die with
+    this process.
 
     Args:
-        kept: what the next start of the same command does not do again. Empty: nothing; then Ctrl-C stays Python's
-            KeyboardInterrupt, at which temporary files are removed.
+        kept: the work that the next run of the same command does not repeat. If empty, Ctrl-C stays Python's
+            KeyboardInterrupt, so that temporary files are removed.
     """
     if threading.current_thread() is not threading.main_thread():
-        yield  # where no handler can be set
+        yield  # only the main thread can set handlers
         return
     filters = os.environ.get("PYTHONWARNINGS", "")
-    # multiprocessing's tracker cleans up after a process that ends so, and would tell about it.
+    # multiprocessing's resource tracker cleans up after this process, and would print a warning about it.
     os.environ["PYTHONWARNINGS"] = f"{filters},ignore:resource_tracker".lstrip(",")
     rest = f", {kept}" if kept else ""
 
     def stop(number: int, frame: FrameType | None) -> NoReturn:
-        name, start = signal.Signals(number).name, "\n" if os.isatty(2) else ""  # behind the progress bar
+        name, start = signal.Signals(number).name, "\n" if os.isatty(2) else ""  # after the progress bar
         line = f"{start}megatron-vlm: stopped by {name}; run the same command again{rest}\n"
         try:
-            os.write(2, line.encode())  # not sys.stderr: it may be in the middle of a write itself
+            os.write(2, line.encode())  # not sys.stderr, which may be in the middle of a write
         finally:
             os._exit(ExitCode.INTERRUPTED if number == signal.SIGINT else ExitCode.REQUEUE)
 
     numbers = [signal.SIGTERM, signal.SIGUSR1, *([signal.SIGINT] if kept else [])]
-    # What the caller has this process ignore, a shell in the background SIGINT, it goes on ignoring.
+    # Signals that the caller set to be ignored stay ignored: a shell does so with SIGINT for background jobs.
     heard = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
     previous = {number: signal.signal(number, stop) for number in heard}
     try:

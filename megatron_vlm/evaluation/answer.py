@@ -19,26 +19,26 @@ from megatron_vlm.models.vlm import VisionLanguageModel, merge_image_embeddings
 # Measured on two cores with the quickstart's model: larger batches are no faster.
 POSITIONS_PER_BATCH = 16_384
 CACHE_BYTES = 2**31
-"""Largest key/value cache; fewer positions are answered together where the model is large."""
+"""Largest key/value cache [bytes]; a large model answers fewer positions together."""
 IMAGES_PER_BATCH = 64
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """Token ids up to the point where the answer begins, and the images that stand in them."""
+    """Token ids up to the point where the answer begins, and the images among them."""
 
     input_ids: np.ndarray
     """int64[n], each image as its placeholders."""
     images: tuple[int, ...]
-    """Rows of the features that are handed to `generate`, in reading order."""
+    """Rows of the features passed to `generate`, in reading order."""
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What the model said to one prompt."""
+    """The answer to one prompt."""
 
     number: int
-    """Position of the prompt."""
+    """Index of the prompt."""
     ids: list[int]
     """Token ids, without the token that ended the answer."""
 
@@ -47,11 +47,11 @@ class Generator:
     """A model, ready to answer.
 
     Args:
-        model: whole, in this process, without gradients; see `open_model`.
-        config: its sizes.
+        model: the whole model, in this process, without gradients; see `open_model`.
+        config: sizes of the model.
         eos_id: token that ends an answer.
-        positions_per_batch: prompts of one length are answered together up to this many positions, fewer where the
-            cache would be larger than CACHE_BYTES.
+        positions_per_batch: most positions answered together, among prompts of one length; fewer if the cache would
+            exceed CACHE_BYTES.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Generator:
         itemsize = parameter.dtype.itemsize
         self._positions_per_batch = min(positions_per_batch, CACHE_BYTES // cache_bytes(language, itemsize))
         self._device = parameter.device
-        # Several positions after a cache: megatron-core asks transformer-engine for no mask then.
+        # With a filled cache and several new positions, megatron-core does not ask transformer-engine for a mask.
         self._can_continue = isinstance(
             model.language_model.decoder.layers[0].self_attention.core_attention, PackedAttention
         )
@@ -82,27 +82,27 @@ class Generator:
 
     @torch.inference_mode()
     def encode_images(self, pixel_values: np.ndarray) -> Tensor:
-        """Return float[n, p, h]: what stands at the placeholders of each image of uint8[n, 3, H, W]."""
+        """Return float[n, p, h], the embeddings at the placeholders of each image of uint8[n, 3, H, W]."""
         pixels = torch.from_numpy(pixel_values)
         hidden_size, tokens = self._config.language.hidden_size, self._num_image_tokens
-        parts = [
+        encoded = [
             self._model.encode_images(chunk.to(self._device), chunk.size(0)).view(-1, tokens, hidden_size)
             for chunk in pixels.split(IMAGES_PER_BATCH)
             if chunk.size(0)
         ]
         empty = torch.empty((0, tokens, hidden_size), device=self._device)
-        return torch.cat(parts) if parts else empty
+        return torch.cat(encoded) if encoded else empty
 
     def generate(self, prompts: Sequence[Prompt], features: Tensor, options: SamplingOptions) -> Iterator[Answer]:
-        """Answer prompts; those of one length together.
+        """Answer prompts; prompts of one length are answered together.
 
         Args:
             prompts: in any order.
             features: float[n, p, h] of all images, from `encode_images`.
-            options: how tokens are drawn.
+            options: how tokens are chosen.
 
         Yields:
-            One answer for each prompt, in an order of its own.
+            One answer for each prompt, in any order.
         """
         alike: dict[tuple[int, int], list[int]] = defaultdict(list)
         for number, prompt in enumerate(prompts):
@@ -141,9 +141,9 @@ class Generator:
     def _begin(
         self, prompts: Sequence[Prompt], features: Tensor, max_new_tokens: int
     ) -> tuple[StaticInferenceContext, Tensor]:
-        """Return a cache and what is to be fed next, float[s, b, h].
+        """Return a cache and the next input, float[s, b, h].
 
-        Prompts about the same images begin alike; where some do, the model sees each beginning once and the prompts
+        Prompts about the same images begin alike. The model processes each such beginning once, and the prompts
         continue from copies of its cache.
         """
         length, cut = len(prompts[0].input_ids), self._shared_length(prompts[0])
@@ -165,11 +165,11 @@ class Generator:
         return context, self._embed(rest, features)
 
     def _shared_length(self, prompt: Prompt) -> int:
-        """Return how many positions, up to the last image, other prompts may share."""
+        """Return how many positions, up to the last image, may be shared with other prompts."""
         if not self._can_continue:
             return 0
         placeholders = np.flatnonzero(prompt.input_ids == self._config.language.image_token_id)
-        # At least one position is left to be fed.
+        # At least one position must be left to process.
         return min(int(placeholders[-1]) + 1, len(prompt.input_ids) - 1) if len(placeholders) else 0
 
     def _embed(self, prompts: Sequence[Prompt], features: Tensor) -> Tensor:
@@ -190,16 +190,16 @@ class Generator:
         return self._model.language_model.embedding(input_ids=input_ids.to(self._device), position_ids=None)
 
     def _forward(self, hidden: Tensor, context: StaticInferenceContext) -> Tensor:
-        """Return float[b, vocab_size] logits of the last position and count the positions as seen."""
+        """Return float[b, vocab_size] logits of the last position, and advance the cache."""
         logits = self._model.language_model(hidden, inference_context=context)
         context.increment_sequence_len_offset(hidden.size(0))
         context.enable_decode_mode()
-        # Ids beyond the tokenizer's pieces (image, padding) cannot be said.
+        # Ids beyond the tokenizer's pieces (image, padding) are never generated.
         return logits[:, -1, : self._config.language.vocab_size]
 
 
 def _choose_rows(context: StaticInferenceContext, rows: Sequence[int]) -> None:
-    """Make the cache one of these rows, in this order."""
+    """Reduce or reorder the cache to these rows, in this order."""
     for layer, caches in context.key_value_memory_dict.items():
         index = torch.tensor(rows, device=caches[0].device)
         context.key_value_memory_dict[layer] = tuple(cache.index_select(1, index) for cache in caches)

@@ -19,7 +19,7 @@ from megatron_vlm.evaluation.prompts import PromptFormat
 
 @dataclass(frozen=True, slots=True)
 class OpenedModel:
-    """A model that answers, and what its prompts are made with."""
+    """A model that answers, with the format of its prompts and the reader of its images."""
 
     generator: Generator
     prompt_format: PromptFormat
@@ -49,7 +49,7 @@ def opened_model(
         raise ConfigError(
             f"tokenizer has {tokenizer.vocab_size} pieces, the model {settings.model.language.vocab_size}",
             where=str(settings.tokenizer),
-            fix="give the tokenizer of the training with --tokenizer",
+            fix="name the tokenizer used in training with --tokenizer",
         )
     prompt_format = PromptFormat(
         tokenizer=tokenizer,

@@ -1,4 +1,4 @@
-"""Pictures of a task as the vision tower takes them, each file decoded once."""
+"""Images of a task, decoded for the vision tower; each file is decoded once."""
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,8 +19,8 @@ class PictureReader:
     """Reads image files.
 
     Args:
-        vision: size and colours of the tower.
-        aspect: how an image becomes a square; as in training.
+        vision: image size and mean colour of the tower.
+        aspect: how an image becomes a square, as in training.
     """
 
     vision: TowerConfig
@@ -30,7 +30,7 @@ class PictureReader:
         """Return uint8[n, 3, H, W].
 
         Raises:
-            DataError: a file is missing or no image; names it.
+            DataError: a file is missing or is not an image; names it.
         """
         with ThreadPoolExecutor(_NUM_THREADS) as threads:
             pictures = list(threads.map(self._read_one, paths))
@@ -41,17 +41,17 @@ class PictureReader:
         try:
             encoded = path.read_bytes()
         except OSError as error:
-            raise DataError(f"picture cannot be read: {error.strerror}", where=str(path), fix="check it") from None
+            raise DataError(f"image cannot be read: {error.strerror}", where=str(path), fix="check the path") from None
         try:
             return decode_image(
                 encoded, image_size=self.vision.image_size, aspect=self.aspect, mean=self.vision.image_mean
             )
         except DataError as error:
-            raise DataError(error.what, where=str(path), fix="replace the picture") from None
+            raise DataError(error.what, where=str(path), fix="replace the file") from None
 
 
 def check_pictures(paths: Sequence[Path]) -> None:
-    """Check that all files are there, before anything long starts.
+    """Check that all files exist, before anything slow starts.
 
     Raises:
         DataError: counts the missing ones and names the first.
@@ -60,6 +60,6 @@ def check_pictures(paths: Sequence[Path]) -> None:
     missing = [str(path) for path in distinct if not path.is_file()]
     if missing:
         raise DataError(
-            f"{len(missing)} of {len(distinct)} pictures are missing, e.g. {', '.join(missing[:_SHOWN])}",
+            f"{len(missing)} of {len(distinct)} images are missing, e.g. {', '.join(missing[:_SHOWN])}",
             fix="name their folder with --images",
         )

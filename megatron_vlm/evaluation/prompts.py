@@ -1,4 +1,4 @@
-"""From a question with pictures, and worked examples before it, to the token ids of a prompt."""
+"""Turn a question about images, after any worked examples, into the token ids of a prompt."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,23 +16,23 @@ from megatron_vlm.data.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True, slots=True)
 class Exchange:
-    """A question and, in a worked example, its answer."""
+    """A question; in a worked example, also its answer."""
 
     text: str
-    """May hold "<image>" where its pictures stand; otherwise they are put on lines of their own before it."""
+    """May contain "<image>" at the place of each image; otherwise the images come first, on lines of their own."""
     num_images: int
     answer: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptFormat:
-    """How prompts are written: as the conversations of the training were.
+    """How prompts are written: in the same form as the conversations of the training.
 
     Args:
-        tokenizer: that of the model.
+        tokenizer: tokenizer of the model.
         model: sizes of the model.
-        template: conversation template; None: the bare text, which the model continues.
-        system: system prompt as in `render_conversation`.
+        template: conversation template; None: the model continues the bare text.
+        system: system prompt, as in `render_conversation`.
     """
 
     tokenizer: Tokenizer
@@ -41,10 +41,10 @@ class PromptFormat:
     system: object
 
     def encode(self, exchanges: Sequence[Exchange]) -> np.ndarray:
-        """Return int64[n] ids up to the answer of the last question, each image as its placeholders.
+        """Return int64[n] ids up to the answer of the last question, with placeholders for each image.
 
         Raises:
-            UsageError: a text has placeholders, but not one for each image.
+            UsageError: a text has placeholders, but their number is not the number of images.
         """
         if self.template is None:
             return self._place(encode_segments(self._bare(exchanges), self.tokenizer))
@@ -54,7 +54,7 @@ class PromptFormat:
     def _bare(self, exchanges: Sequence[Exchange]) -> list[Segment]:
         segments: list[Segment] = [Special(Control.BOS, train=False)]
         for exchange in exchanges:
-            segments += [piece if isinstance(piece, Image) else Text(piece.text, False) for piece in _split(exchange)]
+            segments += [item if isinstance(item, Image) else Text(item.text, False) for item in _split(exchange)]
             if exchange.answer is not None:
                 segments.append(Text(f" {exchange.answer}\n", train=False))
         return segments
@@ -62,12 +62,12 @@ class PromptFormat:
     def _place(self, segments: Sequence[TextSegment | ImageSegment]) -> np.ndarray:
         num_image_tokens = self.model.fixed_image_tokens("generation")
         placeholders = np.full(num_image_tokens, self.model.language.image_token_id, dtype=np.int64)
-        parts = [placeholders if isinstance(segment, ImageSegment) else segment.input_ids for segment in segments]
-        return np.concatenate(parts).astype(np.int64)
+        ids = [placeholders if isinstance(segment, ImageSegment) else segment.input_ids for segment in segments]
+        return np.concatenate(ids).astype(np.int64)
 
 
 def _split(exchange: Exchange) -> tuple[Text | Image, ...]:
-    """Return text and images in reading order; the images are empty, their places matter alone."""
+    """Return text and images in reading order; the images are empty, since only their places matter."""
     text = exchange.text
     if PLACEHOLDER not in text:
         text = f"{PLACEHOLDER}\n" * exchange.num_images + text

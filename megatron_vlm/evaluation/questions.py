@@ -16,14 +16,14 @@ class Question:
     """One question and what people answered."""
 
     question_id: Any
-    """As the file has it; written beside the answer."""
+    """As in the file; written beside the answer."""
     images: tuple[Path, ...]
     text: str
     answers: tuple[str, ...]
 
     @property
     def usual_answer(self) -> str:
-        """The most frequent answer; of equally frequent ones the first."""
+        """The most frequent answer; the first of them in a tie."""
         return Counter(self.answers).most_common(1)[0][0]
 
 
@@ -32,11 +32,11 @@ def load_questions(path: Path, images: Path | None = None) -> list[Question]:
 
     Args:
         path: the file.
-        images: folder that the names of the pictures are relative to; None: that of the file. `image` is a name or a
-            list of names.
+        images: folder that image names are relative to; None: the folder of the file. `image` is a name or a list of
+            names.
 
     Raises:
-        DataError: names file and row of the first fault.
+        DataError: the file or a row is wrong; names the first wrong row.
     """
     try:
         rows = json.loads(path.read_text())
@@ -45,23 +45,23 @@ def load_questions(path: Path, images: Path | None = None) -> list[Question]:
     except ValueError as error:
         raise DataError(f"questions are not valid JSON: {error}", where=str(path), fix="write a JSON list") from None
     if not isinstance(rows, list) or not rows:
-        raise DataError("questions are no JSON list, or an empty one", where=str(path), fix="write a JSON list")
+        raise DataError("questions are not a JSON list, or the list is empty", where=str(path), fix="write a JSON list")
     folder = path.parent if images is None else images
     return [_read_row(row, folder, f"{path} row {number}") for number, row in enumerate(rows)]
 
 
 def _read_row(row: Any, folder: Path, where: str) -> Question:
     if not isinstance(row, dict):
-        raise DataError("question is no JSON object", where=where, fix="write an object for each question")
+        raise DataError("question is not a JSON object", where=where, fix="write one object per question")
     names = row.get("image")
     names = names if isinstance(names, list) else [names]
     answers = row.get("answers", row.get("answer"))
     answers = answers if isinstance(answers, list) else [answers]
-    # VQAv2 writes each answer as an object.
+    # In VQAv2, each answer is an object.
     answers = [answer.get("answer") if isinstance(answer, dict) else answer for answer in answers]
     for field, values in (("image", names), ("question", [row.get("question")]), ("answers", answers)):
         if not values or not all(isinstance(value, str) for value in values):
-            raise DataError(f"question has no {field} that is text", where=where, fix=f"add the field {field}")
+            raise DataError(f"{field} is missing or not text", where=where, fix=f"give {field} as text")
     return Question(
         question_id=row.get("question_id"),
         images=tuple(folder / name for name in names),
@@ -71,40 +71,40 @@ def _read_row(row: Any, folder: Path, where: str) -> Question:
 
 
 def spread(questions: Sequence[Question], limit: int | None) -> list[Question]:
-    """Return `limit` questions spread evenly over all of them; all where there are no more, or limit is None."""
+    """Return `limit` questions spread evenly over all of them; all of them if limit is None or not smaller."""
     if limit is None or limit >= len(questions):
         return list(questions)
     return [questions[place * len(questions) // limit] for place in range(limit)]
 
 
 def swap_pictures(questions: Sequence[Question], seed: int) -> list[Question]:
-    """Show each question another picture of the list: what a model that looks must lose by.
+    """Show each question the image of another one: a model that uses its images must answer worse.
 
-    The distinct pictures are put in a circle by the seed, and each is replaced by the next: none stays, each is used
-    once, and questions about one picture are again about one.
+    The seed arranges the distinct images in a circle, and each is replaced by the next one. So no question keeps its
+    image, each image is used once, and questions that shared an image still share one.
 
     Raises:
-        DataError: there is only one picture.
+        DataError: there is only one image.
     """
     pictures = list(dict.fromkeys(question.images for question in questions))
     if len(pictures) < 2:
-        raise DataError("there is only one picture to swap", fix="evaluate questions about several pictures")
+        raise DataError("there is only one image to swap", fix="evaluate questions about several images")
     random.Random(seed).shuffle(pictures)
     following = dict(zip(pictures, pictures[1:] + pictures[:1], strict=True))
     return [replace(question, images=following[question.images]) for question in questions]
 
 
 def choose_shots(question: Question, pool: Sequence[Question], num_shots: int, seed: int) -> list[Question]:
-    """Choose worked examples for a question: by chance, about other pictures, each from a different picture.
+    """Choose worked examples for a question at random: about other images, each about a different one.
 
-    The choice depends on the seed and the question alone, not on which other questions are asked.
+    The choice depends only on the seed and the question, not on which other questions are asked.
 
     Raises:
-        DataError: the pool has too few pictures.
+        DataError: the pool has too few images.
     """
     draw = random.Random(f"{seed}/{question.question_id}/{question.text}")
     chosen: dict[tuple[Path, ...], Question] = {}
-    # Drawing with repetition needs no shuffled copy of a large pool; a pool that is nearly used up is gone through.
+    # Drawing with repetition avoids a shuffled copy of a large pool; a pool that is nearly exhausted is scanned.
     for _ in range(20 * num_shots):
         if len(chosen) == num_shots:
             return list(chosen.values())
@@ -118,7 +118,7 @@ def choose_shots(question: Question, pool: Sequence[Question], num_shots: int, s
             chosen.setdefault(candidate.images, candidate)
     if len(chosen) < num_shots:
         raise DataError(
-            f"{num_shots} shots are asked for, the examples have {len(chosen)} other pictures",
+            f"{num_shots} worked examples are wanted, but only {len(chosen)} other images have questions",
             fix="lower --shots or give more examples",
         )
     return list(chosen.values())

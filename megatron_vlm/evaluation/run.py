@@ -53,18 +53,18 @@ def evaluate(
     options: EvaluationOptions,
     pool: Sequence[Question] = (),
 ) -> Evaluation:
-    """Ask, answer greedily and score.
+    """Ask the questions, answer them greedily and score the answers.
 
     Args:
         task_name: module of `evaluation/tasks`.
         questions: what to ask, at least one.
-        model: what answers.
+        model: the model that answers.
         options: how to ask.
         pool: questions to choose worked examples from; needed where `options.num_shots` is not 0.
 
     Raises:
         ConfigError: there is no such task.
-        DataError: a picture is missing or damaged, or the pool is too small.
+        DataError: an image is missing or damaged, or the pool is too small.
     """
     start = time.perf_counter()
     task = find_task(task_name)

@@ -7,7 +7,7 @@ from megatron_vlm.config.inference import SamplingOptions
 
 
 def draw_uniforms(options: SamplingOptions, prompt_number: int) -> Tensor:
-    """Return float64[max_new_tokens] in [0, 1): what decides the draws of one prompt."""
+    """Return float64[max_new_tokens] in [0, 1), which decide the draws of one prompt."""
     generator = torch.Generator().manual_seed(hash((options.seed, prompt_number)) & 0x7FFF_FFFF_FFFF_FFFF)
     return torch.rand(options.max_new_tokens, generator=generator, dtype=torch.float64)
 
@@ -17,8 +17,8 @@ def choose_tokens(logits: Tensor, options: SamplingOptions, uniforms: Tensor) ->
 
     Args:
         logits: float[b, v].
-        options: how.
-        uniforms: float[b] in [0, 1): the draw of each row; not used where the temperature is 0.
+        options: how tokens are chosen.
+        uniforms: float[b] in [0, 1), the draw of each row; ignored at temperature 0.
 
     Returns:
         int64[b].
@@ -33,6 +33,6 @@ def choose_tokens(logits: Tensor, options: SamplingOptions, uniforms: Tensor) ->
     probabilities = torch.where(before < options.top_p, probabilities, 0)
     cumulative = probabilities.cumsum(-1)
     chosen = (cumulative <= uniforms[:, None].to(cumulative) * cumulative[:, -1:]).sum(-1, keepdim=True)
-    # A draw next to 1 may be rounded up to the sum: the last token that can be drawn is meant.
+    # Rounding can lift a draw close to 1 to the sum itself: then take the last token with any probability.
     last = (probabilities > 0).sum(-1, keepdim=True) - 1
     return order.gather(-1, chosen.minimum(last)).squeeze(-1)

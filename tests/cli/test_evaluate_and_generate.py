@@ -134,7 +134,7 @@ def test_generate_continues_bare_text(place, capsys):
 
 def test_generate_names_a_missing_picture(place, capsys):
     assert main(["generate", str(place / "run"), "--image", "nowhere.png", "--prompt", "x"]) == 65
-    assert "picture cannot be read: No such file or directory (nowhere.png)" in capsys.readouterr().err
+    assert "image cannot be read: No such file or directory (nowhere.png)" in capsys.readouterr().err
 
 
 def test_generate_refuses_sampling_that_makes_no_sense(place, capsys):

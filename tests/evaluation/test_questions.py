@@ -58,13 +58,13 @@ def test_the_usual_answer_is_the_most_frequent(write):
     ("content", "message"),
     [
         ("{", "questions are not valid JSON"),
-        ([], "questions are no JSON list, or an empty one"),
-        ({"a": 1}, "questions are no JSON list"),
-        ([ROW, 3], "question is no JSON object .*row 1"),
-        ([{**ROW, "image": 3}], "question has no image that is text .*row 0"),
-        ([{**ROW, "question": None}], "question has no question that is text"),
-        ([{**ROW, "answers": []}], "question has no answers that is text"),
-        ([{"image": "a", "question": "b"}], "question has no answers that is text"),
+        ([], "questions are not a JSON list, or the list is empty"),
+        ({"a": 1}, "questions are not a JSON list"),
+        ([ROW, 3], "question is not a JSON object .*row 1"),
+        ([{**ROW, "image": 3}], "image is missing or not text .*row 0"),
+        ([{**ROW, "question": None}], "question is missing or not text"),
+        ([{**ROW, "answers": []}], "answers is missing or not text"),
+        ([{"image": "a", "question": "b"}], "answers is missing or not text"),
     ],
 )
 def test_a_fault_names_file_and_row(content, message, write):
@@ -94,7 +94,7 @@ def test_swapped_pictures_depend_on_the_seed_alone():
 
 
 def test_one_picture_cannot_be_swapped():
-    with pytest.raises(DataError, match="only one picture to swap"):
+    with pytest.raises(DataError, match="only one image to swap"):
         swap_pictures(make_questions(1), 0)
 
 
@@ -120,7 +120,7 @@ def test_a_pool_that_is_just_large_enough_is_used_up():
 
 
 def test_a_pool_that_is_too_small_is_refused():
-    with pytest.raises(DataError, match="4 shots are asked for, the examples have 2 other pictures"):
+    with pytest.raises(DataError, match="4 worked examples are wanted, but only 2 other images have questions"):
         choose_shots(make_questions(3)[0], make_questions(3), 4, seed=0)
 
 

@@ -112,7 +112,7 @@ def test_wrong_answers_count(ask, questions):
 
 def test_missing_pictures_are_counted_before_anything_is_asked(ask, questions, tmp_path):
     (tmp_path / "black.png").unlink()
-    with pytest.raises(DataError, match="1 of 3 pictures are missing, e.g. .*black.png"):
+    with pytest.raises(DataError, match="1 of 3 images are missing, e.g. .*black.png"):
         ask(questions)
 
 
