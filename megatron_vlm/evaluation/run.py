@@ -12,9 +12,8 @@ from megatron_vlm.config.inference import EvaluationOptions, SamplingOptions
 from megatron_vlm.evaluation.answer import Prompt
 from megatron_vlm.evaluation.opened_model import OpenedModel
 from megatron_vlm.evaluation.pictures import check_pictures
-from megatron_vlm.evaluation.prompts import Exchange
 from megatron_vlm.evaluation.questions import Question, choose_shots
-from megatron_vlm.evaluation.task import find_task
+from megatron_vlm.evaluation.task import Task, find_task
 
 FEATURE_BYTES = 2**30
 """Most image features held at a time [bytes]."""
@@ -74,11 +73,9 @@ def evaluate(
     check_pictures([path for one in asked for path in one.pictures])
     predictions = [""] * len(asked)
     with tqdm(total=len(asked), unit="question", desc=task_name, disable=None) as progress:
-        for window in _windows(asked, model.generator.feature_bytes):
-            exchanges = [task.prompt(one.question, one.shots, options.suffix) for one in window]
-            for number, text in _answer(window, exchanges, model, options):
-                predictions[number] = text
-                progress.update()
+        for number, text in _answers(task, asked, model, options):
+            predictions[number] = text
+            progress.update()
     scores = [task.score(question, prediction) for question, prediction in zip(questions, predictions, strict=True)]
     figures = task.summarise(scores)
     summary = {
@@ -111,18 +108,24 @@ def _windows(asked: Sequence[_Asked], feature_bytes: int) -> Iterator[list[_Aske
     yield window
 
 
-def _answer(
-    window: Sequence[_Asked], exchanges: Sequence[Sequence[Exchange]], model: OpenedModel, options: EvaluationOptions
+def _answers(
+    task: Task, asked: Sequence[_Asked], model: OpenedModel, options: EvaluationOptions
 ) -> Iterator[tuple[int, str]]:
-    """Yield the number of each question and the text of its answer."""
-    places = {path: place for place, path in enumerate(dict.fromkeys(path for one in window for path in one.pictures))}
-    features = model.generator.encode_images(model.reader.read(list(places)))
-    prompts = [
-        Prompt(model.prompt_format.encode(own), tuple(places[path] for path in one.pictures))
-        for one, own in zip(window, exchanges, strict=True)
-    ]
-    for answer in model.generator.generate(prompts, features, SamplingOptions(max_new_tokens=options.max_new_tokens)):
-        yield window[answer.number].number, model.prompt_format.tokenizer.decode(answer.ids).strip()
+    """Yield the number of each question and the text of its answer, in any order."""
+    sampling = SamplingOptions(max_new_tokens=options.max_new_tokens)
+    for window in _windows(asked, model.generator.feature_bytes):
+        paths = dict.fromkeys(path for one in window for path in one.pictures)
+        places = {path: place for place, path in enumerate(paths)}
+        features = model.generator.encode_images(model.reader.read(list(places)))
+        prompts = [
+            Prompt(
+                model.prompt_format.encode(task.prompt(one.question, one.shots, options.suffix)),
+                tuple(places[path] for path in one.pictures),
+            )
+            for one in window
+        ]
+        for answer in model.generator.generate(prompts, features, sampling):
+            yield window[answer.number].number, model.prompt_format.tokenizer.decode(answer.ids).strip()
 
 
 def _row(question: Question, prediction: str, scores: dict[str, float]) -> dict[str, Any]:

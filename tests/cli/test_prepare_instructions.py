@@ -135,8 +135,8 @@ def test_own_prompt_file_is_used_and_checked_before_reading(raw, tmp_path, capsy
     assert not (tmp_path / "e").exists()
 
 
-def test_unknown_set_is_exit_code_78(raw, tmp_path, capsys):
-    assert prepare(raw, "conversations", VQA, tmp_path / "d", "--prompts", "vqa") == 78
+def test_unknown_set_is_exit_code_64(raw, tmp_path, capsys):
+    assert prepare(raw, "conversations", VQA, tmp_path / "d", "--prompts", "vqa") == 64
     assert "no prompts for 'vqa'" in capsys.readouterr().err
 
 

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 
 import yaml
 
-from megatron_vlm.config import ConfigError, load_section
+from megatron_vlm.config import ConfigError, UsageError, load_section
 from megatron_vlm.data.documents import PLACEHOLDER
 
 PACKAGED_POOLS = "prompt_pools.yaml"
@@ -113,7 +113,8 @@ def load_prompt_set(name: str, path: Path | None = None) -> PromptSet:
         path: YAML file; None: the one that comes with this package.
 
     Raises:
-        ConfigError: the file cannot be read, has no such set, or the set is wrong; names file, line and key.
+        ConfigError: the file cannot be read, or the set is wrong; names file, line and key.
+        UsageError: the file has no such set.
     """
     if path is not None:
         return _load(name, path)
@@ -140,7 +141,7 @@ def _load(name: str, path: Path) -> PromptSet:
             raise
         guess = difflib.get_close_matches(name, names, n=1)
         choice = f"did you mean {guess[0]}?" if guess else f"choose from {', '.join(sorted(names))}"
-    raise ConfigError(f"no prompts for {name!r}", where=path.name, fix=choice)
+    raise UsageError(f"no prompts for {name!r}", where=path.name, fix=choice)
 
 
 def check_prompt(text: str, parts: Iterable[str], key: str) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megatron_vlm.config import ConfigError
+from megatron_vlm.config import ConfigError, UsageError
 from megatron_vlm.data.sources.instructions.prompt_pools import (
     KINDS,
     fill,
@@ -138,9 +138,9 @@ def test_wrong_set_is_refused_with_file_and_key(pool, changes, message):
 
 
 def test_unknown_set_names_the_choices(pool):
-    with pytest.raises(ConfigError, match="no prompts for 'vqa' .*pool.yaml.; fix: choose from mine, other"):
+    with pytest.raises(UsageError, match="no prompts for 'vqa' .*pool.yaml.; fix: choose from mine, other"):
         load_prompt_set("vqa", pool())
-    with pytest.raises(ConfigError, match="no prompts for 'vqa_v2'.*did you mean vqav2"):
+    with pytest.raises(UsageError, match="no prompts for 'vqa_v2'.*did you mean vqav2"):
         load_prompt_set("vqa_v2")
 
 
