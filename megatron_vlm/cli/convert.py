@@ -5,6 +5,7 @@ from typing import get_args
 
 from megatron_vlm.cli.values import local_path, new_folder, seed
 from megatron_vlm.config import ExitCode, ModelConfig, UsageError, load_section
+from megatron_vlm.config.modules import module_names
 from megatron_vlm.config.prepare import ConversationRules, TemplateName
 
 _EXAMPLE = """\
@@ -36,7 +37,12 @@ def _add_to_hf(actions: argparse._SubParsersAction) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     action.add_argument("checkpoint", metavar="CHECKPOINT_OR_RUN", help="a run's newest checkpoint, or this one")
-    action.add_argument("--format", choices=("llava",), default="llava", help="LlavaForConditionalGeneration (default)")
+    action.add_argument(
+        "--format",
+        default="llava",
+        metavar="FAMILY",
+        help="llava: LlavaForConditionalGeneration (default: %(default)s)",
+    )
     action.add_argument("--output", type=new_folder, required=True, metavar="DIR", help="folder to write")
     action.add_argument(
         "--dtype", choices=("float32", "bfloat16"), help="type of the weights; default: that of the checkpoint"
@@ -61,29 +67,41 @@ def _add_to_hf(actions: argparse._SubParsersAction) -> None:
 def _add_from_hf(actions: argparse._SubParsersAction) -> None:
     action = actions.add_parser(
         "from-hf",
-        help="make a starting checkpoint of a Llama and a CLIP tower, or of a LLaVA",
+        help="make a starting checkpoint from a language model and a tower, or from a whole model",
         epilog=(
             "example:\n  megatron-vlm convert from-hf --language Llama-2-7b-hf --vision clip-vit-large-patch14-336 "
             "--output runs/start\n\nTrain from it with checkpoint.load_weights=runs/start.\n"
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    action.add_argument("--language", type=local_path, metavar="LLAMA_DIR", help="folder of a LlamaForCausalLM")
     action.add_argument(
-        "--vision", type=local_path, metavar="CLIP_DIR", help="folder of a CLIPVisionModel or CLIPModel"
+        "--language", type=local_path, metavar="DIR", help="folder of a language model: LlamaForCausalLM"
     )
     action.add_argument(
-        "--llava", type=local_path, metavar="DIR", help="folder of a LlavaForConditionalGeneration instead"
+        "--vision", type=local_path, metavar="DIR", help="folder of a tower: CLIPVisionModel or CLIPModel"
+    )
+    action.add_argument(
+        "--model",
+        "--llava",
+        type=local_path,
+        metavar="DIR",
+        help="in place of both, folder of a whole model: LlavaForConditionalGeneration",
     )
     action.add_argument("--output", type=new_folder, required=True, metavar="RUN_DIR", help="run folder to write")
     action.add_argument("--config", metavar="CONFIG", help="training config whose model section must fit")
     action.add_argument(
-        "--projection", choices=("linear", "mlp2x_gelu"), default="linear", help="its weights are random (%(default)s)"
+        "--projection",
+        choices=module_names("megatron_vlm.convert.projectors"),
+        default="linear",
+        help="type of the projection, whose weights are random (default: %(default)s)",
     )
     action.add_argument(
-        "--feature-layer", type=int, default=-2, metavar="N", help="hidden state of the tower handed on (%(default)s)"
+        "--feature-layer",
+        type=int,
+        metavar="N",
+        help="hidden state of the tower that the projection gets (default: that of the tower, -2 for CLIP)",
     )
-    action.add_argument("--seed", type=seed, default=1234, help="of the projection (%(default)s)")
+    action.add_argument("--seed", type=seed, default=1234, help="of the random projection (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -102,28 +120,32 @@ def run(args: argparse.Namespace) -> int:
 
 def _to_hf(args: argparse.Namespace) -> None:
     from megatron_vlm.checkpoint.run_settings import read_run_settings
-    from megatron_vlm.convert.to_hf import ExportOptions, export_llava
+    from megatron_vlm.convert.to_hf import ExportOptions, export_model
     from megatron_vlm.data.text.templates import find_system
 
     settings = read_run_settings(args.checkpoint, tokenizer=args.tokenizer, image_aspect=args.image_aspect)
     options = ExportOptions(
-        dtype=args.dtype, template=args.template, system=find_system(args.system), overwrite=args.overwrite
+        format=args.format,
+        dtype=args.dtype,
+        template=args.template,
+        system=find_system(args.system),
+        overwrite=args.overwrite,
     )
-    export_llava(settings, args.output, options)
-    print(f"{args.output}: {settings.checkpoint} for LlavaForConditionalGeneration.from_pretrained")
+    architecture = export_model(settings, args.output, options)
+    print(f"{args.output}: {settings.checkpoint} for {architecture}.from_pretrained")
 
 
 def _from_hf(args: argparse.Namespace) -> None:
-    if bool(args.llava) == bool(args.language or args.vision) or bool(args.language) != bool(args.vision):
-        raise UsageError("convert from-hf needs --language and --vision, or --llava alone", fix="see --help")
+    if bool(args.model) == bool(args.language or args.vision) or bool(args.language) != bool(args.vision):
+        raise UsageError("convert from-hf needs --language and --vision, or only --model", fix="see --help")
     import yaml
 
     from megatron_vlm.config import config_to_dict
-    from megatron_vlm.convert.from_hf import ImportOptions, import_llava, import_parts
+    from megatron_vlm.convert.from_hf import ImportOptions, import_model, import_parts
 
     model = load_section(ModelConfig, args.config, "model") if args.config else None
-    if args.llava:
-        model = import_llava(args.llava, args.output, model)
+    if args.model:
+        model = import_model(args.model, args.output, model)
     else:
         options = ImportOptions(projection=args.projection, feature_layer=args.feature_layer, seed=args.seed)
         model = import_parts(args.language, args.vision, args.output, options, model)

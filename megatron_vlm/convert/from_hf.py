@@ -1,13 +1,13 @@
-"""Make a starting checkpoint of Hugging Face folders: a Llama and a CLIP tower, or a whole LLaVA."""
+"""Make a starting checkpoint of Hugging Face folders: a language model and a tower, or a whole model."""
 
 import logging
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import reduce
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,10 +24,10 @@ from megatron_vlm.config import (
     config_to_dict,
 )
 from megatron_vlm.config.projectors import make_projector
-from megatron_vlm.config.towers.clip import Config as ClipConfig
 from megatron_vlm.convert.differences import describe_differences
-from megatron_vlm.convert.families import clip, llama, llava
+from megatron_vlm.convert.family import Family, Part, find_family
 from megatron_vlm.convert.folder import CONFIG_NAME, HFFolder, read_json
+from megatron_vlm.convert.projector import find_projector
 from megatron_vlm.convert.rules import Rule
 from megatron_vlm.data.text.tokenizer import MODEL_FILE, load_tokenizer
 
@@ -43,10 +43,10 @@ _FREE_VISION = {"init_method_std", "feature_layer"}
 class ImportOptions:
     """What the folders do not say."""
 
-    projection: Literal["linear", "mlp2x_gelu"] = "linear"
-    """Kind of the projection, which starts random; a LLaVA brings its own."""
-    feature_layer: int = -2
-    """Hidden state of the tower that is handed on; a LLaVA says it."""
+    projection: str = "linear"
+    """Type of the projection, which starts random; a whole model brings its own."""
+    feature_layer: int | None = None
+    """Hidden state of the tower that is handed on; None: the default of our tower."""
     seed: int = 1234
     """Of the random projection."""
 
@@ -54,14 +54,14 @@ class ImportOptions:
 def import_parts(
     language: Path, vision: Path, run_dir: Path, options: ImportOptions, model: ModelConfig | None = None
 ) -> ModelConfig:
-    """Write checkpoint 0 of a new run from a LlamaForCausalLM and a CLIPVisionModel or CLIPModel.
+    """Write checkpoint 0 of a new run from a language model and a tower, e.g. LlamaForCausalLM and CLIPVisionModel.
 
-    Rows of the vocabulary beyond the Llama's own (image, padding, rounding up) hold the mean of its rows; their
-    embeddings are not used, and their logits are those of an average piece. The projection is drawn as a new
+    Rows of the vocabulary beyond those of the language model (image, padding, rounding up) hold the mean of its rows;
+    their embeddings are not used, and their logits are those of an average piece. The projection is drawn as a new
     model's.
 
     Args:
-        language: folder of the Llama; its tokenizer.model is copied into the run.
+        language: folder of the language model; its tokenizer.model is copied into the run.
         vision: folder of the tower.
         run_dir: the new run.
         options: what the folders do not say; ignored where `model` says it.
@@ -75,41 +75,84 @@ def import_parts(
         CheckpointError: the folders do not hold such models, or other sizes than `model`.
     """
     _check_new(run_dir)
-    llama_folder, clip_folder = HFFolder(language, llama.RENAMES), HFFolder(vision, clip.RENAMES)
+    decoder, tower = _open(language, "language"), _open(vision, "vision")
+    chosen = {} if options.feature_layer is None else {"feature_layer": options.feature_layer}
     found = ModelConfig(
-        language=_language_config(llama_folder),
-        vision=_vision_config(clip_folder, options.feature_layer),
+        language=_language_config(decoder),
+        vision=_with_colours(tower.read_config(**chosen), vision),
         projection=make_projector(options.projection),
     )
-    if model is not None:
-        _check_same(model, found)
-    model = model or found
-    vocab_rows = llama_folder.config["vocab_size"]
-    language_source = _Source(
-        llama_folder, llama.rules(model.language, vocab_rows=vocab_rows), llama.unused(model.language)
-    )
-    vision_source = _Source(clip_folder, clip.rules(clip.tower_of(model)), clip.unused(clip.tower_of(model)))
-    tensors: dict[str, Tensor | LazyTensor] = {
-        **_lazy_tensors([language_source, vision_source], model.language),
+    model = _agreed(model, found)
+    tensors = {
+        **_lazy_tensors(decoder, model.language, model.language, num_rows=decoder.folder.config["vocab_size"]),
+        **_lazy_tensors(tower, model.vision, model.language),
         **_draw_projection(model, options.seed),
     }
     _write(run_dir, tensors, model, language)
     return model
 
 
-def import_llava(folder: Path, run_dir: Path, model: ModelConfig | None = None) -> ModelConfig:
-    """Write checkpoint 0 of a new run from a LlavaForConditionalGeneration; see `import_parts`."""
+def import_model(folder: Path, run_dir: Path, model: ModelConfig | None = None) -> ModelConfig:
+    """Write checkpoint 0 of a new run from a whole model, e.g. LlavaForConditionalGeneration; see `import_parts`."""
     _check_new(run_dir)
-    source = HFFolder(folder, llava.RENAMES)
-    _check_kind(source, "llava")
-    found = llava.config_from_hf(source.config, where=str(source.path / CONFIG_NAME))
-    found = replace(found, vision=_with_colours(clip.tower_of(found), source.path))
-    if model is not None:
-        _check_same(model, found)
-    model = model or found
-    tensors = _lazy_tensors([_Source(source, llava.rules(model), llava.unused(model))], model.language)
-    _write(run_dir, tensors, model, folder)
+    source = _open(folder, "model")
+    found = source.read_config()
+    model = _agreed(model, replace(found, vision=_with_colours(found.vision, folder)))
+    _write(run_dir, _lazy_tensors(source, model, model.language), model, folder)
     return model
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """A folder and the family that reads it."""
+
+    folder: HFFolder
+    family: Family
+
+    @property
+    def where(self) -> str:
+        return str(self.folder.path / CONFIG_NAME)
+
+    def read_config(self, **chosen: Any) -> Any:
+        return self.family.config_from_hf(self.folder.config, where=self.where, **chosen)
+
+
+def _open(path: Path, part: Part) -> _Source:
+    where = path / CONFIG_NAME
+    family = find_family(read_json(where).get("model_type"), part, str(where))
+    return _Source(HFFolder(path, family.RENAMES), family)
+
+
+def _agreed(wanted: ModelConfig | None, found: ModelConfig) -> ModelConfig:
+    """Return the model that is imported: the one that is wanted, if the folders hold it.
+
+    Raises:
+        CheckpointError: they differ in something that decides what the imported weights compute.
+    """
+    if wanted is None:
+        return found
+    differences = [
+        *_differences("model.language", wanted.language, found.language, _FREE_LANGUAGE),
+        *_differences("model.vision", wanted.vision, found.vision, _FREE_VISION),
+    ]
+    if differences:
+        raise CheckpointError("; ".join(differences), fix="change the config, or leave --config out")
+    return wanted
+
+
+def _differences(section: str, wanted: Any, found: Any, free: Collection[str]) -> Iterator[str]:
+    if type(wanted) is not type(found):
+        yield f"{section}.type={wanted.type}, the folder has {found.type}"
+        return
+    for field in fields(wanted):
+        value, other = _effective(wanted, field.name), _effective(found, field.name)
+        if field.name not in free and value != other:
+            yield f"{section}.{field.name}={value}, the folder has {other}"
+
+
+def _effective(part: Any, name: str) -> Any:
+    derived = {"num_query_groups": "query_groups", "kv_channels": "head_channels"}
+    return getattr(part, derived.get(name, name))
 
 
 def _check_new(run_dir: Path) -> None:
@@ -117,36 +160,20 @@ def _check_new(run_dir: Path) -> None:
         raise UsageError(f"run {run_dir} has a checkpoint already", fix="name another folder with --output")
 
 
-def _check_kind(folder: HFFolder, *kinds: str) -> None:
-    kind = folder.config.get("model_type")
-    if kind not in kinds:
-        raise CheckpointError(
-            f"model_type is {kind}, not {' or '.join(kinds)}",
-            where=str(folder.path / CONFIG_NAME),
-            fix="check the path",
-        )
-
-
-def _language_config(folder: HFFolder) -> LanguageConfig:
-    _check_kind(folder, "llama")
-    where = str(folder.path / CONFIG_NAME)
-    rows = vocab_size = folder.config["vocab_size"]
-    if (folder.path / MODEL_FILE).is_file():
-        vocab_size = load_tokenizer(folder.path).vocab_size
+def _language_config(source: _Source) -> LanguageConfig:
+    rows = vocab_size = source.folder.config["vocab_size"]
+    if (source.folder.path / MODEL_FILE).is_file():
+        vocab_size = load_tokenizer(source.folder.path).vocab_size
     if vocab_size > rows:
         raise CheckpointError(
-            f"tokenizer has {vocab_size} pieces, the embedding {rows} rows", where=where, fix="use the right tokenizer"
+            f"tokenizer has {vocab_size} pieces, the embedding {rows} rows",
+            where=source.where,
+            fix="use the right tokenizer",
         )
-    return llama.config_from_hf(folder.config, vocab_size=vocab_size, where=where)
+    return source.read_config(vocab_size=vocab_size)
 
 
-def _vision_config(folder: HFFolder, feature_layer: int) -> ClipConfig:
-    _check_kind(folder, "clip_vision_model", "clip")
-    vision = clip.config_from_hf(folder.config, feature_layer=feature_layer, where=str(folder.path / CONFIG_NAME))
-    return _with_colours(vision, folder.path)
-
-
-def _with_colours(vision: ClipConfig, folder: Path) -> ClipConfig:
+def _with_colours(vision: Any, folder: Path) -> Any:
     """Take mean and spread of the colours from the folder, where it has them."""
     path = folder / _PROCESSOR_NAME
     if not path.is_file():
@@ -156,73 +183,54 @@ def _with_colours(vision: ClipConfig, folder: Path) -> ClipConfig:
     return replace(vision, image_mean=tuple(mean), image_std=tuple(std))
 
 
-def _check_same(wanted: ModelConfig, found: ModelConfig) -> None:
-    """Compare all that decides what the imported weights compute."""
-    parts = (
-        ("model.language", wanted.language, found.language, _FREE_LANGUAGE),
-        ("model.vision", clip.tower_of(wanted), clip.tower_of(found), _FREE_VISION),
-    )
-    differences = []
-    for section, ours, theirs, free in parts:
-        for field in fields(ours):
-            value, other = _effective(ours, field.name), _effective(theirs, field.name)
-            if field.name not in free and value != other:
-                differences.append(f"{section}.{field.name}={value}, the folder has {other}")
-    if differences:
-        raise CheckpointError("; ".join(differences), fix="change the config, or leave --config out")
+def _lazy_tensors(
+    source: _Source, config: Any, language: LanguageConfig, *, num_rows: int | None = None
+) -> dict[str, Tensor | LazyTensor]:
+    """Return our tensors by key, each made of the folder's when it is asked for.
 
-
-def _effective(part: Any, name: str) -> Any:
-    derived = {"num_query_groups": "query_groups", "kv_channels": "head_channels"}
-    return getattr(part, derived.get(name, name))
-
-
-@dataclass(frozen=True, slots=True)
-class _Source:
-    """A folder, the tensors to take from it, and those that it may hold beside them."""
-
-    folder: HFFolder
-    rules: Sequence[Rule]
-    unused: Sequence[str]
-
-    def check(self) -> None:
-        """Compare the folder with the table.
-
-        Raises:
-            CheckpointError: names every kind of difference.
-        """
-        wanted = {
-            name: shape
-            for rule in self.rules
-            for layer in rule.layers
-            for name, shape in zip(rule.names_of(layer), rule.their_shapes(), strict=True)
-        }
-        found = {
-            name: stored.shape
-            for name, stored in self.folder.stored.items()
-            if name in wanted or not any(re.fullmatch(pattern, name) for pattern in self.unused)
-        }
-        differences = describe_differences(wanted, found)
-        if differences:
-            raise CheckpointError(
-                f"weights and config.json differ: {differences}", where=str(self.folder.path), fix="use a whole folder"
-            )
-
-
-def _lazy_tensors(sources: Sequence[_Source], language: LanguageConfig) -> dict[str, LazyTensor]:
-    """Return our tensors by key, each made of the folders' when it is asked for.
+    Args:
+        source: the folder.
+        config: settings of the part that it holds.
+        language: sizes of the vocabulary.
+        num_rows: rows of the vocabulary in the folder; None: ours.
 
     Raises:
-        CheckpointError: a folder and its table differ.
+        CheckpointError: the folder and its table differ.
     """
-    for source in sources:
-        source.check()
-    return {rule.key: _lazy_tensor(source.folder, rule, language) for source in sources for rule in source.rules}
+    rules = [
+        replace(rule, shape=(num_rows, *rule.shape[1:])) if num_rows and rule.is_vocabulary else rule
+        for rule in source.family.rules(config)
+    ]
+    _check_tensors(source.folder, rules, source.family.unused(config))
+    return {rule.key: _lazy_tensor(source.folder, rule, language) for rule in rules}
+
+
+def _check_tensors(folder: HFFolder, rules: Sequence[Rule], unused: Sequence[str]) -> None:
+    """Compare the folder with the table.
+
+    Raises:
+        CheckpointError: names every kind of difference.
+    """
+    wanted = {
+        name: shape
+        for rule in rules
+        for layer in rule.layers
+        for name, shape in zip(rule.names_of(layer), rule.their_shapes(), strict=True)
+    }
+    found = {
+        name: stored.shape
+        for name, stored in folder.stored.items()
+        if name in wanted or not any(re.fullmatch(pattern, name) for pattern in unused)
+    }
+    differences = describe_differences(wanted, found)
+    if differences:
+        raise CheckpointError(
+            f"weights and config.json differ: {differences}", where=str(folder.path), fix="use a whole folder"
+        )
 
 
 def _lazy_tensor(folder: HFFolder, rule: Rule, language: LanguageConfig) -> LazyTensor:
-    is_vocabulary = rule.key in (llama.EMBEDDING_KEY, llama.OUTPUT_KEY)
-    shape = (language.padded_vocab_size, *rule.shape[1:]) if is_vocabulary else rule.checkpoint_shape
+    shape = (language.padded_vocab_size, *rule.shape[1:]) if rule.is_vocabulary else rule.checkpoint_shape
     dtype = _common_type(folder, rule)
 
     def make(layer: int | None) -> Tensor:
@@ -230,7 +238,7 @@ def _lazy_tensor(folder: HFFolder, rule: Rule, language: LanguageConfig) -> Lazy
             tensor = rule.transform.join([folder.read(name) for name in rule.names_of(layer)]).to(dtype)
         except ValueError as error:
             raise CheckpointError(str(error), where=str(folder.path), fix="use another model") from None
-        return pad_vocabulary(tensor, language) if is_vocabulary else tensor
+        return pad_vocabulary(tensor, language) if rule.is_vocabulary else tensor
 
     return LazyTensor(shape=shape, dtype=dtype, is_stacked=rule.num_layers is not None, make=make)
 
@@ -256,19 +264,14 @@ def pad_vocabulary(rows: Tensor, language: LanguageConfig) -> Tensor:
 
 
 def _draw_projection(model: ModelConfig, seed: int) -> dict[str, Tensor]:
-    """Draw the projection as a new model does: normal weights, no bias."""
-    generator = torch.Generator().manual_seed(seed)
-    hidden, features, std = model.language.hidden_size, model.vision.feature_size, model.vision.init_method_std
-    if model.projection.type == "linear":
-        layers = {"": (features, std)}
-    else:
-        # megatron-core draws the layer before a residual sum with std / sqrt(2 * layers); the projection counts as one.
-        layers = {"linear_fc1.": (features, std), "linear_fc2.": (hidden, std / 2**0.5)}
-    drawn = {}
-    for name, (width, scale) in layers.items():
-        drawn[f"{llava.KEY_PREFIX}{name}weight"] = torch.randn(hidden, width, generator=generator) * scale
-        drawn[f"{llava.KEY_PREFIX}{name}bias"] = torch.zeros(hidden)
-    return drawn
+    """Draw the projection as a new model does."""
+    return find_projector(model.projection.type).draw(
+        model.projection,
+        input_size=model.vision.feature_size,
+        output_size=model.language.hidden_size,
+        std=model.vision.init_method_std,
+        generator=torch.Generator().manual_seed(seed),
+    )
 
 
 def _write(

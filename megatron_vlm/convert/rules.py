@@ -129,6 +129,8 @@ class Rule:
     transform: Transform = field(default_factory=Same)
     num_layers: int | None = None
     """Layers that our checkpoint stacks along the first axis; None: not a tensor of a layer."""
+    is_vocabulary: bool = False
+    """Whether the first axis is the vocabulary, which may have fewer rows on their side than ours, padded, has."""
 
     @property
     def checkpoint_shape(self) -> tuple[int, ...]:

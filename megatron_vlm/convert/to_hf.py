@@ -1,7 +1,7 @@
 """Export a checkpoint of any parallel layout as a folder that transformers loads, tensor by tensor."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -13,12 +13,9 @@ from tqdm import tqdm
 from megatron_vlm.checkpoint.run_settings import RunSettings
 from megatron_vlm.checkpoint.tensors import list_tensors, read_tensor
 from megatron_vlm.checkpoint.verify import inspect_checkpoint
-from megatron_vlm.config import CheckpointError, ModelConfig, UsageError
+from megatron_vlm.config import CheckpointError, UsageError
 from megatron_vlm.convert.differences import describe_differences
-from megatron_vlm.convert.families import clip, llava
-from megatron_vlm.convert.files.processor import chat_template, generation_config, write_processor
-from megatron_vlm.convert.files.tokenizer import write_tokenizer
-from megatron_vlm.convert.folder import CONFIG_NAME, write_json
+from megatron_vlm.convert.family import Serving, find_format
 from megatron_vlm.convert.rules import Rule
 from megatron_vlm.convert.weights_writer import Announced, WeightsWriter
 from megatron_vlm.data.text.templates import DEFAULT_SYSTEM, find_template
@@ -38,6 +35,8 @@ _FIX = "make room or name another folder"
 class ExportOptions:
     """How the folder is written."""
 
+    format: str = "llava"
+    """Family of a whole model, by the name of its file in `convert/families/`."""
     dtype: DType | None = None
     """Of the weights; None: bfloat16 where the checkpoint has it, else float32."""
     template: str = "vicuna_v1"
@@ -50,30 +49,45 @@ class ExportOptions:
     """Replace a folder that exists."""
 
 
-def export_llava(settings: RunSettings, output: Path, options: ExportOptions | None = None) -> None:
-    """Write a LlavaForConditionalGeneration folder; it appears under its name when it is whole and read back.
+def export_model(settings: RunSettings, output: Path, options: ExportOptions | None = None) -> str:
+    """Write a model folder; it appears under its name when it is whole and read back.
 
     Args:
         settings: the checkpoint.
         output: the folder; must not exist unless `options.overwrite`.
         options: None: the defaults.
 
+    Returns:
+        The class of transformers that loads the folder.
+
     Raises:
-        UsageError: the folder exists.
+        UsageError: the folder exists, or there is no such format.
         CheckpointError: the checkpoint is damaged or of another model, or what was written reads back otherwise.
         StorageError: the disk is full or read-only.
     """
     options = options or ExportOptions()
     if output.exists() and not options.overwrite:
         raise UsageError(f"folder {output} exists", fix="name another one, or add --overwrite")
-    find_template(options.template)
-    rules = llava.rules(settings.model)
+    family, template = find_format(options.format), find_template(options.template)
+    rules = family.rules(settings.model)
     # What is wrong with the checkpoint or the settings shows before the long part.
     with single_process(), storage_errors("export not written", output, only=STORAGE_ERRNOS, fix=_FIX):
         dtype = _choose_dtype(options.dtype, check_checkpoint(settings.checkpoint, rules))
+        serving = Serving(
+            model=settings.model,
+            dtype=dtype,
+            tokenizer_path=settings.tokenizer,
+            tokenizer=load_tokenizer(settings.tokenizer),
+            image_aspect=settings.image_aspect,
+            template=template,
+            system=options.system,
+        )
         with folder_beside(output, is_new=not options.overwrite, replaces=True) as unfinished:
-            _write_settings(settings, options, unfinished, dtype)
-            _write_weights(settings, rules, unfinished, dtype, options.max_shard_bytes)
+            family.write_settings(unfinished, serving)
+            constants = family.constants(settings.model)
+            export = _Export(settings.checkpoint, rules, constants, dtype)
+            _write_weights(export, WeightsWriter(unfinished, export.announce(), options.max_shard_bytes))
+    return family.ARCHITECTURE
 
 
 def _choose_dtype(asked: DType | None, stored: set[torch.dtype]) -> torch.dtype:
@@ -105,19 +119,40 @@ def check_checkpoint(checkpoint: Path, rules: Sequence[Rule]) -> set[torch.dtype
     return {dtype for _, dtype in tensors.values()}
 
 
-def _write_weights(
-    settings: RunSettings, rules: Sequence[Rule], folder: Path, dtype: torch.dtype, max_shard_bytes: int
-) -> None:
-    announced = [
-        Announced(name, shape, dtype)
-        for rule in rules
-        for layer in rule.layers
-        for name, shape in zip(rule.names_of(layer), rule.their_shapes(), strict=True)
-    ]
-    announced += [Announced(name, tuple(tensor.shape), dtype) for name, tensor in _post_norm(settings.model, dtype)]
-    writer = WeightsWriter(folder, announced, max_shard_bytes)
+@dataclass(frozen=True, slots=True)
+class _Export:
+    """The tensors of a folder, and where they come from."""
+
+    checkpoint: Path
+    rules: Sequence[Rule]
+    constants: Mapping[str, Tensor]
+    dtype: torch.dtype
+
+    def announce(self) -> list[Announced]:
+        """Return every tensor, in the order in which they are made."""
+        announced = [
+            Announced(name, shape, self.dtype)
+            for rule in self.rules
+            for layer in rule.layers
+            for name, shape in zip(rule.names_of(layer), rule.their_shapes(), strict=True)
+        ]
+        constants = (Announced(name, tuple(tensor.shape), self.dtype) for name, tensor in self.constants.items())
+        return [*announced, *constants]
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Read one tensor after the other and yield what it becomes."""
+        for rule in self.rules:
+            for layer in rule.layers:
+                whole = read_tensor(self.checkpoint, rule.key, layer)
+                for name, tensor in zip(rule.names_of(layer), rule.transform.split(whole), strict=True):
+                    yield name, tensor.to(self.dtype)
+        yield from ((name, tensor.to(self.dtype)) for name, tensor in self.constants.items())
+
+
+def _write_weights(export: _Export, writer: WeightsWriter) -> None:
+    announced = export.announce()
     with tqdm(total=len(announced), unit="tensor", desc="export", disable=None) as progress:
-        writer.write(_counted(_tensors(settings, rules, dtype), progress))
+        writer.write(_counted(export.tensors(), progress))
     writer.verify()
     total = sum(entry.num_bytes for entry in announced)
     logger.info("%d tensors, %.3f GB, written and read back equal", len(announced), total / 1e9)
@@ -127,36 +162,3 @@ def _counted(tensors: Iterator[tuple[str, Tensor]], progress: tqdm) -> Iterator[
     for entry in tensors:
         yield entry
         progress.update()
-
-
-def _tensors(settings: RunSettings, rules: Sequence[Rule], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    for rule in rules:
-        for layer in rule.layers:
-            whole = read_tensor(settings.checkpoint, rule.key, layer)
-            for name, part in zip(rule.names_of(layer), rule.transform.split(whole), strict=True):
-                yield name, part.to(dtype)
-    yield from _post_norm(settings.model, dtype)
-
-
-def _post_norm(model: ModelConfig, dtype: torch.dtype) -> list[tuple[str, Tensor]]:
-    """Return the norm of the class token's last feature, which LLaVA has and never uses: one that changes nothing."""
-    hidden = model.vision.feature_size
-    return [
-        (llava.POST_NORM + "weight", torch.ones(hidden, dtype=dtype)),
-        (llava.POST_NORM + "bias", torch.zeros(hidden, dtype=dtype)),
-    ]
-
-
-def _write_settings(settings: RunSettings, options: ExportOptions, folder: Path, dtype: torch.dtype) -> None:
-    model = settings.model
-    tokenizer = load_tokenizer(settings.tokenizer)
-    ids = {"bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id}
-    added = write_tokenizer(folder, settings.tokenizer, tokenizer, model.language)
-    write_processor(folder, clip.tower_of(model), settings.image_aspect, added.image)
-    write_json(folder / CONFIG_NAME, llava.config_to_hf(model, dtype=str(dtype).removeprefix("torch."), **ids))
-    write_json(folder / "generation_config.json", generation_config(model.language, **ids))
-    template = find_template(options.template)
-    if template.question_text:
-        bos, eos = tokenizer.piece(tokenizer.bos_id), tokenizer.piece(tokenizer.eos_id)
-        text = chat_template(template, options.system, bos=bos, eos=eos, image=added.image)
-        (folder / "chat_template.jinja").write_text(text)

@@ -7,7 +7,7 @@ import pytest
 
 from megatron_vlm.checkpoint.run_settings import read_run_settings
 from megatron_vlm.config import ModelConfig
-from megatron_vlm.convert.to_hf import export_llava
+from megatron_vlm.convert.to_hf import export_model
 from tests.support.configs import tiny_model
 from tests.support.random_run import write_random_run
 from tests.support.sentence_piece import NUM_PIECES, train_sentence_piece
@@ -41,7 +41,7 @@ def make_run(tmp_path_factory, tokenizer_path):
 def exported(make_run, model_config, tmp_path_factory) -> Path:
     """A folder exported with default options, only to be read."""
     folder = tmp_path_factory.mktemp("exported") / "hf"
-    export_llava(read_run_settings(make_run(model_config)), folder)
+    export_model(read_run_settings(make_run(model_config)), folder)
     return folder
 
 

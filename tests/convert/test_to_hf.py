@@ -14,7 +14,7 @@ from megatron_vlm.checkpoint.tensors import list_tensors
 from megatron_vlm.config import CheckpointError, ConfigError, ModelConfig, StorageError, UsageError
 from megatron_vlm.config.projectors import make_projector
 from megatron_vlm.convert.files.processor import write_processor
-from megatron_vlm.convert.to_hf import ExportOptions, export_llava
+from megatron_vlm.convert.to_hf import ExportOptions, export_model
 from megatron_vlm.data.documents import Image, Text
 from megatron_vlm.data.loading.pixels import decode_image
 from megatron_vlm.data.samples import ImageSegment
@@ -71,7 +71,7 @@ def assert_same_logits(run, folder) -> None:
 @pytest.mark.parametrize("projection", ["linear", "mlp2x_gelu"])
 def test_transformers_computes_the_same_logits(projection, make_run, model_config, tmp_path):
     run = make_run(replace(model_config, projection=make_projector(projection)))
-    export_llava(read_run_settings(run), tmp_path / "hf")
+    export_model(read_run_settings(run), tmp_path / "hf")
     assert_same_logits(run, tmp_path / "hf")
 
 
@@ -80,13 +80,13 @@ def test_transformers_computes_the_same_logits_with_other_activations(
     activation, make_run, model_config, with_vision, tmp_path
 ):
     run = make_run(with_vision(model_config, activation=activation, feature_layer=-1))
-    export_llava(read_run_settings(run), tmp_path / "hf")
+    export_model(read_run_settings(run), tmp_path / "hf")
     assert_same_logits(run, tmp_path / "hf")
 
 
 def test_transformers_computes_the_same_logits_with_tied_embeddings(make_run, tmp_path):
     run = make_run(tiny_model(vocab_size=NUM_PIECES, share_embeddings_and_output_weights=True, rotary_base=5e5))
-    export_llava(read_run_settings(run), tmp_path / "hf")
+    export_model(read_run_settings(run), tmp_path / "hf")
     assert_same_logits(run, tmp_path / "hf")
 
 
@@ -98,13 +98,13 @@ def test_a_checkpoint_of_two_by_two_ranks_exports_like_one_of_one(
     layout = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "sequence_parallel": True}
     sharded = tiny_run(str(tmp_path / "sharded"), parallel=layout, model=model_config)
     workers.run("tests.convert.jobs:save_again", 4, config=sharded, weights=str(run))
-    export_llava(read_run_settings(tmp_path / "sharded", tokenizer=str(tokenizer_path)), tmp_path / "hf")
+    export_model(read_run_settings(tmp_path / "sharded", tokenizer=str(tokenizer_path)), tmp_path / "hf")
     assert (tmp_path / "hf" / NAME).read_bytes() == (exported / NAME).read_bytes()
 
 
 def test_a_large_model_is_written_in_several_files(make_run, model_config, tmp_path):
     run = make_run(model_config)
-    export_llava(read_run_settings(run), tmp_path / "hf", ExportOptions(max_shard_bytes=200_000))
+    export_model(read_run_settings(run), tmp_path / "hf", ExportOptions(max_shard_bytes=200_000))
     index = json.loads((tmp_path / "hf" / "model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) > 2
     assert_same_logits(run, tmp_path / "hf")
@@ -112,7 +112,7 @@ def test_a_large_model_is_written_in_several_files(make_run, model_config, tmp_p
 
 def test_dtype_bfloat16_halves_the_weights(make_run, model_config, exported, tmp_path):
     run = make_run(model_config)
-    export_llava(read_run_settings(run), tmp_path / "hf", ExportOptions(dtype="bfloat16"))
+    export_model(read_run_settings(run), tmp_path / "hf", ExportOptions(dtype="bfloat16"))
     assert (tmp_path / "hf" / NAME).stat().st_size < 0.55 * (exported / NAME).stat().st_size
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["dtype"] == "bfloat16"
 
@@ -147,7 +147,7 @@ def test_processor_makes_the_pixels_of_training(aspect, make_run, model_config, 
     from transformers import AutoProcessor
 
     run = make_run(model_config)
-    export_llava(read_run_settings(run, image_aspect=aspect), tmp_path / "hf")
+    export_model(read_run_settings(run, image_aspect=aspect), tmp_path / "hf")
     encoded, vision = picture(57, 41), model_config.vision
     ours = decode_image(encoded, image_size=vision.image_size, aspect=aspect, mean=vision.image_mean)
     processor = AutoProcessor.from_pretrained(tmp_path / "hf")
@@ -182,7 +182,7 @@ def test_chat_template_gives_the_ids_of_training(template, system, make_run, mod
     from transformers import AutoProcessor
 
     run = make_run(model_config)
-    export_llava(read_run_settings(run), tmp_path / "hf", ExportOptions(template=template, system=system))
+    export_model(read_run_settings(run), tmp_path / "hf", ExportOptions(template=template, system=system))
     data = picture(32, 32)
     turns = [
         Turn((Image(data), Text("\nWhat colour is the circle?")), "red, and it's not blue"),
@@ -226,16 +226,22 @@ def test_tokenizer_json_cuts_text_as_sentencepiece_does(text, exported, tokenize
     assert theirs.decode(ours) == text
 
 
+def test_an_unknown_format_lists_what_there_is(make_run, model_config, tmp_path):
+    settings = read_run_settings(make_run(model_config))
+    with pytest.raises(UsageError, match="unknown export format 'llama'; fix: choose one of llava"):
+        export_model(settings, tmp_path / "hf", ExportOptions(format="llama"))
+
+
 def test_an_existing_folder_is_refused(make_run, model_config, tmp_path):
     (tmp_path / "hf").mkdir()
     with pytest.raises(UsageError, match="hf exists; fix: name another one, or add --overwrite"):
-        export_llava(read_run_settings(make_run(model_config)), tmp_path / "hf")
+        export_model(read_run_settings(make_run(model_config)), tmp_path / "hf")
 
 
 def test_overwrite_replaces_an_existing_folder(make_run, model_config, tmp_path):
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "old").write_text("old")
-    export_llava(read_run_settings(make_run(model_config)), tmp_path / "hf", ExportOptions(overwrite=True))
+    export_model(read_run_settings(make_run(model_config)), tmp_path / "hf", ExportOptions(overwrite=True))
     assert not (tmp_path / "hf" / "old").exists()
     assert (tmp_path / "hf" / "model.safetensors").exists()
 
@@ -248,7 +254,7 @@ def test_a_damaged_checkpoint_is_refused(make_run, model_config, tmp_path):
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
     with pytest.raises(CheckpointError, match=r"damaged: .*distcp has another checksum"):
-        export_llava(settings, tmp_path / "hf")
+        export_model(settings, tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
 
 
@@ -259,28 +265,28 @@ def test_a_checkpoint_of_another_model_is_refused_by_the_names_of_its_tensors(ma
     with pytest.raises(
         CheckpointError, match=r"1 unexpected: model\.language_model\.output_layer\.weight; 6 of another"
     ):
-        export_llava(wrong, tmp_path / "hf")
+        export_model(wrong, tmp_path / "hf")
 
 
 def test_a_tokenizer_of_another_size_is_refused(make_run, tmp_path):
     run = make_run(tiny_model(vocab_size=NUM_PIECES + 7))
     with pytest.raises(CheckpointError, match=f"tokenizer has {NUM_PIECES} pieces, the model {NUM_PIECES + 7}"):
-        export_llava(read_run_settings(run), tmp_path / "hf")
+        export_model(read_run_settings(run), tmp_path / "hf")
 
 
 def test_a_tower_that_is_no_clip_is_refused(make_run, model_config, with_vision, tmp_path):
     settings = read_run_settings(make_run(model_config))
     with pytest.raises(CheckpointError, match="is no CLIP tower"):
-        export_llava(replace(settings, model=with_vision(model_config, pre_norm=False)), tmp_path / "hf")
+        export_model(replace(settings, model=with_vision(model_config, pre_norm=False)), tmp_path / "hf")
 
 
 def test_a_full_disk_is_one_line_and_leaves_no_folder(make_run, model_config, tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("megatron_vlm.convert.to_hf.write_json", fail)
+    monkeypatch.setattr("megatron_vlm.convert.families.llava.write_json", fail)
     with pytest.raises(StorageError, match="export not written: No space left on device"):
-        export_llava(read_run_settings(make_run(model_config)), tmp_path / "hf")
+        export_model(read_run_settings(make_run(model_config)), tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
 
 
@@ -292,11 +298,11 @@ def test_two_exports_to_one_folder_at_once_do_not_harm_each_other(
     def second_export(*args, **kwargs):
         monkeypatch.undo()
         with pytest.raises(ConfigError, match="another process writes this folder"):
-            export_llava(settings, tmp_path / "hf", ExportOptions(overwrite=True))
+            export_model(settings, tmp_path / "hf", ExportOptions(overwrite=True))
         return write_processor(*args, **kwargs)
 
-    monkeypatch.setattr("megatron_vlm.convert.to_hf.write_processor", second_export)
-    export_llava(settings, tmp_path / "hf")
+    monkeypatch.setattr("megatron_vlm.convert.families.llava.write_processor", second_export)
+    export_model(settings, tmp_path / "hf")
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
     assert (tmp_path / "hf" / NAME).read_bytes() == (exported / NAME).read_bytes()
 

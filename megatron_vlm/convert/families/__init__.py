@@ -1,1 +1,4 @@
-"""One file a Hugging Face model family: names of tensors and settings."""
+"""Model families of Hugging Face: each module is one, found by the `model_type` of a folder's config.json.
+
+`convert/family.py` says what a module offers.
+"""

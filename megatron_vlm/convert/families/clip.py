@@ -2,23 +2,27 @@
 
 from typing import Any, Literal
 
+import torch
+from torch import Tensor
+
 from megatron_vlm.config import CheckpointError, ModelConfig
-from megatron_vlm.config.towers.clip import Config as ClipConfig
+from megatron_vlm.config.towers.clip import Config
 from megatron_vlm.convert.rules import QueryKeyValue, Reshaped, Rule
 
-KEY_PREFIX = "model.vision_model."
+PART = "vision"
+MODEL_TYPES = ("clip_vision_model", "clip")
 RENAMES = ((r"(embeddings|encoder|pre_layrnorm|post_layernorm)\.", r"vision_model.\1."),)
 """transformers 5 writes a CLIPVisionModel without the prefix that 4 and CLIPModel have."""
-UNUSED = (
+
+_PREFIX = "model.vision_model."
+# CLIPModel has the text tower beside; the norm of the class token's last feature is used by nobody here.
+_UNUSED = (
     r"vision_model\.post_layernorm\..*",
     r".*\.position_ids",
     r"(text_model|text_projection|visual_projection)\..*",
     r"logit_scale",
 )
-"""Tensors that a file may hold and the tower does not need; CLIPModel has the text tower beside."""
-POST_NORM = "vision_model.post_layernorm."
-"""The norm of the class token's last feature: needed by the file, never by us."""
-
+_POST_NORM = "vision_model.post_layernorm."
 _ACTIVATIONS: dict[Literal["quick_gelu", "gelu", "gelu_tanh"], str] = {
     "quick_gelu": "quick_gelu",
     "gelu": "gelu",
@@ -26,13 +30,13 @@ _ACTIVATIONS: dict[Literal["quick_gelu", "gelu", "gelu_tanh"], str] = {
 }
 
 
-def tower_of(model: ModelConfig) -> ClipConfig:
+def tower_of(model: ModelConfig) -> Config:
     """Return the tower's settings.
 
     Raises:
         CheckpointError: the model has a tower of another type.
     """
-    if not isinstance(model.vision, ClipConfig):
+    if not isinstance(model.vision, Config):
         raise CheckpointError(
             f"the tower is of type {model.vision.type}, not clip",
             where="model.vision",
@@ -41,19 +45,19 @@ def tower_of(model: ModelConfig) -> ClipConfig:
     return model.vision
 
 
-def rules(vision: ClipConfig) -> list[Rule]:
+def rules(vision: Config) -> list[Rule]:
     """Return the table; only the layers that run are in it."""
     hidden, ffn, layers = vision.hidden_size, vision.ffn_hidden_size, vision.num_layers_run
     patch, heads = vision.patch_size, vision.num_attention_heads
     qkv = QueryKeyValue(num_attention_heads=heads, num_query_groups=heads, kv_channels=hidden // heads)
-    ours, theirs = KEY_PREFIX + "decoder.layers.", "vision_model.encoder.layers.{layer}."
+    ours, theirs = _PREFIX + "decoder.layers.", "vision_model.encoder.layers.{layer}."
     attention, embeddings = theirs + "self_attn.", "vision_model.embeddings."
     class_token = Reshaped((1, 1, hidden), (hidden,))
     table = [
-        Rule(KEY_PREFIX + "class_token", (1, 1, hidden), (embeddings + "class_embedding",), class_token),
-        Rule(KEY_PREFIX + "conv1.weight", (hidden, 3, patch, patch), (embeddings + "patch_embedding.weight",)),
+        Rule(_PREFIX + "class_token", (1, 1, hidden), (embeddings + "class_embedding",), class_token),
+        Rule(_PREFIX + "conv1.weight", (hidden, 3, patch, patch), (embeddings + "patch_embedding.weight",)),
         Rule(
-            KEY_PREFIX + "position_embeddings.weight",
+            _PREFIX + "position_embeddings.weight",
             (vision.num_patches + 1, hidden),
             (embeddings + "position_embedding.weight",),
         ),
@@ -67,20 +71,26 @@ def rules(vision: ClipConfig) -> list[Rule]:
             ("self_attention.linear_qkv.layer_norm_", (hidden,), theirs + "layer_norm1."),
             ("mlp.linear_fc1.layer_norm_", (hidden,), theirs + "layer_norm2."),
         )
-        table.append(Rule(KEY_PREFIX + "ln_pre." + kind, (hidden,), ("vision_model.pre_layrnorm." + kind,)))
+        table.append(Rule(_PREFIX + "ln_pre." + kind, (hidden,), ("vision_model.pre_layrnorm." + kind,)))
         table += [Rule(ours + key + kind, shape, (name + kind,), num_layers=layers) for key, shape, name in per_layer]
         names = tuple(f"{attention}{part}_proj.{kind}" for part in "qkv")
         table.append(Rule(ours + "self_attention.linear_qkv." + kind, (3 * hidden, *columns), names, qkv, layers))
     return table
 
 
-def unused(vision: ClipConfig) -> tuple[str, ...]:
+def unused(vision: Config) -> tuple[str, ...]:
     """Return regular expressions of tensors that a file may hold beside those of the table."""
     beyond = range(vision.num_layers_run, vision.num_layers)
-    return (*UNUSED, *(rf"vision_model\.encoder\.layers\.{layer}\..*" for layer in beyond))
+    return (*_UNUSED, *(rf"vision_model\.encoder\.layers\.{layer}\..*" for layer in beyond))
 
 
-def config_to_hf(vision: ClipConfig) -> dict[str, Any]:
+def constants(vision: Config) -> dict[str, Tensor]:
+    """Return the norm of the class token's last feature: one that changes nothing."""
+    hidden = vision.hidden_size
+    return {_POST_NORM + "weight": torch.ones(hidden), _POST_NORM + "bias": torch.zeros(hidden)}
+
+
+def config_to_hf(vision: Config) -> dict[str, Any]:
     """Return config.json of a tower that ends with the layer whose output is handed on.
 
     Raises:
@@ -110,13 +120,13 @@ def config_to_hf(vision: ClipConfig) -> dict[str, Any]:
     }
 
 
-def config_from_hf(settings: dict[str, Any], *, feature_layer: int, where: str) -> ClipConfig:
+def config_from_hf(settings: dict[str, Any], *, where: str, **chosen: Any) -> Config:
     """Return our settings.
 
     Args:
         settings: config.json of a CLIPVisionModel, or of a CLIPModel (its `vision_config` is taken).
-        feature_layer: which hidden state is handed on, e.g. -2.
         where: the file, for messages.
+        chosen: fields that go before what the file says.
 
     Raises:
         CheckpointError: not a CLIP tower, or one with an activation that ours has not.
@@ -128,16 +138,16 @@ def config_from_hf(settings: dict[str, Any], *, feature_layer: int, where: str) 
         raise CheckpointError(
             f"the tower has hidden_act={activation}", where=where, fix=f"use one of {', '.join(activations)}"
         )
-    return ClipConfig(
+    found: dict[str, Any] = {
         # The defaults are those of transformers' CLIPVisionConfig: files leave equal values out.
-        image_size=settings.get("image_size", 224),
-        patch_size=settings.get("patch_size", 32),
-        num_layers=settings.get("num_hidden_layers", 12),
-        hidden_size=settings.get("hidden_size", 768),
-        ffn_hidden_size=settings.get("intermediate_size", 3072),
-        num_attention_heads=settings.get("num_attention_heads", 12),
-        feature_layer=feature_layer,
-        activation=activations[activation],
-        layernorm_epsilon=float(settings.get("layer_norm_eps", 1e-5)),
-        init_method_std=float(settings.get("initializer_range", 0.02)),
-    )
+        "image_size": settings.get("image_size", 224),
+        "patch_size": settings.get("patch_size", 32),
+        "num_layers": settings.get("num_hidden_layers", 12),
+        "hidden_size": settings.get("hidden_size", 768),
+        "ffn_hidden_size": settings.get("intermediate_size", 3072),
+        "num_attention_heads": settings.get("num_attention_heads", 12),
+        "activation": activations[activation],
+        "layernorm_epsilon": float(settings.get("layer_norm_eps", 1e-5)),
+        "init_method_std": float(settings.get("initializer_range", 0.02)),
+    }
+    return Config(**{**found, **chosen})

@@ -2,37 +2,33 @@
 
 from typing import Any
 
+from torch import Tensor
+
 from megatron_vlm.config import CheckpointError, LanguageConfig
 from megatron_vlm.convert.rules import GatedMLP, QueryKeyValue, Rule
 
-KEY_PREFIX = "model.language_model."
+PART = "language"
+MODEL_TYPES = ("llama",)
 RENAMES: tuple[tuple[str, str], ...] = ()
-"""Regular expressions that turn names of other versions into those of the table."""
-UNUSED = (r".*\.rotary_emb\.inv_freq",)
-"""Tensors that a file may hold and the model does not need."""
-EMBEDDING_KEY = KEY_PREFIX + "embedding.word_embeddings.weight"
-OUTPUT_KEY = KEY_PREFIX + "output_layer.weight"
 
+_PREFIX = "model.language_model."
+_UNUSED = (r".*\.rotary_emb\.inv_freq",)
 _EMBEDDING_NAME = "model.embed_tokens.weight"
 _OUTPUT_NAME = "lm_head.weight"
 
 
-def rules(language: LanguageConfig, *, vocab_rows: int) -> list[Rule]:
-    """Return the table.
-
-    Args:
-        language: sizes of the decoder.
-        vocab_rows: rows of their embedding; ours has `padded_vocab_size`.
-    """
+def rules(language: LanguageConfig) -> list[Rule]:
+    """Return the table."""
+    vocabulary = (language.padded_vocab_size, language.hidden_size)
     hidden, ffn, layers = language.hidden_size, language.ffn_hidden_size, language.num_layers
     heads, groups, channels = language.num_attention_heads, language.query_groups, language.head_channels
     qkv = QueryKeyValue(num_attention_heads=heads, num_query_groups=groups, kv_channels=channels)
-    ours, theirs = KEY_PREFIX + "decoder.layers.", "model.layers.{layer}."
+    ours, theirs = _PREFIX + "decoder.layers.", "model.layers.{layer}."
     attention, mlp = theirs + "self_attn.", theirs + "mlp."
     rows = (heads + 2 * groups) * channels
     table = [
-        Rule(EMBEDDING_KEY, (vocab_rows, hidden), (_EMBEDDING_NAME,)),
-        Rule(KEY_PREFIX + "decoder.final_layernorm.weight", (hidden,), ("model.norm.weight",)),
+        Rule(_PREFIX + "embedding.word_embeddings.weight", vocabulary, (_EMBEDDING_NAME,), is_vocabulary=True),
+        Rule(_PREFIX + "decoder.final_layernorm.weight", (hidden,), ("model.norm.weight",)),
         Rule(
             ours + "self_attention.linear_qkv.weight",
             (rows, hidden),
@@ -61,13 +57,18 @@ def rules(language: LanguageConfig, *, vocab_rows: int) -> list[Rule]:
     ):
         table.append(Rule(ours + key, (hidden,), (theirs + name,), num_layers=layers))
     if not language.share_embeddings_and_output_weights:
-        table.append(Rule(OUTPUT_KEY, (vocab_rows, hidden), (_OUTPUT_NAME,)))
+        table.append(Rule(_PREFIX + "output_layer.weight", vocabulary, (_OUTPUT_NAME,), is_vocabulary=True))
     return table
 
 
 def unused(language: LanguageConfig) -> tuple[str, ...]:
     """Return regular expressions of tensors that a file may hold beside those of the table."""
-    return (*UNUSED, _OUTPUT_NAME) if language.share_embeddings_and_output_weights else UNUSED
+    return (*_UNUSED, _OUTPUT_NAME) if language.share_embeddings_and_output_weights else _UNUSED
+
+
+def constants(language: LanguageConfig) -> dict[str, Tensor]:
+    """Return nothing: the decoder has every tensor of the format."""
+    return {}
 
 
 def config_to_hf(language: LanguageConfig) -> dict[str, Any]:
@@ -97,13 +98,13 @@ def config_to_hf(language: LanguageConfig) -> dict[str, Any]:
     }
 
 
-def config_from_hf(settings: dict[str, Any], *, vocab_size: int, where: str) -> LanguageConfig:
+def config_from_hf(settings: dict[str, Any], *, where: str, **chosen: Any) -> LanguageConfig:
     """Return our settings.
 
     Args:
         settings: config.json of a LlamaForCausalLM.
-        vocab_size: pieces of its tokenizer.
         where: the file, for messages.
+        chosen: fields that go before what the file says.
 
     Raises:
         CheckpointError: the model has a part that ours has not.
@@ -113,21 +114,22 @@ def config_from_hf(settings: dict[str, Any], *, vocab_size: int, where: str) -> 
             raise CheckpointError(
                 f"the language model has {key}={settings[key]}", where=where, fix=f"use one with {key}={usual}"
             )
-    return LanguageConfig(
-        vocab_size=vocab_size,
-        num_layers=settings["num_hidden_layers"],
-        hidden_size=settings["hidden_size"],
-        ffn_hidden_size=settings["intermediate_size"],
-        num_attention_heads=settings["num_attention_heads"],
-        num_query_groups=settings.get("num_key_value_heads"),
-        kv_channels=settings.get("head_dim"),
+    found: dict[str, Any] = {
+        "vocab_size": settings["vocab_size"],
+        "num_layers": settings["num_hidden_layers"],
+        "hidden_size": settings["hidden_size"],
+        "ffn_hidden_size": settings["intermediate_size"],
+        "num_attention_heads": settings["num_attention_heads"],
+        "num_query_groups": settings.get("num_key_value_heads"),
+        "kv_channels": settings.get("head_dim"),
         # The defaults are those of transformers' LlamaConfig: older files leave them out.
-        max_position_embeddings=settings.get("max_position_embeddings", 2048),
-        rotary_base=_rotary_base(settings, where),
-        layernorm_epsilon=float(settings.get("rms_norm_eps", 1e-6)),
-        share_embeddings_and_output_weights=bool(settings.get("tie_word_embeddings", False)),
-        init_method_std=float(settings.get("initializer_range", 0.02)),
-    )
+        "max_position_embeddings": settings.get("max_position_embeddings", 2048),
+        "rotary_base": _rotary_base(settings, where),
+        "layernorm_epsilon": float(settings.get("rms_norm_eps", 1e-6)),
+        "share_embeddings_and_output_weights": bool(settings.get("tie_word_embeddings", False)),
+        "init_method_std": float(settings.get("initializer_range", 0.02)),
+    }
+    return LanguageConfig(**{**found, **chosen})
 
 
 def _rotary_base(settings: dict[str, Any], where: str) -> float:

@@ -1,15 +1,25 @@
-"""The LLaVA family of transformers: a CLIP tower, a projector of two layers and a Llama decoder in one folder."""
+"""The LLaVA family of transformers: a tower, a projector of two layers and a language model in one folder."""
 
+from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from megatron_vlm.config import CheckpointError, ModelConfig, ProjectorConfig
-from megatron_vlm.config.projectors import make_projector
-from megatron_vlm.convert.families import clip, llama
-from megatron_vlm.convert.rules import LinearAsMLP, Rule
+from torch import Tensor
 
-KEY_PREFIX = "model.vision_projection.encoder."
-LANGUAGE_PREFIX, VISION_PREFIX, PROJECTOR_PREFIX = "language_model.", "vision_tower.", "multi_modal_projector."
+from megatron_vlm.config import CheckpointError, ModelConfig
+from megatron_vlm.config.projectors import make_projector
+from megatron_vlm.convert.families import clip
+from megatron_vlm.convert.family import Family, Serving, find_family, find_tower_family
+from megatron_vlm.convert.files.processor import chat_template, generation_config, write_processor
+from megatron_vlm.convert.files.tokenizer import write_tokenizer
+from megatron_vlm.convert.folder import CONFIG_NAME, write_json
+from megatron_vlm.convert.projector import find_projector, projector_type_of
+from megatron_vlm.convert.rules import Rule
+
+PART = "model"
+MODEL_TYPES = ("llava",)
+ARCHITECTURE = "LlavaForConditionalGeneration"
 RENAMES = (
     (r"(model\.)?language_model\.model\.", "language_model.model."),
     (r"model\.language_model\.", "language_model.model."),
@@ -18,103 +28,75 @@ RENAMES = (
     (r"model\.multi_modal_projector\.", "multi_modal_projector."),
 )
 """The table has the names of transformers 4; 5 drops `vision_model.`, and models in memory start with `model.`."""
-POST_NORM = VISION_PREFIX + clip.POST_NORM
 
-_PROJECTOR_ACTIVATIONS = {"linear": "linear", "mlp2x_gelu": "gelu"}
+_LANGUAGE, _VISION, _PROJECTOR = "language_model.", "vision_tower.", "multi_modal_projector."
+
+
+def _language_family() -> Family:
+    return find_family("llama", "language", "model.language")
 
 
 def rules(model: ModelConfig) -> list[Rule]:
-    """Return the table of the whole model; their embedding has our `padded_vocab_size` rows."""
+    """Return the table of the whole model."""
+    sizes = {"input_size": model.vision.feature_size, "output_size": model.language.hidden_size}
+    tables = {
+        _VISION: find_tower_family(model.vision.type).rules(model.vision),
+        _PROJECTOR: find_projector(model.projection.type).rules(model.projection, **sizes),
+        _LANGUAGE: _language_family().rules(model.language),
+    }
     return [
-        *(prefixed(rule, VISION_PREFIX) for rule in clip.rules(clip.tower_of(model))),
-        *_projection_rules(model),
-        *(
-            prefixed(rule, LANGUAGE_PREFIX)
-            for rule in llama.rules(model.language, vocab_rows=model.language.padded_vocab_size)
-        ),
+        replace(rule, names=tuple(prefix + name for name in rule.names))
+        for prefix, table in tables.items()
+        for rule in table
     ]
 
 
 def unused(model: ModelConfig) -> tuple[str, ...]:
-    """Return regular expressions of tensors that a file may hold beside those of the table."""
+    """Return regular expressions of tensors that a folder may hold beside those of the table."""
     return (
-        *(rf"vision_tower\.{pattern}" for pattern in clip.unused(clip.tower_of(model))),
-        *(rf"language_model\.{pattern}" for pattern in llama.unused(model.language)),
+        *(rf"vision_tower\.{pattern}" for pattern in find_tower_family(model.vision.type).unused(model.vision)),
+        *(rf"language_model\.{pattern}" for pattern in _language_family().unused(model.language)),
     )
 
 
-def prefixed(rule: Rule, prefix: str) -> Rule:
-    """Return the rule with `prefix` before their names."""
-    return replace(rule, names=tuple(prefix + name for name in rule.names))
+def constants(model: ModelConfig) -> Mapping[str, Tensor]:
+    """Return tensors that a folder must have and we do not, with values that change nothing."""
+    tower = find_tower_family(model.vision.type).constants(model.vision)
+    return {_VISION + name: tensor for name, tensor in tower.items()}
 
 
-def _projection_rules(model: ModelConfig) -> list[Rule]:
-    hidden, features = model.language.hidden_size, model.vision.feature_size
-    first, second = PROJECTOR_PREFIX + "linear_1.", PROJECTOR_PREFIX + "linear_2."
-    if model.projection.type == "linear":
-        # LLaVA has two layers; the second one of a linear projection is written as the identity.
-        return [
-            Rule(
-                KEY_PREFIX + "weight", (hidden, features), (first + "weight", second + "weight"), _linear(model, False)
-            ),
-            Rule(KEY_PREFIX + "bias", (hidden,), (first + "bias", second + "bias"), _linear(model, True)),
-        ]
-    return [
-        Rule(KEY_PREFIX + "linear_fc1.weight", (hidden, features), (first + "weight",)),
-        Rule(KEY_PREFIX + "linear_fc1.bias", (hidden,), (first + "bias",)),
-        Rule(KEY_PREFIX + "linear_fc2.weight", (hidden, hidden), (second + "weight",)),
-        Rule(KEY_PREFIX + "linear_fc2.bias", (hidden,), (second + "bias",)),
-    ]
-
-
-def _linear(model: ModelConfig, of_bias: bool) -> LinearAsMLP:
-    return LinearAsMLP(model.language.hidden_size, of_bias)
-
-
-def config_to_hf(model: ModelConfig, *, bos_id: int, eos_id: int, dtype: str) -> dict[str, Any]:
-    """Return config.json.
+def config_to_hf(model: ModelConfig) -> dict[str, Any]:
+    """Return config.json, without the type of the weights and the tokenizer's ids.
 
     The tower ends with the layer whose output is handed on, so the feature layer is the last one.
-
-    Args:
-        model: sizes of the three parts.
-        bos_id: id of the token that a sample starts with.
-        eos_id: id of the token that an answer ends with.
-        dtype: of the weights, e.g. "bfloat16".
     """
-    tokens = {"bos_token_id": bos_id, "eos_token_id": eos_id}
     return {
-        "architectures": ["LlavaForConditionalGeneration"],
+        "architectures": [ARCHITECTURE],
         "model_type": "llava",
-        "dtype": dtype,
         "image_token_index": model.language.image_token_id,
         "image_seq_length": model.fixed_image_tokens("export to LLaVA"),
-        "projector_hidden_act": _PROJECTOR_ACTIVATIONS[model.projection.type],
+        "projector_hidden_act": find_projector(model.projection.type).ACTIVATION,
         "multimodal_projector_bias": True,
         "vision_feature_layer": -1,
         "vision_feature_select_strategy": "default",
         "pad_token_id": model.language.pad_token_id,
         "tie_word_embeddings": model.language.share_embeddings_and_output_weights,
-        "text_config": {**llama.config_to_hf(model.language), **tokens, "dtype": dtype},
-        "vision_config": {**clip.config_to_hf(clip.tower_of(model)), "dtype": dtype},
+        "text_config": _language_family().config_to_hf(model.language),
+        "vision_config": find_tower_family(model.vision.type).config_to_hf(model.vision),
     }
 
 
-def config_from_hf(settings: dict[str, Any], *, where: str) -> ModelConfig:
+def config_from_hf(settings: dict[str, Any], *, where: str, **chosen: Any) -> ModelConfig:
     """Return our settings.
 
     Args:
         settings: config.json of a LlavaForConditionalGeneration.
         where: the file, for messages.
+        chosen: fields that go before what the file says.
 
     Raises:
         CheckpointError: the model has a part that ours has not.
     """
-    kinds = (settings["text_config"].get("model_type"), settings["vision_config"].get("model_type"))
-    if kinds != ("llama", "clip_vision_model"):
-        raise CheckpointError(
-            f"a LLaVA of {kinds[0]} and {kinds[1]}", where=where, fix="use one of llama and clip_vision_model"
-        )
     if settings.get("vision_feature_select_strategy", "default") != "default":
         raise CheckpointError("the class token is handed on as an image token", where=where, fix="use another model")
     feature_layer = settings.get("vision_feature_layer", -2)
@@ -123,9 +105,11 @@ def config_from_hf(settings: dict[str, Any], *, where: str) -> ModelConfig:
             f"vision_feature_layer={feature_layer}", where=where, fix="use a model with one layer counted from the end"
         )
     # transformers' LlavaConfig leaves out what equals its default.
-    text = {**settings["text_config"]}
+    text, vision = {**settings["text_config"]}, settings["vision_config"]
     text.setdefault("tie_word_embeddings", settings.get("tie_word_embeddings", False))
-    language = llama.config_from_hf(text, vocab_size=settings.get("image_token_index", 32000), where=where)
+    language_family = find_family(text.get("model_type"), "language", f"text_config of {where}")
+    vision_family = find_family(vision.get("model_type"), "vision", f"vision_config of {where}")
+    language = language_family.config_from_hf(text, where=where, vocab_size=settings.get("image_token_index", 32000))
     rows = text.get("vocab_size", 32000)
     if rows != language.padded_vocab_size:
         raise CheckpointError(
@@ -134,17 +118,32 @@ def config_from_hf(settings: dict[str, Any], *, where: str) -> ModelConfig:
             where=where,
             fix="use a model whose added tokens are image, then padding, padded to a multiple of 64",
         )
-    return ModelConfig(
-        language=language,
-        vision=clip.config_from_hf(settings["vision_config"], feature_layer=feature_layer, where=where),
-        projection=_projection_from_hf(settings.get("projector_hidden_act", "gelu"), where),
-    )
+    found = {
+        "language": language,
+        "vision": vision_family.config_from_hf(vision, where=where, feature_layer=feature_layer),
+        "projection": make_projector(projector_type_of(settings.get("projector_hidden_act", "gelu"), where)),
+    }
+    return ModelConfig(**{**found, **chosen})
 
 
-def _projection_from_hf(activation: str, where: str) -> ProjectorConfig:
-    for ours, theirs in _PROJECTOR_ACTIVATIONS.items():
-        if theirs == activation:
-            return make_projector(ours)
-    raise CheckpointError(
-        f"projector_hidden_act={activation}", where=where, fix=f"use {', '.join(_PROJECTOR_ACTIVATIONS.values())}"
-    )
+def write_settings(folder: Path, serving: Serving) -> None:
+    """Write every file but the weights: config.json, tokenizer, processor, chat template."""
+    model, tokenizer, template = serving.model, serving.tokenizer, serving.template
+    added = write_tokenizer(folder, serving.tokenizer_path, tokenizer, model.language)
+    write_processor(folder, clip.tower_of(model), serving.image_aspect, added.image)
+    write_json(folder / CONFIG_NAME, _whole_config(serving))
+    generation = generation_config(model.language, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id)
+    write_json(folder / "generation_config.json", generation)
+    if template.question_text:
+        bos, eos = tokenizer.piece(tokenizer.bos_id), tokenizer.piece(tokenizer.eos_id)
+        text = chat_template(template, serving.system, bos=bos, eos=eos, image=added.image)
+        (folder / "chat_template.jinja").write_text(text)
+
+
+def _whole_config(serving: Serving) -> dict[str, Any]:
+    config = config_to_hf(serving.model)
+    dtype = str(serving.dtype).removeprefix("torch.")
+    ids = {"bos_token_id": serving.tokenizer.bos_id, "eos_token_id": serving.tokenizer.eos_id}
+    config["text_config"] = {**config["text_config"], **ids, "dtype": dtype}
+    config["vision_config"] = {**config["vision_config"], "dtype": dtype}
+    return {"architectures": config["architectures"], "model_type": config["model_type"], "dtype": dtype, **config}

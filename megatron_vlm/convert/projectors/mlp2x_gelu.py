@@ -1,0 +1,32 @@
+"""Two linear layers with a GELU between them: LLaVA's own projector."""
+
+import torch
+from torch import Tensor
+
+from megatron_vlm.config.projectors.mlp2x_gelu import Config
+from megatron_vlm.convert.projector import KEY_PREFIX, draw_linear
+from megatron_vlm.convert.rules import Rule
+
+ACTIVATION = "gelu"
+_FIRST, _SECOND = KEY_PREFIX + "encoder.linear_fc1.", KEY_PREFIX + "encoder.linear_fc2."
+
+
+def rules(config: Config, *, input_size: int, output_size: int) -> list[Rule]:
+    """Return the table."""
+    return [
+        Rule(_FIRST + "weight", (output_size, input_size), ("linear_1.weight",)),
+        Rule(_FIRST + "bias", (output_size,), ("linear_1.bias",)),
+        Rule(_SECOND + "weight", (output_size, output_size), ("linear_2.weight",)),
+        Rule(_SECOND + "bias", (output_size,), ("linear_2.bias",)),
+    ]
+
+
+def draw(
+    config: Config, *, input_size: int, output_size: int, std: float, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """Return the weights of a new model."""
+    # megatron-core draws the layer before a residual sum with std / sqrt(2 * layers); the projection counts as one.
+    return {
+        **draw_linear(_FIRST, (output_size, input_size), std=std, generator=generator),
+        **draw_linear(_SECOND, (output_size, output_size), std=std / 2**0.5, generator=generator),
+    }
