@@ -6,7 +6,8 @@ The same values give the same bytes.
 import io
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,7 @@ _STYLE: Any = {
     "axes.titlesize": "medium",
     "font.size": 9.0,
     "svg.fonttype": "none",
+    "text.parse_math": False,  # a name may hold dollar signs
     "svg.hashsalt": "megatron_vlm",
 }
 
@@ -42,6 +44,15 @@ class Line:
     """Mark each point with a dot, for series of few points."""
 
 
+@contextmanager
+def _style() -> Iterator[None]:
+    import matplotlib
+
+    with matplotlib.rc_context(_STYLE):
+        yield
+
+
+@_style()
 def draw_bars(title: str, labels: Sequence[str], layers: Mapping[str, Sequence[float]], note: str = "") -> "Figure":
     """Draw vertical bars, with one or more layers stacked in each.
 
@@ -67,6 +78,7 @@ def draw_bars(title: str, labels: Sequence[str], layers: Mapping[str, Sequence[f
     return figure
 
 
+@_style()
 def draw_lines(
     title: str,
     lines: Sequence[Line],
@@ -127,35 +139,29 @@ def average_points(
     )
 
 
+@_style()
 def to_svg(figure: "Figure") -> str:
     """Return the figure as an `<svg>` element for an HTML page."""
-    import matplotlib
-
     out = io.StringIO()
-    with matplotlib.rc_context(_STYLE):
-        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     text = out.getvalue()
     # Group ids would be duplicates on a page with several charts; nothing refers to them.
     return re.sub(r'<g id="[^"]*">', "<g>", text[text.index("<svg") :])
 
 
+@_style()
 def save_png(figure: "Figure", path: Path) -> None:
     """Write the figure as a PNG file."""
-    import matplotlib
-
-    with matplotlib.rc_context(_STYLE):
-        figure.savefig(path, format="png", dpi=100, metadata={"Software": None})
+    figure.savefig(path, format="png", dpi=100, metadata={"Software": None})
 
 
 def _begin(title: str, height: float) -> "tuple[Figure, Axes]":
-    import matplotlib
     from matplotlib.figure import Figure
 
     # Without pyplot there is no window and no global state.
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(9.0, height), layout="constrained")
-        axes = figure.add_subplot()
-        axes.set_title(title, loc="left")
+    figure = Figure(figsize=(9.0, height), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_title(title, loc="left")
     return figure, axes
 
 

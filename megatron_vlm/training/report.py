@@ -11,7 +11,8 @@ from megatron_vlm.platform.charts import Line, draw_lines, to_svg
 from megatron_vlm.training.run_records import RunRecords
 
 _STYLE = Path(__file__).with_name("report.css")
-_LOSS, _VALIDATION = "loss/", "validation/loss/"
+_LOSS, _VALIDATION = "loss", "validation_loss"
+"""Keys of the mean over all datasets; the loss of a dataset is under the key, "/" and its name."""
 _LATEST = 100
 """Iterations that the latest means are taken over."""
 
@@ -92,9 +93,9 @@ def _charts(run: RunRecords) -> list[str]:
     """Return a section for each quantity in the records."""
     if not run.metrics:
         return []
-    named = [(name, f"{_LOSS}{name}") for name in run.names(_LOSS)] or [("all datasets", "loss")]
-    validation = [(name, f"{_VALIDATION}{name}") for name in run.names(_VALIDATION)]
-    validation += [("all datasets", "validation/loss")] if len(validation) != 1 else []
+    named = [(name, f"{_LOSS}/{name}") for name in run.names(f"{_LOSS}/")] or [("all datasets", _LOSS)]
+    validation = [(name, f"{_VALIDATION}/{name}") for name in run.names(f"{_VALIDATION}/")]
+    validation += [("all datasets", _VALIDATION)] if len(validation) != 1 else []
     return [
         _chart(run, "Loss by dataset", named, unit="loss per trained token", log=True),
         _chart(run, "Validation loss", validation, unit="loss per trained token", log=True, markers=True),
@@ -135,10 +136,10 @@ def _chart(
 def _losses(run: RunRecords) -> str:
     """Return a table of the loss of each dataset: first, latest, and in validation."""
     rows = []
-    for name in run.names(_LOSS):
-        values, validation = run.series(f"{_LOSS}{name}")[1], run.series(f"{_VALIDATION}{name}")[1]
-        last = _number(validation[-1]) if validation else "-"
-        rows.append([html.escape(name), _number(values[0]), _number(_mean(values[-_LATEST:])), last])
+    for name in dict.fromkeys(run.names(f"{_LOSS}/") + run.names(f"{_VALIDATION}/")):
+        values, validation = run.series(f"{_LOSS}/{name}")[1], run.series(f"{_VALIDATION}/{name}")[1]
+        found = [_mean(values[:1]), _mean(values[-_LATEST:]), _mean(validation[-1:])]
+        rows.append([html.escape(name), *map(_number, found)])
     names = ["dataset", "first iteration", f"mean of the last {_LATEST}", "last validation"]
     return _card("Losses", _table(names, rows)) if rows else ""
 

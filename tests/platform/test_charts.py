@@ -28,6 +28,12 @@ def test_words_are_text_of_the_svg():
     assert all(f">{word}<" in text for word in ("samples by images", "none", "one", "kept", "dropped", "images"))
 
 
+def test_dollar_signs_in_a_name_are_text():
+    lines = [Line(name=name, xs=[1], ys=[1.0]) for name in ("a$^2$", "b$")]
+    text = to_svg(draw_lines("$", lines, unit="$"))
+    assert ">a$^2$<" in text
+
+
 def test_bars_of_a_layer_stand_on_the_layer_below(tmp_path):
     save_png(draw_bars("", ["a"], {"kept": [1], "dropped": [3]}), tmp_path / "bars.png")
     with Image.open(tmp_path / "bars.png") as image:

@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 
 from megatron_vlm.platform.launch.exit_status import ExitStatus, write_exit_status
+from megatron_vlm.training import report
 from megatron_vlm.training.report import render_report
 from megatron_vlm.training.run_records import read_run
+from megatron_vlm.training.validation import VALIDATION_LOSS
 
 VOID = {"meta", "path", "use", "rect", "line", "br"}
 
@@ -99,12 +101,21 @@ def test_page_has_a_chart_of_each_quantity_and_a_line_of_each_dataset(tmp_path):
 
 
 def test_validation_and_mfu_are_shown_where_they_are_known(tmp_path):
-    values = {"validation/loss": 2.0, "validation/loss/mmc4": 2.5, "validation/loss/coyo": 1.5, "mfu": 0.4}
+    values = {"validation_loss": 2.0, "validation_loss/mmc4": 2.5, "validation_loss/coyo": 1.5, "mfu": 0.4}
     page = page_of(write_run(tmp_path, [record(1), record(2, **values)]))
     assert "Validation loss" in titles(page)
     assert ("MFU" in titles(page), "Compute" in titles(page)) == (True, False)
     assert "<td>mmc4</td><td>9</td><td>6.75</td><td>2.5</td>" in page
     assert "40.0%" in page
+
+
+def test_validation_is_looked_for_under_the_key_that_runs_write():
+    assert report._VALIDATION == VALIDATION_LOSS
+
+
+def test_dataset_that_is_only_validated_on_has_a_row(tmp_path):
+    page = page_of(write_run(tmp_path, [record(1), record(2, **{"validation_loss/llava": 3.0})]))
+    assert "<td>llava</td><td>-</td><td>-</td><td>3</td>" in page
 
 
 def test_figures_are_those_of_the_whole_run(tmp_path):

@@ -71,11 +71,11 @@ def test_later_record_of_an_iteration_counts(tmp_path):
 
 def test_validation_on_a_line_of_its_own_belongs_to_its_iteration(tmp_path):
     write_metrics(tmp_path, [1, 2])
-    (tmp_path / "metrics.jsonl").open("a").write(json.dumps({"iteration": 2, "validation/loss/mmc4": 3.0}) + "\n")
+    (tmp_path / "metrics.jsonl").open("a").write(json.dumps({"iteration": 2, "validation_loss/mmc4": 3.0}) + "\n")
     run = read_run(tmp_path)
-    assert run.series("validation/loss/mmc4") == ([2], [3.0])
+    assert run.series("validation_loss/mmc4") == ([2], [3.0])
     assert run.series("loss") == ([1, 2], [1.0, 0.5])
-    assert run.names("validation/loss/") == ["mmc4"]
+    assert run.names("validation_loss/") == ["mmc4"]
     assert run.events == []
 
 
