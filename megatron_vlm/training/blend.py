@@ -30,7 +30,7 @@ class OpenBlend:
     @property
     def dataset_names(self) -> list[str]:
         """Name of each dataset, under which its loss is reported."""
-        return [dataset.manifest.source for dataset in self.datasets]
+        return [dataset.manifest.dataset_name for dataset in self.datasets]
 
     def start_loaders(self, state: TrainState, device: torch.device, start_iteration: int) -> list[BatchLoader]:
         """Start a loader for each model chunk of this rank, from an iteration of the plan on; to be closed."""

@@ -15,7 +15,7 @@ FACTS = TokenizerFacts(name="tiny", sha256="ab" * 32, vocab_size=100, bos_id=1, 
 @pytest.fixture
 def dataset(tmp_path):
     samples = [EncodedSample((TextSegment(np.arange(1, 5, dtype=np.int32), True),))] * 3
-    write_dataset(tmp_path / "d", samples, source="tiny", tokenizer=FACTS)
+    write_dataset(tmp_path / "d", samples, dataset_name="tiny", tokenizer=FACTS)
     return tmp_path / "d"
 
 
@@ -87,7 +87,7 @@ def test_verify_of_a_file_is_one_line_and_exit_code_65(dataset, capsys):
 
 def test_export_names_what_it_wrote(tmp_path, tiny_tokenizer, capsys):
     samples = [EncodedSample((TextSegment(np.arange(3, 5, dtype=np.int32), True),))] * 3
-    write_dataset(tmp_path / "d", samples, source="tiny", tokenizer=load_tokenizer(tiny_tokenizer).facts)
+    write_dataset(tmp_path / "d", samples, dataset_name="tiny", tokenizer=load_tokenizer(tiny_tokenizer).facts)
     command = ["data", "export", str(tmp_path / "d"), "--output", str(tmp_path / "tars"), "--tokenizer"]
     command += [str(tiny_tokenizer), "--samples-per-shard", "2", "--workers", "1"]
     assert main(command) == 0

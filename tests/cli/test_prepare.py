@@ -74,7 +74,7 @@ def run(corpora, kind, output, *more) -> int:
 def test_each_kind_writes_a_dataset_that_verifies(corpora, tmp_path, kind, source, capsys):
     assert run(corpora, kind, tmp_path / "d") == 0
     manifest = load_manifest(tmp_path / "d")
-    assert manifest.source == source
+    assert manifest.dataset_name == source
     assert manifest.documents == manifest.counts.samples + manifest.rejected
     assert f"documents {manifest.documents} = used 1 + rejected {manifest.rejected}" in capsys.readouterr().out
     assert main(["data", "verify", str(tmp_path / "d"), "--decode"]) == 0
@@ -93,7 +93,7 @@ def test_source_name_and_options_reach_the_manifest(corpora, tmp_path):
         run(corpora, "interleaved", tmp_path / "d", "--source", "web", "--variant", "pairs", "--max-images", "2") == 0
     )
     manifest = load_manifest(tmp_path / "d")
-    assert manifest.source == "web"
+    assert manifest.dataset_name == "web"
     assert manifest.options["recipe"]["variant"] == "pairs"
     assert manifest.options["rules"]["max_images"] == 2
 

@@ -82,7 +82,7 @@ VQA = ["vqa-0.jsonl", "vqa-1.jsonl", "vqa-2.jsonl"]
 def test_annotations_are_asked_in_the_wordings_of_their_set(raw, tmp_path):
     assert prepare(raw, "conversations", VQA, tmp_path / "d", "--prompts", "vqav2", "--seed", "3") == 0
     manifest = load_manifest(tmp_path / "d")
-    assert manifest.source == "vqav2"
+    assert manifest.dataset_name == "vqav2"
     assert manifest.counts.samples == manifest.counts.images == 12
     assert manifest.options["rules"]["seed"] == 3
     assert manifest.options["rules"]["prompts"]["title"] == "VQAv2"
@@ -97,14 +97,14 @@ def test_annotations_are_asked_in_the_wordings_of_their_set(raw, tmp_path):
 def test_a_source_that_the_user_names_goes_before_that_of_the_prompts(raw, tmp_path):
     options = ("--prompts", "vqav2", "--source", "llava")
     assert prepare(raw, "conversations", VQA, tmp_path / "d", *options) == 0
-    assert load_manifest(tmp_path / "d").source == "llava"
+    assert load_manifest(tmp_path / "d").dataset_name == "llava"
 
 
 def test_prompts_do_not_depend_on_workers_parts_or_the_name_of_the_source(raw, tmp_path):
     options = ("--prompts", "vqav2")
     assert prepare(raw, "conversations", VQA, tmp_path / "a", *options) == 0
     assert prepare(raw, "conversations", VQA, tmp_path / "b", *options, "--workers", "2", "--source", "mine") == 0
-    assert load_manifest(tmp_path / "b").source == "mine"
+    assert load_manifest(tmp_path / "b").dataset_name == "mine"
     assert shard_bytes(tmp_path / "a") == shard_bytes(tmp_path / "b")
 
 

@@ -83,7 +83,7 @@ def test_wrong_input_is_one_line_before_any_rank_starts(project, arguments, code
 
 def test_data_of_another_tokenizer_is_refused(project):
     other = TokenizerFacts(name="other", sha256="0" * 64, vocab_size=400, bos_id=1, eos_id=2)
-    write_dataset(project.folder / "foreign", [make_samples(1)[0].sample], source="foreign", tokenizer=other)
+    write_dataset(project.folder / "foreign", [make_samples(1)[0].sample], dataset_name="foreign", tokenizer=other)
     done = project.run("train", "train.yaml", "data.blend=[{path: foreign}]")
     (line,) = done.stderr.splitlines()
     assert done.returncode == 65

@@ -20,7 +20,7 @@ NUM_SAMPLES = 24
 def dataset(tmp_path):
     facts = TokenizerFacts(name="tiny", sha256="0" * 64, vocab_size=VOCAB_SIZE, bos_id=1, eos_id=2)
     samples = [placed.sample for placed in make_samples(NUM_SAMPLES)]
-    write_dataset(tmp_path / "shards", samples, source="tiny", tokenizer=facts)
+    write_dataset(tmp_path / "shards", samples, dataset_name="tiny", tokenizer=facts)
     return ShardedDataset.open(tmp_path / "shards")
 
 

@@ -52,7 +52,7 @@ def make_project(folder: Path, num_samples: int = 64) -> Project:
     """Write tokenizer, shards and a configuration of a tiny run into `folder`."""
     tokenizer = load_tokenizer(train_sentence_piece(folder))
     samples = [placed.sample for placed in make_samples(num_samples)]
-    write_dataset(folder / "shards", samples, source="tiny", tokenizer=tokenizer.facts)
+    write_dataset(folder / "shards", samples, dataset_name="tiny", tokenizer=tokenizer.facts)
     run = tiny_run("run", model=tiny_model(vocab_size=NUM_PIECES), training={"train_iters": 4, "num_threads": 1})
     data = replace(run.data, tokenizer="tokenizer.model", blend=(BlendEntry(path="shards"),), num_workers=1)
     save_config(replace(run, data=data), folder / "train.yaml")

@@ -17,8 +17,8 @@ TOKENIZER = TokenizerFacts(name="tiny", sha256="0" * 64, vocab_size=VOCAB_SIZE, 
 def write_shards(folder: Path) -> Path:
     """Write two datasets, coyo and mmc4, and a tokenizer file."""
     samples = [placed.sample for placed in make_samples(40)]
-    write_dataset(folder / "coyo", samples[:25], source="coyo", tokenizer=TOKENIZER)
-    write_dataset(folder / "mmc4", samples[25:], source="mmc4", tokenizer=TOKENIZER)
+    write_dataset(folder / "coyo", samples[:25], dataset_name="coyo", tokenizer=TOKENIZER)
+    write_dataset(folder / "mmc4", samples[25:], dataset_name="mmc4", tokenizer=TOKENIZER)
     (folder / "tokenizer.model").write_bytes(b"pieces")
     return folder
 

@@ -34,7 +34,7 @@ def write_indexes(folder: Path, images: np.ndarray, text: np.ndarray, *, readabl
     for number, first in enumerate(range(0, len(images), _SAMPLES_PER_SHARD)):
         part = slice(first, first + _SAMPLES_PER_SHARD)
         shards.append(_write_shard(folder, f"{number:05d}", images[part], text[part], readable))
-    manifest = Manifest(source=folder.name, tokenizer=_TOKENIZER, shards=tuple(shards), documents=len(images))
+    manifest = Manifest(dataset_name=folder.name, tokenizer=_TOKENIZER, shards=tuple(shards), documents=len(images))
     save_manifest(manifest, folder)
     return ShardedDataset.open(folder)
 

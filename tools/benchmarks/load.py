@@ -108,7 +108,7 @@ def prepare(folder: Path, number: int) -> Tokenizer:
         begin, text = TextSegment(np.array([1]), True), np.array([*tokenizer.encode(caption), 2])
         samples.append(EncodedSample((begin, ImageSegment(encoded, shape), TextSegment(text, True))))
     (folder / "pairs.json").write_text(json.dumps(records))
-    write_dataset(folder / "shards", samples, source="pairs", tokenizer=tokenizer.facts)
+    write_dataset(folder / "shards", samples, dataset_name="pairs", tokenizer=tokenizer.facts)
     return tokenizer
 
 

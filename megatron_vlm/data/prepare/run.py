@@ -122,7 +122,7 @@ def _plan(job: PrepareJob, inputs: dict[str, Location]) -> Manifest:
     if job.share is not None:
         options[SHARE_OPTION] = {"index": job.share.index, "count": job.share.count}
     return Manifest(
-        source=job.source_name,
+        dataset_name=job.source_name,
         tokenizer=load_tokenizer(part.tokenizer).facts,
         shards=(),
         documents=0,
@@ -153,8 +153,8 @@ def _finished_before(output: Path, plan: Manifest) -> Manifest | None:
 
 
 def _difference(found: Manifest, wanted: Manifest) -> str:
-    if found.source != wanted.source:
-        return f"source: {found.source}"
+    if found.dataset_name != wanted.dataset_name:
+        return f"dataset name: {found.dataset_name}"
     if found.tokenizer != wanted.tokenizer:
         return f"tokenizer: {found.tokenizer.name} of sha256 {found.tokenizer.sha256[:12]}"
     there, here = _flatten(found.options), _flatten(wanted.options)

@@ -82,7 +82,7 @@ class ShardFacts:
 class Manifest:
     """Everything about a prepared dataset except the samples."""
 
-    source: str
+    dataset_name: str
     """Name under which the loss of this dataset is reported, e.g. "mmc4"."""
     tokenizer: TokenizerFacts
     shards: tuple[ShardFacts, ...]
@@ -217,7 +217,7 @@ def manifest_from_tree(tree: dict[str, Any]) -> Manifest:
         KeyError, TypeError, AttributeError: a field is missing or of another type.
     """
     return Manifest(
-        source=tree["source"],
+        dataset_name=tree["dataset_name"],
         tokenizer=TokenizerFacts(**tree["tokenizer"]),
         shards=tuple(ShardFacts.from_tree(shard) for shard in tree["shards"]),
         documents=tree["documents"],

@@ -51,23 +51,23 @@ def render_page(dataset: ShardedDataset, tokenizer: Tokenizer, indices: Iterable
         DataError: the shards were made with another tokenizer, or a sample is damaged.
     """
     dataset.check_tokenizer(tokenizer.facts)
-    source = html.escape(dataset.manifest.source)
+    name = html.escape(dataset.manifest.dataset_name)
     parts = [
-        f"<!DOCTYPE html><html><head><meta charset='utf-8'><title>{source}</title><style>{_STYLE}</style></head><body>",
-        f"<h1>{source}: {len(dataset)} samples</h1>",
+        f"<!DOCTYPE html><html><head><meta charset='utf-8'><title>{name}</title><style>{_STYLE}</style></head><body>",
+        f"<h1>{name}: {len(dataset)} samples</h1>",
         "<p><span class='trained'>trained</span> <span class='context'>context only</span> "
         "<span class='control'>control token</span></p>",
     ]
-    parts += [_render_sample(index, dataset[index], tokenizer, source) for index in indices]
+    parts += [_render_sample(index, dataset[index], tokenizer, name) for index in indices]
     return "\n".join([*parts, "</body></html>\n"])
 
 
-def _render_sample(index: int, sample: EncodedSample, tokenizer: Tokenizer, source: str) -> str:
+def _render_sample(index: int, sample: EncodedSample, tokenizer: Tokenizer, name: str) -> str:
     images = sum(isinstance(segment, ImageSegment) for segment in sample.segments)
     texts = [segment for segment in sample.segments if not isinstance(segment, ImageSegment)]
     tokens = sum(len(segment.input_ids) for segment in texts)
     trained = sum(len(segment.input_ids) for segment in texts if segment.train)
-    head = f"{source} sample {index}: {images} images, {tokens} text tokens, {trained} trained"
+    head = f"{name} sample {index}: {images} images, {tokens} text tokens, {trained} trained"
     body = []
     follows_text = False
     for segment in sample.segments:

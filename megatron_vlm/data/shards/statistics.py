@@ -14,7 +14,7 @@ from megatron_vlm.platform.charts import draw_bars, save_png
 class Statistics:
     """Counts and means of a dataset."""
 
-    source: str
+    dataset_name: str
     samples: int
     images: int
     text_tokens: int
@@ -40,7 +40,7 @@ def compute_statistics(dataset: ShardedDataset) -> Statistics:
     values, frequencies = np.unique(num_images, return_counts=True)
     classes, class_sizes = np.unique(_power_of_two_below(text_lengths), return_counts=True)
     return Statistics(
-        source=manifest.source,
+        dataset_name=manifest.dataset_name,
         samples=counts.samples,
         images=counts.images,
         text_tokens=counts.text_tokens,
@@ -59,7 +59,7 @@ def compute_statistics(dataset: ShardedDataset) -> Statistics:
 def format_statistics(statistics: Statistics) -> str:
     """Return the statistics as lines of text; the first three as in Table 2 of the paper."""
     rows: list[tuple[str, Any]] = [
-        ("source", statistics.source),
+        ("dataset", statistics.dataset_name),
         ("images per sample", _rounded(statistics.images_per_sample, 2)),
         ("text tokens per image", _rounded(statistics.text_tokens_per_image, 1)),
         ("text tokens per sample", _rounded(statistics.text_tokens_per_sample, 1)),
@@ -87,7 +87,7 @@ def save_histograms(statistics: Statistics, folder: Path) -> list[Path]:
     ):
         path = folder / f"{name}.png"
         labels = [str(value) for value in bars]
-        save_png(draw_bars(f"{statistics.source}: {title}", labels, {"samples": list(bars.values())}), path)
+        save_png(draw_bars(f"{statistics.dataset_name}: {title}", labels, {"samples": list(bars.values())}), path)
         drawn.append(path)
     return drawn
 

@@ -106,7 +106,7 @@ def write_dataset(
     folder: str | Path,
     samples: Iterable[EncodedSample],
     *,
-    source: str,
+    dataset_name: str,
     tokenizer: TokenizerFacts,
     samples_per_shard: int = 1_000_000,
 ) -> Manifest:
@@ -131,6 +131,6 @@ def write_dataset(
     if not shards:
         raise ValueError("a dataset needs at least one sample")
     documents = sum(shard.counts.samples for shard in shards)
-    manifest = Manifest(source=source, tokenizer=tokenizer, shards=tuple(shards), documents=documents)
+    manifest = Manifest(dataset_name=dataset_name, tokenizer=tokenizer, shards=tuple(shards), documents=documents)
     save_manifest(manifest, folder)
     return manifest

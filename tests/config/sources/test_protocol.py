@@ -104,5 +104,5 @@ def test_a_kind_is_added_without_editing_a_file(tmp_path, monkeypatch):
     command += ["--tokenizer", str(train_sentence_piece(tmp_path)), "--workers", "1"]
     assert main([*command, "--longest", "5"]) == 0
     manifest = load_manifest(tmp_path / "d")
-    assert (manifest.source, manifest.documents, manifest.rejects) == ("words", 3, {"word_too_long": 1})
+    assert (manifest.dataset_name, manifest.documents, manifest.rejects) == ("words", 3, {"word_too_long": 1})
     assert manifest.options["rules"] == {"longest": 5}

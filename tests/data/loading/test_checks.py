@@ -38,7 +38,7 @@ def make_config(tokenizer_path, folder, *, vocab_size: int, seq_length: int = 64
 
 @pytest.fixture
 def dataset(folder, make_samples, tokenizer):
-    write_dataset(folder, make_samples(5), source="tiny", tokenizer=tokenizer.facts)
+    write_dataset(folder, make_samples(5), dataset_name="tiny", tokenizer=tokenizer.facts)
     return folder
 
 
@@ -59,14 +59,14 @@ def test_vocabulary_of_another_model_is_refused(dataset, tokenizer_path):
 
 def test_shards_of_another_tokenizer_are_refused(folder, make_samples, tokenizer, tokenizer_path):
     other = dataclasses.replace(tokenizer.facts, name="other.model", sha256="0" * 64)
-    write_dataset(folder, make_samples(5), source="tiny", tokenizer=other)
+    write_dataset(folder, make_samples(5), dataset_name="tiny", tokenizer=other)
     with pytest.raises(DataError, match=r"other\.model .*not with tiny\.model"):
         check_data(make_config(tokenizer_path, folder, vocab_size=tokenizer.vocab_size))
 
 
 def test_datasets_of_the_validation_are_checked_too(dataset, tmp_path, make_samples, tokenizer, tokenizer_path):
     other = dataclasses.replace(tokenizer.facts, name="other.model", sha256="0" * 64)
-    write_dataset(tmp_path / "validation", make_samples(5), source="tiny", tokenizer=other)
+    write_dataset(tmp_path / "validation", make_samples(5), dataset_name="tiny", tokenizer=other)
     config = make_config(tokenizer_path, dataset, vocab_size=tokenizer.vocab_size)
     config = dataclasses.replace(
         config,

@@ -48,7 +48,7 @@ def datasets(tmp_path_factory):
     for name, number in (("a", 70), ("b", 30)):
         samples = [make_sample(rng, index) for index in range(number)]
         folder = tmp_path_factory.getbasetemp() / name
-        write_dataset(folder, samples, source=name, tokenizer=TOKENIZER, samples_per_shard=16)
+        write_dataset(folder, samples, dataset_name=name, tokenizer=TOKENIZER, samples_per_shard=16)
     return [ShardedDataset.open(tmp_path_factory.getbasetemp() / name) for name in "ab"]
 
 

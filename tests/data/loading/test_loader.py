@@ -63,7 +63,7 @@ def datasets(tmp_path_factory):
     folder = tmp_path_factory.mktemp("datasets")
     for name, number, with_images in (("pictures", 90, True), ("text", 40, False)):
         samples = make_samples(number, with_images, seed=number)
-        write_dataset(folder / name, samples, source=name, tokenizer=TOKENIZER, samples_per_shard=32)
+        write_dataset(folder / name, samples, dataset_name=name, tokenizer=TOKENIZER, samples_per_shard=32)
     return [ShardedDataset.open(folder / name) for name in ("pictures", "text")]
 
 
@@ -222,7 +222,7 @@ def test_error_in_a_fragment_names_its_tokens(tmp_path):
     samples = make_samples(4, False, seed=1)
     long = TextSegment(np.full(40, 7, dtype=np.int32), True)
     samples.append(EncodedSample((long, ImageSegment(b"no image", (8, 8)))))
-    write_dataset(tmp_path / "d", samples, source="d", tokenizer=TOKENIZER)
+    write_dataset(tmp_path / "d", samples, dataset_name="d", tokenizer=TOKENIZER)
     datasets = [ShardedDataset.open(tmp_path / "d")]
     plan = make_plan(datasets, tmp_path, overflow="split", seq_length=32)
     with pytest.raises(DataError, match=r"not a JPEG.*d/00000\.bin sample 4 tokens 32 to 43"):
@@ -360,7 +360,7 @@ def test_close_ends_the_workers(datasets, plan):
 def test_damaged_image_names_dataset_shard_and_sample(tmp_path, workers):
     samples = make_samples(40, True, seed=1)
     samples[35] = EncodedSample((TextSegment(np.array([1], dtype=np.int32), True), ImageSegment(b"no image", (8, 8))))
-    write_dataset(tmp_path / "d", samples, source="d", tokenizer=TOKENIZER, samples_per_shard=32)
+    write_dataset(tmp_path / "d", samples, dataset_name="d", tokenizer=TOKENIZER, samples_per_shard=32)
     datasets = [ShardedDataset.open(tmp_path / "d")]
     loader = make_loader(datasets, make_plan(datasets, tmp_path), num_workers=workers)
     with pytest.raises(DataError, match=r"not a JPEG.*d/00001\.bin sample 3"):
@@ -369,7 +369,9 @@ def test_damaged_image_names_dataset_shard_and_sample(tmp_path, workers):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_flipped_bit_names_dataset_shard_and_sample(tmp_path, workers):
-    write_dataset(tmp_path / "d", make_samples(40, True, seed=1), source="d", tokenizer=TOKENIZER, samples_per_shard=32)
+    write_dataset(
+        tmp_path / "d", make_samples(40, True, seed=1), dataset_name="d", tokenizer=TOKENIZER, samples_per_shard=32
+    )
     path = tmp_path / "d" / "00001.bin"
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1

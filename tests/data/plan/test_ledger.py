@@ -125,7 +125,7 @@ def test_ledger_holds_what_the_loaders_of_all_ranks_handed_out(tmp_path):
     """Loaders read the plan row by row and never the ledger; together their rows are each of its iterations."""
     samples = [placed.sample for placed in make_samples(60)]
     facts = TokenizerFacts(name="tiny", sha256="0" * 64, vocab_size=VOCAB_SIZE, bos_id=1, eos_id=2)
-    write_dataset(tmp_path / "shards", samples, source="tiny", tokenizer=facts, samples_per_shard=25)
+    write_dataset(tmp_path / "shards", samples, dataset_name="tiny", tokenizer=facts, samples_per_shard=25)
     run = tiny_run(training={"train_iters": 5, "global_batch_size": 4})
     settings = dataclasses.replace(PlanSettings.from_config(run), blend=(BlendEntry(path="shards"),))
     datasets = [ShardedDataset.open(tmp_path / "shards")]

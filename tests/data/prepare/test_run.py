@@ -181,7 +181,7 @@ def test_prepared_again_with_other_options_is_refused(mmc4, tokenizer_path, outp
     prepare(mmc4_job(mmc4, tokenizer_path, output))
     with pytest.raises(ConfigError, match="holds a dataset that differs in options: rules"):
         prepare(mmc4_job(mmc4, tokenizer_path, output, rules=InterleavedRules(max_images=2)))
-    with pytest.raises(ConfigError, match="differs in source: mmc4"):
+    with pytest.raises(ConfigError, match="differs in dataset name: mmc4"):
         prepare(dataclasses.replace(mmc4_job(mmc4, tokenizer_path, output), source_name="other"))
     other = tmp_path / "other.model"
     other.write_bytes(tokenizer_path.read_bytes() + b"\x1a\x04\x18\x00\x20\x00")

@@ -32,7 +32,7 @@ def equal(left: EncodedSample, right: EncodedSample) -> bool:
 
 @pytest.fixture
 def dataset(folder, make_samples, tokenizer_facts):
-    write_dataset(folder, make_samples(25), source="tiny", tokenizer=tokenizer_facts, samples_per_shard=10)
+    write_dataset(folder, make_samples(25), dataset_name="tiny", tokenizer=tokenizer_facts, samples_per_shard=10)
     return ShardedDataset.open(folder)
 
 
@@ -71,7 +71,7 @@ def test_sample_outside_the_dataset_is_an_index_error(dataset):
 def test_fingerprint_differs_for_other_content(folder, tmp_path, make_samples, tokenizer_facts):
     for seed, name in enumerate("abc"):
         samples = make_samples(5, seed=seed // 2)
-        write_dataset(tmp_path / name, samples, source="tiny", tokenizer=tokenizer_facts)
+        write_dataset(tmp_path / name, samples, dataset_name="tiny", tokenizer=tokenizer_facts)
     prints = [ShardedDataset.open(tmp_path / name).fingerprint for name in "abc"]
     assert prints[0] == prints[1] != prints[2]
 
@@ -151,7 +151,7 @@ def test_unfinished_preparation_names_the_fix(tmp_path):
     [
         ('"format_version": 1', '"format_version": 7', "format version 7, this program reads 1"),
         ('"megatron_vlm shards"', '"other"', "not the manifest of prepared shards"),
-        ('"source"', '"sauce"', "lacks or mistypes"),
+        ('"dataset_name"', '"name"', "lacks or mistypes"),
         ('"samples": 25', '"samples": 26', "not the sum of its shards"),
         ("{", "", "cannot be read"),
     ],
@@ -172,7 +172,7 @@ def test_another_tokenizer_is_refused(dataset, tokenizer_facts):
 
 def test_opening_a_million_samples_takes_under_ten_milliseconds(folder, tokenizer_facts):
     sample = EncodedSample((TextSegment(np.array([1, 2], dtype=np.int32), True), ImageSegment(b"x", (8, 8))))
-    write_dataset(folder, (sample for _ in range(1_000_000)), source="tiny", tokenizer=tokenizer_facts)
+    write_dataset(folder, (sample for _ in range(1_000_000)), dataset_name="tiny", tokenizer=tokenizer_facts)
     times = []
     for _ in range(5):
         start = time.perf_counter()
@@ -184,7 +184,7 @@ def test_opening_a_million_samples_takes_under_ten_milliseconds(folder, tokenize
 
 def test_private_memory_stays_flat_over_50k_random_reads(folder, make_samples, tokenizer_facts):
     # More shards than are kept open at a time.
-    write_dataset(folder, make_samples(140), source="tiny", tokenizer=tokenizer_facts, samples_per_shard=2)
+    write_dataset(folder, make_samples(140), dataset_name="tiny", tokenizer=tokenizer_facts, samples_per_shard=2)
     dataset = ShardedDataset.open(folder)
     order = np.random.default_rng(0).integers(0, len(dataset), 52_000).tolist()
     process = psutil.Process()
@@ -203,7 +203,7 @@ def test_reading_does_not_import_torch():
 
 def test_outlines_equal_the_segments_of_the_samples(folder, make_samples, tokenizer_facts):
     samples = make_samples(30)
-    write_dataset(folder, samples, source="tiny", tokenizer=tokenizer_facts, samples_per_shard=7)
+    write_dataset(folder, samples, dataset_name="tiny", tokenizer=tokenizer_facts, samples_per_shard=7)
     chosen = np.array([0, 5, 6, 7, 20, 29])
     borders, is_image, tokens = ShardedDataset.open(folder).outlines(chosen)
     for place, number in enumerate(chosen):
@@ -224,7 +224,7 @@ def sized(folder, tokenizer_facts):
             ImageSegment(b"x", tuple(generator.integers(1, 65536, 2).tolist())) for _ in range(generator.integers(4))
         ]
         samples.append(EncodedSample((*images, TextSegment(np.array([1], dtype=np.int32), True))))
-    write_dataset(folder, samples, source="tiny", tokenizer=tokenizer_facts, samples_per_shard=7)
+    write_dataset(folder, samples, dataset_name="tiny", tokenizer=tokenizer_facts, samples_per_shard=7)
     return [[segment.size for segment in sample.segments[:-1]] for sample in samples]
 
 
@@ -247,7 +247,7 @@ def test_sizes_of_samples_are_those_of_their_images(folder, sized, samples):
 
 def test_dataset_without_images_has_no_sizes(folder, tokenizer_facts):
     sample = EncodedSample((TextSegment(np.array([1], dtype=np.int32), True),))
-    write_dataset(folder, [sample], source="text", tokenizer=tokenizer_facts)
+    write_dataset(folder, [sample], dataset_name="text", tokenizer=tokenizer_facts)
     assert (folder / "00000.dim").stat().st_size == 0
     assert ShardedDataset.open(folder).image_sizes().shape == (0, 2)
 

@@ -177,7 +177,7 @@ def test_any_document_is_read_back_as_it_was(seed, tokenizer, tokenizer_path, tm
     segments.append(Image(make_image(16, 16, seed=seed + 1), (16, 16)))
     segments.append(Text("the end"))
     sample = encode_document(Document(tuple(segments)), tokenizer)
-    write_dataset(tmp_path / "shards", [sample], source="t", tokenizer=tokenizer.facts)
+    write_dataset(tmp_path / "shards", [sample], dataset_name="t", tokenizer=tokenizer.facts)
     export_webdataset(ExportJob(folder=tmp_path / "shards", output=tmp_path / "tars", tokenizer=tokenizer_path))
     source = InterleavedTarSource((tmp_path / "tars" / "00000.tar",), InterleavedRules(max_images=100))
     (found,) = source.read(source.inputs[0], ImageReader(None, ImageRules()))
@@ -286,7 +286,7 @@ def test_a_full_disk_is_a_storage_error(job, monkeypatch):
 
 
 def test_another_tokenizer_is_refused(folder, make_samples, tokenizer_facts, tokenizer_path, tmp_path):
-    write_dataset(folder, make_samples(3), source="tiny", tokenizer=tokenizer_facts)
+    write_dataset(folder, make_samples(3), dataset_name="tiny", tokenizer=tokenizer_facts)
     with pytest.raises(DataError, match="shards were prepared with tokenizer tiny"):
         export_webdataset(ExportJob(folder=folder, output=tmp_path / "tars", tokenizer=tokenizer_path))
 

@@ -11,7 +11,7 @@ from megatron_vlm.data.shards.writer import write_dataset
 
 @pytest.fixture
 def dataset(folder, make_samples, tokenizer_facts):
-    write_dataset(folder, make_samples(25), source="tiny", tokenizer=tokenizer_facts, samples_per_shard=10)
+    write_dataset(folder, make_samples(25), dataset_name="tiny", tokenizer=tokenizer_facts, samples_per_shard=10)
     return ShardedDataset.open(folder)
 
 

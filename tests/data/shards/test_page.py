@@ -41,7 +41,7 @@ class Page(HTMLParser):
 def dataset(folder, tokenizer, make_image):
     turns = [Turn((Image(make_image(), (48, 40)), Text("what is <b>?")), "a cat & dog")]
     segments = encode_conversation(turns, tokenizer, template=TEMPLATES["vicuna_v1"], system=None)
-    write_dataset(folder, [EncodedSample(segments)] * 5, source="<tiny>", tokenizer=tokenizer.facts)
+    write_dataset(folder, [EncodedSample(segments)] * 5, dataset_name="<tiny>", tokenizer=tokenizer.facts)
     return ShardedDataset.open(folder)
 
 

@@ -67,7 +67,7 @@ def read_dataset(folder: Path) -> list[list[tuple[int, bytes]]]:
 
 
 def test_a_reader_of_fifty_lines_written_from_the_document_reads_every_sample(folder, make_samples, tokenizer_facts):
-    write_dataset(folder, make_samples(20), source="tiny", tokenizer=tokenizer_facts, samples_per_shard=8)
+    write_dataset(folder, make_samples(20), dataset_name="tiny", tokenizer=tokenizer_facts, samples_per_shard=8)
     found, dataset = read_dataset(folder), ShardedDataset.open(folder)
     expected = []
     for sample in dataset:

@@ -21,7 +21,7 @@ def statistics(folder, tokenizer_facts):
         EncodedSample((text(8), image)),
         EncodedSample((text(2),)),
     ]
-    write_dataset(folder, samples, source="mmc4", tokenizer=tokenizer_facts)
+    write_dataset(folder, samples, dataset_name="mmc4", tokenizer=tokenizer_facts)
     return compute_statistics(ShardedDataset.open(folder))
 
 
@@ -45,7 +45,7 @@ def test_every_number_is_in_the_text(statistics):
 
 
 def test_dataset_without_images_has_no_tokens_per_image(folder, tokenizer_facts):
-    write_dataset(folder, [EncodedSample((text(3),))], source="text", tokenizer=tokenizer_facts)
+    write_dataset(folder, [EncodedSample((text(3),))], dataset_name="text", tokenizer=tokenizer_facts)
     statistics = compute_statistics(ShardedDataset.open(folder))
     assert statistics.text_tokens_per_image is None
     assert "text tokens per image        -" in format_statistics(statistics)
@@ -53,7 +53,9 @@ def test_dataset_without_images_has_no_tokens_per_image(folder, tokenizer_facts)
 
 def test_a_part_without_a_sample_has_statistics_too(folder, tokenizer_facts, tmp_path):
     folder.mkdir()
-    manifest = Manifest(source="text", tokenizer=tokenizer_facts, shards=(), documents=3, rejects={"empty_text": 3})
+    manifest = Manifest(
+        dataset_name="text", tokenizer=tokenizer_facts, shards=(), documents=3, rejects={"empty_text": 3}
+    )
     save_manifest(manifest, folder)
     statistics = compute_statistics(ShardedDataset.open(folder))
     assert (statistics.samples, statistics.images_per_sample, statistics.text_tokens_per_sample) == (0, None, None)

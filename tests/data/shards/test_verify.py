@@ -14,7 +14,7 @@ from megatron_vlm.data.shards.writer import ShardWriter, write_dataset
 
 @pytest.fixture
 def dataset(folder, make_samples, tokenizer_facts):
-    write_dataset(folder, make_samples(12), source="tiny", tokenizer=tokenizer_facts, samples_per_shard=6)
+    write_dataset(folder, make_samples(12), dataset_name="tiny", tokenizer=tokenizer_facts, samples_per_shard=6)
     return folder
 
 
@@ -90,7 +90,7 @@ def test_file_that_is_not_in_the_manifest_is_found(dataset):
 
 
 def write_bad(folder, sample, tokenizer_facts):
-    write_dataset(folder, [sample], source="tiny", tokenizer=tokenizer_facts)
+    write_dataset(folder, [sample], dataset_name="tiny", tokenizer=tokenizer_facts)
     return faults(folder)
 
 
@@ -111,7 +111,7 @@ def test_damage_inside_of_an_image_is_found_by_decoding(folder, tokenizer_facts,
     start = data.index(b"\xff\xc4")
     data[start + 4 : start + 24] = b"\xff" * 20
     write_dataset(
-        folder, [EncodedSample((ImageSegment(bytes(data), (64, 64)),))], source="t", tokenizer=tokenizer_facts
+        folder, [EncodedSample((ImageSegment(bytes(data), (64, 64)),))], dataset_name="t", tokenizer=tokenizer_facts
     )
     assert faults(folder) == []
     (fault,) = faults(folder, decode=True)
@@ -174,7 +174,7 @@ def test_list_of_rejects_is_held_against_the_manifest(dataset):
 
 def test_many_faults_of_a_shard_are_cut_short(folder, tokenizer_facts):
     writer_samples = [EncodedSample((ImageSegment(b"x", (8, 8)),))] * 300
-    write_dataset(folder, writer_samples, source="tiny", tokenizer=tokenizer_facts)
+    write_dataset(folder, writer_samples, dataset_name="tiny", tokenizer=tokenizer_facts)
     found = faults(folder)
     assert len(found) == 101
     assert found[-1] == "00000: more faults follow"

@@ -15,7 +15,7 @@ def test_empty_samples_segments_and_datasets_are_refused(tmp_path, tokenizer_fac
         writer.add(EncodedSample((TextSegment(np.zeros(0, dtype=np.int32), True),)))
     writer.discard()
     with pytest.raises(ValueError, match="at least one sample"):
-        write_dataset(tmp_path, [], source="tiny", tokenizer=tokenizer_facts)
+        write_dataset(tmp_path, [], dataset_name="tiny", tokenizer=tokenizer_facts)
 
 
 @pytest.mark.parametrize("size", [None, (0, 8), (8, 65536)])
