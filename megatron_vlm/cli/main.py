@@ -46,9 +46,15 @@ class _Parser(argparse.ArgumentParser):
         if not name.startswith("--") or any(option.startswith(name) for option in options):
             return
         guess = difflib.get_close_matches(name, options, n=1)
-        raise UsageError(
-            f"unknown option {name}", fix=f"did you mean {guess[0]}?" if guess else f"see {self.prog} --help"
-        )
+        if guess:
+            raise UsageError(f"unknown option {name}", fix=f"did you mean {guess[0]}?")
+        if self._subparsers is not None:
+            raise UsageError(f"option {name} stands too early", fix=f"put it after the {self._first_word()}")
+        raise UsageError(f"unknown option {name}", fix=f"see {self.prog} --help")
+
+    def _first_word(self) -> str:
+        """Return what comes first on this command line, e.g. ACTION."""
+        return next(str(action.metavar) for action in self._actions if isinstance(action, argparse._SubParsersAction))
 
     def error(self, message: str) -> NoReturn:
         """Raise the error that argparse would print."""

@@ -172,9 +172,24 @@ def test_help_shows_a_real_example_of_the_command(words, capsys):
     assert f"\n  megatron-vlm {' '.join(words)} " in capsys.readouterr().out
 
 
-def test_an_unknown_option_of_a_verb_with_actions_is_named_before_the_missing_action(capsys):
-    assert cli.main(["data", "--decoed"]) == 64
-    assert "unknown option --decoed" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["data", "--decode"], "option --decode stands too early; fix: put it after the ACTION"),
+        (["prepare", "--input", "x", "text"], "option --input stands too early; fix: put it after the KIND"),
+        (["--versoin"], "unknown option --versoin; fix: did you mean --version?"),
+    ],
+)
+def test_an_option_before_the_action_is_named_before_what_is_missing(arguments, message, capsys):
+    assert cli.main(arguments) == 64
+    assert message in capsys.readouterr().err
+
+
+def test_words_after_two_dashes_are_no_options(verb):
+    seen = {}
+    verb(lambda args: seen.update(vars(args)) or 0)
+    assert cli.main(["train", "--", "--odd-name.yaml"]) == 0
+    assert seen["config"] == "--odd-name.yaml"
 
 
 @pytest.mark.parametrize("words", [[], *([verb] for verb in VERBS)], ids=" ".join)
