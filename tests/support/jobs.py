@@ -31,6 +31,7 @@ from megatron_vlm.training.optimizer import build_optimizer, wrap_model
 from megatron_vlm.training.setup import build_state
 from megatron_vlm.training.state import TrainState
 from megatron_vlm.training.step import forward_step, train_step
+from megatron_vlm.training.totals import Totals, sum_over_ranks
 from tests.support.samples import make_samples
 
 CPU = torch.device("cpu")
@@ -307,3 +308,22 @@ def decide(fails: bool) -> str:
         return decide_on_main(look)
     except DataError as error:
         return error.what
+
+
+def sum_counts(parallel: ParallelConfig) -> Totals:
+    """Sum counts that differ by rank: rank r waited r + 1 seconds and has a loss of r + 1; the last is told to stop."""
+    build_groups(parallel)
+    place = rank_layout()
+    counts = BatchCounts(
+        0,
+        RankSlice(),
+        num_tokens=10,
+        num_positions=20,
+        num_images=1,
+        attention_pairs=55,
+        data_wait=float(place.rank + 1),
+        sample_hash=2**63 + place.rank,
+    )
+    sums = [torch.tensor([[place.rank + 1.0, 0.0], [1.0, 0.0]], dtype=torch.float64)]
+    is_last = place.rank == place.world_size - 1
+    return sum_over_ranks(sums, [counts], place, num_datasets=2, stop_requested=is_last, device=CPU)

@@ -1,11 +1,12 @@
 """Loss and gradient norm do not depend on how a model is spread over ranks or how samples are packed."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 
 from tests.support.configs import SEQ_LENGTH, tiny_model, tiny_run
-from tests.support.jobs import starting_from
+from tests.support.jobs import batches_of, starting_from
 from tests.support.samples import make_samples, pack_in_order, sample_length
 
 pytestmark = pytest.mark.distributed
@@ -152,9 +153,16 @@ def test_recomputing_activations_changes_nothing(workers, initial, reference):
     assert steps.grad_norms == pytest.approx(reference.grad_norms, rel=TOLERANCE)
 
 
-def test_mean_of_the_datasets_is_the_loss(reference):
-    for loss, parts in zip(reference.losses, reference.dataset_losses, strict=True):
-        assert min(parts) < loss < max(parts)
+def test_loss_is_the_mean_of_the_datasets_weighted_by_their_labels(reference):
+    config, rank = tiny_run(), SimpleNamespace(is_first_stage=False, dp_rank=0, dp_size=1)
+    batches = list(batches_of(config, rank, packed_rows(), make_samples(NUM_SAMPLES), 0))
+    for index, (loss, by_dataset) in enumerate(zip(reference.losses, reference.dataset_losses, strict=True)):
+        mine = batches[index * ROWS_PER_STEP : (index + 1) * ROWS_PER_STEP]
+        labels = [sum(int((batch.label_datasets == dataset).sum()) for batch in mine) for dataset in (0, 1)]
+        assert min(labels) > 0
+        expected = (by_dataset[0] * labels[0] + by_dataset[1] * labels[1]) / sum(labels)
+        assert loss == pytest.approx(expected, rel=1e-12)
+        assert by_dataset[0] != by_dataset[1]
 
 
 def test_tied_embeddings_are_the_same_at_every_layout(workers, tmp_path):

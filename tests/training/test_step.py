@@ -6,6 +6,7 @@ import torch
 from megatron_vlm.config import NumericError
 from megatron_vlm.training.hooks import stop
 from megatron_vlm.training.loop import train
+from megatron_vlm.training.objective import run_model
 from megatron_vlm.training.state import EXIT_ITERATION, SIGNALLED
 from megatron_vlm.training.step import train_step
 from tests.support.configs import tiny_run
@@ -34,6 +35,19 @@ def test_counts_are_of_what_the_batch_holds(state):
     assert metrics.num_positions == 2 * state.config.data.seq_length
     assert metrics.num_images == sum(batch.num_images for batch in batches)
     assert metrics.num_labels == sum(len(batch.label_index) for batch in batches)
+
+
+def test_losses_of_the_datasets_are_those_of_their_labels(state):
+    losses = {0: [], 1: []}
+    for batch in batches_of(state.config, state.rank, ROWS[:2], make_samples(4), 0):
+        with torch.no_grad():
+            output = run_model(state.chunks[0], batch)
+        for loss, dataset in zip(output.flatten().tolist(), batch.label_datasets.tolist(), strict=True):
+            losses[dataset].append(loss)
+    metrics = train_step(state, loaders(state), device=CPU, stop_requested=False)
+    expected = [sum(values) / len(values) for values in losses.values()]
+    assert metrics.dataset_losses == pytest.approx(expected, rel=1e-6)  # float32 sums in another order
+    assert metrics.loss == pytest.approx(sum(sum(losses.values(), [])) / metrics.num_labels, rel=1e-6)
 
 
 def test_padding_inside_segments_is_not_counted(state):

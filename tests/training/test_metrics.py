@@ -1,0 +1,80 @@
+"""Values of the record, computed by hand."""
+
+import dataclasses
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from megatron_vlm.training import metrics
+from megatron_vlm.training.metrics import metrics_record, scalars
+from tests.support.states import METRICS, make_state
+
+
+@pytest.fixture
+def flops(monkeypatch):
+    """Let every step take 3 TFLOP."""
+    monkeypatch.setattr(metrics, "step_flops", lambda model, freeze, work: SimpleNamespace(total=3e12))
+
+
+def on_device(monkeypatch, name):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+
+
+def test_rates_are_per_second_and_flops_per_rank(flops):
+    record = metrics_record(make_state(iteration=3), METRICS)  # 0.5 s on two ranks
+    assert record["tflops_per_rank"] == 3.0
+    assert record["tokens_per_s"] == 180.0
+    assert record["padding"] == 0.25
+    assert record["data_wait"] == 0.125
+    assert (record["iteration"], record["consumed_samples"], record["sample_ids_sha"]) == (3, 12, "00ff")
+
+
+def test_mfu_is_the_fraction_of_the_peak(flops, monkeypatch):
+    on_device(monkeypatch, "NVIDIA H100 80GB HBM3")
+    assert metrics_record(make_state(), METRICS)["mfu"] == pytest.approx(3 / 989)
+
+
+def test_no_mfu_is_reported_where_the_peak_is_not_known(flops, monkeypatch):
+    assert metrics_record(make_state(), METRICS)["mfu"] is None
+    on_device(monkeypatch, "Some Other Device")
+    assert metrics_record(make_state(), METRICS)["mfu"] is None
+
+
+def test_flops_are_counted_from_what_the_step_held(monkeypatch):
+    seen = []
+    monkeypatch.setattr(metrics, "step_flops", lambda *arguments: seen.append(arguments) or SimpleNamespace(total=1.0))
+    metrics_record(make_state(training={"freeze": ("vision_model",)}), METRICS)
+    ((model, freeze, work),) = seen
+    assert (model, freeze) == (make_state().config.model, ("vision_model",))
+    assert dataclasses.asdict(work) == {
+        "num_tokens": 90,
+        "attention_pairs": 1000,
+        "num_labels": 40,
+        "num_images": 3,
+    }
+
+
+def test_losses_stand_under_the_names_of_their_datasets():
+    record = metrics_record(make_state(), METRICS)
+    assert {key: value for key, value in record.items() if key.startswith("loss/")} == {
+        "loss/coyo": 2.0,
+        "loss/mmc4": 4.0,
+    }
+    assert (record["loss"], float.fromhex(record["loss_hex"])) == (2.5, 2.5)
+    assert float.fromhex(record["grad_norm_hex"]) == record["grad_norm"] == 1.25
+
+
+def test_validation_is_part_of_the_record_of_its_iteration():
+    assert "validation_loss" not in metrics_record(make_state(), METRICS)
+    record = metrics_record(make_state(validation_losses={"validation_loss": 1.5}), METRICS)
+    assert record["validation_loss"] == 1.5
+
+
+def test_curves_show_measured_numbers_only():
+    shown = scalars(metrics_record(make_state(), METRICS))
+    assert {"loss", "grad_norm", "learning_rate", "data_wait", "tflops_per_rank", "padding"} <= shown.keys()
+    assert not {"iteration", "stage", "mfu", "loss_hex", "tokens"} & shown.keys()
+    assert not any(math.isnan(value) for value in shown.values())

@@ -1,0 +1,50 @@
+"""Sums over the ranks, computed by hand."""
+
+import math
+
+import pytest
+
+from megatron_vlm.config import ParallelConfig
+from megatron_vlm.training.totals import means
+
+
+def totals(workers, world_size, **parallel):
+    answers = workers.run("tests.support.jobs:sum_counts", world_size, parallel=ParallelConfig(**parallel))
+    assert all(answer == answers[0] for answer in answers)
+    return answers[0]
+
+
+@pytest.mark.distributed
+def test_data_parallel_ranks_add_up_and_their_waits_are_averaged(workers):
+    found = totals(workers, 2)
+    # Rank r has losses r + 1 of one label for the first dataset, 10 tokens, and waits r + 1 seconds.
+    assert (found.losses, found.labels) == ([3.0, 0.0], [2.0, 0.0])
+    assert (found.num_tokens, found.num_positions, found.num_images, found.attention_pairs) == (20, 40, 2, 110)
+    assert found.data_wait == 1.5
+    assert found.stop_requested
+    assert found.sample_hash == found.sample_hash_of_all == 2**63 + 2**63 + 1 - 2**64
+
+
+@pytest.mark.distributed
+def test_tensor_parallel_ranks_count_once(workers):
+    found = totals(workers, 2, tensor_model_parallel_size=2)
+    assert (found.losses, found.labels, found.num_tokens, found.data_wait) == ([1.0, 0.0], [1.0, 0.0], 10, 1.0)
+    assert found.sample_hash == 2**63
+    assert found.sample_hash_of_all == 1
+
+
+@pytest.mark.distributed
+def test_stages_give_the_loss_of_the_last_and_the_wait_of_the_first(workers):
+    found = totals(workers, 2, pipeline_model_parallel_size=2)
+    assert (found.losses, found.num_tokens, found.data_wait) == ([2.0, 0.0], 10, 1.0)
+    assert (found.sample_hash, found.sample_hash_of_all) == (2**63 + 1, 1)
+
+
+def test_means_weigh_every_label_alike():
+    mean, by_dataset = means([6.0, 10.0, 0.0], [3.0, 1.0, 0.0])
+    assert (mean, by_dataset[:2]) == (4.0, (2.0, 10.0))
+    assert math.isnan(by_dataset[2])
+
+
+def test_batch_without_labels_has_a_loss_of_zero():
+    assert means([0.0], [0.0])[0] == 0.0
