@@ -148,19 +148,20 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _add_merge(parser: argparse.ArgumentParser) -> None:
-    text = "new folder, on the same file system as the parts"
+    text = "new folder, on the same file system"
     parser.add_argument("output", type=new_folder, metavar="OUT", help=text)
-    parser.add_argument("parts", type=local_path, nargs="+", metavar="PART", help="all parts, in any order")
+    text = "all N folders, in any order"
+    parser.add_argument("folders", type=local_path, nargs="+", metavar="FOLDER", help=text)
 
 
 def _merge(args: argparse.Namespace) -> int:
     from megatron_vlm.data.prepare.merge import merge_datasets
 
-    manifest = merge_datasets(args.output, args.parts)
+    manifest = merge_datasets(args.output, args.folders)
     documents, rejected = manifest.documents, manifest.rejected
     print(f"documents {documents} = used {documents - rejected} + rejected {rejected}")
     print(f"samples {manifest.counts.samples}, images {manifest.counts.images}, shards {len(manifest.shards)}")
-    print(f"wrote {args.output}; the parts are no longer needed")
+    print(f"wrote {args.output}; the merged folders are no longer needed")
     return ExitCode.DONE
 
 
@@ -229,7 +230,7 @@ _ACTIONS = {
         kept="finished tars are kept",
     ),
     "merge": _Action(
-        "join the parts written by prepare --part 1/N to N/N; nothing is copied",
+        "join the folders written by prepare --part 1/N to N/N; nothing is copied",
         "data merge shards/mmc4 shards/mmc4.part-*",
         _add_merge,
         _merge,

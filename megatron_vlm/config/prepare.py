@@ -45,7 +45,8 @@ class PrepareOptions:
     part: Annotated[
         str | None,
         Option(
-            "prepare only this share of the input files, into DIR.part-I-of-N; join them with data merge",
+            "prepare only the I-th of N groups of input files, as task I of a job array, into DIR.part-I-of-N; join "
+            "these folders with data merge",
             metavar="I/N",
         ),
     ] = None
