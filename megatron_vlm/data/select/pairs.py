@@ -26,6 +26,7 @@ from megatron_vlm.data.files.locations import Location, place_of
 from megatron_vlm.data.files.parquet import open_parquet, unreadable
 from megatron_vlm.data.rejects import describe_rejects
 from megatron_vlm.data.select.histogram import ScoreHistogram, histogram_rows, save_histogram
+from megatron_vlm.data.select.top_rows import TopRows
 from megatron_vlm.platform.files.durable import folder_beside, storage_errors, write_durably
 
 logger = logging.getLogger(__name__)
@@ -33,7 +34,6 @@ logger = logging.getLogger(__name__)
 # The underscore: readers of a folder of parquet files (Arrow, Spark, pandas) skip such names.
 REPORT_FILE, PICTURE_FILE = "_report.json", "_scores.png"
 _BATCH_ROWS = 1 << 16
-_MIN_SPARE_ROWS = 1 << 16
 _UNITS = {"K": 10**3, "M": 10**6, "B": 10**9}
 
 
@@ -78,59 +78,6 @@ class SelectRules:
             raise UsageError(
                 f"--fraction {float(self.fraction)} is not above 0 and up to 1", fix="use 0.2, for example"
             )
-
-
-class TopRows:
-    """The k highest scores of a stream, each with its row number; memory is bounded by k, not by the stream.
-
-    Args:
-        k: rows to keep.
-    """
-
-    def __init__(self, k: int) -> None:
-        self._k, self._size = k, 0
-        self._capacity = k + max(k // 4, _MIN_SPARE_ROWS)
-        self._scores, self._rows = np.zeros(0), np.zeros(0, dtype=np.int64)
-        self._threshold = -math.inf
-
-    def add(self, scores: np.ndarray, rows: np.ndarray) -> None:
-        """Offer scores, float64[n] and finite, with their row numbers, int64[n], which ascend from call to call."""
-        better = scores > self._threshold  # a row as good as the k-th comes after it, so it loses
-        scores, rows = scores[better], rows[better]
-        while len(scores):
-            count = min(len(scores), self._capacity - self._size)
-            self._grow(self._size + count)
-            self._scores[self._size : self._size + count] = scores[:count]
-            self._rows[self._size : self._size + count] = rows[:count]
-            self._size += count
-            scores, rows = scores[count:], rows[count:]
-            if self._size == self._capacity:
-                self._compact()
-
-    def result(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return the scores and row numbers that are kept, by row number."""
-        self._compact()
-        return self._scores[: self._size], self._rows[: self._size]
-
-    def _grow(self, wanted: int) -> None:
-        if wanted > len(self._scores):
-            size = min(self._capacity, max(wanted, 2 * len(self._scores)))
-            self._scores, self._rows = (
-                np.concatenate([old[: self._size], np.zeros(size - self._size, dtype=old.dtype)])
-                for old in (self._scores, self._rows)
-            )
-
-    def _compact(self) -> None:
-        """Forget all but the k best; the order, which is that of the rows, stays."""
-        if self._size <= self._k:
-            return
-        scores, rows = self._scores[: self._size], self._rows[: self._size]
-        self._threshold = float(np.partition(scores, self._size - self._k)[self._size - self._k])
-        keep = scores > self._threshold
-        equal = np.flatnonzero(scores == self._threshold)
-        keep[equal[: self._k - int(keep.sum())]] = True
-        self._scores[: self._k], self._rows[: self._k] = scores[keep], rows[keep]
-        self._size = self._k
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,7 @@ from megatron_vlm.data.files.locations import Location, place_of
 from megatron_vlm.data.files.records import SUFFIXES, parse_record, read_raw_records
 from megatron_vlm.data.files.table_records import read_table_records
 from megatron_vlm.data.rejects import RejectError, reject_row
+from megatron_vlm.data.select.top_rows import TopRows
 from megatron_vlm.data.tasks.processes import Report, run_tasks
 from megatron_vlm.platform.files.durable import flush_to_disk, folder_beside, storage_errors, write_durably
 
@@ -34,7 +35,6 @@ logger = logging.getLogger(__name__)
 # In a folder of its own: `prepare` reads the .json files directly inside of its input.
 REPORT_FILE, REJECTS_FILE = Path("_report", "select.json"), Path("_report", "rejects.jsonl")
 _HASHES, _REJECTS_SUFFIX = "_hashes", ".rejects"
-_MIN_SPARE = 1 << 16
 _REPORT_EVERY = 1000
 _BLANK = b" \t\r\n"
 
@@ -56,52 +56,6 @@ class TextSelectRules:
     def __post_init__(self) -> None:
         if self.number < 1:
             raise UsageError(f"--number {self.number} is below 1", fix="--number 1M is the paper's")
-
-
-class SmallestHashes:
-    """The k smallest hashes of a stream, each with its row; memory is bounded by k, not by the stream.
-
-    Args:
-        k: hashes to keep; of equal ones those that come first.
-    """
-
-    def __init__(self, k: int) -> None:
-        self._k = k
-        self._spare = max(k // 4, _MIN_SPARE)
-        self._hashes, self._rows = np.zeros(0, dtype=np.uint64), np.zeros(0, dtype=np.int64)
-        self._waiting: list[tuple[np.ndarray, np.ndarray]] = []
-        self._num_waiting = 0
-        self._limit: np.uint64 | None = None
-
-    def add(self, hashes: np.ndarray, rows: np.ndarray) -> None:
-        """Offer hashes, uint64[n], with their rows, int64[n], which ascend from call to call."""
-        for start in range(0, len(hashes), self._spare):  # so that one call does not hold more than the spare
-            some, places = hashes[start : start + self._spare], rows[start : start + self._spare]
-            if self._limit is not None:
-                below = some < self._limit  # one as small as the k-th comes after it, so it loses
-                some, places = some[below], places[below]
-            self._waiting.append((some, places))
-            self._num_waiting += len(some)
-            if self._num_waiting >= self._spare:
-                self._compact()
-
-    def result(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return the hashes and rows that are kept, by row."""
-        self._compact()
-        return self._hashes, self._rows
-
-    def _compact(self) -> None:
-        """Forget all but the k smallest; the order, which is that of the rows, stays."""
-        hashes = np.concatenate([self._hashes, *(some for some, _ in self._waiting)])
-        rows = np.concatenate([self._rows, *(places for _, places in self._waiting)])
-        self._waiting, self._num_waiting = [], 0
-        if len(hashes) > self._k:
-            self._limit = np.partition(hashes, self._k - 1)[self._k - 1]
-            keep = hashes < self._limit
-            equal = np.flatnonzero(hashes == self._limit)
-            keep[equal[: self._k - int(keep.sum())]] = True
-            hashes, rows = hashes[keep], rows[keep]
-        self._hashes, self._rows = hashes, rows
 
 
 class _InputFile(NamedTuple):
@@ -213,7 +167,7 @@ def _read(path: Location, max_bytes: int) -> Iterator[tuple[int, bytes | RejectE
 
 def _hash_file(file: _InputFile, rules: TextSelectRules, hashes_file: Path, report: Report) -> _FileCounts:
     """Save the smallest hashes of one file and the numbers of their records, and its rejects; count the records."""
-    smallest = SmallestHashes(rules.number)
+    smallest = TopRows(rules.number, np.uint64)
     rejects: Counter[str] = Counter()
     hashes: list[int] = []
     rows: list[int] = []
@@ -241,8 +195,9 @@ def _hash_file(file: _InputFile, rules: TextSelectRules, hashes_file: Path, repo
     return _FileCounts(records, dict(sorted(rejects.items())))
 
 
-def _offer(smallest: SmallestHashes, hashes: list[int], rows: list[int]) -> None:
-    smallest.add(np.array(hashes, dtype=np.uint64), np.array(rows, dtype=np.int64))
+def _offer(smallest: TopRows, hashes: list[int], rows: list[int]) -> None:
+    # The smallest hashes are the highest complements.
+    smallest.add(~np.array(hashes, dtype=np.uint64), np.array(rows, dtype=np.int64))
     hashes.clear()
     rows.clear()
 
@@ -253,7 +208,7 @@ def _choose(hash_files: list[Path], counts: list[_FileCounts], rules: TextSelect
     Raises:
         DataError: there is no record.
     """
-    smallest = SmallestHashes(rules.number)
+    smallest = TopRows(rules.number, np.uint64)
     first_rows = np.cumsum([0, *(count.records for count in counts)])
     for file, first_row in zip(hash_files, first_rows, strict=False):
         hashes, rows = np.load(file)

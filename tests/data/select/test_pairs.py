@@ -1,7 +1,6 @@
 import json
 import logging
 import os
-import tracemalloc
 from fractions import Fraction
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import pytest
 
 from megatron_vlm.config import ConfigError, DataError, StorageError, UsageError
 from megatron_vlm.data.select import pairs as select_module
-from megatron_vlm.data.select.pairs import SelectRules, TopRows, parse_count, select_pairs
+from megatron_vlm.data.select.pairs import SelectRules, parse_count, select_pairs
 from megatron_vlm.platform.launch.exit_status import shorten
 
 B32, L14 = "clip_similarity_vitb32", "clip_similarity_vitl14"
@@ -56,21 +55,6 @@ def test_top_rows_equal_a_full_sort_of_200_000_rows_in_20_files_with_ties(tmp_pa
         assert report["rows"] == 200_000 == report["kept"] + sum(report["dropped"].values())
 
 
-def test_memory_does_not_grow_with_the_number_of_rows():
-    def peak(num_batches: int) -> int:
-        generator, best = np.random.default_rng(0), TopRows(20_000)
-        tracemalloc.start()
-        for number in range(num_batches):
-            # rising scores are the worst case: every row is better than all before it
-            best.add(generator.random(10_000) + number, np.arange(number * 10_000, (number + 1) * 10_000))
-        best.result()
-        size = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-        return size
-
-    assert peak(200) < 1.05 * peak(20)
-
-
 def test_arrow_memory_does_not_grow_with_the_rows_of_a_file(tmp_path):
     def peak(num_rows: int) -> int:
         path = write_table(tmp_path / f"{num_rows}.parquet", np.arange(num_rows) / 7, group=5000)
@@ -86,19 +70,6 @@ def test_arrow_memory_does_not_grow_with_the_rows_of_a_file(tmp_path):
 
     peak(100_000)  # what is allocated once
     assert peak(400_000) < 1.3 * peak(100_000)
-
-
-@pytest.mark.parametrize("k", [1, 5, 999, 1000, 1001])
-def test_top_rows_in_any_pieces_are_the_first_of_the_highest(monkeypatch, k):
-    monkeypatch.setattr(select_module, "_MIN_SPARE_ROWS", 3)
-    scores = np.random.default_rng(k).integers(0, 40, 1000) / 8
-    best, start = TopRows(k), 0
-    for size in (1, 0, 500, 7, 492):
-        best.add(scores[start : start + size], np.arange(start, start + size))
-        start += size
-    found_scores, rows = best.result()
-    assert rows.tolist() == sorted(np.argsort(-scores, kind="stable")[:k].tolist())
-    assert found_scores.tolist() == scores[rows].tolist()
 
 
 def test_all_columns_and_their_types_are_kept(tmp_path):

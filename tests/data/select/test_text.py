@@ -2,15 +2,11 @@ import gzip
 import json
 import logging
 import random
-import tracemalloc
 import zipfile
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from megatron_vlm.config import ConfigError, DataError, StorageError, UsageError
 from megatron_vlm.data.files.inputs import find_instruction_files
@@ -18,7 +14,6 @@ from megatron_vlm.data.select import text as module
 from megatron_vlm.data.select.text import (
     REJECTS_FILE,
     REPORT_FILE,
-    SmallestHashes,
     TextSelectRules,
     hash_record,
     select_text,
@@ -169,33 +164,6 @@ def test_output_is_an_input_of_prepare_and_the_report_is_none(tmp_path):
     path = write(tmp_path / "a.jsonl", [flan(0), flan(1)])
     select_text((path,), tmp_path / "out", TextSelectRules(number=1))
     assert find_instruction_files((tmp_path / "out",)) == (tmp_path / "out" / "a.jsonl",)
-
-
-@given(values=st.lists(st.integers(0, 30), max_size=60), k=st.integers(1, 20), step=st.integers(1, 7))
-def test_smallest_hashes_equal_a_stable_sort(values, k, step):
-    smallest = SmallestHashes(k)
-    hashes, rows = np.array(values, dtype=np.uint64), np.arange(len(values))
-    for start in range(0, len(values), step):
-        smallest.add(hashes[start : start + step], rows[start : start + step])
-    found, places = smallest.result()
-    assert places.tolist() == sorted(np.argsort(hashes, kind="stable")[:k].tolist())
-    assert found.tolist() == hashes[places].tolist()
-
-
-def test_memory_of_the_choice_does_not_grow_with_the_number_of_records():
-    def peak(num_batches: int) -> int:
-        generator = np.random.default_rng(0)
-        tracemalloc.start()
-        smallest = SmallestHashes(10_000)
-        for batch in range(num_batches):
-            hashes = generator.integers(0, 1 << 63, 10_000).astype(np.uint64)
-            smallest.add(hashes, np.arange(batch * 10_000, (batch + 1) * 10_000))
-        _, highest = tracemalloc.get_traced_memory()
-        tracemalloc.stop()
-        assert len(smallest.result()[0]) == 10_000
-        return highest
-
-    assert peak(400) < 1.2 * peak(40)
 
 
 def test_number_below_one_is_refused():

@@ -48,8 +48,11 @@ def test_an_address_where_nobody_answers_is_refused_within_seconds(address):
         ray_engine._check_answers(address)
 
 
-def test_names_of_ray_s_own_are_left_to_ray():
+def test_names_of_ray_s_own_are_left_to_ray(monkeypatch):
+    asked = []
+    monkeypatch.setattr(ray_engine.socket, "create_connection", lambda *address, **_: asked.append(address))
     ray_engine._check_answers("auto")
+    assert asked == []
 
 
 def test_a_task_that_is_run_again_counts_once():

@@ -19,6 +19,8 @@ from megatron_vlm.data.documents import PLACEHOLDER
 
 PACKAGED_POOLS = "prompt_pools.yaml"
 IMAGE_FIELDS = ("image", "image_base64")
+M3IT_IMAGE = ("image_str",)
+"""Where `image_base64` is in a set that has images and does not say."""
 _KEY = "key"
 
 

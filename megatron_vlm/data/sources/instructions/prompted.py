@@ -17,6 +17,7 @@ from megatron_vlm.data.sources.instructions.conversations import make_document
 from megatron_vlm.data.sources.instructions.prompt_pools import (
     IMAGE_FIELDS,
     KINDS,
+    M3IT_IMAGE,
     PromptSet,
     check_prompt,
     fill,
@@ -167,14 +168,14 @@ def _needed(record: dict[str, Any], prompts: PromptSet, part: str) -> Any:
 
 
 def _images(record: dict[str, Any], prompts: PromptSet) -> list[ImageRef]:
-    for part in IMAGE_FIELDS:
-        value = _first(record, prompts.fields.get(part, ()))
-        if refs := read_refs(value, part, is_base64=part == "image_base64"):
+    fields = {part: prompts.fields[part] for part in IMAGE_FIELDS if part in prompts.fields}
+    if not fields:
+        return []
+    fields.setdefault("image_base64", M3IT_IMAGE)
+    for part, names in fields.items():
+        if refs := read_refs(_first(record, names), part, is_base64=part == "image_base64"):
             return refs
-    if any(part in prompts.fields for part in IMAGE_FIELDS):
-        names = [name for part in IMAGE_FIELDS for name in prompts.fields.get(part, ())]
-        raise RejectError("image_missing", f"the record has none of {', '.join(names)}")
-    return []
+    raise RejectError("image_missing", f"the record has none of {', '.join(sum(fields.values(), ()))}")
 
 
 def _text(value: Any, name: str) -> str:
