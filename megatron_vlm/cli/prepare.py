@@ -29,7 +29,7 @@ from megatron_vlm.data.files.locations import (
 from megatron_vlm.platform.machine import count_cores
 
 if TYPE_CHECKING:
-    from megatron_vlm.data.prepare.part import ImagePlace
+    from megatron_vlm.data.prepare.chunk import ImagePlace
     from megatron_vlm.data.prepare.run import PrepareJob
     from megatron_vlm.data.shards.manifest import Manifest
 
@@ -58,9 +58,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from megatron_vlm.data.prepare.part import PartJob
+    from megatron_vlm.data.prepare.array_task import ArrayTask
+    from megatron_vlm.data.prepare.chunk import ChunkJob
     from megatron_vlm.data.prepare.run import PrepareJob, prepare
-    from megatron_vlm.data.prepare.share import Share
     from megatron_vlm.data.text.tokenizer import load_tokenizer
 
     common = read_options(args, PrepareOptions)
@@ -69,7 +69,7 @@ def _run(args: argparse.Namespace) -> int:
         raise UsageError("--source is empty", fix="name the dataset, or leave --source out")
     tokenizer = load_tokenizer(common.tokenizer)
     inputs = tuple(map(parse_location, common.input))
-    part = PartJob(
+    chunk = ChunkJob(
         source=importlib.import_module(f"{_SOURCES}.{args.kind}").find_source(inputs, options, tokenizer),
         recipe=options.recipe,
         tokenizer=common.tokenizer,
@@ -77,9 +77,9 @@ def _run(args: argparse.Namespace) -> int:
         image_rules=options.images.rules if options.images else ImageRules(),
         max_shard_bytes=common.max_shard_bytes,
     )
-    share = Share.parse(common.part) if common.part is not None else None
-    output = common.output if share is None else share.folder(common.output)
-    job = PrepareJob(output=output, source_name=options.dataset_name, part=part, share=share)
+    task = ArrayTask.parse(common.part) if common.part is not None else None
+    output = common.output if task is None else task.folder(common.output)
+    job = PrepareJob(output=output, dataset_name=options.dataset_name, chunk=chunk, array_task=task)
     num_workers = common.workers or count_cores()
     if common.distributor == "ray":
         manifest = _prepare_on_ray(job, common.ray_address or os.environ.get("RAY_ADDRESS"), num_workers)
@@ -101,7 +101,7 @@ def _prepare_on_ray(job: "PrepareJob", address: str | None, num_workers: int) ->
 
 
 def _image_place(options: ImageOptions | None, first_input: Location) -> "ImagePlace":
-    from megatron_vlm.data.prepare.part import ImagePlace
+    from megatron_vlm.data.prepare.chunk import ImagePlace
 
     if options is None:
         return ImagePlace()

@@ -5,8 +5,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from megatron_vlm.data.prepare.array_task import ArrayTask
 from megatron_vlm.data.prepare.run import PrepareJob, prepare
-from megatron_vlm.data.prepare.share import Share
 
 _WRITES = ("replace", "rename", "fsync", "mkdir", "unlink", "rmdir", "link")
 
@@ -16,12 +16,12 @@ def content(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def prepare_shares(job: PrepareJob, count: int) -> list[Path]:
+def prepare_array(job: PrepareJob, count: int) -> list[Path]:
     """Prepare a job in parts and return their folders."""
-    shares = [Share(index, count) for index in range(1, count + 1)]
-    for share in shares:
-        prepare(dataclasses.replace(job, output=share.folder(job.output), share=share))
-    return [share.folder(job.output) for share in shares]
+    tasks = [ArrayTask(index, count) for index in range(1, count + 1)]
+    for task in tasks:
+        prepare(dataclasses.replace(job, output=task.folder(job.output), array_task=task))
+    return [task.folder(job.output) for task in tasks]
 
 
 class _Killed(BaseException):

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from megatron_vlm.config import ConfigError, UsageError
+from megatron_vlm.data.prepare.array_task import PART_OPTION
 from megatron_vlm.data.prepare.output import dataset_beside, link_shard
-from megatron_vlm.data.prepare.share import SHARE_OPTION
 from megatron_vlm.data.samples import EncodedSample, ImageSegment
 from megatron_vlm.data.shards.dataset import ShardedDataset
 from megatron_vlm.data.shards.index import TOKEN_DTYPE
@@ -41,7 +41,7 @@ def deduplicate(folder: Path, output: Path, *, by: str, num_workers: int = 1) ->
 
     Args:
         folder: the dataset; it is not changed.
-        output: new folder on the same file system; left alone if it already holds this very dataset.
+        output: new folder on the same file system; left alone if it already holds the same dataset.
         by: one of `KINDS`.
         num_workers: processes; the result does not depend on it.
 
@@ -50,14 +50,14 @@ def deduplicate(folder: Path, output: Path, *, by: str, num_workers: int = 1) ->
 
     Raises:
         UsageError: `by` is not one of `KINDS`.
-        ConfigError: the dataset is the output of one job of an array, or the output folder holds something else.
+        ConfigError: the dataset comes from one task of a job array, or the output folder holds something else.
         DataError: the dataset is unfinished or damaged.
         StorageError: the output cannot be written, or is on another file system.
     """
     if by not in KINDS:
         raise UsageError(f"--by {by} is not one of {', '.join(KINDS)}", fix="choose one of them")
     whole = ShardedDataset.open(folder).manifest
-    if SHARE_OPTION in whole.options:
+    if PART_OPTION in whole.options:
         raise ConfigError("dataset is a part of one", where=str(folder), fix="join the parts first: data merge")
     singles = [dataclasses.replace(whole, shards=(shard,)) for shard in whole.shards]
     run = functools.partial(run_tasks, num_workers=num_workers)
@@ -80,7 +80,7 @@ def deduplicate(folder: Path, output: Path, *, by: str, num_workers: int = 1) ->
 
 
 def fingerprint(sample: EncodedSample, by: str) -> bytes:
-    """Return 16 bytes that are equal for samples of equal content, whatever their loss mask.
+    """Return 16 bytes that are equal for samples of equal content, regardless of their loss masks.
 
     Args:
         sample: one sample.

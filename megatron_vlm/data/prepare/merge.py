@@ -1,8 +1,7 @@
-"""Join the shares that the jobs of an array have prepared into one dataset, and divide a dataset, copying no shard.
+"""Join the datasets that the tasks of a job array have prepared, and divide a dataset; neither copies a shard.
 
-The shards are hard links: the result is an ordinary dataset, to the byte the one that a single job would have written,
-so that no reader needs to know of parts; and the parts may be deleted afterwards. References in the manifest would
-have made every reader follow them, and a moved or deleted part would break the whole.
+The result is an ordinary dataset whose shards are hard links, with the same bytes as a single job would have written.
+No reader needs to know about parts, and the parts may be deleted afterwards.
 """
 
 import dataclasses
@@ -11,9 +10,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megatron_vlm.config import ConfigError, DataError
+from megatron_vlm.data.prepare.array_task import PART_OPTION, ArrayTask
 from megatron_vlm.data.prepare.joining import check_not_empty, join_facts
 from megatron_vlm.data.prepare.output import dataset_beside, link_shards
-from megatron_vlm.data.prepare.share import SHARE_OPTION, Share
 from megatron_vlm.data.shards.dataset import ShardedDataset
 from megatron_vlm.data.shards.manifest import (
     REJECTS_FILE,
@@ -26,33 +25,33 @@ from megatron_vlm.data.shards.manifest import (
 
 
 def merge_datasets(output: Path, folders: Sequence[Path]) -> Manifest:
-    """Join all shares of one preparation, in any order, into the dataset that one job would have written.
+    """Join all parts of one preparation, in any order, into the dataset that a single job would have written.
 
     Args:
-        output: new folder on the file system of the parts; left alone if it holds this very dataset.
-        folders: what `prepare --part 1/N` to `N/N` wrote.
+        output: new folder on the file system of the parts; left alone if it already holds this dataset.
+        folders: written by `prepare --part 1/N` to `N/N`.
 
     Returns:
         The manifest of the whole.
 
     Raises:
-        ConfigError: a part is missing, given twice or of another preparation; or the output folder is not empty.
+        ConfigError: a part is missing, given twice or from another preparation; or the output folder is not empty.
         DataError: a part is unfinished or damaged, or no document became a sample.
         StorageError: the output cannot be written, or is on another file system.
     """
     if not folders:
         raise ConfigError("no part is given", fix="give the folders that prepare --part wrote")
     manifests = {folder: ShardedDataset.open(folder).manifest for folder in folders}
-    ordered = _order_shares(manifests)
-    plan = _common_plan({folder: manifests[folder] for folder in ordered})
+    ordered = _order_parts(manifests)
+    bare = _common_manifest({folder: manifests[folder] for folder in ordered})
     for folder in ordered:
         _check_rejects(folder, manifests[folder])
-    pieces = [manifests[folder] for folder in ordered]
-    sources = [folder / shard.name for folder in ordered for shard in manifests[folder].shards]
+    finished = [manifests[folder] for folder in ordered]
+    shards = [folder / shard.name for folder in ordered for shard in manifests[folder].shards]
     with dataset_beside(output) as unfinished:
-        manifest = join_facts(plan, pieces, ordered, unfinished / REJECTS_FILE)
+        manifest = join_facts(bare, finished, ordered, unfinished / REJECTS_FILE)
         check_not_empty(manifest, ordered[0] / REJECTS_FILE)
-        link_shards(sources, manifest.shards, unfinished)
+        link_shards(shards, manifest.shards, unfinished)
         save_manifest(manifest, unfinished)
     return manifest
 
@@ -60,24 +59,25 @@ def merge_datasets(output: Path, folders: Sequence[Path]) -> Manifest:
 def split_dataset(folder: Path, output: Path, count: int) -> list[Path]:
     """Divide a dataset at the borders of its shards into datasets with about equally many samples.
 
-    What the datasets were made from is known of the whole only, so that each counts its samples as its documents and
-    has no rejects; their samples, in order, are those of the whole in order.
+    Documents and rejects are known only for the whole, so each new dataset counts its samples as its documents and has
+    no rejects. Taken in order, the datasets hold the samples of the whole in order.
 
     Args:
-        folder: the dataset; it stays as it is.
+        folder: the dataset; it is not changed.
         output: `output-1-of-3` to `output-3-of-3` are written, on the same file system.
-        count: how many.
+        count: number of datasets.
 
     Returns:
         The new folders.
 
     Raises:
-        ConfigError: fewer shards than datasets, a part of a dataset, or an output folder that holds something else.
+        ConfigError: there are fewer shards than datasets, the dataset is only a part, or an output folder holds
+            something else.
         DataError: the dataset is unfinished or damaged.
         StorageError: the output cannot be written, or is on another file system.
     """
     whole = ShardedDataset.open(folder).manifest
-    if SHARE_OPTION in whole.options:
+    if PART_OPTION in whole.options:
         raise ConfigError("dataset is a part of one", where=str(folder), fix="join the parts first: data merge")
     if not 1 <= count <= len(whole.shards):
         raise ConfigError(
@@ -87,7 +87,7 @@ def split_dataset(folder: Path, output: Path, count: int) -> list[Path]:
         )
     written = []
     for number, shards in enumerate(_divide(whole.shards, count), start=1):
-        share = output.with_name(f"{output.name}-{number}-of-{count}")
+        target = output.with_name(f"{output.name}-{number}-of-{count}")
         named = [dataclasses.replace(shard, name=f"{index:05d}") for index, shard in enumerate(shards)]
         manifest = dataclasses.replace(
             whole,
@@ -98,70 +98,70 @@ def split_dataset(folder: Path, output: Path, count: int) -> list[Path]:
             rejects_file=None,
             options=whole.options | {"split": {"index": number, "count": count}},
         )
-        with dataset_beside(share) as unfinished:
+        with dataset_beside(target) as unfinished:
             link_shards([folder / shard.name for shard in shards], named, unfinished)
             save_manifest(manifest, unfinished)
-        written.append(share)
+        written.append(target)
     return written
 
 
 def _divide(shards: Sequence[ShardFacts], count: int) -> Iterator[Sequence[ShardFacts]]:
-    """Yield runs of consecutive shards, none empty, each ending nearest to its share of all samples."""
+    """Yield runs of consecutive shards, none of them empty, with about equally many samples."""
     ends = list(itertools.accumulate(shard.counts.samples for shard in shards))
     first = 0
     for number in range(1, count + 1):
         target = ends[-1] * number / count
-        # one shard at least for this run and for each of those after it
+        # leaves at least one shard for this run and for every later one
         candidates = range(first + 1, len(shards) - (count - number) + 1)
         last = min(candidates, key=lambda end: abs(ends[end - 1] - target))
         yield shards[first:last]
         first = last
 
 
-def _order_shares(manifests: dict[Path, Manifest]) -> list[Path]:
-    """Return the folders by their number.
+def _order_parts(manifests: dict[Path, Manifest]) -> list[Path]:
+    """Return the folders in the order of their array tasks.
 
     Raises:
-        ConfigError: not all of them, or not each once.
+        ConfigError: a task is missing or given twice, or a dataset is whole.
     """
-    shares: dict[Share, Path] = {}
+    folders: dict[ArrayTask, Path] = {}
     for folder, manifest in manifests.items():
-        option = manifest.options.get(SHARE_OPTION)
+        option = manifest.options.get(PART_OPTION)
         if option is None:
             raise ConfigError(
                 "dataset is whole, not a part of one", where=str(folder), fix="list several datasets in data.blend"
             )
-        share = Share(option["index"], option["count"])
-        if share in shares:
-            raise ConfigError(f"part {share} is given twice", where=f"{shares[share]}, {folder}", fix="give it once")
-        shares[share] = folder
-    counts = {share.count for share in shares}
+        task = ArrayTask(option["index"], option["count"])
+        if task in folders:
+            raise ConfigError(f"part {task} is given twice", where=f"{folders[task]}, {folder}", fix="give it once")
+        folders[task] = folder
+    counts = {task.count for task in folders}
     if len(counts) > 1:
-        raise ConfigError(f"parts are of {sorted(counts)} parts", fix="give the parts of one preparation")
-    missing = [str(share) for share in (Share(i + 1, *counts) for i in range(*counts)) if share not in shares]
+        raise ConfigError(f"parts come from arrays of {sorted(counts)} tasks", fix="give the parts of one preparation")
+    missing = [str(task) for task in (ArrayTask(i + 1, *counts) for i in range(*counts)) if task not in folders]
     if missing:
         raise ConfigError(
-            f"{len(missing)} of {len(shares) + len(missing)} parts missing: {', '.join(missing[:20])}",
+            f"{len(missing)} of {len(folders) + len(missing)} parts are missing: {', '.join(missing[:20])}",
             fix="prepare them, or give their folders",
         )
-    return [shares[share] for share in sorted(shares, key=lambda share: share.index)]
+    return [folders[task] for task in sorted(folders, key=lambda task: task.index)]
 
 
-def _common_plan(manifests: dict[Path, Manifest]) -> Manifest:
-    """Return what all parts were prepared with, as the manifest of a single job begins."""
-    plans: dict[Path, Manifest] = {}
+def _common_manifest(manifests: dict[Path, Manifest]) -> Manifest:
+    """Return the manifest of a single job with the inputs and options of all parts, without content."""
+    found: dict[Path, Manifest] = {}
     for folder, manifest in manifests.items():
-        options = {name: value for name, value in manifest.options.items() if name != SHARE_OPTION}
-        plans[folder] = dataclasses.replace(without_content(manifest), options=options)
-    first, plan = next(iter(plans.items()))
-    for folder, other in plans.items():
-        if other != plan:
+        options = {name: value for name, value in manifest.options.items() if name != PART_OPTION}
+        found[folder] = dataclasses.replace(without_content(manifest), options=options)
+    first, bare = next(iter(found.items()))
+    for folder, other in found.items():
+        if other != bare:
             raise ConfigError(
                 "parts were prepared with different inputs, options or tokenizers",
                 where=f"{first}, {folder}",
                 fix="prepare one of them again",
             )
-    return plan
+    return bare
 
 
 def _check_rejects(folder: Path, manifest: Manifest) -> None:

@@ -1,4 +1,4 @@
-"""Datasets made from finished shards: written beside their place and renamed, each shard a hard link."""
+"""Datasets made of finished shards: written beside their place and renamed; shards are hard links."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -12,12 +12,12 @@ from megatron_vlm.platform.files.durable import folder_beside
 
 
 class _AlreadyThereError(Exception):
-    """The output holds what was to be written."""
+    """The output holds the same dataset already."""
 
 
 @contextmanager
 def dataset_beside(output: Path) -> Iterator[Path]:
-    """Give a folder that becomes `output` when the block ends; nothing changes if `output` is already the same.
+    """Give a folder that is renamed to `output` when the block ends, unless `output` holds the same dataset already.
 
     Raises:
         ConfigError: the output folder holds something else, or another process writes it.
@@ -37,16 +37,16 @@ def dataset_beside(output: Path) -> Iterator[Path]:
         ) from error
 
 
-def link_shard(source: Path, target: Path) -> None:
-    """Make a second name for the files of a shard; both are paths without suffix."""
+def link_shard(shard: Path, link: Path) -> None:
+    """Link the files of a shard; both paths are without suffix."""
     for suffix in SUFFIXES:
-        os.link(f"{source}.{suffix}", f"{target}.{suffix}")
+        os.link(f"{shard}.{suffix}", f"{link}.{suffix}")
 
 
-def link_shards(sources: Sequence[Path], shards: Sequence[ShardFacts], output: Path) -> None:
-    """Link shards, given by their paths without suffix, into a folder under the names that the manifest gives them."""
-    for source, shard in zip(sources, shards, strict=True):
-        link_shard(source, output / shard.name)
+def link_shards(shards: Sequence[Path], facts: Sequence[ShardFacts], output: Path) -> None:
+    """Link shards, given by their paths without suffix, into a folder under the names in their facts."""
+    for shard, named in zip(shards, facts, strict=True):
+        link_shard(shard, output / named.name)
 
 
 def _check_same(output: Path, manifest: Manifest) -> None:

@@ -1,7 +1,7 @@
-"""Prepare a raw corpus: every input file becomes a part, in any order, by any number of workers; then they are joined.
+"""Prepare a raw corpus: any number of workers make a chunk of every input file, in any order; then these are joined.
 
-The output is the same bytes for any number of workers, and after any interruption. It is complete when it has a
-manifest; until then a folder `.prepare` inside of it keeps what is done.
+The output has the same bytes for any number of workers and after any interruption. It is complete when it has a
+manifest; until then the folder `.prepare` inside it keeps the finished chunks.
 """
 
 import dataclasses
@@ -19,14 +19,14 @@ from typing import Any
 from megatron_vlm.config import ConfigError
 from megatron_vlm.data.files.join_index import JoinRows, save_join_index
 from megatron_vlm.data.files.locations import Location, name_files, size_of
-from megatron_vlm.data.prepare.joining import check_not_empty, join_facts
-from megatron_vlm.data.prepare.part import (
-    PartJob,
+from megatron_vlm.data.prepare.array_task import PART_OPTION, ArrayTask
+from megatron_vlm.data.prepare.chunk import (
+    ChunkJob,
     discard,
-    load_part,
-    prepare_part,
+    load_chunk,
+    prepare_chunk,
 )
-from megatron_vlm.data.prepare.share import SHARE_OPTION, Share
+from megatron_vlm.data.prepare.joining import check_not_empty, join_facts
 from megatron_vlm.data.shards.manifest import (
     MANIFEST_FILE,
     REJECTS_FILE,
@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 
 _JOB_FILE, _LOCK_FILE = "job.json", "lock"
 _MAX_DIFFERENCES = 3
-_PARTS, _IMAGE_INDEX = "parts", "images"
+_CHUNKS, _IMAGE_INDEX = "chunks", "images"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,11 +56,11 @@ class PrepareJob:
     """One dataset to prepare."""
 
     output: Path
-    source_name: str
+    dataset_name: str
     """Name under which its loss is reported."""
-    part: PartJob
-    share: Share | None = None
-    """Prepare only this share of the input files; the output is a dataset for `data merge`."""
+    chunk: ChunkJob
+    array_task: ArrayTask | None = None
+    """Prepare only the input files of this task; the output is a dataset for `data merge`."""
 
 
 def prepare(job: PrepareJob, *, num_workers: int = 1, engine: Engine | None = None) -> Manifest:
@@ -68,69 +68,69 @@ def prepare(job: PrepareJob, *, num_workers: int = 1, engine: Engine | None = No
 
     Args:
         job: what to prepare, and how.
-        num_workers: processes; the result does not depend on it.
-        engine: runs the tasks instead of processes of this machine, e.g. `ray_engine.ray_cluster`; nor on this.
+        num_workers: processes; the result does not depend on their number.
+        engine: runs the tasks in place of processes of this machine, e.g. `ray_engine.ray_cluster`.
 
     Returns:
-        The manifest, which is also in the output folder.
+        The manifest, as it is in the output folder.
 
     Raises:
-        ConfigError: the output folder holds something else, or the preparation of something else; or there are more
-            shares than input files.
+        ConfigError: the output folder holds something else, or the preparation of something else; or the array has
+            more tasks than there are input files.
         DataError: no document became a sample.
         StorageError: the disk is full or not writable, or a worker was killed.
     """
-    inputs = name_files(job.part.source.inputs)
-    plan = _plan(job, inputs)
-    own = list(inputs.items()) if job.share is None else job.share.choose(list(inputs.items()))
-    done = _finished_before(job.output, plan)
+    inputs = name_files(job.chunk.source.inputs)
+    bare = _bare_manifest(job, inputs)
+    own = list(inputs.items()) if job.array_task is None else job.array_task.choose(list(inputs.items()))
+    done = _finished_before(job.output, bare)
     if done is not None:
         logger.info("%s is already prepared with these options", job.output)
         return done
     run: Engine = engine or functools.partial(run_tasks, num_workers=num_workers)
     work = job.output / WORK_FOLDER
-    with _claimed(work, plan):
+    with _claimed(work, bare):
         # Another process may have finished between the first look and the claim.
-        if (done := _finished_before(job.output, plan)) is not None:
+        if (done := _finished_before(job.output, bare)) is not None:
             return done
-        part = _build_index(job.part, work, run)
-        folders = [work / _PARTS / f"{number:05d}" for number in range(len(own))]
-        # Workers get their input file by itself; a list of thousands with every task would be most of the traffic.
-        small = dataclasses.replace(part, source=dataclasses.replace(part.source, inputs=()))  # type: ignore[type-var]
+        chunk = _build_index(job.chunk, work, run)
+        folders = [work / _CHUNKS / f"{number:05d}" for number in range(len(own))]
+        # Each task names its own input file; a list of thousands in every task would be most of the traffic.
+        small = dataclasses.replace(chunk, source=dataclasses.replace(chunk.source, inputs=()))  # type: ignore[type-var]
         tasks = [(small, path, name, folder) for (name, path), folder in zip(own, folders, strict=True)]
-        run(prepare_part, tasks, unit="documents", reports=True)
-        manifest = _join(job, plan, folders)
+        run(prepare_chunk, tasks, unit="documents", reports=True)
+        manifest = _join(job, bare, folders)
         save_manifest(manifest, job.output)
-        shutil.rmtree(work, ignore_errors=True)  # another process may just be looking whether it is free
+        shutil.rmtree(work, ignore_errors=True)  # another process may just be trying to claim it
     return manifest
 
 
-def _plan(job: PrepareJob, inputs: dict[str, Location]) -> Manifest:
-    """Return the manifest as far as it is known before any data is read: what is prepared, from what and how."""
-    part = job.part
-    rules: Any = getattr(part.source, "rules", None)
+def _bare_manifest(job: PrepareJob, inputs: dict[str, Location]) -> Manifest:
+    """Return the manifest as far as it is known before any data is read: the dataset, its inputs and the options."""
+    chunk = job.chunk
+    rules: Any = getattr(chunk.source, "rules", None)
     options = {
-        "format": type(part.source).__name__,
+        "format": type(chunk.source).__name__,
         "rules": dataclasses.asdict(rules),
-        "recipe": dataclasses.asdict(part.recipe),
-        "images": dataclasses.asdict(part.image_rules),
-        "max_shard_bytes": part.max_shard_bytes,
+        "recipe": dataclasses.asdict(chunk.recipe),
+        "images": dataclasses.asdict(chunk.image_rules),
+        "max_shard_bytes": chunk.max_shard_bytes,
         "inputs": {name: size_of(path) for name, path in inputs.items()},
     }
-    if part.images.tars:
-        options["image_tars"] = {name: size_of(path) for name, path in name_files(part.images.tars).items()}
-    if job.share is not None:
-        options[SHARE_OPTION] = {"index": job.share.index, "count": job.share.count}
+    if chunk.images.tars:
+        options["image_tars"] = {name: size_of(path) for name, path in name_files(chunk.images.tars).items()}
+    if job.array_task is not None:
+        options[PART_OPTION] = {"index": job.array_task.index, "count": job.array_task.count}
     return Manifest(
-        dataset_name=job.source_name,
-        tokenizer=load_tokenizer(part.tokenizer).facts,
+        dataset_name=job.dataset_name,
+        tokenizer=load_tokenizer(chunk.tokenizer).facts,
         shards=(),
         documents=0,
         options=json.loads(json.dumps(options)),
     )
 
 
-def _finished_before(output: Path, plan: Manifest) -> Manifest | None:
+def _finished_before(output: Path, bare: Manifest) -> Manifest | None:
     """Return the manifest of an earlier, complete preparation.
 
     Raises:
@@ -138,10 +138,9 @@ def _finished_before(output: Path, plan: Manifest) -> Manifest | None:
     """
     if (output / MANIFEST_FILE).exists():
         found = load_manifest(output)
-        bare = without_content(found)
-        if bare != plan:
+        if (there := without_content(found)) != bare:
             raise ConfigError(
-                f"output folder holds a dataset that differs in {_difference(bare, plan)}",
+                f"output folder holds a dataset that differs in {_difference(there, bare)}",
                 where=str(output),
                 fix="give another --output, or delete the folder",
             )
@@ -181,67 +180,67 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 @contextmanager
-def _claimed(work: Path, plan: Manifest) -> Iterator[None]:
-    """Hold the work folder against other processes, and against other options.
+def _claimed(work: Path, bare: Manifest) -> Iterator[None]:
+    """Lock the work folder, and make sure that it belongs to this preparation.
 
     Raises:
-        ConfigError: it is in use, or holds the unfinished preparation of something else.
+        ConfigError: another process uses it, or it holds an unfinished preparation with other options.
         StorageError: it cannot be written.
     """
     with ExitStack() as held:
         with storage_errors("output folder cannot be written", work.parent):
-            (work / _PARTS).mkdir(parents=True, exist_ok=True)
+            (work / _CHUNKS).mkdir(parents=True, exist_ok=True)
             lock = held.enter_context(locked(work / _LOCK_FILE))
         if lock is None:
             raise ConfigError(
                 "another process is preparing this folder", where=str(work.parent), fix="wait for it, or stop it"
             )
-        content = json.dumps(dataclasses.asdict(plan))
+        content = json.dumps(dataclasses.asdict(bare))
         if not (work / _JOB_FILE).exists():
             write_durably(work / _JOB_FILE, content.encode())
         elif (found := (work / _JOB_FILE).read_text()) != content:
             raise ConfigError(
-                f"output folder holds an unfinished preparation that differs in {_difference_of(found, plan)}",
+                f"output folder holds an unfinished preparation that differs in {_difference_of(found, bare)}",
                 where=str(work.parent),
                 fix="use the same options to go on, or delete the folder",
             )
-        for left_over in [path for folder in (work, work / _PARTS) for path in folder.glob("*.tmp")]:
+        for left_over in [path for folder in (work, work / _CHUNKS) for path in folder.glob("*.tmp")]:
             discard(left_over)
         yield
 
 
-def _build_index(part: PartJob, work: Path, run: Engine) -> PartJob:
-    """Index the tars in which images are found by name, and tell the job where the index is."""
-    if not part.images.tars:
-        return part
+def _build_index(chunk: ChunkJob, work: Path, run: Engine) -> ChunkJob:
+    """Index the tars in which images are found by name; return the job with the place of the index."""
+    if not chunk.images.tars:
+        return chunk
     folder = work / _IMAGE_INDEX
     if not folder.exists():
-        rows: list[JoinRows] = run(index_tar, [(p, n) for n, p in enumerate(part.images.tars)], unit="files")
+        rows: list[JoinRows] = run(index_tar, [(p, n) for n, p in enumerate(chunk.images.tars)], unit="files")
         unfinished = folder.with_name(folder.name + ".tmp")
         save_join_index(rows, unfinished)
         unfinished.rename(folder)
-    return dataclasses.replace(part, images=dataclasses.replace(part.images, index=folder))
+    return dataclasses.replace(chunk, images=dataclasses.replace(chunk.images, index=folder))
 
 
-def _join(job: PrepareJob, plan: Manifest, folders: list[Path]) -> Manifest:
-    """Put the parts together and return the complete manifest; may be done again after an interruption.
+def _join(job: PrepareJob, bare: Manifest, folders: list[Path]) -> Manifest:
+    """Join the chunks and return the complete manifest; calling this again after an interruption is harmless.
 
     Raises:
-        DataError: no document became a sample, of all input files.
+        DataError: no document of any input file became a sample.
     """
-    parts = [load_part(folder) for folder in folders]
-    shards = [folder / shard.name for folder, part in zip(folders, parts, strict=True) for shard in part.shards]
-    manifest = join_facts(plan, parts, folders, job.output / REJECTS_FILE)
-    if job.share is None:
+    chunks = [load_chunk(folder) for folder in folders]
+    shards = [folder / shard.name for folder, chunk in zip(folders, chunks, strict=True) for shard in chunk.shards]
+    manifest = join_facts(bare, chunks, folders, job.output / REJECTS_FILE)
+    if job.array_task is None:
         check_not_empty(manifest, job.output / REJECTS_FILE)
     _move_shards(job.output, shards, manifest)
     return manifest
 
 
 def _move_shards(output: Path, sources: Sequence[Path], manifest: Manifest) -> None:
-    """Rename the shards of all parts into the output folder."""
+    """Rename the shards of all chunks into the output folder."""
     for source, shard in zip(sources, manifest.shards, strict=True):
         for suffix in SUFFIXES:
             found = source.with_name(f"{source.name}.{suffix}")
-            if found.exists():  # not moved before an interruption
+            if found.exists():  # an interrupted call may have moved it already
                 os.replace(found, output / f"{shard.name}.{suffix}")

@@ -65,7 +65,7 @@ class SelectRules:
     top: int | None = None
     """Rows kept of all files together."""
     fraction: Fraction | None = None
-    """Share of its rows that each file keeps, rounded down, as VILA's scripts do with 1/5."""
+    """ArrayTask of its rows that each file keeps, rounded down, as VILA's scripts do with 1/5."""
     min_score: float | None = None
     """Rows with a score not above this are dropped before anything else."""
 

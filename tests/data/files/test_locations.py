@@ -27,10 +27,10 @@ from megatron_vlm.data.files.locations import (
 )
 from megatron_vlm.data.files.records import read_records
 from megatron_vlm.data.files.tars import TarReader
+from megatron_vlm.data.prepare.array_task import ArrayTask
+from megatron_vlm.data.prepare.chunk import ChunkJob, ImagePlace
 from megatron_vlm.data.prepare.merge import merge_datasets
-from megatron_vlm.data.prepare.part import ImagePlace, PartJob
 from megatron_vlm.data.prepare.run import PrepareJob, prepare
-from megatron_vlm.data.prepare.share import Share
 from megatron_vlm.data.rejects import RejectError
 from megatron_vlm.data.shards.manifest import load_manifest
 from megatron_vlm.data.sources.image_store import RemoteImages
@@ -220,15 +220,15 @@ def test_too_large_objects_are_rejected(remote_images, bucket):
         remote_images.read("large.jpg", None)
 
 
-def mmc4_job(tokenizer_path, output, *, inputs, images, share=None) -> PrepareJob:
+def mmc4_job(tokenizer_path, output, *, inputs, images, array_task=None) -> PrepareJob:
     source = InterleavedSource(find_record_files(inputs), InterleavedRules())
-    part = PartJob(source=source, recipe=Recipe(join=JoinRules()), tokenizer=tokenizer_path, images=images)
-    return PrepareJob(output=output, source_name="mmc4", part=part, share=share)
+    part = ChunkJob(source=source, recipe=Recipe(join=JoinRules()), tokenizer=tokenizer_path, images=images)
+    return PrepareJob(output=output, dataset_name="mmc4", chunk=part, array_task=array_task)
 
 
-def coyo_job(tokenizer_path, output, *inputs, share=None) -> PrepareJob:
-    part = PartJob(source=find_pair_source(inputs, PairRules()), recipe=Recipe(), tokenizer=tokenizer_path)
-    return PrepareJob(output=output, source_name="coyo", part=part, share=share)
+def coyo_job(tokenizer_path, output, *inputs, array_task=None) -> PrepareJob:
+    part = ChunkJob(source=find_pair_source(inputs, PairRules()), recipe=Recipe(), tokenizer=tokenizer_path)
+    return PrepareJob(output=output, dataset_name="coyo", chunk=part, array_task=array_task)
 
 
 def copy_to(bucket, folder: Path) -> None:
@@ -274,7 +274,7 @@ def test_parts_of_tars_at_a_url_are_merged(coyo, bucket, tokenizer_path, tmp_pat
     whole = RemoteFile("memory:///coyo")
     prepare(coyo_job(tokenizer_path, tmp_path / "whole", whole))
     for number in (1, 2):
-        prepare(coyo_job(tokenizer_path, tmp_path / f"part{number}", whole, share=Share(number, 2)))
+        prepare(coyo_job(tokenizer_path, tmp_path / f"part{number}", whole, array_task=ArrayTask(number, 2)))
     merge_datasets(tmp_path / "merged", [tmp_path / "part1", tmp_path / "part2"])
     assert content(tmp_path / "whole") == content(tmp_path / "merged")
 

@@ -13,15 +13,15 @@ from megatron_vlm.config.prepare import JoinRules, Recipe
 from megatron_vlm.config.sources.interleaved import InterleavedRules
 from megatron_vlm.data.files.inputs import find_record_files
 from megatron_vlm.data.prepare import deduplicate as module
+from megatron_vlm.data.prepare.chunk import ChunkJob, ImagePlace
 from megatron_vlm.data.prepare.deduplicate import KINDS, deduplicate, find_repeats, fingerprint
-from megatron_vlm.data.prepare.part import ImagePlace, PartJob
 from megatron_vlm.data.prepare.run import PrepareJob, prepare
 from megatron_vlm.data.samples import EncodedSample, ImageSegment, TextSegment
 from megatron_vlm.data.shards.dataset import ShardedDataset
 from megatron_vlm.data.shards.manifest import load_manifest
 from megatron_vlm.data.shards.verify import verify_dataset
 from megatron_vlm.data.sources.interleaved.source import InterleavedSource
-from tests.support.preparing import content, prepare_shares, run_until
+from tests.support.preparing import content, prepare_array, run_until
 
 NUM_FILES = 5
 
@@ -52,14 +52,14 @@ def make_job(tmp_path, make_lines, make_image, tokenizer_path):
                 url = f"http://x/{number}/{document}"
                 records.append({"url": url, "text_list": text if document else 5, "image_info": infos})
             make_lines(folder / f"docs_{number}.jsonl", records)
-        part = PartJob(
+        part = ChunkJob(
             source=InterleavedSource(find_record_files((folder,)), InterleavedRules()),
             recipe=Recipe(variant=variant, join=JoinRules()),
             tokenizer=tokenizer_path,
             images=ImagePlace(folder=folder / "images"),
             **options,
         )
-        return PrepareJob(output=output, source_name="mmc4", part=part)
+        return PrepareJob(output=output, dataset_name="mmc4", chunk=part)
 
     return make
 
@@ -164,7 +164,7 @@ def test_documents_and_rejects_stay_those_of_the_preparation(make_job, tmp_path)
 
 def test_shards_without_duplicates_are_linked_and_empty_ones_left_out(make_job, tmp_path):
     job = make_job(tmp_path / "all")
-    first, last = job.part.source.inputs[0], job.part.source.inputs[-1]
+    first, last = job.chunk.source.inputs[0], job.chunk.source.inputs[-1]
     last.write_bytes(first.read_bytes())
     before = prepare(job)
     manifest = deduplicate(tmp_path / "all", tmp_path / "unique", by="documents")
@@ -231,7 +231,7 @@ def test_a_damaged_shard_is_a_data_error(make_job, tmp_path):
 
 
 def test_what_cannot_be_deduplicated_is_refused(make_job, tmp_path):
-    part = prepare_shares(make_job(tmp_path / "all"), 2)[0]
+    part = prepare_array(make_job(tmp_path / "all"), 2)[0]
     with pytest.raises(ConfigError, match="dataset is a part of one .*join the parts first: data merge"):
         deduplicate(part, tmp_path / "unique", by="documents")
     with pytest.raises(UsageError, match="--by text is not one of documents, images"):

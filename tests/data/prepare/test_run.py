@@ -23,10 +23,10 @@ from megatron_vlm.config.sources.pairs import PairRules
 from megatron_vlm.data.files.inputs import find_record_files
 from megatron_vlm.data.images.decoding import decode_rgb
 from megatron_vlm.data.prepare import run as prepare_module
+from megatron_vlm.data.prepare.array_task import ArrayTask
+from megatron_vlm.data.prepare.chunk import ChunkJob, ImagePlace
 from megatron_vlm.data.prepare.merge import merge_datasets
-from megatron_vlm.data.prepare.part import ImagePlace, PartJob
 from megatron_vlm.data.prepare.run import PrepareJob, prepare
-from megatron_vlm.data.prepare.share import Share
 from megatron_vlm.data.samples import ImageSegment
 from megatron_vlm.data.shards.dataset import ShardedDataset
 from megatron_vlm.data.shards.manifest import WORK_FOLDER, load_manifest
@@ -49,29 +49,29 @@ def output(tmp_path) -> Path:
 
 
 def mmc4_job(mmc4, tokenizer_path, output, *, variant="full", rules=None, images=None, **options) -> PrepareJob:
-    part = PartJob(
+    part = ChunkJob(
         source=InterleavedSource(find_record_files((mmc4,)), rules or InterleavedRules()),
         recipe=Recipe(variant=variant, join=JoinRules()),
         tokenizer=tokenizer_path,
         images=images or ImagePlace(folder=mmc4 / "images"),
         **options,
     )
-    return PrepareJob(output=output, source_name="mmc4", part=part)
+    return PrepareJob(output=output, dataset_name="mmc4", chunk=part)
 
 
 def coyo_job(coyo, tokenizer_path, output) -> PrepareJob:
-    part = PartJob(source=find_pair_source((coyo,), PairRules()), recipe=Recipe(), tokenizer=tokenizer_path)
-    return PrepareJob(output=output, source_name="coyo", part=part)
+    part = ChunkJob(source=find_pair_source((coyo,), PairRules()), recipe=Recipe(), tokenizer=tokenizer_path)
+    return PrepareJob(output=output, dataset_name="coyo", chunk=part)
 
 
 def text_job(path, tokenizer_path, output, **options) -> PrepareJob:
-    part = PartJob(
+    part = ChunkJob(
         source=TextSource(find_record_files((path,))),
         recipe=Recipe(bos=False, eos=False),
         tokenizer=tokenizer_path,
         **options,
     )
-    return PrepareJob(output=output, source_name="text", part=part)
+    return PrepareJob(output=output, dataset_name="text", chunk=part)
 
 
 def tokens_of(sample) -> list:
@@ -143,10 +143,10 @@ def test_any_number_of_workers_and_of_parts_writes_the_same_bytes(mmc4, tokenize
     for workers in (2, 4):
         prepare(mmc4_job(mmc4, tokenizer_path, tmp_path / f"{workers}", **options), num_workers=workers)
     job = mmc4_job(mmc4, tokenizer_path, tmp_path / "parts", **options)
-    shares = [Share(index, 3) for index in (1, 2, 3)]
-    for share in shares:
-        prepare(dataclasses.replace(job, output=share.folder(job.output), share=share))
-    merge_datasets(job.output, [share.folder(job.output) for share in shares])
+    tasks = [ArrayTask(index, 3) for index in (1, 2, 3)]
+    for task in tasks:
+        prepare(dataclasses.replace(job, output=task.folder(job.output), array_task=task))
+    merge_datasets(job.output, [task.folder(job.output) for task in tasks])
     for name in ("2", "4", "parts"):
         assert content(tmp_path / name) == content(tmp_path / "straight")
 
@@ -182,7 +182,7 @@ def test_prepared_again_with_other_options_is_refused(mmc4, tokenizer_path, outp
     with pytest.raises(ConfigError, match="holds a dataset that differs in options: rules"):
         prepare(mmc4_job(mmc4, tokenizer_path, output, rules=InterleavedRules(max_images=2)))
     with pytest.raises(ConfigError, match="differs in dataset name: mmc4"):
-        prepare(dataclasses.replace(mmc4_job(mmc4, tokenizer_path, output), source_name="other"))
+        prepare(dataclasses.replace(mmc4_job(mmc4, tokenizer_path, output), dataset_name="other"))
     other = tmp_path / "other.model"
     other.write_bytes(tokenizer_path.read_bytes() + b"\x1a\x04\x18\x00\x20\x00")
     with pytest.raises(ConfigError, match="differs in tokenizer: tiny.model of sha256"):
@@ -219,13 +219,13 @@ def test_output_that_cannot_be_written_is_a_storage_error(mmc4, tokenizer_path, 
 
 
 def test_full_disk_is_a_storage_error_and_the_next_run_goes_on(mmc4, tokenizer_path, output, monkeypatch):
-    from megatron_vlm.data.prepare import part
+    from megatron_vlm.data.prepare import chunk
 
     def no_space(*_):
         raise OSError(28, "No space left on device", "00000.bin")
 
     with monkeypatch.context() as patched:
-        patched.setattr(part.ShardWriter, "add", no_space)
+        patched.setattr(chunk.ShardWriter, "add", no_space)
         with pytest.raises(StorageError, match="No space left on device .*00000.bin.*run the same command again"):
             prepare(mmc4_job(mmc4, tokenizer_path, output))
     assert prepare(mmc4_job(mmc4, tokenizer_path, output)).counts.samples == 6
@@ -258,7 +258,7 @@ def test_input_files_of_one_name_in_two_folders_are_told_apart(tmp_path, make_li
         make_lines(tmp_path / name / "a.jsonl", [{"text": name}])
     job = text_job(tmp_path / "one", tokenizer_path, output)
     files = (tmp_path / "one" / "a.jsonl", tmp_path / "two" / "a.jsonl")
-    job = dataclasses.replace(job, part=dataclasses.replace(job.part, source=TextSource(files)))
+    job = dataclasses.replace(job, chunk=dataclasses.replace(job.chunk, source=TextSource(files)))
     assert list(prepare(job).options["inputs"]) == ["one/a.jsonl", "two/a.jsonl"]
 
 
@@ -392,7 +392,7 @@ def test_every_file_of_a_part_is_on_the_disk_before_the_part_is_whole(coyo, toke
     rename = os.rename
 
     def check(source, target, **options):
-        if Path(target).parent.name == "parts":
+        if Path(target).parent.name == "chunks":
             whole.append({path.name: path.stat().st_ino in flushed for path in Path(source).iterdir()})
         rename(source, target, **options)
 
@@ -400,7 +400,7 @@ def test_every_file_of_a_part_is_on_the_disk_before_the_part_is_whole(coyo, toke
     monkeypatch.setattr(os, "rename", check)
     prepare(coyo_job(coyo, tokenizer_path, output))
     assert len(whole) == 2
-    assert {"part.json", "rejects.jsonl", "00000.bin"} <= set(whole[0])
+    assert {"chunk.json", "rejects.jsonl", "00000.bin"} <= set(whole[0])
     assert [name for files in whole for name, is_flushed in files.items() if not is_flushed] == []
 
 

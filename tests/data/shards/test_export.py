@@ -14,7 +14,7 @@ from megatron_vlm.config.prepare import ConversationRules, ImageRules, JoinRules
 from megatron_vlm.config.sources.interleaved import InterleavedRules
 from megatron_vlm.data.documents import Image, Text
 from megatron_vlm.data.files.inputs import find_record_files
-from megatron_vlm.data.prepare.part import ImagePlace, PartJob
+from megatron_vlm.data.prepare.chunk import ChunkJob, ImagePlace
 from megatron_vlm.data.prepare.run import PrepareJob, prepare
 from megatron_vlm.data.samples import EncodedSample, ImageSegment, TextSegment
 from megatron_vlm.data.shards import export
@@ -31,13 +31,13 @@ from tests.support.preparing import content
 @pytest.fixture
 def shards(mmc4, tokenizer_path, tmp_path) -> Path:
     """Six interleaved documents."""
-    part = PartJob(
+    part = ChunkJob(
         source=InterleavedSource(find_record_files((mmc4,)), InterleavedRules()),
         recipe=Recipe(join=JoinRules()),
         tokenizer=tokenizer_path,
         images=ImagePlace(folder=mmc4 / "images"),
     )
-    prepare(PrepareJob(output=tmp_path / "shards", source_name="mmc4", part=part))
+    prepare(PrepareJob(output=tmp_path / "shards", dataset_name="mmc4", chunk=part))
     return tmp_path / "shards"
 
 
@@ -70,8 +70,8 @@ def test_a_sample_is_a_json_file_and_its_images(job, mmc4):
 def prepare_again(tars: Path, tokenizer_path: Path, output: Path, rules=None, **recipe) -> ShardedDataset:
     """Prepare exported tars as `prepare interleaved --separator ""` does."""
     source = InterleavedTarSource(tuple(sorted(tars.glob("*.tar"))), rules or InterleavedRules(min_images=0))
-    part = PartJob(source=source, recipe=Recipe(join=JoinRules(separator=""), **recipe), tokenizer=tokenizer_path)
-    prepare(PrepareJob(output=output, source_name="mmc4", part=part))
+    part = ChunkJob(source=source, recipe=Recipe(join=JoinRules(separator=""), **recipe), tokenizer=tokenizer_path)
+    prepare(PrepareJob(output=output, dataset_name="mmc4", chunk=part))
     return ShardedDataset.open(output)
 
 
@@ -85,13 +85,13 @@ def test_blanks_at_the_edges_of_texts_come_back(mmc4, make_lines, tokenizer_path
     """Separators stay beside images, sentences begin and end with blanks and one is nothing else."""
     infos = [{"image_name": f"02{number}.jpg", "matched_text_index": number} for number in range(3)]
     record = {"text_list": [" the red cat ", " ", "\n a dog  ", " "], "image_info": infos}
-    part = PartJob(
+    part = ChunkJob(
         source=InterleavedSource((make_lines(tmp_path / "docs.jsonl", [record]),), InterleavedRules()),
         recipe=Recipe(join=JoinRules(keep_blanks=True), eos=False),
         tokenizer=tokenizer_path,
         images=ImagePlace(folder=mmc4 / "images"),
     )
-    prepare(PrepareJob(output=tmp_path / "shards", source_name="mmc4", part=part))
+    prepare(PrepareJob(output=tmp_path / "shards", dataset_name="mmc4", chunk=part))
     export_webdataset(ExportJob(folder=tmp_path / "shards", output=tmp_path / "tars", tokenizer=tokenizer_path))
     again = prepare_again(tmp_path / "tars", tokenizer_path, tmp_path / "again", eos=False)
     assert list(map(repr, again)) == list(map(repr, ShardedDataset.open(tmp_path / "shards")))
@@ -114,8 +114,8 @@ def test_conversations_come_back_with_the_same_texts_images_and_masks(
     template, make_lines, make_image, tokenizer, tokenizer_path, tmp_path
 ):
     source = make_conversations(template, tmp_path / "raw", make_lines, make_image)
-    part = PartJob(source=source, recipe=Recipe(bos=False, eos=False), tokenizer=tokenizer_path)
-    prepare(PrepareJob(output=tmp_path / "shards", source_name="llava", part=part))
+    part = ChunkJob(source=source, recipe=Recipe(bos=False, eos=False), tokenizer=tokenizer_path)
+    prepare(PrepareJob(output=tmp_path / "shards", dataset_name="llava", chunk=part))
     before = ShardedDataset.open(tmp_path / "shards")
     assert len(before) == 2
     export_webdataset(ExportJob(folder=tmp_path / "shards", output=tmp_path / "tars", tokenizer=tokenizer_path))
@@ -141,8 +141,8 @@ def test_texts_of_a_conversation_together_are_what_was_encoded(
     if template == "plain":
         record["conversations"][0]["value"] = ""
     source = ConversationSource((make_lines(tmp_path / "c.jsonl", [record]),), ConversationRules(template=template))
-    part = PartJob(source=source, recipe=Recipe(bos=False, eos=False), tokenizer=tokenizer_path)
-    prepare(PrepareJob(output=tmp_path / "shards", source_name="llava", part=part))
+    part = ChunkJob(source=source, recipe=Recipe(bos=False, eos=False), tokenizer=tokenizer_path)
+    prepare(PrepareJob(output=tmp_path / "shards", dataset_name="llava", chunk=part))
     (found,) = source.read(tmp_path / "c.jsonl", ImageReader(None, ImageRules()))
     wanted = [segment for segment in found.document.segments if isinstance(segment, Text)]
     described, _ = describe_sample(ShardedDataset.open(tmp_path / "shards")[0], tokenizer)

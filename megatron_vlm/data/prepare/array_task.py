@@ -1,4 +1,4 @@
-"""Divide the preparation of one dataset among the jobs of an array: `--part 2/3`."""
+"""Divide the preparation of one dataset among the tasks of a job array: `--part 2/3`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,20 +7,20 @@ from typing import Any
 
 from megatron_vlm.config import UsageError
 
-SHARE_OPTION = "part"
-"""Among the options of a manifest: which share the dataset is; absent where it is whole."""
+PART_OPTION = "part"
+"""Among the options of a manifest: which task of an array made the dataset; absent if the dataset is whole."""
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
-    """One of several shares of the input files; each is a dataset of its own until `data merge` joins them.
+class ArrayTask:
+    """One task of a job array; it prepares its own input files into a dataset of its own, for `data merge`.
 
     Args:
-        index: which one, from 1.
-        count: how many there are.
+        index: which task, from 1.
+        count: number of tasks.
 
     Raises:
-        UsageError: there is no such share.
+        UsageError: there is no such task.
     """
 
     index: int
@@ -28,17 +28,17 @@ class Share:
 
     def __post_init__(self) -> None:
         if not 1 <= self.index <= self.count:
-            raise UsageError(f"--part {self} is none of 1/{self.count} to {self.count}/{self.count}", fix=_EXAMPLE)
+            raise UsageError(f"--part {self} is not one of 1/{self.count} to {self.count}/{self.count}", fix=_EXAMPLE)
 
     def __str__(self) -> str:
         return f"{self.index}/{self.count}"
 
     @classmethod
-    def parse(cls, text: str) -> "Share":
+    def parse(cls, text: str) -> "ArrayTask":
         """Read `I/N`.
 
         Raises:
-            UsageError: the text is something else.
+            UsageError: the text has another form.
         """
         index, _, count = text.partition("/")
         if not (index.isascii() and index.isdigit() and count.isascii() and count.isdigit() and int(count)):
@@ -46,14 +46,14 @@ class Share:
         return cls(int(index), int(count))
 
     def folder(self, output: Path) -> Path:
-        """Return where this share of the dataset `output` is written: beside it."""
+        """Return the folder beside the dataset `output` into which this task writes."""
         return output.with_name(f"{output.name}.part-{self.index}-of-{self.count}")
 
     def choose(self, items: Sequence[Any]) -> Sequence[Any]:
-        """Return the items of this share: consecutive ones, so that the shares in order are all items in order.
+        """Return the items of this task: consecutive ones, so that the tasks in order cover all items in order.
 
         Raises:
-            UsageError: there are fewer items than shares.
+            UsageError: there are fewer items than tasks.
         """
         if len(items) < self.count:
             raise UsageError(

@@ -1,7 +1,7 @@
-"""Prepare one input file: its documents become one shard or more, and a list of rejects.
+"""Prepare one input file: its documents become a chunk of the dataset, one or more shards and a list of rejects.
 
-Everything that `prepare` writes goes through `prepare_part`, whoever calls it: this process, a pool, a job array. A
-part depends on its input file and the options alone, is written beside its place and renamed into it when it is whole.
+Everything that `prepare` writes goes through `prepare_chunk`, in this process, in a pool or in a job array. A chunk
+depends only on its input file and the options. It is written beside its place and renamed when it is complete.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ from megatron_vlm.data.text.encoding import encode_document
 from megatron_vlm.data.text.tokenizer import Tokenizer, load_tokenizer
 from megatron_vlm.platform.files.durable import flush_to_disk, storage_errors, write_durably
 
-PART_FILE = "part.json"
+CHUNK_FILE = "chunk.json"
 _REPORT_EVERY = 100
 
 
@@ -41,9 +41,9 @@ class ImagePlace:
 
     folder: Location | None = None
     tars: tuple[Location, ...] = ()
-    """Tars instead of a folder."""
+    """Tars to use instead of a folder."""
     index: Path | None = None
-    """Where `prepare` put the index of the tars."""
+    """Folder in which `prepare` keeps the index of the tars."""
 
     def open(self, max_bytes: int) -> ImageStore | None:
         """Open the place in this process."""
@@ -55,7 +55,7 @@ class ImagePlace:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PartJob:
+class ChunkJob:
     """What the preparation of every input file has in common; small, since it travels with each task."""
 
     source: Source
@@ -68,7 +68,7 @@ class PartJob:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PartFacts:
+class ChunkFacts:
     """What became of one input file."""
 
     input: str
@@ -78,31 +78,31 @@ class PartFacts:
     shards: tuple[ShardFacts, ...]
 
 
-def prepare_part(job: PartJob, path: Location, name: str, folder: Path, report: Report) -> PartFacts:
-    """Prepare one input file into `folder`, or read what is there if that was done before.
+def prepare_chunk(job: ChunkJob, path: Location, name: str, folder: Path, report: Report) -> ChunkFacts:
+    """Prepare one input file into `folder`; if the folder exists already, read its facts.
 
     Args:
         job: the options.
         path: the input file.
-        name: what it is called in the manifest and among the rejects.
-        folder: the part's own folder; it exists only when it is whole.
+        name: its name in the manifest and in the list of rejects.
+        folder: folder of the chunk; it exists only when the chunk is complete.
         report: is told about progress.
 
     Raises:
         StorageError: a file cannot be read or written.
     """
     if folder.exists():
-        return load_part(folder)
+        return load_chunk(folder)
     with built_beside(folder, f"preparation of {name}") as unfinished:
-        return _write_part(job, path, name, unfinished, report)
+        return _write_chunk(job, path, name, unfinished, report)
 
 
 @contextmanager
 def built_beside(folder: Path, what: str) -> Iterator[Path]:
-    """Give a folder that becomes `folder` when all is written; several processes, also of several nodes, may try.
+    """Give a folder that is renamed to `folder` when the block ends; processes on several nodes may do so at once.
 
     Raises:
-        StorageError: a file cannot be read or written; `what` names the work.
+        StorageError: a file cannot be read or written; the message begins with `what`.
     """
     unfinished = folder.with_name(f"{folder.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     with storage_errors(f"{what} stopped", folder, kept="finished input files are kept"):
@@ -114,26 +114,26 @@ def built_beside(folder: Path, what: str) -> Iterator[Path]:
         except OSError as error:
             if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
                 raise
-            shutil.rmtree(unfinished)  # whoever was faster wrote the same bytes
+            shutil.rmtree(unfinished)  # another process was faster and wrote the same bytes
 
 
 def discard(unfinished: Path) -> None:
     """Remove what an interrupted `built_beside` left, even if a process on another node still writes to it."""
-    # Under another name it cannot become whole any more, whatever is removed when.
+    # Under another name it cannot be renamed into place any more, in whatever order its files are removed.
     gone = unfinished.with_name(unfinished.name + ".gone")
     shutil.rmtree(gone, ignore_errors=True)
     unfinished.rename(gone)
     shutil.rmtree(gone, ignore_errors=True)
 
 
-def load_part(folder: Path) -> PartFacts:
-    """Read what a finished part says about itself."""
-    tree = json.loads((folder / PART_FILE).read_bytes())
+def load_chunk(folder: Path) -> ChunkFacts:
+    """Read the facts of a finished chunk."""
+    tree = json.loads((folder / CHUNK_FILE).read_bytes())
     shards = tuple(ShardFacts.from_tree(shard) for shard in tree.pop("shards"))
-    return PartFacts(**tree, shards=shards)
+    return ChunkFacts(**tree, shards=shards)
 
 
-def _write_part(job: PartJob, path: Location, name: str, folder: Path, report: Report) -> PartFacts:
+def _write_chunk(job: ChunkJob, path: Location, name: str, folder: Path, report: Report) -> ChunkFacts:
     images = ImageReader(job.images.open(job.image_rules.max_bytes), job.image_rules)
     tokenizer = _tokenizer(job.tokenizer)
     shards = _ShardSeries(folder, name, job.max_shard_bytes)
@@ -153,19 +153,19 @@ def _write_part(job: PartJob, path: Location, name: str, folder: Path, report: R
                 reported_rejects = sum(rejects.values())
         flush_to_disk(log)
     report(documents % _REPORT_EVERY, sum(rejects.values()) - reported_rejects)
-    facts = PartFacts(
+    facts = ChunkFacts(
         input=name,
         documents=documents,
         rejects=dict(sorted(rejects.items())),
         notes={note: count for note, count in sorted(images.notes.items()) if count},
         shards=tuple(shards.close()),
     )
-    write_durably(folder / PART_FILE, json.dumps(dataclasses.asdict(facts)).encode())
+    write_durably(folder / CHUNK_FILE, json.dumps(dataclasses.asdict(facts)).encode())
     return facts
 
 
 def _samples(found: Found, recipe: Recipe, tokenizer: Tokenizer) -> list[EncodedSample] | RejectError:
-    """Return the samples of a document: all of them, or why there are none."""
+    """Return all samples of a document, or the reason why there are none."""
     if isinstance(found.document, RejectError):
         return found.document
     try:

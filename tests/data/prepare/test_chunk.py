@@ -3,7 +3,7 @@ import os
 import pytest
 
 from megatron_vlm.config import StorageError
-from megatron_vlm.data.prepare.part import built_beside, discard
+from megatron_vlm.data.prepare.chunk import built_beside, discard
 
 
 def test_a_folder_is_there_only_when_it_is_whole(tmp_path):
