@@ -1,8 +1,8 @@
-"""Read prepared shards, format version 1: any sample at any time, every read checked against its checksum.
+"""Read prepared shards, format version 1, with random access; every read is compared with its checksum.
 
 A shard is a plain megatron-core `IndexedDataset` (dtype uint8, multimodal) plus a checksum of each sequence and the
-size of each image; docs/shard_format.md describes it to the byte. It is read here with numpy alone, because
-megatron-core never compares an index with its data.
+size of each image; docs/shard_format.md describes every byte. Plain numpy reads it, because megatron-core never
+compares an index with its data.
 """
 
 import hashlib
@@ -38,15 +38,15 @@ from megatron_vlm.data.shards.manifest import (
 
 _NAMES = {"idx": "shard index", "dim": "file of image sizes"}
 _SIZE_BYTES = 2 * SIZE_DTYPE.itemsize
-_IMAGE_BLOCK = 4096  # sequences between two places at which the images before are known
+_IMAGE_BLOCK = 4096  # sequences between two places for which the number of earlier images is known
 _MAX_OPEN_SHARDS = 64  # four file descriptors each; the usual limit of a process is 1024
 
 
 class _OpenShard:
-    """File descriptors of one shard in this process.
+    """The open files of one shard in this process.
 
-    All files are read by pread, not mapped: a file truncated under a mapping kills the process without a
-    message, and mapped pages of the index would add up in the memory of every reader.
+    All files are read with pread, not mapped: truncating a mapped file kills the process without a message, and mapped
+    pages of the index would accumulate in the memory of every reader.
     """
 
     def __init__(self, folder: Path, facts: ShardFacts, images_before: np.ndarray) -> None:
@@ -55,7 +55,7 @@ class _OpenShard:
         index = self.map_index()
         if (len(index.lengths), len(index.borders) - 1) != (facts.counts.sequences, self.samples):
             raise DataError(
-                f"shard index holds {len(index.borders) - 1} samples, the manifest says {self.samples}",
+                f"shard index holds {len(index.borders) - 1} samples, but the manifest says {self.samples}",
                 where=f"{self.prefix}.idx",
                 fix=PREPARE_AGAIN,
             )
@@ -69,7 +69,7 @@ class _OpenShard:
             os.close(descriptor)
 
     def map_index(self) -> ShardIndex:
-        """Return the whole index, for what looks at many samples."""
+        """Return the whole index, for code that looks at many samples."""
         return ShardIndex.open(Path(f"{self.prefix}.idx"))
 
     def read(self, sample: int) -> EncodedSample:
@@ -84,22 +84,22 @@ class _OpenShard:
         segments: list[TextSegment | ImageSegment] = []
         start = 0
         for length, mode, crc in zip(lengths, modes, crcs, strict=True):
-            piece = content[start : start + length]
+            sequence = content[start : start + length]
             start += length
-            if zlib.crc32(piece) != crc:
+            if zlib.crc32(sequence) != crc:
                 raise DataError(
                     f"shard is damaged: the checksum of sequence {first + len(segments)} differs",
                     where=f"{self.prefix}.bin sample {sample}",
                     fix=PREPARE_AGAIN,
                 )
             if mode == MODE_IMAGE:
-                segments.append(ImageSegment(piece, next(sizes)))
+                segments.append(ImageSegment(sequence, next(sizes)))
             else:
-                segments.append(TextSegment(np.frombuffer(piece, dtype=TOKEN_DTYPE), mode == MODE_TRAINED))
+                segments.append(TextSegment(np.frombuffer(sequence, dtype=TOKEN_DTYPE), mode == MODE_TRAINED))
         return EncodedSample(tuple(segments))
 
     def _read_images(self, first: int, count: int, sample: int) -> tuple[bytes, Iterator[tuple[int, int]]]:
-        """Return the modes of some sequences, and the sizes of the images among them."""
+        """Return the modes of consecutive sequences and the sizes of the images among them."""
         block = first // _IMAGE_BLOCK
         start = block * _IMAGE_BLOCK
         modes = self._pread("idx", first - start + count, self._offsets.modes + start, sample)
@@ -119,7 +119,7 @@ class _OpenShard:
             raise StorageError(f"shard cannot be read: {error}", where=where) from None
         if len(content) != size:
             raise DataError(
-                f"shard is damaged: {size} bytes are expected at byte {offset}, {len(content)} are there",
+                f"shard is damaged: expected {size} bytes at byte {offset}, found {len(content)}",
                 where=f"{self.prefix}.{suffix} sample {sample}",
                 fix=PREPARE_AGAIN,
             )
@@ -127,9 +127,9 @@ class _OpenShard:
 
 
 class ShardedDataset(Sequence[EncodedSample]):
-    """A prepared dataset: random access to its samples, every read checked against its checksum.
+    """A prepared dataset: random access to its samples, with every read compared with its checksum.
 
-    Files are opened at the first access in each process, so that an object may be pickled or forked at any time.
+    Each process opens files on first access, so the object may be pickled or forked at any time.
     """
 
     def __init__(self, folder: Path, manifest: Manifest, fingerprint: str) -> None:
@@ -144,7 +144,7 @@ class ShardedDataset(Sequence[EncodedSample]):
         """Open the folder that `prepare` wrote.
 
         Raises:
-            DataError: a file is missing, or has another size than the manifest says (truncated, stale, swapped).
+            DataError: a file is missing, or its size is not the one in the manifest (truncated, stale or swapped).
         """
         folder = Path(path)
         manifest = load_manifest(folder)
@@ -173,23 +173,23 @@ class ShardedDataset(Sequence[EncodedSample]):
 
     @property
     def num_images(self) -> np.ndarray:
-        """Images of each sample, int32[samples], from the index files alone."""
+        """Number of images of each sample, int32[samples]; only index files are read."""
         return self._lengths[0]
 
     @property
     def text_lengths(self) -> np.ndarray:
-        """Text tokens of each sample, int32[samples], from the index files alone."""
+        """Number of text tokens of each sample, int32[samples]; only index files are read."""
         return self._lengths[1]
 
     def outlines(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return the segments of some samples, from the index files alone.
+        """Return the segments of some samples; only index files are read.
 
         Args:
             samples: int[n]; ascending.
 
         Returns:
-            Borders int64[n + 1] of each sample's segments in the two others; whether each segment is an image, bool[m];
-            and its tokens, int32[m], 0 for images.
+            The borders of each sample's segments in the other two arrays, int64[n + 1]; whether each segment is an
+            image, bool[m]; its text tokens, int32[m], 0 for images.
 
         Raises:
             DataError: an index is damaged.
@@ -206,13 +206,13 @@ class ShardedDataset(Sequence[EncodedSample]):
         return np.cumsum(np.concatenate(sizes)), np.concatenate(images), np.concatenate(tokens)
 
     def image_sizes(self, samples: np.ndarray | None = None) -> np.ndarray:
-        """Return width and height of the images of some samples in reading order, uint16[images, 2] [pixels].
+        """Return the width and height of the images of some samples in reading order, uint16[images, 2] [pixels].
 
         Args:
             samples: int[n]; ascending. None: all samples.
 
         Raises:
-            DataError: an index or a file of sizes is damaged.
+            DataError: an index or a file of image sizes is damaged.
         """
         found = [np.zeros((0, 2), dtype=SIZE_DTYPE)]
         if samples is None:
@@ -225,10 +225,10 @@ class ShardedDataset(Sequence[EncodedSample]):
         return np.concatenate(found)
 
     def check_tokenizer(self, tokenizer: TokenizerFacts) -> None:
-        """Refuse token ids of another tokenizer.
+        """Check that the token ids are those of a tokenizer.
 
         Raises:
-            DataError: the dataset was prepared with a tokenizer of another sha256.
+            DataError: the dataset was prepared with another tokenizer, by sha256.
         """
         own = self.manifest.tokenizer
         if own.sha256 != tokenizer.sha256:
@@ -236,7 +236,7 @@ class ShardedDataset(Sequence[EncodedSample]):
                 f"shards were prepared with tokenizer {own.name} (sha256 {own.sha256[:12]}, {own.vocab_size} pieces), "
                 f"not with {tokenizer.name} (sha256 {tokenizer.sha256[:12]}, {tokenizer.vocab_size} pieces)",
                 where=str(self.folder),
-                fix="set the tokenizer of the shards, or prepare them again",
+                fix="use the tokenizer of the shards, or prepare them again",
             )
 
     @cached_property
@@ -252,7 +252,7 @@ class ShardedDataset(Sequence[EncodedSample]):
         return np.concatenate([empty, *images]), np.concatenate([empty, *tokens])
 
     def _sizes(self, number: int) -> np.ndarray:
-        """Map the sizes of the images of a shard, uint16[images, 2]."""
+        """Map the image sizes of a shard, uint16[images, 2]."""
         facts = self.manifest.shards[number]
         self._check_file(number, "dim")
         path = self.folder / f"{facts.name}.dim"
@@ -288,7 +288,7 @@ class ShardedDataset(Sequence[EncodedSample]):
         self._check_file(number, "dim")
         facts = self.manifest.shards[number]
         if number not in self._images_before:
-            # Kept when the shard is closed, since it takes a pass over the index.
+            # Kept after the shard is closed, because counting takes a pass over the index.
             modes = ShardIndex.open(self.folder / f"{facts.name}.idx").modes
             counts = np.add.reduceat(modes == MODE_IMAGE, np.arange(0, len(modes), _IMAGE_BLOCK), dtype=np.int64)
             self._images_before[number] = np.cumsum(counts) - counts
@@ -308,7 +308,7 @@ def _check_size(path: Path, expected: int) -> None:
     except FileNotFoundError:
         raise DataError("shard file is missing", where=str(path), fix=PREPARE_AGAIN) from None
     if found != expected:
-        kind = "truncated" if found < expected else "not the one it was prepared with"
+        kind = "truncated" if found < expected else "not the one that was prepared"
         raise DataError(
-            f"shard file is {kind}: {found} bytes, the manifest says {expected}", where=str(path), fix=PREPARE_AGAIN
+            f"shard file is {kind}: {found} bytes, but the manifest says {expected}", where=str(path), fix=PREPARE_AGAIN
         )

@@ -1,7 +1,7 @@
-"""Prepared shards as WebDataset tars, for other programs and for `prepare interleaved`.
+"""Export prepared shards as WebDataset tars, for other programs and for `prepare interleaved`.
 
-Each sample is `KEY.json`, with `texts`, `images` and `train`, and its images `KEY.0.jpg`, `KEY.1.png` and so on. The
-tars are the same bytes whenever and by however many processes they are written, and each is whole or not there.
+Each sample consists of `KEY.json`, with `texts`, `images` and `train`, and its images `KEY.0.jpg`, `KEY.1.png` and so
+on. The bytes of a tar do not depend on the time or the number of processes, and a tar is either complete or absent.
 """
 
 import functools
@@ -23,38 +23,38 @@ from megatron_vlm.data.text.tokenizer import Tokenizer, load_tokenizer
 from megatron_vlm.platform.files.durable import flush_to_disk, open_durably, storage_errors
 from megatron_vlm.platform.files.locks import locked
 
-_STATE_FILE = ".export"  # locked while tars are written; no suffix: nothing that looks for tars or JSON finds it
+_STATE_FILE = ".export"  # locked while tars are written; without a suffix, searches for tars and JSON do not find it
 _REPORT_EVERY = 100
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportJob:
-    """What is exported; small, since it travels with each task."""
+    """What to export; small, because it is sent with every task."""
 
     folder: Path
     """The dataset."""
     output: Path
-    """Folder of the tars."""
+    """The folder of the tars."""
     tokenizer: Path
-    """That of the shards."""
+    """The tokenizer of the shards."""
     samples_per_shard: int = 10_000
-    """Samples of a tar, except for the last."""
+    """Samples of every tar but the last."""
 
 
 def export_webdataset(job: ExportJob, *, num_workers: int = 1) -> int:
-    """Write a dataset as WebDataset tars `00000.tar` and so on; goes on where an earlier call was interrupted.
+    """Write a dataset as WebDataset tars `00000.tar` and so on, and resume an interrupted export.
 
     Args:
         job: what to export.
         num_workers: processes; the result does not depend on it.
 
     Returns:
-        How many tars there are.
+        The number of tars.
 
     Raises:
         ConfigError: the output folder holds something else, or another process is exporting into it.
-        UsageError: a tar would have no sample.
-        DataError: the dataset is damaged, or of another tokenizer.
+        UsageError: samples_per_shard is below 1.
+        DataError: the dataset is damaged or was made with another tokenizer.
         StorageError: a tar cannot be written.
     """
     if job.samples_per_shard < 1:
@@ -76,14 +76,14 @@ def export_webdataset(job: ExportJob, *, num_workers: int = 1) -> int:
 
 
 def write_tar(job: ExportJob, fingerprint: str, number: int, path: Path, report: Report) -> None:
-    """Write one tar, unless it is there.
+    """Write one tar, unless it already exists.
 
     Args:
         job: the options.
-        fingerprint: of the dataset.
-        number: of the tar.
-        path: of the tar.
-        report: is told about progress.
+        fingerprint: fingerprint of the dataset.
+        number: number of the tar.
+        path: path of the tar.
+        report: is called with the progress.
 
     Raises:
         StorageError: it cannot be written.
@@ -112,11 +112,11 @@ def describe_sample(sample: EncodedSample, tokenizer: Tokenizer) -> tuple[dict[s
     - Tokens that are not how the tokenizer encodes their text, half of a character for example.
 
     Args:
-        sample: of the shards.
+        sample: a sample of the shards.
         tokenizer: the tokenizer of the shards.
 
     Raises:
-        DataError: an image is of no known format.
+        DataError: an image has an unknown format.
     """
     record: dict[str, list] = {"texts": [], "images": [], "train": []}
     files: dict[str, bytes] = {}
@@ -150,7 +150,7 @@ def _extension(image: bytes) -> str:
 def _write_samples(
     stream: BinaryIO, dataset: ShardedDataset, tokenizer: Tokenizer, samples: range, report: Report
 ) -> None:
-    # Without names, times and owners of this machine: USTAR entries hold nothing else.
+    # The entries hold no names, times or owners of this machine, and USTAR has no other fields.
     with tarfile.open(fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT) as archive:
         for done, sample in enumerate(samples, start=1):
             record, files = describe_sample(dataset[sample], tokenizer)
@@ -166,10 +166,10 @@ def _write_samples(
 
 @contextmanager
 def _claimed(output: Path, state: dict[str, Any]) -> Iterator[None]:
-    """Hold the output folder against other processes, and against other exports; make it where there is none.
+    """Lock the output folder against other processes and other exports, creating it if needed.
 
     Raises:
-        ConfigError: it is in use, or holds something else.
+        ConfigError: it is in use or holds something else.
         StorageError: it cannot be written.
     """
     path, content = output / _STATE_FILE, json.dumps(state).encode()
@@ -190,10 +190,10 @@ def _claimed(output: Path, state: dict[str, Any]) -> Iterator[None]:
 
 
 def _write_state(lock: BinaryIO, content: bytes, output: Path) -> None:
-    """Write what is exported, unless it is there; what a kill has left of it says nothing as long as there is no tar.
+    """Record what is exported, unless it is recorded; an incomplete record means nothing while there is no tar.
 
     Raises:
-        ConfigError: the folder is of another export.
+        ConfigError: the folder belongs to another export.
     """
     lock.seek(0)
     found = lock.read()
@@ -205,7 +205,7 @@ def _write_state(lock: BinaryIO, content: bytes, output: Path) -> None:
             where=str(output),
             fix="give another --output, or delete the folder",
         )
-    # In place: a renamed file would be another one than the one that is locked.
+    # In place, because renaming would replace the locked file.
     lock.truncate(0)
     lock.write(content)
     flush_to_disk(lock)
@@ -213,8 +213,8 @@ def _write_state(lock: BinaryIO, content: bytes, output: Path) -> None:
 
 @functools.lru_cache(maxsize=1)
 def _open(folder: Path, tokenizer: Path, fingerprint: str) -> tuple[ShardedDataset, Tokenizer]:
-    """Open what the tars of one export have in common, once in a process."""
+    """Open the dataset and the tokenizer of an export, once per process."""
     dataset = ShardedDataset.open(folder)
     if dataset.fingerprint != fingerprint:
-        raise DataError("dataset has changed meanwhile", where=str(folder), fix="export it again into another folder")
+        raise DataError("dataset has changed since then", where=str(folder), fix="export it again into another folder")
     return dataset, load_tokenizer(tokenizer)

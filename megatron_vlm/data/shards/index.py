@@ -1,6 +1,6 @@
-"""The index of a shard: where every sequence and every sample begins, as docs/shard_format.md describes it to the byte.
+"""The index of a shard: where each sequence and each sample begins; docs/shard_format.md describes every byte.
 
-Written and read with numpy alone: it must open in milliseconds.
+Plain numpy writes and reads it, because it must open in milliseconds.
 """
 
 import struct
@@ -16,7 +16,7 @@ from megatron_vlm.config import DataError
 MODE_TRAINED, MODE_IMAGE, MODE_CONTEXT = 0, 1, 2
 TOKEN_DTYPE = np.dtype("<i4")
 SIZE_DTYPE = np.dtype("<u2")
-PREPARE_AGAIN = "prepare the dataset again, or copy it again from where it is whole"
+PREPARE_AGAIN = "prepare the dataset again, or copy it again from an intact copy"
 
 _HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document borders
 _MAGIC, _IDX_VERSION, _UINT8_CODE = b"MMIDIDX\x00\x00", 1, 1
@@ -40,7 +40,7 @@ def pack_index(lengths: Sequence[int], modes: Sequence[int], borders: Sequence[i
 
 @dataclass(frozen=True, slots=True)
 class ShardIndex:
-    """The memory-mapped index of one shard; no array is copied."""
+    """The index of one shard, memory-mapped without copying an array."""
 
     lengths: np.ndarray
     """int32[sequences], bytes."""
@@ -56,7 +56,7 @@ class ShardIndex:
         """Map an index file.
 
         Raises:
-            DataError: the file is not an index, or shorter or longer than its header says.
+            DataError: the file is not an index, or its length is not the one its header says.
         """
         try:
             buffer = np.memmap(path, mode="r", dtype=np.uint8)
@@ -64,32 +64,34 @@ class ShardIndex:
         except (OSError, ValueError, struct.error) as error:
             raise DataError(f"shard index cannot be read: {error}", where=str(path), fix=PREPARE_AGAIN) from None
         if (magic, version, code) != (_MAGIC, _IDX_VERSION, _UINT8_CODE):
-            raise DataError("file is not a shard index of bytes", where=str(path), fix=PREPARE_AGAIN)
+            raise DataError("file is not the index of a shard", where=str(path), fix=PREPARE_AGAIN)
         expected = _HEADER.size + sequences * (4 + 8 + 1) + borders * 8
         if len(buffer) != expected:
             raise DataError(
-                f"shard index has {len(buffer)} bytes, its header says {expected}", where=str(path), fix=PREPARE_AGAIN
+                f"shard index has {len(buffer)} bytes, not {expected} as its header says",
+                where=str(path),
+                fix=PREPARE_AGAIN,
             )
         kinds = (("<i4", sequences), ("<i8", sequences), ("<i8", borders), ("<i1", sequences))
         offsets = IndexOffsets.of(sequences, borders)
         return cls(*(np.frombuffer(buffer, *kind, offset) for kind, offset in zip(kinds, offsets, strict=True)))
 
     def num_images(self) -> np.ndarray:
-        """Return the images of each sample, int32[samples]."""
+        """Return the number of images of each sample, int32[samples]."""
         return _sum_between(self.modes == MODE_IMAGE, self.borders)
 
     def image_borders(self) -> np.ndarray:
-        """Return the first image of each sample among those of the shard, and their number, int64[samples + 1]."""
+        """Return where the images of each sample begin among those of the shard, int64[samples + 1]."""
         return np.concatenate([[0], np.cumsum(self.num_images(), dtype=np.int64)])
 
     def text_lengths(self) -> np.ndarray:
-        """Return the text tokens of each sample, int32[samples]."""
+        """Return the number of text tokens of each sample, int32[samples]."""
         tokens = np.where(self.modes == MODE_IMAGE, 0, self.lengths // TOKEN_DTYPE.itemsize)
         return _sum_between(tokens, self.borders)
 
 
 class IndexOffsets(NamedTuple):
-    """Where the arrays of an index begin [bytes]."""
+    """Where the arrays of an index file begin [bytes]."""
 
     lengths: int
     pointers: int
@@ -98,7 +100,7 @@ class IndexOffsets(NamedTuple):
 
     @classmethod
     def of(cls, sequences: int, borders: int) -> "IndexOffsets":
-        """Return those of an index of so many sequences and borders of samples."""
+        """Return the offsets for an index of this many sequences and sample borders."""
         pointers = _HEADER.size + 4 * sequences
         return cls(_HEADER.size, pointers, pointers + 8 * sequences, pointers + 8 * sequences + 8 * borders)
 

@@ -1,4 +1,4 @@
-"""The manifest of a prepared dataset: what the shards hold, and the checksums that make them valid."""
+"""The manifest of a prepared dataset: what its shards hold, with sizes and checksums."""
 
 import dataclasses
 import json
@@ -16,13 +16,13 @@ FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 REJECTS_FILE = "rejects.jsonl"
 SUFFIXES = ("bin", "idx", "crc", "dim")
-"""Files of a shard."""
+"""The files of a shard."""
 DUPLICATES_NOTE = "duplicate_samples"
-"""Among the notes: samples that `data dedupe` has dropped."""
+"""The note that counts the samples dropped by `data dedupe`."""
 WORK_FOLDER = ".prepare"
 """Where `prepare` keeps its unfinished parts, inside the output folder."""
 
-_CHUNK_BYTES = 1 << 18  # larger pieces are no faster and would show in the memory of every reader
+_CHUNK_BYTES = 1 << 18  # larger chunks are no faster and would show up in the memory of every reader
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +35,7 @@ class FileFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Counts:
-    """What a shard, or a whole dataset, holds."""
+    """What a shard or a whole dataset holds."""
 
     samples: int = 0
     sequences: int = 0
@@ -43,9 +43,9 @@ class Counts:
     images: int = 0
     image_bytes: int = 0
     text_tokens: int = 0
-    """Tokens of all text, BOS and EOS included, images not."""
+    """Tokens of all text, including BOS and EOS but not images."""
     trained_tokens: int = 0
-    """Tokens of text sequences that are trained."""
+    """Tokens of text sequences with a loss."""
 
     def __add__(self, other: "Counts") -> "Counts":
         names = (entry.name for entry in dataclasses.fields(self))
@@ -58,17 +58,17 @@ class ShardFacts:
 
     name: str
     input: str
-    """Input file that the samples come from."""
+    """The input file that the samples come from."""
     counts: Counts
     files: dict[str, FileFacts]
-    """By suffix, those of `SUFFIXES`."""
+    """By suffix; one for each of `SUFFIXES`."""
 
     @classmethod
     def from_tree(cls, tree: dict[str, Any]) -> "ShardFacts":
         """Read what `dataclasses.asdict` wrote as JSON.
 
         Raises:
-            KeyError, TypeError: a field is missing, or there is another one.
+            KeyError, TypeError: a field is missing or unknown.
         """
         return cls(
             name=tree["name"],
@@ -87,18 +87,18 @@ class Manifest:
     tokenizer: TokenizerFacts
     shards: tuple[ShardFacts, ...]
     documents: int
-    """Documents read: those that became samples plus those rejected."""
+    """Documents read: those that became samples and those rejected."""
     rejects: dict[str, int] = field(default_factory=dict)
     """Rejected documents by reason."""
     notes: dict[str, int] = field(default_factory=dict)
-    """Other things counted on the way, e.g. animated images of which the first frame is used."""
+    """Other counts, e.g. of animated images, of which only the first frame is used."""
     options: dict[str, Any] = field(default_factory=dict)
     """Options of `prepare`."""
     rejects_file: FileFacts | None = None
 
     @property
     def counts(self) -> Counts:
-        """Sum over the shards."""
+        """The sum over the shards."""
         total = Counts()
         for shard in self.shards:
             total = total + shard.counts
@@ -106,12 +106,12 @@ class Manifest:
 
     @property
     def rejected(self) -> int:
-        """Documents that became no sample."""
+        """Documents that did not become a sample."""
         return sum(self.rejects.values())
 
 
 def crc32_of_file(path: Path) -> int:
-    """Return the crc32 of a file, read in pieces."""
+    """Return the CRC-32 of a file."""
     value = 0
     with path.open("rb", buffering=0) as stream:
         while chunk := stream.read(_CHUNK_BYTES):
@@ -120,29 +120,29 @@ def crc32_of_file(path: Path) -> int:
 
 
 def without_content(manifest: Manifest) -> Manifest:
-    """Return what is known before any data is read: from what a dataset is made, and how."""
+    """Return the part of a manifest known before any data is read: what the dataset is made from, and how."""
     return dataclasses.replace(manifest, shards=(), documents=0, rejects={}, notes={}, rejects_file=None)
 
 
 def facts_of_file(path: Path) -> FileFacts:
-    """Return size and checksum of a file."""
+    """Return the size and checksum of a file."""
     return FileFacts(bytes=path.stat().st_size, crc32=crc32_of_file(path))
 
 
 def fault_of_file(path: Path, facts: FileFacts) -> str | None:
-    """Return in which way a file is not what the manifest says; None: in none."""
+    """Describe how a file differs from the manifest; None if it does not."""
     try:
         if not path.is_file():
             return "file is missing"
         if (found := path.stat().st_size) != facts.bytes:
-            return f"{found} bytes, the manifest says {facts.bytes}"
+            return f"{found} bytes, but the manifest says {facts.bytes}"
         return None if crc32_of_file(path) == facts.crc32 else "checksum differs from the manifest"
     except OSError as error:
         return f"file cannot be read: {error.strerror}"
 
 
 def save_manifest(manifest: Manifest, folder: Path) -> None:
-    """Write `manifest.json`; the last file of a dataset, since its presence means that the dataset is complete."""
+    """Write `manifest.json`, the last file of a dataset: its presence means that the dataset is complete."""
     tree = {"format": FORMAT_NAME, "format_version": FORMAT_VERSION}
     tree |= dataclasses.asdict(manifest) | {"counts": dataclasses.asdict(manifest.counts)}
     write_durably(folder / MANIFEST_FILE, (json.dumps(tree, indent=1) + "\n").encode())
@@ -152,7 +152,7 @@ def load_manifest(folder: Path) -> Manifest:
     """Read and check `manifest.json`.
 
     Raises:
-        DataError: the folder, or its manifest, is missing, damaged, unfinished or of another format version.
+        DataError: the folder or its manifest is missing, damaged, unfinished or of another format version.
     """
     if folder.is_file():
         raise DataError(
@@ -169,19 +169,19 @@ def load_manifest(folder: Path) -> Manifest:
         raise DataError("file is not the manifest of prepared shards", where=str(path), fix="check the path")
     if tree.get("format_version") != FORMAT_VERSION:
         raise DataError(
-            f"shards have format version {tree.get('format_version')}, this program reads {FORMAT_VERSION}",
+            f"shards have format version {tree.get('format_version')}, but this program reads {FORMAT_VERSION}",
             where=str(path),
-            fix="prepare the dataset again, or use the program version that wrote it",
+            fix="prepare the dataset again, or use the version of the program that wrote it",
         )
     try:
         manifest = manifest_from_tree(tree)
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(
-            f"manifest lacks or mistypes a field: {error}", where=str(path), fix="prepare the dataset again"
+            f"manifest has a missing or malformed field: {error}", where=str(path), fix="prepare the dataset again"
         ) from None
     _check_files(manifest, path)
     if dataclasses.asdict(manifest.counts) != tree["counts"]:
-        raise DataError("counts of the manifest are not the sum of its shards", where=str(path), fix="prepare again")
+        raise DataError("counts in the manifest are not the sums over its shards", where=str(path), fix="prepare again")
     return manifest
 
 
@@ -190,7 +190,7 @@ def _check_files(manifest: Manifest, path: Path) -> None:
         for suffix in SUFFIXES:
             if suffix not in shard.files:
                 raise DataError(
-                    f"shard has no file {shard.name}.{suffix}: an older version of this program prepared it",
+                    f"manifest lists no {shard.name}.{suffix}: an older version of this program prepared the dataset",
                     where=str(path),
                     fix="prepare the dataset again",
                 )
@@ -201,7 +201,7 @@ def _missing(folder: Path) -> DataError:
         return DataError("dataset folder does not exist", where=str(folder), fix="check the path")
     if (folder / WORK_FOLDER).exists():
         return DataError(
-            "preparation of the dataset is unfinished",
+            "the dataset is not completely prepared",
             where=str(folder),
             fix="run the same prepare command again; delete the folder if no document became a sample",
         )
@@ -211,10 +211,10 @@ def _missing(folder: Path) -> DataError:
 
 
 def manifest_from_tree(tree: dict[str, Any]) -> Manifest:
-    """Return the manifest that `dataclasses.asdict` made this of.
+    """Rebuild a manifest from what `dataclasses.asdict` made of it.
 
     Raises:
-        KeyError, TypeError, AttributeError: a field is missing or of another type.
+        KeyError, TypeError, AttributeError: a field is missing or has the wrong type.
     """
     return Manifest(
         dataset_name=tree["dataset_name"],

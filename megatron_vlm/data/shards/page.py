@@ -1,4 +1,4 @@
-"""Show samples as a page: pictures in place, text coloured by whether it is trained."""
+"""Render samples as an HTML page: images in place, text coloured by whether it has a loss."""
 
 import base64
 import html
@@ -23,7 +23,7 @@ _WORD_BEGIN = "▁"
 
 
 def choose_samples(count: int, *, number: int, seed: int | None, indices: Sequence[int] = ()) -> list[int]:
-    """Return the samples to show: those named, or the first ones, or a random choice where a seed is given.
+    """Return the samples to show: those that are named, otherwise the first ones or, given a seed, a random choice.
 
     Raises:
         UsageError: a named sample does not exist.
@@ -44,7 +44,7 @@ def render_page(dataset: ShardedDataset, tokenizer: Tokenizer, indices: Iterable
 
     Args:
         dataset: the shards.
-        tokenizer: that of the shards.
+        tokenizer: the tokenizer of the shards.
         indices: samples to show.
 
     Raises:
@@ -86,11 +86,11 @@ def _render_sample(index: int, sample: EncodedSample, tokenizer: Tokenizer, name
 
 
 def _render_text(input_ids: np.ndarray, tokenizer: Tokenizer, *, follows_text: bool) -> str:
-    """Return the text of the ids; BOS and EOS by name."""
+    """Return the text of the token ids, with BOS and EOS by name."""
     rendered: list[str] = []
     run: list[int] = []
     if follows_text and tokenizer.piece(input_ids[0]).startswith(_WORD_BEGIN):
-        rendered.append(" ")  # decoding drops the blank that a text begins with
+        rendered.append(" ")  # decoding drops a blank at the beginning of a text
     for token in [*input_ids.tolist(), None]:
         if token not in (tokenizer.bos_id, tokenizer.eos_id, None):
             run.append(token)

@@ -1,4 +1,4 @@
-"""What a dataset consists of: the numbers of the paper's Table 2, and histograms."""
+"""Statistics of a dataset: the numbers of Table 2 in the paper, and histograms."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,18 +23,18 @@ class Statistics:
     documents: int
     rejected: int
     images_per_sample: float | None
-    """None where there is no sample, as in a part of nothing but rejects."""
+    """None if there are no samples, for example because every document was rejected."""
     text_tokens_per_sample: float | None
     text_tokens_per_image: float | None
-    """None where there is no image."""
+    """None if there are no images."""
     images_histogram: dict[int, int]
     """Samples by number of images."""
     text_tokens_histogram: dict[int, int]
-    """Samples by text tokens; the key is the lower border of a class, a power of two, or 0."""
+    """Samples by number of text tokens; the key is the lower bound of a bin, a power of two or 0."""
 
 
 def compute_statistics(dataset: ShardedDataset) -> Statistics:
-    """Return what the index files and the manifest say; no image and no text is read."""
+    """Collect what the index files and the manifest say, without reading images or text."""
     counts, manifest = dataset.manifest.counts, dataset.manifest
     num_images, text_lengths = dataset.num_images, dataset.text_lengths
     values, frequencies = np.unique(num_images, return_counts=True)
@@ -57,7 +57,7 @@ def compute_statistics(dataset: ShardedDataset) -> Statistics:
 
 
 def format_statistics(statistics: Statistics) -> str:
-    """Return the statistics as lines of text; the first three as in Table 2 of the paper."""
+    """Return the statistics as lines of text, beginning with the numbers of Table 2 in the paper."""
     rows: list[tuple[str, Any]] = [
         ("dataset", statistics.dataset_name),
         ("images per sample", _rounded(statistics.images_per_sample, 2)),
@@ -83,7 +83,7 @@ def save_histograms(statistics: Statistics, folder: Path) -> list[Path]:
     drawn = []
     for name, title, bars in (
         ("images_per_sample", "samples by number of images", statistics.images_histogram),
-        ("text_tokens_per_sample", "samples by text tokens (class from ...)", statistics.text_tokens_histogram),
+        ("text_tokens_per_sample", "samples by text tokens (from, per bin)", statistics.text_tokens_histogram),
     ):
         path = folder / f"{name}.png"
         labels = [str(value) for value in bars]

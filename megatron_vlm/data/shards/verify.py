@@ -1,4 +1,4 @@
-"""Hold every byte of a dataset against its manifest."""
+"""Compare every byte of a dataset with its manifest."""
 
 import zlib
 from collections.abc import Iterator
@@ -32,22 +32,22 @@ from megatron_vlm.data.shards.manifest import (
 
 _MAX_FAULTS_PER_SHARD = 100
 _MODES = (MODE_TRAINED, MODE_IMAGE, MODE_CONTEXT)
-# Whether an image is wanted was decided when it was prepared; here it must only be whole.
+# Preparation decided which images are wanted; here they only have to be intact.
 _ANY_SIZE = ImageLimits(min_side=1, max_aspect_ratio=1e9, max_pixels=1 << 40)
 
 
 def verify_dataset(folder: Path, *, decode: bool = False) -> Iterator[str]:
-    """Yield one line for each fault of a dataset: nothing if it is whole.
+    """Yield one line for each fault of a dataset, and nothing if it is intact.
 
-    Checked are size and checksum of every file, the checksum of every sequence, index against data, the range of the
-    token ids, the structure of every image and its size, the counts, and that documents = used + rejected.
+    This checks the size and checksum of every file, the checksum of every sequence, that the index fits the data, the
+    range of the token ids, the structure and the size of every image, and that documents = used + rejected.
 
     Args:
-        folder: what `prepare` wrote.
-        decode: decode every image as well.
+        folder: the dataset.
+        decode: also decode every image.
 
     Raises:
-        DataError: there is no dataset, or its manifest cannot be read.
+        DataError: the folder is not a dataset, or its manifest cannot be read.
     """
     manifest = load_manifest(folder)
     yield from _verify_manifest(folder, manifest)
@@ -72,7 +72,7 @@ def _verify_manifest(folder: Path, manifest: Manifest) -> Iterator[str]:
         yield from _verify_file(folder / REJECTS_FILE, manifest.rejects_file)
         path = folder / REJECTS_FILE
         if path.is_file() and (rows := path.read_bytes().count(b"\n")) != manifest.rejected:
-            yield f"{REJECTS_FILE}: {rows} rows, the manifest says {manifest.rejected}"
+            yield f"{REJECTS_FILE}: {rows} rows, but the manifest says {manifest.rejected}"
     variant = manifest.options.get("recipe", {}).get("variant", "full")
     used = manifest.documents - manifest.rejected
     dropped = manifest.notes.get(DUPLICATES_NOTE, 0)
@@ -100,7 +100,7 @@ def _verify_shard(folder: Path, shard: ShardFacts, vocab_size: int, decode: bool
     yield from faults
     path, facts = folder / f"{shard.name}.bin", shard.files["bin"]
     if faults or index is None or not path.is_file() or path.stat().st_size != facts.bytes:
-        yield from _verify_file(path, facts)  # what is in it cannot be told, but whether it is whole
+        yield from _verify_file(path, facts)  # without an index, only the file as a whole can be checked
         return
     yield from _verify_data(path, shard, index, vocab_size, decode)
 
@@ -116,15 +116,15 @@ def _verify_index(shard: ShardFacts, index: ShardIndex) -> Iterator[str]:
     if index.borders[0] != 0 or index.borders[-1] != len(lengths) or np.any(np.diff(index.borders) <= 0):
         yield f"{name}: borders of the samples do not ascend from 0 to {len(lengths)}"
     elif not np.isin(index.modes, _MODES).all():
-        yield f"{name}: a mode is none of {_MODES}"
+        yield f"{name}: a mode is not one of {_MODES}"
     elif (lengths[index.modes != MODE_IMAGE] % TOKEN_DTYPE.itemsize).any():
-        yield f"{name}: a text sequence is no whole number of tokens"
+        yield f"{name}: a text sequence is not a whole number of tokens long"
     elif shard.files["crc"].bytes != 4 * len(lengths):
         yield f"{shard.name}.crc: {shard.files['crc'].bytes // 4} checksums for {len(lengths)} sequences"
     elif shard.files["dim"].bytes != 4 * (number := int((index.modes == MODE_IMAGE).sum())):
         yield f"{shard.name}.dim: {shard.files['dim'].bytes // 4} sizes for {number} images"
     elif (found := _count(index)) != shard.counts:
-        yield f"{name}: holds {found}, the manifest says {shard.counts}"
+        yield f"{name}: holds {found}, but the manifest says {shard.counts}"
 
 
 def _count(index: ShardIndex) -> Counts:
@@ -171,11 +171,11 @@ def _image_fault(content: bytes, rules: ImageRules, entry: str, width: int, heig
         return error.what
     if (facts.width, facts.height) == (width, height):
         return None
-    return f"image of {facts.width}x{facts.height} pixels, {entry} says {width}x{height}"
+    return f"image has {facts.width}x{facts.height} pixels, but {entry} says {width}x{height}"
 
 
 def _text_fault(content: bytes, vocab_size: int) -> str | None:
     ids = np.frombuffer(content, dtype=TOKEN_DTYPE)
     if 0 <= ids.min() and ids.max() < vocab_size:
         return None
-    return f"token ids {ids.min()} to {ids.max()} are outside of 0 to {vocab_size - 1}"
+    return f"token ids {ids.min()} to {ids.max()} are outside 0 to {vocab_size - 1}"

@@ -1,4 +1,4 @@
-"""Write shards: sample by sample, each file whole only when its shard is closed."""
+"""Write shards, sample by sample; a shard is valid once its writer is closed."""
 
 import zlib
 from array import array
@@ -17,7 +17,7 @@ _WRITE_BUFFER_BYTES = 1 << 20
 
 
 class ShardWriter:
-    """Write one shard, sample by sample, in constant memory per sequence.
+    """Write one shard; only a few bytes of each sequence stay in memory.
 
     Args:
         prefix: path without suffix; `.bin`, `.idx`, `.crc` and `.dim` are appended. The files are valid only after
@@ -41,7 +41,7 @@ class ShardWriter:
         """Append one sample.
 
         Raises:
-            ValueError: the sample, or one of its segments, is empty, or an image has no size that fits in 16 bits.
+            ValueError: the sample or one of its segments is empty, or the size of an image is unknown or too large.
         """
         if not sample.segments:
             raise ValueError("a sample needs at least one segment")
@@ -68,7 +68,7 @@ class ShardWriter:
         self._borders.append(len(self._lengths))
 
     def close(self, input_name: str = "") -> ShardFacts:
-        """Write index, checksums and sizes of the images, and return what the manifest says about this shard."""
+        """Write the index, the checksums and the image sizes, and return what the manifest says about the shard."""
         with self._stream as stream:
             flush_to_disk(stream)
         files = {"bin": FileFacts(bytes=self.bytes_written, crc32=self._crc)}
@@ -86,7 +86,7 @@ class ShardWriter:
         return ShardFacts(name=self.prefix.name, input=input_name, counts=counts, files=files)
 
     def discard(self) -> None:
-        """Close the data file without making a shard of it."""
+        """Close the data file and give the shard up."""
         self._stream.close()
 
     def _write(self, suffix: str, content: bytes) -> FileFacts:
@@ -110,7 +110,7 @@ def write_dataset(
     tokenizer: TokenizerFacts,
     samples_per_shard: int = 1_000_000,
 ) -> Manifest:
-    """Write a complete dataset from samples in memory; `prepare` is the way for raw corpora.
+    """Write a complete dataset from samples in memory; for raw corpora, use `prepare`.
 
     Raises:
         ValueError: there is no sample.

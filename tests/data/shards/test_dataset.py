@@ -87,7 +87,7 @@ def test_truncated_file_is_refused_at_open(dataset, suffix):
 def test_stale_longer_file_is_refused_at_open(dataset):
     path = dataset.folder / "00000.bin"
     path.write_bytes(path.read_bytes() + b"x")
-    with pytest.raises(DataError, match="not the one it was prepared with"):
+    with pytest.raises(DataError, match="not the one that was prepared"):
         ShardedDataset.open(dataset.folder)
 
 
@@ -128,7 +128,7 @@ def test_file_truncated_after_opening_is_an_error_not_a_crash(dataset, suffix):
     dataset[0]
     (dataset.folder / f"00000.{suffix}").write_bytes(b"")
     with pytest.raises(
-        DataError, match=f"shard is damaged: .* bytes are expected .*, 0 are there .*00000.{suffix} sample 1"
+        DataError, match=f"shard is damaged: expected .* bytes at .*, found 0 .*00000.{suffix} sample 1"
     ):
         dataset[1]
 
@@ -142,17 +142,17 @@ def test_folder_without_manifest_names_the_fix(tmp_path):
 
 def test_unfinished_preparation_names_the_fix(tmp_path):
     (tmp_path / WORK_FOLDER).mkdir()
-    with pytest.raises(DataError, match="unfinished.*run the same prepare command again"):
+    with pytest.raises(DataError, match="not completely prepared.*run the same prepare command again"):
         ShardedDataset.open(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ('"format_version": 1', '"format_version": 7', "format version 7, this program reads 1"),
+        ('"format_version": 1', '"format_version": 7', "format version 7, but this program reads 1"),
         ('"megatron_vlm shards"', '"other"', "not the manifest of prepared shards"),
-        ('"dataset_name"', '"name"', "lacks or mistypes"),
-        ('"samples": 25', '"samples": 26', "not the sum of its shards"),
+        ('"dataset_name"', '"name"', "missing or malformed field"),
+        ('"samples": 25', '"samples": 26', "not the sums over its shards"),
         ("{", "", "cannot be read"),
     ],
 )
@@ -276,6 +276,6 @@ def test_shards_without_sizes_of_images_name_the_fix(dataset):
     del tree["shards"][1]["files"]["dim"]
     (dataset.folder / MANIFEST_FILE).write_text(json.dumps(tree))
     with pytest.raises(
-        DataError, match="shard has no file 00001.dim: an older version .*fix: prepare the dataset again"
+        DataError, match="manifest lists no 00001.dim: an older version .*fix: prepare the dataset again"
     ):
         ShardedDataset.open(dataset.folder)

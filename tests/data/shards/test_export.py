@@ -292,7 +292,7 @@ def test_another_tokenizer_is_refused(folder, make_samples, tokenizer_facts, tok
 
 
 def test_a_dataset_that_changes_meanwhile_is_refused(job):
-    with pytest.raises(DataError, match="dataset has changed meanwhile"):
+    with pytest.raises(DataError, match="dataset has changed since then"):
         write_tar(job, "another", 0, job.output / "00000.tar", lambda *_: None)
 
 

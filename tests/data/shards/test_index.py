@@ -34,7 +34,7 @@ def test_megatron_core_alone_reads_the_shard(dataset):
 def test_index_of_another_kind_is_refused(dataset):
     path = dataset.folder / "00000.idx"
     path.write_bytes(b"NOTANIDX" * 20)
-    with pytest.raises(DataError, match="not a shard index of bytes"):
+    with pytest.raises(DataError, match="not the index of a shard"):
         ShardIndex.open(path)
     path.write_bytes(b"MM")
     with pytest.raises(DataError, match="cannot be read"):

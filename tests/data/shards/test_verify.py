@@ -98,7 +98,7 @@ def write_bad(folder, sample, tokenizer_facts):
 def test_token_outside_of_the_vocabulary_is_found(folder, tokenizer_facts, ids):
     sample = EncodedSample((TextSegment(np.array(ids, dtype=np.int32), True),))
     (fault,) = write_bad(folder, sample, tokenizer_facts)
-    assert "are outside of 0 to 511" in fault
+    assert "are outside 0 to 511" in fault
 
 
 def test_image_that_is_no_image_is_found(folder, tokenizer_facts):
@@ -136,7 +136,7 @@ def rewrite_index(folder, change) -> None:
         ("length", "do not fill the data file"),
         ("pointer", "do not fill the data file"),
         ("border", "borders of the samples"),
-        ("mode", "a mode is none of"),
+        ("mode", "a mode is not one of"),
         ("kind", "holds Counts"),
     ],
 )
@@ -169,7 +169,7 @@ def test_list_of_rejects_is_held_against_the_manifest(dataset):
     (dataset / "rejects.jsonl").write_text("{}\n")
     assert faults(dataset) == ["rejects.jsonl: checksum differs from the manifest"]
     (dataset / "rejects.jsonl").write_text("\n\n\n")
-    assert "rejects.jsonl: 3 rows, the manifest says 1" in faults(dataset)
+    assert "rejects.jsonl: 3 rows, but the manifest says 1" in faults(dataset)
 
 
 def test_many_faults_of_a_shard_are_cut_short(folder, tokenizer_facts):
@@ -216,7 +216,7 @@ def test_size_that_is_not_the_images_names_shard_and_image(dataset, decode):
     rewrite_sizes(dataset, sizes.tobytes())
     (fault,) = faults(dataset, decode=decode)
     assert fault.startswith("00000.bin: sample ")
-    assert fault.endswith(": image of 48x40 pixels, entry 2 of 00000.dim says 40x48")
+    assert fault.endswith(": image has 48x40 pixels, but entry 2 of 00000.dim says 40x48")
 
 
 def test_another_number_of_sizes_is_found(dataset):
