@@ -102,13 +102,14 @@ def files_outside_of_rooms(path: Path, tree: ast.Module) -> Iterator[str]:
         yield f"{'/'.join(parts)}:1: data has the rooms {', '.join(DATA_ROOMS)} and the files {', '.join(DATA_GROUND)}"
 
 
-def torch_outside_of_loading(path: Path, tree: ast.Module) -> Iterator[str]:
-    """Yield imports of torch in data, of which only the loader makes tensors: preparing starts without it."""
-    if layer_of(path) != "data" or path.is_relative_to(ROOT / PACKAGE / "data" / "loading"):
+def torch_where_it_is_not_needed(path: Path, tree: ast.Module) -> Iterator[str]:
+    """Yield imports of torch in settings, costs and data; of data only the loader makes tensors."""
+    layer = layer_of(path)
+    if layer not in ("config", "costs", "data") or path.is_relative_to(ROOT / PACKAGE / "data" / "loading"):
         return
     for node, name in imports_of(tree):
         if name.split(".")[0] == "torch":
-            yield f"{place(path, node)}: only data/loading imports torch"
+            yield f"{place(path, node)}: {layer} must not import torch, except data/loading"
 
 
 def framework_imports(path: Path, tree: ast.Module) -> Iterator[str]:
@@ -155,7 +156,7 @@ RULES = (
     upward_imports,
     imports_between_rooms,
     files_outside_of_rooms,
-    torch_outside_of_loading,
+    torch_where_it_is_not_needed,
     framework_imports,
     prints,
     torch_patches,
@@ -218,7 +219,8 @@ def test_tests_do_not_import_each_other():
         ),
         (files_outside_of_rooms, "data/packing.py", "", "data has the rooms"),
         (files_outside_of_rooms, "data/misc/a.py", "", "data has the rooms"),
-        (torch_outside_of_loading, "data/images/decoding.py", "import torch", "only data/loading imports torch"),
+        (torch_where_it_is_not_needed, "data/images/decoding.py", "import torch", "data must not import torch"),
+        (torch_where_it_is_not_needed, "costs/flops.py", "import torch", "costs must not import torch"),
         (
             framework_imports,
             "data/plan/plan.py",
@@ -248,7 +250,7 @@ def test_rule_finds_what_it_is_for(rule, file, code, message):
         (imports_between_rooms, "data/plan/plan.py", "from megatron_vlm.data.plan.packing import X"),
         (files_outside_of_rooms, "data/rejects.py", ""),
         (files_outside_of_rooms, "data/plan/packing.py", ""),
-        (torch_outside_of_loading, "data/loading/pixels.py", "import torch"),
+        (torch_where_it_is_not_needed, "data/loading/pixels.py", "import torch"),
         (framework_imports, "data/loading/collate.py", "import torch"),
         (prints, "cli/data.py", "print('x')"),
         (torch_patches, "platform/host.py", "torch.cuda.synchronize = f"),
