@@ -1,4 +1,4 @@
-"""Open a checkpoint of any parallel layout as a whole model in this process, to generate or to compare."""
+"""Open a checkpoint of any parallel layout as a whole model in this process, for generation or comparison."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,13 +19,13 @@ Precision = Literal["fp32", "bf16"]
 
 @contextmanager
 def open_model(settings: RunSettings, precision: Precision = "fp32") -> Iterator[VisionLanguageModel]:
-    """Load the weights, verified, into one model without gradients.
+    """Verify the weights and load them into one model without gradients.
 
-    Starts a job of one rank and ends it afterwards; a job of one rank that runs already is used as it is.
+    Starts a job of one rank and ends it afterwards, unless one is running already.
 
     Args:
         settings: the checkpoint, from `read_run_settings`.
-        precision: in which the model computes.
+        precision: precision of the weights and computations.
 
     Raises:
         CheckpointError: the checkpoint is damaged.

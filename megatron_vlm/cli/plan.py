@@ -111,8 +111,8 @@ def _data(
         **asdict(outlook.packing),
         "num_labels": outlook.num_labels,
         "flops": outlook.flops,
-        "stage_shares": outlook.stage_shares,
-        "stage_imbalance": stage_imbalance(outlook.stage_shares),
+        "stage_fractions": outlook.stage_fractions,
+        "stage_imbalance": stage_imbalance(outlook.stage_fractions),
         "gpu_hours": hours,
         "hours": hours / world_size,
         "shortest_row": outlook.row_lengths[0],
@@ -163,7 +163,7 @@ def _as_text(facts: dict[str, Any], machine: str) -> str:
     data = facts.get("data")
     if data is None:
         return "\n".join(lines) + "\n"
-    shares = " : ".join(f"{share:.1%}" for share in data["stage_shares"])
+    shares = " : ".join(f"{share:.1%}" for share in data["stage_fractions"])
     lines += [
         "",
         f"{data['num_samples']} samples with {data['num_images']} images in {data['num_rows']} rows: "

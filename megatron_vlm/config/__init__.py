@@ -1,4 +1,4 @@
-"""Typed settings: dataclasses, YAML loading and the arithmetic that follows from them."""
+"""Typed settings: frozen dataclasses, YAML loading, and the arithmetic that follows from them."""
 
 from megatron_vlm.config.adapters import AdapterConfig
 from megatron_vlm.config.data import BlendEntry, DataConfig

@@ -1,4 +1,4 @@
-"""Checks that several sections share."""
+"""Checks used by the settings of several sections."""
 
 from typing import Any
 
@@ -6,10 +6,10 @@ from megatron_vlm.config.errors import ConfigError, UsageError
 
 
 def check_positive(section: str, config: Any, *names: str) -> None:
-    """Check that the named fields are above 0 where they are set.
+    """Check that the named fields are positive; None passes.
 
     Raises:
-        ConfigError: one is not.
+        ConfigError: a field is 0 or less.
     """
     for name in names:
         value = getattr(config, name)
@@ -18,10 +18,10 @@ def check_positive(section: str, config: Any, *names: str) -> None:
 
 
 def check_not_negative(section: str, config: Any, *names: str) -> None:
-    """Check that the named fields are 0 or more where they are set.
+    """Check that the named fields are not negative; None passes.
 
     Raises:
-        ConfigError: one is not.
+        ConfigError: a field is below 0.
     """
     for name in names:
         value = getattr(config, name)
@@ -30,20 +30,20 @@ def check_not_negative(section: str, config: Any, *names: str) -> None:
 
 
 def check_order(least_flag: str, least: float, most_flag: str, most: float) -> None:
-    """Check that a lower limit is not above the upper one.
+    """Check that a lower limit does not exceed the upper limit.
 
     Raises:
-        UsageError: it is.
+        UsageError: it does.
     """
     if least > most:
         raise UsageError(f"{least_flag} {least} is above {most_flag} {most}", fix="lower one or raise the other")
 
 
 def check_heads(section: str, hidden_size: int, num_attention_heads: int, kv_channels: int | None) -> None:
-    """Check that the heads divide the width, unless a head has a size of its own.
+    """Check that the width is a multiple of the number of heads, unless `kv_channels` sets the head size.
 
     Raises:
-        ConfigError: they do not.
+        ConfigError: the heads do not divide the width.
     """
     if kv_channels is None and hidden_size % num_attention_heads:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Which shards are trained on, in which proportion and how they are packed."""
+"""Training data: the datasets, their proportions and how samples are packed into rows."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -9,16 +9,16 @@ from megatron_vlm.config.errors import ConfigError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlendEntry:
-    """One prepared dataset and how much of it is used; at most one of weight, epochs and images is set."""
+    """One prepared dataset and how much of it is used; set at most one of weight, epochs and images."""
 
     path: str
-    """Folder that `prepare` wrote."""
+    """Folder written by `prepare`."""
     weight: float | None = None
-    """Share of the samples of the whole blend, relative to the other weights."""
+    """Proportion of the samples in the blend, relative to the other weights."""
     epochs: float | None = None
-    """Passes over the dataset; a fraction takes that part of a shuffled pass."""
+    """Passes over the dataset; a fraction uses only that much of a shuffled pass."""
     images: float | None = None
-    """Share of the images of the whole blend, relative to the other shares (the paper: 1:1)."""
+    """Proportion of the images in the blend, relative to the other entries (1:1 in the paper)."""
 
     def __post_init__(self) -> None:
         given = [name for name in ("weight", "epochs", "images") if getattr(self, name) is not None]
@@ -30,37 +30,39 @@ class BlendEntry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataConfig:
-    """From prepared shards to packed rows."""
+    """How prepared shards become packed rows."""
 
     tokenizer: str
-    """SentencePiece model file; its sha256 must be that of the shards."""
+    """SentencePiece model file; must be the one the shards were prepared with (compared by sha256)."""
     blend: tuple[BlendEntry, ...]
-    """Datasets; entries without a proportion are used for one epoch each."""
+    """Datasets to train on; an entry without a proportion is used for one epoch."""
     validation: tuple[BlendEntry, ...] = ()
-    """Datasets of the validation loss, used as in `blend`; empty: no validation."""
+    """Datasets for the validation loss, mixed like `blend`; empty for no validation."""
     seq_length: int
-    """Length of a packed row, image tokens included [tokens]."""
+    """Length of a packed row, including image tokens [tokens]."""
     packing: bool = True
-    """Several samples a row, each with its own attention and positions; False: one sample a row."""
+    """Put several samples into a row, each with its own attention and positions; False for one sample per row."""
     overflow: Literal["truncate", "split", "drop", "fail"] = "truncate"
-    """What is done with a sample longer than a row: cut it after the last whole image and token that fit; make it
-    several samples, each as long as fits, images kept whole and no token lost (what crosses a cut is not seen, and the
-    first token behind it has no loss); leave it out, counted; or refuse to start."""
+    """What happens to a sample longer than a row. truncate: cut after the last whole image or token that fits. split:
+    make several samples, each as long as possible; images stay whole and no token is lost, but attention does not cross
+    a cut, and the first token after it has no loss. drop: leave the sample out and count it. fail: refuse to start."""
     sample_multiple: int = 1
-    """Every sample starts at a multiple of it in its row; the padding between two samples belongs to the first one's
-    segment and has no loss [tokens]. Context parallelism needs 2 * context_parallel_size. FP8 needs 16 (32 with MXFP8)
-    of a whole micro-batch, which seq_length settles, and of every sample only where kernels work sample by sample."""
+    """Every sample starts at a multiple of this in its row; the padding between two samples belongs to the segment of
+    the first and has no loss [tokens]. Context parallelism needs 2 * context_parallel_size. FP8 needs 16 (32 with
+    MXFP8), but for the whole micro-batch, so a suitable seq_length is enough unless kernels process samples one by
+    one."""
     length_clustering: bool = False
-    """Without packing: samples of similar length share a global batch, and its rows are as long as the longest of them,
-    rounded up to `length_multiple`."""
+    """Without packing: put samples of similar length into the same global batch, and make its rows only as long as the
+    longest of them, rounded up to `length_multiple`."""
     length_multiple: int = 64
-    """Row lengths of `length_clustering` are multiples of it [tokens]."""
+    """With `length_clustering`, row lengths are multiples of this [tokens]."""
     image_aspect: Literal["pad", "square", "resize"] = "pad"
-    """How an image becomes a square: pad with the mean colour; crop the centre (CLIP's own); stretch."""
+    """How an image becomes square. pad: add borders in the mean colour. square: crop the centre, like CLIP. resize:
+    stretch."""
     num_workers: int = 2
-    """Decoding processes of each rank that needs images; 0 decodes in the training process."""
+    """Decoding processes per rank that needs images; with 0, the training process decodes."""
     prefetch_factor: int = 4
-    """Micro-batches that each worker keeps ready."""
+    """Micro-batches that each worker prepares ahead."""
 
     def __post_init__(self) -> None:
         if not self.blend:
@@ -81,7 +83,7 @@ class DataConfig:
             )
         if self.length_clustering and self.packing:
             raise ConfigError(
-                "data.length_clustering is for rows of one sample, data.packing fills rows with several",
+                "data.length_clustering needs rows of one sample, but data.packing puts several into a row",
                 fix="turn one of them off",
             )
         if self.length_clustering and self.length_multiple % multiple:

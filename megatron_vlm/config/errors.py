@@ -1,4 +1,4 @@
-"""Errors that a user can act on, each with the exit code that a job script reads."""
+"""Errors that a user can act on, each with an exit code for job scripts."""
 
 import enum
 
@@ -8,7 +8,7 @@ class ExitCode(enum.IntEnum):
 
     DONE = 0
     CRASH = 1
-    """A bug or a dead rank: a traceback, or a line that names the rank, stands above."""
+    """A bug or a dead rank; the log ends with a traceback or names the rank."""
     USAGE = 64
     BAD_DATA = 65
     NUMERIC = 70
@@ -24,7 +24,7 @@ class UserError(Exception):
 
     Args:
         what: what was found, with the numbers.
-        where: file, line, key, rank or shard; None where `what` already says it.
+        where: file, line, key, rank or shard; None if `what` already says it.
         fix: what to do.
     """
 
@@ -58,13 +58,13 @@ class ConfigError(UserError):
 
 
 class DataError(UserError):
-    """A file or sample of the data is wrong."""
+    """A data file or a sample is invalid."""
 
     exit_code = ExitCode.BAD_DATA
 
 
 class CheckpointError(UserError):
-    """A checkpoint is missing, damaged or of another model."""
+    """A checkpoint is missing, damaged or belongs to another model."""
 
     exit_code = ExitCode.BAD_DATA
 
@@ -76,6 +76,6 @@ class NumericError(UserError):
 
 
 class StorageError(UserError):
-    """A file could not be read or written: full disk, read-only folder."""
+    """A file could not be read or written, e.g. because the disk is full."""
 
     exit_code = ExitCode.STORAGE

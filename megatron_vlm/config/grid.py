@@ -1,16 +1,16 @@
-"""The cells into which a tower and a projection divide an image."""
+"""The grid of features that an image becomes, in the tower and after the projection."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """Rows and columns of features, read row by row."""
+    """Rows and columns of features, stored row by row."""
 
     rows: int
     columns: int
 
     @property
     def size(self) -> int:
-        """Cells of the grid."""
+        """Number of features."""
         return self.rows * self.columns

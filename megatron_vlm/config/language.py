@@ -7,7 +7,7 @@ from megatron_vlm.config.errors import ConfigError
 from megatron_vlm.config.operations import Operations
 
 _VOCAB_SIZE_DIVISOR = 64
-# Ids that follow the tokenizer's own: the image placeholder, then padding (the order of llava-1.5-hf).
+# Ids after those of the tokenizer: the image placeholder, then padding (the order of llava-1.5-hf).
 _NUM_ADDED_TOKENS = 2
 
 
@@ -16,17 +16,17 @@ class LanguageConfig:
     """A Llama-2 decoder."""
 
     vocab_size: int
-    """Pieces of the tokenizer, without the added tokens."""
+    """Pieces of the tokenizer, not counting the two added tokens."""
     num_layers: int
     hidden_size: int
     ffn_hidden_size: int
     num_attention_heads: int
     num_query_groups: int | None = None
-    """Key/value heads; None: one per attention head."""
+    """Key/value heads; None for one per attention head."""
     kv_channels: int | None = None
-    """Size of one head; None: hidden_size / num_attention_heads."""
+    """Size of one head; None for hidden_size / num_attention_heads."""
     max_position_embeddings: int = 4096
-    """Longest sample that the model is meant for [tokens]; recorded at conversion."""
+    """Longest sample that the model supports [tokens]; set by conversion."""
     rotary_base: float = 10000.0
     layernorm_epsilon: float = 1e-5
     share_embeddings_and_output_weights: bool = False
@@ -56,51 +56,51 @@ class LanguageConfig:
 
     @property
     def image_token_id(self) -> int:
-        """Placeholder id that stands at every image position."""
+        """Id of the placeholder at every image position."""
         return self.vocab_size
 
     @property
     def pad_token_id(self) -> int:
-        """Id of positions that hold nothing."""
+        """Id of padding."""
         return self.vocab_size + 1
 
     @property
     def padded_vocab_size(self) -> int:
-        """Rows of the embedding: the same for every parallel layout, so that losses are too."""
+        """Rows of the embedding; independent of the parallel layout, and so are the losses."""
         wanted = self.vocab_size + _NUM_ADDED_TOKENS
         return -(-wanted // _VOCAB_SIZE_DIVISOR) * _VOCAB_SIZE_DIVISOR
 
     @property
     def attention_sizes(self) -> tuple[int, int]:
-        """Width of all queries, and of all keys (or values), of a layer."""
+        """Total width of the queries of a layer, and of its keys (or values)."""
         return self.num_attention_heads * self.head_channels, self.query_groups * self.head_channels
 
     @property
     def layer_weights(self) -> int:
-        """Parameters of the matrices of one layer, which tensor parallelism splits."""
+        """Parameters in the matrices of one layer; tensor parallelism splits them."""
         query, key_value = self.attention_sizes
         return self.hidden_size * (2 * query + 2 * key_value) + 3 * self.hidden_size * self.ffn_hidden_size
 
     @property
     def layer_norms(self) -> int:
-        """Parameters of the norms of one layer, which every tensor-parallel rank has."""
+        """Parameters in the norms of one layer; every tensor-parallel rank has all of them."""
         return 2 * self.hidden_size
 
     @property
     def embedding_weights(self) -> int:
-        """Parameters of the embedding; the output layer has as many, or the same ones."""
+        """Parameters of the embedding; the output layer has the same number, or shares them."""
         return self.padded_vocab_size * self.hidden_size
 
     def layer_operations(self, num_tokens: int, attention_pairs: int) -> Operations:
         """Return the operations of one layer.
 
         Args:
-            num_tokens: positions, padding left out.
-            attention_pairs: query-key pairs that causal attention inside the samples looks at.
+            num_tokens: positions without padding.
+            attention_pairs: query-key pairs that causal attention inside the samples computes.
         """
         query, _ = self.attention_sizes
         return Operations(inner=2.0 * num_tokens * self.layer_weights, attention=4.0 * attention_pairs * query)
 
     def output_operations(self, num_labels: int) -> Operations:
-        """Return the operations of the output layer on the positions with a loss."""
+        """Return the operations of the output layer for the positions with a loss."""
         return Operations(inner=2.0 * num_labels * self.embedding_weights)

@@ -1,12 +1,12 @@
-"""What follows from the settings and the number of ranks together."""
+"""The layout of a job: what follows from the settings and the number of ranks."""
 
 from dataclasses import dataclass
 
 from megatron_vlm.config.errors import ConfigError
 from megatron_vlm.config.train import TrainConfig
 
-# The matrix products of the backward pass need it; megatron-core's fp8_utils.get_fp8_align_size says the same of the
-# recipes with one scale a tensor. Measured by others with sequence parallelism: NVIDIA-NeMo/RL issue 1551.
+# Required by the matrix products of the backward pass; megatron-core's fp8_utils.get_fp8_align_size agrees for recipes
+# with one scale per tensor. Reported for sequence parallelism in NVIDIA-NeMo/RL issue 1551.
 _FP8_MULTIPLE = 16
 
 
@@ -17,16 +17,16 @@ class Layout:
     world_size: int
     data_parallel_size: int
     num_micro_batches: int
-    """Forward passes of one data-parallel rank in one step."""
+    """Forward passes of each data-parallel rank per step."""
     tokens_per_micro_batch: int
-    """Positions of one forward, padding included; the most there are where rows differ in length [tokens]."""
+    """Positions per forward pass, including padding; the maximum if rows differ in length [tokens]."""
 
 
 def derive_layout(config: TrainConfig, world_size: int) -> Layout:
-    """Check that the settings fit `world_size` ranks and return what follows from both.
+    """Check that the settings fit `world_size` ranks and return the layout.
 
     Raises:
-        ConfigError: a size does not divide another; names the settings and the nearest value that fits.
+        ConfigError: one size does not divide another; names the settings and the nearest value that fits.
     """
     parallel, training, language = config.parallel, config.training, config.model.language
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
@@ -67,7 +67,7 @@ def derive_layout(config: TrainConfig, world_size: int) -> Layout:
 
 
 def _check_tokens(config: TrainConfig) -> None:
-    """Check that the positions of a micro-batch, at every row length, can be divided as the layout needs it."""
+    """Check that the positions of a micro-batch divide evenly for every possible row length."""
     rows, tp = config.training.micro_batch_size, config.parallel.tensor_model_parallel_size
     names = {"seq_length": config.data.seq_length}
     if config.data.length_clustering:

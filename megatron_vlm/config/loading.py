@@ -1,4 +1,4 @@
-"""Read a typed, frozen dataclass from YAML and dotted overrides: the only door for settings."""
+"""Read settings from YAML files and dotted overrides into typed, frozen dataclasses."""
 
 import dataclasses
 import difflib
@@ -19,24 +19,24 @@ _BASE_KEY = "base"
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class PartOf:
-    """Marks a field, in `Annotated[...]`, whose section's `type:` names a module that offers the dataclass `Config`."""
+    """Marks a field, in `Annotated[...]`, whose section names a module in `type:`; `Config` of the module is loaded."""
 
     package: str
-    """Package of the modules."""
+    """Full name of the package with the modules."""
     default: str | None = None
-    """Type of a section that names none; None: it has to."""
+    """Type of a section without a `type:`; None if it is required."""
 
 
 def load_config(cls: type[T], path: str | Path, overrides: typing.Sequence[str] = ()) -> T:
-    """Load `cls` from a YAML file: dataclass default < `base` file < this file < overrides.
+    """Load `cls` from a YAML file; later ones win: dataclass defaults, `base` file, this file, overrides.
 
     Args:
         cls: a frozen dataclass whose fields may be dataclasses themselves.
-        path: YAML file; its optional key `base` names another one, relative to it, that it is laid over.
-        overrides: `section.key=value`, the value read as YAML; a list is replaced as a whole.
+        path: YAML file; its optional key `base` names the file that it extends, relative to itself.
+        overrides: `section.key=value`, with the value in YAML; a list is replaced as a whole.
 
     Raises:
-        ConfigError: missing file, bad YAML, unknown key, wrong type or missing value; names file, line and key.
+        ConfigError: missing file, invalid YAML, unknown key, wrong type or missing value; names file, line and key.
     """
     tree, lines = _read_tree(Path(path), seen=())
     for override in overrides:
@@ -49,16 +49,16 @@ def load_config(cls: type[T], path: str | Path, overrides: typing.Sequence[str] 
             raise ConfigError(f"override {override!r} is not valid YAML", fix="quote the value") from error
         _set_dotted(tree, key, value)
         for below in [name for name in lines if name.startswith((f"{key}.", f"{key}["))]:
-            del lines[below]  # the file's lines no longer say where these values come from
+            del lines[below]  # these values no longer come from the file
         lines[key] = f"override {override}"
     return _build(cls, tree, key="", lines=lines, source=str(path))
 
 
 def load_section(cls: type[T], path: str | Path, key: str) -> T:
-    """Load `cls` from one section of a YAML file, e.g. a model from the config of a whole run.
+    """Load `cls` from one section of a YAML file, e.g. the model from the settings of a run.
 
     Raises:
-        ConfigError: as `load_config`; also where the section is missing.
+        ConfigError: as for `load_config`, or the section is missing.
     """
     tree, lines = _read_tree(Path(path), seen=())
     if key not in tree:
@@ -67,7 +67,7 @@ def load_section(cls: type[T], path: str | Path, key: str) -> T:
 
 
 def config_to_dict(config: Any) -> dict[str, Any]:
-    """Return the nested plain dict of a config, tuples as lists, ready for YAML."""
+    """Return a config as nested dicts with lists for tuples, ready for YAML."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
@@ -80,14 +80,16 @@ def config_to_dict(config: Any) -> dict[str, Any]:
 
 
 def save_config(config: Any, path: str | Path) -> None:
-    """Write the resolved config as YAML that `load_config` reads back equal."""
+    """Write the resolved config as YAML; `load_config` reads back an equal one."""
     Path(path).write_text(yaml.safe_dump(config_to_dict(config), sort_keys=False))
 
 
 def _read_tree(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the merged tree and, for every dotted key, the place that set it."""
+    """Return the merged tree and the place where each dotted key was set."""
     if path.resolve() in seen:
-        raise ConfigError("config files name each other as base", where=str(path), fix="break the circle")
+        raise ConfigError(
+            "config files extend each other in a circle", where=str(path), fix="remove one of the `base` keys"
+        )
     try:
         text = path.read_text()
     except FileNotFoundError as error:
@@ -104,7 +106,7 @@ def _read_tree(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], dict
     if tree is None:
         return {}, {}
     if not isinstance(tree, dict):
-        raise ConfigError("config file holds no mapping", where=str(path), fix="write sections with key: value")
+        raise ConfigError("config file is not a mapping", where=str(path), fix="write sections with key: value")
     lines: dict[str, str] = {}
     _collect_lines(node, "", path, lines)
     base = tree.pop(_BASE_KEY, None)
@@ -124,8 +126,8 @@ def _collect_lines(node: yaml.Node | None, prefix: str, path: Path, lines: dict[
     for key_node, value_node in node.value:
         key = f"{prefix}.{key_node.value}" if prefix else str(key_node.value)
         where = f"{path}:{key_node.start_mark.line + 1}"
-        if key in lines:  # YAML keeps the last one without a word
-            raise ConfigError(f"key {key} stands twice", where=where, fix=f"keep one; the other is {lines[key]}")
+        if key in lines:  # YAML silently keeps the last one
+            raise ConfigError(f"key {key} is set twice", where=where, fix=f"keep one; the other is at {lines[key]}")
         lines[key] = where
         _collect_lines(value_node, key, path, lines)
 
@@ -149,7 +151,7 @@ def _set_dotted(tree: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _build(kind: Any, value: Any, *, key: str, lines: dict[str, str], source: str) -> Any:
-    """Convert a YAML value to `kind`, or say which key is wrong."""
+    """Convert a YAML value to `kind`; errors name the key."""
     where = _place_of(key, lines, source)
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is typing.Annotated:
@@ -217,7 +219,7 @@ def _build_float(value: Any, *, key: str, where: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         raise _wrong(key, value, "a number", where)
     try:
-        number = float(value)  # YAML 1.1 reads 1e-5 as text; the field's habit is to write it so
+        number = float(value)  # YAML 1.1 reads 1e-5, the usual spelling, as text
     except (ValueError, OverflowError):
         raise _wrong(key, value, "a number", where) from None
     if not math.isfinite(number):
@@ -226,7 +228,7 @@ def _build_float(value: Any, *, key: str, where: str) -> float:
 
 
 def _place_of(key: str, lines: dict[str, str], source: str) -> str:
-    """Return what set a key: a line, an override of it or of a section or list around it, else the file."""
+    """Return where a key was set: its line or override, else that of the section or list around it, else the file."""
     while key not in lines and (borders := [i for i, sign in enumerate(key) if sign in ".["]):
         key = key[: borders[-1]]
     return lines.get(key, source)

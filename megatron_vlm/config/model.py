@@ -1,4 +1,4 @@
-"""What the model is: its three parts, and how many tokens an image takes."""
+"""The model: its three parts, and the number of tokens an image takes."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -12,43 +12,46 @@ from megatron_vlm.config.projectors.linear import Config as LinearConfig
 from megatron_vlm.config.towers import Tower
 
 IGNORE_INDEX = -100
-"""Label of a position without a loss."""
+"""Label of positions without a loss."""
 PART_NAMES = ("vision_model", "vision_projection", "language_model")
-"""The parts of the model, in the order that an image passes them; they are named so in checkpoints."""
+"""The parts of the model in the order of the forward pass; checkpoints use these names."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
-    """The three parts of the model and what is added to them."""
+    """The three parts of the model, and an adapter."""
 
     language: LanguageConfig
     vision: Tower
     projection: Projector = field(default_factory=LinearConfig)
     adapter: Adapter | None = None
-    """Weights added to the parts, which learn while the parts rest; None: none."""
+    """Small weights added to the parts, to be trained in place of them; None for no adapter."""
     backend: Literal["auto", "torch", "transformer_engine"] = "auto"
-    """Layer implementation; auto takes transformer-engine where it imports and a GPU is there."""
+    """Layer implementation; auto picks transformer-engine if it is installed and there is a GPU."""
 
     def num_image_tokens(self, width: int, height: int) -> int:
-        """Return the placeholders of an image in the language model; data and models both ask here.
+        """Return the number of placeholders for an image; data and models both use this number.
 
         Args:
-            width: of the image as it is stored [pixels].
-            height: likewise.
+            width: width of the stored image [pixels].
+            height: height of the stored image [pixels].
         """
         return self.projection.token_grid(self.vision.patch_grid(width, height)).size
 
     @property
     def constant_image_tokens(self) -> int | None:
-        """Placeholders of every image; None where their number depends on the size of the image."""
+        """Placeholders for every image; None if their number depends on the image size."""
         grid = self.vision.constant_grid
         return None if grid is None else self.projection.token_grid(grid).size
 
     def fixed_patches(self, what_needs_it: str) -> Grid:
-        """Return the patches of every image, for code that handles images of one size only.
+        """Return the patches of every image, for code that requires the same number for all images.
+
+        Args:
+            what_needs_it: that code, for the error.
 
         Raises:
-            ConfigError: the patches depend on the size of the image; names what cannot handle that.
+            ConfigError: the number of patches depends on the image size.
         """
         grid = self.vision.constant_grid
         if grid is None:
@@ -60,5 +63,5 @@ class ModelConfig:
         return grid
 
     def fixed_image_tokens(self, what_needs_it: str) -> int:
-        """Return the placeholders of every image; raises as `fixed_patches`."""
+        """Return the number of placeholders of every image; raises like `fixed_patches`."""
         return self.projection.token_grid(self.fixed_patches(what_needs_it)).size

@@ -1,4 +1,4 @@
-"""Modules that are found by name: each file of a folder is one choice, and a new file is a new choice."""
+"""Modules found by name: each file in a folder is one choice, so a new file adds a choice."""
 
 import importlib
 import pkgutil
@@ -23,11 +23,11 @@ def find_module(package: str, name: str, what: str, *, where: str | None = None)
     Args:
         package: full name of the package.
         name: the choice that a user made.
-        what: what the modules of this package are, for the error: "task".
-        where: file and line of the choice, if there is one.
+        what: what the modules of this package are, for the error, e.g. "task".
+        where: file and line of the choice, if known.
 
     Raises:
-        ConfigError: there is no such module; lists those that exist.
+        ConfigError: there is no such module; lists the existing ones.
     """
     names = module_names(package)
     if name not in names:

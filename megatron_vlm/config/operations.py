@@ -1,4 +1,4 @@
-"""Floating-point operations of one part of the model, sorted by what their backward pass costs."""
+"""Floating-point operations of one part of the model, grouped by the cost of their backward pass."""
 
 from dataclasses import dataclass
 
@@ -7,33 +7,33 @@ from dataclasses import dataclass
 class Operations:
     """Operations of a forward pass; a multiplication and an addition count as two.
 
-    Each product of a matrix multiplication has two gradients, and each costs as much as the product. Which of them are
-    computed depends on what learns, so the products are counted in three kinds.
+    A matrix product has two gradients, one for each factor, and each costs as much as the product itself. Which of them
+    are computed depends on what learns, so the products fall into three groups.
     """
 
     entry: float = 0.0
-    """Products of the part's own input with weights: the gradient of the input is for the part before."""
+    """Products of the part's input with weights; the gradient of the input is needed only by the previous part."""
     inner: float = 0.0
-    """Products of later activations with weights."""
+    """Products of activations inside the part with weights."""
     attention: float = 0.0
-    """Products of activations with each other, which have no weights."""
+    """Products of two activations; no weights are involved."""
 
     @property
     def forward(self) -> float:
-        """All operations of the forward pass."""
+        """Total operations of the forward pass."""
         return self.entry + self.inner + self.attention
 
     def times(self, count: float) -> "Operations":
-        """Return the operations of `count` equal inputs."""
+        """Return the operations for `count` inputs like this one."""
         return Operations(entry=count * self.entry, inner=count * self.inner, attention=count * self.attention)
 
     def training(self, *, learns: bool, input_gradient: bool, has_adapter: bool = False) -> float:
         """Return the operations of a forward and a backward pass, without recomputation.
 
         Args:
-            learns: the part's weights get gradients.
-            input_gradient: a part before this one learns, so the gradient goes through to the part's input.
-            has_adapter: weights that an adapter added to the part learn, so the gradient goes into the part.
+            learns: the weights of the part get gradients.
+            input_gradient: an earlier part learns, so the gradient passes through to the input of this one.
+            has_adapter: an adapter inside the part learns, so the gradient reaches into the part.
         """
         flows = learns or input_gradient or has_adapter
         return (

@@ -1,4 +1,4 @@
-"""A training run: one stage, its parallel layout, its optimizer and what it writes."""
+"""A training run: one stage, its parallel layout, its optimizer and its checkpoints."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -14,16 +14,16 @@ from megatron_vlm.config.objectives.language_modelling import Config as Language
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParallelConfig:
-    """How the model is spread over ranks; data parallelism takes what is left of the world."""
+    """How the model is distributed over ranks; data parallelism uses the remaining factor of the world size."""
 
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
     virtual_pipeline_model_parallel_size: int | None = None
     """Model chunks per pipeline rank (interleaved schedule)."""
     sequence_parallel: bool = False
-    """Split activations between tensor-parallel regions along the sequence."""
+    """Split the activations between tensor-parallel regions along the sequence."""
     num_layers_in_first_pipeline_stage: int | None = None
-    """Decoder layers beside the vision tower; None: an even split."""
+    """Decoder layers on the stage that also holds the vision tower; None for an even split."""
     use_distributed_optimizer: bool = True
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
@@ -54,7 +54,7 @@ class ParallelConfig:
         if self.pipeline_model_parallel_size == 1:
             raise ConfigError("parallel.virtual_pipeline_model_parallel_size needs a pipeline", fix="remove it")
         if self.pipeline_model_parallel_size == 2 and not self.overlap_p2p_comm:
-            # Measured: two sends between the same two ranks in one batch are crossed; the gradients are wrong.
+            # Measured: two sends between the same two ranks in one batch are swapped, and the gradients are wrong.
             raise ConfigError(
                 "a virtual pipeline over 2 stages without overlap_p2p_comm computes wrong gradients in megatron-core",
                 fix="set parallel.overlap_p2p_comm=true",
@@ -75,14 +75,14 @@ class OptimizerConfig:
     min_lr: float = 0.0
     lr_decay_style: Literal["cosine", "linear", "constant"] = "cosine"
     lr_warmup_fraction: float = 0.03
-    """Share of train_iters over which the rate rises linearly from 0; ignored where lr_warmup_iters is set."""
+    """Fraction of train_iters over which the rate rises linearly from 0; ignored if lr_warmup_iters is set."""
     lr_warmup_iters: int | None = None
     weight_decay: float = 0.0
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
     adam_eps: float = 1e-8
     clip_grad: float = 1.0
-    """Largest norm of the gradient; 0 turns clipping off."""
+    """Maximum gradient norm; 0 turns clipping off."""
 
     def __post_init__(self) -> None:
         check_not_negative("optimizer", self, "lr", "min_lr", "lr_warmup_fraction", "lr_warmup_iters")
@@ -96,32 +96,32 @@ class TrainingConfig:
     global_batch_size: int
     """Rows per optimizer step over all ranks."""
     micro_batch_size: int = 1
-    """Rows per forward and data-parallel rank."""
+    """Rows per forward pass and data-parallel rank."""
     train_iters: int | None = None
-    """Optimizer steps; None: as many as train_epochs takes."""
+    """Optimizer steps; None if train_epochs determines them."""
     train_epochs: float | None = None
-    """Passes over the blend; used where train_iters is None."""
+    """Passes over the blend, if train_iters is None."""
     exit_iteration: int | None = None
-    """Stop, with a checkpoint, after this iteration; the schedule still runs to train_iters."""
+    """Save a checkpoint and stop after this iteration; the learning-rate schedule still spans train_iters."""
     freeze: tuple[Literal["vision_model", "vision_projection", "language_model"], ...] = ()
     """Parts that do not learn in this stage."""
     precision: Literal["fp32", "bf16"] = "bf16"
     fp8: Literal["hybrid", "e4m3"] | None = None
-    """FP8 matrix products; needs transformer-engine and a GPU that has them."""
+    """Format of FP8 matrix products; needs transformer-engine and a GPU with FP8."""
     recompute: Literal["none", "full", "selective"] = "none"
-    """Activations computed again in the backward pass; selective: the attention core only."""
+    """Activations to recompute in the backward pass; selective recomputes only the attention core."""
     validation_interval: int | None = None
-    """Iterations between measurements of the loss on `data.validation`; the last iteration is measured, too."""
+    """Iterations between measurements of the validation loss; it is also measured after the last iteration."""
     validation_iters: int | None = None
-    """Global batches of a validation; None: as many as one pass over `data.validation` takes."""
+    """Global batches per validation; None for one pass over `data.validation`."""
     objective: Objective = field(default_factory=LanguageModelling)
     """What is minimised."""
     hooks: tuple[HookSettings, ...] = ()
-    """What is done beside every step, further to logs, metrics, TensorBoard and checkpoints."""
+    """What runs beside the steps, in addition to logs, metrics, TensorBoard and checkpoints."""
     seed: int = 1234
     log_interval: int = 1
     num_threads: int | None = None
-    """CPU threads of each rank; None: cores of the machine over ranks on it."""
+    """CPU threads per rank; None divides the cores of the machine by its ranks."""
 
     def __post_init__(self) -> None:
         check_positive("training", self, "global_batch_size", "micro_batch_size", "train_iters", "train_epochs")
@@ -135,14 +135,14 @@ class TrainingConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointConfig:
-    """What is loaded at the start and what is kept."""
+    """Which weights to start from, when to save, and how many checkpoints to keep."""
 
     load_weights: str | None = None
-    """Run folder or checkpoint whose weights this stage starts from; the run's own checkpoint goes before it."""
+    """Run folder or checkpoint to take the initial weights from; ignored once the run has a checkpoint of its own."""
     save_interval: int = 500
     """Iterations between checkpoints; the last iteration is always saved."""
     keep_last: int = 2
-    """Checkpoints of this run that are kept; 0 keeps all."""
+    """Number of checkpoints to keep; 0 keeps all."""
 
     def __post_init__(self) -> None:
         check_positive("checkpoint", self, "save_interval")
@@ -151,11 +151,11 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
-    """Everything that `train` needs."""
+    """All settings of a training run."""
 
     stage: Literal["align", "pretrain", "sft"]
     run_dir: str
-    """Folder of the run; a checkpoint in it is resumed."""
+    """Folder of the run; training resumes from the newest checkpoint in it."""
     model: ModelConfig
     data: DataConfig
     optimizer: OptimizerConfig
@@ -166,10 +166,10 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.model.adapter is None and len(set(self.training.freeze)) == len(PART_NAMES):
             raise ConfigError(
-                "training.freeze names every part, and there is no model.adapter: nothing would learn",
+                "training.freeze names every part and model.adapter is not set, so nothing would learn",
                 fix="leave one part out",
             )
         if bool(self.data.validation) != (self.training.validation_interval is not None):
             raise ConfigError(
-                "data.validation and training.validation_interval are given without each other", fix="set both or none"
+                "only one of data.validation and training.validation_interval is set", fix="set both or neither"
             )

@@ -1,1 +1,1 @@
-"""What a run holds and costs: pure arithmetic on settings and lengths."""
+"""Parameters, memory, operations and time of a run: arithmetic on settings and sample lengths, without torch."""

@@ -1,7 +1,7 @@
-"""Floating-point operations that a step has to do: real patches and real samples, no padding, no recomputation.
+"""Floating-point operations of a step: useful work only, without padding or recomputation.
 
-Each part counts its own forward pass (`operations` in `config/`); here the parts of a step are put together, and what
-of the backward pass is left where some of them are frozen.
+Each part counts its own forward pass (`operations` in `config/`). This module combines the parts and works out how much
+of the backward pass remains if some are frozen.
 """
 
 from dataclasses import dataclass
@@ -12,20 +12,20 @@ from megatron_vlm.config.operations import Operations
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """What the operations of a step, or of a whole run, depend on."""
+    """The amount of work in a step, or in a whole run."""
 
     num_tokens: int
-    """Positions that hold something."""
+    """Positions without padding."""
     attention_pairs: int
-    """Query-key pairs that causal attention inside the samples looks at."""
+    """Query-key pairs that causal attention inside the samples computes."""
     num_labels: int
-    """Positions whose logits are computed."""
+    """Positions with logits."""
     num_images: int
 
 
 @dataclass(frozen=True, slots=True)
 class StepFlops:
-    """Operations of forward and backward pass, by what does them."""
+    """Operations of a forward and backward pass."""
 
     tower: float
     projection: float
@@ -36,23 +36,23 @@ class StepFlops:
 
     @property
     def total(self) -> float:
-        """Operations of all parts."""
+        """Total operations."""
         return self.tower + self.projection + self.decoder + self.output
 
 
 def step_flops(model: ModelConfig, freeze: tuple[str, ...], work: Work) -> StepFlops:
-    """Return the operations of an optimizer step: forward, and what of the backward pass the frozen parts leave.
+    """Return the operations of an optimizer step: the forward pass and what is needed of the backward.
 
-    Gradients go from the loss back to the first part that learns. A frozen part on this way computes the gradient of
-    its input, not of its weights; a frozen part before it computes nothing in the backward pass.
+    Gradients flow from the loss back to the first part that learns. A frozen part on the way computes the gradient of
+    its input but not of its weights; a frozen part before the first one that learns has no backward pass.
 
     Args:
         model: sizes of the parts.
         freeze: parts that do not learn.
-        work: what the step holds.
+        work: tokens, images and labels of the step.
 
     Raises:
-        ConfigError: the images of the model have different sizes.
+        ConfigError: the number of patches depends on the image size.
     """
     adapter, learns_before, counted = model.adapter, False, []
     for part, forward, num_positions in _forward(model, work):
@@ -67,7 +67,7 @@ def step_flops(model: ModelConfig, freeze: tuple[str, ...], work: Work) -> StepF
 
 
 def _forward(model: ModelConfig, work: Work) -> list[tuple[str, Operations, int]]:
-    """Return for each field of `StepFlops` its part, the forward operations and the positions an adapter would see."""
+    """Return part, forward operations and positions seen by an adapter, for each field of `StepFlops`."""
     patches, sizes = (
         model.fixed_patches("the count of operations"),
         (model.vision.feature_size, model.language.hidden_size),

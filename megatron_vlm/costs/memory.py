@@ -1,4 +1,4 @@
-"""How much memory each rank needs, from the settings alone."""
+"""Memory per rank, estimated from the settings."""
 
 from dataclasses import dataclass
 
@@ -6,14 +6,14 @@ from megatron_vlm.config import LanguageConfig, TrainConfig
 from megatron_vlm.costs.parameters import stage_sizes
 
 _WEIGHT_BYTES = {"fp32": 4, "bf16": 2}
-_GRADIENT_BYTES = 4  # gradients are summed in FP32
-# Two moments of AdamW in FP32, and for BF16 weights their FP32 copy.
+_GRADIENT_BYTES = 4  # gradients are accumulated in FP32
+# The two moments of AdamW in FP32; for BF16 weights also an FP32 copy of the weights.
 _OPTIMIZER_BYTES = {"fp32": 8, "bf16": 12}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryEstimate:
-    """Memory of one rank [bytes]; activations are an estimate, the rest follows from the parameters."""
+    """Memory of one rank [bytes]; the activations are an estimate, the rest follows from the parameters."""
 
     weights: int
     gradients: int
@@ -22,7 +22,7 @@ class MemoryEstimate:
 
     @property
     def total(self) -> int:
-        """Sum of all kinds, without what the allocator and the libraries keep."""
+        """Sum of all kinds, not counting memory held by the allocator and libraries."""
         return self.weights + self.gradients + self.optimizer + self.activations
 
 
@@ -40,24 +40,24 @@ def estimate_memory(config: TrainConfig, stage: int, data_parallel_size: int) ->
 
 
 def _activations(config: TrainConfig, stage: int, num_layers: int) -> int:
-    """Estimate what the backward pass of the decoder keeps, for the micro-batches that are under way at once.
+    """Estimate the activations kept for the backward pass of the decoder, over all micro-batches in flight.
 
     Source: Korthikanti et al., arXiv:2205.05198, section 4, with flash attention and a gated MLP.
     """
     language, parallel = config.model.language, config.parallel
     hidden, (query, key_value) = language.hidden_size, language.attention_sizes
-    split = 2 * query + 2 * key_value + 3 * language.ffn_hidden_size  # always over the tensor-parallel ranks
-    whole = 4 * hidden  # inputs of norms and of the regions; over them with sequence parallelism only
+    split = 2 * query + 2 * key_value + 3 * language.ffn_hidden_size  # always split over the tensor-parallel ranks
+    whole = 4 * hidden  # inputs of norms and parallel regions; split only with sequence parallelism
     tp = parallel.tensor_model_parallel_size
     per_token = split // tp + whole // (tp if parallel.sequence_parallel else 1)
     if config.training.recompute == "full":
         per_token = hidden // (tp if parallel.sequence_parallel else 1)
     tokens = config.training.micro_batch_size * config.data.seq_length
-    under_way = parallel.pipeline_model_parallel_size - stage
-    return num_layers * per_token * tokens * under_way * _WEIGHT_BYTES[config.training.precision]
+    in_flight = parallel.pipeline_model_parallel_size - stage
+    return num_layers * per_token * tokens * in_flight * _WEIGHT_BYTES[config.training.precision]
 
 
 def cache_bytes(language: LanguageConfig, itemsize: int) -> int:
-    """Return what the key/value cache of generation takes for one position [bytes]; `itemsize` is of one number."""
+    """Return the size of the key/value cache per position [bytes]; `itemsize` is the size of one number [bytes]."""
     _, key_value = language.attention_sizes
     return 2 * itemsize * language.num_layers * key_value

@@ -1,4 +1,4 @@
-"""What a run will hold and cost before it starts: from settings and sample lengths, without a GPU or torch."""
+"""Forecast of a run from its settings and sample lengths, without a GPU or torch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,39 +15,39 @@ from megatron_vlm.data.shards.dataset import ShardedDataset
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outlook:
-    """A whole run in figures."""
+    """Figures for a whole run."""
 
     packing: PlanSummary
     num_labels: int
-    """Tokens with a loss, from each dataset's share of trained tokens."""
+    """Tokens with a loss, estimated from the fraction of trained tokens in each dataset."""
     flops: float
-    """Operations of all steps; padding and recomputation excluded."""
-    stage_shares: tuple[float, ...]
-    """Share of the operations that each pipeline stage does."""
+    """Operations of all steps, without padding and recomputation."""
+    stage_fractions: tuple[float, ...]
+    """Fraction of the operations on each pipeline stage."""
     row_lengths: tuple[int, int]
-    """Shortest and longest rows; they differ between global batches where lengths are clustered [tokens]."""
+    """Shortest and longest rows [tokens]; they differ if samples are clustered by length."""
     balance: tuple[Balance, ...]
-    """For the numbers of data-parallel ranks that were asked for."""
+    """For the requested numbers of data-parallel ranks."""
 
 
 def foresee(
     config: TrainConfig, datasets: Sequence[ShardedDataset], data_parallel_sizes: Sequence[int] = ()
 ) -> Outlook:
-    """Pack the data and count what all steps will do.
+    """Pack the data and count the operations of all steps.
 
     Args:
         config: settings of the run.
         datasets: one per entry of the blend.
-        data_parallel_sizes: numbers of data-parallel ranks for which the balance is simulated.
+        data_parallel_sizes: numbers of data-parallel ranks to simulate the balance for.
 
     Raises:
-        ConfigError: the blend cannot be made from the datasets.
-        DataError: with overflow "fail", a sample is longer than a row; with "split", an image is.
-        UsageError: the balance is asked for a number of ranks that does not divide the global batch.
+        ConfigError: the datasets do not allow this blend.
+        DataError: a sample is longer than a row with overflow "fail", or an image is with "split".
+        UsageError: a number of ranks does not divide the global batch.
     """
     settings = PlanSettings.from_config(config)
     rows = plan_rows(settings, datasets)
-    # As they are in the rows: cut samples are shorter, and fragments have lengths of their own.
+    # Lengths in the rows: samples may be cut or split into fragments.
     used = rows.pool.lengths[rows.sample_ids].astype(np.float64)
     work = Work(
         num_tokens=rows.summary.num_tokens,
@@ -61,25 +61,25 @@ def foresee(
         packing=rows.summary,
         num_labels=work.num_labels,
         flops=flops.total,
-        stage_shares=_stage_shares(config, flops),
+        stage_fractions=_stage_fractions(config, flops),
         row_lengths=(min(lengths), max(lengths)),
         balance=tuple(report_balance(settings, rows, data_parallel_sizes)) if data_parallel_sizes else (),
     )
 
 
 def _count_labels(rows: PlannedRows, datasets: Sequence[ShardedDataset]) -> int:
-    """Return the tokens with a loss, as if every text had its dataset's share of trained tokens."""
+    """Return the tokens with a loss, as if every text had the same fraction of trained tokens as its dataset."""
     pool = rows.pool
     labels = (pool.lengths - pool.image_lengths).astype(np.float64)
     counts = [dataset.manifest.counts for dataset in datasets]
-    shares = np.array([count.trained_tokens / max(1, count.text_tokens) for count in counts])
+    fractions = np.array([count.trained_tokens / max(1, count.text_tokens) for count in counts])
     sizes = [len(dataset) for dataset in datasets]
-    sources = np.searchsorted(np.cumsum(sizes), pool.fragments[0], side="right")
-    labels *= np.concatenate([np.repeat(shares, sizes), shares[sources]])
+    parents = np.searchsorted(np.cumsum(sizes), pool.fragments[0], side="right")
+    labels *= np.concatenate([np.repeat(fractions, sizes), fractions[parents]])
     return int(labels[rows.sample_ids].sum())
 
 
-def _stage_shares(config: TrainConfig, flops: StepFlops) -> tuple[float, ...]:
+def _stage_fractions(config: TrainConfig, flops: StepFlops) -> tuple[float, ...]:
     layer = flops.decoder / config.model.language.num_layers
     stages = [size.num_layers * layer for size in stage_sizes(config)]
     stages[0] += flops.tower + flops.projection

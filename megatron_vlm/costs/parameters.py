@@ -1,4 +1,4 @@
-"""How many parameters each rank holds, from the settings alone."""
+"""Parameters per rank, computed from the settings."""
 
 from dataclasses import dataclass
 
@@ -7,30 +7,30 @@ from megatron_vlm.config import ModelConfig, ParallelConfig, TrainConfig
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageSize:
-    """What one rank of a pipeline stage holds."""
+    """The parameters on one rank of a pipeline stage."""
 
     num_layers: int
     """Decoder layers."""
     vision_model: int = 0
-    """Parameters of the part on this rank; likewise the next two."""
+    """Parameters of this part on this rank; the same for the next two."""
     vision_projection: int = 0
     language_model: int = 0
     adapter: int = 0
-    """Parameters that the adapter adds to the parts on this rank; they always learn."""
+    """Parameters that the adapter adds on this rank; they always learn."""
 
     @property
     def parameters(self) -> int:
-        """Parameters of all parts and of the adapter."""
+        """Parameters of all parts and the adapter."""
         return self.vision_model + self.vision_projection + self.language_model + self.adapter
 
     def learning(self, freeze: tuple[str, ...]) -> int:
-        """Return the parameters that learn."""
+        """Return the number of parameters that learn."""
         parts = ("vision_model", "vision_projection", "language_model")
         return self.adapter + sum(getattr(self, part) for part in parts if part not in freeze)
 
 
 def stage_sizes(config: TrainConfig) -> tuple[StageSize, ...]:
-    """Return what a rank of each pipeline stage holds, first stage first."""
+    """Return the parameters on a rank of each pipeline stage, first stage first."""
     model, parallel = config.model, config.parallel
     return tuple(
         StageSize(
@@ -64,7 +64,7 @@ def _language(model: ModelConfig, parallel: ParallelConfig, stage: int, num_laye
     size += embedding if is_first else 0
     if is_last:
         size += language.hidden_size  # the final norm
-        # A tied output layer shares the embedding of its own rank; on another stage it is a copy.
+        # A tied output layer shares the embedding if it is on the same rank; on another stage it is a copy.
         size += 0 if is_first and language.share_embeddings_and_output_weights else embedding
     return size
 

@@ -1,15 +1,15 @@
-"""How long a run takes and how much of that time its ranks are idle, from the settings alone."""
+"""Duration of a run and idle time of its ranks."""
 
 from megatron_vlm.config import Layout, ParallelConfig
 
 
 def gpu_hours(flops: float, flops_per_second: float) -> float:
-    """Return the GPU hours of so many operations at so many useful ones per second and GPU."""
+    """Return the GPU hours for `flops` operations at `flops_per_second` useful operations per GPU."""
     return flops / flops_per_second / 3600
 
 
 def pipeline_bubble(parallel: ParallelConfig, layout: Layout) -> float:
-    """Return the share of a step in which a pipeline stage waits for the others, if all stages take equally long.
+    """Return the fraction of a step that a pipeline stage waits for others, if all stages take equally long.
 
     Source: Narayanan et al., arXiv:2104.04473, section 2.2.
     """
@@ -17,6 +17,6 @@ def pipeline_bubble(parallel: ParallelConfig, layout: Layout) -> float:
     return (pp - 1) / (layout.num_micro_batches * chunks + pp - 1)
 
 
-def stage_imbalance(stage_shares: tuple[float, ...]) -> float:
-    """Return how much longer than the mean the slowest stage takes, from each stage's share of the operations."""
-    return max(stage_shares) * len(stage_shares) - 1
+def stage_imbalance(stage_fractions: tuple[float, ...]) -> float:
+    """Return by how much the slowest stage exceeds the mean, from the fraction of the operations of each stage."""
+    return max(stage_fractions) * len(stage_fractions) - 1

@@ -1,1 +1,1 @@
-"""The vision language model, from megatron-core parts."""
+"""The vision-language model, built on megatron-core."""

@@ -1,4 +1,4 @@
-"""Build the model chunks of this rank, freeze what does not learn and add the adapter."""
+"""Build the model chunks of this rank, freeze parts and add the adapter."""
 
 from collections.abc import Iterable
 
@@ -19,17 +19,17 @@ def build_model(
 ) -> list[VisionLanguageModel]:
     """Build this rank's chunks: one, or one per virtual pipeline stage.
 
-    Needs megatron-core's parallel state, of the layout that `parallel` says. Weights are random, the same for every
-    tensor-parallel size.
+    Needs megatron-core's parallel state, set up with the same `parallel`. The weights are random, but the same for
+    every tensor-parallel size.
 
     Args:
-        model: sizes and types of the parts.
-        parallel: how they are spread over the ranks.
+        model: types and sizes of the parts.
+        parallel: how they are distributed over the ranks.
         computation: precision and recomputation.
-        freeze: names of parts that do not learn, as in `PART_NAMES`; the weights of an adapter always learn.
+        freeze: parts that do not learn, as in `PART_NAMES`; the weights of an adapter always learn.
 
     Raises:
-        ConfigError: a part has a type that can be configured and not built, or the backend is not there.
+        ConfigError: no module builds the type of a part, or the backend is not available.
     """
     virtual, frozen = parallel.virtual_pipeline_model_parallel_size, tuple(freeze)
     chunks = []
@@ -80,13 +80,13 @@ def _build_vision(model: ModelConfig, computation: Computation) -> tuple[Replica
 
 def _freeze(chunk: VisionLanguageModel, part_names: Iterable[str]) -> None:
     for name in part_names:
-        part = getattr(chunk, name, None)  # the vision parts are on the first stage only
+        part = getattr(chunk, name, None)  # only the first stage has the vision parts
         if part is not None:
             part.requires_grad_(False)
 
 
 def _adapt(chunk: VisionLanguageModel, model: ModelConfig) -> None:
-    """Add the adapter's weights, and mark those of the vision parts with the parts' own."""
+    """Add the weights of the adapter, then mark all weights of the vision parts."""
     if model.adapter is not None:
         adapter = find_module("megatron_vlm.models.adapters", model.adapter.type, "model.adapter.type")
         adapter.apply(model.adapter, chunk)

@@ -1,4 +1,4 @@
-"""How a model computes, and what that means for megatron-core's TransformerConfig of every part."""
+"""How a model computes: precision and recomputation, as arguments of megatron-core's TransformerConfig."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,7 +12,7 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Computation:
-    """Precision and recomputation; the fields are those of `TrainingConfig`."""
+    """Precision and recomputation, as in `TrainingConfig`."""
 
     precision: Literal["fp32", "bf16"] = "fp32"
     fp8: Literal["hybrid", "e4m3"] | None = None
@@ -20,24 +20,24 @@ class Computation:
 
     @classmethod
     def from_config(cls, training: TrainingConfig) -> "Computation":
-        """Take it from the settings of a training."""
+        """Take the fields from the settings of a training stage."""
         return cls(precision=training.precision, fp8=training.fp8, recompute=training.recompute)
 
     def common_arguments(self) -> dict[str, Any]:
-        """Return the arguments that the TransformerConfigs of all parts share."""
+        """Return the arguments that are the same for every part."""
         dtype = _DTYPES[self.precision]
         return {
-            # The full weight is drawn on the CPU and sliced: the same values for every tensor-parallel size.
+            # Weights are drawn whole on the CPU, then sliced: their values do not depend on the tensor-parallel size.
             "use_cpu_initialization": True,
             "params_dtype": dtype,
             "pipeline_dtype": dtype,
             "bf16": dtype is torch.bfloat16,
             "attention_dropout": 0.0,
             "hidden_dropout": 0.0,
-            # A micro-batch returns a sum and a count; finalize_model_grads divides once by the global count.
+            # Micro-batches return a sum and a count; finalize_model_grads divides once by the global count.
             "calculate_per_token_loss": True,
             "gradient_accumulation_fusion": False,
-            # These are torch.compile or CUDA extensions: no gain on the host, not needed beside transformer-engine.
+            # These need torch.compile or CUDA extensions: no gain on the CPU, and redundant with transformer-engine.
             "masked_softmax_fusion": False,
             "bias_activation_fusion": False,
             "bias_dropout_fusion": False,
@@ -46,7 +46,7 @@ class Computation:
         }
 
     def recompute_arguments(self, *, selective: bool = True) -> dict[str, Any]:
-        """Return the arguments for recomputation; `selective` False leaves selective recomputation out."""
+        """Return the arguments for recomputation; with `selective=False`, selective recomputation is ignored."""
         if self.recompute == "full":
             return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
         if self.recompute == "selective" and selective:

@@ -1,4 +1,4 @@
-"""The Llama-2 decoder: megatron-core's GPTModel with logits only where there is a loss."""
+"""The Llama-2 decoder: megatron-core's GPTModel, with logits only at positions with a loss."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ from megatron_vlm.models.layers.specs import Backend, language_block_spec
 def language_transformer_config(
     language: LanguageConfig, parallel: ParallelConfig, computation: Computation, backend: Backend
 ) -> TransformerConfig:
-    """Return megatron-core's config of the decoder, with the parallel layout of the job."""
+    """Return megatron-core's config for the decoder, including the parallel layout."""
     return TransformerConfig(
         num_layers=language.num_layers,
         hidden_size=language.hidden_size,
@@ -49,18 +49,18 @@ def _parallel_arguments(parallel: ParallelConfig) -> dict[str, Any]:
         "sequence_parallel": parallel.sequence_parallel,
         "overlap_p2p_comm": parallel.overlap_p2p_comm,
         "batch_p2p_comm": not parallel.overlap_p2p_comm,
-        # Freed at once, an output that gloo is still sending in the background would be overwritten (measured: another
-        # loss with a virtual pipeline on the host); without one the schedules wait for each send first.
+        # With a virtual pipeline, gloo may still be sending an output in the background; freeing it would let it be
+        # overwritten (measured on the CPU: the loss changes). Without one, the schedules wait for each send first.
         "deallocate_pipeline_outputs": parallel.pipeline_model_parallel_size > 1 and virtual is None,
     }
 
 
 class LanguageModel(GPTModel):
-    """GPTModel whose output layer sees only the positions of `label_index`.
+    """GPTModel whose output layer computes logits only at the positions in `label_index`.
 
-    With images most positions of a row have no loss; their logits over the whole vocabulary are the largest part of a
-    step that can be left out. Under sequence parallelism the hidden states are gathered first, since the chosen
-    positions fall unevenly on the ranks.
+    In rows with images most positions have no loss, and their logits over the whole vocabulary are the largest
+    computation of a step that can be skipped. With sequence parallelism the hidden states are gathered first, because
+    the chosen positions are spread unevenly over the ranks.
     """
 
     def __init__(
@@ -83,13 +83,12 @@ class LanguageModel(GPTModel):
             share_embeddings_and_output_weights=language_config.share_embeddings_and_output_weights,
             position_embedding_type="rope",
             rotary_base=int(language_config.rotary_base),
-            # Images are written over the whole sequence before it is scattered.
+            # Image embeddings are written into the full sequence before it is scattered.
             scatter_embedding_sequence_parallel=False,
             vp_stage=vp_stage,
         )
         if post_process and config.sequence_parallel:
-            # The gather in `_select_positions` brings the whole sequence and, backwards, reduce-scatters the partial
-            # gradients.
+            # `_select_positions` gathers the full sequence; its backward pass reduce-scatters the partial gradients.
             self.output_layer.sequence_parallel = False
             self.output_layer.disable_grad_reduce = True
 
@@ -104,19 +103,22 @@ class LanguageModel(GPTModel):
     ) -> Tensor:
         """Run the decoder layers of this stage, and the output layer on the last one.
 
-        GPTModel's own forward hands nothing of ours to the output layer, so its three steps are called here. The
-        positions are an argument all the way: a recomputed or replayed forward reads those of its own micro-batch.
+        GPTModel.forward has no way to pass `label_index` to the output layer, so this method calls its three steps
+        directly. The positions stay an argument throughout, so a recomputed or replayed forward pass uses those of its
+        own micro-batch.
 
         Args:
-            decoder_input: float[s, b, h], embedded, on the first stage; None on the others, see `set_input_tensor`.
-            labels: int64[1, k], one for each position of `label_index`; None asks for logits.
-            label_index: int64[k], positions whose logits are wanted; None: all.
-            packed_seq_params: borders of the samples; None for a batch of equally long samples.
+            decoder_input: float[s, b, h], the embeddings, on the first stage; None on later stages, which use
+                `set_input_tensor`.
+            labels: int64[1, k], one per position in `label_index`; None to get logits.
+            label_index: int64[k], the positions to compute logits for; None for all.
+            packed_seq_params: boundaries of the samples; None for a batch of samples of equal length.
             inference_context: megatron-core's key/value cache.
 
         Returns:
-            The loss of each label float[1, k] with labels, logits float[b, s or k, padded_vocab_size / tp] without (of
-            the last position and the whole vocabulary with a cache); before the last stage hidden states.
+            On the last stage, with labels: the loss of each label, float[1, k]. Without labels: logits,
+            float[b, s or k, padded_vocab_size / tp]; with a cache only those of the last position, over the full
+            vocabulary. On earlier stages: hidden states.
         """
         decoder_input, rotary_pos_emb, _, _, sequence_len_offset, _ = self._preprocess(
             None, None, decoder_input, inference_context, packed_seq_params
@@ -144,7 +146,7 @@ class LanguageModel(GPTModel):
         )
 
     def _select_positions(self, hidden_states: Tensor, label_index: Tensor | None) -> Tensor:
-        """Keep the hidden states float[k, 1, h] whose logits are wanted."""
+        """Return the hidden states at the positions to compute logits for, float[k, 1, h]."""
         if self.config.sequence_parallel:
             hidden_states = gather_from_sequence_parallel_region(hidden_states)
         return hidden_states if label_index is None else hidden_states.index_select(0, label_index)

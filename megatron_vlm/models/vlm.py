@@ -1,4 +1,4 @@
-"""The vision language model: tower, projection and decoder, with images written over their placeholders."""
+"""The vision-language model: tower, projection and decoder; image embeddings replace their placeholders."""
 
 import torch
 from megatron.core.enums import ModelType
@@ -14,15 +14,15 @@ from megatron_vlm.models.layers.image_parallel import gather_features
 
 
 def merge_image_embeddings(text: Tensor, image: Tensor, image_token_index: Tensor) -> Tensor:
-    """Write image embeddings over their placeholder tokens.
+    """Replace placeholder embeddings by image embeddings.
 
     Args:
-        text: float[s, b, h]; left unchanged.
-        image: float[m, h]; all images of the micro-batch, image by image, in reading order.
-        image_token_index: int64[m]; position of each row of `image` in the flattened [s * b] sequence.
+        text: float[s, b, h]; not modified.
+        image: float[m, h]; all images of the micro-batch in reading order, token by token.
+        image_token_index: int64[m]; position of each row of `image` in the flattened sequence [s * b].
 
     Returns:
-        float[s, b, h] with the dtype of text.
+        float[s, b, h] with the dtype of `text`.
 
     Raises:
         ValueError: text and image differ in h, or image and image_token_index in m.
@@ -38,14 +38,14 @@ def merge_image_embeddings(text: Tensor, image: Tensor, image_token_index: Tenso
 
 
 class VisionLanguageModel(MegatronModule):
-    """One pipeline stage of the model; the first holds tower, projection and embedding.
+    """One pipeline stage of the model; the first stage holds tower, projection and embedding.
 
     Args:
-        config: megatron-core's config of the decoder, which the schedules read from the outermost module.
+        config: megatron-core's config of the decoder; the schedules read it from the outermost module.
         vision: tower and projection; None on later stages.
         language_model: the decoder layers of this stage.
-        num_image_tokens: embeddings of one image.
-        tp_group: ranks that share the images of a micro-batch.
+        num_image_tokens: embeddings per image.
+        tp_group: the tensor-parallel ranks, which divide the images of a micro-batch among them.
     """
 
     vision_model: MegatronModule
@@ -65,29 +65,29 @@ class VisionLanguageModel(MegatronModule):
             self.vision_model, self.vision_projection = vision
         self.language_model = language_model
         self.num_image_tokens, self.tp_group = num_image_tokens, tp_group
-        # Read by megatron-core's schedules, gradient reduction and checkpoints from the outermost module.
+        # megatron-core's schedules, gradient reduction and checkpoints read these from the outermost module.
         self.model_type = ModelType.encoder_or_decoder
         self.pre_process, self.post_process = language_model.pre_process, language_model.post_process
         self.vp_stage = language_model.vp_stage
         self.share_embeddings_and_output_weights = language_model.share_embeddings_and_output_weights
 
     def set_input_tensor(self, input_tensor: Tensor) -> None:
-        """Take the previous stage's output."""
+        """Set the output of the previous stage as the input of this one."""
         self.language_model.set_input_tensor(input_tensor)
 
     def shared_embedding_or_output_weight(self) -> Tensor:
-        """Return the embedding that first and last stage share, if they do."""
+        """Return the embedding weights that first and last stage share, if they are tied."""
         return self.language_model.shared_embedding_or_output_weight()
 
     def encode_images(self, pixel_values: Tensor, num_images: int) -> Tensor:
-        """Encode this rank's share of the images and gather the embeddings of all.
+        """Encode this rank's share of the images and gather the embeddings of all images.
 
         Args:
-            pixel_values: uint8[share, 3, H, W]; see `gather_features` for the shares.
-            num_images: images of the whole micro-batch, at least one.
+            pixel_values: uint8[share, 3, H, W]; see `gather_features` for how images are shared out.
+            num_images: images of the whole micro-batch.
 
         Returns:
-            float[num_images * p, h]; image by image, in reading order.
+            float[num_images * p, h]; in reading order.
         """
         if pixel_values.size(0):
             local = self.vision_projection(self.vision_model(pixel_values))
@@ -104,7 +104,7 @@ class VisionLanguageModel(MegatronModule):
         """Embed text and images.
 
         Returns:
-            float[s, b, h]; under sequence parallelism this rank's float[s / tp, b, h].
+            float[s, b, h]; with sequence parallelism the slice of this rank, float[s / tp, b, h].
         """
         text = self.language_model.embedding(input_ids=input_ids, position_ids=None)  # [s, b, h]
         if num_images:
@@ -133,17 +133,17 @@ class VisionLanguageModel(MegatronModule):
 
         Args:
             input_ids: int64[b, s]; b is 1 for packed rows.
-            pixel_values: uint8[share, 3, H, W]; this tensor-parallel rank's images; first stage only.
-            image_token_index: int64[num_images * p]; flat [s * b] positions of the placeholders.
+            pixel_values: uint8[share, 3, H, W]; images of this tensor-parallel rank; used on the first stage only.
+            image_token_index: int64[num_images * p]; positions of the placeholders in the flattened sequence [s * b].
             num_images: images of the whole micro-batch.
-            labels: int64[1, s], IGNORE_INDEX where there is no loss; None asks for logits.
+            labels: int64[1, s], IGNORE_INDEX where there is no loss; None to get logits.
             label_index: int64[k]; positions with a loss; required with labels.
-            packed_seq_params: borders of the samples; None for a batch of equally long samples.
+            packed_seq_params: boundaries of the samples; None for a batch of samples of equal length.
             inference_context: megatron-core's key/value cache.
 
         Returns:
-            Loss of each label float[1, k] on the last stage with labels; logits float[b, s, padded_vocab_size / tp]
-            without (the whole vocabulary with a cache); hidden states for the next stage otherwise.
+            On the last stage, with labels: the loss of each label, float[1, k]. Without labels: logits,
+            float[b, s, padded_vocab_size / tp] (the full vocabulary with a cache). On earlier stages: hidden states.
         """
         embeddings = None
         if self.pre_process:

@@ -31,8 +31,8 @@ def test_layout_and_stages_are_those_of_the_job(project):
 
 def test_stage_with_the_tower_does_more_of_the_work(project):
     data = facts(project, "parallel.pipeline_model_parallel_size=2")["data"]
-    assert sum(data["stage_shares"]) == pytest.approx(1)
-    assert data["stage_imbalance"] == pytest.approx(2 * max(data["stage_shares"]) - 1)
+    assert sum(data["stage_fractions"]) == pytest.approx(1)
+    assert data["stage_imbalance"] == pytest.approx(2 * max(data["stage_fractions"]) - 1)
 
 
 def test_hours_follow_from_the_share_of_the_peak(project):

@@ -190,7 +190,7 @@ def test_section_that_contradicts_itself_is_named_with_its_line(load):
 
 
 def test_key_that_stands_twice_is_refused(load):
-    with pytest.raises(ConfigError, match=r"key inner.lr stands twice .*outer.yaml:4"):
+    with pytest.raises(ConfigError, match=r"key inner.lr is set twice .*outer.yaml:4"):
         load("name: run\ninner:\n  lr: 1\n  lr: 2\n")
 
 
@@ -215,8 +215,8 @@ def test_override_below_a_single_value_is_refused(load):
     [
         ("name: [a\ninner: {}\n", r"is not valid YAML \(.*outer.yaml:2\)"),
         ("\tname: a\n", "is not valid YAML"),
-        ("- a\n- b\n", "holds no mapping"),
-        ("just text\n", "holds no mapping"),
+        ("- a\n- b\n", "is not a mapping"),
+        ("just text\n", "is not a mapping"),
     ],
 )
 def test_file_that_is_no_mapping_is_refused(load, text, message):
@@ -243,7 +243,7 @@ def test_missing_base_is_named(tmp_path):
 def test_circle_of_bases_is_refused(tmp_path):
     (tmp_path / "a.yaml").write_text("base: b.yaml\n")
     (tmp_path / "b.yaml").write_text("base: a.yaml\n")
-    with pytest.raises(ConfigError, match="name each other as base"):
+    with pytest.raises(ConfigError, match="extend each other in a circle"):
         load_config(Outer, tmp_path / "a.yaml")
 
 

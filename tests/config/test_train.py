@@ -111,5 +111,5 @@ def test_validation_is_configured_as_a_whole(section):
         "training": dataclasses.replace(config.training, validation_interval=5),
     }
     assert dataclasses.replace(config, **changes)
-    with pytest.raises(ConfigError, match=r"data.validation and training.validation_interval are given without each"):
+    with pytest.raises(ConfigError, match=r"only one of data.validation and training.validation_interval is set"):
         dataclasses.replace(config, **{section: changes[section]})

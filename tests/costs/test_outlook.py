@@ -102,6 +102,6 @@ def test_frozen_parts_cost_less(dataset):
 
 def test_stages_share_all_of_the_work_and_the_tower_weighs_on_the_first(dataset):
     outlook = foresee(one_epoch(pipeline_model_parallel_size=4), [dataset])
-    assert sum(outlook.stage_shares) == pytest.approx(1)
-    assert outlook.stage_shares[0] > outlook.stage_shares[1]
-    assert outlook.stage_shares[-1] > outlook.stage_shares[1]
+    assert sum(outlook.stage_fractions) == pytest.approx(1)
+    assert outlook.stage_fractions[0] > outlook.stage_fractions[1]
+    assert outlook.stage_fractions[-1] > outlook.stage_fractions[1]

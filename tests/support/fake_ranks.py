@@ -26,7 +26,7 @@ def play(monkeypatch):
 
     monkeypatch.setattr(torch, "empty", zeros)
     # The other ranks consume nothing.
-    monkeypatch.setattr(training_step, "_check_samples", lambda *arguments, **settings: None)
+    monkeypatch.setattr(training_step, "check_samples", lambda *arguments, **settings: None)
     monkeypatch.setattr(torch.distributed, "broadcast_object_list", tell)
 
     def run(config, rank, world_size, *, step=True):

@@ -1,7 +1,7 @@
-"""Adapters: small weights added to a built model whose own weights rest, named in `model.adapter.type`.
+"""Adapters, one module each, chosen by `model.adapter.type`: small trainable weights added to a built model.
 
-Each module is one and offers the dataclass `Config`; the module of the same name in `models/adapters/` adds it. There
-is none yet.
+A module defines the frozen dataclass `Config`; the module of the same name in `models/adapters/` adds the weights.
+There are no adapters yet.
 """
 
 from typing import TYPE_CHECKING, Annotated, Protocol
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class AdapterConfig(Protocol):
-    """What every adapter says about itself: the parts that it changes, its parameters and its operations."""
+    """Settings of an adapter, and what follows from them: the parts it changes, parameters and operations."""
 
     @property
     def type(self) -> str:
@@ -22,21 +22,21 @@ class AdapterConfig(Protocol):
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """Parts it adds weights to, as in `PART_NAMES`; the added weights learn even where the part is frozen."""
+        """Parts that get added weights, as in `PART_NAMES`; these weights learn even if the part is frozen."""
 
     def num_parameters(self, model: "ModelConfig", part: str, *, num_layers: int, tensor_parallel_size: int) -> int:
-        """Return the parameters that it adds to one rank.
+        """Return the number of parameters added on one rank.
 
         Args:
             model: the model without the adapter.
             part: one of `parts`.
-            num_layers: layers of the part on that rank.
-            tensor_parallel_size: ranks that share a decoder layer; 1 for the vision parts, which are whole everywhere.
+            num_layers: decoder layers on that rank.
+            tensor_parallel_size: ranks over which a decoder layer is split; the vision parts are never split.
         """
 
     def operations(self, model: "ModelConfig", part: str, num_positions: int) -> Operations:
-        """Return the operations that it adds to one of `parts` on so many tokens (decoder) or patches (vision)."""
+        """Return the operations added to one of `parts` for a number of tokens (decoder) or patches (vision parts)."""
 
 
 Adapter = Annotated[AdapterConfig, PartOf("megatron_vlm.config.adapters")]
-"""Type of a settings field that holds an adapter."""
+"""Annotation for a settings field that holds an adapter."""

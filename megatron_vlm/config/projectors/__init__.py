@@ -1,6 +1,6 @@
-"""Projections: each module is one, named in `model.projection.type`, and offers the dataclass `Config`.
+"""Projections, one module each, chosen by `model.projection.type`; a module defines the frozen dataclass `Config`.
 
-The module of the same name in `models/projectors/` builds it.
+The module of the same name in `models/projectors/` builds the projection.
 """
 
 from typing import Annotated, Protocol
@@ -12,28 +12,28 @@ from megatron_vlm.config.operations import Operations
 
 
 class ProjectorConfig(Protocol):
-    """What every projection says about itself: its tokens, its parameters and its operations."""
+    """Settings of a projection, and what follows from them: image tokens, parameters and operations."""
 
     @property
     def type(self) -> str:
         """Name of the module."""
 
     def token_grid(self, patches: Grid) -> Grid:
-        """Return the image tokens that a grid of patches becomes."""
+        """Return the grid of image tokens made from a grid of patches."""
 
     def num_parameters(self, input_size: int, output_size: int) -> int:
-        """Return the parameters between features and embeddings of these widths."""
+        """Return the number of parameters for these widths of features and embeddings."""
 
     def operations(self, patches: Grid, input_size: int, output_size: int) -> Operations:
-        """Return the operations on one image of so many patches, between these widths."""
+        """Return the operations for one image with these patches and widths."""
 
 
 Projector = Annotated[ProjectorConfig, PartOf("megatron_vlm.config.projectors", default="linear")]
-"""Type of a settings field that holds a projection."""
+"""Annotation for a settings field that holds a projection."""
 
 
 def make_projector(type: str, **settings: object) -> ProjectorConfig:
-    """Return the settings of a projection of this type.
+    """Return the settings of a projection of the given type.
 
     Raises:
         ConfigError: there is no such type.

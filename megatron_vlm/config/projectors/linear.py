@@ -1,4 +1,4 @@
-"""One linear layer with a bias, as in the paper.
+"""A linear layer with a bias, as in the paper.
 
 Source: VILA, arXiv:2312.07533, section 3.1.
 """
@@ -12,18 +12,18 @@ from megatron_vlm.config.operations import Operations
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
-    """A linear projection: one image token for each patch."""
+    """A linear projection: one image token per patch."""
 
     type: Literal["linear"] = "linear"
 
     def token_grid(self, patches: Grid) -> Grid:
-        """Return the grid of patches: each becomes one token."""
+        """Return the grid of patches; each patch becomes one token."""
         return patches
 
     def num_parameters(self, input_size: int, output_size: int) -> int:
-        """Return the parameters of weight and bias."""
+        """Return the number of parameters."""
         return (input_size + 1) * output_size
 
     def operations(self, patches: Grid, input_size: int, output_size: int) -> Operations:
-        """Return the operations on one image of so many patches."""
+        """Return the operations for one image with these patches."""
         return Operations(entry=2 * patches.size * input_size * output_size)

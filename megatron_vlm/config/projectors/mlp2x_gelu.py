@@ -12,20 +12,20 @@ from megatron_vlm.config.operations import Operations
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
-    """A projection of two layers, both as wide as the language model: one image token for each patch."""
+    """A projection of two layers, both as wide as the language model: one image token per patch."""
 
     type: Literal["mlp2x_gelu"] = "mlp2x_gelu"
 
     def token_grid(self, patches: Grid) -> Grid:
-        """Return the grid of patches: each becomes one token."""
+        """Return the grid of patches; each patch becomes one token."""
         return patches
 
     def num_parameters(self, input_size: int, output_size: int) -> int:
-        """Return the parameters of both weights and biases."""
+        """Return the number of parameters."""
         return (input_size + 1) * output_size + (output_size + 1) * output_size
 
     def operations(self, patches: Grid, input_size: int, output_size: int) -> Operations:
-        """Return the operations on one image of so many patches."""
+        """Return the operations for one image with these patches."""
         return Operations(
             entry=2 * patches.size * input_size * output_size, inner=2 * patches.size * output_size * output_size
         )

@@ -1,6 +1,6 @@
-"""Vision towers: each module is a tower, named in `model.vision.type`, and offers the dataclass `Config`.
+"""Vision towers, one module each, chosen by `model.vision.type`; a module defines the frozen dataclass `Config`.
 
-The module of the same name in `models/towers/` builds it.
+The module of the same name in `models/towers/` builds the tower.
 """
 
 from typing import Annotated, Protocol
@@ -11,7 +11,7 @@ from megatron_vlm.config.operations import Operations
 
 
 class TowerConfig(Protocol):
-    """What every tower says about itself: its settings, its patches, its parameters and its operations."""
+    """Settings of a tower, and what follows from them: patches, parameters and operations."""
 
     @property
     def type(self) -> str:
@@ -19,38 +19,38 @@ class TowerConfig(Protocol):
 
     @property
     def image_size(self) -> int:
-        """Side of the square image that the tower is fed [pixels]."""
+        """Side of the square input image [pixels]."""
 
     @property
     def image_mean(self) -> tuple[float, float, float]:
-        """Mean of red, green and blue that is subtracted from pixels between 0 and 1."""
+        """Mean of red, green and blue, subtracted from pixels in the range 0 to 1."""
 
     @property
     def image_std(self) -> tuple[float, float, float]:
-        """Standard deviation of red, green and blue that the difference is divided by."""
+        """Standard deviation of red, green and blue, by which the difference is divided."""
 
     @property
     def init_method_std(self) -> float:
-        """Standard deviation of the initial weights, those of the projection included."""
+        """Standard deviation of the initial weights, including the projection."""
 
     @property
     def feature_size(self) -> int:
-        """Width of the features that the tower hands on."""
+        """Width of the output features."""
 
     @property
     def constant_grid(self) -> Grid | None:
-        """Patches of every image; None for a tower whose patches depend on the size of the image."""
+        """Patches of every image; None if they depend on the image size."""
 
     def patch_grid(self, width: int, height: int) -> Grid:
-        """Return the patches of an image of this size, as stored [pixels]."""
+        """Return the patches of a stored image of this size [pixels]."""
 
     @property
     def num_parameters(self) -> int:
         """Parameters of the tower."""
 
     def operations(self, patches: Grid) -> Operations:
-        """Return the operations on one image of so many patches."""
+        """Return the operations for one image with these patches."""
 
 
 Tower = Annotated[TowerConfig, PartOf("megatron_vlm.config.towers", default="clip")]
-"""Type of a settings field that holds a tower."""
+"""Annotation for a settings field that holds a tower."""

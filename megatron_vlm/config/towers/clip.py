@@ -1,4 +1,4 @@
-"""A CLIP-like vision transformer: one square image size, one feature for each patch."""
+"""A CLIP-style vision transformer: square images of one size, one feature per patch."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -11,28 +11,28 @@ from megatron_vlm.config.operations import Operations
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
-    """Sizes of the encoder and the image that it sees."""
+    """Sizes of the encoder and of its input image."""
 
     type: Literal["clip"] = "clip"
     image_size: int = 336
-    """Side of the square image that the tower is fed [pixels]."""
+    """Side of the square input image [pixels]."""
     patch_size: int = 14
     """Side of a square patch [pixels]."""
     num_layers: int
-    """Layers of the encoder as published; `feature_layer` says how many of them run."""
+    """Layers of the published encoder; `feature_layer` determines how many of them run."""
     hidden_size: int
     ffn_hidden_size: int
     num_attention_heads: int
     feature_layer: int = -2
-    """Which hidden state is handed on, counted as Hugging Face does: -1 is the last layer's output."""
+    """Which hidden state is the output, counted as in Hugging Face: -1 is the output of the last layer."""
     activation: Literal["quick_gelu", "gelu", "gelu_tanh"] = "quick_gelu"
     class_token: bool = True
-    """Whether the encoder has a class token; its feature is never handed on."""
+    """Whether the encoder has a class token; its feature is never part of the output."""
     pre_norm: bool = True
-    """Whether a norm stands between the embeddings and the first layer (CLIP)."""
+    """Whether there is a norm between the embeddings and the first layer, as in CLIP."""
     layernorm_epsilon: float = 1e-5
     init_method_std: float = 0.02
-    """Standard deviation of the initial weights, those of the projection included."""
+    """Standard deviation of the initial weights, including the projection."""
     image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
 
@@ -53,32 +53,32 @@ class Config:
 
     @property
     def num_layers_run(self) -> int:
-        """Layers that the chosen hidden state needs."""
+        """Layers up to the chosen hidden state."""
         return self.num_layers + 1 + self.feature_layer
 
     @property
     def feature_size(self) -> int:
-        """Width of the features that the tower hands on."""
+        """Width of the output features."""
         return self.hidden_size
 
     @property
     def constant_grid(self) -> Grid:
-        """Patches of every image."""
+        """Patches of every image, as a grid."""
         side = self.image_size // self.patch_size
         return Grid(side, side)
 
     @property
     def num_patches(self) -> int:
-        """Patches of every image."""
+        """Number of patches of every image."""
         return self.constant_grid.size
 
     def patch_grid(self, width: int, height: int) -> Grid:
-        """Return the patches of an image: the same for all, since every image is made a square first."""
+        """Return the patches of an image; the same for all sizes, because every image is first made square."""
         return self.constant_grid
 
     @property
     def num_parameters(self) -> int:
-        """Parameters of the embeddings and of the layers that run."""
+        """Parameters of the embeddings and the layers that run."""
         hidden, ffn = self.hidden_size, self.ffn_hidden_size
         layer = 4 * hidden * hidden + 2 * hidden * ffn + 9 * hidden + ffn
         class_tokens = int(self.class_token)
@@ -88,7 +88,7 @@ class Config:
         return self.num_layers_run * layer + patches + positions + class_tokens * hidden + norm
 
     def operations(self, patches: Grid) -> Operations:
-        """Return the operations on one image of so many patches."""
+        """Return the operations for one image with these patches."""
         hidden, tokens, layers = self.hidden_size, patches.size + int(self.class_token), self.num_layers_run
         weights = 4 * hidden * hidden + 2 * hidden * self.ffn_hidden_size
         return Operations(

@@ -1,12 +1,15 @@
-"""Adapters: each module adds the weights whose settings are in the module of that name in `config/adapters/`.
+"""Adapters: each module adds the weights configured by the module of the same name in `config/adapters/`.
 
-A module offers
+A module defines
 
     apply(config: Config, model: VisionLanguageModel) -> None
 
-It is called for every chunk of a built model, after the frozen parts are frozen and before gradients are set up, and
-changes the modules of the parts that `config.parts` names; a later pipeline stage has the decoder only. The weights it
-adds learn, and stand in checkpoints under the names that they get here. Added to a decoder layer, they are split over
-the tensor-parallel ranks or marked as megatron-core wants it (`sequence_parallel`, `tensor_model_parallel`); added to a
-vision part, they are whole on every rank, and the caller marks them (`mark_replicated`).
+It is called for every chunk of a built model, after parts have been frozen and before gradient buffers exist, and adds
+submodules to the parts in `config.parts`; later pipeline stages have only the decoder. The new weights learn, and
+checkpoints contain them under the names they get here. In the decoder, they must be split over the tensor-parallel
+ranks or carry the attributes megatron-core expects (`sequence_parallel`, `tensor_model_parallel`). In a vision part,
+they are whole on every rank, and `build_model` marks them.
+
+Add submodules to a decoder layer rather than to its MLP: megatron-core's MLP expects every child to have a
+`sharded_state_dict`, which plain torch modules do not have.
 """

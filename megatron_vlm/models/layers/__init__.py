@@ -1,1 +1,1 @@
-"""Layers that the parts of the model share."""
+"""Layers used by several parts of the model."""

@@ -1,4 +1,4 @@
-"""Activation functions by the names that settings give them."""
+"""Activation functions by their names in the settings."""
 
 import torch
 import torch.nn.functional as F

@@ -17,8 +17,8 @@ _CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal)
 class PackedAttention(MegatronModule):
     """Scaled dot-product attention inside each sample of a packed sequence; takes no masks.
 
-    On a GPU the samples go through torch's variable-length kernel; on the host one call per sample, so that no matrix
-    of sequence x sequence is ever made. A plain [s, b, n, d] input is one batch of equally long samples.
+    On a GPU, torch's variable-length kernel processes all samples at once. On the CPU there is one call per sample, so
+    there is never a sequence x sequence matrix. A plain [s, b, n, d] input is a batch of samples of equal length.
     """
 
     def __init__(
@@ -54,21 +54,21 @@ class PackedAttention(MegatronModule):
 
         Args:
             query: float[t, n, d] packed, or float[s, b, n, d] plain; n local heads.
-            key: like query, with the local key/value heads; in plain form it may be longer (cached positions).
+            key: like query, with the local key/value heads; in plain form it may be longer, by the cached positions.
             value: like key.
-            attention_mask: must be None: samples are told apart by `packed_seq_params`.
-            attn_mask_type: ignored; decided at construction.
+            attention_mask: must be None; `packed_seq_params` separates the samples.
+            attn_mask_type: ignored; set at construction.
             attention_bias: must be None.
-            packed_seq_params: borders of the packed samples; None in plain form.
+            packed_seq_params: boundaries of the packed samples; None in plain form.
 
         Returns:
             float[t, n * d] packed, float[s, b, n * d] plain.
 
         Raises:
-            ValueError: a mask or a bias is given, or the borders do not cover the sequence.
+            ValueError: a mask or bias is given, or the boundaries do not cover the sequence.
         """
         if attention_mask is not None or attention_bias is not None:
-            raise ValueError("PackedAttention takes sample borders (packed_seq_params), not masks or biases")
+            raise ValueError("PackedAttention takes sample boundaries (packed_seq_params), not masks or biases")
         if packed_seq_params is None:
             return self._attend_plain(query, key, value)
         if query.is_cuda:
@@ -76,11 +76,11 @@ class PackedAttention(MegatronModule):
         return self._attend_packed_on_host(query, key, value, packed_seq_params)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Attend in float[b, n, s, d]; the last query stands at the last key."""
+        """Attend in the layout float[b, n, s, d]; the last query is at the position of the last key."""
         grouped = query.size(1) != key.size(1)
         cached = key.size(2) - query.size(2)
-        # torch's is_causal aligns the first query with the first key. One query after a cache sees every key;
-        # several see the cache and those among themselves that are not later.
+        # torch's is_causal aligns the first query with the first key. A single query after a cache sees every key;
+        # several queries see the cache and, among themselves, only earlier positions.
         causal, mask = self.causal and query.size(2) > 1, None
         if causal and cached:
             causal = False
@@ -97,12 +97,12 @@ class PackedAttention(MegatronModule):
     def _attend_packed_on_host(self, query: Tensor, key: Tensor, value: Tensor, params: PackedSeqParams) -> Tensor:
         lengths = params.cu_seqlens_q.diff().tolist()
         if sum(lengths) != query.size(0):
-            raise ValueError(f"sample borders cover {sum(lengths)} of {query.size(0)} tokens")
-        parts = []
+            raise ValueError(f"sample boundaries cover {sum(lengths)} of {query.size(0)} tokens")
+        outputs = []
         for sample in zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True):
             by_head = [x.transpose(0, 1).unsqueeze(0) for x in sample]  # [s, n, d] -> [1, n, s, d]
-            parts.append(self._attend(*by_head).squeeze(0).transpose(0, 1))
-        return torch.cat(parts).reshape(query.size(0), -1)
+            outputs.append(self._attend(*by_head).squeeze(0).transpose(0, 1))
+        return torch.cat(outputs).reshape(query.size(0), -1)
 
     def _attend_packed_on_device(self, query: Tensor, key: Tensor, value: Tensor, params: PackedSeqParams) -> Tensor:
         from torch.nn.attention.varlen import varlen_attn

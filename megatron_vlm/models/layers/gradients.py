@@ -1,4 +1,4 @@
-"""Gradients that have to exist although nothing in the graph asks for them."""
+"""Gradients that must exist even if the graph does not require them."""
 
 from typing import Any
 
@@ -19,9 +19,9 @@ class _ZeroGradients(torch.autograd.Function):
 
 
 def give_zero_gradients(x: Tensor, *modules: torch.nn.Module) -> Tensor:
-    """Return `x`; in the backward pass every parameter of `modules` gets a gradient of zero.
+    """Return `x`; in the backward pass, every parameter of `modules` gets a zero gradient.
 
-    A rank without images does not run the tower, but overlapped gradient reduction waits for every parameter.
+    A rank without images does not run the tower, but overlapped gradient reduction waits for all parameters.
     """
     parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
     if not parameters or not torch.is_grad_enabled():
@@ -32,9 +32,9 @@ def give_zero_gradients(x: Tensor, *modules: torch.nn.Module) -> Tensor:
 
 
 def keep_gradient_path(x: Tensor, module: torch.nn.Module) -> Tensor:
-    """Return `x` so that a recomputed `module` still gets its gradients when nothing before it learns.
+    """Return `x`, made to require a gradient if `module` learns but nothing before it does.
 
-    Checkpointed layers whose input requires no gradient drop the gradients of their own weights without an error.
+    Otherwise recomputed layers, whose input then requires no gradient, silently drop the gradients of their weights.
     """
     if torch.is_grad_enabled() and not x.requires_grad and any(p.requires_grad for p in module.parameters()):
         return x.detach().requires_grad_()

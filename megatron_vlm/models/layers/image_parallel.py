@@ -1,7 +1,7 @@
-"""Data parallelism of the vision tower over the tensor-parallel group.
+"""Data parallelism of the vision parts over the tensor-parallel group.
 
-Each tensor-parallel rank encodes its own share of the images of a micro-batch; the features are gathered. The tower and
-the projection are whole on every rank, so there is no collective inside them and any head count works.
+Each tensor-parallel rank encodes its own share of the images of a micro-batch, and the features are gathered. Every
+rank holds the whole tower and projection, so they contain no collectives and any number of heads works.
 """
 
 from typing import Any
@@ -25,8 +25,8 @@ class _GatherFeatures(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         size, rank = ctx.group.size(), ctx.group.rank()
-        # Every rank holds the whole gradient. Its slice is scaled by the group size because the gradients of replicated
-        # parameters are averaged afterwards, and the sum over all images is wanted.
+        # Every rank has the full gradient and takes its slice. The gradients of replicated parameters are averaged over
+        # the group later, but should be summed over all images: hence the factor.
         return grad.chunk(size)[rank] * size, None
 
 
@@ -39,7 +39,7 @@ def gather_features(local: Tensor, num_images: int, group: ProcessGroup) -> Tens
         group: the tensor-parallel ranks.
 
     Returns:
-        float[num_images, p, h], in the order of the batch.
+        float[num_images, p, h] in the order of the batch.
     """
     if group.size() == 1:
         return local

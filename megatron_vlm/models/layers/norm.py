@@ -1,4 +1,4 @@
-"""Norms of torch for megatron-core's specs, right under sequence parallelism."""
+"""torch's norms for megatron-core's specs, correct under sequence parallelism."""
 
 from typing import Any
 
@@ -9,20 +9,20 @@ _KINDS = {"LayerNorm": torch.nn.LayerNorm, "RMSNorm": torch.nn.RMSNorm}
 
 
 class Norm:
-    """Factory of an RMSNorm or LayerNorm, as `config.normalization` says.
+    """Factory for an RMSNorm or LayerNorm, chosen by `config.normalization`.
 
-    Under sequence parallelism each tensor-parallel rank normalises other tokens, so the gradients of its weights have
-    to be summed over these ranks: megatron-core's `finalize_model_grads` does that for parameters marked
-    `sequence_parallel`. Its own torch norm is never marked and therefore refuses sequence parallelism.
+    With sequence parallelism, each tensor-parallel rank normalises different tokens, so the gradients of the weights
+    must be summed over these ranks. megatron-core's `finalize_model_grads` does this for parameters marked
+    `sequence_parallel`; its own torch norm does not mark them, and therefore rejects sequence parallelism.
     """
 
-    def __new__(  # type: ignore[misc]  # specs take a class, and call it for a module
+    def __new__(  # type: ignore[misc]  # specs take a class and call it to build a module
         cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any
     ) -> torch.nn.Module:
         """Build the norm.
 
         Raises:
-            ValueError: the config asks for a norm that only transformer-engine has.
+            ValueError: the config requires a norm that only transformer-engine implements.
         """
         if config.layernorm_zero_centered_gamma or config.memory_efficient_layer_norm:
             raise ValueError("zero-centred gamma and the memory-efficient norm need the transformer_engine backend")

@@ -10,14 +10,14 @@ from megatron_vlm.models.layers.specs import mlp_submodules
 
 
 class Projection(Replicated, MultimodalProjector):
-    """Image features to language-model embeddings, by one of megatron-core's projectors.
+    """Maps image features to language-model embeddings with one of megatron-core's projectors.
 
     Args:
-        kind: megatron-core's name: "affine" is one linear layer, "mlp" two with a GELU between them.
+        kind: megatron-core's name: "affine" for one linear layer, "mlp" for two with a GELU between them.
         computation: precision.
         groups: process groups of the replicas.
         input_size: width of the image features.
-        output_size: width of the language model, and of the layer inside.
+        output_size: width of the language model and of the hidden layer.
         init_method_std: standard deviation of the initial weights.
     """
 
@@ -35,7 +35,7 @@ class Projection(Replicated, MultimodalProjector):
             num_layers=1,
             hidden_size=output_size,
             ffn_hidden_size=output_size,
-            num_attention_heads=1,  # there is no attention, but the field has to be set
+            num_attention_heads=1,  # required, although there is no attention
             init_method_std=init_method_std,
             add_bias_linear=True,
             activation_func=F.gelu,

@@ -1,4 +1,4 @@
-"""Layer specs: which module stands in which place of megatron-core's transformer."""
+"""Layer specs: the modules that megatron-core's transformer layers are made of."""
 
 import importlib.util
 from typing import Literal
@@ -21,7 +21,7 @@ from megatron_vlm.models.layers.norm import Norm
 
 Backend = Literal["torch", "transformer_engine"]
 
-# The names that transformer-engine's fused norm + linear modules give the norms in a checkpoint.
+# The names of the norms in checkpoints of transformer-engine's fused norm + linear modules.
 _NORM_KEYS = {
     "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
     "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
@@ -29,10 +29,10 @@ _NORM_KEYS = {
 
 
 def choose_backend(backend: Literal["auto", "torch", "transformer_engine"]) -> Backend:
-    """Return the layer implementation to build.
+    """Return the layer implementation to use.
 
     Raises:
-        ConfigError: transformer-engine is asked for and not installed, or there is no GPU.
+        ConfigError: transformer-engine is requested, but it is not installed or there is no GPU.
     """
     usable = torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
     if backend == "auto":
@@ -51,9 +51,9 @@ def mlp_submodules() -> MLPSubmodules:
 
 
 def torch_layer_spec(attn_mask_type: AttnMaskType) -> ModuleSpec:
-    """Return a transformer layer of torch modules whose checkpoint keys are those of transformer-engine's layer.
+    """Return a transformer layer of torch modules with the checkpoint keys of transformer-engine's layer.
 
-    megatron-core's own ViT layer without transformer-engine attends causally, so the mask is an argument here.
+    The mask is an argument because megatron-core's own ViT layer without transformer-engine is causal.
     """
     attention = ModuleSpec(
         module=SelfAttention,
@@ -81,7 +81,7 @@ def torch_layer_spec(attn_mask_type: AttnMaskType) -> ModuleSpec:
 
 
 def vision_block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
-    """Return the layers of the vision tower: every patch sees every patch."""
+    """Return the layers of a vision tower; every patch attends to every patch."""
     layer = torch_layer_spec(AttnMaskType.no_mask)
     return TransformerBlockSubmodules(layer_specs=[layer] * config.num_layers, layer_norm=Norm)
 
@@ -98,5 +98,5 @@ def language_block_spec(
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
         layer, norm = get_gpt_layer_with_transformer_engine_spec(), TENorm
-    # The final norm is chosen here: given a bare layer, megatron-core takes one that refuses sequence parallelism.
+    # The final norm is chosen here: given only a layer, megatron-core picks one that rejects sequence parallelism.
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)

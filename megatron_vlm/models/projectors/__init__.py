@@ -1,10 +1,10 @@
-"""Projections: each module builds the one whose settings are in the module of that name in `config/projectors/`.
+"""Projections: each module builds the projection configured by the module of the same name in `config/projectors/`.
 
-A module offers
+A module defines
 
     build(config: Config, computation: Computation, groups: ReplicaGroups, *,
           input_size: int, output_size: int, init_method_std: float) -> Replicated
 
-The result maps features float[n, p, input_size] to embeddings float[n, tokens, output_size], with as many tokens as the
-settings' `token_grid` says. Every rank holds the whole projection.
+The projection maps features float[n, p, input_size] to embeddings float[n, tokens, output_size]; `token_grid` of the
+settings gives the number of tokens. Every rank holds the whole projection.
 """

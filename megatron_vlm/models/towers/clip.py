@@ -1,4 +1,4 @@
-"""A CLIP-like vision transformer on megatron-core's TransformerBlock."""
+"""A CLIP-style vision transformer on megatron-core's TransformerBlock."""
 
 import torch
 import torch.nn.functional as F
@@ -32,18 +32,18 @@ def _transformer_config(config: Config, computation: Computation) -> Transformer
         normalization="LayerNorm",
         add_bias_linear=True,
         activation_func=ACTIVATIONS[config.activation],
-        # Selective recomputation of the attention core saves little in a tower of a few hundred tokens an image.
+        # Recomputing only the attention core saves little in a tower with a few hundred tokens per image.
         **computation.recompute_arguments(selective=False),
         **computation.common_arguments(),
     )
 
 
 class VisionModel(Replicated):
-    """Pixels to patch features: the hidden state that `feature_layer` names, without the class token.
+    """Maps pixels to patch features: the hidden state chosen by `feature_layer`, without the class token.
 
     Args:
-        config: megatron-core's config of the layers that run.
-        vision_config: sizes of the images and patches.
+        config: megatron-core's config for the layers that run.
+        vision_config: settings of the tower.
         groups: process groups of the replicas.
     """
 
@@ -64,12 +64,12 @@ class VisionModel(Replicated):
         self.decoder = TransformerBlock(
             config, vision_block_spec(config), pre_process=True, post_process=False, pg_collection=collection
         )
-        # No buffers: a bf16 model would round them, and a mean of 122.7 levels by up to half a level.
+        # Not buffers: a bf16 model would round them, the mean of 122.7 by up to half a level.
         self._mean_and_std: Tensor | None = None
         self._initialise(vision_config.init_method_std)
 
     def _initialise(self, std: float) -> None:
-        """Draw the embeddings; patches of normalised pixels have unit scale, so conv1 is scaled by its fan-in."""
+        """Draw the embeddings; normalised pixels have unit scale, so conv1 is scaled by its fan-in."""
         torch.nn.init.normal_(self.conv1.weight, std=self.conv1.weight[0].numel() ** -0.5)
         if self.conv1.bias is not None:
             torch.nn.init.zeros_(self.conv1.bias)
@@ -78,7 +78,7 @@ class VisionModel(Replicated):
             torch.nn.init.normal_(self.class_token, std=std)
 
     def normalise(self, pixel_values: Tensor) -> Tensor:
-        """Return uint8 pixels as normalised values of the model's dtype; floats are taken as normalised already."""
+        """Normalise uint8 pixels to the dtype of the model; float pixels are assumed to be normalised already."""
         dtype = self.config.params_dtype
         if pixel_values.dtype != torch.uint8:
             return pixel_values.to(dtype)
@@ -92,10 +92,11 @@ class VisionModel(Replicated):
         """Encode images.
 
         Args:
-            pixel_values: uint8[n, 3, H, W] as loaded, or float already normalised; H and W multiples of the patch.
+            pixel_values: uint8[n, 3, H, W] as loaded, or float if already normalised; H and W are multiples of
+                `patch_size`.
 
         Returns:
-            float[n, p, h] with p = H * W / patch_size**2, patches row by row.
+            float[n, p, h] with p = H * W / patch_size**2; the patches are row by row.
         """
         patches = self.conv1(self.normalise(pixel_values))  # [n, h, H / patch, W / patch]
         rows, columns = patches.shape[-2:]
@@ -111,7 +112,7 @@ class VisionModel(Replicated):
         return x.transpose(0, 1)[:, self.num_class_tokens :]
 
     def _positions(self, rows: int, columns: int) -> Tensor:
-        """Return float[class tokens + rows * columns, h], interpolated where the image has another size."""
+        """Return float[class tokens + rows * columns, h], interpolated if the image has a different size."""
         weight = self.position_embeddings.weight
         if (rows, columns) == (self.grid, self.grid):
             return weight

@@ -67,7 +67,7 @@ def test_masks_are_refused():
 
 def test_borders_that_do_not_cover_the_tokens_are_refused():
     q, k, v = qkv(5)
-    with pytest.raises(ValueError, match="sample borders cover 4 of 5 tokens"):
+    with pytest.raises(ValueError, match="sample boundaries cover 4 of 5 tokens"):
         attention()(q, k, v, None, packed_seq_params=packed([4]))
 
 
