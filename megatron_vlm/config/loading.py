@@ -18,7 +18,7 @@ _BASE_KEY = "base"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class PartOf:
+class TypeIn:
     """Marks a field, in `Annotated[...]`, whose section names a module in `type:`; `Config` of the module is loaded."""
 
     package: str
@@ -155,10 +155,10 @@ def _build(kind: Any, value: Any, *, key: str, lines: dict[str, str], source: st
     where = _place_of(key, lines, source)
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is typing.Annotated:
-        part_of = next((mark for mark in kind.__metadata__ if isinstance(mark, PartOf)), None)
-        if part_of is None:
+        type_in = next((mark for mark in kind.__metadata__ if isinstance(mark, TypeIn)), None)
+        if type_in is None:
             return _build(arguments[0], value, key=key, lines=lines, source=source)
-        return _build_part(part_of, value, key=key, lines=lines, source=source)
+        return _build_typed(type_in, value, key=key, lines=lines, source=source)
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in arguments:
             return None
@@ -190,16 +190,16 @@ def _build(kind: Any, value: Any, *, key: str, lines: dict[str, str], source: st
     return _build_scalar(kind, value, key=key, where=where)
 
 
-def _build_part(part_of: PartOf, value: Any, *, key: str, lines: dict[str, str], source: str) -> Any:
+def _build_typed(type_in: TypeIn, value: Any, *, key: str, lines: dict[str, str], source: str) -> Any:
     section = {} if value is None else value
     if not isinstance(section, dict):
         raise _wrong(key, section, "a section", _place_of(key, lines, source))
-    name, type_key = section.get("type", part_of.default), f"{key}.type"
+    name, type_key = section.get("type", type_in.default), f"{key}.type"
     where = _place_of(type_key, lines, source)
     if name is None:
-        fix = f"set it to one of: {', '.join(module_names(part_of.package)) or 'none in this version'}"
+        fix = f"set it to one of: {', '.join(module_names(type_in.package)) or 'none in this version'}"
         raise ConfigError(f"missing value {type_key}", where=where, fix=fix)
-    cls = find_module(part_of.package, str(name), type_key, where=where).Config
+    cls = find_module(type_in.package, str(name), type_key, where=where).Config
     return _build_dataclass(cls, section, key=key, lines=lines, source=source, type_name=str(name))
 
 

@@ -6,7 +6,7 @@ There are no adapters yet.
 
 from typing import TYPE_CHECKING, Annotated, Protocol
 
-from megatron_vlm.config.loading import PartOf
+from megatron_vlm.config.loading import TypeIn
 from megatron_vlm.config.operations import Operations
 
 if TYPE_CHECKING:
@@ -38,5 +38,5 @@ class AdapterConfig(Protocol):
         """Return the operations added to one of `parts` for a number of tokens (decoder) or patches (vision parts)."""
 
 
-Adapter = Annotated[AdapterConfig, PartOf("megatron_vlm.config.adapters")]
+Adapter = Annotated[AdapterConfig, TypeIn("megatron_vlm.config.adapters")]
 """Annotation for a settings field that holds an adapter."""

@@ -5,7 +5,7 @@ The module of the same name in `training/hooks/` does the work.
 
 from typing import Annotated, Protocol
 
-from megatron_vlm.config.loading import PartOf
+from megatron_vlm.config.loading import TypeIn
 
 
 class HookConfig(Protocol):
@@ -20,5 +20,5 @@ class HookConfig(Protocol):
         """Optional package that it imports, also the name of the extra that installs it; None: it needs none."""
 
 
-HookSettings = Annotated[HookConfig, PartOf("megatron_vlm.config.hooks")]
+HookSettings = Annotated[HookConfig, TypeIn("megatron_vlm.config.hooks")]
 """Type of a settings field that holds a hook."""

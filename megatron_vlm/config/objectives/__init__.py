@@ -5,7 +5,7 @@ The module of the same name in `training/objectives/` computes it.
 
 from typing import Annotated, Protocol
 
-from megatron_vlm.config.loading import PartOf
+from megatron_vlm.config.loading import TypeIn
 
 
 class ObjectiveConfig(Protocol):
@@ -16,5 +16,5 @@ class ObjectiveConfig(Protocol):
         """Name of the module."""
 
 
-Objective = Annotated[ObjectiveConfig, PartOf("megatron_vlm.config.objectives", default="language_modelling")]
+Objective = Annotated[ObjectiveConfig, TypeIn("megatron_vlm.config.objectives", default="language_modelling")]
 """Type of a settings field that holds an objective."""

@@ -6,7 +6,7 @@ The module of the same name in `models/projectors/` builds the projection.
 from typing import Annotated, Protocol
 
 from megatron_vlm.config.grid import Grid
-from megatron_vlm.config.loading import PartOf
+from megatron_vlm.config.loading import TypeIn
 from megatron_vlm.config.modules import find_module
 from megatron_vlm.config.operations import Operations
 
@@ -28,7 +28,7 @@ class ProjectorConfig(Protocol):
         """Return the operations for one image with these patches and widths."""
 
 
-Projector = Annotated[ProjectorConfig, PartOf("megatron_vlm.config.projectors", default="linear")]
+Projector = Annotated[ProjectorConfig, TypeIn("megatron_vlm.config.projectors", default="linear")]
 """Annotation for a settings field that holds a projection."""
 
 

@@ -6,7 +6,7 @@ The module of the same name in `models/towers/` builds the tower.
 from typing import Annotated, Protocol
 
 from megatron_vlm.config.grid import Grid
-from megatron_vlm.config.loading import PartOf
+from megatron_vlm.config.loading import TypeIn
 from megatron_vlm.config.operations import Operations
 
 
@@ -52,5 +52,5 @@ class TowerConfig(Protocol):
         """Return the operations for one image with these patches."""
 
 
-Tower = Annotated[TowerConfig, PartOf("megatron_vlm.config.towers", default="clip")]
+Tower = Annotated[TowerConfig, TypeIn("megatron_vlm.config.towers", default="clip")]
 """Annotation for a settings field that holds a tower."""
