@@ -1,6 +1,7 @@
-"""Where the checkpoints of a run are and which of them is the newest."""
+"""Where the checkpoints of a run are, which is the newest, and which are kept."""
 
 import logging
+import os
 import re
 import shutil
 from pathlib import Path
@@ -27,7 +28,7 @@ def checkpoint_path(run_dir: str | Path, iteration: int) -> Path:
 
 
 def list_iterations(run_dir: str | Path) -> list[int]:
-    """Return the iterations that have a checkpoint folder, newest first; whole or not."""
+    """Return the iterations that have a checkpoint folder, newest first, valid or not."""
     folder = checkpoints_folder(run_dir)
     names = (path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else ()
     return sorted((int(match[1]) for match in map(_NAME.fullmatch, names) if match), reverse=True)
@@ -59,19 +60,26 @@ def prune(run_dir: str | Path, keep_last: int) -> None:
 
 
 def clean_up(run_dir: str | Path) -> None:
-    """Finish or remove what a killed save left; only the job that holds the run folder may call it."""
+    """Finish or remove what a killed save left; only the job that holds the run folder may call it.
+
+    A checkpoint that was complete but not renamed yet takes its place, unless one of its iteration is there.
+    """
     folder = checkpoints_folder(run_dir)
     for aside in folder.glob(f"iter_*{SET_ASIDE}"):
         settle_folder(aside.with_name(aside.name.removesuffix(SET_ASIDE)))
     for unfinished in folder.glob(f"iter_*{UNFINISHED}"):
-        remove(unfinished)
+        final = unfinished.with_name(unfinished.name.removesuffix(UNFINISHED))
+        if has_all_files(unfinished) and not final.exists():
+            os.replace(unfinished, final)
+        else:
+            remove(unfinished)
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """Return the checkpoint that `path` means: itself, or the newest complete one of a run folder.
+    """Return `path` if it is a checkpoint, or the newest complete checkpoint of the run folder `path`.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is no complete checkpoint.
     """
     path = Path(path)
     if (path / MANIFEST_NAME).is_file():
@@ -81,7 +89,7 @@ def find_checkpoint(path: str | Path) -> Path:
         try:
             read_manifest(candidate)
         except CheckpointError as error:
-            logger.warning("passing over an incomplete checkpoint: %s", error)
+            logger.warning("skipping an incomplete checkpoint: %s", error)
             continue
         return candidate
     raise CheckpointError(

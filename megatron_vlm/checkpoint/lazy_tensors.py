@@ -1,7 +1,7 @@
-"""Write tensors to a checkpoint one at a time, each made when its turn comes: memory holds one of them, not all.
+"""Write tensors to a checkpoint one at a time, each made just before it is written, so that memory holds only one.
 
-megatron-core's own writer takes a state dict of finished tensors. The files here are the ones that it would write, in
-the same order and with the same bytes, so that it reads them like its own.
+megatron-core's own writer takes a state dict of finished tensors. The files written here have the same names, order
+and bytes, so megatron-core loads them like its own.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -23,20 +23,20 @@ from megatron_vlm.config import CheckpointError
 from megatron_vlm.platform.files.durable import flush_to_disk
 
 _NUM_FILES = 2
-"""As many as megatron-core's writer uses by default."""
+"""The default of megatron-core's writer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LazyTensor:
-    """A tensor that is going to be written."""
+    """A tensor to be written, made on demand."""
 
     shape: tuple[int, ...]
-    """Of the whole tensor; one that stacks layers has them along the first axis."""
+    """Shape of the whole tensor; layers are stacked along the first axis."""
     dtype: torch.dtype
     is_stacked: bool
-    """Whether it stacks layers. A checkpoint stores each apart, so that a rank reads only its own."""
+    """Whether it stacks layers. A checkpoint stores each layer separately, so that a rank reads only its own."""
     make: Callable[[int | None], Tensor]
-    """Return the values of one layer, without the layer axis; of the whole tensor for None."""
+    """Return the values of one layer, without the layer axis, or for None those of the whole tensor."""
 
     @property
     def layers(self) -> tuple[int | None, ...]:
@@ -45,22 +45,22 @@ class LazyTensor:
 
 
 def save_lazily(tensors: Mapping[str, LazyTensor], folder: Path, report: Callable[[], object] = lambda: None) -> None:
-    """Write tensors, as a process that is a job of one rank, into an empty folder that megatron-core can load.
+    """Write tensors into an empty folder that megatron-core can load; this process is a job of one rank.
 
     Args:
         tensors: by key.
         folder: exists and is empty.
-        report: called after each tensor, after each layer of one that stacks layers.
+        report: called after each tensor; for a tensor that stacks layers, after each layer.
 
     Raises:
-        CheckpointError: a tensor turns out to have another shape or type than announced.
+        CheckpointError: a tensor does not have the announced shape or type.
         OSError: a file cannot be written.
     """
     dist_checkpointing.save({}, str(folder), sharded_strategy=_LazyStrategy(tensors, report))
 
 
 class _LazyStrategy(SaveShardedStrategy):
-    """Takes its tensors from the constructor; megatron-core writes the rest of the checkpoint around them."""
+    """Write the tensors given to the constructor; megatron-core writes the rest of the checkpoint."""
 
     def __init__(self, tensors: Mapping[str, LazyTensor], report: Callable[[], object]) -> None:
         super().__init__("torch_dist", 1)
@@ -68,7 +68,7 @@ class _LazyStrategy(SaveShardedStrategy):
 
     @property
     def can_handle_sharded_objects(self) -> bool:
-        """There are none."""
+        """Trivially: there are none."""
         return True
 
     def save(self, sharded_state_dict: object, checkpoint_dir: str | Path) -> None:
@@ -100,12 +100,12 @@ class _LazyStrategy(SaveShardedStrategy):
                 f"tensor {key} is {list(made.shape)} {made.dtype}, announced as {list(data.chunk.sizes)} {lazy.dtype}"
             )
         values = made.detach().contiguous()
-        # A view would be written with all the values that it is a view of.
+        # torch.save writes the whole storage behind a view.
         return values if values.untyped_storage().nbytes() == values.nbytes else values.clone()
 
 
 def _split(items: list[WriteItem]) -> list[list[WriteItem]]:
-    """Spread over files of about the same size, large tensors first."""
+    """Distribute the tensors over files of about the same size, largest first."""
     buckets: list[list[WriteItem]] = [[] for _ in range(_NUM_FILES)]
     sizes = [0] * _NUM_FILES
     for item in sorted(items, key=_num_bytes, reverse=True):

@@ -1,4 +1,4 @@
-"""Find what a run starts from and load it: its own newest valid checkpoint, or another run's weights."""
+"""Find the checkpoint that a run starts from and load it: its own newest valid one, or the weights of another run."""
 
 import logging
 from collections.abc import Sequence
@@ -29,13 +29,13 @@ def resume(
 ) -> dict[str, Any] | None:
     """Load the newest valid checkpoint of the run's own folder; all ranks call it together.
 
-    What a killed save left in the folder is put right first.
+    Whatever a killed save left in the folder is cleaned up first.
 
     Returns:
-        The progress that was saved, or None where the run has no checkpoint yet.
+        The saved progress, or None if the run has no checkpoint yet.
 
     Raises:
-        CheckpointError: there are checkpoints and none is valid: a run never starts over by itself.
+        CheckpointError: there are checkpoints, but none is valid: a run never starts over on its own.
     """
     found = _newest_valid(Path(config.run_dir))
     if found is None:
@@ -46,18 +46,20 @@ def resume(
 
 
 def load_weights(path: str, chunks: Sequence[MegatronModule]) -> Path:
-    """Load weights alone from a run folder or checkpoint, verified; all ranks call it together.
+    """Verify and load only the weights of a run folder or checkpoint; all ranks call it together.
 
     Returns:
         The checkpoint that was read.
 
     Raises:
-        CheckpointError: there is none, it is damaged, or it is of another model.
+        CheckpointError: there is no checkpoint, it is damaged, or it belongs to another model.
     """
     checkpoint = Path(decide_on_main(lambda: str(find_checkpoint(path))))
     faults = _verify_together(checkpoint, read_manifest(checkpoint))
     if faults:
-        raise CheckpointError(f"checkpoint is damaged: {faults[0]}", where=str(checkpoint), fix="use another one")
+        raise CheckpointError(
+            f"checkpoint is damaged: {faults[0]}", where=str(checkpoint), fix="use another checkpoint"
+        )
     load_model(checkpoint, chunks)
     return checkpoint
 
@@ -73,12 +75,12 @@ def _newest_valid(run_dir: Path) -> tuple[Path, Manifest] | None:
             faults = [error.what]
         if not faults:
             return path, manifest
-        logger.warning("checkpoint %s is not valid (%s); trying the one before it", path, faults[0])
+        logger.warning("checkpoint %s is not valid (%s); trying the previous one", path, faults[0])
     if iterations:
         raise CheckpointError(
             f"none of the {len(iterations)} checkpoints is valid",
             where=str(checkpoints_folder(run_dir)),
-            fix="restore one, or name another run_dir to start anew",
+            fix="restore one, or set another run_dir to start over",
         )
     return None
 
@@ -89,9 +91,9 @@ def _settled_iterations(run_dir: Path) -> list[int]:
 
 
 def _verify_together(path: Path, manifest: Manifest) -> list[str]:
-    """Compare all files with the manifest, each read by one rank; every rank returns all faults."""
+    """Compare all files with the manifest; each file is read by one rank, and every rank returns all faults."""
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     mine = find_faults(path, sorted(manifest.files)[rank::world_size], manifest)
     gathered: list[list[str]] = [[] for _ in range(world_size)]
     torch.distributed.all_gather_object(gathered, mine)
-    return [fault for part in gathered for fault in part]
+    return [fault for faults in gathered for fault in faults]

@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint: size and checksum of every file, written last. Without it a checkpoint is not one."""
+"""The manifest of a checkpoint: size and checksum of every file, written last; a folder without one is incomplete."""
 
 import json
 import zlib
@@ -24,11 +24,11 @@ class FileRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """What a checkpoint holds and where the run stood."""
+    """The files of a checkpoint and the progress of the run."""
 
     iteration: int
     progress: dict[str, Any]
-    """`TrainState` as plain values; empty for a checkpoint of weights alone."""
+    """`TrainState` as plain values; empty if the checkpoint holds only weights."""
     files: dict[str, FileRecord]
 
 
@@ -49,7 +49,7 @@ def list_files(folder: Path) -> list[str]:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write the manifest so that it is either whole or not there."""
+    """Write the manifest atomically: it is either complete or missing."""
     record = {
         "format_version": FORMAT_VERSION,
         "iteration": manifest.iteration,
@@ -63,7 +63,7 @@ def read_manifest(folder: Path) -> Manifest:
     """Read the manifest of a checkpoint.
 
     Raises:
-        CheckpointError: it is missing, damaged or of a newer version.
+        CheckpointError: it is missing, damaged, or has another format version.
     """
     path = folder / MANIFEST_NAME
     try:
@@ -72,7 +72,9 @@ def read_manifest(folder: Path) -> Manifest:
         files = {name: FileRecord(entry["size"], entry["crc32"]) for name, entry in record["files"].items()}
         manifest = Manifest(iteration=record["iteration"], progress=record["progress"], files=files)
     except FileNotFoundError:
-        raise CheckpointError("checkpoint has no manifest", where=str(folder), fix="use a complete one") from None
+        raise CheckpointError(
+            "checkpoint has no manifest", where=str(folder), fix="use a complete checkpoint"
+        ) from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"manifest is damaged: {error}", where=str(path), fix="use another checkpoint") from None
     if version != FORMAT_VERSION:
@@ -94,7 +96,7 @@ def has_all_files(folder: Path) -> bool:
 
 
 def find_faults(folder: Path, names: list[str], manifest: Manifest) -> list[str]:
-    """Return one line for each of the named files that is not as the manifest says."""
+    """Return one line for each of the named files that differs from the manifest."""
     faults = []
     for name in names:
         path, expected = folder / name, manifest.files[name]
@@ -103,5 +105,5 @@ def find_faults(folder: Path, names: list[str], manifest: Manifest) -> list[str]
         elif path.stat().st_size != expected.size:
             faults.append(f"{name} has {path.stat().st_size} bytes, not {expected.size}")
         elif checksum_file(path) != expected:
-            faults.append(f"{name} has another checksum")
+            faults.append(f"{name} has the wrong checksum")
     return faults

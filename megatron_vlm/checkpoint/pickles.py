@@ -1,6 +1,6 @@
-"""Look into the pickled index of a torch_dist checkpoint before torch loads it.
+"""Inspect the pickled index of a torch_dist checkpoint before torch loads it.
 
-`torch.distributed.checkpoint` unpickles `.metadata` without restriction, so a hostile file would run code.
+`torch.distributed.checkpoint` unpickles `.metadata` without restrictions, so a hostile file could run code.
 """
 
 import pickle
@@ -44,24 +44,26 @@ class _RestrictedUnpickler(pickle.Unpickler):
 
 
 def _safe_getattr(owner: Any, name: str) -> Any:
-    """Enum members of torch's metadata are pickled as getattr(class, name)."""
+    """Stand in for getattr: enum members in torch's metadata are pickled as getattr(class, name)."""
     if not isinstance(owner, type) or name.startswith("_"):
         raise pickle.UnpicklingError(f"it reads {name} of {owner!r}")
     return getattr(owner, name)
 
 
 def check_metadata(checkpoint: Path) -> None:
-    """Refuse a checkpoint whose index would run code.
+    """Reject a checkpoint whose index could run code.
 
     Raises:
-        CheckpointError: the index is missing, damaged, or names anything but checkpoint records.
+        CheckpointError: the index is missing, damaged, or names anything other than checkpoint records.
     """
     path = checkpoint / METADATA_NAME
     try:
         with path.open("rb") as stream:
             _RestrictedUnpickler(stream).load()
     except FileNotFoundError:
-        raise CheckpointError("checkpoint has no tensor index", where=str(path), fix="use a complete one") from None
+        raise CheckpointError(
+            "checkpoint has no tensor index", where=str(path), fix="use a complete checkpoint"
+        ) from None
     except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, ValueError, TypeError) as error:
         raise CheckpointError(
             f"tensor index is damaged or hostile: {error}", where=str(path), fix="use a checkpoint that you trust"

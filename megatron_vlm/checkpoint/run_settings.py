@@ -1,4 +1,4 @@
-"""What a checkpoint says about itself: sizes of the model, tokenizer and image processing, from its config.yaml."""
+"""Settings that a checkpoint carries in its config.yaml: model sizes, tokenizer and image processing."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +14,12 @@ from megatron_vlm.platform.files.run_folder import CONFIG_NAME
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunSettings:
-    """One checkpoint and the settings that its users need."""
+    """A checkpoint and the settings needed to use it."""
 
     checkpoint: Path
     model: ModelConfig
     tokenizer: Path
-    """SentencePiece model file; it exists."""
+    """SentencePiece model file, known to exist."""
     image_aspect: Any
     """As in `DataConfig`."""
 
@@ -27,12 +27,12 @@ class RunSettings:
 def read_run_settings(
     path: str | Path, *, tokenizer: str | None = None, image_aspect: str | None = None
 ) -> RunSettings:
-    """Return the newest complete checkpoint of a run folder, or the one that `path` is, with its settings.
+    """Return a checkpoint, or the newest complete one of a run folder, with its settings.
 
     Args:
         path: run folder or checkpoint.
-        tokenizer: goes before the run's own.
-        image_aspect: goes before the run's own.
+        tokenizer: overrides the run's own.
+        image_aspect: overrides the run's own.
 
     Raises:
         CheckpointError: there is no checkpoint, or it has no readable settings.
@@ -41,7 +41,7 @@ def read_run_settings(
     checkpoint = find_checkpoint(path)
     config_path = checkpoint / CONFIG_NAME
     if not config_path.is_file():
-        raise CheckpointError("checkpoint has no config.yaml", where=str(checkpoint), fix="use a complete one")
+        raise CheckpointError("checkpoint has no config.yaml", where=str(checkpoint), fix="use a complete checkpoint")
     model = load_section(ModelConfig, config_path, "model")
     data = yaml.safe_load(config_path.read_text()).get("data") or {}
     default_aspect = DataConfig.__dataclass_fields__["image_aspect"].default
@@ -57,7 +57,7 @@ def _find_tokenizer(checkpoint: Path, given: str | None, recorded: str | None) -
     if given is not None:
         candidates = [Path(given)]
     else:
-        # Beside the run, where a conversion puts it; or where the training found it.
+        # In the run folder, where a conversion puts it, or where the training found it.
         candidates = [checkpoint.parent.parent / MODEL_FILE, *([Path(recorded)] if recorded else [])]
     for candidate in candidates:
         if candidate.is_dir():

@@ -1,4 +1,4 @@
-"""Save a checkpoint of a running job: beside its place first, manifest last, then renamed."""
+"""Save a checkpoint of a running job: written next to its final place, manifest last, then renamed."""
 
 import shutil
 from collections.abc import Sequence
@@ -33,11 +33,11 @@ def save_checkpoint(
 ) -> Path:
     """Save model, optimizer and progress; all ranks call it together.
 
-    A checkpoint of the same iteration, from an attempt that was lost, is replaced. A kill at any point loses neither
-    of the two: `clean_up` puts right what it left when the run starts again.
+    A checkpoint of the same iteration, left by an attempt that was lost, is replaced. A kill at any point leaves the
+    old or the new one intact; `clean_up` restores order when the run starts again.
 
     Args:
-        config: the run; its folder, retention and kind of optimizer are used.
+        config: of the run; its folder, retention and type of optimizer are used.
         chunks: the model of this rank, without wrappers.
         optimizer: its optimizer.
         progress: plain values, with at least `iteration`.
@@ -46,7 +46,7 @@ def save_checkpoint(
         The folder of the checkpoint, complete when the call returns.
 
     Raises:
-        StorageError: the disk is full or read-only; the previous checkpoint is as it was.
+        StorageError: the disk is full or read-only; earlier checkpoints are unchanged.
     """
     final = checkpoint_path(config.run_dir, progress["iteration"])
     temporary = final.with_name(final.name + UNFINISHED)
@@ -93,14 +93,14 @@ def _save(
 
 
 def _leave_optimizer_out(common: dict[str, Any]) -> dict[str, Any]:
-    """Return what every rank must have alike; a stage of frozen parts alone has no optimizer."""
+    """Return the entries that must be the same on every rank; a stage with only frozen parts has no optimizer."""
     return {key: value for key, value in common.items() if key != OPTIMIZER_KEY}
 
 
 def _checksum_together(folder: Path) -> dict[str, FileRecord]:
-    """Checksum all files, each read by one rank."""
+    """Checksum all files; each is read by one rank."""
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     mine = {name: checksum_file(folder / name) for name in list_files(folder)[rank::world_size]}
     gathered: list[dict[str, FileRecord]] = [{} for _ in range(world_size)]
     torch.distributed.all_gather_object(gathered, mine)
-    return {name: record for part in gathered for name, record in sorted(part.items())}
+    return {name: record for records in gathered for name, record in sorted(records.items())}

@@ -1,4 +1,4 @@
-"""What a rank contributes to a checkpoint and what it takes from one."""
+"""The state that a rank saves to a checkpoint and loads from one."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +25,7 @@ def describe_model(chunks: Sequence[MegatronModule]) -> dict[str, dict[str, Any]
 
 def _describe_chunk(chunk: MegatronModule) -> dict[str, Any]:
     state = chunk.sharded_state_dict(prefix=MODEL_PREFIX, metadata=dict(SHARDING_METADATA))
-    # Modules without FP8 have an empty extra state each: thousands of files that hold nothing.
+    # Without FP8, every module has an empty extra state: thousands of entries that hold nothing.
     return {key: value for key, value in state.items() if not (isinstance(value, ShardedObject) and _is_empty(value))}
 
 
@@ -41,14 +41,14 @@ def describe(
         create_state(optimizer)
     state: dict[str, Any] = dict(describe_model(chunks))
     if not has_parameters(optimizer):
-        # A pipeline stage of frozen parts alone: megatron-core cannot describe an optimizer that has nothing to do.
+        # A pipeline stage with only frozen parts: megatron-core cannot describe an optimizer without parameters.
         return state
     state[OPTIMIZER_KEY] = optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=dict(SHARDING_METADATA))
     return state
 
 
 def load_model(checkpoint: Path, chunks: Sequence[MegatronModule]) -> None:
-    """Load the weights of this rank from a checkpoint of any layout.
+    """Load this rank's weights from a checkpoint saved at any layout.
 
     Raises:
         CheckpointError: a tensor is missing or has another shape.
@@ -62,7 +62,7 @@ def load_model(checkpoint: Path, chunks: Sequence[MegatronModule]) -> None:
 def load_all(
     checkpoint: Path, chunks: Sequence[MegatronModule], optimizer: MegatronOptimizer, *, distributed: bool
 ) -> None:
-    """Load weights and optimizer state of this rank from a checkpoint of any layout.
+    """Load this rank's weights and optimizer state from a checkpoint saved at any layout.
 
     Raises:
         CheckpointError: a tensor is missing or has another shape.
@@ -76,9 +76,10 @@ def load_all(
 
 
 def check_tensors(checkpoint: Path, state: dict[str, Any]) -> None:
-    """Compare the tensors that are asked for with those that are there.
+    """Compare the requested tensors with those in the checkpoint.
 
-    megatron-core lets the embedding differ in shape and reads what fits; a vocabulary of another padding must not pass.
+    megatron-core accepts an embedding of another shape and reads the rows that fit; a vocabulary padded differently
+    must not pass.
 
     Raises:
         CheckpointError: names the first tensor that is missing or has another shape.
@@ -92,14 +93,14 @@ def check_tensors(checkpoint: Path, state: dict[str, Any]) -> None:
                 raise CheckpointError(
                     f"tensor {tensor.key} is not in the checkpoint",
                     where=str(checkpoint),
-                    fix="use a checkpoint of the same model and the same kind of optimizer",
+                    fix="use a checkpoint of the same model and the same type of optimizer",
                 )
             if tuple(found.global_shape) != tuple(tensor.global_shape):
                 raise CheckpointError(
                     f"tensor {tensor.key} has shape {list(found.global_shape)} in the checkpoint, "
                     f"{list(tensor.global_shape)} in the model",
                     where=str(checkpoint),
-                    fix="make the model section of the config the same",
+                    fix="use the model section that the checkpoint was saved with",
                 )
 
 
@@ -115,4 +116,4 @@ def _fill_model(chunks: Sequence[MegatronModule], loaded: dict[str, Any]) -> Non
         result = chunk.load_state_dict(weights, strict=False)
         missing = [key for key in result.missing_keys if not key.endswith("_extra_state")]
         if missing or result.unexpected_keys:
-            raise RuntimeError(f"state of the model and of its checkpoint differ: {missing} {result.unexpected_keys}")
+            raise RuntimeError(f"the state of the model and the checkpoint differ: {missing} {result.unexpected_keys}")

@@ -1,4 +1,4 @@
-"""Whole tensors of a checkpoint, one by one and without building a model: for conversion and comparison."""
+"""Whole tensors of a checkpoint, one at a time and without a model: for conversion and comparison."""
 
 import hashlib
 from collections.abc import Callable, Mapping
@@ -35,12 +35,12 @@ def list_tensors(checkpoint: Path) -> dict[str, tuple[tuple[int, ...], torch.dty
 
 
 def read_tensor(checkpoint: Path, key: str, layer: int | None = None) -> Tensor:
-    """Read one whole tensor of a checkpoint of any layout.
+    """Read one whole tensor of a checkpoint saved at any layout.
 
     Args:
         checkpoint: its folder.
         key: as `list_tensors` names it.
-        layer: read this layer alone of a tensor that stacks layers; the result is without the layer axis.
+        layer: read only this layer of a tensor that stacks layers; the result has no layer axis.
     """
     check_metadata(checkpoint)
     with single_process():
@@ -54,7 +54,7 @@ def read_tensor(checkpoint: Path, key: str, layer: int | None = None) -> Tensor:
 
 
 def hash_weights(checkpoint: Path) -> str:
-    """Return a sha256 over names, shapes and values of all weights: the same for every parallel layout."""
+    """Return a sha256 over names, shapes and values of all weights: independent of the parallel layout."""
     digest = hashlib.sha256()
     for key, (shape, dtype) in list_tensors(checkpoint).items():
         digest.update(f"{key} {shape} {dtype}\n".encode())
@@ -68,13 +68,13 @@ def write_weights(
     config: Mapping[str, object],
     report: Callable[[], object] = lambda: None,
 ) -> Path:
-    """Write whole tensors as checkpoint 0 of a new run folder, to be loaded at any layout.
+    """Write whole tensors as checkpoint 0 of a new run folder; it can be loaded at any layout.
 
     Args:
-        run_dir: created where it does not exist.
+        run_dir: created if it does not exist.
         tensors: by key, as `list_tensors` names them; lazy ones are made one at a time.
-        config: what `config.yaml` shall hold; at least the `model` section.
-        report: called after each tensor, after each layer of one that stacks layers.
+        config: content of `config.yaml`; at least the `model` section.
+        report: called after each tensor; for a tensor that stacks layers, after each layer.
 
     Returns:
         The folder of the checkpoint.

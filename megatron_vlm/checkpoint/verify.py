@@ -1,4 +1,4 @@
-"""Look at the checkpoints of a run without loading them."""
+"""Inspect the checkpoints of a run without loading them."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,27 +11,27 @@ from megatron_vlm.config import CheckpointError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointFacts:
-    """One checkpoint folder."""
+    """What is known about one checkpoint folder."""
 
     path: Path
     iteration: int
     num_files: int
     size: int
-    """Bytes of all files."""
+    """Total size of the files [bytes]."""
     faults: tuple[str, ...]
-    """One line each; empty for a valid checkpoint."""
+    """One line per fault; empty for a valid checkpoint."""
 
     @property
     def is_valid(self) -> bool:
-        """Whether a run may start from it."""
+        """Whether a run can start from it."""
         return not self.faults
 
 
 def checkpoint_folders(path: Path) -> list[Path]:
-    """Return the checkpoint that `path` is, or all of the run folder `path`, newest first.
+    """Return `path` if it is a checkpoint, or all checkpoints of the run folder `path`, newest first.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is no checkpoint.
     """
     if (path / MANIFEST_NAME).is_file():
         return [path]
@@ -42,11 +42,11 @@ def checkpoint_folders(path: Path) -> list[Path]:
 
 
 def inspect_checkpoint(path: Path, *, read_files: bool) -> CheckpointFacts:
-    """Return what is known of one checkpoint.
+    """Return what is known about one checkpoint.
 
     Args:
         path: its folder.
-        read_files: compare every byte with the manifest; otherwise only the manifest is read.
+        read_files: compare every byte with the manifest; otherwise, read only the manifest.
     """
     try:
         manifest = read_manifest(path)
@@ -71,7 +71,7 @@ def check_whole(path: Path) -> None:
     """Compare every byte of a checkpoint with its manifest.
 
     Raises:
-        CheckpointError: something differs.
+        CheckpointError: a file differs.
     """
     faults = inspect_checkpoint(path, read_files=True).faults
     if faults:

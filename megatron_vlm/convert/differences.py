@@ -1,4 +1,4 @@
-"""Which tensors are missing, unexpected and misshapen, in a few words."""
+"""A short description of missing, unexpected and misshapen tensors."""
 
 from collections.abc import Mapping, Sequence
 
@@ -13,7 +13,7 @@ def describe_differences(wanted: Mapping[str, tuple[int, ...]], found: Mapping[s
         found: shapes by name.
 
     Returns:
-        One line that counts each kind and names the first few; None where both are the same.
+        One line that counts each kind and names the first few; None if both are the same.
     """
     misshapen = [
         f"{name} {list(found[name])} instead of {list(shape)}"

@@ -1,4 +1,4 @@
-"""What a module of `convert/families/` offers, and how it is found: by the `model_type` of a folder."""
+"""The functions that a module of `convert/families/` offers; it is found by the `model_type` of a folder."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,47 +20,47 @@ Part = Literal["language", "vision", "model"]
 
 
 class Family(Protocol):
-    """A language model, a tower, or a model of both: names of its tensors and its settings, both ways."""
+    """A language model, a tower, or a whole model: the names of its tensors, and its settings in both directions."""
 
     PART: Part
-    """What it is: `model.language`, `model.vision`, or the whole `model` section."""
+    """The section of the config that it converts: `model.language`, `model.vision`, or all of `model`."""
     MODEL_TYPES: tuple[str, ...]
-    """Values of `model_type` in the config.json of such a folder."""
+    """Values of `model_type` in config.json."""
     RENAMES: Sequence[tuple[str, str]]
-    """Regular expressions that turn names of other versions into those of the table."""
+    """(regular expression, replacement) pairs that turn the names of other versions into those of the table."""
 
     def rules(self, config: Any) -> list[Rule]:
-        """Return the table of tensors for the settings of the part."""
+        """Return the table of tensors for these settings."""
 
     def unused(self, config: Any) -> tuple[str, ...]:
-        """Return regular expressions of tensors that a folder may hold beside those of the table."""
+        """Return regular expressions for tensors that a folder may hold in addition to the table."""
 
     def constants(self, config: Any) -> Mapping[str, Tensor]:
-        """Return tensors that a folder must have and we do not, with values that change nothing."""
+        """Return tensors that a folder must have and our model lacks, with values that have no effect."""
 
     def config_from_hf(self, settings: dict[str, Any], *, where: str, **chosen: Any) -> Any:
-        """Return our settings of the part.
+        """Return our settings.
 
         Args:
-            settings: config.json, or the section of it that describes the part.
+            settings: config.json, or its section about this part.
             where: the file, for messages.
-            chosen: fields that go before what the file says, e.g. `vocab_size` as the tokenizer has it.
+            chosen: fields that override the file, e.g. `vocab_size` from the tokenizer.
 
         Raises:
-            CheckpointError: the folder has something that our part lacks.
+            CheckpointError: our model does not support something in the settings.
         """
 
     def config_to_hf(self, config: Any) -> dict[str, Any]:
-        """Return config.json, or the section of it that describes the part.
+        """Return config.json, or its section about this part.
 
         Raises:
-            CheckpointError: the part has something that the family lacks.
+            CheckpointError: the family does not support something in our settings.
         """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Serving:
-    """What a folder needs beside its weights to be served."""
+    """What a folder needs in addition to its weights to be served."""
 
     model: ModelConfig
     dtype: torch.dtype
@@ -74,13 +74,13 @@ class Serving:
 
 
 class ModelFamily(Family, Protocol):
-    """A family with PART "model": it is also a format to export to."""
+    """A family of whole models (PART "model"), which is also an export format."""
 
     ARCHITECTURE: str
-    """Class of transformers that loads the folder."""
+    """Class in transformers that loads the folder."""
 
     def write_settings(self, folder: Path, serving: Serving) -> None:
-        """Write every file but the weights: config.json, tokenizer, processor, chat template."""
+        """Write all files except the weights: config.json, tokenizer, processor, chat template."""
 
 
 def find_family(model_type: str | None, part: Part, where: str) -> Family:
@@ -88,11 +88,11 @@ def find_family(model_type: str | None, part: Part, where: str) -> Family:
 
     Args:
         model_type: as its config.json has it.
-        part: what the folder shall hold.
+        part: the kind of family that is wanted.
         where: the file, for messages.
 
     Raises:
-        CheckpointError: no family of such a part has this type; lists the types that there are.
+        CheckpointError: no family of this kind has this type; lists the known types.
     """
     types = {kind: family for family in _families(part).values() for kind in family.MODEL_TYPES}
     if model_type not in types:
@@ -103,10 +103,10 @@ def find_family(model_type: str | None, part: Part, where: str) -> Family:
 
 
 def find_tower_family(type: str) -> Family:
-    """Return the family that converts the towers of this type; the two have the same name.
+    """Return the family that converts towers of this type; its module has the same name.
 
     Raises:
-        CheckpointError: no family does; lists the towers that can be converted.
+        CheckpointError: there is none; lists the towers that can be converted.
     """
     families = _families("vision")
     if type not in families:
@@ -117,10 +117,10 @@ def find_tower_family(type: str) -> Family:
 
 
 def find_format(name: str) -> ModelFamily:
-    """Return the family that an export is written for.
+    """Return the family of an export format.
 
     Raises:
-        UsageError: there is none of whole models; lists those that there are.
+        UsageError: no family of whole models has this name; lists those that exist.
     """
     families = _families("model")
     if name not in families:

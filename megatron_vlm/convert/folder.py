@@ -33,26 +33,26 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-"""Types by the names that safetensors has for them."""
+"""Types by their name in safetensors files."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """Where a tensor of a folder is."""
+    """Where a folder stores a tensor."""
 
     file: Path
     name: str
-    """Its name in the file."""
+    """Name in the file."""
     shape: tuple[int, ...]
     dtype: torch.dtype
 
 
 class HFFolder:
-    """The weights and settings of a model folder; tensors are read one by one.
+    """The weights and settings of a model folder; tensors are read one at a time.
 
     Args:
-        path: folder with config.json and model.safetensors or pytorch_model.bin, in one file or with an index.
-        renames: (regular expression, replacement): the first that matches the start of a name is applied to it.
+        path: folder with config.json, and model.safetensors or pytorch_model.bin, as one file or several with an index.
+        renames: (regular expression, replacement) pairs; the first that matches the start of a name is applied.
 
     Raises:
         CheckpointError: a file is missing or damaged.
@@ -69,7 +69,7 @@ class HFFolder:
     def read(self, name: str) -> Tensor:
         """Read one tensor.
 
-        The file is opened anew each time: pages of a file that stays mapped would stay in memory.
+        The file is opened anew each time, because the pages of a mapped file count as memory of this process.
 
         Args:
             name: as in `stored`, after renaming.
@@ -134,7 +134,7 @@ def _list_tensors(file: Path) -> list[Stored]:
 
 
 def _load_pickle(file: Path) -> dict[str, Tensor]:
-    """Return the tensors of a file, whose values stay on the disk until they are used."""
+    """Return the tensors of a file; their values stay on the disk until they are used."""
     try:
         tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
@@ -145,10 +145,10 @@ def _load_pickle(file: Path) -> dict[str, Tensor]:
 
 
 def list_safetensors(file: Path) -> list[Stored]:
-    """Return what a safetensors file holds.
+    """Return the tensors of a safetensors file.
 
     Raises:
-        CheckpointError: it is damaged, or has a tensor of a type that torch lacks.
+        CheckpointError: it is damaged, or holds a tensor of a type that torch does not have.
     """
     try:
         with safetensors.safe_open(file, "pt") as opened:
@@ -158,7 +158,11 @@ def list_safetensors(file: Path) -> list[Stored]:
             ]
     except KeyError as error:
         raise CheckpointError(
-            f"a tensor has the type {error.args[0]}", where=str(file), fix="use a model that is not quantised"
+            f"a tensor has the unsupported type {error.args[0]}",
+            where=str(file),
+            fix="use a model that is not quantised",
         ) from None
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"weights cannot be read: {error}", where=str(file), fix="get the file again") from None
+        raise CheckpointError(
+            f"weights cannot be read: {error}", where=str(file), fix="download the file again"
+        ) from None

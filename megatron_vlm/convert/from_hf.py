@@ -1,4 +1,4 @@
-"""Make a starting checkpoint of Hugging Face folders: a language model and a tower, or a whole model."""
+"""Make a starting checkpoint from Hugging Face folders: a language model and a tower, or a whole model."""
 
 import logging
 import re
@@ -30,25 +30,26 @@ from megatron_vlm.convert.folder import CONFIG_NAME, HFFolder, read_json
 from megatron_vlm.convert.projector import find_projector
 from megatron_vlm.convert.rules import Rule
 from megatron_vlm.data.text.tokenizer import MODEL_FILE, load_tokenizer
+from megatron_vlm.platform.files.run_folder import hold_run_folder
 
 logger = logging.getLogger(__name__)
 
 _PROCESSOR_NAME = "preprocessor_config.json"
-# Fields that a training may choose freely: they change no tensor and not what the imported weights compute.
+# Fields that a training may choose freely: they affect neither a tensor nor what the imported weights compute.
 _FREE_LANGUAGE = {"init_method_std", "max_position_embeddings"}
 _FREE_VISION = {"init_method_std", "feature_layer"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImportOptions:
-    """What the folders do not say."""
+    """Settings that the folders do not contain."""
 
     projection: str = "linear"
-    """Type of the projection, which starts random; a whole model brings its own."""
+    """Type of the projection, which starts with random weights; a whole model brings its own."""
     feature_layer: int | None = None
-    """Hidden state of the tower that is handed on; None: the default of our tower."""
+    """Hidden state of the tower that the projection gets; None: the default of our tower."""
     seed: int = 1234
-    """Of the random projection."""
+    """Seed of the random projection."""
 
 
 def import_parts(
@@ -56,23 +57,24 @@ def import_parts(
 ) -> ModelConfig:
     """Write checkpoint 0 of a new run from a language model and a tower, e.g. LlamaForCausalLM and CLIPVisionModel.
 
-    Rows of the vocabulary beyond those of the language model (image, padding, rounding up) hold the mean of its rows;
-    their embeddings are not used, and their logits are those of an average piece. The projection is drawn as a new
-    model's.
+    Rows of the vocabulary beyond those of the language model (image, padding, rounding up) hold the mean of its rows:
+    their embeddings are not used, and their logits are those of an average token. The projection is initialised as in
+    a new model. Memory holds one tensor at a time.
 
     Args:
         language: folder of the language model; its tokenizer.model is copied into the run.
         vision: folder of the tower.
         run_dir: the new run.
-        options: what the folders do not say; ignored where `model` says it.
-        model: sizes that the folders must have; None: those that they have.
+        options: settings that the folders do not contain; ignored if `model` has them.
+        model: the model that the folders must hold; None: whatever they hold.
 
     Returns:
-        The sizes of the model.
+        The settings of the model.
 
     Raises:
-        UsageError: the run has a checkpoint already.
-        CheckpointError: the folders do not hold such models, or other sizes than `model`.
+        UsageError: the run already has a checkpoint.
+        ConfigError: another job uses the run folder.
+        CheckpointError: the folders hold other kinds of models, or differ from `model`.
     """
     _check_new(run_dir)
     decoder, tower = _open(language, "language"), _open(vision, "vision")
@@ -124,10 +126,10 @@ def _open(path: Path, part: Part) -> _Source:
 
 
 def _agreed(wanted: ModelConfig | None, found: ModelConfig) -> ModelConfig:
-    """Return the model that is imported: the one that is wanted, if the folders hold it.
+    """Return the model to import: the wanted one, provided that the folders hold it.
 
     Raises:
-        CheckpointError: they differ in something that decides what the imported weights compute.
+        CheckpointError: they differ in a setting that changes what the imported weights compute.
     """
     if wanted is None:
         return found
@@ -136,7 +138,7 @@ def _agreed(wanted: ModelConfig | None, found: ModelConfig) -> ModelConfig:
         *_differences("model.vision", wanted.vision, found.vision, _FREE_VISION),
     ]
     if differences:
-        raise CheckpointError("; ".join(differences), fix="change the config, or leave --config out")
+        raise CheckpointError("; ".join(differences), fix="change the config, or omit --config")
     return wanted
 
 
@@ -157,7 +159,7 @@ def _effective(part: Any, name: str) -> Any:
 
 def _check_new(run_dir: Path) -> None:
     if list_iterations(run_dir):
-        raise UsageError(f"run {run_dir} has a checkpoint already", fix="name another folder with --output")
+        raise UsageError(f"run {run_dir} already has a checkpoint", fix="name another folder with --output")
 
 
 def _language_config(source: _Source) -> LanguageConfig:
@@ -174,7 +176,7 @@ def _language_config(source: _Source) -> LanguageConfig:
 
 
 def _with_colours(vision: Any, folder: Path) -> Any:
-    """Take mean and spread of the colours from the folder, where it has them."""
+    """Take mean and standard deviation of the colours from the folder, if it has them."""
     path = folder / _PROCESSOR_NAME
     if not path.is_file():
         return vision
@@ -186,13 +188,13 @@ def _with_colours(vision: Any, folder: Path) -> Any:
 def _lazy_tensors(
     source: _Source, config: Any, language: LanguageConfig, *, num_rows: int | None = None
 ) -> dict[str, Tensor | LazyTensor]:
-    """Return our tensors by key, each made of the folder's when it is asked for.
+    """Return our tensors by key, each to be made from those of the folder when it is written.
 
     Args:
         source: the folder.
-        config: settings of the part that it holds.
-        language: sizes of the vocabulary.
-        num_rows: rows of the vocabulary in the folder; None: ours.
+        config: settings of the part in it.
+        language: for the size of the vocabulary.
+        num_rows: rows of the vocabulary in the folder; None: as many as ours.
 
     Raises:
         CheckpointError: the folder and its table differ.
@@ -209,7 +211,7 @@ def _check_tensors(folder: HFFolder, rules: Sequence[Rule], unused: Sequence[str
     """Compare the folder with the table.
 
     Raises:
-        CheckpointError: names every kind of difference.
+        CheckpointError: they differ; lists every kind of difference.
     """
     wanted = {
         name: shape
@@ -225,7 +227,7 @@ def _check_tensors(folder: HFFolder, rules: Sequence[Rule], unused: Sequence[str
     differences = describe_differences(wanted, found)
     if differences:
         raise CheckpointError(
-            f"weights and config.json differ: {differences}", where=str(folder.path), fix="use a whole folder"
+            f"weights and config.json differ: {differences}", where=str(folder.path), fix="use a complete folder"
         )
 
 
@@ -244,17 +246,17 @@ def _lazy_tensor(folder: HFFolder, rule: Rule, language: LanguageConfig) -> Lazy
 
 
 def _common_type(folder: HFFolder, rule: Rule) -> torch.dtype:
-    """Return the type that holds the values of all layers; a folder may mix types."""
+    """Return the type that can hold the values of all layers; a folder may mix types."""
     types = {folder.stored[name].dtype for layer in rule.layers for name in rule.names_of(layer)}
     return reduce(torch.promote_types, types)
 
 
 def pad_vocabulary(rows: Tensor, language: LanguageConfig) -> Tensor:
-    """Return the embedding with `padded_vocab_size` rows; rows that no piece has hold the mean of the others.
+    """Return the embedding with `padded_vocab_size` rows; rows without a piece hold the mean of the others.
 
     Args:
-        rows: float[n, h]; n at least the pieces of the tokenizer. A tensor of the full size is returned as it is.
-        language: sizes of the vocabulary.
+        rows: float[n, h] with n >= vocab_size; a tensor of the full size is returned unchanged.
+        language: for the size of the vocabulary.
     """
     if rows.size(0) == language.padded_vocab_size:
         return rows
@@ -264,7 +266,7 @@ def pad_vocabulary(rows: Tensor, language: LanguageConfig) -> Tensor:
 
 
 def _draw_projection(model: ModelConfig, seed: int) -> dict[str, Tensor]:
-    """Draw the projection as a new model does."""
+    """Draw the weights of the projection as in a new model."""
     return find_projector(model.projection.type).draw(
         model.projection,
         input_size=model.vision.feature_size,
@@ -278,13 +280,13 @@ def _write(
     run_dir: Path, tensors: Mapping[str, Tensor | LazyTensor], model: ModelConfig, tokenizer_folder: Path
 ) -> None:
     config: dict[str, Any] = {"model": config_to_dict(model)}
-    run_dir.mkdir(parents=True, exist_ok=True)
     tokenizer = tokenizer_folder / MODEL_FILE
-    if tokenizer.is_file():
-        shutil.copyfile(tokenizer, run_dir / MODEL_FILE)
-        config["data"] = {"tokenizer": str(run_dir / MODEL_FILE)}
-    else:
-        logger.warning("no %s in %s: name the tokenizer in the training config", MODEL_FILE, tokenizer_folder)
     total = sum(len(tensor.layers) if isinstance(tensor, LazyTensor) else 1 for tensor in tensors.values())
-    with tqdm(total=total, unit="tensor", desc="import", disable=None) as progress:
+    with hold_run_folder(run_dir), tqdm(total=total, unit="tensor", desc="import", disable=None) as progress:
+        _check_new(run_dir)
+        if tokenizer.is_file():
+            shutil.copyfile(tokenizer, run_dir / MODEL_FILE)
+            config["data"] = {"tokenizer": str(run_dir / MODEL_FILE)}
+        else:
+            logger.warning("no %s in %s: name the tokenizer in the training config", MODEL_FILE, tokenizer_folder)
         write_weights(run_dir, tensors, config, progress.update)

@@ -1,4 +1,4 @@
-"""What a module of `convert/projectors/` offers, and how it is found: by `model.projection.type`."""
+"""The functions that a module of `convert/projectors/` offers; it is found by `model.projection.type`."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol, cast
@@ -15,13 +15,13 @@ KEY_PREFIX = "model.vision_projection."
 
 
 class ProjectorFamily(Protocol):
-    """The names of a projection's tensors in the LLaVA format, and its weights in a new model."""
+    """The names of a projection's tensors in the LLaVA format, and its initial weights."""
 
     ACTIVATION: str
-    """LLaVA's `projector_hidden_act`, by which a LLaVA's projection is known."""
+    """Value of LLaVA's `projector_hidden_act` that stands for this projection."""
 
     def rules(self, config: Any, *, input_size: int, output_size: int) -> list[Rule]:
-        """Return the table: our keys, all with `KEY_PREFIX`; their names below `multi_modal_projector.`.
+        """Return the table: our keys start with `KEY_PREFIX`, their names are those below `multi_modal_projector.`.
 
         Args:
             config: settings of the projection.
@@ -32,14 +32,14 @@ class ProjectorFamily(Protocol):
     def draw(
         self, config: Any, *, input_size: int, output_size: int, std: float, generator: torch.Generator
     ) -> dict[str, Tensor]:
-        """Return weights by our keys, drawn as a new model draws them.
+        """Return initial weights by key, drawn from the distribution of a new model.
 
         Args:
             config: settings of the projection.
             input_size: width of the features.
             output_size: width of the embeddings.
             std: standard deviation of the initial weights of the model.
-            generator: source of the values.
+            generator: of the random numbers.
         """
 
 
@@ -47,7 +47,7 @@ def find_projector(type: str) -> ProjectorFamily:
     """Return the module of a projection.
 
     Raises:
-        CheckpointError: this type has no conversion; lists those that have one.
+        CheckpointError: this type cannot be converted; lists those that can.
     """
     if type not in module_names(PROJECTORS):
         types = ", ".join(module_names(PROJECTORS))
@@ -58,10 +58,10 @@ def find_projector(type: str) -> ProjectorFamily:
 
 
 def projector_type_of(activation: str, where: str) -> str:
-    """Return the type of the projection that LLaVA describes by `projector_hidden_act`.
+    """Return the type of the projection that a LLaVA's `projector_hidden_act` stands for.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: no projection has this activation.
     """
     types = {find_projector(name).ACTIVATION: name for name in module_names(PROJECTORS)}
     if activation not in types:
@@ -73,9 +73,9 @@ def draw_linear(key: str, sizes: Sequence[int], *, std: float, generator: torch.
     """Return weight and bias of a linear layer: normal weights, no bias.
 
     Args:
-        key: of the layer, with a point at its end.
-        sizes: of output and input.
+        key: prefix of the layer, with the final dot.
+        sizes: output size, input size.
         std: standard deviation of the weights.
-        generator: source of the values.
+        generator: of the random numbers.
     """
     return {f"{key}weight": torch.randn(*sizes, generator=generator) * std, f"{key}bias": torch.zeros(sizes[0])}

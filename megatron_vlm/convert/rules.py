@@ -1,4 +1,4 @@
-"""How a tensor of ours and the tensors of another format make each other: name pairs and a few named transforms."""
+"""How our tensors and those of another format correspond: pairs of names and a few named transforms."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -9,13 +9,13 @@ from torch import Tensor
 
 
 class Transform(Protocol):
-    """A lossless rearrangement, both ways; it also works on tensors without values (device "meta")."""
+    """A lossless rearrangement in both directions; it also works on tensors without values (device "meta")."""
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
-        """Make our tensor of theirs."""
+        """Make our tensor from theirs."""
 
     def split(self, whole: Tensor) -> list[Tensor]:
-        """Make their tensors of ours."""
+        """Make their tensors from ours."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class Same:
 
 @dataclass(frozen=True, slots=True)
 class Reshaped:
-    """The same values under another shape on their side."""
+    """The same values, with another shape on their side."""
 
     ours: tuple[int, ...]
     theirs: tuple[int, ...]
@@ -49,7 +49,7 @@ class Reshaped:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QueryKeyValue:
-    """Query, key and value, which megatron-core keeps group by group: the queries of a group, its key, its value.
+    """Query, key and value, which megatron-core stores group by group: the queries of a group, its key, its value.
 
     Works for weights float[rows, h] and biases float[rows].
     """
@@ -73,7 +73,7 @@ class QueryKeyValue:
 
 @dataclass(frozen=True, slots=True)
 class GatedMLP:
-    """Gate and up projection, which megatron-core keeps as one matrix, gate first."""
+    """Gate and up projection, which megatron-core stores as one matrix, gate first."""
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
         """Stack gate and up projection."""
@@ -86,9 +86,9 @@ class GatedMLP:
 
 @dataclass(frozen=True, slots=True)
 class LinearAsMLP:
-    """One linear layer on our side; on theirs it is followed by a second one that changes nothing.
+    """One linear layer on our side; on theirs, it is followed by a second one that is the identity.
 
-    Exact where the activation between the two is the identity: every product with a row of the identity matrix adds
+    Exact if the activation between the two is the identity, too: every product with a row of the identity matrix adds
     zeros to one value.
     """
 
@@ -104,7 +104,7 @@ class LinearAsMLP:
         """Return the first layer.
 
         Raises:
-            ValueError: the second layer changes something.
+            ValueError: the second layer is not the identity.
         """
         first, second = parts
         if not second.is_meta and not torch.equal(second, self._second(second)):
@@ -112,34 +112,34 @@ class LinearAsMLP:
         return first
 
     def split(self, whole: Tensor) -> list[Tensor]:
-        """Return the layer, and one that changes nothing."""
+        """Return the layer and the identity."""
         return [whole, self._second(whole)]
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One tensor of ours and the tensors of the other format."""
+    """One of our tensors and its counterparts in the other format."""
 
     key: str
-    """Checkpoint key of ours."""
+    """Our checkpoint key."""
     shape: tuple[int, ...]
-    """Our shape; of one layer where `num_layers` is set."""
+    """Our shape; that of one layer if `num_layers` is set."""
     names: tuple[str, ...]
-    """Their names, in the order that `transform` takes; `{layer}` stands for the number of the layer."""
+    """Their names, in the order that `transform` expects; `{layer}` stands for the index of the layer."""
     transform: Transform = field(default_factory=Same)
     num_layers: int | None = None
-    """Layers that our checkpoint stacks along the first axis; None: not a tensor of a layer."""
+    """Layers that our checkpoint stacks along the first axis; None if the tensor does not belong to a layer."""
     is_vocabulary: bool = False
-    """Whether the first axis is the vocabulary, which may have fewer rows on their side than ours, padded, has."""
+    """Whether the first axis is the vocabulary, which we pad: their tensor may have fewer rows."""
 
     @property
     def checkpoint_shape(self) -> tuple[int, ...]:
-        """Shape under which a checkpoint holds the tensor."""
+        """Shape of the tensor in a checkpoint."""
         return self.shape if self.num_layers is None else (self.num_layers, *self.shape)
 
     @property
     def layers(self) -> tuple[int | None, ...]:
-        """The layers to go through; (None,) for a tensor outside the layers."""
+        """The layers to convert; (None,) for a tensor outside the layers."""
         return (None,) if self.num_layers is None else tuple(range(self.num_layers))
 
     def names_of(self, layer: int | None) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Export a checkpoint of any parallel layout as a folder that transformers loads, tensor by tensor."""
+"""Export a checkpoint of any parallel layout, tensor by tensor, as a folder that transformers loads."""
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,12 +33,12 @@ _FIX = "make room or name another folder"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportOptions:
-    """How the folder is written."""
+    """Settings of an export."""
 
     format: str = "llava"
-    """Family of a whole model, by the name of its file in `convert/families/`."""
+    """Name of a family of whole models in `convert/families/`."""
     dtype: DType | None = None
-    """Of the weights; None: bfloat16 where the checkpoint has it, else float32."""
+    """Type of the weights; None: bfloat16 if the checkpoint has it, else float32."""
     template: str = "vicuna_v1"
     """Conversation template that becomes the folder's chat template."""
     system: object = DEFAULT_SYSTEM
@@ -50,7 +50,7 @@ class ExportOptions:
 
 
 def export_model(settings: RunSettings, output: Path, options: ExportOptions | None = None) -> str:
-    """Write a model folder; it appears under its name when it is whole and read back.
+    """Write a model folder; it appears under its name once it is complete and verified.
 
     Args:
         settings: the checkpoint.
@@ -58,11 +58,13 @@ def export_model(settings: RunSettings, output: Path, options: ExportOptions | N
         options: None: the defaults.
 
     Returns:
-        The class of transformers that loads the folder.
+        The class in transformers that loads the folder.
 
     Raises:
-        UsageError: the folder exists, or there is no such format.
-        CheckpointError: the checkpoint is damaged or of another model, or what was written reads back otherwise.
+        UsageError: the folder exists, or the format is unknown.
+        ConfigError: another process writes this folder.
+        CheckpointError: the checkpoint is damaged or does not fit its settings, or the written weights read back
+            differently.
         StorageError: the disk is full or read-only.
     """
     options = options or ExportOptions()
@@ -70,7 +72,7 @@ def export_model(settings: RunSettings, output: Path, options: ExportOptions | N
         raise UsageError(f"folder {output} exists", fix="name another one, or add --overwrite")
     family, template = find_format(options.format), find_template(options.template)
     rules = family.rules(settings.model)
-    # What is wrong with the checkpoint or the settings shows before the long part.
+    # Faults of the checkpoint and the settings show before the long part.
     with single_process(), storage_errors("export not written", output, only=STORAGE_ERRNOS, fix=_FIX):
         dtype = _choose_dtype(options.dtype, check_checkpoint(settings.checkpoint, rules))
         serving = Serving(
@@ -100,28 +102,32 @@ def check_checkpoint(checkpoint: Path, rules: Sequence[Rule]) -> set[torch.dtype
     """Compare the files of a checkpoint with its manifest, and its tensors with those of the table.
 
     Returns:
-        The types that its tensors have.
+        The types of its tensors.
 
     Raises:
-        CheckpointError: a file is damaged; a tensor is missing, beyond the table, or has another shape.
+        CheckpointError: a file is damaged; a tensor is missing, not in the table, or has another shape.
     """
     faults = inspect_checkpoint(checkpoint, read_files=True).faults
     if faults:
-        raise CheckpointError(f"checkpoint is damaged: {faults[0]}", where=str(checkpoint), fix="use another one")
+        raise CheckpointError(
+            f"checkpoint is damaged: {faults[0]}", where=str(checkpoint), fix="use another checkpoint"
+        )
     tensors = list_tensors(checkpoint)
     found = {key: shape for key, (shape, _) in tensors.items()}
     wanted = {rule.key: rule.checkpoint_shape for rule in rules}
     differences = describe_differences(wanted, found)
     if differences:
         raise CheckpointError(
-            f"checkpoint and its config.yaml differ: {differences}", where=str(checkpoint), fix="use a complete one"
+            f"checkpoint and its config.yaml differ: {differences}",
+            where=str(checkpoint),
+            fix="use a complete checkpoint",
         )
     return {dtype for _, dtype in tensors.values()}
 
 
 @dataclass(frozen=True, slots=True)
 class _Export:
-    """The tensors of a folder, and where they come from."""
+    """The tensors of a folder and their origin."""
 
     checkpoint: Path
     rules: Sequence[Rule]
@@ -129,7 +135,7 @@ class _Export:
     dtype: torch.dtype
 
     def announce(self) -> list[Announced]:
-        """Return every tensor, in the order in which they are made."""
+        """Describe every tensor, in the order of `tensors`."""
         announced = [
             Announced(name, shape, self.dtype)
             for rule in self.rules
@@ -140,7 +146,7 @@ class _Export:
         return [*announced, *constants]
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Read one tensor after the other and yield what it becomes."""
+        """Yield the tensors of the folder, each made when it is asked for."""
         for rule in self.rules:
             for layer in rule.layers:
                 whole = read_tensor(self.checkpoint, rule.key, layer)
@@ -155,7 +161,7 @@ def _write_weights(export: _Export, writer: WeightsWriter) -> None:
         writer.write(_counted(export.tensors(), progress))
     writer.verify()
     total = sum(entry.num_bytes for entry in announced)
-    logger.info("%d tensors, %.3f GB, written and read back equal", len(announced), total / 1e9)
+    logger.info("%d tensors, %.3f GB, written and verified", len(announced), total / 1e9)
 
 
 def _counted(tensors: Iterator[tuple[str, Tensor]], progress: tqdm) -> Iterator[tuple[str, Tensor]]:

@@ -1,6 +1,6 @@
 """Write the weights of a model folder as safetensors files, one tensor at a time.
 
-The files are those that `safetensors.torch.save_file` writes, byte for byte; it takes all tensors of a file at once.
+The files are equal to those of `safetensors.torch.save_file`, which takes all tensors of a file at once.
 """
 
 import json
@@ -24,7 +24,7 @@ _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True, slots=True)
 class Announced:
-    """A tensor that is going to be written."""
+    """A tensor to be written."""
 
     name: str
     shape: tuple[int, ...]
@@ -41,8 +41,8 @@ class WeightsWriter:
 
     Args:
         folder: where the files go.
-        announced: every tensor that will come, in any order; all of one type.
-        max_shard_bytes: largest size of a file; a larger tensor gets a file of its own [bytes].
+        announced: every tensor that will be written; all of the same type.
+        max_shard_bytes: largest size of a file [bytes]; a larger tensor gets its own file.
     """
 
     def __init__(self, folder: Path, announced: Sequence[Announced], max_shard_bytes: int) -> None:
@@ -55,7 +55,7 @@ class WeightsWriter:
         """Write all announced tensors, then the index.
 
         Raises:
-            CheckpointError: a tensor is not as announced, or missing.
+            CheckpointError: a tensor differs from what was announced, or is missing.
             OSError: a file cannot be written.
         """
         with ExitStack() as stack:
@@ -93,14 +93,14 @@ class WeightsWriter:
         """Read everything back and compare names, shapes, types and bytes.
 
         Raises:
-            CheckpointError: the files do not hold what was written.
+            CheckpointError: the files differ from what was written.
         """
         found = {stored.name: stored for file in self._files for stored in list_safetensors(self._folder / file)}
         if set(found) != set(self._announced):
             raise CheckpointError(
                 f"{len(found)} tensors in the files, {len(self._announced)} written",
                 where=str(self._folder),
-                fix="check the disk and export again",
+                fix="check the disk, then export again",
             )
         for name, stored in found.items():
             with safetensors.safe_open(stored.file, "pt") as opened:
@@ -108,9 +108,9 @@ class WeightsWriter:
             self._check(name, tensor)
             if zlib.crc32(_bytes_of(tensor)) != self._checksums[name]:
                 raise CheckpointError(
-                    f"tensor {name} has other values than were written",
+                    f"tensor {name} reads back with other values than were written",
                     where=str(stored.file),
-                    fix="check the disk and export again",
+                    fix="check the disk, then export again",
                 )
 
 
@@ -129,7 +129,7 @@ def _assign_files(announced: Sequence[Announced], max_shard_bytes: int) -> dict[
 
 
 def _lay_out(entries: Sequence[Announced]) -> tuple[bytes, dict[str, int]]:
-    """Return the header of a file, and where the values of each tensor begin in it [bytes]."""
+    """Return the header of a file, and the offset of each tensor in the file [bytes]."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     starts, end = {}, 0
     for entry in sorted(entries, key=lambda entry: entry.name):
@@ -143,5 +143,5 @@ def _lay_out(entries: Sequence[Announced]) -> tuple[bytes, dict[str, int]]:
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
-    """Return the values as they are written, without a copy where they lie in order."""
+    """Return the values as bytes, without a copy if they are contiguous."""
     return tensor.contiguous().flatten().view(torch.uint8).numpy().data

@@ -1,3 +1,5 @@
+import shutil
+
 import pytest
 
 from megatron_vlm.checkpoint.folder import checkpoint_path, clean_up, find_checkpoint, list_iterations, prune
@@ -83,15 +85,17 @@ def test_old_checkpoints_are_removed_whether_valid_or_not(tmp_path):
     assert list_iterations(tmp_path) == [3]
 
 
-def test_clean_up_removes_unfinished_checkpoints_and_finishes_replacements(tmp_path):
+def test_clean_up_finishes_what_is_complete_and_removes_the_rest(tmp_path):
     make(tmp_path, 1, 2, 3)
     folder = tmp_path / "checkpoints"
     (folder / "iter_0000001").rename(folder / "iter_0000001.being_replaced")
     (folder / "iter_0000002").rename(folder / "iter_0000002.tmp")
+    shutil.copytree(folder / "iter_0000003", folder / "iter_0000003.tmp")
     (folder / "iter_0000004.tmp").mkdir()
     (folder / "notes.tmp").mkdir()
     clean_up(tmp_path)
-    assert sorted(path.name for path in folder.iterdir()) == ["iter_0000001", "iter_0000003", "notes.tmp"]
+    left = ["iter_0000001", "iter_0000002", "iter_0000003", "notes.tmp"]
+    assert sorted(path.name for path in folder.iterdir()) == left
 
 
 def test_clean_up_of_a_run_without_checkpoints_does_nothing(tmp_path):

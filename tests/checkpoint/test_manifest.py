@@ -36,7 +36,7 @@ def test_a_flipped_bit_is_found(checkpoint):
     content = bytearray((checkpoint / "a.bin").read_bytes())
     content[5000] ^= 1
     (checkpoint / "a.bin").write_bytes(content)
-    assert faults(checkpoint) == ["a.bin has another checksum"]
+    assert faults(checkpoint) == ["a.bin has the wrong checksum"]
 
 
 def test_a_truncated_file_is_found(checkpoint):

@@ -53,9 +53,9 @@ def test_a_flipped_bit_is_a_fault(state, tmp_path):
     content[-10] ^= 4
     path.write_bytes(content)
     (folder,) = checkpoint_folders(tmp_path)
-    assert inspect_checkpoint(folder, read_files=True).faults == ("common.pt has another checksum",)
+    assert inspect_checkpoint(folder, read_files=True).faults == ("common.pt has the wrong checksum",)
     assert inspect_checkpoint(folder, read_files=False).is_valid
-    with pytest.raises(CheckpointError, match="common.pt has another checksum"):
+    with pytest.raises(CheckpointError, match="common.pt has the wrong checksum"):
         check_whole(folder)
 
 

@@ -213,7 +213,7 @@ def test_second_job_on_the_folder_is_refused(project, start):
     wait_for_iteration(project, "taken", 1)
     done = project.run("train", "train.yaml", "run_dir=taken")
     assert done.returncode == 78
-    assert "another job trains in this run folder" in done.stderr
+    assert "another job uses this run folder" in done.stderr
 
 
 @pytest.mark.distributed

@@ -62,5 +62,5 @@ def test_a_type_that_torch_cannot_hold_is_named(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     header = json.dumps({"a": {"dtype": "F8_E8M0", "shape": [8], "data_offsets": [0, 8]}}).encode()
     (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
-    with pytest.raises(CheckpointError, match=r"a tensor has the type F8_E8M0 .*that is not quantised"):
+    with pytest.raises(CheckpointError, match=r"a tensor has the unsupported type F8_E8M0 .*that is not quantised"):
         HFFolder(tmp_path)

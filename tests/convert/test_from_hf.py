@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from megatron_vlm.checkpoint.open_model import open_model
 from megatron_vlm.checkpoint.run_settings import read_run_settings
-from megatron_vlm.checkpoint.tensors import hash_weights, read_tensor
-from megatron_vlm.config import CheckpointError, UsageError, load_section
+from megatron_vlm.checkpoint.tensors import hash_weights, read_tensor, write_weights
+from megatron_vlm.config import CheckpointError, ConfigError, UsageError, load_section
 from megatron_vlm.convert.from_hf import ImportOptions, import_model, import_parts
 from megatron_vlm.convert.to_hf import export_model
 from tests.support.sentence_piece import NUM_PIECES
@@ -281,8 +281,21 @@ def test_missing_unexpected_and_misshapen_tensors_are_named(llama_dir, clip_dir,
 
 
 def test_a_run_with_a_checkpoint_is_not_overwritten(llama_dir, clip_dir, imported):
-    with pytest.raises(UsageError, match="has a checkpoint already"):
+    with pytest.raises(UsageError, match="already has a checkpoint"):
         import_parts(llama_dir, clip_dir, imported, ImportOptions())
+
+
+def test_two_imports_into_one_run_at_once_do_not_harm_each_other(llama_dir, clip_dir, imported, tmp_path, monkeypatch):
+    def second_import(*args, **kwargs):
+        monkeypatch.undo()
+        with pytest.raises(ConfigError, match="another job uses this run folder"):
+            import_parts(llama_dir, clip_dir, tmp_path / "run", ImportOptions(projection="linear"))
+        return write_weights(*args, **kwargs)
+
+    monkeypatch.setattr("megatron_vlm.convert.from_hf.write_weights", second_import)
+    import_parts(llama_dir, clip_dir, tmp_path / "run", ImportOptions(projection="mlp2x_gelu"))
+    ours, theirs = (read_run_settings(run).checkpoint for run in (imported, tmp_path / "run"))
+    assert hash_weights(ours) == hash_weights(theirs)
 
 
 def test_a_folder_of_another_kind_is_refused(llama_dir, tmp_path):
@@ -323,7 +336,7 @@ def test_a_tower_with_an_unknown_activation_is_refused(llama_dir, clip_dir, tmp_
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"vision_feature_select_strategy": "full"}, "the class token is handed on"),
+        ({"vision_feature_select_strategy": "full"}, "the projection also gets the class token"),
         ({"vision_feature_layer": [-2, -1]}, r"vision_feature_layer=\[-2, -1\]"),
         ({"image_token_index": 300}, "448 rows in the vocabulary with the image token 300, not 320"),
         ({"projector_hidden_act": "relu"}, "projector_hidden_act=relu"),

@@ -253,7 +253,7 @@ def test_a_damaged_checkpoint_is_refused(make_run, model_config, tmp_path):
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"damaged: .*distcp has another checksum"):
+    with pytest.raises(CheckpointError, match=r"damaged: .*distcp has the wrong checksum"):
         export_model(settings, tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
 
@@ -276,7 +276,7 @@ def test_a_tokenizer_of_another_size_is_refused(make_run, tmp_path):
 
 def test_a_tower_that_is_no_clip_is_refused(make_run, model_config, with_vision, tmp_path):
     settings = read_run_settings(make_run(model_config))
-    with pytest.raises(CheckpointError, match="is no CLIP tower"):
+    with pytest.raises(CheckpointError, match="is not a CLIP tower"):
         export_model(replace(settings, model=with_vision(model_config, pre_norm=False)), tmp_path / "hf")
 
 

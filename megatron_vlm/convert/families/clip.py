@@ -1,4 +1,4 @@
-"""The CLIP family: names of CLIPVisionModel and settings of its config.json."""
+"""The CLIP family: tensor names of CLIPVisionModel and settings of its config.json."""
 
 from typing import Any, Literal
 
@@ -12,10 +12,10 @@ from megatron_vlm.convert.rules import QueryKeyValue, Reshaped, Rule
 PART = "vision"
 MODEL_TYPES = ("clip_vision_model", "clip")
 RENAMES = ((r"(embeddings|encoder|pre_layrnorm|post_layernorm)\.", r"vision_model.\1."),)
-"""transformers 5 writes a CLIPVisionModel without the prefix that 4 and CLIPModel have."""
+"""transformers 5 saves a CLIPVisionModel without the prefix that transformers 4 and CLIPModel use."""
 
 _PREFIX = "model.vision_model."
-# CLIPModel has the text tower beside; the norm of the class token's last feature is used by nobody here.
+# CLIPModel also holds the text tower; the norm of the class token's last feature is not used here.
 _UNUSED = (
     r"vision_model\.post_layernorm\..*",
     r".*\.position_ids",
@@ -46,7 +46,7 @@ def tower_of(model: ModelConfig) -> Config:
 
 
 def rules(vision: Config) -> list[Rule]:
-    """Return the table; only the layers that run are in it."""
+    """Return the table, which has only the layers that run."""
     hidden, ffn, layers = vision.hidden_size, vision.ffn_hidden_size, vision.num_layers_run
     patch, heads = vision.patch_size, vision.num_attention_heads
     qkv = QueryKeyValue(num_attention_heads=heads, num_query_groups=heads, kv_channels=hidden // heads)
@@ -79,26 +79,26 @@ def rules(vision: Config) -> list[Rule]:
 
 
 def unused(vision: Config) -> tuple[str, ...]:
-    """Return regular expressions of tensors that a file may hold beside those of the table."""
+    """Return regular expressions for tensors that a folder may hold in addition to the table."""
     beyond = range(vision.num_layers_run, vision.num_layers)
     return (*_UNUSED, *(rf"vision_model\.encoder\.layers\.{layer}\..*" for layer in beyond))
 
 
 def constants(vision: Config) -> dict[str, Tensor]:
-    """Return the norm of the class token's last feature: one that changes nothing."""
+    """Return the norm of the class token's last feature, as the identity."""
     hidden = vision.hidden_size
     return {_POST_NORM + "weight": torch.ones(hidden), _POST_NORM + "bias": torch.zeros(hidden)}
 
 
 def config_to_hf(vision: Config) -> dict[str, Any]:
-    """Return config.json of a tower that ends with the layer whose output is handed on.
+    """Return config.json of a tower that ends with the layer whose output the projection gets.
 
     Raises:
-        CheckpointError: the tower is not a CLIP one.
+        CheckpointError: it is not a CLIP tower.
     """
     if not (vision.class_token and vision.pre_norm):
         raise CheckpointError(
-            f"a tower with class_token={vision.class_token}, pre_norm={vision.pre_norm} is no CLIP tower",
+            f"a tower with class_token={vision.class_token}, pre_norm={vision.pre_norm} is not a CLIP tower",
             fix="export a model whose tower has both",
         )
     return {
@@ -126,10 +126,10 @@ def config_from_hf(settings: dict[str, Any], *, where: str, **chosen: Any) -> Co
     Args:
         settings: config.json of a CLIPVisionModel, or of a CLIPModel (its `vision_config` is taken).
         where: the file, for messages.
-        chosen: fields that go before what the file says.
+        chosen: fields that override the file.
 
     Raises:
-        CheckpointError: not a CLIP tower, or one with an activation that ours has not.
+        CheckpointError: the tower has an activation that ours does not support.
     """
     settings = settings.get("vision_config", settings)
     activations = {theirs: ours for ours, theirs in _ACTIVATIONS.items()}
@@ -139,7 +139,7 @@ def config_from_hf(settings: dict[str, Any], *, where: str, **chosen: Any) -> Co
             f"the tower has hidden_act={activation}", where=where, fix=f"use one of {', '.join(activations)}"
         )
     found: dict[str, Any] = {
-        # The defaults are those of transformers' CLIPVisionConfig: files leave equal values out.
+        # The defaults are those of transformers' CLIPVisionConfig; files omit values that equal them.
         "image_size": settings.get("image_size", 224),
         "patch_size": settings.get("patch_size", 32),
         "num_layers": settings.get("num_hidden_layers", 12),

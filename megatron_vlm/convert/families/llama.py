@@ -1,4 +1,4 @@
-"""The Llama family: names of LlamaForCausalLM and settings of its config.json."""
+"""The Llama family: tensor names of LlamaForCausalLM and settings of its config.json."""
 
 from typing import Any
 
@@ -62,17 +62,17 @@ def rules(language: LanguageConfig) -> list[Rule]:
 
 
 def unused(language: LanguageConfig) -> tuple[str, ...]:
-    """Return regular expressions of tensors that a file may hold beside those of the table."""
+    """Return regular expressions for tensors that a folder may hold in addition to the table."""
     return (*_UNUSED, _OUTPUT_NAME) if language.share_embeddings_and_output_weights else _UNUSED
 
 
 def constants(language: LanguageConfig) -> dict[str, Tensor]:
-    """Return nothing: the decoder has every tensor of the format."""
+    """Return nothing: our decoder has every tensor of the format."""
     return {}
 
 
 def config_to_hf(language: LanguageConfig) -> dict[str, Any]:
-    """Return config.json of the decoder; RoPE in the spelling of transformers 4 and of 5."""
+    """Return config.json of the decoder, with the spellings of RoPE in both transformers 4 and 5."""
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -104,15 +104,15 @@ def config_from_hf(settings: dict[str, Any], *, where: str, **chosen: Any) -> La
     Args:
         settings: config.json of a LlamaForCausalLM.
         where: the file, for messages.
-        chosen: fields that go before what the file says.
+        chosen: fields that override the file.
 
     Raises:
-        CheckpointError: the model has a part that ours has not.
+        CheckpointError: our model does not support something in the settings.
     """
     for key, usual in (("attention_bias", False), ("mlp_bias", False), ("hidden_act", "silu")):
         if settings.get(key, usual) != usual:
             raise CheckpointError(
-                f"the language model has {key}={settings[key]}", where=where, fix=f"use one with {key}={usual}"
+                f"the language model has {key}={settings[key]}", where=where, fix=f"use a model with {key}={usual}"
             )
     found: dict[str, Any] = {
         "vocab_size": settings["vocab_size"],
@@ -122,7 +122,7 @@ def config_from_hf(settings: dict[str, Any], *, where: str, **chosen: Any) -> La
         "num_attention_heads": settings["num_attention_heads"],
         "num_query_groups": settings.get("num_key_value_heads"),
         "kv_channels": settings.get("head_dim"),
-        # The defaults are those of transformers' LlamaConfig: older files leave them out.
+        # The defaults are those of transformers' LlamaConfig; older files omit them.
         "max_position_embeddings": settings.get("max_position_embeddings", 2048),
         "rotary_base": _rotary_base(settings, where),
         "layernorm_epsilon": float(settings.get("rms_norm_eps", 1e-6)),
@@ -133,16 +133,16 @@ def config_from_hf(settings: dict[str, Any], *, where: str, **chosen: Any) -> La
 
 
 def _rotary_base(settings: dict[str, Any], where: str) -> float:
-    """Read RoPE's base from `rope_theta` (transformers 4) or `rope_parameters` (5)."""
+    """Return the base of RoPE from `rope_theta` (transformers 4) or `rope_parameters` (5)."""
     parameters = {**(settings.get("rope_scaling") or {}), **(settings.get("rope_parameters") or {})}
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     if kind != "default":
         raise CheckpointError(
-            f"the language model scales its rotary positions ({kind})", where=where, fix="use one that does not"
+            f"the language model scales its rotary positions ({kind})", where=where, fix="use a model that does not"
         )
     base = float(parameters.get("rope_theta", settings.get("rope_theta", 10000.0)))
     if not base.is_integer():
         raise CheckpointError(
-            f"the language model has the rotary base {base}", where=where, fix="use one with a whole number"
+            f"the language model has the rotary base {base}", where=where, fix="use a model with an integer base"
         )
     return base

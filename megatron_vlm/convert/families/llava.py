@@ -1,4 +1,4 @@
-"""The LLaVA family of transformers: a tower, a projector of two layers and a language model in one folder."""
+"""The LLaVA family: a tower, a projector of two layers and a language model in one folder."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -27,7 +27,7 @@ RENAMES = (
     (r"(model\.)?vision_tower\.(vision_model\.)?", "vision_tower.vision_model."),
     (r"model\.multi_modal_projector\.", "multi_modal_projector."),
 )
-"""The table has the names of transformers 4; 5 drops `vision_model.`, and models in memory start with `model.`."""
+"""The table uses the names of transformers 4; 5 omits `vision_model.`, and names in memory start with `model.`."""
 
 _LANGUAGE, _VISION, _PROJECTOR = "language_model.", "vision_tower.", "multi_modal_projector."
 
@@ -52,7 +52,7 @@ def rules(model: ModelConfig) -> list[Rule]:
 
 
 def unused(model: ModelConfig) -> tuple[str, ...]:
-    """Return regular expressions of tensors that a folder may hold beside those of the table."""
+    """Return regular expressions for tensors that a folder may hold in addition to the table."""
     return (
         *(rf"vision_tower\.{pattern}" for pattern in find_tower_family(model.vision.type).unused(model.vision)),
         *(rf"language_model\.{pattern}" for pattern in _language_family().unused(model.language)),
@@ -60,15 +60,15 @@ def unused(model: ModelConfig) -> tuple[str, ...]:
 
 
 def constants(model: ModelConfig) -> Mapping[str, Tensor]:
-    """Return tensors that a folder must have and we do not, with values that change nothing."""
+    """Return tensors that a folder must have and our model lacks, with values that have no effect."""
     tower = find_tower_family(model.vision.type).constants(model.vision)
     return {_VISION + name: tensor for name, tensor in tower.items()}
 
 
 def config_to_hf(model: ModelConfig) -> dict[str, Any]:
-    """Return config.json, without the type of the weights and the tokenizer's ids.
+    """Return config.json without the type of the weights and the ids of the tokenizer.
 
-    The tower ends with the layer whose output is handed on, so the feature layer is the last one.
+    The exported tower ends with the layer whose output the projection gets, so the feature layer is the last one.
     """
     return {
         "architectures": [ARCHITECTURE],
@@ -92,19 +92,19 @@ def config_from_hf(settings: dict[str, Any], *, where: str, **chosen: Any) -> Mo
     Args:
         settings: config.json of a LlavaForConditionalGeneration.
         where: the file, for messages.
-        chosen: fields that go before what the file says.
+        chosen: fields that override the file.
 
     Raises:
-        CheckpointError: the model has a part that ours has not.
+        CheckpointError: our model does not support something in the settings.
     """
     if settings.get("vision_feature_select_strategy", "default") != "default":
-        raise CheckpointError("the class token is handed on as an image token", where=where, fix="use another model")
+        raise CheckpointError("the projection also gets the class token", where=where, fix="use another model")
     feature_layer = settings.get("vision_feature_layer", -2)
     if not isinstance(feature_layer, int) or feature_layer >= 0:
         raise CheckpointError(
             f"vision_feature_layer={feature_layer}", where=where, fix="use a model with one layer counted from the end"
         )
-    # transformers' LlavaConfig leaves out what equals its default.
+    # transformers' LlavaConfig omits values that equal its defaults.
     text, vision = {**settings["text_config"]}, settings["vision_config"]
     text.setdefault("tie_word_embeddings", settings.get("tie_word_embeddings", False))
     language_family = find_family(text.get("model_type"), "language", f"text_config of {where}")
@@ -127,7 +127,7 @@ def config_from_hf(settings: dict[str, Any], *, where: str, **chosen: Any) -> Mo
 
 
 def write_settings(folder: Path, serving: Serving) -> None:
-    """Write every file but the weights: config.json, tokenizer, processor, chat template."""
+    """Write all files except the weights: config.json, tokenizer, processor, chat template."""
     model, tokenizer, template = serving.model, serving.tokenizer, serving.template
     added = write_tokenizer(folder, serving.tokenizer_path, tokenizer, model.language)
     write_processor(folder, clip.tower_of(model), serving.image_aspect, added.image)

@@ -1,4 +1,4 @@
-"""What serving needs beside weights and tokenizer: image processing, prompt template and generation settings."""
+"""Files for serving, apart from weights and tokenizer: image processing, chat template, generation settings."""
 
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,10 @@ _SET_ANSWER = (
 
 
 def image_processor_config(vision: ClipConfig, aspect: Aspect) -> dict[str, Any]:
-    """Return preprocessor_config.json: the square of pixels of training, up to the rounding of the filter."""
+    """Return preprocessor_config.json: the pixels of training, up to the rounding of the resampling filter."""
     side = {"height": vision.image_size, "width": vision.image_size}
     return {
-        # Only LLaVA's own class pads; the other two are plain CLIP processing, which every version has.
+        # Only LLaVA's own class pads; the other two aspects are plain CLIP processing, which every version has.
         "image_processor_type": "LlavaImageProcessor" if aspect == "pad" else "CLIPImageProcessor",
         "processor_class": "LlavaProcessor",
         **({"do_pad": True} if aspect == "pad" else {}),
@@ -40,18 +40,18 @@ def image_processor_config(vision: ClipConfig, aspect: Aspect) -> dict[str, Any]
 
 
 def processor_config(vision: ClipConfig, image_token: str) -> dict[str, Any]:
-    """Return processor_config.json: how many placeholders an image becomes."""
+    """Return processor_config.json: the number of placeholders per image."""
     return {
         "processor_class": "LlavaProcessor",
         "image_token": image_token,
         "patch_size": vision.patch_size,
-        "num_additional_image_tokens": 1,  # the class token, which "default" below takes away again
+        "num_additional_image_tokens": 1,  # the class token, which "default" below removes again
         "vision_feature_select_strategy": "default",
     }
 
 
 def generation_config(language: LanguageConfig, *, bos_id: int, eos_id: int) -> dict[str, Any]:
-    """Return generation_config.json; ids that no tokenizer piece has are never produced."""
+    """Return generation_config.json; ids without a tokenizer piece are never generated."""
     return {
         "bos_token_id": bos_id,
         "eos_token_id": eos_id,
@@ -61,34 +61,34 @@ def generation_config(language: LanguageConfig, *, bos_id: int, eos_id: int) -> 
 
 
 def chat_template(template: Template, system: object, *, bos: str, eos: str, image: str) -> str:
-    """Return the conversation template as Jinja; the rendered text becomes the token ids of training.
+    """Return the conversation template as Jinja; the rendered text is tokenized to the ids of training.
 
-    Each image of a message is written as LLaVA does, with a line break after it.
+    Each image of a message is followed by a line break, as in LLaVA.
 
     Args:
-        template: that of the training.
-        system: system prompt of a conversation that brings none, as in `render_conversation`.
-        bos: name of the token that opens a sample.
-        eos: name of the token that ends an answer.
-        image: name of the placeholder.
+        template: the template used in training.
+        system: system prompt of a conversation without one, as in `render_conversation`.
+        bos: text of the token that starts a sample.
+        eos: text of the token that ends an answer.
+        image: text of the placeholder.
     """
     system_text = template.choose_system(system)
     marks = {Control.BOS: bos, Control.EOS: eos}
 
-    def text(parts: tuple[str | Special, ...], content: str = "") -> str:
-        pieces = []
-        for part in parts:
-            if isinstance(part, Special):
-                pieces.append(_literal(marks.get(part.token, part.token)))  # type: ignore[arg-type]
+    def text(elements: tuple[str | Special, ...], content: str = "") -> str:
+        rendered = []
+        for element in elements:
+            if isinstance(element, Special):
+                rendered.append(_literal(marks.get(element.token, element.token)))  # type: ignore[arg-type]
                 continue
-            before, _, after = part.partition("{}")
-            pieces += [_literal(before), *([content, _literal(after)] if "{}" in part else [])]
-        return "".join(pieces)
+            before, _, after = element.partition("{}")
+            rendered += [_literal(before), *([content, _literal(after)] if "{}" in element else [])]
+        return "".join(rendered)
 
     return "".join(
         (
             _choose_system("none" if system_text is None else _quote(system_text)),
-            # The first text of a sample starts with the word-begin mark, which text after <s> does not get by itself.
+            # The first text of a sample starts with the word-begin mark; text after <s> would not get one.
             _literal(bos) + _literal(" "),
             f"{{% if system is none %}}{text(template.no_system)}{{% else %}}",
             text(template.system, "{{ system }}") + "{% endif %}",
@@ -103,7 +103,7 @@ def chat_template(template: Template, system: object, *, bos: str, eos: str, ima
 
 
 def _choose_system(default: str) -> str:
-    """Return the Jinja that sets `system` to the conversation's own prompt or the default, and `turns` to the rest."""
+    """Return Jinja that sets `system` to the conversation's own prompt or the default, and `turns` to the rest."""
     return "".join(
         (
             "{% if messages[0]['role'] == 'system' %}",
@@ -116,7 +116,7 @@ def _choose_system(default: str) -> str:
 
 
 def _question(image: str) -> str:
-    """Return the Jinja that writes a question, its images where they stand in it."""
+    """Return Jinja that writes a question with its images in place."""
     return "".join(
         (
             "{% if message['content'] is string %}{{ message['content'] }}{% else %}",
@@ -133,7 +133,7 @@ def _quote(value: str) -> str:
 
 
 def _literal(value: str) -> str:
-    """Return text that Jinja prints as it is; its own trimming of line breaks does not reach strings."""
+    """Return Jinja that prints the text unchanged; string literals are exempt from its trimming of line breaks."""
     return f"{{{{ {_quote(value)} }}}}" if value else ""
 
 

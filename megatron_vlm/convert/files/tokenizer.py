@@ -1,14 +1,15 @@
 """Tokenizer files of an exported model: the SentencePiece model itself and the same vocabulary as tokenizer.json.
 
-transformers 4 and 5 each turn a SentencePiece model into a tokenizer in their own way; both read tokenizer.json as it
-is. It cuts text as the training did:
+transformers 4 and 5 each convert a SentencePiece model in their own way, but both read tokenizer.json unchanged. It
+splits text as training did:
 
 - the first text of a sample starts with the word-begin mark;
 - text after a control token does not;
-- text after an image does; here only where it starts with a line break, the convention of LLaVA's prompts, because a
-  tokenizer cannot see which added token stands before a text.
+- text after an image does; here, only if it starts with a line break, the convention of LLaVA's prompts, because a
+  tokenizer cannot see which added token precedes a text.
 
-Runs of more than 14 blanks may be cut into other pieces than by SentencePiece, which gives all of these the same score.
+Runs of more than 14 blanks may be split differently than by SentencePiece, which gives all of these pieces the same
+score.
 """
 
 import logging
@@ -32,23 +33,23 @@ _NORMAL, _UNKNOWN, _USER_DEFINED = 1, 2, 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AddedTokens:
-    """Names of the two tokens after the tokenizer's own."""
+    """Texts of the two tokens that follow the tokenizer's own."""
 
     image: str
     pad: str
 
 
 def write_tokenizer(folder: Path, tokenizer_path: Path, tokenizer: Tokenizer, language: LanguageConfig) -> AddedTokens:
-    """Write tokenizer.model, tokenizer.json where it can say the same, and tokenizer_config.json.
+    """Write tokenizer.model, tokenizer_config.json and, if it can express the same, tokenizer.json.
 
     Raises:
-        CheckpointError: the tokenizer has another number of pieces than the model.
+        CheckpointError: the tokenizer does not have as many pieces as the model expects.
     """
     if tokenizer.vocab_size != language.vocab_size:
         raise CheckpointError(
             f"tokenizer has {tokenizer.vocab_size} pieces, the model {language.vocab_size}",
             where=str(tokenizer_path),
-            fix="give the tokenizer of the training with --tokenizer",
+            fix="name the tokenizer of the training with --tokenizer",
         )
     content = tokenizer_path.read_bytes()
     model: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
@@ -60,13 +61,13 @@ def write_tokenizer(folder: Path, tokenizer_path: Path, tokenizer: Tokenizer, la
     if exact:
         write_json(folder / "tokenizer.json", _tokenizer_json(model, tokenizer, language, added))
     else:
-        logger.warning("no tokenizer.json for this kind of SentencePiece model: transformers will convert it itself")
+        logger.warning("no tokenizer.json for this kind of SentencePiece model; transformers converts it itself")
     write_json(folder / "tokenizer_config.json", _tokenizer_config(tokenizer, language, added, exact=exact))
     return added
 
 
 def _free_name(word: str, pieces: set[str]) -> str:
-    """Return a name that is no piece of the vocabulary: an added token of that name would get the piece's id."""
+    """Return a text that is not a piece: an added token with the text of a piece would get that piece's id."""
     name = f"<{word}>"
     while name in pieces:
         name = f"<|{name[1:-1]}|>"
@@ -178,7 +179,7 @@ def _tokenizer_json(model: Any, tokenizer: Tokenizer, language: LanguageConfig, 
 
 
 def _merges(model: Any) -> list[list[str]]:
-    """Return the pairs that make a piece, in the order in which SentencePiece merges: best score first."""
+    """Return the pairs that form a piece, in the order in which SentencePiece merges them: best score first."""
     scores = {piece.piece: piece.score for piece in model.pieces if piece.type == _NORMAL}
     ids = {piece.piece: token for token, piece in enumerate(model.pieces)}
     merges = [

@@ -1,4 +1,4 @@
-"""Projections: each module converts the one of that name in `config/projectors/`.
+"""Conversion of projections: each module converts the projection of the same name in `config/projectors/`.
 
-`convert/projector.py` says what a module offers.
+`convert/projector.py` lists the functions of a module.
 """

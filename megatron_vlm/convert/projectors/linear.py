@@ -1,4 +1,4 @@
-"""One linear layer. LLaVA has two, so the second is written as the identity."""
+"""One linear layer. LLaVA's projector has two, so the second is written as the identity."""
 
 import torch
 from torch import Tensor
@@ -23,5 +23,5 @@ def rules(config: Config, *, input_size: int, output_size: int) -> list[Rule]:
 def draw(
     config: Config, *, input_size: int, output_size: int, std: float, generator: torch.Generator
 ) -> dict[str, Tensor]:
-    """Return the weights of a new model."""
+    """Return the initial weights."""
     return draw_linear(_LAYER, (output_size, input_size), std=std, generator=generator)

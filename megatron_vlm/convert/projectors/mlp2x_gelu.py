@@ -1,4 +1,4 @@
-"""Two linear layers with a GELU between them: LLaVA's own projector."""
+"""Two linear layers with a GELU between them, the projector of LLaVA-1.5."""
 
 import torch
 from torch import Tensor
@@ -24,8 +24,8 @@ def rules(config: Config, *, input_size: int, output_size: int) -> list[Rule]:
 def draw(
     config: Config, *, input_size: int, output_size: int, std: float, generator: torch.Generator
 ) -> dict[str, Tensor]:
-    """Return the weights of a new model."""
-    # megatron-core draws the layer before a residual sum with std / sqrt(2 * layers); the projection counts as one.
+    """Return the initial weights."""
+    # megatron-core scales the layer before a residual sum by 1 / sqrt(2 * layers), and counts the projection as one.
     return {
         **draw_linear(_FIRST, (output_size, input_size), std=std, generator=generator),
         **draw_linear(_SECOND, (output_size, output_size), std=std / 2**0.5, generator=generator),

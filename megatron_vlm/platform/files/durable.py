@@ -1,4 +1,4 @@
-"""Write files and folders so that a reader, and a crash, see them whole or not at all; say why one failed."""
+"""Write files and folders atomically: readers and crashes see them complete or not at all; report why one failed."""
 
 import errno
 import os
@@ -14,30 +14,30 @@ from megatron_vlm.config import ConfigError, StorageError
 from megatron_vlm.platform.files.locks import locked
 
 UNFINISHED = ".tmp"
-"""Last part of the name of a file or folder that is being written."""
+"""Suffix of a file or folder that is being written."""
 SET_ASIDE = ".being_replaced"
-"""Last part of the name of a folder that is being replaced; nobody gives this name to a folder of their own."""
+"""Suffix of a folder that is being replaced; long enough that no user's own folder has it."""
 _SECONDS_TO_WRITE = 3600.0
 STORAGE_ERRNOS = frozenset(
     (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR)
 )
-"""Errors of the disk, its quota or its permissions: the user can do something about them."""
+"""Errors of the disk, its quota or its permissions, which the user can fix."""
 
 
 def write_durably(path: Path, content: bytes, *, is_shared: bool = False) -> None:
-    """Write beside the place of a file, flush to the disk and rename; see `open_durably`."""
+    """Write a temporary file, flush it to the disk and rename it to `path`; see `open_durably`."""
     with open_durably(path, is_shared=is_shared) as stream:
         stream.write(content)
 
 
 @contextmanager
 def open_durably(path: Path, *, is_shared: bool = False) -> Iterator[BinaryIO]:
-    """Give a file beside the place of another, whose place it takes when it is written without an error.
+    """Open a temporary file that is renamed to `path` when the block ends without an error.
 
     Args:
-        path: the place.
-        is_shared: whether several processes, also of several nodes, may write the same place at once; the last one
-            to finish stays. Each then writes under a name of its own, which a kill leaves behind.
+        path: the file to write.
+        is_shared: whether several processes, possibly on several nodes, may write `path` at the same time; the last
+            one to finish wins. Each uses its own temporary name, and a killed process leaves its file behind.
     """
     unfinished = name_of_process(path) if is_shared else path.with_name(path.name + UNFINISHED)
     try:
@@ -52,24 +52,24 @@ def open_durably(path: Path, *, is_shared: bool = False) -> Iterator[BinaryIO]:
 
 
 def flush_to_disk(stream: IO) -> None:
-    """Return when everything written to an open file is on the disk."""
+    """Wait until everything written to an open file is on the disk."""
     stream.flush()
     os.fsync(stream.fileno())
 
 
 def name_of_process(path: Path) -> Path:
-    """Return the unfinished name of `path` that only this process uses."""
+    """Return a temporary name for `path` that only this process uses."""
     return path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}{UNFINISHED}")
 
 
 def remove_abandoned(folder: Path) -> None:
-    """Remove what killed processes left in `folder` under a name of their own.
+    """Remove what killed processes left in `folder` under their temporary names.
 
-    Those of this host are known to be gone; of others, nothing was written for an hour.
+    On this host, processes that no longer exist; on other hosts, those that have written nothing for an hour.
     """
     for path in folder.glob(f"*{UNFINISHED}"):
         name, _, process = path.name.removesuffix(UNFINISHED).rpartition(".")
-        with suppress(FileNotFoundError):  # it was finished, or another process was faster
+        with suppress(FileNotFoundError):  # just finished, or removed by another process
             is_silent = time.time() - path.stat().st_mtime > _SECONDS_TO_WRITE
             if is_silent or (name.endswith(f".{socket.gethostname()}") and not _is_running(process)):
                 remove(path)
@@ -80,29 +80,31 @@ def _is_running(process: str) -> bool:
         os.kill(int(process), 0)
     except (ProcessLookupError, ValueError):
         return False
-    except PermissionError:  # it is another user's
+    except PermissionError:  # it runs as another user
         return True
     return True
 
 
 @contextmanager
 def folder_beside(folder: Path, *, is_new: bool = False, replaces: bool = False) -> Iterator[Path]:
-    """Give an empty folder beside the place of another, which it takes when the block ends without an error.
+    """Create an empty temporary folder that is renamed to `folder` when the block ends without an error.
+
+    A lock keeps other processes from writing the same folder at the same time.
 
     Args:
-        folder: the place.
-        is_new: nothing may be there, except an empty folder.
-        replaces: whatever is there is replaced, as `replace_folder` does it.
+        folder: the folder to write.
+        is_new: refuse if there is anything but an empty folder.
+        replaces: replace whatever is there; see `replace_folder`.
 
     Raises:
-        ConfigError: another process writes for the same place, or there is something where nothing may be.
-        OSError: it cannot be written, or its place is not empty.
+        ConfigError: another process writes this folder, it is not empty although `is_new`, or it is a mount point.
+        OSError: it cannot be written, or it is not empty although nothing is to be replaced.
     """
     folder = folder.resolve()
     if folder.is_mount():
         raise ConfigError("output folder is a mount point", where=str(folder), fix="give a folder inside of it")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    # Beside both of them: a lock inside would leave one of the two places before the other is taken.
+    # Next to both folders: a lock file inside one of them would be renamed along with it.
     lock_file = folder.with_name(folder.name + ".lock")
     with locked(lock_file) as lock:
         if lock is None:
@@ -125,7 +127,7 @@ def folder_beside(folder: Path, *, is_new: bool = False, replaces: bool = False)
 
 
 def _filled(folder: Path) -> Iterator[Path]:
-    """Give a folder without what a kill has left in it; where the block ends with an error, it is removed."""
+    """Create the folder anew, without leftovers of a killed process; remove it if the block ends with an error."""
     if folder.exists():
         shutil.rmtree(folder)
     folder.mkdir()
@@ -137,9 +139,9 @@ def _filled(folder: Path) -> Iterator[Path]:
 
 
 def replace_folder(folder: Path) -> None:
-    """Put the finished `folder.tmp` in the place of `folder`, which may exist; only then remove the old one.
+    """Rename the finished `folder.tmp` to `folder`; an existing one is set aside first and removed last.
 
-    A kill at any point leaves the old folder or the new one whole, and `settle_folder` puts it in its place.
+    A kill at any point leaves the old or the new folder intact; `settle_folder` then puts it in place.
     """
     unfinished, old = (folder.with_name(folder.name + ending) for ending in (UNFINISHED, SET_ASIDE))
     if folder.exists():
@@ -149,9 +151,9 @@ def replace_folder(folder: Path) -> None:
 
 
 def settle_folder(folder: Path) -> None:
-    """Finish what a killed `replace_folder` began; only the process that may write `folder` calls it.
+    """Finish what a killed `replace_folder` began; only a process that may write `folder` may call it.
 
-    An old folder stands aside only once the new one is finished: without `folder`, its place is for `folder.tmp`.
+    A folder is set aside only once its replacement is finished, so if `folder` is missing, `folder.tmp` is complete.
     """
     unfinished, old = (folder.with_name(folder.name + ending) for ending in (UNFINISHED, SET_ASIDE))
     if not old.exists():
@@ -162,7 +164,7 @@ def settle_folder(folder: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder, if it is there."""
+    """Remove a file or folder if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -171,10 +173,10 @@ def remove(path: Path) -> None:
 
 @contextmanager
 def folder_once(folder: Path) -> Iterator[Path]:
-    """Give an empty folder that becomes `folder` when the block ends without an error.
+    """Create an empty temporary folder that becomes `folder` when the block ends without an error.
 
-    Several processes, also of several nodes, may build the same folder at once: the first to finish wins, and the
-    others remove theirs, since all write the same.
+    Several processes, possibly on several nodes, may build the same folder at once. All write the same content, so
+    the first to finish wins and the others discard theirs.
 
     Raises:
         OSError: it cannot be written.
@@ -185,7 +187,7 @@ def folder_once(folder: Path) -> Iterator[Path]:
     try:
         os.rename(unfinished, folder)
     except OSError as error:
-        shutil.rmtree(unfinished)
+        shutil.rmtree(unfinished, ignore_errors=True)
         if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
             raise
 
@@ -194,14 +196,14 @@ def folder_once(folder: Path) -> Iterator[Path]:
 def storage_errors(
     what: str, where: Path, *, kept: str = "", only: Container[int] | None = None, fix: str = ""
 ) -> Iterator[None]:
-    """Turn errors of the file system into one that says what stopped.
+    """Turn errors of the file system into a StorageError that says which operation failed.
 
     Args:
-        what: what could not be done; begins the line.
-        where: the file or folder to name where the error names none.
+        what: the operation that failed; starts the line.
+        where: file or folder to name if the error does not name one.
         kept: what is not lost.
-        only: error numbers to turn, e.g. `STORAGE_ERRNOS`; None: all.
-        fix: what to do; by default, to check the disk and run the same command again.
+        only: error numbers to convert, e.g. `STORAGE_ERRNOS`; None: all.
+        fix: what to do; by default, check the disk and run the same command again.
 
     Raises:
         StorageError: a file cannot be read or written.

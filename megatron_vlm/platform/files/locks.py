@@ -1,4 +1,4 @@
-"""One process at a time at a folder."""
+"""File locks: one process at a time in a folder."""
 
 import errno
 import fcntl
@@ -16,9 +16,9 @@ _UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 
 @contextmanager
 def locked(path: Path) -> Iterator[BinaryIO | None]:
-    """Open a file, made where there is none, and lock it; the kernel lets go of it however this process ends.
+    """Open and lock a file, creating it if it is missing; the kernel releases the lock however this process ends.
 
-    Where the file system has no locks, this warns and goes on.
+    On a file system without locks, it warns and goes on.
 
     Yields:
         The file, for reading and appending; None if another process holds it, or has just removed it.
@@ -38,7 +38,7 @@ def _lock(file: BinaryIO) -> bool:
     except OSError as error:
         if error.errno not in _UNSUPPORTED:
             raise
-        logger.warning("%s: this file system has no locks; start no second command on this folder", file.name)
+        logger.warning("%s: this file system has no locks; do not run two commands on this folder at once", file.name)
     return True
 
 

@@ -1,4 +1,4 @@
-"""The folder of a run: names of its files, and one job at a time."""
+"""The folder of a run: names of its files, and a lock that admits one job at a time."""
 
 import os
 import socket
@@ -17,11 +17,11 @@ _LOCK_NAME = ".lock"
 
 @contextmanager
 def hold_run_folder(run_dir: Path) -> Iterator[None]:
-    """Make `run_dir` and hold it; the kernel lets go of it however this process ends.
+    """Create `run_dir` and lock it; the kernel releases the lock however this process ends.
 
     Raises:
-        ConfigError: another job holds it, or its path is a file.
-        OSError: it cannot be made or written.
+        ConfigError: another job has locked it, or its path is a file.
+        OSError: it cannot be created or written.
     """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -31,7 +31,7 @@ def hold_run_folder(run_dir: Path) -> Iterator[None]:
     with locked(path) as lock:
         if lock is None:
             raise ConfigError(
-                f"another job trains in this run folder: {path.read_text().strip() or 'unknown'}",
+                f"another job uses this run folder: {path.read_text().strip() or 'unknown'}",
                 where=str(run_dir),
                 fix="wait for it, stop it, or choose another run_dir",
             )
