@@ -231,8 +231,10 @@ def test_number_of_workers_is_checked(corpora, tmp_path, capsys):
     assert "argument --workers: 0 is below 1" in capsys.readouterr().err
 
 
-def test_a_source_without_a_name_is_exit_code_64(corpora, tmp_path, capsys):
-    assert run(corpora, "text", tmp_path / "d", "--source", " ") == 64
+@pytest.mark.parametrize("kind", ["text", "conversations"])
+@pytest.mark.parametrize("name", ["", " "])
+def test_a_source_without_a_name_is_exit_code_64(corpora, tmp_path, capsys, kind, name):
+    assert run(corpora, kind, tmp_path / "d", "--source", name) == 64
     assert "--source is empty" in capsys.readouterr().err
 
 

@@ -70,7 +70,7 @@ class Options:
     @property
     def dataset_name(self) -> str:
         """Name under which the loss is reported."""
-        return self.source or self.prompts.prompts or "llava"
+        return self.source if self.source is not None else self.prompts.prompts or "llava"
 
     @property
     def recipe(self) -> Recipe:
