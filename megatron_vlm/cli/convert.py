@@ -3,105 +3,65 @@
 import argparse
 from typing import get_args
 
+from megatron_vlm.cli.options import add_command
 from megatron_vlm.cli.values import local_path, new_folder, seed
 from megatron_vlm.config import ExitCode, ModelConfig, UsageError, load_section
+from megatron_vlm.config.inference import ModelOptions
 from megatron_vlm.config.modules import module_names
-from megatron_vlm.config.prepare import ConversationRules, TemplateName
+from megatron_vlm.config.prepare import TemplateName
 
-_EXAMPLE = """\
-example:
-  megatron-vlm convert to-hf runs/sft --output exported --dtype bfloat16
-  megatron-vlm convert from-hf --language Llama-2-7b-hf --vision clip-vit-large-patch14-336 --output runs/start
-"""
+_TO_HF = "convert to-hf runs/sft --format llava --output exported"
+_FROM_HF = (
+    "convert from-hf --language Llama-2-7b-hf --vision clip-vit-large-patch14-336 --output runs/start",
+    "convert from-hf --model llava-1.5-7b-hf --output runs/start",
+)
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Add the verb to the command line."""
-    parser = subparsers.add_parser(
-        "convert",
-        help="Hugging Face weights in and out, on a CPU, for any parallel layout",
-        epilog=_EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    actions = parser.add_subparsers(dest="action", required=True)
+    text = "convert weights from and to Hugging Face, on a CPU, for any parallel layout"
+    parser = add_command(subparsers, "convert", text, _TO_HF, _FROM_HF[0])
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     _add_to_hf(actions)
     _add_from_hf(actions)
     parser.set_defaults(run=run)
 
 
 def _add_to_hf(actions: argparse._SubParsersAction) -> None:
-    action = actions.add_parser(
-        "to-hf",
-        help="write a folder that transformers, vLLM and others load",
-        epilog="example:\n  megatron-vlm convert to-hf runs/sft --format llava --output exported\n",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    action.add_argument("checkpoint", metavar="CHECKPOINT_OR_RUN", help="a run's newest checkpoint, or this one")
-    action.add_argument(
-        "--format",
-        default="llava",
-        metavar="FAMILY",
-        help="llava: LlavaForConditionalGeneration (default: %(default)s)",
-    )
-    action.add_argument("--output", type=new_folder, required=True, metavar="DIR", help="folder to write")
-    action.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), help="type of the weights; default: that of the checkpoint"
-    )
-    action.add_argument("--tokenizer", metavar="FILE", help="SentencePiece model; default: that of the run")
-    action.add_argument(
-        "--template",
-        choices=get_args(TemplateName),
-        default=ConversationRules().template,
-        help="conversation template used in training (default: %(default)s)",
-    )
-    action.add_argument(
-        "--system",
-        default="default",
-        metavar="TEXT",
-        help="its system prompt: default (the template's), none, or a text",
-    )
-    action.add_argument("--image-aspect", choices=("pad", "square", "resize"), help="default: that of the run")
-    action.add_argument("--overwrite", action="store_true", help="replace DIR if it exists")
+    text = "write a folder that transformers, vLLM and other programs load"
+    add = add_command(actions, "to-hf", text, _TO_HF).add_argument
+    text = "a checkpoint, or a run folder for its newest checkpoint"
+    add("checkpoint", metavar="CHECKPOINT_OR_RUN", help=text)
+    text = "llava: LlavaForConditionalGeneration (default: %(default)s)"
+    add("--format", default="llava", metavar="FAMILY", help=text)
+    add("--output", type=new_folder, required=True, metavar="DIR", help="folder to write")
+    text = "number format of the weights (default: as in the checkpoint)"
+    add("--dtype", choices=("float32", "bfloat16"), help=text)
+    add("--tokenizer", metavar="FILE", help="SentencePiece model (default: the run's own)")
+    text = "conversation template used in training (default: %(default)s)"
+    add("--template", choices=get_args(TemplateName), default=ModelOptions().template, help=text)
+    text = "system prompt: default (the template's own), none, or a text (default: %(default)s)"
+    add("--system", default=ModelOptions().system, metavar="TEXT", help=text)
+    text = "how an image becomes a square (default: as in the run)"
+    add("--image-aspect", choices=("pad", "square", "resize"), help=text)
+    add("--overwrite", action="store_true", help="replace DIR if it exists")
 
 
 def _add_from_hf(actions: argparse._SubParsersAction) -> None:
-    action = actions.add_parser(
-        "from-hf",
-        help="make a starting checkpoint from a language model and a tower, or from a whole model",
-        epilog=(
-            "example:\n  megatron-vlm convert from-hf --language Llama-2-7b-hf --vision clip-vit-large-patch14-336 "
-            "--output runs/start\n\nTrain from it with checkpoint.load_weights=runs/start.\n"
-        ),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    action.add_argument(
-        "--language", type=local_path, metavar="DIR", help="folder of a language model: LlamaForCausalLM"
-    )
-    action.add_argument(
-        "--vision", type=local_path, metavar="DIR", help="folder of a tower: CLIPVisionModel or CLIPModel"
-    )
-    action.add_argument(
-        "--model",
-        "--llava",
-        type=local_path,
-        metavar="DIR",
-        help="in place of both, folder of a whole model: LlavaForConditionalGeneration",
-    )
-    action.add_argument("--output", type=new_folder, required=True, metavar="RUN_DIR", help="run folder to write")
-    action.add_argument("--config", metavar="CONFIG", help="training config whose model section must fit")
-    action.add_argument(
-        "--projection",
-        choices=module_names("megatron_vlm.convert.projectors"),
-        default="linear",
-        help="type of the projection, whose weights are random (default: %(default)s)",
-    )
-    action.add_argument(
-        "--feature-layer",
-        type=int,
-        metavar="N",
-        help="hidden state of the tower that the projection gets (default: that of the tower, -2 for CLIP)",
-    )
-    action.add_argument("--seed", type=seed, default=1234, help="of the random projection (default: %(default)s)")
+    text = "make a starting checkpoint from a language model and a vision tower, or from a whole model"
+    notes = "Train from it with checkpoint.load_weights=runs/start."
+    add = add_command(actions, "from-hf", text, *_FROM_HF, notes=notes).add_argument
+    add("--language", type=local_path, metavar="DIR", help="folder of a language model: LlamaForCausalLM")
+    add("--vision", type=local_path, metavar="DIR", help="folder of a vision tower: CLIPVisionModel or CLIPModel")
+    text = "instead of both: folder of a whole model, LlavaForConditionalGeneration"
+    add("--model", "--llava", type=local_path, metavar="DIR", help=text)
+    add("--output", type=new_folder, required=True, metavar="RUN_DIR", help="run folder to write")
+    add("--config", metavar="CONFIG", help="training config whose model section must match")
+    text = "type of the projection, whose weights are random (default: %(default)s)"
+    add("--projection", choices=module_names("megatron_vlm.convert.projectors"), default="linear", help=text)
+    text = "hidden state of the tower that the projection receives (default: set by the tower, -2 for CLIP)"
+    add("--feature-layer", type=int, metavar="N", help=text)
+    add("--seed", type=seed, default=1234, help="seed of the random projection (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:

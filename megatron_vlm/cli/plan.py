@@ -8,47 +8,36 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from megatron_vlm.cli.values import positive
+from megatron_vlm.cli.options import add_command
+from megatron_vlm.cli.values import number, positive
 from megatron_vlm.config import PART_NAMES, ExitCode, TrainConfig, UsageError, UserError, derive_layout, load_config
 from megatron_vlm.platform.machine import PEAK_FLOPS
 
-_EPILOG = """\
-example:
-  megatron-vlm plan examples/vila_7b/pretrain.yaml --world-size 128
-  megatron-vlm plan train.yaml parallel.tensor_model_parallel_size=4 --world-size 32 --no-data
-  megatron-vlm plan train.yaml --balance 8,64,512
-
-Parameters are exact, and so is the packing: it is what train would do. Activations leave out what libraries keep.
+_TEXT = "estimate memory, pipeline balance, packing and GPU hours of a run, without a GPU"
+_EXAMPLES = (
+    "plan examples/vila_7b/pretrain.yaml --world-size 128",
+    "plan train.yaml parallel.tensor_model_parallel_size=4 --world-size 32 --no-data",
+    "plan train.yaml --balance 8,64,512",
+)
+_NOTES = """Parameter counts are exact, and so is the packing, which is the one that train uses. Memory for activations
+does not include what libraries keep for themselves.
 """
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Add the verb to the command line."""
-    parser = subparsers.add_parser(
-        "plan",
-        help="memory, pipeline balance, packing and GPU hours of a run, without a GPU",
-        description="Show what a run will hold and cost.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("config", metavar="CONFIG", help="YAML file of the stage")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that go before the file's")
-    parser.add_argument(
-        "--world-size", type=positive, metavar="N", help="ranks of the job; default: one data-parallel replica"
-    )
-    parser.add_argument("--gpu", choices=sorted(PEAK_FLOPS), default="A100", help="(default: %(default)s)")
-    parser.add_argument(
-        "--mfu", type=float, default=0.4, metavar="X", help="share of its peak that is reached (default: %(default)s)"
-    )
-    parser.add_argument("--no-data", action="store_true", help="leave the packing out: the shards are not there yet")
-    parser.add_argument(
-        "--balance",
-        type=_sizes,
-        default=(),
-        metavar="N[,N]",
-        help="numbers of data-parallel ranks: how even images and attention work are, against random order",
-    )
-    parser.add_argument("--json", action="store_true", help="the same figures as JSON")
+    parser = add_command(subparsers, "plan", _TEXT, *_EXAMPLES, notes=_NOTES)
+    add = parser.add_argument
+    add("config", metavar="CONFIG", help="YAML file of the stage")
+    add("overrides", nargs="*", metavar="section.key=value", help="settings that override the file")
+    add("--world-size", type=positive, metavar="N", help="ranks of the job (default: one data-parallel replica)")
+    add("--gpu", choices=sorted(PEAK_FLOPS), default="A100", help="(default: %(default)s)")
+    text = "fraction of the GPU's peak that training reaches (default: %(default)s)"
+    add("--mfu", type=number(0, 1), default=0.4, metavar="X", help=text)
+    add("--no-data", action="store_true", help="leave out the packing, for shards that do not exist yet")
+    text = "numbers of data-parallel ranks: compare how evenly images and attention work are spread with random order"
+    add("--balance", type=_sizes, default=(), metavar="N[,N]", help=text)
+    add("--json", action="store_true", help="print the figures as JSON")
     parser.set_defaults(run=run)
 
 
@@ -62,8 +51,8 @@ def run(args: argparse.Namespace) -> int:
 
     if args.balance and args.no_data:
         raise UsageError("--balance looks at the packed rows, which --no-data leaves out", fix="give one of them")
-    if not 0 < args.mfu <= 1:
-        raise UsageError(f"--mfu {args.mfu} is not between 0 and 1", fix="give a share, e.g. 0.4")
+    if args.mfu == 0:
+        raise UsageError("--mfu 0 means that the run never ends", fix="give a number up to 1, e.g. 0.4")
     config = load_config(TrainConfig, args.config, args.overrides)
     check_sizes(args.balance, config.training.global_batch_size)
     parallel = config.parallel

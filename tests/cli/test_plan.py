@@ -50,7 +50,8 @@ def test_text_names_memory_packing_and_hours(project):
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["--mfu", "40"], 64, "--mfu 40.0 is not between 0 and 1"),
+        (["--mfu", "40"], 64, "argument --mfu: 40 is above 1"),
+        (["--mfu", "0"], 64, "--mfu 0 means that the run never ends"),
         (["--world-size", "3", "parallel.pipeline_model_parallel_size=2"], 78, "3 ranks are not a multiple"),
         (["data.blend=[{path: nowhere}]"], 65, "nowhere"),
         (["data.blend=[{path: nowhere}]"], 65, "or plan without it: --no-data"),
