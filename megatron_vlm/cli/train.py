@@ -48,9 +48,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("config", metavar="CONFIG", help="YAML file of the stage")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="settings that go before those of the file"
-    )
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that override the file")
     parser.add_argument(
         "--nproc-per-node",
         type=positive,
@@ -61,11 +59,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 
 class _StoppedEarlyError(BaseException):
-    """A scheduler's signal came before the ranks were there to take it."""
+    """A scheduler's signal arrived before any rank was running."""
 
 
 def run(args: argparse.Namespace) -> int:
-    """Check, start the ranks, wait for them, and say in one line how it ended."""
+    """Check the settings, start the ranks, wait for them, and report the outcome in one line."""
     setup_logging()
     previous = {number: signal.signal(number, _stop_early) for number in (signal.SIGTERM, signal.SIGUSR1)}
     try:
@@ -90,7 +88,7 @@ def _run(args: argparse.Namespace) -> int:
     status_path = Path(config.run_dir) / EXIT_STATUS_NAME
     launch_id = slurm.launch_id if slurm else f"local-{os.getpid()}"
     is_first_node = slurm is None or slurm.node_rank == 0
-    # The other nodes see the same folder, or one of their own that nobody else uses.
+    # Other nodes see the same folder, or one of their own that nobody else uses.
     with hold_run_folder(Path(config.run_dir)) if is_first_node else nullcontext():
         if is_first_node:
             forget_exit_status(status_path, launch_id)
@@ -110,7 +108,7 @@ def _num_workers(asked: int | None, slurm: SlurmNode | None, num_gpus: int) -> i
 
 
 def _check(config: TrainConfig, *, num_workers: int, num_gpus: int, num_nodes: int) -> None:
-    """Raise every error that can be known before a rank starts."""
+    """Raise every error that can be detected before a rank starts."""
     from megatron_vlm.data.loading.checks import check_data
 
     derive_layout(config, num_workers * num_nodes)
@@ -125,10 +123,10 @@ def _node_job(args: argparse.Namespace, config: TrainConfig, slurm: SlurmNode | 
         environment = {**os.environ, **defaults}
     else:
         environment = {**defaults, **os.environ}
-    # megatron-core overlaps communication with computation only where the device keeps their order.
+    # megatron-core relies on this ordering to overlap communication with computation.
     environment["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
     if (slurm is None or slurm.num_nodes == 1) and sys.platform.startswith("linux"):
-        # All ranks are here: no look-up of a host name that may not resolve.
+        # All ranks are on this machine: avoid looking up a host name that may not resolve.
         environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
     return NodeJob(
         command=(sys.executable, "-m", "megatron_vlm.cli.worker", args.config, *args.overrides),
@@ -142,7 +140,7 @@ def _node_job(args: argparse.Namespace, config: TrainConfig, slurm: SlurmNode | 
 
 
 def _launch(args: argparse.Namespace, job: NodeJob) -> ExitStatus:
-    """Run the ranks of this node and return how they ended as a whole."""
+    """Run the ranks of this node and return their combined exit status."""
     first = job.node_rank * job.num_workers
     if job.num_nodes > 1:
         logger.info(
@@ -161,7 +159,7 @@ def _launch(args: argparse.Namespace, job: NodeJob) -> ExitStatus:
 
 
 def _record(path: Path, status: ExitStatus) -> None:
-    """Write the exit status; a disk that is full or gone must not hide how the job ended."""
+    """Write the exit status; a full or missing disk must not hide how the job ended."""
     try:
         record_exit_status(path, status)
     except OSError as error:

@@ -1,7 +1,7 @@
 """One rank of a training job: `python -m megatron_vlm.cli.worker CONFIG [section.key=value ...]`.
 
 `megatron-vlm train` starts it; `torchrun --nproc-per-node N -m megatron_vlm.cli.worker CONFIG` works too. Processes
-that a rank spawns import this file again, so that it imports nothing heavy by itself.
+that a rank spawns import this file again, so it must not import anything heavy at the top.
 """
 
 import argparse
@@ -30,8 +30,8 @@ from megatron_vlm.platform.log_format import setup_logging
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run this rank to its end, report how it ended, and return its exit code."""
-    # Until training installs its own handlers, a signal ends the rank without a traceback.
+    """Run this rank to its end, report the outcome, and return the exit code."""
+    # Until training installs its own handlers, signals end the rank without a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     faulthandler.enable()
     args = _parse(argv)
@@ -54,8 +54,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m megatron_vlm.cli.worker", description=__doc__)
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*")
-    parser.add_argument("--report-folder", type=Path, help="where the launcher looks for how this rank ended")
-    parser.add_argument("--launcher-pid", type=int, help="die when this process, the parent, does")
+    parser.add_argument(
+        "--report-folder", type=Path, help="folder in which the launcher expects the exit status of this rank"
+    )
+    parser.add_argument("--launcher-pid", type=int, help="end when this process, the parent, ends")
     return parser.parse_args(argv)
 
 
@@ -67,18 +69,18 @@ def _train(config: TrainConfig) -> ExitStatus:
     from megatron_vlm.training.state import SIGNALLED
 
     if run_training(config) == SIGNALLED:
-        message = "stopped by a signal with a checkpoint of the last iteration; start the same command again"
+        message = "stopped by a signal after saving a checkpoint; run the same command again to resume"
         return ExitStatus(exit_code=int(ExitCode.REQUEUE), message=message)
     return ExitStatus(exit_code=int(ExitCode.DONE), message="")
 
 
 def _speaking_ranks(config: TrainConfig, world_size: int) -> set[int]:
-    """Return the first rank, and the first of the last pipeline stage: it has the loss."""
+    """Return the ranks that log: the first, and the first of the last pipeline stage, which has the loss."""
     return {0, world_size - world_size // config.parallel.pipeline_model_parallel_size}
 
 
 def _last_iteration(config: TrainConfig | None) -> int | None:
-    """Return the last iteration in the run's metrics; None before the first."""
+    """Return the last iteration in the run's metrics; None if there is none."""
     if config is None:
         return None
     path = Path(config.run_dir) / METRICS_NAME
@@ -95,7 +97,7 @@ def _last_iteration(config: TrainConfig | None) -> int | None:
 
 
 def _report(status: ExitStatus, config: TrainConfig | None, report_folder: Path | None) -> None:
-    """Tell the launcher, or without one the person at the console and the run folder."""
+    """Report to the launcher; without one, to the console and the run folder."""
     try:
         if report_folder is not None:
             write_exit_status(report_path(report_folder, status.rank or 0), status)

@@ -1,1 +1,1 @@
-"""This job: process groups and rank layout."""
+"""The job: process groups, decisions of the first rank, and the slice of a batch that a rank computes."""

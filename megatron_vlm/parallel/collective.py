@@ -1,4 +1,4 @@
-"""Decisions that the first rank takes for all."""
+"""Let the first rank act or decide for all."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,10 +12,10 @@ T = TypeVar("T")
 
 
 def decide_on_main(look: Callable[[], T]) -> T:
-    """Let rank 0 look, at the file system for example, and return its answer on every rank.
+    """Call `look` on rank 0, for example to inspect the file system, and return its answer on every rank.
 
     Raises:
-        UserError: rank 0 met it; raised on every rank.
+        UserError: `look` raised it; every rank raises it.
     """
     answer: list = [None, None]
     if torch.distributed.get_rank() == 0:
@@ -31,7 +31,7 @@ def decide_on_main(look: Callable[[], T]) -> T:
 
 @contextmanager
 def main_rank_first() -> Iterator[None]:
-    """Let rank 0 do the body before all others; a UserError of rank 0 is raised on every rank."""
+    """Run the body on rank 0 before all others; every rank raises a UserError of rank 0."""
     is_main = torch.distributed.get_rank() == 0
     error: UserError | None = None
     if is_main:

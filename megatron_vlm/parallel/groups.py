@@ -1,4 +1,4 @@
-"""Start and stop the process groups of a job, and say where this rank stands in it."""
+"""Start and stop the process groups of a job, and locate this rank in them."""
 
 import datetime
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from megatron_vlm.platform.device import distributed_backend
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankLayout:
-    """Where this rank stands."""
+    """Position of this rank in the parallel layout."""
 
     rank: int
     world_size: int
@@ -46,8 +46,8 @@ def start_distributed(parallel: ParallelConfig, device: torch.device, backend: s
 
     Args:
         parallel: sizes of the model-parallel groups.
-        device: what `prepare_process` returned.
-        backend: collective library; None: the one that fits the device.
+        device: as returned by `prepare_process`.
+        backend: collective library; None: the default of the device.
     """
     if not torch.distributed.is_initialized():
         timeout = datetime.timedelta(minutes=parallel.distributed_timeout_minutes)
@@ -57,7 +57,7 @@ def start_distributed(parallel: ParallelConfig, device: torch.device, backend: s
 
 
 def build_groups(parallel: ParallelConfig) -> None:
-    """Build megatron-core's groups in a job that runs already; replaces those of another layout."""
+    """Build megatron-core's groups in a running job, replacing groups of another layout."""
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
@@ -71,7 +71,7 @@ def build_groups(parallel: ParallelConfig) -> None:
 
 
 def rank_layout() -> RankLayout:
-    """Return where this rank stands in megatron-core's groups."""
+    """Return the position of this rank in megatron-core's groups."""
     return RankLayout(
         rank=torch.distributed.get_rank(),
         world_size=torch.distributed.get_world_size(),
@@ -106,10 +106,10 @@ def stop_distributed() -> None:
 
 
 def seed_everything(seed: int) -> None:
-    """Seed torch's generators, those of tensor-parallel regions included.
+    """Seed torch's generators, including those of tensor-parallel regions.
 
-    Called with a function of (run seed, iteration), it makes the random state a pure function of the position: nothing
-    has to be saved for an exact resume.
+    If the seed is a function of (run seed, iteration), so is the random state, and an exact resume needs no saved
+    state.
     """
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)

@@ -1,7 +1,7 @@
-"""From a global batch to what one rank computes: which rows, and of a micro-batch which images.
+"""Slice a global batch for one rank: its rows, and its share of the images of a micro-batch.
 
-Everything that a rank leaves to others is decided here, so that a new way to split a batch is an addition to
-`slice_batch` and nothing else.
+This is the only place that decides which rank computes what. A further way to split a batch, such as context
+parallelism, is an addition to `slice_batch`.
 """
 
 import dataclasses
@@ -18,8 +18,8 @@ Image = TypeVar("Image")
 class ImageShare:
     """The images of a micro-batch that one rank of the tensor-parallel group encodes.
 
-    With k = ceil(num_images / size), the rank owns the images [rank * k, min((rank + 1) * k, num_images)): every rank
-    but the last ones has the same number, so that an all-gather of k images a rank needs no sizes.
+    With k = ceil(num_images / size), the rank owns the images [rank * k, min((rank + 1) * k, num_images)). All ranks
+    but the last ones own k images, so an all-gather of k images per rank needs no exchange of sizes.
     """
 
     rank: int = 0
@@ -42,7 +42,7 @@ class ImageShare:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankSlice:
-    """What one rank computes of every global batch; by default all of it."""
+    """The slice of every global batch that one rank computes; by default all of it."""
 
     data_parallel_rank: int = 0
     """This rank among those that have different rows."""
@@ -88,13 +88,13 @@ class PackedBatch(Generic[Image]):
 
 
 def slice_batch(batch: PackedBatch[Image], image_share: ImageShare | None) -> PackedBatch[Image]:
-    """Return what one rank computes of a micro-batch.
+    """Return one rank's slice of a micro-batch.
 
-    Tensor-parallel ranks all see every position, and each encodes its share of the images.
+    Every tensor-parallel rank gets all positions and its own share of the images.
 
     Args:
         batch: the whole micro-batch.
-        image_share: the images of this rank; None where its pipeline stage needs none.
+        image_share: the images of this rank; None if its pipeline stage needs none.
     """
     first, last = (0, 0) if image_share is None else image_share.bounds(batch.num_images)
     return dataclasses.replace(batch, images=batch.images[first:last])

@@ -1,1 +1,1 @@
-"""Training: loop, step, loss, optimizer, schedule, state, metrics."""
+"""Training: the loop and its step, objectives, hooks, optimizer and state."""

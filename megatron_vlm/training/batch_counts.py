@@ -1,4 +1,4 @@
-"""What the micro-batches of one step hold, counted on the host while they are handed to the model."""
+"""Count what the micro-batches of a step contain, on the host, on their way to the model."""
 
 import time
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from megatron_vlm.parallel.slicing import RankSlice
 
 @dataclass(slots=True)
 class BatchCounts:
-    """What this rank saw of the global batch in one step."""
+    """Contents of the micro-batches that this rank has seen in one step."""
 
     pad_token_id: int
     rank_slice: RankSlice
@@ -25,10 +25,10 @@ class BatchCounts:
     data_wait: float = 0.0
     """Time that this rank waited for its micro-batches [s]."""
     sample_hash: int = 0
-    """Hash of the samples that came, at the rows that this rank has to have; see `hash_rows`."""
+    """Hash of the samples received, at the rows that belong to this rank; see `hash_rows`."""
 
     def add(self, batch: VLMBatch) -> None:
-        """Count the next micro-batch; it is on the host."""
+        """Count the next micro-batch, which is still on the host."""
         # A segment may end with padding; one that is nothing else counts as 0 tokens.
         filled = (batch.input_ids[0] != self.pad_token_id).cumsum(0)
         lengths = torch.cat([filled.new_zeros(1), filled[batch.cu_seqlens[1:].long() - 1]]).diff().double()
@@ -43,7 +43,7 @@ class BatchCounts:
 
 
 class CountedBatches:
-    """Hands micro-batches on to the device and counts what they hold and how long they took to come."""
+    """Passes micro-batches on to the device, counting their contents and the time spent waiting for them."""
 
     def __init__(self, batches: Iterator[VLMBatch], counts: BatchCounts, device: torch.device) -> None:
         self.batches, self.counts, self.device = batches, counts, device

@@ -1,4 +1,4 @@
-"""The datasets of a blend and their plan, open, and the loaders that read them."""
+"""Open the datasets of a blend and their plan, and start loaders on them."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -16,13 +16,13 @@ from megatron_vlm.parallel.collective import main_rank_first
 from megatron_vlm.training.state import TrainState
 
 PLAN_FOLDER = "plan"
-# Not the seed of the training: runs that differ in it are validated on the same batches.
+# Fixed, so that runs with different training seeds are validated on the same batches.
 _VALIDATION_SEED = 0
 
 
 @dataclass(frozen=True, slots=True)
 class OpenBlend:
-    """What is read for training or for validation."""
+    """The data of training or of validation."""
 
     datasets: Sequence[ShardedDataset]
     plan: Plan
@@ -33,7 +33,7 @@ class OpenBlend:
         return [dataset.manifest.dataset_name for dataset in self.datasets]
 
     def start_loaders(self, state: TrainState, device: torch.device, start_iteration: int) -> list[BatchLoader]:
-        """Start a loader for each model chunk of this rank, from an iteration of the plan on; to be closed."""
+        """Start a loader for each model chunk of this rank at an iteration of the plan; the caller closes them."""
         return [self._start_loader(state, device, start_iteration, chunk.pre_process) for chunk in state.chunks]
 
     def _start_loader(
@@ -47,7 +47,7 @@ class OpenBlend:
             start_iteration=start_iteration,
             rank_slice=state.rank_slice(has_tower=has_tower),
             workers=LoaderWorkers(
-                # Without images there is nothing to decode: a few memory-mapped reads a batch need no process.
+                # Without images there is nothing to decode, and a few memory-mapped reads need no process.
                 num_workers=data.num_workers if has_tower else 0,
                 prefetch_factor=data.prefetch_factor,
                 pin_memory=device.type == "cuda",
@@ -65,7 +65,7 @@ def open_training_blend(config: TrainConfig) -> OpenBlend:
 
 
 def open_validation_blend(config: TrainConfig) -> OpenBlend | None:
-    """Open `data.validation`; None where there is none. Raises as `open_training_blend`."""
+    """Open `data.validation`; None if it is empty. Raises as `open_training_blend`."""
     if not config.data.validation:
         return None
     iterations = config.training.validation_iters

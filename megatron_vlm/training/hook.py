@@ -1,4 +1,4 @@
-"""What happens beside the step: hooks, which start, act after every step and close."""
+"""Hooks: everything a run does beside the step. A hook starts, acts after every step, and closes."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -15,16 +15,16 @@ logger = logging.getLogger(__name__)
 
 
 class Hook(Protocol):
-    """One concern beside the step. Every rank has it; one that only writes does so on the reporting rank."""
+    """One concern beside the step. Every rank runs it; hooks that only write do so on the reporting rank."""
 
     def start(self, state: TrainState) -> None:
-        """Get ready, before the first step."""
+        """Prepare, before the first step."""
 
     def step(self, state: TrainState, metrics: StepMetrics) -> None:
-        """Act on a step that was just done; `state.iteration` counts it."""
+        """Act on the step just done, which `state.iteration` already counts."""
 
     def close(self, state: TrainState) -> None:
-        """Release what `start` took; also called after an error."""
+        """Release resources; also called after an error."""
 
 
 def build_hooks(configs: Sequence[HookConfig]) -> list[Hook]:

@@ -1,4 +1,4 @@
-"""The loop: steps until the run is done; everything beside the step is a hook."""
+"""The training loop: steps until the run is done; everything else is a hook."""
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -24,9 +24,9 @@ def train(
     """Run optimizer steps until train_iters, or until a hook sets `state.stop_reason`.
 
     Args:
-        state: where the run stands; moves on.
+        state: the run; its position advances.
         loaders: micro-batches for each model chunk, from `state.iteration` on.
-        hooks: act after each step, in order, on every rank.
+        hooks: called after each step, in order, on every rank.
         device: where the batches go.
         stop_requested: says whether this process was told to stop.
     """

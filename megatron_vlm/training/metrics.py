@@ -1,4 +1,4 @@
-"""What a run says about each iteration, in log, metrics.jsonl and curves."""
+"""The record of an iteration, as it appears in the log, metrics.jsonl and curves."""
 
 import math
 from typing import Any
@@ -52,7 +52,7 @@ def metrics_record(state: TrainState, metrics: StepMetrics) -> dict[str, Any]:
 
 
 def _device_peak() -> float | None:
-    """Return the peak of this device [FLOP/s]; None where it is not known, and no MFU is reported."""
+    """Return the peak of this device [FLOP/s]; None if it is unknown, in which case no MFU is reported."""
     if not torch.cuda.is_available():
         return None
     name = torch.cuda.get_device_name()
@@ -60,5 +60,5 @@ def _device_peak() -> float | None:
 
 
 def scalars(record: dict[str, Any]) -> dict[str, float]:
-    """Return the measured numbers of a record, as curves show them."""
+    """Return the numbers of a record that are shown as curves."""
     return {key: value for key, value in record.items() if isinstance(value, float)}

@@ -1,4 +1,4 @@
-"""What a run minimises, apart from the loop: the protocol of `training/objectives/` and what objectives share."""
+"""The protocol of the objectives in `training/objectives/`, and the code they share."""
 
 from typing import Any, Protocol
 
@@ -11,10 +11,10 @@ from megatron_vlm.data.loading.batch import VLMBatch
 
 
 class Objective(Protocol):
-    """From a micro-batch to its loss."""
+    """Turns a micro-batch into its loss."""
 
     def forward(self, model: Any, batch: VLMBatch) -> Tensor:
-        """Run a micro-batch through this pipeline stage and return what the stage hands on."""
+        """Run a micro-batch through this pipeline stage and return the stage's output."""
 
     def reduce(self, output: Tensor, batch: VLMBatch, num_datasets: int) -> tuple[Tensor, Tensor, Tensor]:
         """Reduce the output of the last stage, as megatron-core's schedules expect it.

@@ -19,14 +19,14 @@ from megatron_vlm.models.vlm import VisionLanguageModel
 
 
 def wrap_model(config: TrainConfig, chunks: Sequence[VisionLanguageModel]) -> list[DistributedDataParallel]:
-    """Give each chunk the gradient buffers of megatron-core; parts that do not learn must be frozen before."""
+    """Give each chunk megatron-core's gradient buffers; freeze the parts that do not learn first."""
     parallel = config.parallel
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=parallel.use_distributed_optimizer,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
-        # The schedule looks at loss and gradient norm of every step itself and says which rank they are on.
+        # `train_step` checks loss and gradient norm itself and names the iteration.
         check_for_nan_in_grad=False,
     )
     model_config = chunks[0].config
@@ -38,7 +38,7 @@ def wrap_model(config: TrainConfig, chunks: Sequence[VisionLanguageModel]) -> li
 
 
 def build_optimizer(config: TrainConfig, wrapped: Sequence[DistributedDataParallel]) -> MegatronOptimizer:
-    """Build AdamW over all parameters that learn; biases and norms get no weight decay."""
+    """Build AdamW for all parameters that learn; biases and norms get no weight decay."""
     settings, parallel = config.optimizer, config.parallel
     model_config: TransformerConfig = wrapped[0].config
     optimizer = get_megatron_optimizer(
@@ -65,7 +65,7 @@ def build_optimizer(config: TrainConfig, wrapped: Sequence[DistributedDataParall
 
 
 def _use_fused_adam(optimizer: MegatronOptimizer) -> None:
-    """Let torch's AdamW update a parameter in one pass; it is the fallback where transformer-engine's is missing."""
+    """Make torch's AdamW, the fallback without transformer-engine, update each parameter in one pass."""
     for inner in inner_optimizers(optimizer):
         adam = getattr(inner, "optimizer", None)
         if isinstance(adam, torch.optim.AdamW):
@@ -93,6 +93,6 @@ def _one_or_all(functions: list) -> object:
 
 
 def set_learning_rate(optimizer: MegatronOptimizer, lr: float) -> None:
-    """Set the rate of the next step."""
+    """Set the learning rate of the next step."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_mult", 1.0)

@@ -1,4 +1,4 @@
-"""A run from its settings to its last checkpoint: what a worker process does."""
+"""A whole run on one rank, from its settings to its last checkpoint."""
 
 import shutil
 import signal
@@ -24,14 +24,14 @@ _STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 def run_training(config: TrainConfig) -> str | None:
-    """Train, or resume, one stage on this rank.
+    """Train or resume one stage on this rank.
 
     Returns:
-        None when train_iters is reached, otherwise why the run ended before it (`state.SIGNALLED`,
-        `state.EXIT_ITERATION`); a checkpoint of the last iteration is on disk in either case.
+        None if the run reached train_iters, otherwise why it ended earlier (`state.SIGNALLED`,
+        `state.EXIT_ITERATION`). In either case, a checkpoint of the last iteration is on disk.
 
     Raises:
-        UserError: data, checkpoint or settings are wrong, or a number is not finite.
+        UserError: data, checkpoint or settings are wrong, a number is not finite, or a rank consumed the wrong samples.
     """
     device = prepare_process()
     if config.training.num_threads:
@@ -50,7 +50,7 @@ def _run(config: TrainConfig, rank: RankLayout, device: torch.device, stop_reque
     state = build_state(config, rank, blend.plan, blend.dataset_names)
     if rank.rank == 0:
         save_config(config, Path(config.run_dir) / CONFIG_NAME)
-        # The run folder is all that generation and conversion need, wherever they are started.
+        # Generation and conversion then need nothing but the run folder.
         shutil.copyfile(config.data.tokenizer, Path(config.run_dir) / MODEL_FILE)
     hooks: list[Hook] = [
         validation.Hook(validation_blend, device=device, stop_requested=stop_requested),
@@ -73,7 +73,7 @@ def _run(config: TrainConfig, rank: RankLayout, device: torch.device, stop_reque
 
 @contextmanager
 def _stop_signals() -> Iterator[Callable[[], bool]]:
-    """Turn SIGTERM and SIGUSR1 into a flag that is looked at between steps."""
+    """Turn SIGTERM and SIGUSR1 into a flag that is checked between steps."""
     received: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:

@@ -1,4 +1,4 @@
-"""The learning rate of an iteration: a pure function, so that nothing has to be saved for a resume."""
+"""The learning rate of an iteration, as a pure function: a resume needs no saved state."""
 
 import math
 
@@ -6,7 +6,7 @@ from megatron_vlm.config import ConfigError, OptimizerConfig
 
 
 def num_warmup_iters(optimizer: OptimizerConfig, train_iters: int) -> int:
-    """Return the iterations over which the rate rises.
+    """Return the number of warm-up iterations.
 
     Raises:
         ConfigError: the warm-up is longer than the run.
@@ -31,7 +31,7 @@ def learning_rate(optimizer: OptimizerConfig, iteration: int, train_iters: int) 
         train_iters: steps of the whole run.
 
     Returns:
-        Linear from lr / warm-up to lr over the warm-up, then the decay from lr to min_lr at the last step.
+        A linear rise from lr / warm-up to lr, then the decay from lr to min_lr at the last step.
     """
     warmup = num_warmup_iters(optimizer, train_iters)
     if iteration < warmup:

@@ -1,4 +1,4 @@
-"""Bring a run to the point where the next step can be done: fresh, from another run's weights, or resumed."""
+"""Prepare a run for its next step: start it anew, from another run's weights, or resume it."""
 
 import logging
 from collections.abc import Sequence
@@ -19,11 +19,11 @@ logger = logging.getLogger(__name__)
 
 
 def build_state(config: TrainConfig, rank: RankLayout, plan: Plan, dataset_names: Sequence[str]) -> TrainState:
-    """Build model and optimizer and load what the run starts from.
+    """Build model and optimizer, and load the checkpoint that the run starts from.
 
     Raises:
-        CheckpointError: what is to be loaded is missing, damaged or of another model.
-        ConfigError: the run's checkpoint was trained on other data than the config names now.
+        CheckpointError: the checkpoint to load is missing, damaged or belongs to another model.
+        ConfigError: the run's checkpoint was trained on data other than the config names.
     """
     seed_everything(config.training.seed)
     computation = Computation.from_config(config.training)
@@ -58,7 +58,7 @@ def _load(state: TrainState) -> None:
     if path is None:
         return
     checkpoint = load_weights(path, state.chunks)
-    # The optimizer keeps copies of the weights (FP32 masters, shards): they follow what was loaded.
+    # The optimizer keeps copies of the weights (FP32 masters, shards), which must follow.
     state.optimizer.reload_model_params()
     if state.is_reporter:
         logger.info("start from the weights of %s", checkpoint)
@@ -67,7 +67,7 @@ def _load(state: TrainState) -> None:
 def _take_progress(state: TrainState, progress: dict) -> None:
     if not progress:
         raise CheckpointError(
-            "the run's newest checkpoint holds weights alone",
+            "the run's newest checkpoint holds only weights",
             where=state.config.run_dir,
             fix="name it in checkpoint.load_weights and train in another run_dir",
         )
@@ -78,9 +78,9 @@ def _take_progress(state: TrainState, progress: dict) -> None:
 
 
 def _check_continues(state: TrainState, progress: dict) -> None:
-    """Check that another plan begins with the batches that the run has had: the run is only made longer or shorter."""
+    """Check that the new plan starts with the batches already trained on, so the run only becomes longer or shorter."""
     plan, iteration = state.plan, progress["iteration"]
-    # Checkpoints of earlier versions do not have it.
+    # Checkpoints of earlier versions lack it.
     if progress.get("plan_data_hash") != plan.data_hash:
         raise ConfigError(
             f"the run was trained on data plan {progress['plan_hash'][:12]}, the config now gives {plan.hash[:12]}",
@@ -91,13 +91,13 @@ def _check_continues(state: TrainState, progress: dict) -> None:
     if iteration > alike:
         raise ConfigError(
             f"the run has done {iteration} iterations, and the plans of {progress['train_iters']} and "
-            f"{plan.num_iterations} iterations are alike in the first {alike} alone",
+            f"{plan.num_iterations} iterations agree only in the first {alike}",
             where=state.config.run_dir,
             fix="restore the length of the training, or start another run_dir from its weights",
         )
     if state.is_reporter and plan.num_iterations != progress["train_iters"]:
         logger.warning(
-            "train_iters changes from %d to %d: from iteration %d on, the learning rate is that of the new length",
+            "train_iters changes from %d to %d: from iteration %d on, the learning rate follows the new length",
             progress["train_iters"],
             plan.num_iterations,
             iteration + 1,

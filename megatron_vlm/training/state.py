@@ -1,4 +1,4 @@
-"""Everything that a run is at one moment."""
+"""The state of a run between two steps."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ EXIT_ITERATION = "exit_iteration"
 
 @dataclass(slots=True, kw_only=True)
 class TrainState:
-    """Model, optimizer and position of a run; `iteration` and `consumed_samples` move, the rest stays."""
+    """Model, optimizer and position of a run. `stop_reason`, `validation_losses` and the position change over time."""
 
     config: TrainConfig
     layout: Layout
@@ -28,7 +28,7 @@ class TrainState:
     chunks: Sequence[VisionLanguageModel]
     """The model of this rank, without wrappers."""
     wrapped: Sequence[DistributedDataParallel]
-    """The same with gradient buffers, as the schedules want it."""
+    """The same chunks with gradient buffers, as the schedules expect them."""
     optimizer: MegatronOptimizer
     objective: Objective
     plan: Plan
@@ -36,11 +36,11 @@ class TrainState:
     """Steps done."""
     consumed_samples: int = 0
     stop_reason: str | None = None
-    """Why the loop ends before train_iters: SIGNALLED or EXIT_ITERATION; None: it goes on."""
+    """Why the loop ends before train_iters: SIGNALLED or EXIT_ITERATION; None: it continues."""
     dataset_names: Sequence[str] = field(default=())
     """One for each entry of the blend; losses are reported under them."""
     validation_losses: Mapping[str, float] = field(default_factory=dict)
-    """What the validation after this iteration measured, by name; empty where none was due."""
+    """Results of the validation after this iteration, by metric name; empty if none was due."""
 
     @property
     def train_iters(self) -> int:
@@ -48,7 +48,7 @@ class TrainState:
         return self.plan.num_iterations
 
     def rank_slice(self, *, has_tower: bool = False) -> RankSlice:
-        """Return what this rank has of every global batch; pixels only where it has the tower."""
+        """Return this rank's slice of every global batch; it includes pixels only if the chunk has the tower."""
         return RankSlice(
             data_parallel_rank=self.rank.dp_rank,
             data_parallel_size=self.rank.dp_size,
@@ -57,16 +57,16 @@ class TrainState:
         )
 
     def gather_parameters(self) -> None:
-        """Have every weight on every rank that holds it.
+        """Make the weights complete on every rank.
 
-        With `overlap_param_gather`, a rank has only its own shard of what a step changed until the next forward pass.
+        With `overlap_param_gather`, a step updates only a rank's own shard; the rest follows in the next forward pass.
         """
         if self.config.parallel.overlap_param_gather:
             for chunk in self.wrapped:
                 chunk.start_param_sync(force_sync=True)
 
     def progress(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps beside the tensors, as plain values."""
+        """Return the plain values that a checkpoint keeps beside the tensors."""
         return {
             "iteration": self.iteration,
             "consumed_samples": self.consumed_samples,
@@ -79,5 +79,5 @@ class TrainState:
 
     @property
     def is_reporter(self) -> bool:
-        """Whether this rank writes logs and metrics: the first of the last stage, which has the loss."""
+        """Whether this rank writes logs and metrics: the first rank of the last stage, where the loss is."""
         return self.rank.is_last_stage and self.rank.dp_rank == 0 and self.rank.tp_rank == 0

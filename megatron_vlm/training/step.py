@@ -26,7 +26,7 @@ _SEED_STRIDE = 1_000_003
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepMetrics:
-    """What one step measured, the same on every rank."""
+    """Measurements of one step, the same on every rank."""
 
     loss: float
     """Mean over all labels of the global batch."""
@@ -36,7 +36,7 @@ class StepMetrics:
     """Mean of each dataset; nan for one without labels in this batch."""
     num_labels: int
     num_tokens: int
-    """Positions that hold something."""
+    """Positions that are not padding."""
     num_positions: int
     num_images: int
     attention_pairs: int
@@ -70,7 +70,7 @@ def run_micro_batches(
     """Run one global batch through the pipeline.
 
     Args:
-        state: the run; its gradients are added to, unless `forward_only`.
+        state: the run; gradients are accumulated unless `forward_only`.
         loaders: one iterator of micro-batches for each model chunk of this rank.
         seq_length: length of a row [tokens].
         num_datasets: datasets of the blend.
@@ -78,8 +78,8 @@ def run_micro_batches(
         forward_only: whether no gradients are computed.
 
     Returns:
-        For each micro-batch the sums that the objective logs, on the ranks of the last stage; and for each chunk what
-        its micro-batches held.
+        The sums that the objective logs for each micro-batch, on ranks of the last stage; and for each chunk, what its
+        micro-batches contained.
     """
     pad_token_id = state.config.model.language.pad_token_id
     counts = [BatchCounts(pad_token_id, state.rank_slice()) for _ in loaders]
@@ -105,10 +105,10 @@ def train_step(
         state: the run; weights and optimizer change in place, `iteration` does not.
         loaders: one iterator of micro-batches for each model chunk of this rank.
         device: where the batches go.
-        stop_requested: whether this rank was told to stop; all ranks learn of it.
+        stop_requested: whether this rank was told to stop; all ranks will know.
 
     Raises:
-        NumericError: loss or gradient norm is not finite, or the ranks consumed other samples than those of the plan.
+        NumericError: loss or gradient norm is not finite, or the ranks consumed samples other than the planned ones.
     """
     start = time.perf_counter()
     config, num_datasets, number = state.config, len(state.dataset_names), state.iteration + 1
@@ -157,5 +157,5 @@ def _check_finite(metrics: StepMetrics, iteration: int) -> None:
         if value != value or value in (float("inf"), float("-inf")):
             raise NumericError(
                 f"{name} is {value} at iteration {iteration}",
-                fix="resume from the last checkpoint with a lower learning rate, or look at the samples in ledger/",
+                fix="resume from the last checkpoint with a lower learning rate, or inspect its samples in ledger/",
             )

@@ -1,4 +1,4 @@
-"""What all ranks know together after a forward pass over a global batch: one collective."""
+"""Sum the results of a global batch over all ranks in one collective, and check that it was the planned batch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ class Totals:
     sample_hash: int
     """Of the samples whose loss was computed."""
     sample_hash_of_all: int
-    """Summed over all ranks and their model chunks, each of which loads its micro-batches itself."""
+    """Summed over all ranks and their model chunks, each of which loads its own micro-batches."""
 
 
 def sum_over_ranks(
@@ -44,7 +44,7 @@ def sum_over_ranks(
     stop_requested: bool,
     device: torch.device,
 ) -> Totals:
-    """Sum what each rank knows; all ranks call it together.
+    """Sum the results of all ranks; all ranks call it together.
 
     Args:
         sums: float64[2, num_datasets] of each micro-batch, where this rank computes the loss; see `Objective.reduce`.
@@ -67,7 +67,7 @@ def sum_over_ranks(
     measured = [*counted, data_wait, stop_requested, *_halves(sample_hash), *_halves(hash_of_all)]
     totals = torch.cat([losses, torch.tensor(measured, dtype=torch.float64, device=device)])
     torch.distributed.all_reduce(totals)
-    values = totals.tolist()  # the one wait of the host for the device in a step
+    values = totals.tolist()  # the only time in a step that the host waits for the device
     tokens, positions, images, pairs, data_wait, stops, *halves = values[2 * num_datasets :]
     return Totals(
         losses=values[:num_datasets],
@@ -93,7 +93,7 @@ def _whole(high: float, low: float) -> int:
 
 
 def check_samples(totals: Totals, plan: Plan, index: int, rank: RankLayout, *, num_chunks: int, batch: str) -> None:
-    """Check, alike on every rank, that the samples consumed are those of the plan, each in its place.
+    """Check that the ranks consumed the planned samples, each in its place; every rank comes to the same result.
 
     Args:
         totals: of the global batch.
@@ -104,7 +104,7 @@ def check_samples(totals: Totals, plan: Plan, index: int, rank: RankLayout, *, n
         batch: names the global batch in the error.
 
     Raises:
-        NumericError: they are not.
+        NumericError: they did not.
     """
     sample_ids, samples_per_row = plan.rows(index)
     planned = hash_rows(sample_ids, samples_per_row, range(len(samples_per_row)))
@@ -114,8 +114,8 @@ def check_samples(totals: Totals, plan: Plan, index: int, rank: RankLayout, *, n
     is_loss = totals.sample_hash != planned
     found = f"with hash {totals.sample_hash:016x}" if is_loss else "on a rank that computes no loss"
     raise NumericError(
-        f"the samples consumed at {batch} {found} are not those of the plan, {planned:016x}",
-        fix="start the same command again, which resumes before this step; if it happens again, it is a bug of loading",
+        f"the samples consumed at {batch} {found} are not the planned ones, {planned:016x}",
+        fix="run the same command again to resume before this step; if the error returns, it is a bug in data loading",
     )
 
 

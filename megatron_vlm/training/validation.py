@@ -1,4 +1,4 @@
-"""The loss on fixed batches that are not trained on."""
+"""The loss on fixed batches of held-out data."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -18,21 +18,21 @@ VALIDATION_LOSS = "validation_loss"
 def validation_losses(
     state: TrainState, blend: OpenBlend, *, device: torch.device, stop_requested: Callable[[], bool]
 ) -> dict[str, float] | None:
-    """Compute the loss over the whole plan of a blend; all ranks call it together. Changes nothing of the training.
+    """Compute the loss over the whole plan of a blend; all ranks call it together. The training state is unchanged.
 
     Args:
         state: the model as it is now.
-        blend: what is validated on.
+        blend: the validation data.
         device: where the batches go.
         stop_requested: says whether this process was told to stop.
 
     Returns:
         `validation_loss`, the mean over all labels, and `validation_loss/<dataset>`, the mean of each dataset; None
-        where a rank was told to stop meanwhile.
+        if a rank was told to stop meanwhile.
 
     Raises:
         DataError: a sample cannot be read.
-        NumericError: the ranks consumed other samples than those of the plan.
+        NumericError: the ranks consumed samples other than the planned ones.
     """
     names = blend.dataset_names
     losses, labels = [0.0] * len(names), [0.0] * len(names)
@@ -74,7 +74,7 @@ def _forward(
 
 @contextmanager
 def _evaluating(state: TrainState) -> Iterator[None]:
-    """Set the model to evaluation and have all its weights in place; afterwards, let it be as it was."""
+    """Put the model in evaluation mode with complete weights; restore it afterwards."""
     modes = [(module, module.training) for chunk in state.wrapped for module in chunk.modules()]
     hooked: list[DistributedDataParallel] = []
     if state.config.parallel.overlap_param_gather:

@@ -113,7 +113,7 @@ def test_a_checkpoint_of_weights_alone_is_not_resumed(saved, tmp_path):
     shutil.copytree(saved.run_dir, run_dir)
     path = checkpoint_path(run_dir, 2) / "manifest.json"
     path.write_text(path.read_text().replace('"progress": {', '"progress": {}, "unused": {'))
-    with pytest.raises(CheckpointError, match="holds weights alone"):
+    with pytest.raises(CheckpointError, match="holds only weights"):
         start(dataclasses.replace(saved, run_dir=str(run_dir)))
 
 
@@ -130,7 +130,7 @@ def test_a_longer_plan_of_the_same_data_is_resumed_with_one_warning(saved, caplo
 
 
 def test_a_plan_that_begins_otherwise_is_refused(saved):
-    with pytest.raises(ConfigError, match=r"has done 2 iterations, .* alike in the first 1 alone.*restore the length"):
+    with pytest.raises(ConfigError, match=r"has done 2 iterations, .* agree only in the first 1.*restore the length"):
         start(saved, FixedPlan.of(saved, hash="longer", stable_iterations=1))
 
 

@@ -196,6 +196,27 @@ def test_stopped_run_loses_no_step_and_asks_to_be_requeued(project, start):
 
 
 @pytest.mark.distributed
+def test_run_that_is_stopped_during_a_validation_saves_and_asks_to_be_requeued(project, start):
+    validation = (
+        "data.validation=[{path: shards}]",
+        "training.validation_interval=2",
+        "training.validation_iters=9999",
+    )
+    process = start("validating", *LONG, *validation, "checkpoint.save_interval=100000", "--nproc-per-node", "2")
+    wait_for_iteration(project, "validating", 1)
+    time.sleep(3)  # the second iteration is done, and its validation takes minutes
+    everything = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 75
+    lines = [json.loads(line) for line in (project.folder / "validating" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["iteration"] for line in lines] == [1, 2]
+    assert "validation_loss" not in lines[1]
+    assert (project.folder / "validating" / "checkpoints" / "iter_0000002" / "manifest.json").exists()
+    assert not psutil.wait_procs(everything, timeout=10)[1]
+
+
+@pytest.mark.distributed
 def test_nothing_is_left_of_a_job_whose_launcher_is_killed(project, start):
     process = start("launcher", *LONG, "checkpoint.save_interval=1", "--nproc-per-node", "2")
     wait_for_iteration(project, "launcher", 2)

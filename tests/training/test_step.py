@@ -76,7 +76,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(state):
 )
 def test_samples_that_are_not_those_of_the_plan_end_the_run(state, rows):
     loader = batches_of(state.config, state.rank, rows, make_samples(4), 0)
-    with pytest.raises(NumericError, match="consumed at iteration 1 with hash [0-9a-f]{16} are not those of the plan"):
+    with pytest.raises(NumericError, match="consumed at iteration 1 with hash [0-9a-f]{16} are not the planned ones"):
         train_step(state, [loader], device=CPU, stop_requested=False)
 
 
@@ -85,7 +85,7 @@ def test_samples_of_a_rank_that_computes_no_loss_are_compared_too(workers):
     config = tiny_run(parallel={"tensor_model_parallel_size": 2}, training={"global_batch_size": 2, "train_iters": 3})
     answers = workers.run("tests.support.jobs:step_with_a_wrong_rank", 2, config=config, rows=ROWS, wrong_rank=1)
     assert len(set(answers)) == 1
-    assert "consumed at iteration 1 on a rank that computes no loss are not those" in answers[0]
+    assert "consumed at iteration 1 on a rank that computes no loss are not the planned" in answers[0]
 
 
 def test_a_stop_request_ends_the_run_after_the_step(state):

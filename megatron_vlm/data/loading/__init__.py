@@ -1,1 +1,1 @@
-"""Planned rows to micro-batches of tensors."""
+"""From planned rows to micro-batches of tensors."""

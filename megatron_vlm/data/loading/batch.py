@@ -11,11 +11,11 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class VLMBatch:
-    """One micro-batch: its rows laid one after the other in one packed sequence of t positions.
+    """One micro-batch: its rows, concatenated to one packed sequence of t positions.
 
-    Every sample is an attention segment of its own, and so is the padding at the end of a row: the segments cover all t
-    positions. t is micro_batch_size * seq_length. With `sample_multiple`, a sample's segment ends with padding up to
-    the next multiple.
+    Each sample is an attention segment, and so is the padding at the end of a row: the segments cover all t positions,
+    and t is micro_batch_size * seq_length. With `sample_multiple`, a sample's segment ends with padding up to the next
+    multiple.
     """
 
     input_ids: Tensor

@@ -1,4 +1,4 @@
-"""Find out before a run starts that its data cannot be used; needs neither torch nor a GPU."""
+"""Check the data of a run before it starts; needs neither torch nor a GPU."""
 
 from megatron_vlm.config import ConfigError, TrainConfig
 from megatron_vlm.data.shards.dataset import ShardedDataset
@@ -13,7 +13,7 @@ def check_data(config: TrainConfig) -> tuple[ShardedDataset, ...]:
 
     Raises:
         ConfigError: the tokenizer cannot be read or has another vocabulary than the model; an image does not fit in a
-            row; or the images were made smaller at preparation than the model wants them.
+            row; or `prepare` made the images smaller than the model needs them.
         DataError: a dataset is missing, damaged, or prepared with another tokenizer.
     """
     tokenizer = load_tokenizer(config.data.tokenizer)

@@ -1,4 +1,4 @@
-"""Make one packed micro-batch of samples and decode this rank's share of its images."""
+"""Pack samples into a micro-batch, and decode this rank's share of its images."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from megatron_vlm.data.samples import EncodedSample, ImageSegment, TextSegment
 from megatron_vlm.parallel.slicing import ImageShare, PackedBatch, slice_batch
 
 _MAX_SEQLEN_MULTIPLE = 64
-# Preparation decides which images are taken, by the user's limits; what it took must not end a run.
+# `prepare` applies the user's limits; an image that it accepted must not end a run.
 _NO_LIMITS = ImageLimits(max_pixels=1 << 40, min_side=1, max_aspect_ratio=float("inf"))
 
 
@@ -36,7 +36,7 @@ class Collation:
     image_aspect: Aspect
     image_mean: tuple[float, float, float]
     sample_multiple: int = 1
-    """Every sample starts at a multiple of it in its row, which is one of seq_length [tokens]."""
+    """Every sample starts at a multiple of it within its row; seq_length is a multiple of it [tokens]."""
 
     @classmethod
     def from_config(cls, model: ModelConfig, data: DataConfig) -> "Collation":
@@ -68,7 +68,7 @@ class PlacedSample:
 
 
 def collate(rows: Sequence[Sequence[PlacedSample]], collation: Collation, image_share: ImageShare | None) -> VLMBatch:
-    """Lay rows one after the other in one packed sequence.
+    """Concatenate rows to one packed sequence.
 
     A sample longer than a row is cut after the last whole image and the last token that fit. The padding up to the next
     multiple belongs to the sample's own segment, so that all borders are multiples: attention is causal, so it changes
@@ -159,11 +159,11 @@ class _PackedRows:
             self._close_segment(left, dataset=0)
 
     def close(self) -> PackedBatch[tuple[bytes, str]]:
-        """Return the whole micro-batch, with every image as its file and where it comes from."""
+        """Return the whole micro-batch; each image is its encoded bytes and the name of its sample."""
         ids = np.concatenate(self.ids, dtype=np.int64)
         borders = np.array(self.borders, dtype=np.int32)
         is_target = np.repeat(self.trained, list(map(len, self.ids)))
-        # Nothing before it in its own sample predicts a first token (BOS).
+        # The first token (BOS) has no predecessor in its sample that could predict it.
         is_target[borders[:-1]] = False
         label_index = np.flatnonzero(is_target[1:])
         labels = np.full(len(ids), IGNORE_INDEX, dtype=np.int64)
@@ -217,10 +217,10 @@ class _PackedRows:
 
 
 def _choose_max_seqlen(sizes: np.ndarray) -> int:
-    """Round the longest segment up, so that few distinct values occur: megatron-core caches its RoPE table by it.
+    """Round the longest segment up, so that few distinct values occur: megatron-core caches a RoPE table for each.
 
-    Where max_seqlen equals the length of the whole sequence, megatron-core takes another code path, whose positions
-    run on over the segments; so it must not, unless there is only one segment.
+    If max_seqlen equals the length of the whole sequence, megatron-core takes another code path, whose positions do
+    not restart at each segment; so it must differ, unless there is only one segment.
     """
     longest, total = int(sizes.max()), int(sizes.sum())
     rounded = -(-longest // _MAX_SEQLEN_MULTIPLE) * _MAX_SEQLEN_MULTIPLE

@@ -1,4 +1,4 @@
-"""Feed one rank with its micro-batches; the position of a run is one integer, the iteration."""
+"""Load the micro-batches of one rank; the position of a run is one integer, the iteration."""
 
 import dataclasses
 import functools
@@ -30,14 +30,14 @@ _WHOLE_BATCH = RankSlice()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoaderWorkers:
-    """How micro-batches are made ready."""
+    """Settings of the processes that load micro-batches."""
 
     num_workers: int = 0
     """Decoding processes; 0 decodes in this process."""
     prefetch_factor: int = 2
     """Micro-batches each worker keeps ready."""
     pin_memory: bool = False
-    """Hand over page-locked tensors, for a copy to a GPU."""
+    """Return page-locked tensors, for copies to a GPU."""
 
 
 class BatchLoader:
@@ -49,7 +49,7 @@ class BatchLoader:
         datasets: one per entry of the blend, as the plan was built from.
         plan: rows of samples.
         collation: sizes and ids of the model.
-        start_iteration: global batches that are already consumed.
+        start_iteration: global batches already consumed.
         rank_slice: rows and images of this rank; by default all.
         workers: processes that decode ahead; by default none.
 
@@ -80,7 +80,7 @@ class BatchLoader:
         first = start_iteration * self.num_micro_batches
         last = plan.num_iterations * self.num_micro_batches
         self._positions = range(first, max(first, last))
-        self._source = _MicroBatches(
+        self._micro_batches = _MicroBatches(
             _SampleReader(datasets, plan.fragments, collation.image_tokens),
             plan,
             collation,
@@ -104,7 +104,7 @@ class BatchLoader:
         Raises:
             StopIteration: the plan has ended.
             DataError: a sample cannot be read, or a worker died; names dataset, shard and sample.
-            RuntimeError: loading failed for a reason that is not the data's; holds the traceback.
+            RuntimeError: loading failed for a reason other than the data; contains the traceback.
         """
         if self._next == len(self._positions):
             raise StopIteration
@@ -113,10 +113,12 @@ class BatchLoader:
         except UserError:
             raise
         except (RuntimeError, OSError, EOFError) as error:
-            # torch's ways of saying that a worker is gone; its hand-over of tensors fails with OSError or EOFError.
+            # This is how torch reports a dead worker; a failed transfer of tensors raises OSError or EOFError.
+            first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+            sample = self._micro_batches.describe(self._positions[self._next])
             raise DataError(
-                f"a data loader worker died: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
-                where=f"iteration {self.iteration}, at or after {self._source.describe(self._positions[self._next])}",
+                f"a data loader worker died: {first_line}",
+                where=f"iteration {self.iteration}, at or after {sample}",
                 fix="if memory ran out, lower data.num_workers or data.prefetch_factor; otherwise check that sample",
             ) from error
         if isinstance(batch, UserError):
@@ -131,14 +133,14 @@ class BatchLoader:
         self._finalizer()
 
     def _start(self, workers: LoaderWorkers) -> Iterator[Any]:
-        # torch raises from a SIGCHLD handler wherever the main thread is, also in the middle of a training step;
-        # without it, a dead worker is found when its batch is due.
+        # torch's SIGCHLD handler would raise anywhere in the main thread, even in the middle of a training step.
+        # Without it, a dead worker is noticed when its batch is due.
         handler = signal.getsignal(signal.SIGCHLD)
         with warnings.catch_warnings():
-            # More workers than cores: the number is the user's choice, and torch knows nothing of the other ranks.
+            # The number of workers is the user's choice, even above the number of cores.
             warnings.filterwarnings("ignore", message="This DataLoader will create")
             loader = DataLoader(
-                self._source,
+                self._micro_batches,
                 batch_size=None,
                 sampler=self._positions,
                 collate_fn=_keep,
@@ -147,7 +149,7 @@ class BatchLoader:
                 worker_init_fn=functools.partial(_prepare_worker, os.getpid()),
                 multiprocessing_context="fork" if workers.num_workers else None,
                 pin_memory=workers.pin_memory,
-                # A generator of its own: the default one would move by a draw, and no resumed run would be bit-equal.
+                # Its own generator: a draw from the default one would make resumed runs differ.
                 generator=torch.Generator(),
             )
             iterator = iter(loader)
@@ -159,7 +161,7 @@ class BatchLoader:
 
 @dataclass(frozen=True, slots=True)
 class _Crash:
-    """A bug in this package, met while a micro-batch was made; the traceback crosses the process border as text."""
+    """A bug in this package; its traceback passes from worker to trainer as text."""
 
     where: str
     traceback: str
@@ -178,10 +180,10 @@ class _SampleReader:
         ]
 
     def describe(self, sample_id: int) -> str:
-        """Name dataset, shard, sample and, of a fragment, its tokens for an error message."""
+        """Name dataset, shard, sample and, for a fragment, its tokens, in an error message."""
         sample, first, last = self._find(sample_id)
-        source, index = self._locate(sample)
-        dataset, ends = self.datasets[source], self._shard_ends[source]
+        entry, index = self._locate(sample)
+        dataset, ends = self.datasets[entry], self._shard_ends[entry]
         shard = int(np.searchsorted(ends, index, side="right"))
         place = index - (int(ends[shard - 1]) if shard else 0)
         tokens = "" if last is None else f" tokens {first} to {last - 1}"
@@ -194,19 +196,19 @@ class _SampleReader:
             DataError: it is damaged or cannot be read.
         """
         number, first, last = self._find(sample_id)
-        source, index = self._locate(number)
-        sample = self.datasets[source][index]
+        entry, index = self._locate(number)
+        sample = self.datasets[entry][index]
         if last is not None:
             sample = take_fragment(sample, first, last, self.image_tokens)
-        return PlacedSample(sample, sample_id, source, self.describe(sample_id))
+        return PlacedSample(sample, sample_id, entry, self.describe(sample_id))
 
     def _find(self, sample_id: int) -> tuple[int, int, int | None]:
         return (sample_id, 0, None) if self.fragments is None else self.fragments.find(sample_id)
 
     def _locate(self, sample: int) -> tuple[int, int]:
         """Return blend entry and index in its dataset."""
-        source = int(np.searchsorted(self._ends, sample, side="right"))
-        return source, int(sample - (self._ends[source - 1] if source else 0))
+        entry = int(np.searchsorted(self._ends, sample, side="right"))
+        return entry, int(sample - (self._ends[entry - 1] if entry else 0))
 
 
 class _MicroBatches(Dataset):
@@ -224,7 +226,7 @@ class _MicroBatches(Dataset):
         self.rank_slice, self.num_micro_batches = rank_slice, num_micro_batches
 
     def __getitem__(self, position: int) -> VLMBatch | UserError | _Crash:
-        # Returned, not raised: torch would wrap it into its own text with a traceback.
+        # Errors are returned: torch would wrap a raised one in its own message with a traceback.
         sample_id = None
         try:
             rows = []
@@ -264,15 +266,15 @@ def _keep(batch: Any) -> Any:
 
 
 def _prepare_worker(parent: int, worker: int) -> None:
-    # The scheduler's SIGTERM and SIGUSR1 and the terminal's SIGINT go to every process of the job; the trainer still
-    # needs batches for the step after which it saves.
+    # The scheduler's SIGTERM and SIGUSR1 and the terminal's SIGINT reach every process of the job, but the trainer
+    # needs batches for one more step before it saves.
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     die_with_parent(parent)
 
 
 def _kill_workers(workers: Sequence[Any]) -> None:
-    # They ignore SIGTERM, which is what multiprocessing sends at exit before it waits for them without a limit.
+    # They ignore the SIGTERM that multiprocessing sends at exit before it waits for them without a time limit.
     for worker in workers:
         worker.kill()
     for worker in workers:

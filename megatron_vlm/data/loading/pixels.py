@@ -1,11 +1,11 @@
-"""From an encoded image to the square of uint8 pixels that the vision tower is fed.
+"""Decode an image to the square of uint8 pixels that the vision tower takes.
 
-The result is that of the Hugging Face processors of CLIP and SigLIP on Pillow 13, whatever Pillow is installed, without
-their normalisation, which the device does: the mean difference is below 0.01 of 255 levels and no pixel differs by more
-than 2. Older Pillow always filters along the rows first: images that Pillow 13 filters along the columns first, see
-`_shrinks_tall`, differ from it by up to 0.3 levels on average and 4 in a pixel. JPEG files take a third of the time
-that the CLIP processor takes, by simplejpeg and torch's bicubic filter on uint8. Decoding at a reduced size would be
-faster still for large photos, but moves the mean by 0.2 to 0.5 levels, so it is not done.
+The result equals that of the Hugging Face processors of CLIP and SigLIP on Pillow 13, whichever Pillow is installed,
+before normalisation, which runs on the device: the mean difference is below 0.01 of 255 levels, and no pixel differs by
+more than 2. Older Pillow always filters along the rows first; on images that Pillow 13 filters along the columns first
+(see `_shrinks_tall`), it differs by up to 0.3 levels on average and 4 in a pixel. With simplejpeg and torch's bicubic
+filter on uint8, JPEG files take a third of the time of the CLIP processor. Decoding at a reduced size would be faster
+still for large photos, but shifts the mean by 0.2 to 0.5 levels, so it is not done.
 """
 
 from collections.abc import Sequence
@@ -36,15 +36,15 @@ def decode_image(
     mean: Sequence[float],
     limits: ImageLimits | None = None,
 ) -> np.ndarray:
-    """Decode one image and make it a square.
+    """Decode one image to a square.
 
-    Transparent images are laid on white, 16-bit ones scaled, EXIF orientation applied, and of an animation the first
-    frame is taken.
+    Transparent images are composed on white, 16-bit images are scaled to 8 bits, EXIF orientation is applied, and of an
+    animation the first frame is used.
 
     Args:
         encoded: JPEG, PNG, WEBP or GIF file; recognised by content.
         image_size: side of the result [pixels].
-        aspect: pad with the mean colour; crop the centre (CLIP's own processing); resize without regard to the aspect.
+        aspect: pad with the mean colour; crop the centre (CLIP's own processing); stretch to the square.
         mean: mean colour of the tower, 0 to 1 per channel; used by "pad" only.
         limits: header limits; None: those of `ImageLimits`.
 
@@ -52,7 +52,7 @@ def decode_image(
         uint8[3, image_size, image_size].
 
     Raises:
-        DataError: the bytes are no such image, are damaged, or are outside the limits.
+        DataError: the bytes are not such an image, are damaged, or exceed the limits.
 
     Source: transformers CLIPImageProcessor for "square", SiglipImageProcessor for "resize"; LLaVA-1.5, `expand2square`
     of llava/mm_utils.py for "pad".
@@ -73,10 +73,10 @@ def decode_image(
 
 
 def _decode_jpeg(encoded: bytes, limits: ImageLimits) -> np.ndarray | None:
-    """Decode an ordinary JPEG, uint8[height, width, 3]; None for everything that needs more care.
+    """Decode an ordinary JPEG, uint8[height, width, 3]; None for any other image.
 
     Raises:
-        DataError: the image is outside the limits.
+        DataError: the image exceeds the limits.
     """
     if find_format(encoded) is not JPEG:
         return None
@@ -90,7 +90,7 @@ def _decode_jpeg(encoded: bytes, limits: ImageLimits) -> np.ndarray | None:
     try:
         return simplejpeg.decode_jpeg(encoded, "RGB")
     except ValueError:
-        # Damaged, or only unusual: Pillow decides.
+        # Damaged or merely unusual: let Pillow decide.
         return None
 
 

@@ -1,4 +1,4 @@
-"""The record of which samples each iteration has consumed."""
+"""The record of the samples that each iteration consumed."""
 
 import json
 import logging
@@ -41,7 +41,7 @@ class Ledger:
     Args:
         folder: `<run>/ledger`.
         plan: where the ids come from.
-        start_iteration: iterations that the run has consumed; later entries are of steps that were lost, and go.
+        start_iteration: iterations already done; later entries belong to lost steps and are removed.
 
     Raises:
         DataError: the ledger is damaged.
@@ -59,11 +59,11 @@ class Ledger:
         self._last = start_iteration
 
     def record(self, iteration: int, sample_ids_sha: str) -> None:
-        """Append an iteration that was just done.
+        """Append the iteration just done.
 
         Args:
             iteration: counted from 1, in order.
-            sample_ids_sha: hash of the samples that the ranks consumed; the plan's own, or the run would have ended.
+            sample_ids_sha: hash of the samples consumed; it equals the hash of the plan, or the run would have ended.
 
         Raises:
             ValueError: another iteration is due.
@@ -74,7 +74,7 @@ class Ledger:
         ids = self.plan.sample_ids(iteration - 1)
         entry = LedgerEntry(iteration, len(ids), sample_ids_sha, self.plan.hash)
         try:
-            # The ids first: a line means that its ids are there.
+            # Ids first: a line in the index guarantees that its ids are there.
             self._ids_file.write(ids.astype(_ID_DTYPE).tobytes())
             self._index.write(json.dumps(asdict(entry)).encode() + b"\n")
         except OSError as error:
@@ -87,14 +87,14 @@ class Ledger:
         self._index.close()
 
     def _open(self, name: str) -> BinaryIO:
-        # Unbuffered: what was recorded is in the file when the process is killed.
+        # Unbuffered: a record is in the file even if the process is killed.
         return os.fdopen(os.open(self.folder / name, os.O_RDWR | os.O_CREAT, 0o644), "r+b", buffering=0)
 
     def _cut(self, start_iteration: int) -> None:
         lines = self._index.read().splitlines(keepends=True)
         kept = []
         for line in lines:
-            # A line without its end was being written when the process was killed.
+            # A kill during the write left a line without its end.
             entry = _parse(line, self.folder) if line.endswith(b"\n") else None
             if entry is None or entry.iteration > start_iteration:
                 break
@@ -117,8 +117,8 @@ def _parse(line: bytes, folder: Path) -> LedgerEntry:
     try:
         return LedgerEntry(**json.loads(line))
     except (ValueError, TypeError):
-        raise _damaged(folder, f"line {line[:40]!r} of {_INDEX_FILE} is no entry") from None
+        raise _damaged(folder, f"line {line[:40]!r} of {_INDEX_FILE} is not an entry") from None
 
 
 def _damaged(folder: Path, what: str) -> DataError:
-    return DataError(f"ledger is damaged: {what}", where=str(folder), fix="move the folder away to begin a new one")
+    return DataError(f"ledger is damaged: {what}", where=str(folder), fix="move the folder away to start a new one")

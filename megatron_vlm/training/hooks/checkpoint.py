@@ -1,4 +1,4 @@
-"""Saves checkpoints at their interval, and before the run ends."""
+"""Saves checkpoints at their interval and before the run ends."""
 
 import logging
 
@@ -10,13 +10,13 @@ logger = logging.getLogger(__name__)
 
 
 class Hook:
-    """Saves on all ranks together; stands after the hooks that set `state.stop_reason`, so an early end is saved."""
+    """Saves on all ranks together; comes after the hooks that set `state.stop_reason`, to save an early end."""
 
     def start(self, state: TrainState) -> None:
-        """Nothing to get ready."""
+        """Nothing to prepare."""
 
     def step(self, state: TrainState, metrics: StepMetrics) -> None:
-        """Save a checkpoint where one is due."""
+        """Save a checkpoint if one is due."""
         due = state.iteration % state.config.checkpoint.save_interval == 0
         if due or state.stop_reason is not None or state.iteration == state.train_iters:
             state.gather_parameters()
@@ -25,4 +25,4 @@ class Hook:
                 logger.info("saved checkpoint %s", path)
 
     def close(self, state: TrainState) -> None:
-        """Nothing to release: after an error, the last checkpoint is the newest sound state."""
+        """Nothing to release: after an error, the last checkpoint is the newest valid state."""

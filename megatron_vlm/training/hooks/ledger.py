@@ -16,7 +16,7 @@ class Hook:
         self._ledger: Ledger | None = None
 
     def start(self, state: TrainState) -> None:
-        """Open the ledger; entries after the iteration that the run resumes at go."""
+        """Open the ledger and remove entries after the resumed iteration."""
         if state.is_reporter:
             self._ledger = Ledger(Path(state.config.run_dir) / LEDGER_FOLDER, state.plan, state.iteration)
 

@@ -14,10 +14,10 @@ class Hook:
     """Logs on the reporting rank, every `training.log_interval` iterations and at the end."""
 
     def start(self, state: TrainState) -> None:
-        """Nothing to get ready."""
+        """Nothing to prepare."""
 
     def step(self, state: TrainState, metrics: StepMetrics) -> None:
-        """Log the iteration where it is due; one with a validation always is."""
+        """Log the iteration if it is due; one with a validation always is."""
         due = state.iteration % state.config.training.log_interval == 0 or state.iteration == state.train_iters
         if state.is_reporter and (due or state.validation_losses):
             logger.info(log_line(metrics_record(state, metrics), state.train_iters))
@@ -27,7 +27,7 @@ class Hook:
 
 
 def log_line(record: dict[str, Any], train_iters: int) -> str:
-    """Return the line for people."""
+    """Return the log line of a record."""
     losses = {key: value for key, value in record.items() if key.startswith(("loss/", "validation_loss"))}
     parts = [
         f"iteration {record['iteration']:8d}/{train_iters:8d}",

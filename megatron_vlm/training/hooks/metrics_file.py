@@ -18,7 +18,7 @@ class Hook:
         self._stream: TextIO | None = None
 
     def start(self, state: TrainState) -> None:
-        """Open the file, cut to the iteration that the run resumes at."""
+        """Open the file and remove lines after the resumed iteration."""
         if not state.is_reporter:
             return
         path = Path(state.config.run_dir) / METRICS_NAME
@@ -39,7 +39,7 @@ class Hook:
 
 
 def _drop_after(path: Path, iteration: int) -> None:
-    """Keep the whole lines up to an iteration; a line cut short by a kill goes too."""
+    """Remove the lines after an iteration, and a line that a kill cut short."""
     if not path.exists():
         return
     kept = []

@@ -22,11 +22,11 @@ class Hook:
         self._running: profile | None = None
 
     def start(self, state: TrainState) -> None:
-        """Begin where the first iteration of this process is chosen."""
+        """Start tracing if the next iteration is chosen."""
         self._begin(state)
 
     def step(self, state: TrainState, metrics: StepMetrics) -> None:
-        """Write the trace of the iteration that was just done, and begin the next where it is chosen."""
+        """Write the trace of the iteration just done, and start the next one if it is chosen."""
         if self._running is not None:
             folder = Path(state.config.run_dir) / PROFILE_FOLDER
             folder.mkdir(parents=True, exist_ok=True)
@@ -36,7 +36,7 @@ class Hook:
         self._begin(state)
 
     def close(self, state: TrainState) -> None:
-        """Stop; an iteration that was not finished leaves no trace."""
+        """Stop tracing; an unfinished iteration leaves no trace."""
         if self._running is not None:
             self._end()
 

@@ -8,10 +8,10 @@ class Hook:
     """Sets `state.stop_reason`."""
 
     def start(self, state: TrainState) -> None:
-        """Nothing to get ready."""
+        """Nothing to prepare."""
 
     def step(self, state: TrainState, metrics: StepMetrics) -> None:
-        """End the run where a rank was told to stop, or at `training.exit_iteration`."""
+        """End the run if a rank was told to stop, or at `training.exit_iteration`."""
         if metrics.stop_requested:
             state.stop_reason = SIGNALLED
         elif state.iteration == state.config.training.exit_iteration and state.stop_reason is None:

@@ -11,7 +11,7 @@ TENSORBOARD_FOLDER = "tensorboard"
 
 
 class Hook:
-    """Writes event files on the reporting rank; TensorBoard does not show what came after the resumed iteration."""
+    """Writes event files on the reporting rank; a resume hides earlier events after the resumed iteration."""
 
     def __init__(self) -> None:
         self._writer: Any = None

@@ -11,12 +11,12 @@ from megatron_vlm.training.validation import validation_losses
 
 
 class Hook:
-    """Sets `state.validation_losses`; stands before the hooks that write.
+    """Sets `state.validation_losses`; comes before the hooks that write them.
 
     Args:
-        blend: what is validated on; None: nothing.
+        blend: the validation data; None: no validation.
         device: where the batches go.
-        stop_requested: says whether this process was told to stop: a validation then ends without a result.
+        stop_requested: says whether this process was told to stop, in which case a validation ends without a result.
     """
 
     def __init__(
@@ -25,10 +25,10 @@ class Hook:
         self.blend, self.device, self.stop_requested = blend, device, stop_requested
 
     def start(self, state: TrainState) -> None:
-        """Nothing to get ready."""
+        """Nothing to prepare."""
 
     def step(self, state: TrainState, metrics: StepMetrics) -> None:
-        """Validate where it is due, and stop the run if a rank was told to meanwhile."""
+        """Validate if it is due; stop the run if a rank was told to stop meanwhile."""
         state.validation_losses = {}
         interval = state.config.training.validation_interval
         if self.blend is None or interval is None or metrics.stop_requested:

@@ -15,14 +15,14 @@ ID_FILE = "wandb_id"
 
 
 class Hook:
-    """Reports on the reporting rank; a resumed run goes on under the same id, which stands in the run folder."""
+    """Reports on the reporting rank; a resumed run continues under the same id, which is kept in the run folder."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
         self._run: Any = None
 
     def start(self, state: TrainState) -> None:
-        """Open the run, or go on with it.
+        """Open the run, or continue it.
 
         Raises:
             ConfigError: the package is not installed.
@@ -46,12 +46,12 @@ class Hook:
         )
 
     def step(self, state: TrainState, metrics: StepMetrics) -> None:
-        """Report one iteration; W&B leaves out those that it already has, which a resumed run does again."""
+        """Report one iteration; W&B ignores iterations it already has, which a resumed run may repeat."""
         if self._run is not None:
             self._run.log(scalars(metrics_record(state, metrics)), step=state.iteration)
 
     def close(self, state: TrainState) -> None:
-        """Send what is left."""
+        """Send the remaining data."""
         if self._run is not None:
             self._run.finish()
 

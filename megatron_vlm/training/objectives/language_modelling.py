@@ -1,4 +1,4 @@
-"""Next-token prediction: a sum and a count; the division happens once, over the whole global batch."""
+"""Next-token prediction. Losses are sums with counts; the one division is over the whole global batch."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ class Objective:
         return run_model(model, batch)
 
     def reduce(self, output: Tensor, batch: VLMBatch, num_datasets: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Sum the losses; the schedule divides no tensor that is returned here: both sums are of their own."""
+        """Sum the losses; the schedule divides the first sum in place, so the logged sums are separate tensors."""
         losses = output.flatten().float()
         num_labels = torch.tensor(losses.numel(), dtype=torch.int32, device=losses.device)
         return losses.sum(), num_labels, sum_by_dataset(losses, batch.label_datasets, num_datasets)

@@ -104,7 +104,7 @@ def test_truncated_ids_are_found_at_resume(plan, tmp_path):
 def test_line_that_is_no_entry_is_found(plan, tmp_path):
     record(tmp_path / "ledger", plan, 0, 1)
     (tmp_path / "ledger" / "iterations.jsonl").write_text("[1]\n")
-    with pytest.raises(DataError, match="is no entry"):
+    with pytest.raises(DataError, match="is not an entry"):
         Ledger(tmp_path / "ledger", plan, 1)
 
 
