@@ -22,6 +22,7 @@ MARK_COLOR = "#b3261e"
 MAX_POINTS = 400
 """Most points in a line; longer series are averaged over neighbouring points."""
 _MAX_TICKS = 12
+_LEGEND_COLUMNS = 5
 _STYLE: Any = {
     "axes.spines.right": False,
     "axes.spines.top": False,
@@ -72,7 +73,8 @@ def draw_bars(title: str, labels: Sequence[str], layers: Mapping[str, Sequence[f
         bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
     step = max(1, math.ceil(len(labels) / _MAX_TICKS))
     axes.set_xticks(range(0, len(labels), step), [labels[place] for place in range(0, len(labels), step)])
-    _add_legend(axes, len(layers))
+    if len(layers) > 1:
+        _add_legend(axes, len(layers))
     if note:
         axes.set_xlabel(note)
     return figure
@@ -87,6 +89,7 @@ def draw_lines(
     log: bool = False,
     from_zero: bool = False,
     marks: Sequence[float] = (),
+    legend: bool = False,
 ) -> "Figure":
     """Draw lines over the iterations of a run.
 
@@ -97,11 +100,15 @@ def draw_lines(
         log: use a logarithmic y axis and leave out values that are not positive.
         from_zero: start the y axis at zero.
         marks: iterations to mark with a dashed vertical line.
+        legend: name a single line, too; several always get a legend.
     """
-    figure, axes = _begin(title, height=2.8)
+    # Each further row of the legend gets room of its own.
+    figure, axes = _begin(title, height=2.8 + 0.22 * ((len(lines) - 1) // _LEGEND_COLUMNS))
     for number, line in enumerate(lines):
         xs, ys = average_points(line.xs, line.ys, positive=log)
-        axes.plot(xs, ys, color=COLORS[number % len(COLORS)], label=line.name, marker="." if line.markers else None)
+        cycle, color = divmod(number, len(COLORS))
+        style = ("-", "--", ":", "-.")[cycle % 4]
+        axes.plot(xs, ys, style, color=COLORS[color], label=line.name, marker="." if line.markers else None)
     low, high = axes.dataLim.intervaly
     # In a smaller range, a logarithmic axis would have hardly any ticks.
     if log and high > 4 * low:
@@ -115,7 +122,8 @@ def draw_lines(
     axes.grid(axis="y", which="both", color="#e1e5ea")
     axes.set_xlabel("iteration")
     axes.set_ylabel(unit)
-    _add_legend(axes, len(lines))
+    if legend or len(lines) > 1:
+        _add_legend(axes, len(lines))
     return figure
 
 
@@ -166,9 +174,15 @@ def _begin(title: str, height: float) -> "tuple[Figure, Axes]":
 
 
 def _add_legend(axes: "Axes", num_entries: int) -> None:
-    if num_entries > 1:
-        # Next to the title, where it covers nothing.
-        axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=num_entries, borderpad=0.0)
+    # Next to the title, where it covers nothing.
+    if num_entries:
+        axes.legend(
+            frameon=False,
+            loc="lower right",
+            bbox_to_anchor=(1.0, 1.0),
+            ncols=min(num_entries, _LEGEND_COLUMNS),
+            borderpad=0.0,
+        )
 
 
 def _plain_number(value: float, position: float) -> str:

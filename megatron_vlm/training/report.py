@@ -129,7 +129,8 @@ def _chart(
     if not lines:
         return ""
     resumes = [event.iteration for event in run.events if event.is_resume and event.iteration is not None]
-    figure = draw_lines(title, lines, unit=unit, log=log, from_zero=from_zero, marks=resumes)
+    # The name of a dataset matters even if there is only one.
+    figure = draw_lines(title, lines, unit=unit, log=log, from_zero=from_zero, marks=resumes, legend=log)
     return f'<section class="card">{to_svg(figure)}</section>'
 
 

@@ -34,6 +34,17 @@ def test_dollar_signs_in_a_name_are_text():
     assert ">a$^2$<" in text
 
 
+def test_name_of_a_single_line_is_told_where_asked_for():
+    lines = [Line(name="coyo", xs=[1], ys=[1.0])]
+    assert ">coyo<" not in to_svg(draw_lines("t", lines, unit=""))
+    assert ">coyo<" in to_svg(draw_lines("t", lines, unit="", legend=True))
+
+
+def test_thirty_lines_all_have_their_names():
+    text = to_svg(draw_lines("t", [Line(name=f"data{n}", xs=[1, 2], ys=[n, n + 1]) for n in range(30)], unit=""))
+    assert all(f">data{number}<" in text for number in range(30))
+
+
 def test_bars_of_a_layer_stand_on_the_layer_below(tmp_path):
     save_png(draw_bars("", ["a"], {"kept": [1], "dropped": [3]}), tmp_path / "bars.png")
     with Image.open(tmp_path / "bars.png") as image:
