@@ -16,7 +16,7 @@ from megatron_vlm.models.computation import Computation
 from tests.support.configs import tiny_run
 from tests.support.jobs import start, train_steps
 from tests.support.micro_batches import make_micro_batch
-from tests.support.toy_parts import toy_parts
+from tests.support.toy_parts import toy_parts, write_parts
 
 __all__ = ["toy_parts"]
 ROWS = [[0, 1], [2, 3], [4, 5], [6, 7]] * 2
@@ -62,6 +62,31 @@ def test_a_new_projection_is_loaded_trained_and_counted(write_run):
     assert steps.losses[1] < steps.losses[0]
     assert all(norm > 0 for norm in steps.grad_norms)
     assert_costs_are_real(config)
+
+
+@pytest.mark.distributed
+def test_a_new_projection_is_trained_alike_where_some_ranks_have_no_image(workers, tmp_path):
+    write_parts(tmp_path / "parts")
+    run = config_to_dict(tiny_run(str(tmp_path / "run")))
+    run["model"]["projection"] = {"type": "pixel_shuffle"}
+    (tmp_path / "train.yaml").write_text(yaml.safe_dump(run))
+    one, two = (
+        workers.run(
+            "tests.support.toy_parts:train_with_parts",
+            size,
+            folder=tmp_path / "parts",
+            config=tmp_path / "train.yaml",
+            overrides=[f"parallel.tensor_model_parallel_size={size}"],
+            rows=ROWS,
+            num_samples=8,
+            num_steps=2,
+            max_images=1,
+        )[0]
+        for size in (1, 2)
+    )
+    # float32: sums in another order
+    assert two.losses == pytest.approx(one.losses, rel=1e-5)
+    assert two.grad_norms == pytest.approx(one.grad_norms, rel=1e-5)
 
 
 def test_settings_of_a_new_projection_are_checked_like_those_of_the_others(write_run):

@@ -1,10 +1,16 @@
 """A projection and an adapter that the package does not have, as the files that a user would add."""
 
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from megatron_vlm.config import TrainConfig, load_config
+from tests.support.jobs import Steps, train_steps
 
 # Each token is made of 2 x 2 patches, side by side, by one linear layer.
 PROJECTOR_CONFIG = """
@@ -94,15 +100,36 @@ FILES = {
 }
 
 
-@pytest.fixture
-def toy_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Add the files to the search path of their packages; no file of the package is edited."""
+def write_parts(folder: Path) -> None:
+    """Write the files, each into a folder named after its package."""
     for package, (name, text) in FILES.items():
-        folder = tmp_path / "parts" / package
-        folder.mkdir(parents=True)
-        (folder / f"{name}.py").write_text(text)
-        module = import_module(package)
-        monkeypatch.setattr(module, "__path__", [*module.__path__, str(folder)])
-    yield
-    for package, (name, _) in FILES.items():
-        sys.modules.pop(f"{package}.{name}", None)
+        (folder / package).mkdir(parents=True)
+        (folder / package / f"{name}.py").write_text(text)
+
+
+@contextmanager
+def parts_on_path(folder: Path) -> Iterator[None]:
+    """Add the files to the search path of their packages; no file of the package is edited."""
+    packages = {package: import_module(package) for package in FILES}
+    for package, module in packages.items():
+        module.__path__.append(str(folder / package))
+    try:
+        yield
+    finally:
+        for package, module in packages.items():
+            module.__path__.remove(str(folder / package))
+            sys.modules.pop(f"{package}.{FILES[package][0]}", None)
+
+
+@pytest.fixture
+def toy_parts(tmp_path: Path) -> Iterator[Path]:
+    """Make the parts available in this process; returns the folder for others."""
+    write_parts(tmp_path / "parts")
+    with parts_on_path(tmp_path / "parts"):
+        yield tmp_path / "parts"
+
+
+def train_with_parts(folder: Path, config: Path, overrides: Sequence[str], **arguments: Any) -> Steps:
+    """Train as `train_steps` does; the settings are loaded here, where the parts are known."""
+    with parts_on_path(folder):
+        return train_steps(load_config(TrainConfig, config, overrides), **arguments)
