@@ -33,7 +33,8 @@ class PromptOptions:
     prompts: Annotated[
         str | None,
         Option(
-            "ask with the wordings of this set, e.g. vqav2; sets are in data/sources/instructions/prompt_pools.yaml",
+            "ask with the wordings of this set, e.g. vqav2; sets are in "
+            "megatron_vlm/data/sources/instructions/prompt_pools.yaml",
             metavar="SET",
         ),
     ] = None
