@@ -216,4 +216,4 @@ def _check_needs(flag: str, needs: str, given: dict[str, Any]) -> None:
     name, _, value = needs.removeprefix("--").partition(" ")
     found = given.get(name.replace("-", "_"))
     if found is None or (value and found != value):
-        raise UsageError(f"{flag} is for {needs}", fix=f"add it, or leave out {flag}")
+        raise UsageError(f"{flag} has no effect without {needs}", fix=f"add {needs}, or leave out {flag}")

@@ -72,9 +72,12 @@ def test_an_instance_gives_the_defaults():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ("--pots a --spoon tin", "--spoon is for --lumps-of-sugar; fix: add it, or leave out --spoon"),
-        ("--pots a --saucer x", "--saucer is for --grade broken"),
-        ("--pots a --saucer x --grade whole", "--saucer is for --grade broken"),
+        (
+            "--pots a --spoon tin",
+            "--spoon has no effect without --lumps-of-sugar; fix: add --lumps-of-sugar, or leave out --spoon",
+        ),
+        ("--pots a --saucer x", "--saucer has no effect without --grade broken"),
+        ("--pots a --saucer x --grade whole", "--saucer has no effect without --grade broken"),
         ("--pots a --milk --strength 0", "--milk hides a --strength this low"),
     ],
 )

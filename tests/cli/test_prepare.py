@@ -254,7 +254,7 @@ def test_help_shows_an_example(kind, capsys):
 @pytest.mark.parametrize("option", [["--ray-address", "auto"], ["--jpeg-quality", "50"]])
 def test_an_option_without_the_one_it_belongs_to_is_exit_code_64(corpora, tmp_path, capsys, option):
     assert run(corpora, "pairs", tmp_path / "d", *option) == 64
-    assert f"{option[0]} is for --" in capsys.readouterr().err
+    assert f"{option[0]} has no effect without --" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])

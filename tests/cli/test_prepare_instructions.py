@@ -143,7 +143,7 @@ def test_unknown_set_is_exit_code_64(raw, tmp_path, capsys):
 @pytest.mark.parametrize("option", [("--seed", "1"), ("--prompt-file", "x.yaml")])
 def test_options_of_prompts_need_a_set(raw, tmp_path, option, capsys):
     assert prepare(raw, "conversations", ["llava.json"], tmp_path / "d", *option) == 64
-    assert f"{option[0]} is for --prompts" in capsys.readouterr().err
+    assert f"{option[0]} has no effect without --prompts" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["conversations", "text"])
