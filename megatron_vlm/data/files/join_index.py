@@ -53,7 +53,7 @@ def save_join_index(parts: Iterable[JoinRows], folder: Path) -> None:
     parts = list(parts)
     hashes = np.concatenate([part.hashes for part in parts])
     order = np.argsort(hashes, kind="stable")
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     np.save(folder / _HASHES, hashes[order])
     np.save(folder / _VALUES, np.concatenate([part.values for part in parts])[order])
 

@@ -153,8 +153,10 @@ def build_plan(settings: PlanSettings, datasets: Sequence[SampleLengths], folder
     if target.exists():
         return open_plan(settings, datasets, folder)
     rows = plan_rows(settings, datasets)
-    with storage_errors("plan cannot be written", Path(folder)), folder_once(target) as unfinished:
-        _write(unfinished, rows, settings, dataclasses.replace(rows.summary, hash=name))
+    with storage_errors("plan cannot be written", Path(folder)):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with folder_once(target) as unfinished:
+            _write(unfinished, rows, settings, dataclasses.replace(rows.summary, hash=name))
     plan = open_plan(settings, datasets, folder)
     logger.info(
         "plan %s: %d samples in %d rows of %s%d, %d iterations, utilisation %.4f, %d truncated, %d split, %d dropped",

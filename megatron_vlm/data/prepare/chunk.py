@@ -5,15 +5,10 @@ depends only on its input file and the options. It is written beside its place a
 """
 
 import dataclasses
-import errno
 import functools
 import json
-import os
-import shutil
-import socket
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +24,7 @@ from megatron_vlm.data.sources.source import Found, Source
 from megatron_vlm.data.tasks.processes import Report
 from megatron_vlm.data.text.encoding import encode_document
 from megatron_vlm.data.text.tokenizer import Tokenizer, load_tokenizer
-from megatron_vlm.platform.files.durable import flush_to_disk, storage_errors, write_durably
+from megatron_vlm.platform.files.durable import flush_to_disk, folder_once, storage_errors, write_durably
 
 CHUNK_FILE = "chunk.json"
 _REPORT_EVERY = 100
@@ -93,37 +88,9 @@ def prepare_chunk(job: ChunkJob, path: Location, name: str, folder: Path, report
     """
     if folder.exists():
         return load_chunk(folder)
-    with built_beside(folder, f"preparation of {name}") as unfinished:
-        return _write_chunk(job, path, name, unfinished, report)
-
-
-@contextmanager
-def built_beside(folder: Path, what: str) -> Iterator[Path]:
-    """Give a folder that is renamed to `folder` when the block ends; processes on several nodes may do so at once.
-
-    Raises:
-        StorageError: a file cannot be read or written; the message begins with `what`.
-    """
-    unfinished = folder.with_name(f"{folder.name}.{socket.gethostname()}.{os.getpid()}.tmp")
-    with storage_errors(f"{what} stopped", folder, kept="finished input files are kept"):
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir()
-        yield unfinished
-        try:
-            unfinished.rename(folder)
-        except OSError as error:
-            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
-                raise
-            shutil.rmtree(unfinished)  # another process was faster and wrote the same bytes
-
-
-def discard(unfinished: Path) -> None:
-    """Remove what an interrupted `built_beside` left, even if a process on another node still writes to it."""
-    # Under another name it cannot be renamed into place any more, in whatever order its files are removed.
-    gone = unfinished.with_name(unfinished.name + ".gone")
-    shutil.rmtree(gone, ignore_errors=True)
-    unfinished.rename(gone)
-    shutil.rmtree(gone, ignore_errors=True)
+    with storage_errors(f"preparation of {name} stopped", folder, kept="finished input files are kept"):
+        with folder_once(folder) as unfinished:
+            return _write_chunk(job, path, name, unfinished, report)
 
 
 def load_chunk(folder: Path) -> ChunkFacts:

@@ -22,7 +22,6 @@ from megatron_vlm.data.files.locations import Location, name_files, size_of
 from megatron_vlm.data.prepare.array_task import PART_OPTION, ArrayTask
 from megatron_vlm.data.prepare.chunk import (
     ChunkJob,
-    discard,
     load_chunk,
     prepare_chunk,
 )
@@ -41,7 +40,7 @@ from megatron_vlm.data.shards.manifest import (
 from megatron_vlm.data.sources.image_store import index_tar
 from megatron_vlm.data.tasks.processes import Engine, run_tasks
 from megatron_vlm.data.text.tokenizer import load_tokenizer
-from megatron_vlm.platform.files.durable import storage_errors, write_durably
+from megatron_vlm.platform.files.durable import discard, folder_once, storage_errors, write_durably
 from megatron_vlm.platform.files.locks import locked
 
 logger = logging.getLogger(__name__)
@@ -216,9 +215,8 @@ def _build_index(chunk: ChunkJob, work: Path, run: Engine) -> ChunkJob:
     folder = work / _IMAGE_INDEX
     if not folder.exists():
         rows: list[JoinRows] = run(index_tar, [(p, n) for n, p in enumerate(chunk.images.tars)], unit="files")
-        unfinished = folder.with_name(folder.name + ".tmp")
-        save_join_index(rows, unfinished)
-        unfinished.rename(folder)
+        with folder_once(folder) as unfinished:
+            save_join_index(rows, unfinished)
     return dataclasses.replace(chunk, images=dataclasses.replace(chunk.images, index=folder))
 
 

@@ -181,7 +181,6 @@ def folder_once(folder: Path) -> Iterator[Path]:
     Raises:
         OSError: it cannot be written.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = name_of_process(folder)
     yield from _filled(unfinished)
     try:
@@ -190,6 +189,15 @@ def folder_once(folder: Path) -> Iterator[Path]:
         shutil.rmtree(unfinished, ignore_errors=True)
         if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
             raise
+
+
+def discard(unfinished: Path) -> None:
+    """Remove what an interrupted `folder_once` left, even if a process on another node still writes to it."""
+    # Under another name it cannot be renamed into place any more, in whatever order its files are removed.
+    gone = unfinished.with_name(unfinished.name + ".gone")
+    shutil.rmtree(gone, ignore_errors=True)
+    unfinished.rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)
 
 
 @contextmanager

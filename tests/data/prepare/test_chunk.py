@@ -1,50 +1,26 @@
-import os
+import dataclasses
+import json
+from typing import Any
 
 import pytest
 
 from megatron_vlm.config import StorageError
-from megatron_vlm.data.prepare.chunk import built_beside, discard
+from megatron_vlm.data.prepare.chunk import CHUNK_FILE, ChunkFacts, prepare_chunk
+
+NO_JOB: Any = None
 
 
-def test_a_folder_is_there_only_when_it_is_whole(tmp_path):
-    with built_beside(tmp_path / "part", "work") as unfinished:
-        (unfinished / "file").write_text("x")
-        assert not (tmp_path / "part").exists()
-    assert [path.name for path in tmp_path.rglob("*")] == ["part", "file"]
+def report(documents: int, rejects: int) -> None:
+    raise AssertionError("nothing is prepared")
 
 
-def test_whoever_was_faster_has_written_the_same_and_stays(tmp_path):
-    with built_beside(tmp_path / "part", "work") as unfinished:
-        (unfinished / "file").write_text("slower")
-        (tmp_path / "part").mkdir()
-        (tmp_path / "part" / "file").write_text("faster")
-    assert (tmp_path / "part" / "file").read_text() == "faster"
-    assert os.listdir(tmp_path) == ["part"]
-
-
-def build_what_is_discarded(folder) -> None:
-    with built_beside(folder, "work") as unfinished:
-        (unfinished / "file").write_text("x")
-        discard(unfinished)
-
-
-def test_what_is_discarded_never_becomes_whole_though_its_process_goes_on(tmp_path):
-    with pytest.raises(StorageError, match="work stopped: No such file.*finished input files are kept"):
-        build_what_is_discarded(tmp_path / "part")
-    assert os.listdir(tmp_path) == []
+def test_a_finished_chunk_is_read_and_not_prepared_again(tmp_path):
+    facts = ChunkFacts(input="a.jsonl", documents=3, rejects={"empty": 1}, notes={}, shards=())
+    (tmp_path / CHUNK_FILE).write_text(json.dumps(dataclasses.asdict(facts)))
+    assert prepare_chunk(NO_JOB, tmp_path / "a.jsonl", "a.jsonl", tmp_path, report) == facts
 
 
 def test_a_folder_that_cannot_be_made_is_a_storage_error(tmp_path):
-    with (
-        pytest.raises(StorageError, match="work stopped: No such file or directory .*part"),
-        built_beside(tmp_path / "none" / "part", "work"),
-    ):
-        pass
-
-
-def test_what_discarding_left_behind_is_no_obstacle(tmp_path):
-    for name in ("part.tmp", "part.tmp.gone"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "file").write_text("x")
-    discard(tmp_path / "part.tmp")
-    assert os.listdir(tmp_path) == []
+    message = r"preparation of a.jsonl stopped: No such file or directory .*chunk.*; finished input files are kept"
+    with pytest.raises(StorageError, match=message):
+        prepare_chunk(NO_JOB, tmp_path / "a.jsonl", "a.jsonl", tmp_path / "none" / "chunk", report)

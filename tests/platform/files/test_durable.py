@@ -13,6 +13,7 @@ import pytest
 from megatron_vlm.config import ConfigError, StorageError
 from megatron_vlm.platform.files.durable import (
     STORAGE_ERRNOS,
+    discard,
     folder_beside,
     folder_once,
     open_durably,
@@ -189,10 +190,10 @@ def test_the_old_folder_comes_back_where_there_is_no_new_one(tmp_path):
 
 
 def test_a_folder_that_is_made_once_takes_its_place(tmp_path):
-    with folder_once(tmp_path / "a" / "folder") as unfinished:
+    with folder_once(tmp_path / "folder") as unfinished:
         (unfinished / "file").write_text("content")
-        assert names(tmp_path / "a") == [unfinished.name]
-    assert names(tmp_path / "a") == ["folder"]
+        assert names(tmp_path) == [unfinished.name]
+    assert names(tmp_path) == ["folder"]
 
 
 def test_the_first_to_make_a_folder_wins(tmp_path):
@@ -208,6 +209,25 @@ def test_nothing_is_left_of_a_folder_that_could_not_take_its_place(tmp_path):
     with pytest.raises(OSError, match="directory"), folder_once(tmp_path / "folder"):
         pass
     assert names(tmp_path) == ["folder"]
+
+
+def build_what_is_discarded(folder: Path) -> None:
+    with folder_once(folder) as unfinished:
+        (unfinished / "file").write_text("x")
+        discard(unfinished)
+
+
+def test_what_is_discarded_never_becomes_whole_though_its_process_goes_on(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        build_what_is_discarded(tmp_path / "folder")
+    assert names(tmp_path) == []
+
+
+def test_leftovers_of_discarding_are_no_obstacle(tmp_path):
+    fill(tmp_path / "folder.tmp", "x")
+    fill(tmp_path / "folder.tmp.gone", "x")
+    discard(tmp_path / "folder.tmp")
+    assert names(tmp_path) == []
 
 
 def test_an_error_of_storage_says_what_stopped_and_what_to_do(tmp_path):
