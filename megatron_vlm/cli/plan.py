@@ -46,11 +46,11 @@ def _sizes(text: str) -> tuple[int, ...]:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the verb; returns the exit code."""
+    """Run the verb and return the exit code."""
     from megatron_vlm.data.plan.balance_report import check_sizes
 
     if args.balance and args.no_data:
-        raise UsageError("--balance looks at the packed rows, which --no-data leaves out", fix="give one of them")
+        raise UsageError("--balance needs the packed rows, which --no-data leaves out", fix="give only one of them")
     if args.mfu == 0:
         raise UsageError("--mfu 0 means that the run never ends", fix="give a number up to 1, e.g. 0.4")
     config = load_config(TrainConfig, args.config, args.overrides)
@@ -157,12 +157,11 @@ def _as_text(facts: dict[str, Any], machine: str) -> str:
         "",
         f"{data['num_samples']} samples with {data['num_images']} images in {data['num_rows']} rows: "
         f"{data['num_iterations']} iterations, {data['utilisation']:.2%} of the positions used, "
-        f"longer than a row, of the samples of the datasets: {data['truncated']} cut, {data['split']} split, "
-        f"{data['dropped']} left out",
+        f"samples longer than a row: {data['truncated']} cut, {data['split']} split, {data['dropped']} left out",
         *_image_lines(data),
         *_clustering_lines(data),
         f"{data['num_tokens'] / 1e6:.1f} M tokens, {data['num_labels'] / 1e6:.1f} M with a loss; work of the stages "
-        f"{shares}, the slowest {data['stage_imbalance']:.1%} over the mean",
+        f"{shares}, the slowest {data['stage_imbalance']:.1%} above the mean",
         f"{data['flops']:.3g} operations: {data['gpu_hours']:.3g} GPU hours on {machine}, {data['hours']:.3g} hours on "
         f"{facts['world_size']} of them",
         *_row_length_lines(data),
@@ -174,7 +173,7 @@ def _as_text(facts: dict[str, Any], machine: str) -> str:
 def _row_length_lines(data: dict[str, Any]) -> list[str]:
     if "row_lengths" not in data:
         return []
-    lines = ["", "data.seq_length  positions used  samples too long   (of one pass; the best cuts no more of them)"]
+    lines = ["", "data.seq_length  positions used  samples too long   (one pass; the best row cuts no more samples)"]
     for row in data["row_lengths"]:
         best = "  <- wastes least" if row["seq_length"] == data["best_row_length"] else ""
         lines.append(f"{row['seq_length']:15d}  {row['utilisation']:14.2%}  {row['too_long']:16.3%}{best}")
@@ -183,13 +182,13 @@ def _row_length_lines(data: dict[str, Any]) -> list[str]:
 
 def _image_lines(data: dict[str, Any]) -> list[str]:
     fewest, most = data["fewest_image_tokens"], data["most_image_tokens"]
-    return [] if fewest == most else [f"{fewest} to {most} tokens an image, by its size"]
+    return [] if fewest == most else [f"{fewest} to {most} tokens per image, depending on its size"]
 
 
 def _clustering_lines(data: dict[str, Any]) -> list[str]:
     if data["shortest_row"] == data["longest_row"]:
         return []
-    return [f"rows of {data['shortest_row']} to {data['longest_row']} tokens, as long as each global batch needs them"]
+    return [f"rows of {data['shortest_row']} to {data['longest_row']} tokens, as long as each global batch needs"]
 
 
 def _balance_lines(data: dict[str, Any]) -> list[str]:
@@ -197,7 +196,7 @@ def _balance_lines(data: dict[str, Any]) -> list[str]:
         return []
     lines = [
         "",
-        "fullest data-parallel rank over the mean, all batches    this plan  random order  any order in its batches",
+        "load of the fullest data-parallel rank over the mean     this plan  random order  any order in its batches",
     ]
     for row in data["balance"]:
         name = f"{row['load']} on {row['data_parallel_size']} ranks"

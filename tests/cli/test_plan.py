@@ -56,7 +56,7 @@ def test_text_names_memory_packing_and_hours(project):
         (["data.blend=[{path: nowhere}]"], 65, "nowhere"),
         (["data.blend=[{path: nowhere}]"], 65, "or plan without it: --no-data"),
         (["data.tokenizer=nowhere.model"], 78, "or plan without it: --no-data"),
-        (["--balance", "2", "--no-data"], 64, "--balance looks at the packed rows"),
+        (["--balance", "2", "--no-data"], 64, "--balance needs the packed rows"),
         (["--balance", "2,x"], 64, "argument --balance: 'x' is not a whole number"),
         (["--balance", "3"], 64, "3 data-parallel ranks do not share training.global_batch_size=4 evenly"),
     ],
@@ -102,13 +102,13 @@ def test_clustering_shows_how_long_the_rows_are(project):
     text = project.run(
         "plan", "train.yaml", "data.packing=false", "data.length_clustering=true", "data.length_multiple=8"
     ).stdout
-    assert "as long as each global batch needs them" in text
+    assert "as long as each global batch needs" in text
 
 
-def test_tokens_an_image_are_shown_where_they_vary(project):
+def test_tokens_per_image_are_shown_where_they_vary(project):
     found = facts(project)
     tokens = load_config(TrainConfig, project.config).model.constant_image_tokens
     assert (found["data"]["fewest_image_tokens"], found["data"]["most_image_tokens"]) == (tokens, tokens)
-    assert "tokens an image" not in plan_verb._as_text(found, "A100")
+    assert "tokens per image" not in plan_verb._as_text(found, "A100")
     found["data"] |= {"fewest_image_tokens": 16, "most_image_tokens": 900}
-    assert "\n16 to 900 tokens an image, by its size\n" in plan_verb._as_text(found, "A100")
+    assert "\n16 to 900 tokens per image, depending on its size\n" in plan_verb._as_text(found, "A100")

@@ -1,4 +1,4 @@
-"""How evenly a plan spreads images and attention work over data-parallel ranks, against rows in random order."""
+"""How evenly a plan spreads images and attention work over data-parallel ranks, compared with random order."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,8 +15,8 @@ _LOADS = ("images", "attention work")
 class Balance:
     """One kind of load at one number of data-parallel ranks.
 
-    All but `worst` and `random_worst` are the load of the fullest rank of each global batch, summed over all batches,
-    over the mean of all ranks: how much longer the ranks take than they would if no one waited for another.
+    All figures except `worst` and `random_worst` are the load of the fullest rank in each global batch, summed over all
+    batches, divided by the mean over all ranks: how much longer a run takes because ranks wait for each other.
     """
 
     data_parallel_size: int
@@ -25,14 +25,14 @@ class Balance:
     random: float
     """The same rows in random order."""
     lower_bound: float
-    """What no order of the rows of these batches can go below: the largest rows stand with the smallest at best."""
+    """A lower bound for any order of the rows within these batches: at best, large rows are paired with small ones."""
     worst: float
-    """Fullest rank of the worst batch over the mean of that batch."""
+    """Load of the fullest rank in the worst batch, divided by the mean of that batch."""
     random_worst: float
 
 
 def check_sizes(data_parallel_sizes: Sequence[int], global_batch_size: int) -> None:
-    """See that every number of ranks divides the global batch.
+    """Check that every number of ranks divides the global batch.
 
     Raises:
         UsageError: one does not.
@@ -41,32 +41,32 @@ def check_sizes(data_parallel_sizes: Sequence[int], global_batch_size: int) -> N
         if size < 1 or global_batch_size % size:
             raise UsageError(
                 f"{size} data-parallel ranks do not share training.global_batch_size={global_batch_size} evenly",
-                fix="give sizes that divide it",
+                fix="give numbers that divide it",
             )
 
 
 def report_balance(settings: PlanSettings, rows: PlannedRows, data_parallel_sizes: Sequence[int]) -> list[Balance]:
-    """Simulate which rank gets which rows, at several numbers of ranks; only full global batches are looked at.
+    """Simulate which rank gets which rows, for several numbers of ranks; incomplete global batches are ignored.
 
     Args:
-        settings: what was planned.
+        settings: the settings of the plan.
         rows: the plan.
-        data_parallel_sizes: numbers of data-parallel ranks; each divides the global batch.
+        data_parallel_sizes: numbers of data-parallel ranks, each a divisor of the global batch.
 
     Raises:
-        UsageError: a size does not divide the global batch, or there is no full one.
+        UsageError: a size does not divide the global batch, or no global batch is complete.
     """
     batch = settings.global_batch_size
     check_sizes(data_parallel_sizes, batch)
     num_batches = (len(rows.row_borders) - 1) // batch
     if not num_batches:
         raise UsageError(
-            f"{len(rows.row_borders) - 1} rows are no full global batch of {batch}", fix="plan a longer training"
+            f"{len(rows.row_borders) - 1} rows do not fill a global batch of {batch}", fix="plan a longer training"
         )
     rng = np.random.default_rng(settings.seed)
     order = rng.permutation(num_batches * batch)
     if settings.length_clustering:
-        # Which rows share a batch is what clustering is about: only their order in it is left to chance.
+        # Clustering decides which rows are in a batch; only their order within it is random.
         order = rng.permuted(np.arange(num_batches * batch).reshape(num_batches, batch), axis=1).reshape(-1)
     result = []
     for name, load in zip(_LOADS, row_loads(rows.pool, rows.sample_ids, rows.row_borders), strict=True):
@@ -96,14 +96,14 @@ def _compare(size: int, name: str, planned: np.ndarray, shuffled: np.ndarray) ->
 
 
 def _least_fullest(load: np.ndarray, size: int) -> np.ndarray:
-    """Return what the fullest rank of each batch has at least, however its rows are ordered."""
+    """Return a lower bound for the fullest rank of each batch over all orders of its rows."""
     rows_per_rank = load.shape[1] // size
     ascending = np.sort(load, axis=1)
     descending = ascending[:, ::-1][:, :size]
     if rows_per_rank == 2:
-        # The largest with the smallest, the second largest with the second smallest, ...: no pairs are more even.
+        # No pairing is more even than the largest with the smallest, the second largest with the second smallest, ...
         return (descending + ascending[:, :size]).max(axis=1)
-    # The ranks that have the n largest rows, at most n of them, fill up with the smallest rows at best.
+    # The n largest rows are on at most n ranks, which at best are filled up with the smallest rows.
     numbers = np.arange(1, size + 1)
     smallest = np.concatenate([np.zeros((len(load), 1)), np.cumsum(ascending, axis=1)], axis=1)
     return ((np.cumsum(descending, axis=1) + smallest[:, numbers * (rows_per_rank - 1)]) / numbers).max(axis=1)

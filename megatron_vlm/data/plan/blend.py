@@ -1,4 +1,4 @@
-"""How many samples of each dataset a pass over the blend takes, and in which order a dataset is read."""
+"""How many samples of each dataset a pass over the blend takes, and the order in which a dataset is read."""
 
 from collections.abc import Sequence
 
@@ -10,9 +10,9 @@ from megatron_vlm.config import BlendEntry, ConfigError
 def samples_per_pass(blend: Sequence[BlendEntry], num_samples: Sequence[int], num_images: Sequence[int]) -> np.ndarray:
     """Return how many samples of each entry one pass over the blend takes.
 
-    With `epochs` (or nothing), that many passes over each dataset. With `weight` or `images`, the smallest pass with
-    these shares in which every sample occurs: the entry that is largest for its share is read once, the others are
-    repeated.
+    With `epochs` (or nothing), that many passes over each dataset. With `weight` or `images`, the smallest pass in
+    these proportions that contains every sample: the entry that is largest for its proportion is read once, and the
+    others are repeated.
 
     Args:
         blend: entries, all with the same kind of proportion.
@@ -20,39 +20,39 @@ def samples_per_pass(blend: Sequence[BlendEntry], num_samples: Sequence[int], nu
         num_images: images of each dataset.
 
     Returns:
-        float64[entries]; fractions of a sample are kept, so that several passes together are exact.
+        float64[entries]; not rounded, so that several passes together are exact.
 
     Raises:
-        ConfigError: a dataset is empty, or has no images and is to give a share of them.
+        ConfigError: a dataset is empty, or has no images although the proportions are in images.
     """
     available = np.array(num_samples, dtype=np.float64)
     for entry, samples, images in zip(blend, num_samples, num_images, strict=True):
         if samples == 0:
-            raise ConfigError(f"blend entry {entry.path} has no samples that can be used", fix="remove it")
+            raise ConfigError(f"blend entry {entry.path} has no usable samples", fix="remove it")
         if entry.images is not None and images == 0:
             raise ConfigError(
-                f"blend entry {entry.path} has no images, so it cannot have a share of them",
-                fix="give weight instead of images to all entries",
+                f"blend entry {entry.path} has no images, so its proportion cannot be given in images",
+                fix="give all entries a weight instead of images",
             )
     if blend[0].weight is not None:
-        shares = np.array([entry.weight for entry in blend], dtype=np.float64)
+        proportions = np.array([entry.weight for entry in blend], dtype=np.float64)
     elif blend[0].images is not None:
-        shares = np.array([entry.images for entry in blend], dtype=np.float64) * available / np.array(num_images)
+        proportions = np.array([entry.images for entry in blend], dtype=np.float64) * available / np.array(num_images)
     else:
         return available * np.array([1.0 if entry.epochs is None else entry.epochs for entry in blend])
-    return shares * (available / shares).max()
+    return proportions * (available / proportions).max()
 
 
 def read_in_epochs(num_samples: int, start: int, stop: int, seed: Sequence[int]) -> np.ndarray:
-    """Return the samples at [start, stop) of an endless reading of a dataset, shuffled anew in every epoch.
+    """Return the samples at [start, stop) of a dataset that is read endlessly and shuffled anew in every epoch.
 
-    Every epoch holds every sample once, wherever the reading is cut.
+    Every epoch contains every sample once, wherever the reading is divided into calls.
 
     Args:
-        num_samples: samples of the dataset.
-        start: position in the endless reading.
+        num_samples: samples in the dataset.
+        start: first position.
         stop: position after the last one.
-        seed: with the number of the epoch, decides its order.
+        seed: decides the order of an epoch, together with its number.
 
     Returns:
         int64[stop - start].

@@ -1,9 +1,9 @@
-"""Without packing: put samples of similar length in the same global batch, so that its rows can be as short as they."""
+"""Without packing: put samples of similar length in the same global batch, so that its rows can be short."""
 
 import numpy as np
 
-# The samples are sorted by length in random groups of so many batches, as the samplers of transformers and LLaVA that
-# group by length do: enough for batches of nearly equal lengths, and the batches of an epoch stay random.
+# Samples are sorted by length within random groups of this many batches, as in the length-grouped samplers of
+# transformers and LLaVA: enough for batches of nearly equal lengths, while the batches of an epoch stay random.
 _BATCHES_PER_GROUP = 50
 
 
@@ -12,13 +12,13 @@ def cluster_by_length(
 ) -> np.ndarray:
     """Return samples in random batches of similar length.
 
-    The batch that is already begun at `first_slot`, and the incomplete one at the end, take samples of any length.
+    The batch already begun at `first_slot` and the incomplete one at the end take samples of any length.
 
     Args:
         lengths: int[n] [tokens].
         first_slot: rows already taken; row s belongs to batch s // global_batch_size.
         global_batch_size: rows of a batch.
-        rng: source of all randomness.
+        rng: source of randomness.
 
     Returns:
         int64[n]; element i is the sample of row first_slot + i.
@@ -38,8 +38,8 @@ def clustered_row_lengths(lengths: np.ndarray, *, global_batch_size: int, multip
     Args:
         lengths: int[rows]; of the one sample of each row [tokens].
         global_batch_size: rows of a batch; the last one may have fewer.
-        multiple: to which it is rounded.
-        seq_length: the most a row may have; no sample is longer.
+        multiple: lengths are rounded up to a multiple of it.
+        seq_length: longest row; no sample is longer.
 
     Returns:
         int32[batches].

@@ -1,4 +1,4 @@
-"""Compute the plan of a training run: samples of a blend in epochs, packed into rows, rows in even global batches."""
+"""Compute the plan of a training run: epochs of a blend, packed into rows, in evenly loaded global batches."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ class PlanSettings:
 
     @classmethod
     def from_config(cls, config: TrainConfig) -> "PlanSettings":
-        """Collect them from a run's settings."""
+        """Take them from the settings of a run."""
         return cls(
             blend=config.data.blend,
             seq_length=config.data.seq_length,
@@ -54,46 +54,46 @@ class PlanSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanSummary:
-    """What a plan holds; counts are over the whole training, where they are not said to be of the datasets."""
+    """What a plan holds; counts are over the whole training unless they refer to the datasets."""
 
     hash: str
     num_rows: int
-    """Rows with samples; the rest of the last batch is empty."""
+    """Rows that hold samples; the rest of the last batch is empty."""
     num_iterations: int
     num_samples: int
     num_tokens: int
-    """Tokens of all rows, padding excluded."""
+    """Tokens of all rows, without padding."""
     num_images: int
     num_passes: int
-    """Passes over the blend that were begun."""
+    """Passes over the blend, including one that is not finished."""
     truncated: int
-    """Samples of the datasets that are cut because they are longer than a row."""
+    """Samples of the datasets that are cut off because they are longer than a row."""
     dropped: int
-    """Samples of the datasets that are left out for the same reason."""
+    """Samples of the datasets that are left out for that reason."""
     utilisation: float
-    """Share of the positions of the rows that hold a token."""
+    """Fraction of the positions in the rows that hold a token."""
     split: int = 0
-    """Samples of the datasets that become several fragments for the same reason."""
+    """Samples of the datasets that are split into fragments for that reason."""
     first_fragment_id: int = 0
-    """Number of samples of all datasets; ids from here on are of fragments after the first one of split samples."""
+    """Number of samples in all datasets; ids from here on belong to the second and later fragments of split samples."""
     fewest_image_tokens: int = 0
-    """Tokens of the shortest image of the datasets; 0 where there are no images and their number is not constant."""
+    """Fewest tokens of an image in the datasets; 0 if there are no images and the number is not constant."""
     most_image_tokens: int = 0
-    """Tokens of the longest image of the datasets."""
+    """Most tokens of an image in the datasets."""
     stable_iterations: int = 0
-    """Leading global batches that every longer training over the same data begins with, too."""
+    """Leading global batches that every longer training over the same data shares."""
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedRows:
-    """A plan in memory."""
+    """A plan, computed but not saved."""
 
     sample_ids: np.ndarray
-    """uint32 or int64[samples]; row after row."""
+    """uint32 or int64[samples]; row by row."""
     row_borders: np.ndarray
     """int64[rows + 1]."""
     seq_lengths: np.ndarray | None
-    """int32[iterations]; length of the rows of each global batch; None where it is always `seq_length` [tokens]."""
+    """int32[iterations]; length of the rows of each global batch [tokens]; None if it is always `seq_length`."""
     pool: SamplePool
     summary: PlanSummary
 
@@ -101,11 +101,11 @@ class PlannedRows:
 def plan_rows(settings: PlanSettings, datasets: Sequence[SampleLengths]) -> PlannedRows:
     """Compute a plan without saving it.
 
-    The plan of a longer training over the same datasets begins with the same global batches, `stable_iterations` of
-    them: all if the length is given as train_iters, those of whole passes if as train_epochs.
+    The plan of a longer training over the same datasets begins with the same `stable_iterations` global batches: all of
+    them if the length is given as train_iters, those of complete passes if it is given as train_epochs.
 
     Raises:
-        ConfigError: the blend cannot be made from these datasets, or a pass over it has nearly no samples.
+        ConfigError: the blend cannot be made from these datasets, or a pass over it has too few samples.
         DataError: with overflow "fail", a sample is longer than a row; with "split", an image is.
     """
     pool = collect_samples(
@@ -170,7 +170,7 @@ def _summarise(
         first_fragment_id=pool.num_samples,
         fewest_image_tokens=pool.tokens_per_image[0],
         most_image_tokens=pool.tokens_per_image[1],
-        # A batch that is not full would get the first rows of the next pass.
+        # In a longer training, an incomplete batch would be filled with rows of the next pass.
         stable_iterations=stable_rows // batch,
     )
 
@@ -187,14 +187,14 @@ def _row_lengths(settings: PlanSettings, pool: SamplePool, ids: np.ndarray) -> n
 
 
 def _check_pass(settings: PlanSettings, per_pass: np.ndarray) -> None:
-    """Refuse passes that are as good as empty: a training of train_iters would be made of millions of them.
+    """Reject passes that are nearly empty, of which a training of train_iters would need millions.
 
     Raises:
-        ConfigError: there is not one sample in a pass, or every entry is read in part and they fill no batch.
+        ConfigError: a pass has less than one sample, or reads only a fraction of every dataset and fills no batch.
     """
     samples = float(per_pass.sum())
-    in_part = settings.train_iters is not None and all((entry.epochs or 1.0) < 1 for entry in settings.blend)
-    least = settings.global_batch_size if in_part else 1
+    is_partial = settings.train_iters is not None and all((entry.epochs or 1.0) < 1 for entry in settings.blend)
+    least = settings.global_batch_size if is_partial else 1
     if samples < least:
         raise ConfigError(
             f"a pass over data.blend has {samples:.3g} samples, fewer than {least}",
@@ -209,7 +209,7 @@ def _wants_more(num_passes: int, num_rows: int, wanted_rows: int | None, train_e
 
 
 def _samples_of_pass(settings: PlanSettings, pool: SamplePool, start: np.ndarray, stop: np.ndarray) -> np.ndarray:
-    """Return the global ids of one pass; passes together read every dataset in whole epochs."""
+    """Return the global ids of one pass; consecutive passes read every dataset in complete epochs."""
     samples = []
     for index, ids in enumerate(pool.usable):
         first, last = round(float(start[index])), round(float(stop[index]))
@@ -225,7 +225,7 @@ def _rows_of_pass(
     limit: int | None,
     rng: np.random.Generator,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the samples of a pass row after row, and the borders of the rows."""
+    """Return the samples of a pass, row by row, and the borders of the rows."""
     if settings.length_clustering:
         order = cluster_by_length(
             pool.lengths[samples], first_slot=first_slot, global_batch_size=settings.global_batch_size, rng=rng
@@ -233,7 +233,7 @@ def _rows_of_pass(
         samples = samples[order[:limit]]
         return samples, np.arange(len(samples) + 1)
     if settings.packing:
-        # Counted in multiples: a sample takes its last one whole.
+        # Counted in multiples: a sample fills up its last one.
         multiple = settings.sample_multiple
         lengths = pool.lengths[samples] if multiple == 1 else -(-pool.lengths[samples] // multiple)
         packed = pack_samples(lengths, settings.seq_length // multiple, rng)
@@ -250,7 +250,7 @@ def _rows_of_pass(
 def _balance(
     settings: PlanSettings, pool: SamplePool, ids: np.ndarray, borders: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Put the rows of every full batch in an order in which every rank's part is even."""
+    """Order the rows of every full batch so that all ranks get even loads."""
     rows = len(borders) - 1
     full = rows - rows % settings.global_batch_size
     if not full:
@@ -261,19 +261,19 @@ def _balance(
 
 
 def row_loads(pool: SamplePool, ids: np.ndarray, borders: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return images and attention work (the sum of squares of the lengths) of each row.
+    """Return the images and the attention work (the sum of squared sample lengths) of each row.
 
     Args:
-        pool: samples under their ids.
-        ids: int[n]; samples, row after row.
-        borders: int64[rows + 1]; none of the rows is empty.
+        pool: all samples by id.
+        ids: int[n]; samples, row by row.
+        borders: int64[rows + 1]; no row is empty.
     """
     images = np.add.reduceat(pool.num_images[ids], borders[:-1])
     return images, np.add.reduceat(np.square(pool.lengths[ids], dtype=np.float64), borders[:-1])
 
 
 def _take_rows(ids: np.ndarray, borders: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the samples of the chosen rows in their order, and the borders of these rows."""
+    """Return the samples of the chosen rows, in this order, and the borders of the rows."""
     sizes = np.diff(borders)[rows]
     new_borders = np.concatenate([[0], np.cumsum(sizes)])
     source = np.arange(new_borders[-1]) + np.repeat(borders[:-1][rows] - new_borders[:-1], sizes)

@@ -1,9 +1,9 @@
-"""Cut samples that are longer than a row into fragments, none inside an image, so that no token is lost or repeated.
+"""Split samples longer than a row into fragments, never inside an image, so that no token is lost or repeated.
 
 A fragment takes as many tokens as fit and ends where an image that does not fit begins. The first fragment of a sample
-keeps the sample's id; the others have ids of their own behind those of all samples of all datasets, in the order of
-their samples. Each fragment is a sample of the plan: its positions begin at 0, it does not see the other fragments, and
-its first token has no loss.
+keeps the sample's id; the others have ids of their own after those of all samples of all datasets, in the order of
+their samples. To the plan, each fragment is a sample: its positions begin at 0, it does not see the other fragments,
+and its first token has no loss.
 """
 
 from dataclasses import dataclass
@@ -20,11 +20,11 @@ class Cuts:
     """All fragments of some samples, in order."""
 
     owner: np.ndarray
-    """int64[fragments]; which of the samples each belongs to, ascending."""
+    """int64[fragments]; the sample each belongs to, ascending."""
     first: np.ndarray
-    """int64[fragments]; its first token in the sample."""
+    """int64[fragments]; first token within the sample."""
     last: np.ndarray
-    """int64[fragments]; the token behind its last one."""
+    """int64[fragments]; token after the last one."""
     num_images: np.ndarray
     """int64[fragments]."""
     image_lengths: np.ndarray
@@ -32,7 +32,7 @@ class Cuts:
 
 
 def find_cuts(outlines: Outlines, max_tokens: int) -> Cuts:
-    """Cut samples into fragments of at most `max_tokens` tokens.
+    """Split samples into fragments of at most `max_tokens` tokens.
 
     Raises:
         ValueError: an image is longer than a fragment.
@@ -44,7 +44,7 @@ def find_cuts(outlines: Outlines, max_tokens: int) -> Cuts:
     sample_borders = np.concatenate([[0], ends])[outlines.borders]
     owner, first = _fragment_starts(outlines, sample_borders, ends, max_tokens)
     last = np.append(first[1:], sample_borders[-1])
-    # No border is inside an image, so that images are counted as whole segments.
+    # No fragment ends inside an image, so images can be counted as whole segments.
     segments = np.stack([np.searchsorted(ends, first, "right"), np.searchsorted(ends, last, "right")])
     num_images = np.concatenate([[0], np.cumsum(is_image)])
     image_tokens = np.concatenate([[0], np.cumsum(np.where(is_image, lengths, 0), dtype=np.int64)])
@@ -61,11 +61,11 @@ def find_cuts(outlines: Outlines, max_tokens: int) -> Cuts:
 def _fragment_starts(
     outlines: Outlines, sample_borders: np.ndarray, ends: np.ndarray, max_tokens: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the sample and the first token of every fragment; tokens are counted over all samples."""
+    """Return the sample and the first token of every fragment, with tokens numbered over all samples."""
     position, stop = sample_borders[:-1].copy(), sample_borders[1:]
     owners, firsts = [np.arange(len(position))], [position.copy()]
     left = np.flatnonzero(stop - position > max_tokens)
-    # As many rounds as the longest sample has fragments; a round takes one from every sample that is still too long.
+    # Each round cuts one fragment off every sample that is still too long.
     while left.size:
         cut = position[left] + max_tokens
         segment = np.searchsorted(ends, cut)
@@ -81,10 +81,10 @@ def _fragment_starts(
 
 
 class FragmentTable:
-    """Which tokens of which sample the ids of a plan stand for.
+    """Which tokens of which sample the ids of a plan mean.
 
     Args:
-        table: int64[3, fragments]; sample, first token and the token behind the last one of the fragments with ids of
+        table: int64[3, fragments]; sample, first token and the token after the last one of the fragments with ids of
             their own, ascending.
         first_id: id of the first of them: the number of samples of all datasets.
     """
@@ -93,7 +93,7 @@ class FragmentTable:
         self.table, self.first_id = table, first_id
 
     def find(self, sample_id: int) -> tuple[int, int, int | None]:
-        """Return the sample, the first token, and the token behind the last one, None for the end of the sample."""
+        """Return the sample, the first token, and the token after the last one; None means the end of the sample."""
         if sample_id >= self.first_id:
             sample, first, last = self.table[:, sample_id - self.first_id].tolist()
             return sample, first, last
@@ -107,7 +107,7 @@ def take_fragment(sample: EncodedSample, first: int, last: int, image_tokens: Im
     """Return the tokens [first, last) of a sample.
 
     Raises:
-        ValueError: the fragment has an end inside an image or behind the end of the sample.
+        ValueError: the fragment begins or ends inside an image, or ends after the sample.
     """
     kept: list[TextSegment | ImageSegment] = []
     position = 0

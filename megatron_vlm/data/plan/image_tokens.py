@@ -16,11 +16,11 @@ class ImageTokens:
     """The tokens of an image: the same number for all images, or a function of width and height."""
 
     constant: int | None = None
-    """Tokens of every image; None where the number depends on the size."""
+    """Tokens of every image; None if the number depends on the size."""
     function: Callable[[int, int], int] | None = None
-    """Tokens of an image from its width and height [pixels]; None where the number is constant."""
+    """Tokens of an image by width and height [pixels]; None if the number is constant."""
     identity: str = ""
-    """Text that differs where `function` may differ: a plan depends on it."""
+    """Text that differs whenever `function` may differ; plans depend on it."""
 
     @classmethod
     def from_model(cls, model: ModelConfig) -> "ImageTokens":
@@ -40,10 +40,10 @@ class ImageTokens:
         """Return the tokens of one image.
 
         Args:
-            size: width and height [pixels]; needed where the number depends on it.
+            size: width and height [pixels]; may be None if the number is constant.
 
         Raises:
-            ValueError: the size is needed and unknown, or the image would take no token.
+            ValueError: the size is needed but unknown, or the image would take no tokens.
         """
         if self.constant is not None:
             return self.constant
@@ -64,7 +64,7 @@ class ImageTokens:
             int32[images].
 
         Raises:
-            ValueError: an image would take no token.
+            ValueError: an image would take no tokens.
         """
         if self.constant is not None:
             return np.full(len(sizes), self.constant, dtype=np.int32)

@@ -1,4 +1,4 @@
-"""The segments of samples that are longer than a row, and what is left of them when their end is cut off."""
+"""The segments of samples that are longer than a row, and what remains if their end is cut off."""
 
 from dataclasses import dataclass
 
@@ -17,12 +17,12 @@ class Outlines:
     is_image: np.ndarray
     """bool[segments]."""
     lengths: np.ndarray
-    """int[segments]; of images, too [tokens]."""
+    """int[segments]; tokens of each text and each image."""
 
 
 @dataclass(frozen=True, slots=True)
 class Beginnings:
-    """What is left of cut samples."""
+    """What remains of samples whose end is cut off."""
 
     lengths: np.ndarray
     """int64[samples] [tokens]."""
@@ -50,7 +50,7 @@ def read_outlines(dataset: SampleLengths, samples: np.ndarray, image_tokens: Ima
 
 
 def cut_outlines(outlines: Outlines, max_tokens: int) -> Beginnings:
-    """Cut samples after the last whole image and the last token that fit in `max_tokens`."""
+    """Cut samples after the last whole image or token that fits in `max_tokens`."""
     borders, is_image = outlines.borders, outlines.is_image
     ends = np.cumsum(outlines.lengths, dtype=np.int64)
     starts = np.concatenate([[0], ends])[borders[:-1]]

@@ -1,4 +1,4 @@
-"""Pack samples into rows of a fixed length without cutting one."""
+"""Pack whole samples into rows of a fixed length."""
 
 import functools
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ import numpy as np
 
 from megatron_vlm.data.plan.row_patterns import RowPatterns, find_patterns
 
-# Longer rows are measured in cells of several tokens: the search for patterns costs cells x lengths.
+# Longer rows are measured in cells of several tokens, because the search for patterns costs cells x lengths.
 _MAX_CELLS = 8192
 
 
@@ -17,7 +17,7 @@ class PackedRows:
     """Samples in rows."""
 
     order: np.ndarray
-    """int64[n]; positions of the samples, row after row."""
+    """int64[n]; positions of the samples, row by row."""
     borders: np.ndarray
     """int64[rows + 1]; row i is order[borders[i] : borders[i + 1]]."""
 
@@ -25,13 +25,13 @@ class PackedRows:
 def pack_samples(lengths: np.ndarray, seq_length: int, rng: np.random.Generator) -> PackedRows:
     """Put every sample into exactly one row.
 
-    Which lengths share a row is decided on the histogram of lengths; which samples of a length go where is left to
-    chance, so that rows stay random mixtures. The samples of a row are in random order.
+    The histogram of lengths decides which lengths go into a row together. Which samples of a length go where is random,
+    and so is the order of the samples in a row, so rows are random mixtures.
 
     Args:
         lengths: int[n], 1 to seq_length [tokens].
         seq_length: length of a row [tokens].
-        rng: source of all randomness.
+        rng: source of randomness.
 
     Raises:
         ValueError: a length is outside 1 to seq_length.
@@ -49,12 +49,12 @@ def pack_samples(lengths: np.ndarray, seq_length: int, rng: np.random.Generator)
 
 
 def packed_utilisation(lengths: np.ndarray, seq_length: int, multiple: int = 1) -> float:
-    """Return the share of positions that hold a token when the samples are packed into rows of `seq_length`.
+    """Return the fraction of positions that hold a token if samples are packed into rows of `seq_length`.
 
     Args:
         lengths: int[n], n > 0, each 1 to seq_length [tokens].
         seq_length: length of a row, a multiple of `multiple` [tokens].
-        multiple: where every sample starts [tokens].
+        multiple: every sample starts at a multiple of it [tokens].
 
     Raises:
         ValueError: a length is outside 1 to seq_length.
@@ -72,19 +72,19 @@ def _patterns_of(counts: bytes) -> RowPatterns:
 
 
 def _to_cells(lengths: np.ndarray, seq_length: int) -> tuple[np.ndarray, int]:
-    """Return the lengths and the row in cells; lengths are rounded up, so that what fits in cells fits in tokens."""
+    """Return the lengths and the row in cells; lengths are rounded up, so samples that fit in cells fit in tokens."""
     if lengths.size and not 1 <= int(lengths.min()) <= int(lengths.max()) <= seq_length:
         raise ValueError(f"lengths reach from {lengths.min()} to {lengths.max()}, a row has 1 to {seq_length} tokens")
     tokens_per_cell = -(-seq_length // _MAX_CELLS)
     row = seq_length // tokens_per_cell
-    # A sample that fills the row to its last, incomplete cell stands alone in it anyway.
+    # A sample that reaches into the last, incomplete cell is the only one in its row anyway.
     cells = np.minimum((lengths + (tokens_per_cell - 1)) // tokens_per_cell, row)
     # numpy sorts 16-bit integers by radix: ten times faster than a comparison sort.
     return cells.astype(np.uint16), row
 
 
 def _shuffled_slots(patterns: RowPatterns, sizes: np.ndarray, rng: np.random.Generator, dtype: Any) -> np.ndarray:
-    """Return the length of every slot, row after row, each row in an order of its own."""
+    """Return the length of every slot, row by row, with each row in a random order."""
     begin = np.concatenate([[0], np.cumsum(sizes * patterns.uses)])
     slots: np.ndarray = np.empty(begin[-1], dtype=dtype)
     for index, uses in enumerate(patterns.uses):

@@ -1,6 +1,6 @@
-"""The plan of a training run: which samples stand in which row, from lengths alone.
+"""The plan of a training run: which samples stand in which row, decided from their lengths.
 
-It is built once, saved under a hash of everything it depends on, and memory-mapped by every rank, so that the position
+The plan is built once, saved under a hash of everything it depends on, and memory-mapped by every rank. So the position
 of a run is one integer.
 """
 
@@ -26,7 +26,7 @@ __all__ = ["Plan", "PlanSettings", "PlanSummary", "PlannedRows", "build_plan", "
 logger = logging.getLogger(__name__)
 
 _PLAN_VERSION = 4
-"""Part of the hash; to be raised by every change that orders samples in another way."""
+"""Goes into the hash; raise it with every change to the order of samples or to the files of a plan."""
 _SUMMARY_FILE = "plan.json"
 _LENGTH_OF_TRAINING = ("train_iters", "train_epochs")
 
@@ -34,14 +34,14 @@ _LENGTH_OF_TRAINING = ("train_iters", "train_epochs")
 class Plan:
     """An open plan; its arrays are memory-mapped.
 
-    Sample ids count the samples of all datasets of the blend, one after the other; with overflow "split", ids after
-    those are of the further fragments of long samples, and `fragments` says which tokens an id stands for.
+    Sample ids number the samples of all datasets of the blend, one dataset after the other. With overflow "split",
+    higher ids belong to the second and later fragments of long samples, and `fragments` says which tokens an id means.
 
     Args:
-        folder: folder of this one plan.
+        folder: folder of this plan.
         settings: what it was built from.
         summary: what it holds.
-        data_hash: hash of everything but the length of the training.
+        data_hash: hash of everything except the length of the training.
     """
 
     def __init__(self, folder: Path, settings: PlanSettings, summary: PlanSummary, data_hash: str) -> None:
@@ -51,10 +51,10 @@ class Plan:
         self._seq_lengths = arrays.get("seq_lengths")
         table = arrays.get("fragments")
         self.fragments = None if table is None else FragmentTable(table, summary.first_fragment_id)
-        """Which tokens an id stands for; None: every id is a sample of a dataset, cut to a row at most."""
+        """Which tokens an id means; None if every id is a whole sample, or its beginning."""
 
     def __reduce__(self) -> tuple:
-        # A memory-mapped array would be pickled with its whole content.
+        # Pickling a memory-mapped array would copy its whole content.
         return Plan, (self.folder, self.settings, self.summary, self.data_hash)
 
     @property
@@ -64,12 +64,12 @@ class Plan:
 
     @property
     def num_iterations(self) -> int:
-        """Global batches."""
+        """Number of global batches."""
         return self.summary.num_iterations
 
     @property
     def stable_iterations(self) -> int:
-        """Leading global batches that every plan of the same `data_hash` begins with, as far as it has them."""
+        """Leading global batches that all plans with the same `data_hash` share, as far as they reach."""
         return self.summary.stable_iterations
 
     def seq_length(self, iteration: int) -> int:
@@ -83,16 +83,16 @@ class Plan:
 
     @property
     def utilisation(self) -> float:
-        """Share of the positions of the rows that hold a token; empty rows at the end are not counted."""
+        """Fraction of the positions in the rows that hold a token, not counting empty rows at the end."""
         return self.summary.utilisation
 
     @property
     def num_rows(self) -> int:
-        """Rows of all batches, empty ones at the end included."""
+        """Rows of all batches, including empty ones at the end."""
         return self.num_iterations * self.settings.global_batch_size
 
     def row(self, index: int) -> np.ndarray:
-        """Return the global sample ids of a row, int64[samples]; none for an empty row at the end.
+        """Return the global sample ids of a row, int64[samples]; an empty row at the end has none.
 
         Raises:
             IndexError: the plan has no such row.
@@ -107,7 +107,7 @@ class Plan:
         """Return the samples of a whole global batch.
 
         Returns:
-            The global sample ids, row after row, int64[samples]; and how many each row holds,
+            The global sample ids, row by row, int64[samples]; and how many each row holds,
             int64[global_batch_size].
 
         Raises:
@@ -121,7 +121,7 @@ class Plan:
         return self._sample_ids[borders[0] : borders[-1]].astype(np.int64), np.diff(borders)
 
     def sample_ids(self, iteration: int) -> np.ndarray:
-        """Return the global sample ids of a whole global batch, row after row, int64[samples].
+        """Return the global sample ids of a whole global batch, row by row, int64[samples].
 
         Raises:
             IndexError: the plan has no such iteration.
@@ -134,17 +134,17 @@ class Plan:
 
 
 def build_plan(settings: PlanSettings, datasets: Sequence[SampleLengths], folder: str | Path) -> Plan:
-    """Build the plan, save it as a folder named by its hash in `folder`, and open it; an existing one is only opened.
+    """Build a plan, save it as a folder named by its hash in `folder`, and open it; an existing plan is only opened.
 
     Args:
-        settings: what to plan.
+        settings: the settings of the plan.
         datasets: one per entry of the blend.
-        folder: where plans are kept.
+        folder: folder for all plans.
 
     Raises:
         ConfigError: the blend cannot be made from these datasets.
-        DataError: with overflow "fail", a sample is longer than a row, with "split" an image; or an existing plan is
-            damaged.
+        DataError: with overflow "fail", a sample is longer than a row; with "split", an image is. Or an existing plan
+            is damaged.
         StorageError: the plan cannot be written.
     """
     name = hash_plan(settings, datasets)
@@ -178,7 +178,7 @@ def open_plan(settings: PlanSettings, datasets: Sequence[SampleLengths], folder:
     """Open the plan that `build_plan` saved in `folder` for the same settings and datasets.
 
     Raises:
-        DataError: there is none, or it is damaged.
+        DataError: the plan is missing or damaged.
     """
     path = Path(folder) / hash_plan(settings, datasets)
     try:
@@ -195,7 +195,7 @@ def open_plan(settings: PlanSettings, datasets: Sequence[SampleLengths], folder:
 
 
 def hash_plan(settings: PlanSettings, datasets: Sequence[SampleLengths]) -> str:
-    """Return a hash of everything a plan depends on; where the datasets lie is no part of it."""
+    """Return a hash of everything a plan depends on; the paths of the datasets do not matter."""
     return _hash(settings, datasets, without=())
 
 
@@ -217,7 +217,7 @@ def _describe(settings: PlanSettings) -> dict[str, Any]:
 
 
 def _array_names(settings: PlanSettings) -> tuple[str, ...]:
-    """Return which files a plan has."""
+    """Return the names of the arrays of a plan."""
     names = ["sample_ids", "row_borders"]
     if settings.overflow == "split":
         names.append("fragments")

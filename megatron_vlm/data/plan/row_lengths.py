@@ -1,4 +1,4 @@
-"""Advise on the length of a row: how full rows of neighbouring lengths would be."""
+"""Compare row lengths: how full rows of neighbouring lengths would be."""
 
 import math
 from collections.abc import Sequence
@@ -15,26 +15,26 @@ from megatron_vlm.data.plan.sample_pool import Overflow
 _NEIGHBOURS = range(-2, 5)
 _STEPS_PER_ROW = 32
 _MULTIPLE = 8
-# As many samples give the utilisation to three digits.
+# Enough for three digits of the utilisation.
 _MAX_SAMPLES = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
 class RowLength:
-    """What a row length would give."""
+    """What would come of a row length."""
 
     seq_length: int
     utilisation: float
-    """Share of the positions that hold a token."""
+    """Fraction of the positions that hold a token."""
     too_long: float
-    """Share of the samples that are longer than a row."""
+    """Fraction of the samples that are longer than a row."""
 
 
 def compare_row_lengths(settings: PlanSettings, datasets: Sequence[SampleLengths]) -> list[RowLength]:
-    """Pack one pass over the blend into rows of the planned length and of lengths 3 to 12 % away.
+    """Pack one pass over the blend into rows of the planned length and of lengths up to 12 % away.
 
-    Samples longer than a row count as full rows, as full rows and a rest where they are split, or not at all where they
-    are dropped. Where a pass has more than a million samples, a million of them are drawn.
+    A sample longer than a row counts as a full row, as full rows and a rest if it is split, and not at all if it is
+    dropped. If a pass has more than a million samples, a million of them are drawn.
 
     Raises:
         ConfigError: the blend cannot be made from these datasets.
@@ -65,7 +65,7 @@ def _fit(lengths: np.ndarray, seq_length: int, overflow: Overflow) -> np.ndarray
 
 
 def choose_row_length(candidates: Sequence[RowLength], seq_length: int) -> RowLength:
-    """Return the candidate that wastes least without cutting more samples than rows of `seq_length` do."""
+    """Return the candidate that wastes least among those that cut no more samples than `seq_length` does."""
     planned = next(candidate for candidate in candidates if candidate.seq_length == seq_length)
     allowed = [candidate for candidate in candidates if candidate.too_long <= planned.too_long]
     return max(allowed, key=lambda candidate: candidate.utilisation)
@@ -74,10 +74,10 @@ def choose_row_length(candidates: Sequence[RowLength], seq_length: int) -> RowLe
 def _draw_lengths(settings: PlanSettings, datasets: Sequence[SampleLengths]) -> np.ndarray:
     images = [int(dataset.num_images.sum(dtype=np.int64)) for dataset in datasets]
     per_pass = samples_per_pass(settings.blend, [len(dataset) for dataset in datasets], images)
-    share = min(1.0, _MAX_SAMPLES / per_pass.sum())
+    fraction = min(1.0, _MAX_SAMPLES / per_pass.sum())
     rng = np.random.default_rng(settings.seed)
     drawn = []
-    for dataset, number in zip(datasets, per_pass * share, strict=True):
+    for dataset, number in zip(datasets, per_pass * fraction, strict=True):
         total = measure_images(dataset, settings.image_tokens).lengths + dataset.text_lengths
         whole, part = divmod(max(1, round(float(number))), len(total))
         drawn += [total] * whole + [rng.choice(total, part, replace=False)]

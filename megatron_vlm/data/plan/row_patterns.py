@@ -1,19 +1,19 @@
-"""Choose which sample lengths share a row, on the histogram of lengths.
+"""Choose which sample lengths go into a row together, from the histogram of lengths.
 
 This is the cutting-stock problem: use up all lengths in as few rows as possible. Image tokens make lengths lumpy (a
-row of 4096 holds seven images of 576 tokens and 64 tokens of text, or six and 640), so that filling every row as far
-as possible is not the best that can be done: short texts are precious where they let a seventh image in, and wasted
-elsewhere. So each length has a price, and the row of the highest price around the longest sample left is formed first.
+row of 4096 holds seven images of 576 tokens and 64 tokens of text, or six and 640), so filling every row as far as
+possible is not optimal: short texts are precious where they make room for a seventh image, and wasted elsewhere. So
+each length has a price, and the row of the highest price around the longest remaining sample is formed first.
 
-Three ways to price are tried, the cheapest first, until one comes close to the fewest rows there can be:
+Three kinds of prices are tried, the cheapest first, until one comes close to the lower bound on the number of rows:
 
-- by length, filling each row with the longest sample that fits (first fit decreasing): near the optimum where many
+- by length, filling each row with the longest sample that fits (first fit decreasing): near the optimum if many
   short samples fill the gaps;
 - by a staircase that counts how many of k equal parts of a row a length takes, with a ramp at each step. For
-  image-like lengths the dual of the problem has this form, and since the sum of all prices over the price of the best
+  image-like lengths the dual of the problem has this form. Since the sum of all prices divided by the price of the best
   row bounds the number of rows from below, the best staircase is found without packing anything. On COYO-like lengths
   the bound equals the optimum of the linear program, and packing comes within 0.2 % of it;
-- learned: a length that often stood in rows that were not filled gets a higher price the next time.
+- learned: a length that was often in rows with gaps gets a higher price the next time.
 
 Sources: Fekete and Schepers, New classes of fast lower bounds for bin packing problems, Math. Programming 91 (2001),
 for the staircase; Belov and Scheithauer, Setup and open-stacks minimization in one-dimensional stock cutting, INFORMS
@@ -27,60 +27,60 @@ import numpy as np
 
 _MAX_STAIRS = 32
 _SLOPES = (1.0, 10.0, 30.0, 55.0, 100.0, 1000.0)
-# Among rows of equal price: fuller ones first, then those of lengths that many samples still have, so that no length
-# runs out before the others. Neither weight of fullness is the better one for all data.
+# Among rows of equal price: fuller ones first, then those with lengths that many samples still have, so that no length
+# runs out before the others. Neither weight of fullness is better for all data.
 _FILL_PREFERENCES = (1e-1, 1e-2)
 _SUPPLY_PREFERENCE = 1e-5
 _LEARNING_ROUNDS = 5
-# A packing within this factor of the bound ends the search; where there are few rows the first search does, and where
-# there are very few there is none.
+# A packing within this factor of the bound ends the search. With few rows, the first search ends it; with very few,
+# there is no search.
 _GOOD_ENOUGH = 1.001
 _FEW_ROWS = 5000
 _VERY_FEW_ROWS = 20
 _UNAVAILABLE = -1e9
-# The table of best values is renewed whenever this share of the lengths has run out.
+# The table of best values is renewed whenever this fraction of the lengths has run out.
 _RENEWALS = 12
 _MIN_STALE = 16
 
 
 @dataclass(frozen=True, slots=True)
 class RowPatterns:
-    """Kinds of rows, each a set of sample lengths, and how often each is used."""
+    """Patterns of rows: the sample lengths in a row, and how often each pattern is used."""
 
     lengths: np.ndarray
-    """int64[m]; lengths of all patterns, pattern after pattern [tokens]."""
+    """int64[m]; lengths of all patterns, pattern by pattern [tokens]."""
     borders: np.ndarray
     """int64[patterns + 1]; pattern i is lengths[borders[i] : borders[i + 1]]."""
     uses: np.ndarray
-    """int64[patterns]; rows of each kind."""
+    """int64[patterns]; rows with each pattern."""
 
     @property
     def num_rows(self) -> int:
-        """Rows of all kinds together."""
+        """Rows of all patterns together."""
         return int(self.uses.sum())
 
 
 def find_patterns(counts: np.ndarray, seq_length: int) -> RowPatterns:
-    """Choose patterns that use up the histogram of lengths in few rows.
+    """Choose patterns that use up the histogram of lengths in as few rows as possible.
 
     Args:
-        counts: int[seq_length + 1]; samples of each length; none of length 0.
+        counts: int[seq_length + 1]; samples of each length; there are none of length 0.
         seq_length: length of a row [tokens].
     """
     if not counts.any():
         return RowPatterns(np.empty(0, dtype=np.int64), np.zeros(1, dtype=np.int64), np.empty(0, dtype=np.int64))
     counts = counts.astype(np.int64)
-    share = np.arange(seq_length + 1) / seq_length
-    best, fewest_rows = _pack_by_length(counts, seq_length), float(counts @ share)
+    fraction = np.arange(seq_length + 1) / seq_length
+    best, fewest_rows = _pack_by_length(counts, seq_length), float(counts @ fraction)
     if best.num_rows <= max(_GOOD_ENOUGH * fewest_rows, _VERY_FEW_ROWS):
         return best
     prices, staircase_rows = _choose_staircase(counts, seq_length)
     searches: Iterator[RowPatterns]
     if staircase_rows > _GOOD_ENOUGH * fewest_rows:
         fewest_rows = staircase_rows
-        searches = (_search(counts, prices + preference * share) for preference in _FILL_PREFERENCES)
+        searches = (_search(counts, prices + preference * fraction) for preference in _FILL_PREFERENCES)
     else:
-        searches = _search_learning(counts, share)
+        searches = _search_learning(counts, fraction)
     for found in searches:
         best = min(best, found, key=lambda patterns: patterns.num_rows)
         if best.num_rows <= max(_GOOD_ENOUGH * fewest_rows, _FEW_ROWS):
@@ -89,7 +89,7 @@ def find_patterns(counts: np.ndarray, seq_length: int) -> RowPatterns:
 
 
 def staircase_prices(seq_length: int, stairs: int, slope: float) -> np.ndarray:
-    """Return the price of every length, in rows.
+    """Return the price of every length [rows].
 
     A length of n / (stairs + 1) rows has that price; around it the price rises by `slope` per row of length, from a
     multiple of 1 / stairs to the next one.
@@ -97,14 +97,14 @@ def staircase_prices(seq_length: int, stairs: int, slope: float) -> np.ndarray:
     Returns:
         float64[seq_length + 1].
     """
-    share = np.arange(seq_length + 1) / seq_length
-    step = np.rint((stairs + 1) * share)
-    ramp = step / (stairs + 1) + slope * (share - step / (stairs + 1))
+    fraction = np.arange(seq_length + 1) / seq_length
+    step = np.rint((stairs + 1) * fraction)
+    ramp = step / (stairs + 1) + slope * (fraction - step / (stairs + 1))
     return np.clip(ramp, np.maximum(step - 1, 0) / stairs, np.minimum(step / stairs, 1))
 
 
 def best_values(prices: np.ndarray, available: np.ndarray) -> np.ndarray:
-    """Return the highest price of a row of each size, any number of samples of each length allowed.
+    """Return the highest price of a row of each size, with any number of samples of each length.
 
     Args:
         prices: float64[seq_length + 1].
@@ -116,7 +116,7 @@ def best_values(prices: np.ndarray, available: np.ndarray) -> np.ndarray:
     seq_length, shortest, longest = len(prices) - 1, int(available[0]), int(available[-1])
     offered = np.full(longest - shortest + 1, _UNAVAILABLE)
     offered[available - shortest] = prices[available]
-    # Reversed, so that the sum below runs over two contiguous stretches.
+    # Reversed, so that the sum below reads two contiguous stretches of memory.
     result = np.zeros(seq_length + 1)
     total, best = np.empty_like(offered), 0.0
     for size in range(shortest, seq_length + 1):
@@ -129,11 +129,11 @@ def best_values(prices: np.ndarray, available: np.ndarray) -> np.ndarray:
 
 
 def _choose_staircase(counts: np.ndarray, seq_length: int) -> tuple[np.ndarray, float]:
-    """Return the prices that bound the number of rows best, and the bound."""
+    """Return the prices that give the best lower bound on the number of rows, and the bound."""
     lengths = np.flatnonzero(counts)
 
     def bound_plainly(stairs: int) -> float:
-        # Without ramps no row is worth more than 1, so that no table is needed.
+        # Without ramps no row is worth more than 1, so no table is needed.
         step, rest = np.divmod((stairs + 1) * lengths, seq_length)
         return float(counts[lengths] @ np.where(rest == 0, step / (stairs + 1), step / stairs))
 
@@ -148,7 +148,7 @@ def _choose_staircase(counts: np.ndarray, seq_length: int) -> tuple[np.ndarray, 
 
 
 def _search_learning(counts: np.ndarray, prices: np.ndarray) -> Iterator[RowPatterns]:
-    """Pack again and again, each time with prices that follow from the last time."""
+    """Pack repeatedly, each time with prices learned from the previous packing."""
     for _ in range(_LEARNING_ROUNDS):
         found = _search(counts, prices)
         yield found
@@ -160,7 +160,7 @@ def _search_learning(counts: np.ndarray, prices: np.ndarray) -> Iterator[RowPatt
 
 
 def _search(counts: np.ndarray, prices: np.ndarray) -> RowPatterns:
-    """Use up all lengths, rows of the highest price first."""
+    """Use up all lengths, forming the rows of the highest price first."""
     search = _PatternSearch(counts, prices)
     collected = _Collector()
     while search.available.size:
@@ -169,7 +169,7 @@ def _search(counts: np.ndarray, prices: np.ndarray) -> RowPatterns:
 
 
 def _pack_by_length(counts: np.ndarray, seq_length: int) -> RowPatterns:
-    """Fill every row with the longest sample that fits, then the next one."""
+    """Fill every row with the longest sample that fits, again and again."""
     counts, collected = counts.copy(), _Collector()
     available = np.flatnonzero(counts)
     while available.size:
@@ -189,7 +189,7 @@ def _pack_by_length(counts: np.ndarray, seq_length: int) -> RowPatterns:
 
 
 class _Collector:
-    """Patterns found so far."""
+    """Collects the patterns found so far."""
 
     def __init__(self) -> None:
         self._lengths: list[int] = []
@@ -207,7 +207,7 @@ class _Collector:
 
 
 class _PatternSearch:
-    """The lengths that are left, their prices, and the best value of every gap."""
+    """The remaining lengths, their prices, and the best value of every gap."""
 
     def __init__(self, counts: np.ndarray, prices: np.ndarray) -> None:
         self.counts, self.seq_length = counts.copy(), len(counts) - 1
@@ -217,7 +217,7 @@ class _PatternSearch:
         self._stale = self._max_stale
 
     def take(self) -> tuple[dict[int, int], int]:
-        """Take the best pattern around the longest length left, as often as the counts allow."""
+        """Take the best pattern around the longest remaining length, as often as the counts allow."""
         if self._stale >= self._max_stale:
             self._renew()
         pattern = self._fill(int(self.available[-1]))
@@ -234,7 +234,7 @@ class _PatternSearch:
         return pattern, times
 
     def _fill(self, length: int) -> dict[int, int]:
-        """Return how many samples of each length make the best row with `length` in it."""
+        """Return how many samples of each length form the best row that contains `length`."""
         pattern: dict[int, int] = {}
         shortest, gap = int(self.available[0]), self.seq_length
         while True:

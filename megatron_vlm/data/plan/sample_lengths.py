@@ -12,7 +12,7 @@ class SampleLengths(Protocol):
     """The lengths of the samples of a dataset; `ShardedDataset` has them."""
 
     fingerprint: str
-    """Changes with the content."""
+    """Text that changes with the content."""
 
     @property
     def num_images(self) -> np.ndarray:
@@ -25,10 +25,10 @@ class SampleLengths(Protocol):
     def __len__(self) -> int: ...
 
     def outlines(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return borders, kinds and text tokens of the segments of some samples, as `ShardedDataset.outlines` does."""
+        """Return the segments of some samples, as `ShardedDataset.outlines` does."""
 
     def image_sizes(self, samples: np.ndarray | None = None) -> np.ndarray:
-        """Return width and height of the images of some samples, by default of all, uint16[images, 2] [pixels]."""
+        """Return the sizes of the images of some samples (None: all), as `ShardedDataset.image_sizes` does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +36,9 @@ class ImageLengths:
     """The tokens of the images of a dataset."""
 
     lengths: np.ndarray
-    """int32[samples]; of all images of each sample [tokens]."""
+    """int32[samples]; tokens of all images of each sample."""
     tokens_per_image: tuple[int, int] | None
-    """Fewest and most tokens of one image; None where there is no image."""
+    """Fewest and most tokens of an image; None if there are no images and the number is not constant."""
 
 
 def measure_images(dataset: SampleLengths, image_tokens: ImageTokens) -> ImageLengths:

@@ -1,4 +1,4 @@
-"""The samples of all datasets of a blend under their global ids, as long as they are in a row."""
+"""The samples of all datasets of a blend by global id, with the lengths they have in a row."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -17,30 +17,30 @@ Overflow = Literal["truncate", "split", "drop", "fail"]
 
 @dataclass(frozen=True, slots=True)
 class SamplePool:
-    """Samples under their global ids: those of all datasets one after the other, then further fragments of them."""
+    """Samples by global id: those of all datasets, one after the other, then the further fragments of split ones."""
 
     lengths: np.ndarray
-    """int32[ids], as in a row: cut where the sample is longer [tokens]."""
+    """int32[ids]; length in a row, at most that of the row [tokens]."""
     num_images: np.ndarray
     """int32[ids]."""
     usable: tuple[np.ndarray, ...]
-    """Per dataset: global ids of the samples that take part."""
+    """For each dataset, the global ids of the samples that are used."""
     fragments: np.ndarray
-    """int64[3, fragments]; the table of a `FragmentTable`, empty where no sample is split."""
+    """int64[3, fragments]; table of a `FragmentTable`, empty if no sample is split."""
     truncated: int
-    """Samples that are cut."""
+    """Samples whose end is cut off."""
     split: int
-    """Samples that become several."""
+    """Samples that become several fragments."""
     dropped: int
     """Samples that are left out."""
     tokens_per_image: tuple[int, int]
-    """Fewest and most tokens of an image in the datasets, 0 where they have none."""
+    """Fewest and most tokens of an image in the datasets, 0 if they have no images."""
     varying_image_lengths: np.ndarray | None = None
-    """int32[ids]; tokens of all images of a sample; None where every image has the same number."""
+    """int32[ids]; tokens of all images of a sample; None if every image has the same number."""
 
     @property
     def num_samples(self) -> int:
-        """Samples of all datasets; the ids from here on are of fragments."""
+        """Samples of all datasets; ids from here on belong to fragments."""
         return len(self.lengths) - self.fragments.shape[1]
 
     @property
@@ -79,7 +79,7 @@ def collect_samples(
         first += len(one.lengths)
         first_fragment += len(ids)
     fragments = np.concatenate(tables, axis=1)
-    # One for each dataset, or none at all.
+    # Either all datasets have them or none has.
     varying = [one.image_lengths for one in settled if one.image_lengths is not None]
     return SamplePool(
         np.concatenate([one.lengths for one in settled] + [(fragments[2] - fragments[1]).astype(np.int32)]),
@@ -114,7 +114,7 @@ class _Settled:
     num_images: np.ndarray
     kept: np.ndarray
     image_lengths: np.ndarray | None
-    """None where every image has the same number of tokens."""
+    """None if every image has the same number of tokens."""
     tokens_per_image: tuple[int, int] | None
     fragments: np.ndarray = field(default_factory=lambda: np.empty((3, 0), dtype=np.int64))
     images_of_fragments: np.ndarray = field(default_factory=_nothing)
@@ -142,7 +142,7 @@ def _settle(
         raise _too_long(entry, seq_length, whole.lengths, len(longer))
     if overflow == "drop":
         return replace(whole, kept=np.delete(whole.kept, longer), dropped=len(longer))
-    # The dataset keeps its own count.
+    # The array belongs to the dataset.
     whole = replace(whole, num_images=whole.num_images.copy())
     outlines = read_outlines(dataset, longer, image_tokens)
     if overflow == "split":
@@ -181,7 +181,7 @@ def _truncate(whole: _Settled, outlines: Outlines, longer: np.ndarray, seq_lengt
 
 
 def _check_images_fit(entry: BlendEntry, outlines: Outlines, longer: np.ndarray, seq_length: int) -> None:
-    # An image that is longer than a row makes its sample too long, so that no such sample escapes.
+    # Any sample with an image longer than a row is itself longer than a row, so none escapes this check.
     too_long = np.flatnonzero(outlines.is_image & (outlines.lengths > seq_length))
     if len(too_long):
         tokens = outlines.lengths[too_long]

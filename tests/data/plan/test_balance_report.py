@@ -154,5 +154,5 @@ def test_ranks_that_do_not_share_the_batch_are_refused(dataset, size):
 
 
 def test_less_than_a_batch_is_refused():
-    with pytest.raises(UsageError, match=r"\d rows are no full global batch of 32"):
+    with pytest.raises(UsageError, match=r"\d rows do not fill a global batch of 32"):
         report_balance(SETTINGS, plan_rows(SETTINGS, [Lengths(20)]), [8])

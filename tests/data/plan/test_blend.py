@@ -44,7 +44,7 @@ def test_every_sample_occurs_in_a_pass_by_weight(weights, seed):
 
 
 def test_empty_dataset_is_refused():
-    with pytest.raises(ConfigError, match="d1 has no samples"):
+    with pytest.raises(ConfigError, match="d1 has no usable samples"):
         samples_per_pass(make_blend(weight=[1, 1]), [10, 0], [0, 0])
 
 

@@ -200,7 +200,7 @@ def test_summary_counts_what_is_there(datasets):
 
 
 def test_no_usable_sample_is_refused():
-    with pytest.raises(ConfigError, match="a has no samples"):
+    with pytest.raises(ConfigError, match="a has no usable samples"):
         plan_rows(make_settings(blend=(BlendEntry(path="a"),), overflow="drop"), [Lengths([0], [500])])
 
 
