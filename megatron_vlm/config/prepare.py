@@ -68,7 +68,7 @@ class TextRules:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageLimits:
-    """Which images are accepted, judged by the header alone."""
+    """Which images are accepted, judged by the header only."""
 
     max_pixels: Annotated[int, Option("largest image, width * height [pixels]", least=1)] = 50_000_000
     min_side: Annotated[int, Option("smallest shorter side [pixels]", least=1)] = 4

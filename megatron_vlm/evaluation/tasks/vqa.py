@@ -29,5 +29,5 @@ def score(question: Question, prediction: str) -> dict[str, float]:
 
 
 def summarise(scores: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Return the benchmark's accuracy, which is the mean VQA accuracy, and the share of exact matches."""
+    """Return the benchmark's accuracy, which is the mean VQA accuracy, and the fraction of exact matches."""
     return {"accuracy": mean(scores, "vqa_accuracy"), "exact_match": mean(scores, "exact_match")}
