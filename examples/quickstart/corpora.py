@@ -38,7 +38,7 @@ DOWNLOADS = Path("runs/quickstart/downloads")
 PACKAGES = {
     # 5,000 pictures of 64 x 64 pixels and 48,248 questions with a published split into training and test (MIT).
     "easy_vqa-1.0": "fcb51b309b78c7b00f97b64cdbcbcf5c105f94da1b39c0796cee5a787c4f650f",
-    # Holds a SentencePiece model with the layout of Llama 2's (Apache-2.0).
+    # Holds a SentencePiece model with the special tokens of Llama 2's (Apache-2.0).
     "mistral_common-1.13.1": "98b4d0755b8d90bf4691fa8f1b70cb3b4a8cd4dc1653c4ed08ef3d1c7d2c29af",
 }
 """Wheels by name and version, with their sha256."""

@@ -199,8 +199,8 @@ def _mean(values: Iterable[float]) -> float:
     return math.fsum(finite) / len(finite) if finite else math.nan
 
 
-def _ratio(part: float, whole: float) -> float:
-    return part / whole if whole else 0.0
+def _ratio(count: float, of: float) -> float:
+    return count / of if of else 0.0
 
 
 def _number(value: float) -> str:

@@ -41,10 +41,10 @@ def test_resumed_run_is_bit_equal_where_all_losses_agree() -> None:
     assert (check.killed_after, check.resumed_from, check.iterations_compared) == (18, 10, 25)
 
 
-@pytest.mark.parametrize("part", ["killed", "resumed"])
-def test_one_bit_of_difference_on_either_side_of_the_kill_is_found(part: str) -> None:
+@pytest.mark.parametrize("run", ["killed", "resumed"])
+def test_one_bit_of_difference_on_either_side_of_the_kill_is_found(run: str) -> None:
     runs = {"killed": make_run(1, 18), "resumed": make_resumed()}
-    changed = next(record for record in runs[part] if record["iteration"] == 15)
+    changed = next(record for record in runs[run] if record["iteration"] == 15)
     changed["grad_norm_hex"] = (2.0 / 15 * (1 + 2**-52)).hex()
     check = check_resume(make_run(1, 25), runs["killed"], runs["resumed"])
     assert not check.bit_equal

@@ -154,7 +154,7 @@ def test_corpus_is_the_same_bytes_every_time(package: Path, tmp_path: Path) -> N
 def test_pairs_of_tar_and_parquet_agree(package: Path, tmp_path: Path) -> None:
     counts = build(package, tmp_path / "raw", pair_views=2)
     folder = tmp_path / "raw" / "coyo"
-    rows = [row for part in sorted(folder.glob("*.parquet")) for row in pq.read_table(part).to_pylist()]
+    rows = [row for file in sorted(folder.glob("*.parquet")) for row in pq.read_table(file).to_pylist()]
     records, texts = [], []
     for path in sorted(folder.glob("*.tar")):
         with tarfile.open(path) as tar:

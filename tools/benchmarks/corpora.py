@@ -34,7 +34,7 @@ class Corpus:
         self.rng = np.random.default_rng(0)
         self.text = re.sub(r"\s+", " ", " ".join(pydoc_data.topics.topics.values()))
         self._words = self.text.split(" ")
-        self._sentences = [f"{part}." for part in self.text.split(". ") if 20 < len(part) < 400]
+        self._sentences = [f"{sentence}." for sentence in self.text.split(". ") if 20 < len(sentence) < 400]
         self._pictures = [
             make_jpeg(*STORED_SHAPES[number % len(STORED_SHAPES)], self.rng, quality=75)
             for number in range(_NUM_PICTURES)

@@ -32,8 +32,8 @@ def write_indexes(folder: Path, images: np.ndarray, text: np.ndarray, *, readabl
     folder.mkdir(parents=True)
     shards = []
     for number, first in enumerate(range(0, len(images), _SAMPLES_PER_SHARD)):
-        part = slice(first, first + _SAMPLES_PER_SHARD)
-        shards.append(_write_shard(folder, f"{number:05d}", images[part], text[part], readable))
+        rows = slice(first, first + _SAMPLES_PER_SHARD)
+        shards.append(_write_shard(folder, f"{number:05d}", images[rows], text[rows], readable))
     manifest = Manifest(dataset_name=folder.name, tokenizer=_TOKENIZER, shards=tuple(shards), documents=len(images))
     save_manifest(manifest, folder)
     return ShardedDataset.open(folder)
@@ -45,8 +45,8 @@ def _write_shard(folder: Path, name: str, images: np.ndarray, text: np.ndarray, 
     borders = np.concatenate([[0], np.cumsum(sequences)])
     place = np.arange(borders[-1]) - np.repeat(borders[:-1], sequences)
     is_image = place % 2 == 1
-    part = np.repeat(np.maximum((text - 1) // images, 1), sequences)
-    tokens = np.where(place == 0, 1, np.where(place == np.repeat(sequences - 1, sequences), 0, part))
+    stretch = np.repeat(np.maximum((text - 1) // images, 1), sequences)
+    tokens = np.where(place == 0, 1, np.where(place == np.repeat(sequences - 1, sequences), 0, stretch))
     used = np.add.reduceat(np.where(is_image, 0, tokens), borders[:-1])
     tokens[borders[1:] - 1] = np.maximum(text - used, 1)
     image_bytes = _READABLE_IMAGE_BYTES if readable else _IMAGE_BYTES

@@ -16,8 +16,8 @@ def documents(number: int, rng: np.random.Generator) -> tuple[np.ndarray, np.nda
     images = np.clip(rng.poisson(4, number), 1, 6).astype(np.int32)
     text = np.zeros(number)
     for position in range(6):
-        piece = np.exp(rng.normal(np.log(122.5) - 0.5**2 / 2, 0.5, number))
-        text += np.where(position < images, piece, 0)
+        stretch = np.exp(rng.normal(np.log(122.5) - 0.5**2 / 2, 0.5, number))
+        text += np.where(position < images, stretch, 0)
     return images, 2 + np.rint(text).astype(np.int32)
 
 
