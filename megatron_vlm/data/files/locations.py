@@ -22,24 +22,6 @@ from megatron_vlm.data.files.remote import (
     remote_size,
 )
 
-__all__ = [
-    "Location",
-    "RemoteFile",
-    "absolute",
-    "can_list",
-    "check_suffixes",
-    "folder_of",
-    "is_file",
-    "is_folder",
-    "list_location",
-    "name_files",
-    "names_files",
-    "open_stream",
-    "parse_location",
-    "place_of",
-    "size_of",
-]
-
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(://|::)")
 _STREAM_BUFFER = 1 << 20
 
@@ -50,11 +32,6 @@ Location = Path | RemoteFile
 def parse_location(text: str) -> Location:
     """Return a path, or what a URL names; nothing is looked at."""
     return RemoteFile(text) if _URL.match(text) else Path(text)
-
-
-def absolute(location: Location) -> str:
-    """Return the text that names the file from any working directory; of a URL, without what may be a secret."""
-    return str(location if isinstance(location, RemoteFile) else location.resolve())
 
 
 def place_of(location: Location) -> PurePosixPath:

@@ -1,10 +1,11 @@
 """Where the images of a corpus are: a folder, here or in an object store, or tars joined by name or URL."""
 
+import base64
 import os
 import posixpath
 import stat
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -22,6 +23,8 @@ from megatron_vlm.data.rejects import RejectError
 _PLACE_DTYPE = np.dtype([("tar", "<u4"), ("size", "<u4"), ("offset", "<u8")])
 _MAX_SIZE = (1 << 32) - 1
 _MAX_OPEN_TARS = 64
+DATA_URI = "data:"
+"""How an image begins that is given as a `data:` URI."""
 
 
 class ImageStore(Protocol):
@@ -219,3 +222,19 @@ def _url_names(tar: TarReader, member: Member | None) -> list[str]:
     except RejectError:
         return []
     return ["url:" + url] if isinstance(url, str) else []
+
+
+def decode_base64(text: Any, name: str) -> bytes:
+    """Return the bytes of base64 text, with or without line breaks or a `data:` head.
+
+    Raises:
+        RejectError: it is no text, or not base64.
+    """
+    if not isinstance(text, str):
+        raise RejectError("json_type", f"{name} is {type(text).__name__}, not base64 text")
+    if text.startswith(DATA_URI):
+        text = text.partition(",")[2]
+    try:
+        return base64.b64decode("".join(text.split()), validate=True)
+    except ValueError:
+        raise RejectError("image_base64", f"{len(text)} characters of {name} are not base64") from None

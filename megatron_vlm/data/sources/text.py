@@ -1,11 +1,62 @@
-"""The kind `text`: instructions without images, or plain text."""
+"""The kind `text`: FLAN-like questions and answers, conversations and plain text, without images."""
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_vlm.config.prepare import ConversationRules
 from megatron_vlm.config.sources.text import Options
+from megatron_vlm.data.documents import Control, Document, Special, Text, clean_text
 from megatron_vlm.data.files.inputs import find_instruction_files
 from megatron_vlm.data.files.locations import Location
-from megatron_vlm.data.sources.instructions.text import TextSource
-from megatron_vlm.data.text.templates import check_template, find_template
+from megatron_vlm.data.files.records import field
+from megatron_vlm.data.files.table_records import read_any_records
+from megatron_vlm.data.rejects import RejectError
+from megatron_vlm.data.sources.image_store import ImageReader
+from megatron_vlm.data.sources.instructions.conversations import system_prompt
+from megatron_vlm.data.sources.instructions.records import read_conversation
+from megatron_vlm.data.sources.source import Found, key_of, read_each
+from megatron_vlm.data.text.templates import Turn, check_template, find_template, render_conversation
 from megatron_vlm.data.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class TextSource:
+    """JSON, JSON lines or parquet with `text`, or in any form that `read_conversation` knows, FLAN's first of all.
+
+    The former is trained as it is, with BOS and EOS; the others are conversations in a template. VILA's code gives
+    FLAN no system prompt. A record with images is rejected here.
+    """
+
+    inputs: tuple[Location, ...]
+    rules: ConversationRules = Options().rules
+
+    def read(self, path: Location, images: ImageReader) -> Iterator[Found]:
+        """Yield the documents of one file."""
+        return read_each(
+            read_any_records(path, max_bytes=self.rules.max_record_bytes),
+            lambda record: key_of(record.get("id")),
+            lambda record, _: self._document(record),
+        )
+
+    def _document(self, record: dict[str, Any]) -> Document:
+        rules = self.rules.text
+        if "text" in record:
+            text = clean_text(field(record, "text", str), rules)
+            return Document((Special(Control.BOS), Text(text), Special(Control.EOS)))
+        conversation = read_conversation(record)
+        if conversation.images:
+            detail = f"{len(conversation.images)} images; `prepare conversations` takes them"
+            raise RejectError("images_in_text", detail)
+        turns = [
+            Turn((Text(clean_text(question, rules)),), clean_text(answer, rules))
+            for question, answer in conversation.exchanges
+        ]
+        total = sum(len(text) for exchange in conversation.exchanges for text in exchange)
+        if len(turns) > 1 and total > rules.max_characters:
+            raise RejectError("text_too_long", f"more than {rules.max_characters} characters")
+        system = system_prompt(self.rules) if conversation.system is None else conversation.system
+        return render_conversation(turns, find_template(self.rules.template), system)
 
 
 def find_source(paths: tuple[Location, ...], options: Options, tokenizer: Tokenizer) -> TextSource:

@@ -18,12 +18,12 @@ from megatron_vlm.config.prepare import ImageRules
 from megatron_vlm.data.rejects import RejectError
 from megatron_vlm.data.sources.image_store import FolderImages, ImageReader
 from megatron_vlm.data.sources.instructions.conversations import ConversationSource
-from megatron_vlm.data.sources.instructions.text import TextSource
 from megatron_vlm.data.sources.interleaved.source import InterleavedSource
 from megatron_vlm.data.sources.interleaved.tables import InterleavedTableSource
 from megatron_vlm.data.sources.interleaved.tars import InterleavedTarSource
 from megatron_vlm.data.sources.pairs.source import RecordPairSource, TarPairSource
 from megatron_vlm.data.sources.source import Found
+from megatron_vlm.data.sources.text import TextSource
 from tests.support.damaged_images import REFUSED, TAKEN, encode
 
 GOOD = encode()

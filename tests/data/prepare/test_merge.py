@@ -15,8 +15,8 @@ from megatron_vlm.data.prepare.run import PrepareJob, prepare
 from megatron_vlm.data.shards.dataset import ShardedDataset
 from megatron_vlm.data.shards.manifest import REJECTS_FILE, load_manifest, save_manifest
 from megatron_vlm.data.shards.verify import verify_dataset
-from megatron_vlm.data.sources.instructions.text import TextSource
 from megatron_vlm.data.sources.interleaved.source import InterleavedSource
+from megatron_vlm.data.sources.text import TextSource
 from tests.support.preparing import content, prepare_array
 
 

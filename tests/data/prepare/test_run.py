@@ -31,9 +31,9 @@ from megatron_vlm.data.samples import ImageSegment
 from megatron_vlm.data.shards.dataset import ShardedDataset
 from megatron_vlm.data.shards.manifest import WORK_FOLDER, load_manifest
 from megatron_vlm.data.shards.verify import verify_dataset
-from megatron_vlm.data.sources.instructions.text import TextSource
 from megatron_vlm.data.sources.interleaved.source import InterleavedSource
 from megatron_vlm.data.sources.pairs.source import find_pair_source
+from megatron_vlm.data.sources.text import TextSource
 from tests.support.preparing import content, run_until
 
 
@@ -340,7 +340,7 @@ class _Forked:
 
 def test_kill_9_at_twenty_random_moments_gives_the_same_bytes(words, tokenizer_path, tmp_path):
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["megatron_vlm.data.prepare.run", "megatron_vlm.data.sources.instructions.text"])
+    context.set_forkserver_preload(["megatron_vlm.data.prepare.run", "megatron_vlm.data.sources.text"])
 
     def start(output: Path) -> _Forked:
         return _Forked(context, text_job(words, tokenizer_path, output))

@@ -11,10 +11,10 @@ from megatron_vlm.data.files.inputs import find_record_files
 from megatron_vlm.data.rejects import RejectError
 from megatron_vlm.data.sources.image_store import FolderImages, ImageReader
 from megatron_vlm.data.sources.instructions.conversations import ConversationSource
-from megatron_vlm.data.sources.instructions.text import TextSource
 from megatron_vlm.data.sources.interleaved.source import InterleavedSource
 from megatron_vlm.data.sources.pairs.source import RecordPairSource, TarPairSource, find_pair_source
 from megatron_vlm.data.sources.source import key_of
+from megatron_vlm.data.sources.text import TextSource
 
 
 @pytest.fixture

@@ -1,15 +1,13 @@
 """The images that a record of instruction data names or holds."""
 
-import base64
 from typing import Any, NamedTuple
 
 from megatron_vlm.data.documents import Image
 from megatron_vlm.data.rejects import RejectError
-from megatron_vlm.data.sources.image_store import ImageReader
+from megatron_vlm.data.sources.image_store import DATA_URI, ImageReader, decode_base64
 
 PATH_FIELDS = ("image", "images")
 BASE64_FIELDS = ("image_base64_str", "image_base64", "image_str")
-_DATA_URI = "data:"
 _URL_STARTS = ("http://", "https://")
 
 
@@ -73,23 +71,7 @@ def read_ref(value: Any, name: str) -> ImageRef:
         value = path
     if not isinstance(value, str):
         raise RejectError("json_type", f"{name} is neither a path nor a list of paths")
-    if value.startswith(_DATA_URI):
+    if value.startswith(DATA_URI):
         return ImageRef(data=decode_base64(value, name))
     # A file of a folder may have the name of a URL, and a member of a tar is found by either.
     return ImageRef(name=value, url=value if value.startswith(_URL_STARTS) else None)
-
-
-def decode_base64(text: Any, name: str) -> bytes:
-    """Return the bytes of base64 text, with or without line breaks or a `data:` head.
-
-    Raises:
-        RejectError: it is no text, or not base64.
-    """
-    if not isinstance(text, str):
-        raise RejectError("json_type", f"{name} is {type(text).__name__}, not base64 text")
-    if text.startswith(_DATA_URI):
-        text = text.partition(",")[2]
-    try:
-        return base64.b64decode("".join(text.split()), validate=True)
-    except ValueError:
-        raise RejectError("image_base64", f"{len(text)} characters of {name} are not base64") from None

@@ -1,6 +1,5 @@
 """From a record of an interleaved corpus to a document: images matched to sentences, or both in their places."""
 
-import base64
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,7 +8,7 @@ from megatron_vlm.config.sources.interleaved import InterleavedRules
 from megatron_vlm.data.documents import Document, Image, Segment, Text, clean_text
 from megatron_vlm.data.files.records import field
 from megatron_vlm.data.rejects import RejectError
-from megatron_vlm.data.sources.image_store import ImageReader
+from megatron_vlm.data.sources.image_store import ImageReader, decode_base64
 from megatron_vlm.data.sources.interleaved.assignment import reassign
 
 _MAX_LISTED_IMAGES = 1000
@@ -135,12 +134,7 @@ def find_listed_image(info: dict[str, Any], images: ImageReader) -> Image:
         RejectError: it is missing or not taken.
     """
     if "image_base64" in info:
-        text = field(info, "image_base64", str)
-        try:
-            data = base64.b64decode(text, validate=True)
-        except ValueError:
-            raise RejectError("image_base64", f"{len(text)} characters are not base64") from None
-        return images.check(data)
+        return images.check(decode_base64(info["image_base64"], "image_base64"))
     name, url = info.get("image_name"), info.get("raw_url")
     return images.find(name if isinstance(name, str) else None, url if isinstance(url, str) else None)
 

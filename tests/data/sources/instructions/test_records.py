@@ -10,7 +10,7 @@ from megatron_vlm.data.sources.image_store import FolderImages, ImageReader
 from megatron_vlm.data.sources.instructions.conversations import ConversationSource
 from megatron_vlm.data.sources.instructions.record_images import ImageRef
 from megatron_vlm.data.sources.instructions.records import read_conversation
-from megatron_vlm.data.sources.instructions.text import TextSource
+from megatron_vlm.data.sources.text import TextSource
 from tests.support.documents import show
 
 
