@@ -1,7 +1,7 @@
-"""A document: ordered text and images, as every corpus is read before it becomes token ids.
+"""A document: ordered text and images, the form in which every corpus is read before it becomes token ids.
 
-Everything after this point knows nothing of MMC4, COYO or LLaVA. The variants of the paper's ablations are functions
-from one document to several.
+Later stages know nothing about MMC4, COYO or LLaVA. The variants of the paper's ablations are functions from one
+document to several.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from megatron_vlm.data.rejects import RejectError
 
 
 class Text(NamedTuple):
-    """A piece of text; consecutive pieces may be sentences that are not joined yet."""
+    """Text; consecutive texts may be sentences that are not joined yet."""
 
     text: str
     train: bool = True
@@ -24,22 +24,22 @@ class Text(NamedTuple):
 
 
 class Image(NamedTuple):
-    """An image file, checked, and made smaller where the options say so."""
+    """An image file, checked, and shrunk if the options say so."""
 
     data: bytes
     size: tuple[int, int] | None = None
-    """Width and height of the upright image [pixels]; None where nobody has measured it."""
+    """Width and height of the upright image [pixels]; None if not measured."""
 
 
 class Control(enum.Enum):
-    """A token that no text spells."""
+    """A token that no text can spell."""
 
     BOS = "bos"
     EOS = "eos"
 
 
 class Special(NamedTuple):
-    """A control token, or a piece that the tokenizer knows under exactly this name, e.g. "<|im_end|>"."""
+    """A control token, or the piece with exactly this name in the vocabulary, e.g. "<|im_end|>"."""
 
     token: Control | str
     train: bool = True
@@ -54,7 +54,7 @@ class Document:
 
     Args:
         segments: text, images and control tokens.
-        key: the name of the document in its corpus: a URL, an id, a tar key.
+        key: name of the document in its corpus: a URL, an id or a tar key.
     """
 
     segments: tuple[Segment, ...]
@@ -67,7 +67,7 @@ class Document:
 
 
 PLACEHOLDER = "<image>"
-"""How corpora write the place of an image in a text."""
+"""Marks the place of an image in the texts of corpora."""
 
 
 _CONTROL_CHARACTERS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
@@ -75,10 +75,10 @@ _SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 def clean_text(text: str, rules: TextRules) -> str:
-    """Return `text` as the rules want it.
+    """Check a text and replace its placeholders as the rules say.
 
     Raises:
-        RejectError: too long, with control characters, or with code points that are no characters.
+        RejectError: the text is too long, or has control characters or surrogate code points.
     """
     if len(text) > rules.max_characters:
         raise RejectError("text_too_long", f"{len(text)} characters, the limit is {rules.max_characters}")
@@ -91,13 +91,13 @@ def clean_text(text: str, rules: TextRules) -> str:
     return text
 
 
-# A control character that clean_text refuses in the input; with control_characters=True it is still unlikely, and
-# join_text replaces it first.
+# A control character that clean_text rejects; with control_characters=True it is still unlikely, and join_text removes
+# it first.
 _IMAGE_MARK = "\x00"
 
 
 def join_text(document: Document, rules: JoinRules) -> Document:
-    """Join sentences into one text segment between images; a new segment begins where `train` changes as well.
+    """Join the sentences between images into one text segment; a change of `train` also begins a new segment.
 
     Example: `("a", image, "b", "c")` becomes `("a", image, "b c")`.
     """
@@ -120,7 +120,7 @@ def join_text(document: Document, rules: JoinRules) -> Document:
 
 
 def _are_glued(left: Segment, right: Segment) -> bool:
-    """Tell whether two texts would meet without a blank between them."""
+    """Tell whether two texts would be adjacent without a blank between them."""
     if not isinstance(left, Text) or not isinstance(right, Text):
         return False
     return not left.text[-1].isspace() and not right.text[0].isspace()
@@ -128,15 +128,15 @@ def _are_glued(left: Segment, right: Segment) -> bool:
 
 def _join_run(run: Sequence[Text | Image], rules: JoinRules) -> list[Segment]:
     """Join the sentences of a run of segments with the same `train`."""
-    pieces: list[str] = []
+    texts: list[str] = []
     train, marks = True, ""
     for segment in run:
         if isinstance(segment, Image):
             marks += _IMAGE_MARK
         else:
-            pieces.append(marks + segment.text.replace(_IMAGE_MARK, ""))
+            texts.append(marks + segment.text.replace(_IMAGE_MARK, ""))
             train, marks = segment.train, ""
-    joined = rules.separator.join(pieces) + marks if pieces else marks
+    joined = rules.separator.join(texts) + marks if texts else marks
     if not rules.keep_blanks and rules.separator:
         joined = joined.replace(_IMAGE_MARK + rules.separator, _IMAGE_MARK)
         joined = joined.replace(rules.separator + _IMAGE_MARK, _IMAGE_MARK)
@@ -158,8 +158,8 @@ def full(document: Document) -> tuple[Document, ...]:
 def pairs(document: Document) -> tuple[Document, ...]:
     """Make one document of each image and the sentence that follows it; all other text is dropped.
 
-    Several images before one sentence each get that sentence; those before a blank one are dropped with it. Source:
-    VILA, section 3.2, "MMC4-pairs".
+    Each of several images before a sentence gets it; images before a blank sentence are dropped with it. Source: VILA,
+    section 3.2, "MMC4-pairs".
     """
     found: list[Document] = []
     waiting: list[Image] = []
@@ -174,7 +174,7 @@ def pairs(document: Document) -> tuple[Document, ...]:
 
 
 def images_first(document: Document) -> tuple[Document, ...]:
-    """Move all images before all text, both in order. Source: VILA, appendix, "reformatted" MMC4."""
+    """Move all images before all text, each in their order. Source: VILA, appendix, "reformatted" MMC4."""
     text = tuple(segment for segment in document.segments if isinstance(segment, Text))
     return (Document((*document.images, *text), key=document.key),)
 

@@ -1,4 +1,4 @@
-"""Why a document became no sample: one error, and one line of the list of rejects."""
+"""Why a document was rejected: the error, and its line in the list of rejects."""
 
 import json
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ class RejectError(DataError):
     """A document that cannot become a sample.
 
     Args:
-        reason: one word that rejects are counted by, e.g. "image_truncated".
+        reason: one word under which rejects are counted, e.g. "image_truncated".
         detail: what was found.
     """
 
@@ -29,7 +29,7 @@ def reject_row(file: str, line: int | None, key: str | None, error: RejectError)
 
     Args:
         file: name of the input file.
-        line: line or row of the document in it, from 1; None where the file has no lines.
+        line: line or row of the document in the file, from 1; None if the file has no lines.
         key: name of the document in its corpus, if it has one.
         error: why it was rejected.
     """
@@ -38,6 +38,6 @@ def reject_row(file: str, line: int | None, key: str | None, error: RejectError)
 
 
 def describe_rejects(rejects: Mapping[str, int]) -> str:
-    """Return the reasons with their counts as text, most frequent first."""
+    """Return the reasons and their counts as text, most frequent first."""
     counted = sorted(rejects.items(), key=lambda item: -item[1])
     return ", ".join(f"{reason} {count}" for reason, count in counted if count)

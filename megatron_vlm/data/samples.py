@@ -1,4 +1,4 @@
-"""A training sample: what shards hold, and what plan and loader hand out."""
+"""A training sample, as shards store it and as plan and loader use it."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -21,7 +21,7 @@ class ImageSegment(NamedTuple):
     encoded: bytes
     """JPEG, PNG, WEBP or GIF file."""
     size: tuple[int, int] | None = None
-    """Width and height of the upright image [pixels]; None where nobody has measured it. Shards have it always."""
+    """Width and height of the upright image [pixels]; None if not measured. Shards always have it."""
 
 
 class EncodedSample(NamedTuple):

@@ -40,7 +40,7 @@ def test_pairs_of_a_url_are_those_of_the_files(coyo, tmp_path, monkeypatch):
 def test_a_file_that_is_no_parquet_by_its_name_is_exit_code_78(coyo, tmp_path, capsys):
     (tmp_path / "list.csv").write_text("url")
     assert select(tmp_path / "list.csv", tmp_path / "out", "--top", "1") == 78
-    assert "file of --input is none of .parquet" in capsys.readouterr().err
+    assert "file of --input is not one of .parquet" in capsys.readouterr().err
 
 
 def test_fraction_and_min_score_reach_the_selection(coyo, tmp_path, capsys):

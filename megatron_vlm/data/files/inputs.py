@@ -1,4 +1,4 @@
-"""Find the input files of a corpus: those that the user names, those directly inside of folders, and of which kind."""
+"""Find the input files of a corpus: files that the user names, and files directly inside the folders he names."""
 
 from collections.abc import Collection, Mapping, Sequence
 
@@ -11,12 +11,12 @@ RECORD_SUFFIXES = ".jsonl, .ndjson, .json, each also with .gz or .zip"
 
 
 def is_table(path: Location) -> bool:
-    """Tell by its name whether a file is parquet."""
+    """Tell whether a file is parquet, by its name."""
     return path.name.lower().endswith(TABLE_SUFFIX)
 
 
 def find_instruction_files(paths: tuple[Location, ...]) -> tuple[Location, ...]:
-    """Return the JSON files among `paths` and directly inside of the folders among them; of a folder without, parquet.
+    """Return the JSON files among `paths` and directly inside their folders; parquet files of folders without JSON.
 
     Raises:
         ConfigError: a path does not exist, or there is no such file.
@@ -32,7 +32,7 @@ def find_instruction_files(paths: tuple[Location, ...]) -> tuple[Location, ...]:
 
 
 def find_record_files(paths: tuple[Location, ...]) -> tuple[Location, ...]:
-    """Return the JSON files among `paths` and directly inside of the folders among them, by name.
+    """Return the JSON files among `paths` and directly inside their folders, by name.
 
     Raises:
         ConfigError: a path does not exist, or there is no such file.
@@ -41,11 +41,11 @@ def find_record_files(paths: tuple[Location, ...]) -> tuple[Location, ...]:
 
 
 def find_files(paths: tuple[Location, ...], suffixes: tuple[str, ...], what: str) -> tuple[Location, ...]:
-    """Return the files with one of `suffixes` among `paths` and directly inside of the folders among them, by name.
+    """Return the files with one of `suffixes` among `paths` and directly inside their folders, by name.
 
     Raises:
-        ConfigError: a path does not exist, there is no such file, or one is named that is of another kind; `what` names
-            the kind.
+        ConfigError: a path does not exist, there is no such file, or a named file is of another kind; `what` names the
+            kind.
     """
     listed = list_inputs(paths, suffixes)
     files = tuple(file for path in paths for file in listed[path])
@@ -55,7 +55,7 @@ def find_files(paths: tuple[Location, ...], suffixes: tuple[str, ...], what: str
 
 
 def list_inputs(paths: Sequence[Location], suffixes: tuple[str, ...]) -> dict[Location, list[Location]]:
-    """Return for each path the file itself, or the files with one of `suffixes` directly inside of it.
+    """Return for each path the file itself, or the files with one of `suffixes` directly inside the folder.
 
     Raises:
         ConfigError: a path does not exist.
@@ -64,7 +64,7 @@ def list_inputs(paths: Sequence[Location], suffixes: tuple[str, ...]) -> dict[Lo
 
 
 def check_each_used(listed: Mapping[Location, Sequence[Location]], used: Collection[Location], what: str) -> None:
-    """Refuse an input that nothing would be read of: it would be missing in the result without a word.
+    """Refuse an input of which nothing would be read, since it would be missing from the result without notice.
 
     Raises:
         ConfigError: a path has none of the files that are used; `what` names their kind.

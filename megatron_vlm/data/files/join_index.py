@@ -1,4 +1,4 @@
-"""Rows found by a text, for joins of millions of rows: sorted 64-bit hashes on disk, mapped by every worker."""
+"""Find rows among millions by a text: sorted 64-bit hashes on disk, mapped by every worker."""
 
 import hashlib
 from collections.abc import Iterable, Sequence
@@ -16,14 +16,14 @@ class JoinRows(NamedTuple):
     hashes: np.ndarray
     """uint64[n]."""
     values: np.ndarray
-    """What is found under each hash; any dtype, [n]."""
+    """The value of each hash; any dtype, [n]."""
 
 
 class JoinIndex:
     """Finds rows by text.
 
     Args:
-        folder: where `save_join_index` put it.
+        folder: folder written by `save_join_index`.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -44,18 +44,18 @@ class JoinIndex:
 
 
 def hash_texts(texts: Sequence[str]) -> np.ndarray:
-    """Return uint64[n]: 64 bits of BLAKE2b, a chance of 2e-5 that any two of 25 million texts meet."""
+    """Return uint64[n]: 64 bits of BLAKE2b. Among 25 million texts, two share a hash with probability 2e-5."""
     return np.fromiter(map(_hash, texts), dtype="<u8", count=len(texts))
 
 
-def save_join_index(parts: Iterable[JoinRows], folder: Path) -> None:
-    """Write the rows of all input files, sorted; equal hashes stay in the order of the files."""
-    parts = list(parts)
-    hashes = np.concatenate([part.hashes for part in parts])
+def save_join_index(rows: Iterable[JoinRows], folder: Path) -> None:
+    """Write the rows of all input files, sorted by hash; rows with equal hashes stay in the order of the files."""
+    rows = list(rows)
+    hashes = np.concatenate([one.hashes for one in rows])
     order = np.argsort(hashes, kind="stable")
     folder.mkdir(exist_ok=True)
     np.save(folder / _HASHES, hashes[order])
-    np.save(folder / _VALUES, np.concatenate([part.values for part in parts])[order])
+    np.save(folder / _VALUES, np.concatenate([one.values for one in rows])[order])
 
 
 def _hash(text: str) -> int:

@@ -1,4 +1,4 @@
-"""Files of this machine and of object stores by one type: a path, or any URL that fsspec reads.
+"""One type for local files and files in object stores: a path, or any URL that fsspec reads.
 
 Paths are read with plain system calls. Nothing is read over a network unless the user names a URL.
 """
@@ -30,20 +30,20 @@ Location = Path | RemoteFile
 
 
 def parse_location(text: str) -> Location:
-    """Return a path, or what a URL names; nothing is looked at."""
+    """Return the path or URL that a text names, without accessing it."""
     return RemoteFile(text) if _URL.match(text) else Path(text)
 
 
 def place_of(location: Location) -> PurePosixPath:
-    """Return an absolute path that names the file among all others; two of one folder differ in their last part."""
+    """Return an absolute path that identifies the file; paths of files in one folder differ in their names."""
     return location.path if isinstance(location, RemoteFile) else PurePosixPath(location.resolve())
 
 
 def name_files(locations: Sequence[Location]) -> dict[str, Location]:
-    """Return files by name, relative to the folder that all are in; one that is given twice comes once.
+    """Return files by name, relative to their common folder; a file that is given twice is listed once.
 
     Raises:
-        ConfigError: two URLs differ in nothing but what may be a secret, and would have one name.
+        ConfigError: two URLs differ only in what may be a secret, so they would have the same name.
     """
     if not locations:
         return {}
@@ -55,9 +55,9 @@ def name_files(locations: Sequence[Location]) -> dict[str, Location]:
         other = named.setdefault(name, location)
         if isinstance(location, RemoteFile) and isinstance(other, RemoteFile) and other.url != location.url:
             raise ConfigError(
-                "two URLs differ in their query or user alone, by which no file is named",
+                "two URLs differ only in their query or user, which are not part of a file's name",
                 where=str(location),
-                fix="give each file once, under a name of its own",
+                fix="give each file once, under its own name",
             )
     return named
 
@@ -66,7 +66,7 @@ def size_of(location: Location) -> int:
     """Return the size of a file [bytes].
 
     Raises:
-        StorageError: it cannot be found out.
+        StorageError: the server does not tell.
     """
     if not isinstance(location, RemoteFile):
         return location.stat().st_size
@@ -74,9 +74,9 @@ def size_of(location: Location) -> int:
 
 
 def is_file(location: Location) -> bool:
-    """Tell whether there is a file that may be read.
+    """Tell whether the file exists and may be read.
 
-    Where a server refuses, there is none for us: some say so of each file that does not exist.
+    Access denied counts as missing: some servers answer so for every file that does not exist.
     """
     if not isinstance(location, RemoteFile):
         return location.is_file()
@@ -87,7 +87,7 @@ def is_file(location: Location) -> bool:
 
 
 def is_folder(location: Location) -> bool:
-    """Tell whether there is a folder; of a web server, which has none, always true."""
+    """Tell whether the folder exists; always true on a web server, which has no folders."""
     if not isinstance(location, RemoteFile):
         return location.is_dir()
     if location.scheme in WEB_SCHEMES:
@@ -99,19 +99,19 @@ def is_folder(location: Location) -> bool:
 
 
 def names_files(location: Location) -> bool:
-    """Tell whether a place that is a folder or tars is tars: a file or a pattern, of which a URL tells by its text."""
+    """Tell whether a location names files, a tar or a pattern, and not a folder; a URL is judged by its text."""
     if isinstance(location, RemoteFile):
         return location.is_pattern or location.suffix.lower() == ".tar"
     return location.is_file() or (not location.exists() and glob.has_magic(str(location)))
 
 
 def can_list(folder: Location) -> bool:
-    """Tell whether the files of a folder are known; a web server need not tell them."""
+    """Tell whether the files of a folder can be listed, which web servers do not offer."""
     return not isinstance(folder, RemoteFile) or folder.scheme not in WEB_SCHEMES
 
 
 def folder_of(location: Location) -> Location:
-    """Return the location itself if it is a folder, else the folder that it is in."""
+    """Return the location if it is a folder, otherwise the folder that contains it."""
     if isinstance(location, RemoteFile) and (location.is_pattern or location.scheme in WEB_SCHEMES):
         location = location.parent
         while location.is_pattern:
@@ -124,12 +124,12 @@ def folder_of(location: Location) -> Location:
 
 
 def list_location(location: Location, suffixes: tuple[str, ...], option: str = "--input") -> list[Location]:
-    """Return the file itself, the files directly inside of a folder with one of `suffixes`, or what a pattern matches.
+    """Return the file itself, the files with one of `suffixes` directly inside a folder, or the matches of a pattern.
 
-    A pattern that matches no file stands for the folders that it matches.
+    A pattern that matches only folders stands for the files in them.
 
     Raises:
-        ConfigError: there is nothing of this name; `option` is where the user gave it.
+        ConfigError: there is no such file; `option` is where the user named it.
     """
     if isinstance(location, RemoteFile):
         return list(_list_remote(location, suffixes, option))
@@ -151,17 +151,17 @@ def list_location(location: Location, suffixes: tuple[str, ...], option: str = "
 
 
 def check_suffixes(files: Iterable[Location], suffixes: tuple[str, ...], option: str = "--input") -> None:
-    """Refuse files that the user named and that are of another kind by their names; without a dot, these tell nothing.
+    """Refuse files of another kind that the user named; a name without a dot is accepted.
 
     Raises:
-        ConfigError: a file has none of `suffixes`; `option` is where the user gave it.
+        ConfigError: a file has none of `suffixes`; `option` is where the user named it.
     """
     for file in files:
         if "." in file.name and not file.name.lower().endswith(suffixes):
             raise ConfigError(
-                f"file of {option} is none of {', '.join(suffixes)}",
+                f"file of {option} is not one of {', '.join(suffixes)}",
                 where=str(file),
-                fix="unpack, rename or leave it out",
+                fix="unpack it, rename it or leave it out",
             )
 
 

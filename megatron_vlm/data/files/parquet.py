@@ -1,4 +1,4 @@
-"""Parquet files, here or at a URL: opened, and read row by row in bounded memory; damage harms its row group alone."""
+"""Parquet files, local or at a URL, read row by row in bounded memory; damage affects only its row group."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,7 +13,7 @@ from megatron_vlm.data.files.records import Record
 from megatron_vlm.data.rejects import RejectError
 
 DAMAGE = (pyarrow.ArrowException, OSError, ValueError)
-"""What pyarrow raises over a damaged file; ValueError for names that are not UTF-8."""
+"""Errors of pyarrow for a damaged file; ValueError: a name is not UTF-8."""
 _BUFFER_BYTES = 1 << 20
 _BATCH_BYTES, _MAX_BATCH_ROWS = 8 << 20, 4096
 
@@ -23,25 +23,25 @@ def open_parquet(path: Location, *, streamed: bool = False) -> pyarrow.parquet.P
 
     Args:
         path: the file.
-        streamed: read columns in pieces of a MiB, not whole row groups at once: for columns of pictures, of which one
-            row group is often hundreds of MiB.
+        streamed: read columns a MiB at a time instead of whole row groups, which are often hundreds of MiB for
+            columns of images.
 
     Raises:
         DataError: the file is not parquet.
         StorageError: it is at a URL and cannot be read.
     """
-    # By pread: a mapped file that is cut short while it is read kills the process.
+    # With pread: a mapped file that is truncated while it is read kills the process.
     options = {"memory_map": False} | ({"buffer_size": _BUFFER_BYTES, "pre_buffer": False} if streamed else {})
     try:
         table = pyarrow.parquet.ParquetFile(path if isinstance(path, Path) else open_stream(path), **options)
-        table.schema_arrow  # noqa: B018 - damage in it is found here
+        table.schema_arrow  # noqa: B018 - finds damage in the schema
         return table
     except DAMAGE as error:
         raise unreadable(path, error) from None
 
 
 def unreadable(path: Location, error: Exception) -> DataError:
-    """Return the error of a parquet file that turns out to be damaged."""
+    """Return the error for a damaged parquet file."""
     return DataError(
         f"parquet file cannot be read: {' '.join(str(error).split())[:120]}", where=str(path), fix="copy it again"
     )
@@ -62,7 +62,7 @@ def read_rows(table: pyarrow.parquet.ParquetFile, columns: Sequence[str] | None 
     for group in range(table.num_row_groups):
         facts = table.metadata.row_group(group)
         number, end = end, end + facts.num_rows
-        # Of text thousands of rows, of pictures a few.
+        # Thousands of rows of text, or a few of images.
         num_rows = min(max(_BATCH_BYTES * facts.num_rows // max(facts.total_byte_size, 1), 1), _MAX_BATCH_ROWS)
         batches = table.iter_batches(num_rows, row_groups=[group], columns=columns)
         while number < end:
@@ -73,7 +73,7 @@ def read_rows(table: pyarrow.parquet.ParquetFile, columns: Sequence[str] | None 
                 yield Record(number + 1, RejectError("file_truncated", detail))
                 break
             if batch is None:
-                yield Record(number + 1, RejectError("file_truncated", f"{end - number} rows are not there"))
+                yield Record(number + 1, RejectError("file_truncated", f"{end - number} rows are missing"))
                 break
             for cells in _cells(batch):
                 number += 1

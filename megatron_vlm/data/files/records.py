@@ -1,4 +1,4 @@
-"""Records from JSON lines and JSON arrays, plain, .gz or .zip, in bounded memory; a bad record harms no other."""
+"""Records from JSON lines and JSON arrays, plain, .gz or .zip, in bounded memory; a bad record affects no other."""
 
 import errno
 import functools
@@ -20,13 +20,13 @@ from megatron_vlm.data.rejects import RejectError
 
 SUFFIXES = tuple(kind + packed for packed in ("", ".gz", ".zip") for kind in (".jsonl", ".ndjson", ".json"))
 
-_CHUNK_BYTES, _PIECE_BYTES = 1 << 20, 1 << 16
+_BLOCK_BYTES, _SMALL_BLOCK_BYTES = 1 << 20, 1 << 16
 _BOM = b"\xef\xbb\xbf"
 _BLANK = b" \t\r\n"
-# What unpacking raises; RuntimeError: a zip with a password or an unknown compression.
+# Errors of unpacking; RuntimeError: a zip with a password or an unknown compression.
 _DAMAGE = (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile, zipfile.BadZipFile, RuntimeError)
-# Whole strings are skipped inside the pattern: a step of Python a bracket, not one a string. What ends an element is a
-# comma outside of its brackets. A quote is found alone where its string goes on beyond the bytes at hand.
+# The pattern skips whole strings, so Python takes one step per bracket and not one per string. A comma outside all
+# brackets ends an element. A single quote is found if its string continues beyond the bytes read so far.
 _STRING = rb'"[^"\\\n]*(?:\\[^\n][^"\\\n]*)*"'
 _OUTER_TOKEN = re.compile(rb'["{}\[\],]')
 _INNER_TOKEN = re.compile(rb'(?:[^"{}\[\]]*' + _STRING + rb'){0,50}[^"{}\[\]]*["{}\[\]]')
@@ -35,15 +35,15 @@ _OPENING = {ord("}"): ord("{"), ord("]"): ord("[")}
 
 
 class Record(NamedTuple):
-    """One record of a file, or what was wrong with it."""
+    """One record or row of a file, or why it cannot be read."""
 
     line: int
-    """Line of the file where it starts, from 1."""
+    """Line of the file where the record starts, or row; from 1."""
     value: dict[str, Any] | RejectError
 
 
 def read_records(path: Location, *, max_bytes: int = MAX_RECORD_BYTES) -> Iterator[Record]:
-    """Read the records of one file: an array if its first character is "[", otherwise one record a line.
+    """Read the records of one file: an array if its first character is "[", otherwise one record per line.
 
     Args:
         path: JSON lines or a JSON array, plain or as .gz or .zip (all members, in order of their names).
@@ -80,7 +80,7 @@ def field(record: dict[str, Any], name: str, kind: type | tuple[type, ...]) -> A
     """Return a field of a record.
 
     Raises:
-        RejectError: it is missing or of another type.
+        RejectError: it is missing or has another type.
     """
     if name not in record:
         raise RejectError("json_type", f"field {name} is missing")
@@ -92,40 +92,40 @@ def field(record: dict[str, Any], name: str, kind: type | tuple[type, ...]) -> A
 
 
 class _Unpacked:
-    """A stream that hands over all that is before damage, and only then raises the error of it."""
+    """A stream that returns everything before a damaged place, and only then raises the error."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = cast(io.BufferedReader, stream)
         self._error: Exception | None = None
 
     def read(self, size: int) -> bytes:
-        """Read `size` bytes, or less at the end or before damage."""
-        pieces: list[bytes] = []
+        """Read `size` bytes, or fewer at the end or before a damaged place."""
+        blocks: list[bytes] = []
         missing = size
         while missing and self._error is None:
             try:
-                # read() would throw away what it has when the next piece is damaged; a call may lose its own piece.
-                piece = self._stream.read1(min(missing, _PIECE_BYTES))
+                # read() would lose the blocks before a damaged one; read1() loses no more than one block.
+                block = self._stream.read1(min(missing, _SMALL_BLOCK_BYTES))
             except _DAMAGE as error:
                 self._error = error
                 break
             except OSError as error:
-                # bzip2 in a .zip tells damage by an OSError without a number, which no disk does.
+                # bzip2 in a .zip reports damage as an OSError without errno; errors of a disk have one.
                 if error.errno is not None:
                     raise
                 self._error = EOFError(str(error))
                 break
-            if not piece:
+            if not block:
                 break
-            pieces.append(piece)
-            missing -= len(piece)
-        if self._error is not None and not pieces:
+            blocks.append(block)
+            missing -= len(block)
+        if self._error is not None and not blocks:
             raise self._error
-        return b"".join(pieces)
+        return b"".join(blocks)
 
 
 def _openers(path: Location) -> Iterator[Callable[[], BinaryIO]]:
-    """Yield what opens each of the streams of records that a file has."""
+    """Yield a function that opens each stream of records in a file."""
     suffix = path.suffix.lower()
     if suffix == ".gz":
         with open_stream(path) as packed:
@@ -141,36 +141,36 @@ def _openers(path: Location) -> Iterator[Callable[[], BinaryIO]]:
 
 def _opened_gzip(packed: BinaryIO) -> BinaryIO:
     if not cast(io.BufferedReader, packed).peek(1):
-        raise EOFError("the file is empty, which no packed file is")
+        raise EOFError("the file is empty, which is not a packed file")
     return cast(BinaryIO, gzip.open(packed, "rb"))
 
 
 def _opened_zip(opener: Callable, argument: Any) -> Any:
-    """Open a zip, or a member of one; what zipfile stumbles over that is no error of a disk is damage, too.
+    """Open a zip, or a member of one; all errors other than those of the disk count as damage.
 
     Raises:
         BadZipFile: it is damaged.
     """
     try:
         return opener(argument)
-    except (ValueError, struct.error) as error:  # a name that is no text
+    except (ValueError, struct.error) as error:  # a member name that cannot be decoded
         raise zipfile.BadZipFile(str(error)) from None
     except OSError as error:
-        if error.errno != errno.EINVAL:  # a place before the beginning of the file
+        if error.errno != errno.EINVAL:  # an offset before the beginning of the file
             raise
-        raise zipfile.BadZipFile(f"a place that is not in the file: {error.strerror}") from None
+        raise zipfile.BadZipFile(f"an offset outside the file: {error.strerror}") from None
 
 
 def _split(stream: _Unpacked, max_bytes: int) -> Iterator[tuple[int, bytes | RejectError]]:
     """Yield the raw bytes of each record and its line."""
-    head = stream.read(_CHUNK_BYTES).removeprefix(_BOM)
+    head = stream.read(_BLOCK_BYTES).removeprefix(_BOM)
     splitter: Callable = _split_array if head.lstrip(_BLANK).startswith(b"[") else _split_lines
     return splitter(head, stream, max_bytes)
 
 
 def _split_lines(head: bytes, stream: _Unpacked, max_bytes: int) -> Iterator[tuple[int, bytes | RejectError]]:
     number, pending = 0, head
-    skipped = 0  # bytes of a line that is too long, already thrown away
+    skipped = 0  # bytes of a too long line that are already dropped
     while pending or skipped:
         *lines, rest = pending.split(b"\n")
         for raw in lines:
@@ -182,7 +182,7 @@ def _split_lines(head: bytes, stream: _Unpacked, max_bytes: int) -> Iterator[tup
             skipped = 0
         if skipped + len(rest) > max_bytes:
             skipped, rest = skipped + len(rest), b""
-        chunk = stream.read(max(_CHUNK_BYTES, len(rest)))
+        chunk = stream.read(max(_BLOCK_BYTES, len(rest)))
         if not chunk:
             if skipped:
                 yield number + 1, _too_long(skipped, max_bytes)
@@ -205,14 +205,14 @@ class _ArrayScanner:
 
     @property
     def finished(self) -> bool:
-        """Whether the bracket that ends the array was found."""
+        """Whether the closing bracket of the array was found."""
         return not self._stack
 
     def scan(self, buffer: bytes, position: int) -> tuple[int, bool]:
-        """Go on to the end of the current element.
+        """Continue to the end of the current element.
 
         Returns:
-            The position of the comma or bracket that ends it, and True; or where to go on with more bytes, and False.
+            Position of the comma or bracket that ends it, and True; or where to continue with more bytes, and False.
         """
         while position < len(buffer):
             if self._in_string:
@@ -220,7 +220,7 @@ class _ArrayScanner:
                 if position >= len(buffer) - 1 and buffer[position:] in (b"", b"\\"):
                     return position, False
                 self._in_string = False
-                position += 1  # the quote that ends it, or the line break that no string holds
+                position += 1  # the quote that ends it, or a line break, which a string cannot contain
             match = (_OUTER_TOKEN if len(self._stack) == 1 else _INNER_TOKEN).search(buffer, position)
             if match is None:
                 break
@@ -235,10 +235,10 @@ class _ArrayScanner:
         return len(buffer), False
 
     def _close(self, token: int) -> bool:
-        """Close to the last fitting bracket, so that one that is missing spoils one element only."""
+        """Close up to the last matching bracket, so that a missing one affects only one element."""
         at = self._stack.rfind(_OPENING[token])
         if at == 0 and len(self._stack) > 1 and token == ord("]"):
-            # The array itself would end inside an element: true at the end of the file, else a stray bracket.
+            # The array would end inside an element: true at the end of the file, otherwise a stray bracket.
             at = -1
         if at >= 0:
             del self._stack[at:]
@@ -249,7 +249,7 @@ def _split_array(head: bytes, stream: _Unpacked, max_bytes: int) -> Iterator[tup
     scanner = _ArrayScanner()
     opening = head.index(b"[") + 1
     line = 1 + head.count(b"\n", 0, opening)
-    # buffer[begin:position] is what is known of the current element; skipped bytes of it are already thrown away.
+    # buffer[begin:position] is the current element as far as it was read; `skipped` bytes of it are already dropped.
     buffer, begin, position, skipped = head, opening, opening, 0
     start = line
     while not scanner.finished:
@@ -260,7 +260,7 @@ def _split_array(head: bytes, stream: _Unpacked, max_bytes: int) -> Iterator[tup
                 skipped += position - begin
                 line += buffer.count(b"\n", begin, position)
                 begin = position
-            if not (chunk := stream.read(_CHUNK_BYTES)):
+            if not (chunk := stream.read(_BLOCK_BYTES)):
                 break
             buffer, position, begin = buffer[begin:] + chunk, position - begin, 0
             continue
@@ -272,11 +272,11 @@ def _split_array(head: bytes, stream: _Unpacked, max_bytes: int) -> Iterator[tup
             yield start, raw
         line += buffer.count(b"\n", begin, position + 1)
         begin, position, skipped = position + 1, position + 1, 0
-    rest = (buffer[begin:] + stream.read(_CHUNK_BYTES)).strip(_BLANK)
+    rest = (buffer[begin:] + stream.read(_BLOCK_BYTES)).strip(_BLANK)
     if not scanner.finished:
-        yield line, RejectError("file_truncated", f"the array does not end; {skipped + len(rest)} bytes are left over")
+        yield line, RejectError("file_truncated", f"the array does not end; {skipped + len(rest)} bytes remain")
     elif rest:
-        yield line, RejectError("json_syntax", f"the array ends here, but the file goes on with {rest[:20]!r}")
+        yield line, RejectError("json_syntax", f"the array ends here, but the file continues with {rest[:20]!r}")
 
 
 def _leading_breaks(raw: bytes) -> int:
@@ -309,7 +309,7 @@ def _parse(raw: bytes) -> dict[str, Any] | RejectError:
     except UnicodeDecodeError as error:
         return RejectError("invalid_utf8", f"byte 0x{raw[error.start]:02X} at {error.start} of the record")
     except RecursionError:
-        return RejectError("json_nesting", "brackets are nested too deep")
+        return RejectError("json_nesting", "brackets are nested too deeply")
     except _DuplicateKeyError as error:
         return RejectError("json_duplicate_key", f"key {str(error)[:100]!r} is given twice")
     except ValueError as error:
@@ -323,7 +323,7 @@ def parse_record(raw: bytes) -> dict[str, Any]:
     """Parse one record on its own, e.g. the .json of a tar member.
 
     Raises:
-        RejectError: as `read_records` yields.
+        RejectError: one of those that `read_records` yields.
     """
     value = _parse(raw)
     if isinstance(value, RejectError):

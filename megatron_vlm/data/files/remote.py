@@ -1,7 +1,7 @@
-"""Files at URLs: what fsspec reads, with further tries, in pieces, and with messages that users understand.
+"""Files at URLs, read by fsspec: with retries, in ranges, and with error messages that users understand.
 
-fsspec is imported when the first URL is used. Reads go through one function that tries again, so that a store that
-hiccups for a second costs a second, not a preparation of days.
+fsspec is imported when the first URL is used. All reads go through one function that retries, so that an outage of a
+second costs a second and not a preparation of days.
 """
 
 import errno
@@ -17,11 +17,11 @@ from typing import Any, TypeVar
 from megatron_vlm.config import ConfigError, StorageError, UserError
 
 WEB_SCHEMES = ("http", "https")
-"""Of servers that have no folders, and queries in their URLs."""
+"""Schemes of servers that have no folders and whose URLs may contain queries."""
 
 _Result = TypeVar("_Result")
 _STATUS_MISSING, _STATUS_DENIED = (404, 410), (401, 403)
-# In what drivers say: all but scheme and host of URLs, queries and user info wherever they stand.
+# Secrets in the messages of drivers: anything after scheme and host of URLs, queries and user info anywhere.
 _URL_TEXT = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)(?:[^\s/?#]*@)?([^\s/?#'\"]*)\S*")
 _QUERY_TEXT, _USER_TEXT = re.compile(r"\?\S*=\S*"), re.compile(r"[^\s/:@]+:[^\s/@]+@")
 _DRIVERS = {
@@ -38,39 +38,39 @@ _DRIVERS = {
     "sftp": "paramiko",
     "ssh": "paramiko",
 }
-_WAIT_SECONDS = (0.3, 1.0, 3.0)  # on top of what the drivers themselves try again
-# One request of this size takes about as long as it waits for its first byte, and 64 open tars stay below 256 MiB.
+_WAIT_SECONDS = (0.3, 1.0, 3.0)  # in addition to the retries of the drivers
+# Transferring this much takes about as long as waiting for the first byte, and 64 open tars stay below 256 MiB.
 _BLOCK, _KEPT_BLOCKS = 2 << 20, 2
 
 
 class DeniedError(StorageError):
-    """The server refuses; also some answer for a file that is not there, where the user may not list the folder."""
+    """The server denies access; some do so for missing files if the user may not list the folder."""
 
 
 @dataclass(frozen=True, slots=True)
 class RemoteFile:
-    """A file, folder or pattern at a URL; has what readers use of a `Path`.
+    """A file, folder or pattern at a URL, with those members of `Path` that readers use.
 
     Args:
-        url: any URL of fsspec, chains such as `zip://a.jsonl::s3://bucket/docs.zip` included.
-        size: known from a listing [bytes]; None: it is asked for when it is needed.
+        url: any URL of fsspec, including chains such as `zip://a.jsonl::s3://bucket/docs.zip`.
+        size: from a listing [bytes]; None: the server is asked when the size is needed.
     """
 
     url: str
     size: int | None = field(default=None, compare=False)
 
     def __str__(self) -> str:
-        """Return the URL without what may be a secret: the query of a signed URL, a password."""
+        """Return the URL without possible secrets: the query of a signed URL, a password."""
         return "::".join(scheme + mark + path for scheme, mark, path in map(_shown, self.url.split("::")))
 
     @property
     def scheme(self) -> str:
-        """What stands before the first colon."""
+        """The scheme, before the first colon."""
         return re.split("://|::", self.url, maxsplit=1)[0].lower()
 
     @property
     def path(self) -> PurePosixPath:
-        """What the URL names within its store, bucket or host first; of a chain, the innermost archive first."""
+        """Path in the store, from bucket or host; the path of a chain begins with its innermost archive."""
         links = [
             PurePosixPath(scheme.lower() if mark else "", (path if mark else scheme).strip("/"))
             for scheme, mark, path in map(_shown, self.url.split("::"))
@@ -89,17 +89,17 @@ class RemoteFile:
 
     @property
     def is_pattern(self) -> bool:
-        """Whether the URL stands for all that match it."""
+        """Whether the URL is a pattern that other files match."""
         path = _shown(self.url.partition("::")[0])[-1]
         return "*" in path or "[" in path
 
     def with_suffix(self, suffix: str) -> "RemoteFile":
-        """Return the file beside this one whose name ends otherwise."""
+        """Return the file beside this one with another suffix."""
         return self._with_name(PurePosixPath(self.name).with_suffix(suffix).name)
 
     @property
     def parent(self) -> "RemoteFile":
-        """The folder that the file is in."""
+        """The folder that contains the file."""
         return self._with_name("")
 
     def _with_name(self, name: str) -> "RemoteFile":
@@ -111,19 +111,19 @@ class RemoteFile:
 
 
 def _shown(link: str) -> tuple[str, str, str]:
-    """Return scheme, "://" and path of a link of a URL, without query, password and, on the web, user."""
+    """Return scheme, "://" and path of one link of a chain, without query, password and (on the web) user."""
     scheme, mark, path = link.partition("://")
     is_web = scheme.lower() in WEB_SCHEMES
     if is_web:
         path = path.partition("?")[0]
     host, slash, rest = path.partition("/")
     user, _, server = host.rpartition("@")
-    # Elsewhere a name alone belongs to the address: abfs://container@account
+    # Elsewhere, a name without a password is part of the address: abfs://container@account
     return scheme, mark, (server if is_web or ":" in user else host) + slash + rest
 
 
 class RemoteStore:
-    """The file system behind a URL; every call is tried again if it fails, except for what no second try mends.
+    """The file system behind a URL; every call is retried, except for errors that a retry cannot fix.
 
     Args:
         location: a file, folder or pattern.
@@ -141,7 +141,7 @@ class RemoteStore:
         """Return name, size and type ("file" or "directory").
 
         Raises:
-            FileNotFoundError: there is none.
+            FileNotFoundError: it does not exist.
         """
         return self._attempt(lambda: self._system.info(self._path))
 
@@ -153,7 +153,7 @@ class RemoteStore:
         """Return `info` of everything that matches the pattern.
 
         Raises:
-            ConfigError: it is no pattern.
+            ConfigError: the pattern is invalid.
         """
 
         def match() -> list[dict[str, Any]]:
@@ -165,28 +165,28 @@ class RemoteStore:
         return self._attempt(match)
 
     def url_of(self, name: str) -> str:
-        """Return the URL of a name that this file system gave."""
+        """Return the URL of a name from this file system."""
         _, chain, rest = self._location.url.partition("::")
         return self._system.unstrip_protocol(name) + chain + rest
 
     def read(self, start: int, end: int, size: int) -> bytes:
-        """Return a piece of the file.
+        """Return a range of the file.
 
         Args:
             start: first byte.
-            end: one after the last byte; not beyond `size`.
-            size: of the whole file.
+            end: one after the last byte, at most `size`.
+            size: size of the whole file [bytes].
 
         Raises:
-            StorageError: it cannot be read, or has become shorter.
+            StorageError: the file cannot be read, or has become shorter.
         """
 
         def fetch() -> bytes:
             data = self._system.cat_file(self._path, start=start, end=end)
-            if len(data) == size > end - start:  # a web server that knows no ranges sends everything
+            if len(data) == size > end - start:  # a web server without support for ranges sends everything
                 data = data[start:end]
             if len(data) != end - start:
-                raise OSError(f"{len(data)} bytes came instead of {end - start}")
+                raise OSError(f"received {len(data)} bytes instead of {end - start}")
             return data
 
         try:
@@ -195,13 +195,13 @@ class RemoteStore:
             raise self._gone() from None
 
     def read_inside(self, name: str, max_bytes: int) -> bytes | int:
-        """Return the file `name` inside of this folder, or its size if that is more than `max_bytes`.
+        """Return the file `name` inside this folder, or only its size if that is more than `max_bytes`.
 
         Raises:
-            FileNotFoundError: there is none, or it is a folder.
-            DeniedError: the server refuses.
+            FileNotFoundError: it does not exist, or is a folder.
+            DeniedError: the server denies access.
         """
-        # Who may read a folder of a web server is in its query, which goes behind the name.
+        # On the web, the signature is in the query of the folder, which has to follow the name.
         is_web = self._location.scheme in WEB_SCHEMES
         root, mark, query = self._path.partition("?") if is_web else (self._path, "", "")
         path = f"{root.rstrip('/')}/{name}{mark}{query}"
@@ -214,7 +214,7 @@ class RemoteStore:
         return data if len(data) <= max_bytes else len(data)
 
     def _open(self) -> tuple[Any, str]:
-        from fsspec.core import url_to_fs  # takes a tenth of a second, which local files need not pay
+        from fsspec.core import url_to_fs  # takes a tenth of a second, which local files do not need
 
         try:
             return url_to_fs(self._location.url)
@@ -237,7 +237,7 @@ class RemoteStore:
                 raise
             except (IsADirectoryError, NotADirectoryError):
                 raise self._missing() from None
-            except Exception as error:  # each driver has errors of its own
+            except Exception as error:  # each driver has its own errors
                 if isinstance(error, PermissionError) or _status(error) in _STATUS_DENIED:
                     raise DeniedError(
                         f"access denied: {_brief(error)}", where=str(self._location), fix="check your credentials"
@@ -254,7 +254,7 @@ class RemoteStore:
         raise AssertionError("the last try returns or raises")
 
     def _is_unreachable(self, error: FileNotFoundError) -> bool:
-        """Tell whether it is the server that was not found: over HTTP, fsspec says of that too that the file is."""
+        """Tell whether the server was not found: over HTTP, fsspec reports that as a missing file too."""
         return (
             self._location.scheme in WEB_SCHEMES
             and error.__cause__ is not None
@@ -279,18 +279,18 @@ def _brief(error: BaseException) -> str:
 
 
 def _cause(error: BaseException) -> BaseException:
-    """Return what is behind an error: over HTTP, fsspec says of all of them that the file was not found."""
+    """Return the cause of an error: over HTTP, fsspec turns every error into a missing file."""
     return error.__cause__ if isinstance(error, FileNotFoundError) and error.__cause__ is not None else error
 
 
 def _status(error: BaseException) -> int | None:
-    """Return the status that a web server answered with, if that is the error."""
+    """Return the HTTP status, if the error has one."""
     status = getattr(_cause(error), "status", None)
     return status if isinstance(status, int) else None
 
 
 def _masked(text: str) -> str:
-    """Return what a driver says without what may be a secret."""
+    """Return the message of a driver without possible secrets."""
     return _USER_TEXT.sub("", _QUERY_TEXT.sub("", _URL_TEXT.sub(r"\1\2", text)))
 
 
@@ -298,7 +298,7 @@ def remote_size(file: RemoteFile) -> int:
     """Return the size of a file [bytes].
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: it does not exist.
         StorageError: the server does not tell.
     """
     if file.size is not None:
@@ -312,23 +312,23 @@ def remote_size(file: RemoteFile) -> int:
 
 
 class RangeReader:
-    """Reads pieces of a file at a URL; where they are near each other, whole blocks, of which it keeps the last two.
+    """Reads ranges of a file at a URL; for ranges near each other it reads whole blocks, and keeps the last two.
 
-    So a tar is read in few requests even though the files of a key are not read in their order, and a single image of
-    another tar costs no more than itself.
+    A tar is thus read in few requests although the files of a key are not read in order, and a single image of another
+    tar costs no more than its own size.
 
     Args:
-        file: what to read.
+        file: the file to read.
     """
 
     def __init__(self, file: RemoteFile) -> None:
         self.size = remote_size(file)
         self._store = RemoteStore(file)
         self._blocks: dict[int, bytes] = {}
-        self._end = 0  # of the last piece
+        self._end = 0  # of the last range
 
     def pread(self, size: int, offset: int) -> bytes:
-        """Return up to `size` bytes from `offset`; fewer only at the end of the file. As `os.pread`."""
+        """Return `size` bytes from `offset`, fewer only at the end of the file, as `os.pread` does."""
         size = min(size, self.size - offset)
         if size <= 0:
             return b""
@@ -354,10 +354,10 @@ class RangeReader:
 
 
 class RemoteStream(io.RawIOBase):
-    """A file at a URL as a stream that can seek, for parsers that want one.
+    """A file at a URL as a seekable stream, for parsers that need one.
 
     Args:
-        file: what to read.
+        file: the file to read.
     """
 
     def __init__(self, file: RemoteFile) -> None:
@@ -365,11 +365,11 @@ class RemoteStream(io.RawIOBase):
         self._position = 0
 
     def readable(self) -> bool:
-        """Tell that it can be read."""
+        """Return True."""
         return True
 
     def seekable(self) -> bool:
-        """Tell that it can seek."""
+        """Return True."""
         return True
 
     def tell(self) -> int:
@@ -383,7 +383,7 @@ class RemoteStream(io.RawIOBase):
         return self._position
 
     def readinto(self, buffer: Any) -> int:
-        """Fill a buffer; returns how many bytes came."""
+        """Fill a buffer and return the number of bytes read."""
         data = self._reader.pread(len(buffer), self._position)
         buffer[: len(data)] = data
         self._position += len(data)

@@ -1,4 +1,4 @@
-"""Records from parquet: a row is a record, as a line of JSON is."""
+"""Records from parquet: each row is a record, like a line of JSON."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -13,7 +13,7 @@ from megatron_vlm.data.rejects import RejectError
 
 
 def read_any_records(path: Location, *, max_bytes: int = MAX_RECORD_BYTES) -> Iterator[Record]:
-    """Read the records of a JSON file or of a parquet file, whichever its name says it is."""
+    """Read the records of a JSON or parquet file; its name tells which."""
     if is_table(path):
         return read_table_records(path, max_bytes=max_bytes)
     return read_records(path, max_bytes=max_bytes)
@@ -24,11 +24,11 @@ def read_table_records(path: Location, *, max_bytes: int = MAX_RECORD_BYTES) -> 
 
     Args:
         path: parquet file.
-        max_bytes: longest row, counted in the characters of its texts; a longer one is rejected.
+        max_bytes: longest row, measured by its texts and bytes; a longer one is rejected.
 
     Yields:
-        A record whose line is the number of the row, from 1; empty cells are left out of it. Or a RejectError with
-        reason record_too_long, or as `read_rows` yields.
+        A record whose line is the number of the row, from 1, without empty cells; or a RejectError with reason
+        record_too_long, or one of those that `read_rows` yields.
     """
     try:
         with open_parquet(path, streamed=True) as table:
@@ -47,7 +47,7 @@ def _record(cells: dict[str, Any], max_bytes: int) -> dict[str, Any] | RejectErr
 
 
 def _num_bytes(value: Any) -> int:
-    """Return the length of all texts and bytes in a value."""
+    """Return the total length of all texts and bytes in a value."""
     if isinstance(value, (str, bytes)):
         return len(value)
     if isinstance(value, dict):

@@ -1,7 +1,7 @@
 """Members of tar files, found by their headers and read by position.
 
-A tar is scanned once, header by header; then each member is one read. That is several times faster than Python's
-tarfile, and pairs members by name however they are ordered.
+A tar is scanned once, header by header; after that, each member takes one read. This is several times faster than
+Python's tarfile, and matches members by name in any order.
 """
 
 import functools
@@ -33,13 +33,13 @@ class Member(NamedTuple):
 
     @property
     def key(self) -> str:
-        """Name up to the first dot after the folder: what the files of one sample share."""
+        """Name up to the first dot after the folder; the files of one sample share it."""
         folder, slash, name = self.name.rpartition("/")
         return folder + slash + name.partition(".")[0]
 
     @property
     def extension(self) -> str:
-        """What follows the key, in lower case."""
+        """The rest of the name after the key and its dot, in lower case."""
         return self.name.rpartition("/")[2].partition(".")[2].lower()
 
 
@@ -72,17 +72,17 @@ class TarReader:
         """Return the content of a member.
 
         Raises:
-            RejectError: it has more than `max_bytes`; with the given reason.
+            RejectError: it has more than `max_bytes`; carries the given reason.
         """
         if member.size > max_bytes:
-            raise RejectError(reason, f"{member.size} bytes, at most {max_bytes} are taken")
+            raise RejectError(reason, f"{member.size} bytes, at most {max_bytes} are allowed")
         return self._pread(member.size, member.offset)
 
     def members(self) -> Iterator[Member]:
-        """Yield the regular files in order; those of tars that were written one after the other into a file as well.
+        """Yield the regular files in order, including those of further tars appended to the file.
 
         Raises:
-            RejectError: tar_damaged or tar_truncated, after all members before the damage were yielded.
+            RejectError: tar_damaged or tar_truncated, after all members before the damaged place.
         """
         end = self._size
         position, long_name, long_size = 0, None, None
@@ -119,7 +119,7 @@ class TarReader:
                 yield Member(name.decode("utf-8", "surrogateescape"), content, size)
             if kind != _PAX_GLOBAL:
                 long_name = long_size = None
-        raise RejectError("tar_truncated", f"the file ends after {position} bytes without the mark that ends a tar")
+        raise RejectError("tar_truncated", f"the file ends after {position} bytes without the end mark of a tar")
 
     def _check(self, header: bytes, position: int) -> int:
         """Return the size of the member whose header this is."""
@@ -130,11 +130,11 @@ class TarReader:
         if expected is None or size is None:
             raise RejectError("tar_damaged", f"no tar header at byte {position}")
         if sum(header) - sum(header[148:156]) + 8 * 0x20 != expected:
-            raise RejectError("tar_damaged", f"the header at byte {position} has another checksum")
+            raise RejectError("tar_damaged", f"the header at byte {position} does not match its checksum")
         return size
 
     def _skip_padding(self, position: int) -> int:
-        """Return where the first block begins that is not of zeros, or the end of the file."""
+        """Return the position of the next block that is not all zeros, or of the end of the file."""
         while chunk := self._pread(len(_PADDING), position):
             if chunk != _PADDING[: len(chunk)]:
                 return position + (len(chunk) - len(chunk.lstrip(b"\0"))) // _BLOCK * _BLOCK
@@ -143,7 +143,7 @@ class TarReader:
 
 
 def list_members(tar: TarReader) -> tuple[list[Member], RejectError | None]:
-    """Return the regular files up to the first damage, and what that is; None if the tar is whole."""
+    """Return the regular files up to the first damaged place, and the error there; None if the tar is complete."""
     members: list[Member] = []
     try:
         members.extend(tar.members())
@@ -153,7 +153,7 @@ def list_members(tar: TarReader) -> tuple[list[Member], RejectError | None]:
 
 
 def group_members(members: Iterator[Member]) -> dict[str, dict[str, Member | None]]:
-    """Return the members of each key by extension, in order of first appearance; None where a name comes twice."""
+    """Return the members of each key by extension, in order of first appearance; None for a name that occurs twice."""
     groups: dict[str, dict[str, Member | None]] = {}
     for member in members:
         group, extension = groups.setdefault(member.key, {}), member.extension
@@ -162,7 +162,7 @@ def group_members(members: Iterator[Member]) -> dict[str, dict[str, Member | Non
 
 
 def find_image(group: dict[str, Member | None]) -> Member | None:
-    """Return the image among the members of a key, by extension; None if there is none, or one comes twice."""
+    """Return the image among the members of a key, by extension; None if it is missing or occurs twice."""
     for extension in IMAGE_EXTENSIONS:
         if extension in group:
             return group[extension]
@@ -176,13 +176,13 @@ def _header_name(header: bytes) -> bytes:
 
 
 def _octal(digits: bytes) -> int | None:
-    """Return a number of a header; None where there is none. Python would take signs and underscores as well."""
+    """Return a number of a header, or None if it is invalid; int() would accept signs and underscores."""
     digits = digits.strip(b"\0 ")
     return int(digits or b"0", 8) if _OCTAL.fullmatch(digits) else None
 
 
 def _pax_records(content: bytes, position: int) -> dict[bytes, bytes]:
-    """Return the records `<length> <name>=<value>` and a line break, of which a value may have more."""
+    """Return the records `<length> <name>=<value>`, each ended by a line break; values may contain line breaks."""
     records: dict[bytes, bytes] = {}
     start = 0
     while start < len(content) and content[start]:
@@ -190,15 +190,15 @@ def _pax_records(content: bytes, position: int) -> dict[bytes, bytes]:
         length = int(digits) if blank and _DECIMAL.fullmatch(digits) else 0
         name, equals, value = content[start + len(digits) + 1 : start + length].partition(b"=")
         if start + length > len(content) or not equals or not value.endswith(b"\n"):
-            raise RejectError("tar_damaged", f"no extended header at byte {position + start}")
+            raise RejectError("tar_damaged", f"invalid extended header at byte {position + start}")
         records[name] = value[:-1]
         start += length
     return records
 
 
 def _pax_size(records: dict[bytes, bytes], position: int) -> int | None:
-    """Return the size of a file that is too large for its header."""
+    """Return the size of a member that is too large for its header."""
     size = records.get(b"size")
     if size is not None and not _DECIMAL.fullmatch(size):
-        raise RejectError("tar_damaged", f"the extended header at byte {position} has no size")
+        raise RejectError("tar_damaged", f"the extended header at byte {position} has an invalid size")
     return None if size is None else int(size)

@@ -1,9 +1,9 @@
-"""Check an image at preparation, from its structure alone, and optionally make it smaller.
+"""Check images during preparation by their structure, without decoding them, and shrink them if wanted.
 
-Decoding every image would cost ten times as much as everything else that preparation does. The structure finds what
-downloads break: a JPEG is whole if an end-of-image marker follows its scan (in entropy-coded data 0xFF is always
-followed by 0x00 or a restart marker, and embedded thumbnails lie before the scan), a PNG if every chunk has its
-checksum, a GIF if its first frame ends, a WEBP if it is as long as it says. Whoever wants more decodes each image.
+Decoding every image would take ten times as long as the rest of the preparation. The structure reveals incomplete
+downloads: a JPEG is complete if an end-of-image marker follows its scan (in entropy-coded data, 0xFF is always followed
+by 0x00 or a restart marker, and embedded thumbnails come before the scan), a PNG if all chunk checksums match, a GIF if
+its first frame ends, a WEBP if it is as long as its header says. An option decodes each image as well.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ _WEBP_ANIMATED = 0x02
 
 @dataclass(frozen=True, slots=True)
 class ImageFacts:
-    """What the structure of an image file says; width and height are those of the upright image [pixels]."""
+    """Format and size of an image file; width and height are those of the upright image [pixels]."""
 
     format: Literal["JPEG", "PNG", "WEBP", "GIF"]
     width: int
@@ -43,7 +43,7 @@ class ImageFacts:
 
 
 def check_image(data: bytes, rules: ImageRules) -> ImageFacts:
-    """Check format, wholeness and size of one image.
+    """Check format, completeness and size of an image.
 
     Raises:
         RejectError: image_empty, image_format, image_truncated, image_damaged, image_bytes, image_pixels, image_side
@@ -52,7 +52,7 @@ def check_image(data: bytes, rules: ImageRules) -> ImageFacts:
     if not data:
         raise RejectError("image_empty", "the image has 0 bytes")
     if not rules.min_bytes <= len(data) <= rules.max_bytes:
-        raise RejectError("image_bytes", f"{len(data)} bytes, taken are {rules.min_bytes} to {rules.max_bytes}")
+        raise RejectError("image_bytes", f"{len(data)} bytes, allowed are {rules.min_bytes} to {rules.max_bytes}")
     reader = _find_reader(data)
     try:
         facts = reader(data, rules.limits)
@@ -67,7 +67,7 @@ def check_image(data: bytes, rules: ImageRules) -> ImageFacts:
 
 
 def shrink_image(data: bytes, facts: ImageFacts, rules: ImageRules) -> Image:
-    """Return an image as it is, or made smaller by the rules.
+    """Return the image, shrunk if the rules say so.
 
     Raises:
         RejectError: image_damaged.

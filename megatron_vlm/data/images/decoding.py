@@ -1,4 +1,4 @@
-"""Read image files: what they say about themselves, and their pixels at their own size.
+"""Read image files: orientation from their metadata, and pixels at their original size.
 
 Without torch, so that preparation starts fast; `pixels.py` makes of them what the vision tower is fed.
 """
@@ -19,7 +19,7 @@ _FORMATS = tuple(one.name for one in FORMATS)
 _ORIENTATION_TAG = 0x0112
 _LYING = frozenset([5, 6, 7, 8])
 _JPEG_SCAN = b"\xda"
-# What the segments, and the types and keywords of the chunks, begin with that Pillow reads an orientation from.
+# Beginnings of the segments, and types and keywords of the chunks, from which Pillow reads an orientation.
 _JPEG_METADATA = (b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0")
 _PNG_METADATA = tuple(
     kind + keyword
@@ -28,7 +28,7 @@ _PNG_METADATA = tuple(
     + [(b"iTXt", b"XML:com.adobe.xmp\0")]
 )
 _WEBP_METADATA = 0x08 | 0x04  # flags of EXIF and of XMP
-# What Pillow raises on damaged bytes, over all four formats; anything else is a bug and must show itself.
+# Errors that Pillow raises for damaged bytes in any of the four formats; all others are bugs and must not be hidden.
 _DECODE_ERRORS = (
     OSError,
     ValueError,
@@ -42,10 +42,10 @@ _DECODE_ERRORS = (
 
 
 def decode_rgb(encoded: bytes, *, limits: ImageLimits | None = None) -> Image.Image:
-    """Decode one image at its own size: upright, RGB, transparent parts on white, the first frame of an animation.
+    """Decode an image at its original size: upright, RGB, transparency on white, first frame of an animation.
 
     Raises:
-        DataError: the bytes are no JPEG, PNG, WEBP or GIF, are damaged, or are outside the limits.
+        DataError: the bytes are not a JPEG, PNG, WEBP or GIF, are damaged, or the image exceeds the limits.
     """
     image = _open(encoded)
     check_limits(image.width, image.height, limits or ImageLimits())
@@ -60,7 +60,7 @@ def decode_rgb(encoded: bytes, *, limits: ImageLimits | None = None) -> Image.Im
 def _open(encoded: bytes) -> Image.Image:
     try:
         with warnings.catch_warnings():
-            # Pillow warns of large images, where the limit on pixels decides, and of corrupt EXIF data.
+            # Pillow warns about large images, for which the limit on pixels decides, and about corrupt EXIF data.
             warnings.simplefilter("ignore")
             return Image.open(io.BytesIO(encoded), formats=_FORMATS)
     except _DECODE_ERRORS as error:
@@ -71,10 +71,10 @@ def _open(encoded: bytes) -> Image.Image:
 
 
 def find_excess(width: int, height: int, limits: ImageLimits) -> tuple[str, str] | None:
-    """Return why an image is outside of the limits, as a reason of rejects and as text; None if it is not."""
+    """Return why an image exceeds the limits, as reason and detail of a reject; None if it does not."""
     size, short, long = f"{width}x{height} pixels", min(width, height), max(width, height)
     if width * height > limits.max_pixels:
-        return "image_pixels", f"{size}, at most {limits.max_pixels} pixels are taken"
+        return "image_pixels", f"{size}, at most {limits.max_pixels} pixels are allowed"
     if short < limits.min_side:
         return "image_side", f"{size}, the shorter side must have at least {limits.min_side}"
     if long > limits.max_aspect_ratio * short:
@@ -83,19 +83,19 @@ def find_excess(width: int, height: int, limits: ImageLimits) -> tuple[str, str]
 
 
 def check_limits(width: int, height: int, limits: ImageLimits) -> None:
-    """Refuse an image by its size [pixels].
+    """Refuse an image that exceeds the limits, given its size [pixels].
 
     Raises:
-        DataError: it is outside of the limits; names the limit.
+        DataError: it exceeds a limit; names the limit.
     """
     if excess := find_excess(width, height, limits):
         raise DataError(f"image of {excess[1]}", fix="leave the sample out, or change the limits")
 
 
 def has_orientation(encoded: bytes) -> bool:
-    """Tell whether an image file has metadata that may say how it is to be turned, EXIF or XMP.
+    """Tell whether an image file has metadata that may contain an orientation: EXIF or XMP.
 
-    Only segments and chunks are looked at: searching a whole file would take as long as resizing it.
+    Only segments and chunks are examined; searching the whole file would take as long as resizing the image.
     """
     file_format = find_format(encoded)
     if file_format is JPEG:
@@ -108,7 +108,7 @@ def has_orientation(encoded: bytes) -> bool:
 
 
 def _jpeg_segments(encoded: bytes) -> Iterator[int]:
-    """Yield where each segment before the scan begins."""
+    """Yield the position of each segment before the scan."""
     position = 2
     while encoded[position : position + 1] == b"\xff" and encoded[position + 1 : position + 2] != _JPEG_SCAN:
         if encoded[position + 1 : position + 2] == b"\xff":  # a fill byte
@@ -119,7 +119,7 @@ def _jpeg_segments(encoded: bytes) -> Iterator[int]:
 
 
 def _png_chunks(encoded: bytes) -> Iterator[int]:
-    """Yield where each chunk begins."""
+    """Yield the position of each chunk."""
     position = 8
     while position < len(encoded):
         yield position
@@ -127,25 +127,25 @@ def _png_chunks(encoded: bytes) -> Iterator[int]:
 
 
 def is_upright(encoded: bytes) -> bool:
-    """Tell whether an image is stored as it is to be seen.
+    """Tell whether an image is stored upright.
 
     Raises:
-        DataError: not one of the four formats by content.
+        DataError: the content is not JPEG, PNG, WEBP or GIF.
     """
     return _orientation(encoded) == 1
 
 
 def has_swapped_sides(encoded: bytes) -> bool:
-    """Tell whether an image is stored lying on its side: upright, it is as wide as the file says that it is high.
+    """Tell whether an image is stored lying on its side, so that width and height of the upright image are swapped.
 
     Raises:
-        DataError: not one of the four formats by content.
+        DataError: the content is not JPEG, PNG, WEBP or GIF.
     """
     return _orientation(encoded) in _LYING
 
 
 def _orientation(encoded: bytes) -> int | None:
-    """Return the orientation that the metadata name, 1 if none; None if they cannot be read."""
+    """Return the orientation in the metadata, 1 if there is none; None if the metadata cannot be read."""
     image = _open(encoded)
     try:
         with warnings.catch_warnings():
@@ -163,7 +163,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith("I"):
-        # Pillow's own conversion of 16-bit grey clips at 255: nearly everything would become white.
+        # Pillow's conversion of 16-bit grey clips at 255, which would turn nearly everything white.
         grey = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
         return Image.fromarray(((grey * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:

@@ -1,10 +1,10 @@
-"""Which kind of image a file is, by its first bytes; names of files and what servers say are often wrong."""
+"""The format of an image file, from its first bytes; file names and HTTP headers are often wrong."""
 
 from typing import Literal, NamedTuple
 
 
 class ImageFormat(NamedTuple):
-    """A kind of image file."""
+    """A format of image files."""
 
     name: Literal["JPEG", "PNG", "WEBP", "GIF"]
     """As Pillow spells it."""
@@ -21,7 +21,7 @@ PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
 def find_format(data: bytes) -> ImageFormat | None:
-    """Return the kind of an image file; None if it is not one that can be read here."""
+    """Return the format of an image file; None if it is not one of `FORMATS`."""
     if data.startswith(b"\xff\xd8"):
         return JPEG
     if data.startswith(PNG_SIGNATURE):

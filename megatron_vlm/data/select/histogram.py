@@ -1,4 +1,4 @@
-"""A histogram of scores whose range is not known before all of them have passed."""
+"""A histogram of scores whose range is not known in advance."""
 
 from collections import Counter
 from pathlib import Path
@@ -13,9 +13,9 @@ _MAX_BINS = 128
 
 
 class ScoreHistogram:
-    """Count scores in at most 128 bins of one width, a power of two.
+    """Count scores in at most 128 bins of equal width, a power of two.
 
-    Bins are merged in pairs when there are too many, so that the result does not depend on the order of the scores.
+    If there are too many bins, they are merged in pairs, so the result does not depend on the order of the scores.
     """
 
     def __init__(self, width: float = _FIRST_WIDTH) -> None:
@@ -45,7 +45,7 @@ def histogram_rows(everything: ScoreHistogram, kept: ScoreHistogram) -> list[dic
     """Return lower border, kept and dropped scores of each bin, for a report.
 
     Raises:
-        ValueError: the two differ in the width of their bins.
+        ValueError: the two have bins of different widths.
     """
     if everything.width != kept.width:
         raise ValueError(f"bins are {everything.width} and {kept.width} wide; make the second with the first's width")

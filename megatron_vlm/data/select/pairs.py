@@ -1,7 +1,7 @@
-"""Keep the best image-text pairs of any number of parquet files by a score, exactly and in bounded memory.
+"""Select the image-text pairs with the highest score from any number of parquet files, in bounded memory.
 
-Two passes: the first streams the score columns alone and remembers the k best rows seen so far, the second copies the
-chosen rows with all their columns. Source: VILA, appendix D, ranks COYO-700M by CLIP similarity and keeps 25M.
+Two passes: the first reads only the score columns and keeps the k best rows so far, the second copies the selected rows
+with all their columns. Source: VILA, appendix D, ranks COYO-700M by CLIP similarity and keeps 25M.
 """
 
 import dataclasses
@@ -38,10 +38,10 @@ _UNITS = {"K": 10**3, "M": 10**6, "B": 10**9}
 
 
 def parse_count(text: str) -> int:
-    """Return a number of pairs written as 25000000, 25M, 2.5M, 400K or 1B.
+    """Return a count written as 25000000, 25M, 2.5M, 400K or 1B.
 
     Raises:
-        ValueError: the text is none of these, or not a whole number above 0.
+        ValueError: the text has another form, or is not a whole number above 0.
     """
     unit = _UNITS.get(text[-1:].upper())
     value = Fraction(text[:-1] if unit else text) * (unit or 1)
@@ -52,22 +52,22 @@ def parse_count(text: str) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SelectRules:
-    """Which rows are kept: those with the highest score; of equal scores those that come first.
+    """Which rows are kept: those with the highest score; of equal scores, those that come first.
 
-    What comes first is the order of the files, by name within a folder, and of the rows in a file.
+    The order is that of the files, by name within a folder, and of the rows in a file.
 
     Raises:
-        UsageError: not exactly one of `top` and `fraction`, no column, or a fraction outside of 0 to 1.
+        UsageError: not exactly one of `top` and `fraction` is given, no column is, or the fraction is not in 0 to 1.
     """
 
     columns: tuple[str, ...]
     """Their sum is the score."""
     top: int | None = None
-    """Rows kept of all files together."""
+    """Number of rows kept from all files together."""
     fraction: Fraction | None = None
-    """ArrayTask of its rows that each file keeps, rounded down, as VILA's scripts do with 1/5."""
+    """Fraction of its rows that each file keeps, rounded down, as VILA's scripts do with 1/5."""
     min_score: float | None = None
-    """Rows with a score not above this are dropped before anything else."""
+    """Rows whose score is not above this are dropped first."""
 
     def __post_init__(self) -> None:
         if not self.columns or not all(self.columns):
@@ -89,12 +89,12 @@ class _InputFile:
 
 
 def select_pairs(inputs: tuple[Location, ...], output: Path, rules: SelectRules) -> dict[str, Any]:
-    """Write the chosen rows as parquet files, one for each input file that has any, and a report.
+    """Write the selected rows as parquet files, one for each input file with selected rows, and a report.
 
     Args:
-        inputs: parquet files; their order decides between equal scores.
-        output: new folder of parquet files with all columns of the input, in its order; `_report.json`, `_scores.png`.
-        rules: what is chosen.
+        inputs: parquet files; their order decides among equal scores.
+        output: new folder for parquet files with all columns of the input, in its order; `_report.json`, `_scores.png`.
+        rules: what is selected.
 
     Returns:
         The report: rows = kept + dropped by reason, the lowest score that was kept, counts by file, a histogram.
@@ -104,7 +104,7 @@ def select_pairs(inputs: tuple[Location, ...], output: Path, rules: SelectRules)
         DataError: a file cannot be read, lacks a score column, or no row is left.
         StorageError: the output cannot be written.
     """
-    # Held from the start, so that a second command does not do all of the work for nothing.
+    # Locked from the start, so that a second command does not work in vain.
     with storage_errors("selection cannot be written", output), folder_beside(output, is_new=True) as unfinished:
         return _select(inputs, unfinished, rules)
 
@@ -118,7 +118,7 @@ def _select(inputs: tuple[Location, ...], folder: Path, rules: SelectRules) -> d
     scores, rows = _choose(files, rules, dropped, everything)
     if not len(rows):
         raise DataError(
-            f"none of {sum(file.num_rows for file in files)} rows is left: {describe_rejects(dropped)}",
+            f"none of {sum(file.num_rows for file in files)} rows are left: {describe_rejects(dropped)}",
             where=", ".join(rules.columns),
             fix=f"lower --min-score, {'raise --fraction, ' if rules.fraction is not None else ''}or name other columns "
             "in --by",
@@ -180,7 +180,7 @@ def _is_number(kind: pyarrow.DataType) -> bool:
 def _choose(
     files: list[_InputFile], rules: SelectRules, dropped: Counter[str], histogram: ScoreHistogram
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the scores and row numbers, over all files, that are kept, by row number."""
+    """Return the kept scores and row numbers (counted over all files), by row number."""
     chosen: list[tuple[np.ndarray, np.ndarray]] = []
     best = TopRows(rules.top) if rules.top is not None else None
     with tqdm(total=sum(file.num_rows for file in files), unit=" rows", unit_scale=True, disable=None) as bar:
@@ -215,7 +215,7 @@ def _choose(
 def _read_scores(
     file: _InputFile, columns: tuple[str, ...], dropped: Counter[str]
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield scores and row numbers of the rows that have a score, batch by batch; the others are counted."""
+    """Yield scores and row numbers of the rows that have a score, batch by batch; count the others."""
     first = file.first_row
     for batch in _batches(file.path, columns=sorted(set(columns))):
         score = np.zeros(batch.num_rows)
@@ -234,7 +234,7 @@ def _read_scores(
 
 
 def _write_files(files: list[_InputFile], rows: np.ndarray, folder: Path) -> list[int]:
-    """Copy the chosen rows and return how many there are of each file."""
+    """Copy the selected rows and return their number for each file."""
     borders = np.searchsorted(rows, [*(file.first_row for file in files), files[-1].first_row + files[-1].num_rows])
     counts = np.diff(borders).tolist()
     with tqdm(total=len(rows), unit=" rows written", unit_scale=True, disable=None) as bar:
@@ -245,7 +245,7 @@ def _write_files(files: list[_InputFile], rows: np.ndarray, folder: Path) -> lis
 
 
 def _write_file(file: _InputFile, rows: np.ndarray, path: Path, bar: tqdm) -> None:
-    """Copy rows, int64[n] and ascending, of one file; row groups without any of them are not read."""
+    """Copy rows of one file, int64[n] and ascending; row groups without selected rows are not read."""
     waiting: list[pyarrow.RecordBatch] = []
     num_waiting = first = 0
     with open_parquet(file.path, streamed=True) as table:
@@ -270,7 +270,7 @@ def _write_file(file: _InputFile, rows: np.ndarray, path: Path, bar: tqdm) -> No
 
 
 def _place_in_groups(rows: np.ndarray, sizes: list[int]) -> tuple[list[int], np.ndarray]:
-    """Return the row groups that have any of the rows, and where the rows are if these groups alone are read."""
+    """Return the row groups that contain the rows, and the positions of the rows if only these groups are read."""
     borders = np.cumsum([0, *sizes])
     owner = np.searchsorted(borders, rows, side="right") - 1
     groups, position = np.unique(owner, return_inverse=True)
@@ -302,7 +302,7 @@ def _report(
 def _check_num_rows(file: _InputFile, found: int) -> None:
     if found != file.num_rows:
         raise DataError(
-            f"{found} rows were read where {file.num_rows} are expected; the file was changed meanwhile",
+            f"{found} rows were read, {file.num_rows} are expected; the file has changed meanwhile",
             where=str(file.path),
             fix="run the same command again",
         )

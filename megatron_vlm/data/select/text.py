@@ -1,9 +1,8 @@
-"""Keep a fixed number of records of any number of text files: exact, the same for any order of files and workers.
+"""Select a given number of records from any number of text files, regardless of the order of files and workers.
 
-Every record has a hash of its bytes and the seed; the records with the smallest hashes are kept, over all files
-together. Two passes: the first hashes and remembers no more than the wanted number of hashes, the second copies the
-chosen records as they are. Source: VILA, section 3.3, mixes 1M records of FLAN into the instruction data; its code
-takes every n-th of the files in their order.
+Every record is hashed with the seed; the records with the smallest hashes of all files are kept. Two passes: the first
+keeps at most the wanted number of hashes, the second copies the selected records unchanged. Source: VILA, section 3.3,
+mixes 1M records of FLAN into the instruction data; its code takes every n-th record of the files in their order.
 """
 
 import hashlib
@@ -32,7 +31,7 @@ from megatron_vlm.platform.files.durable import flush_to_disk, folder_beside, st
 
 logger = logging.getLogger(__name__)
 
-# In a folder of its own: `prepare` reads the .json files directly inside of its input.
+# In a folder of its own, since `prepare` reads the .json files directly inside its input.
 REPORT_FILE, REJECTS_FILE = Path("_report", "select.json"), Path("_report", "rejects.jsonl")
 _HASHES, _REJECTS_SUFFIX = "_hashes", ".rejects"
 _REPORT_EVERY = 1000
@@ -48,9 +47,9 @@ class TextSelectRules:
     """
 
     number: int
-    """Records kept of all files together."""
+    """Number of records kept from all files together."""
     seed: int = 0
-    """Another seed keeps other records."""
+    """Another seed selects other records."""
     max_record_bytes: int = MAX_RECORD_BYTES
 
     def __post_init__(self) -> None:
@@ -72,23 +71,24 @@ class _FileCounts(NamedTuple):
 def select_text(
     inputs: tuple[Location, ...], output: Path, rules: TextSelectRules, *, num_workers: int = 1
 ) -> dict[str, Any]:
-    """Write the chosen records as JSON lines, one file for each input file that has any, and a report.
+    """Write the selected records as JSON lines, a file for each input file that has any, and a report.
 
     Args:
         inputs: JSON lines or arrays, also .gz or .zip, or parquet; their order does not matter.
-        output: new folder of a report, `_report/rejects.jsonl` as `prepare` writes it, and .jsonl files: the records of
-            each input file in its order, byte by byte as they are there; line breaks inside of a record of an array
-            become blanks, rows of parquet are written as JSON.
-        rules: what is chosen. Records of equal bytes have equal hashes, so they are kept or left together; where only
-            some of them fit, those of the first file by name, and in it the first ones.
-        num_workers: processes; the result does not depend on it.
+        output: new folder for a report, `_report/rejects.jsonl` as `prepare` writes it, and .jsonl files: the records
+            of each input file in their order, unchanged; only line breaks inside a record of an array become blanks,
+            and rows of parquet are written as JSON.
+        rules: what is selected. Records with equal bytes have equal hashes, so they are kept or dropped together; if
+            only some of them fit, the first ones of the first file by name are kept.
+        num_workers: processes; the result does not depend on their number.
 
     Returns:
         The report: records = kept + not_chosen + rejected, rejects by reason, counts by file.
 
     Raises:
-        ConfigError: the output folder is not empty or another process writes it, or two files would become one.
-        DataError: there is no whole record, or a file was changed meanwhile.
+        ConfigError: the output folder is not empty or another process writes it, or two input files would be written to
+            one file.
+        DataError: there is no valid record, or a file has changed meanwhile.
         StorageError: the output cannot be written, or a worker was killed.
     """
     files = _name_files(inputs)
@@ -114,16 +114,16 @@ def select_text(
 
 
 def hash_record(raw: bytes, seed: int) -> int:
-    """Return the 64-bit hash that decides about a record."""
+    """Return the 64-bit hash by which a record is selected."""
     key = seed.to_bytes(16, "little", signed=True)
     return int.from_bytes(hashlib.blake2b(raw, digest_size=8, key=key).digest(), "little")
 
 
 def _name_files(inputs: tuple[Location, ...]) -> list[_InputFile]:
-    """Return the files by name, and where each of them is written.
+    """Return the files by name, with the name of the file that each is written to.
 
     Raises:
-        ConfigError: two would be written to the same file.
+        ConfigError: two files would be written to the same file.
     """
     places = [place_of(path) for path in inputs]
     root = os.path.commonpath([place.parent for place in places])
@@ -150,11 +150,11 @@ def _stem(name: str) -> str:
 
 
 def _read(path: Location, max_bytes: int) -> Iterator[tuple[int, bytes | RejectError]]:
-    """Yield every record, as one line of JSON, and its line or row."""
+    """Yield the line or row of every record, and the record as one line of JSON."""
     if not is_table(path):
         for line, raw in read_raw_records(path, max_bytes=max_bytes):
             if isinstance(raw, bytes):
-                # Only between the tokens of a record of an array are there line breaks.
+                # Line breaks occur only between the tokens of a record of an array.
                 raw = raw.strip(_BLANK).replace(b"\r", b" ").replace(b"\n", b" ")
             yield line, raw
         return
@@ -166,7 +166,7 @@ def _read(path: Location, max_bytes: int) -> Iterator[tuple[int, bytes | RejectE
 
 
 def _hash_file(file: _InputFile, rules: TextSelectRules, hashes_file: Path, report: Report) -> _FileCounts:
-    """Save the smallest hashes of one file and the numbers of their records, and its rejects; count the records."""
+    """Save the smallest hashes of one file with their record numbers, and its rejects; count the records."""
     smallest = TopRows(rules.number, np.uint64)
     rejects: Counter[str] = Counter()
     hashes: list[int] = []
@@ -203,7 +203,7 @@ def _offer(smallest: TopRows, hashes: list[int], rows: list[int]) -> None:
 
 
 def _choose(hash_files: list[Path], counts: list[_FileCounts], rules: TextSelectRules) -> list[np.ndarray]:
-    """Return the numbers of the records, int64 and ascending, that are kept of each file.
+    """Return the numbers of the records that are kept from each file, int64 and ascending.
 
     Raises:
         DataError: there is no record.
@@ -226,7 +226,7 @@ def _choose(hash_files: list[Path], counts: list[_FileCounts], rules: TextSelect
 
 
 def _copy_records(path: Location, rows: np.ndarray, output: Path, max_bytes: int, report: Report) -> None:
-    """Write the records of the given numbers, int64[n] and ascending.
+    """Write the records with the given numbers, int64[n] and ascending.
 
     Raises:
         DataError: the file has fewer records than before.
@@ -247,7 +247,7 @@ def _copy_records(path: Location, rows: np.ndarray, output: Path, max_bytes: int
         flush_to_disk(stream)
     if following is not None:
         raise DataError(
-            f"record {following + 1} is not there any more; the file was changed meanwhile",
+            f"record {following + 1} does not exist any more; the file has changed meanwhile",
             where=str(path),
             fix="run the same command again",
         )

@@ -9,8 +9,8 @@ class TopRows:
     """The k highest scores of a stream, each with its row number; memory is bounded by k, not by the stream.
 
     Args:
-        k: rows to keep; of equal scores, those that come first.
-        dtype: of the scores.
+        k: number of rows to keep; of equal scores, the first ones are kept.
+        dtype: type of the scores.
     """
 
     def __init__(self, k: int, dtype: type[np.generic] = np.float64) -> None:
@@ -22,7 +22,7 @@ class TopRows:
     def add(self, scores: np.ndarray, rows: np.ndarray) -> None:
         """Offer finite scores [n] with their row numbers, int64[n], which ascend from call to call."""
         if self._threshold is not None:
-            better = scores > self._threshold  # a row as good as the k-th comes after it, so it loses
+            better = scores > self._threshold  # a row equal to the k-th comes after it, so it is not kept
             scores, rows = scores[better], rows[better]
         while len(scores):
             count = min(len(scores), self._capacity - self._size)
@@ -48,7 +48,7 @@ class TopRows:
             )
 
     def _compact(self) -> None:
-        """Forget all but the k best; they stay in the order of the rows."""
+        """Drop all but the k best, which stay in the order of their rows."""
         if self._size <= self._k:
             return
         scores, rows = self._scores[: self._size], self._rows[: self._size]

@@ -1,4 +1,4 @@
-"""The kind `conversations`: instructions with images, or annotations that are asked in the wordings of a prompt set."""
+"""The kind `conversations`: instructions with images, or annotations worded by a prompt set."""
 
 from dataclasses import replace
 
@@ -15,7 +15,7 @@ from megatron_vlm.data.text.tokenizer import Tokenizer
 def find_source(
     paths: tuple[Location, ...], options: Options, tokenizer: Tokenizer
 ) -> ConversationSource | PromptedSource:
-    """Return the reader of conversations, or of annotations where the options name a prompt set.
+    """Return the reader of conversations, or of annotations if the options name a prompt set.
 
     Raises:
         ConfigError: the tokenizer does not fit the template, a path does not exist, or the prompt set is wrong.

@@ -1,4 +1,4 @@
-"""Where the images of a corpus are: a folder, here or in an object store, or tars joined by name or URL."""
+"""Where the images of a corpus are: a folder, local or in an object store, or tars searched by name or URL."""
 
 import base64
 import os
@@ -24,11 +24,11 @@ _PLACE_DTYPE = np.dtype([("tar", "<u4"), ("size", "<u4"), ("offset", "<u8")])
 _MAX_SIZE = (1 << 32) - 1
 _MAX_OPEN_TARS = 64
 DATA_URI = "data:"
-"""How an image begins that is given as a `data:` URI."""
+"""Start of an image that is given as a URI."""
 
 
 class ImageStore(Protocol):
-    """Finds the bytes of an image."""
+    """Finds image files."""
 
     def read(self, name: str | None, url: str | None) -> bytes:
         """Return the file of an image.
@@ -39,10 +39,10 @@ class ImageStore(Protocol):
 
 
 class FolderImages:
-    """Images as files of a folder, by path relative to it.
+    """Images in a folder, by path relative to it.
 
     Args:
-        root: the folder; a path that leaves it is rejected.
+        root: the folder; paths that lead out of it are rejected.
         max_bytes: largest file that is read.
     """
 
@@ -52,36 +52,36 @@ class FolderImages:
         self._root, self._max_bytes = os.path.join(os.path.realpath(root), ""), max_bytes
 
     def read(self, name: str | None, url: str | None) -> bytes:
-        """Return the file named `name`; the URL is of no use here."""
+        """Return the file named `name`; the URL is not used."""
         if not name:
             raise RejectError("image_missing", "the record names no image file")
         path = os.path.normpath(os.path.join(self._root, name))
         if os.path.isabs(name) or "\0" in name or not path.startswith(self._root):
             raise RejectError("image_path", f"{name[:200]!r} leaves the image folder")
         try:
-            # Without O_NONBLOCK, a named pipe in the folder would wait for ever.
+            # Without O_NONBLOCK, a named pipe in the folder would block forever.
             descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         except (OSError, UnicodeError) as error:
             why = getattr(error, "strerror", error)
             if "://" in name:
-                why = "it is no file of the image folder, and URLs of records are not downloaded; give their tars"
+                why = "it is not a file of the image folder, and URLs of records are not downloaded; give their tars"
             raise RejectError("image_missing", f"{name[:200]!r}: {why}") from None
         try:
             found = os.fstat(descriptor)
             if not stat.S_ISREG(found.st_mode):
                 raise RejectError("image_missing", f"{name[:200]!r} is not a file")
             if found.st_size > self._max_bytes:
-                raise RejectError("image_bytes", f"{found.st_size} bytes, at most {self._max_bytes} are taken")
+                raise RejectError("image_bytes", f"{found.st_size} bytes, at most {self._max_bytes} are allowed")
             return os.pread(descriptor, found.st_size, 0)
         finally:
             os.close(descriptor)
 
 
 class RemoteImages:
-    """Images as objects under a URL, by path relative to it.
+    """Images under a URL, by path relative to it.
 
     Args:
-        root: the folder; a path that leaves it is rejected.
+        root: the folder; paths that lead out of it are rejected.
         max_bytes: largest object that is read.
     """
 
@@ -90,7 +90,7 @@ class RemoteImages:
         self._is_web = root.scheme in WEB_SCHEMES
 
     def read(self, name: str | None, url: str | None) -> bytes:
-        """Return the object named `name`; the URL in the corpus is of no use here."""
+        """Return the object named `name`; the URL of the record is not used."""
         if not name:
             raise RejectError("image_missing", "the record names no image file")
         path = posixpath.normpath(name.replace("\0", ".."))
@@ -103,10 +103,10 @@ class RemoteImages:
         except DeniedError as error:
             if not self._is_web:
                 raise
-            # As public buckets answer over the web where there is no file; but also when a signed URL has expired.
+            # Public buckets answer so over the web if the file does not exist, but also if a signed URL has expired.
             raise RejectError("image_denied", f"{name[:200]!r}: {error.what}") from None
         if isinstance(data, int):
-            raise RejectError("image_bytes", f"{data} bytes, at most {self._max_bytes} are taken")
+            raise RejectError("image_bytes", f"{data} bytes, at most {self._max_bytes} are allowed")
         return data
 
 
@@ -114,8 +114,8 @@ class TarImages:
     """Images in tars, by URL (the .json that img2dataset writes beside each), member name or key.
 
     Args:
-        tars: the tar files, in the order that the index was built with.
-        index: folder that `save_join_index` wrote; mapped, so that all workers share it.
+        tars: the tar files, in the order in which they were indexed.
+        index: folder written by `save_join_index`; mapped, so that all workers share its memory.
         max_bytes: largest image that is read.
     """
 
@@ -125,9 +125,9 @@ class TarImages:
         self._readers: dict[int, TarReader] = {}
 
     def read(self, name: str | None, url: str | None) -> bytes:
-        """Return the image of this URL, or of this name."""
+        """Return the image with this URL, or else with this name."""
         entry = self._find("url:" + url, unique=False) if url else None
-        # The last part of a URL is no name: "1.jpg" of another site would be taken for this one.
+        # The end of a URL is not a name: it would match "1.jpg" of any other site.
         name = None if name and "://" in name else name
         if entry is None and name:
             entry = self._find("name:" + name.rpartition("/")[2], unique=True)
@@ -141,7 +141,7 @@ class TarImages:
     def _find(self, text: str, *, unique: bool) -> np.void | None:
         found = self._index.find(text)
         if unique and len(found) > 1:
-            raise RejectError("image_ambiguous", f"several images of the tars are called {text[:200]!r}")
+            raise RejectError("image_ambiguous", f"several images in the tars are named {text[:200]!r}")
         return found[0] if len(found) else None
 
     def _reader(self, number: int) -> TarReader:
@@ -157,8 +157,8 @@ def index_tar(path: Location, number: int) -> JoinRows:
     """List the images of one tar under their URL, name and key.
 
     Args:
-        path: the tar; members before damage are still listed.
-        number: its place among the tars.
+        path: the tar; members before a damaged place are listed.
+        number: index of the tar among all tars.
     """
     names: list[str] = []
     rows: list[tuple[int, int, int]] = []
@@ -175,11 +175,11 @@ def index_tar(path: Location, number: int) -> JoinRows:
 
 
 class ImageReader:
-    """Reads, checks and, where wanted, shrinks images, and counts what is worth telling.
+    """Reads and checks images, shrinks them if the rules say so, and counts notes for the manifest.
 
     Args:
-        store: where images are found by name; None for corpora that bring the bytes themselves.
-        rules: what is taken.
+        store: finds images by name; None for corpora that contain their images.
+        rules: which images are accepted.
     """
 
     def __init__(self, store: ImageStore | None, rules: ImageRules) -> None:
@@ -188,24 +188,24 @@ class ImageReader:
         self.notes = {"animated_images": 0, "shrunk_images": 0}
 
     def count(self, note: str, count: int = 1) -> None:
-        """Add to a note."""
+        """Increase the count of a note."""
         self.notes[note] = self.notes.get(note, 0) + count
 
     def find(self, name: str | None, url: str | None = None) -> Image:
-        """Return the checked image of this name or URL.
+        """Return the checked image with this name or URL.
 
         Raises:
-            RejectError: it is missing or not taken.
+            RejectError: it is missing or not accepted.
         """
         if self._store is None:
             raise DataError("the corpus names image files", fix="say where they are with --images")
         return self.check(self._store.read(name, url))
 
     def check(self, data: bytes) -> Image:
-        """Return the image, checked, smaller where the rules want it.
+        """Return the checked image, shrunk if the rules say so.
 
         Raises:
-            RejectError: it is not taken.
+            RejectError: it is not accepted.
         """
         facts = check_image(data, self._rules)
         self.notes["animated_images"] += facts.animated
@@ -228,7 +228,7 @@ def decode_base64(text: Any, name: str) -> bytes:
     """Return the bytes of base64 text, with or without line breaks or a `data:` head.
 
     Raises:
-        RejectError: it is no text, or not base64.
+        RejectError: it is not text, or not base64.
     """
     if not isinstance(text, str):
         raise RejectError("json_type", f"{name} is {type(text).__name__}, not base64 text")

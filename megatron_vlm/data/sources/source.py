@@ -1,4 +1,4 @@
-"""What every reader of a raw corpus has in common."""
+"""The interface of all readers of raw corpora."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple, Protocol
@@ -20,10 +20,10 @@ class Found(NamedTuple):
 
 
 class SourceModule(Protocol):
-    """The function that every kind of corpus offers, as `data/sources/<kind>`."""
+    """The function that the module of every kind of corpus offers, `data/sources/<kind>`."""
 
     def find_source(self, paths: tuple[Location, ...], options: Any, tokenizer: Tokenizer) -> "Source":
-        """Return the reader of what `paths` have.
+        """Return the reader for the files in `paths`.
 
         Args:
             paths: files, folders or patterns that the user named.
@@ -37,14 +37,14 @@ class SourceModule(Protocol):
 
 
 class Source(Protocol):
-    """A corpus: which files it has, and how one of them is read. Picklable; workers get a copy."""
+    """A corpus: its files, and how to read one of them. Picklable; each worker gets a copy."""
 
     @property
     def inputs(self) -> tuple[Location, ...]:
-        """The files, each read on its own; in the order of the shards."""
+        """The files, in the order of the shards; each is read on its own."""
 
     def read(self, path: Location, images: ImageReader) -> Iterator[Found]:
-        """Yield every document of one file, including those that are rejected."""
+        """Yield every document of one file, including rejected ones."""
 
 
 def read_each(
@@ -52,10 +52,10 @@ def read_each(
     find_key: Callable[[dict[str, Any]], str | None],
     make: Callable[[dict[str, Any], str], Document],
 ) -> Iterator[Found]:
-    """Yield the document of each record; a record that is damaged, or that `make` rejects, harms no other.
+    """Yield the document of each record; a record that is damaged or rejected affects no other.
 
     Args:
-        records: of one file.
+        records: the records of one file.
         find_key: returns the name of a record in its corpus.
         make: returns the document of a record and its key ("" if it has none), or raises RejectError.
     """
@@ -72,5 +72,5 @@ def read_each(
 
 
 def key_of(value: object) -> str | None:
-    """Return the key of a record as text, cut to a length that fits a list of rejects."""
+    """Return the key of a record as text, shortened for the list of rejects."""
     return str(value)[:300] if isinstance(value, (str, int)) else None

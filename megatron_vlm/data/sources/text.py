@@ -22,10 +22,10 @@ from megatron_vlm.data.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True, slots=True)
 class TextSource:
-    """JSON, JSON lines or parquet with `text`, or in any form that `read_conversation` knows, FLAN's first of all.
+    """JSON, JSON lines or parquet with `text`, or in any form that `read_conversation` knows, such as FLAN's.
 
-    The former is trained as it is, with BOS and EOS; the others are conversations in a template. VILA's code gives
-    FLAN no system prompt. A record with images is rejected here.
+    `text` is trained unchanged, with BOS and EOS; the other forms are conversations in a template. VILA's code gives
+    FLAN no system prompt. Records with images are rejected.
     """
 
     inputs: tuple[Location, ...]
@@ -46,7 +46,7 @@ class TextSource:
             return Document((Special(Control.BOS), Text(text), Special(Control.EOS)))
         conversation = read_conversation(record)
         if conversation.images:
-            detail = f"{len(conversation.images)} images; `prepare conversations` takes them"
+            detail = f"{len(conversation.images)} images; use `prepare conversations`"
             raise RejectError("images_in_text", detail)
         turns = [
             Turn((Text(clean_text(question, rules)),), clean_text(answer, rules))

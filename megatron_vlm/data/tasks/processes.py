@@ -1,4 +1,4 @@
-"""Run many tasks in several processes, with a progress bar and without losing a killed worker."""
+"""Run many tasks in several processes, with a progress bar; a killed worker is noticed."""
 
 import multiprocessing
 import os
@@ -16,15 +16,15 @@ from megatron_vlm.platform.launch.parent import die_with_parent
 
 _POLL_SECONDS = 0.5
 _worker_counters: Any = None
-"""In a worker process: what was done and what was rejected, shared with the process that shows it."""
+"""In a worker process: numbers of things done and rejected, shared with the process that shows them."""
 
 
 Report = Callable[[int, int], None]
-"""Told how many more things a task has done, and how many of them it rejected."""
+"""Tells how many more things a task has done, and how many of them it has rejected."""
 
 
 class Engine(Protocol):
-    """Runs tasks: `run_tasks` with its number of workers, or a cluster in its place."""
+    """Runs tasks: `run_tasks` with a number of workers, or a cluster."""
 
     def __call__(self, function: Callable, tasks: Sequence[tuple], *, unit: str, reports: bool = False) -> list[Any]:
         """Call `function(*task)` for each task and return the results in order; see `run_tasks`."""
@@ -36,12 +36,11 @@ def run_tasks(
     """Call `function(*task)` for each task and return the results in order.
 
     Args:
-        function: importable by name. With `reports`, it is given one more argument, a function that it tells how
-            many more things it has done, and how many of them it rejected.
+        function: importable by name. With `reports`, it gets a `Report` as its last argument.
         tasks: arguments; picklable.
-        num_workers: processes; 1 runs everything in this one.
-        unit: what is counted, for the progress bar.
-        reports: whether `function` reports; otherwise finished tasks are counted.
+        num_workers: processes; with 1, everything runs in this process.
+        unit: unit of the progress bar.
+        reports: whether `function` reports its progress; otherwise finished tasks are counted.
 
     Raises:
         StorageError: a worker was killed.
@@ -69,7 +68,7 @@ def _run_here(function: Callable, task: tuple, bar: tqdm, reports: bool) -> Any:
 
 
 def _run_in_pool(function: Callable, tasks: Sequence[tuple], num_workers: int, bar: tqdm, reports: bool) -> list[Any]:
-    # spawn, not fork: pyarrow and sentencepiece have threads, and a forked lock stays locked.
+    # spawn, not fork: pyarrow and sentencepiece have threads, and a lock that is held during a fork stays locked.
     context = multiprocessing.get_context("spawn")
     counters = context.Array("q", 2)
     with (
@@ -95,8 +94,8 @@ def _run_in_pool(function: Callable, tasks: Sequence[tuple], num_workers: int, b
 
 @contextmanager
 def _ended_by_interrupt(pool: ProcessPoolExecutor) -> Iterator[None]:
-    """End the workers at Ctrl-C; leaving the pool would wait for what they are doing."""
-    others = set(multiprocessing.active_children())  # the pool starts its own with the first task
+    """Terminate the workers on Ctrl-C; leaving the pool would wait for their current tasks."""
+    others = set(multiprocessing.active_children())  # the pool starts its workers with the first task
     try:
         yield
     except KeyboardInterrupt:
@@ -118,7 +117,7 @@ def _explain(error: BaseException | None) -> BaseException:
 def _start_worker(counters: Any, parent: int) -> None:
     global _worker_counters
     _worker_counters = counters
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers Ctrl-C for all
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C for all
     die_with_parent(parent)
 
 

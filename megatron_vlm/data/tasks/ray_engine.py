@@ -1,4 +1,4 @@
-"""Run tasks on a Ray cluster: the same functions as in processes, on as many machines as it has."""
+"""Run tasks on a Ray cluster: the same functions as in processes, on all of its machines."""
 
 import contextlib
 import dataclasses
@@ -24,17 +24,17 @@ _LAST_PORT = 65535
 
 @contextmanager
 def ray_cluster(address: str | None, *, num_workers: int) -> Iterator[Engine]:
-    """Connect to a Ray cluster, or start one on this machine; yield what runs tasks on it, as `run_tasks` does.
+    """Connect to a Ray cluster, or start one on this machine; yield a function that runs tasks on it like `run_tasks`.
 
-    The tasks name files, not their content: input and output must be on a file system that all nodes share under the
-    same paths, and this package must be installed on all of them.
+    Tasks contain the paths of files, not their content: input and output must be on a file system that all nodes share
+    under the same paths, and this package must be installed on all nodes.
 
     Args:
-        address: of the cluster, `host:port`, `auto` or `ray://host:port`; None starts one for this process alone.
-        num_workers: processes of a cluster that is started here; another one has as many as it has cores.
+        address: the cluster, `host:port`, `auto` or `ray://host:port`; None starts one for this process.
+        num_workers: processes of a cluster that is started here; others have as many as they have cores.
 
     Raises:
-        ConfigError: Ray is not installed, or no such cluster answers.
+        ConfigError: Ray is not installed, or no cluster answers at the address.
     """
     try:
         import ray
@@ -43,7 +43,7 @@ def ray_cluster(address: str | None, *, num_workers: int) -> Iterator[Engine]:
             "--distributor ray needs the package ray, which is not installed",
             fix="pip install 'megatron_vlm[ray]', or leave --distributor out",
         ) from None
-    if ray.is_initialized():  # by the program that calls this
+    if ray.is_initialized():  # by the calling program
         yield functools.partial(_run, ray)
         return
     quiet: dict[str, Any] = {"configure_logging": False, "log_to_driver": False}
@@ -58,7 +58,7 @@ def ray_cluster(address: str | None, *, num_workers: int) -> Iterator[Engine]:
         except (OSError, RuntimeError, ValueError) as error:
             raise _no_cluster(address, str(error)) from None
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, on_stop)  # Ray has put its own in the place of the program's
+        signal.signal(signal.SIGTERM, on_stop)  # Ray has replaced the handler of the program
     try:
         yield functools.partial(_run, ray)
     finally:
@@ -66,15 +66,15 @@ def ray_cluster(address: str | None, *, num_workers: int) -> Iterator[Engine]:
 
 
 def _check_answers(address: str) -> None:
-    """Find out within seconds that nobody is there; Ray itself tries for minutes and then ends the process."""
+    """Find out within seconds if nobody answers; Ray itself tries for minutes and then ends the process."""
     host, mark, port = address.rpartition("://")[2].rpartition(":")
     if not mark:
-        return  # a name of Ray's own, such as auto
-    if not port.isdecimal() or int(port) > _LAST_PORT:  # the system would take the remainder for a port
-        raise _no_cluster(address, f"{port!r} is no port")
+        return  # a name that Ray interprets, such as auto
+    if not port.isdecimal() or int(port) > _LAST_PORT:  # the system would take it modulo 65536
+        raise _no_cluster(address, f"{port!r} is not a port")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_SECONDS).close()
-    except (OSError, UnicodeError) as error:  # UnicodeError: a name that no host can have
+    except (OSError, UnicodeError) as error:  # UnicodeError: an invalid host name
         raise _no_cluster(address, str(error)) from None
 
 
@@ -87,22 +87,22 @@ def _no_cluster(address: str, why: str) -> ConfigError:
 
 
 class Progress:
-    """What was done and what was rejected, by task: what is run again after the death of a node counts once."""
+    """Numbers of things done and rejected, by task: a task that is run again after a node died counts once."""
 
     def __init__(self) -> None:
         self._done: dict[int, tuple[int, int]] = {}
 
     def start(self, task: int) -> None:
-        """Begin a task, perhaps not for the first time."""
+        """Start a task, possibly again."""
         self._done[task] = (0, 0)
 
     def add(self, task: int, done: int, rejects: int) -> None:
-        """Count more."""
+        """Add to the numbers of a task."""
         before = self._done.get(task, (0, 0))
         self._done[task] = (before[0] + done, before[1] + rejects)
 
     def totals(self) -> tuple[int, int]:
-        """Return what was done and what was rejected."""
+        """Return the numbers of things done and rejected by all tasks."""
         return sum(done for done, _ in self._done.values()), sum(rejects for _, rejects in self._done.values())
 
 
@@ -114,7 +114,7 @@ def _run(ray: Any, function: Callable, tasks: Sequence[tuple], *, unit: str, rep
     try:
         with tqdm(unit=f" {unit}", disable=None, mininterval=_POLL_SECONDS) as bar:
             while pending:
-                # One that has failed is ready as well: its error is raised here, the others are not waited for.
+                # A failed task is ready as well: its error is raised here, without waiting for the others.
                 ready, pending = ray.wait(pending, num_returns=len(pending), timeout=_POLL_SECONDS)
                 ray.get(ready)
                 _show(ray, bar, progress, len(tasks) - len(pending))
@@ -128,8 +128,8 @@ def _run(ray: Any, function: Callable, tasks: Sequence[tuple], *, unit: str, rep
         raise error.cause from None
     except ray.exceptions.RayError as error:
         raise StorageError(
-            f"a worker or node of the Ray cluster died, also when tried again: {type(error).__name__}",
-            fix="run the same command again, with more memory a node if that was short; finished input files are kept",
+            f"a worker or node of the Ray cluster died, also after retries: {type(error).__name__}",
+            fix="run the same command again, with more memory per node if it is short; finished input files are kept",
         ) from error
     finally:
         for task in pending:
@@ -140,7 +140,7 @@ def _show(ray: Any, bar: tqdm, progress: Any, finished: int) -> None:
     if progress is None:
         bar.update(finished - bar.n)
         return
-    # The count is for show: it may die with its node, and begins again then.
+    # The progress is only for display: it may die with its node, and then starts again.
     with contextlib.suppress(ray.exceptions.RayError):
         done, rejects = ray.get(progress.totals.remote(), timeout=_POLL_SECONDS)
         bar.set_postfix(rejects=rejects, refresh=False)
@@ -156,12 +156,12 @@ def _call(function: Callable, task: tuple, number: int, progress: Any) -> Any:
     progress.start.remote(number)
     result = function(*task, functools.partial(progress.add.remote, number))
     with contextlib.suppress(ray.exceptions.RayError):
-        ray.get(progress.totals.remote(), timeout=_POLL_SECONDS)  # comes after all that was added
+        ray.get(progress.totals.remote(), timeout=_POLL_SECONDS)  # is answered after all earlier calls
     return result
 
 
 def absolute_paths(value: Any) -> Any:
-    """Return the same with every path absolute, also inside of tuples and dataclasses: nodes have their own folders."""
+    """Return the value with absolute paths, also in tuples and dataclasses: nodes have other working directories."""
     if isinstance(value, Path):
         return value if value.is_absolute() else value.absolute()
     if isinstance(value, tuple):

@@ -12,7 +12,7 @@ from megatron_vlm.data.samples import EncodedSample, ImageSegment, TextSegment
 
 
 class Encoder(Protocol):
-    """What encoding needs of a tokenizer."""
+    """The interface of a tokenizer that encoding uses."""
 
     bos_id: int
     eos_id: int
@@ -21,18 +21,18 @@ class Encoder(Protocol):
         """Return ids without BOS and EOS."""
 
     def piece_id(self, piece: str) -> int | None:
-        """Return the id of a piece, None if there is none."""
+        """Return the id of a piece, or None."""
 
 
 def encode_segments(segments: Iterable[Segment], tokenizer: Encoder) -> tuple[TextSegment | ImageSegment, ...]:
     """Tokenise segments one by one; neighbours with the same mask become one text segment.
 
-    Each segment is tokenised alone, so the mask never depends on how a longer text would have been cut. The first
-    text of a sample, and of each stretch after an image, starts a text of its own (with the word-begin mark); text
-    that follows text or a control token continues it.
+    Each segment is tokenised on its own, so the mask does not depend on how a longer text would be split into pieces.
+    The first text of a sample, and the first one after an image, begins with the word-begin mark; a text that follows
+    text or a control token continues it.
 
     Raises:
-        ConfigError: a special piece is not in the vocabulary.
+        ConfigError: a piece that a template names is not in the vocabulary.
     """
     encoded: list[TextSegment | ImageSegment] = []
     ids: list[int] = []
@@ -60,10 +60,10 @@ def encode_segments(segments: Iterable[Segment], tokenizer: Encoder) -> tuple[Te
 
 
 def encode_document(document: Document, tokenizer: Encoder, *, bos: bool = True, eos: bool = True) -> EncodedSample:
-    """Encode a document as one sample: BOS once, then its segments, then EOS by recipe.
+    """Encode a document as one sample: BOS, its segments, EOS; the recipe may omit BOS or EOS.
 
     Raises:
-        RejectError: the sample has no trained token besides BOS and EOS.
+        RejectError: no token of the sample is trained, apart from BOS and EOS.
     """
     segments = document.segments
     if not any(isinstance(segment, Text) and segment.train and segment.text for segment in segments):

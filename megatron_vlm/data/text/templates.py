@@ -1,6 +1,6 @@
-"""Conversation templates: turns of a conversation to segments whose loss mask is known from the start.
+"""Conversation templates: from turns to segments, each with its loss mask.
 
-Training and inference render by the same function, so a prompt is exactly the beginning of a training sample.
+Training and inference use the same function, so a prompt is exactly the beginning of a training sample.
 """
 
 from collections.abc import Iterable, Sequence
@@ -13,12 +13,12 @@ from megatron_vlm.data.samples import ImageSegment, TextSegment
 from megatron_vlm.data.text.encoding import Encoder, encode_segments
 
 _EOS, _BOS = Special(Control.EOS), Special(Control.BOS)
-_Part = str | Special
+_Fragment = str | Special
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """A question, and its answer."""
+    """A question and its answer."""
 
     question: tuple[Text | Image, ...]
     answer: str | None
@@ -32,17 +32,17 @@ class Template:
     name: str
     system_text: str | None
     """Default system prompt."""
-    system: tuple[_Part, ...] = ()
-    no_system: tuple[_Part, ...] = ()
-    """What stands in place of `system` where the system prompt is turned off."""
-    before_question: tuple[_Part, ...] = ()
+    system: tuple[_Fragment, ...] = ()
+    no_system: tuple[_Fragment, ...] = ()
+    """Replaces `system` if there is no system prompt."""
+    before_question: tuple[_Fragment, ...] = ()
     question_text: bool = True
-    """False: of a question, only the images are kept."""
-    after_question: tuple[_Part, ...] = ()
+    """Whether the text of a question is used; otherwise only its images are."""
+    after_question: tuple[_Fragment, ...] = ()
     answer: str = "{}"
-    after_answer: tuple[_Part, ...] = ()
-    """Trained, as the answer is."""
-    between: tuple[_Part, ...] = ()
+    after_answer: tuple[_Fragment, ...] = ()
+    """Trained, like the answer."""
+    between: tuple[_Fragment, ...] = ()
     """Between two turns."""
 
     def choose_system(self, system: object) -> str | None:
@@ -57,10 +57,10 @@ _LLAVA_SYSTEM = (
 _START, _END = Special("<|im_start|>"), Special("<|im_end|>")
 _HEADER, _HEADER_END, _TURN_END = Special("<|start_header_id|>"), Special("<|end_header_id|>"), Special("<|eot_id|>")
 
-# Source: LLaVA, llava/conversation.py; VILA, llava/conversation.py. The last two follow the models' own chat templates
-# where VILA's code differs: it has no line break after <|im_end|>, and ends Llama 3's last answer with <|end_of_text|>.
-# Their markers are single pieces, which the tokenizer must have. Llama 3's own tokenizer is no SentencePiece model and
-# cannot be loaded: llama_3 is for a SentencePiece model to which these pieces were added.
+# Source: LLaVA, llava/conversation.py; VILA, llava/conversation.py. The last two follow the models' own chat templates,
+# from which VILA's code differs: it has no line break after <|im_end|> and ends Llama 3's last answer with
+# <|end_of_text|>. Their markers are single pieces, which the tokenizer must have. Llama 3's tokenizer is not a
+# SentencePiece model and cannot be loaded: llama_3 is for a SentencePiece model to which these pieces were added.
 _ALL = (
     Template(
         name="vicuna_v1",
@@ -114,7 +114,7 @@ def find_template(name: str) -> Template:
     """Return the template of this name.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is no such template.
     """
     if name not in TEMPLATES:
         raise ConfigError(f"unknown conversation template {name!r}", fix=f"choose from {', '.join(sorted(TEMPLATES))}")
@@ -133,7 +133,7 @@ def find_system(name: str) -> object:
 def check_template(template: Template, tokenizer: Encoder) -> None:
     """Encode a turn, so that a template that does not fit the tokenizer fails before any data is read.
 
-    hermes-2 and llama_3 fit SentencePiece models alone that have their pieces, such as <|eot_id|>.
+    hermes-2 and llama_3 need a SentencePiece model that has their pieces, such as <|eot_id|>.
 
     Raises:
         ConfigError: the tokenizer lacks a piece of the template.
@@ -142,10 +142,10 @@ def check_template(template: Template, tokenizer: Encoder) -> None:
 
 
 def split_placeholders(text: str, images: Sequence[Image]) -> tuple[Text | Image, ...]:
-    """Put images where the placeholders of a question stand.
+    """Replace the placeholders of a question by images.
 
     Raises:
-        RejectError: there are more or fewer placeholders than images.
+        RejectError: the numbers of placeholders and images differ.
     """
     chunks = text.split(PLACEHOLDER)
     if len(chunks) - 1 != len(images):
@@ -157,15 +157,15 @@ def split_placeholders(text: str, images: Sequence[Image]) -> tuple[Text | Image
 
 
 def render_conversation(turns: Sequence[Turn], template: Template, system: object = DEFAULT_SYSTEM) -> Document:
-    """Return the conversation as segments, BOS first; trained are the answers and what ends them.
+    """Return the conversation as segments, BOS first; answers and the text that ends them are trained.
 
     Args:
-        turns: in order; the answer of the last may be None: then the result ends where the assistant speaks.
+        turns: in order. If the last answer is None, the result ends where the assistant begins to speak.
         template: the texts around questions and answers.
-        system: system prompt; None: none; DEFAULT_SYSTEM: the template's.
+        system: system prompt; None for no system prompt, DEFAULT_SYSTEM for the template's.
 
     Raises:
-        ValueError: no turn, or an answer before the last is None.
+        ValueError: there is no turn, or an answer other than the last is None.
     """
     if not turns or any(turn.answer is None for turn in turns[:-1]):
         raise ValueError("a conversation needs turns, and an answer in all but the last")
@@ -176,11 +176,11 @@ def render_conversation(turns: Sequence[Turn], template: Template, system: objec
         if number:
             segments += _fill(template.between, "", train=False)
         segments += _fill(template.before_question, "", train=False)
-        for piece in turn.question:
-            if isinstance(piece, Image):
-                segments.append(piece)
+        for segment in turn.question:
+            if isinstance(segment, Image):
+                segments.append(segment)
             elif template.question_text:
-                segments.append(Text(piece.text, train=False))
+                segments.append(Text(segment.text, train=False))
         segments += _fill(template.after_question, "", train=False)
         if turn.answer is not None:
             segments += _fill((template.answer, *template.after_answer), turn.answer, train=True)
@@ -197,28 +197,28 @@ def encode_conversation(
 def encode_prompt(
     turns: Sequence[Turn], tokenizer: Encoder, *, template: Template, system: object = DEFAULT_SYSTEM
 ) -> tuple[TextSegment | ImageSegment, ...]:
-    """Return the token ids and images up to the point where the assistant answers the last question.
+    """Return the token ids and images up to the point where the assistant begins its last answer.
 
     Args:
         turns: earlier turns with their answers; the answer of the last one is ignored.
-        tokenizer: that of the model.
-        template: that of the training.
+        tokenizer: the tokenizer of the model.
+        template: the template of the training data.
         system: as in `render_conversation`.
     """
     open_turns = [*turns[:-1], *(Turn(turn.question, None) for turn in turns[-1:])]
     return encode_conversation(open_turns, tokenizer, template=template, system=system)
 
 
-def _fill(parts: Iterable[_Part], content: str, *, train: bool) -> list[Segment]:
+def _fill(fragments: Iterable[_Fragment], content: str, *, train: bool) -> list[Segment]:
     # str.replace, not str.format: system prompts and answers contain braces.
     return [
-        Special(part.token, train) if isinstance(part, Special) else Text(part.replace("{}", content, 1), train)
-        for part in parts
+        Special(one.token, train) if isinstance(one, Special) else Text(one.replace("{}", content, 1), train)
+        for one in fragments
     ]
 
 
 def _merge(segments: Iterable[Segment]) -> list[Segment]:
-    """Make one text of neighbouring texts with the same mask: they are tokenised as a whole."""
+    """Merge neighbouring texts with the same mask, since they are tokenised as a whole."""
     merged: list[Segment] = []
     for segment in segments:
         last = merged[-1] if merged else None

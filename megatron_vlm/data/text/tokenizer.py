@@ -25,7 +25,7 @@ def load_tokenizer(path: str | Path) -> "Tokenizer":
         path: model file, or a folder (e.g. of a Hugging Face model) that holds `tokenizer.model`.
 
     Raises:
-        ConfigError: missing file, not a SentencePiece model, or a model without BOS or EOS.
+        ConfigError: the file is missing or not a SentencePiece model, or the model has no BOS or EOS.
     """
     file = Path(path)
     if file.is_dir():
@@ -60,7 +60,7 @@ class Tokenizer:
             raise ConfigError(
                 f"tokenizer has no {'BOS' if self.bos_id < 0 else 'EOS'} piece",
                 where=where,
-                fix="use a model trained with bos_id and eos_id, as Llama's",
+                fix="use a model trained with bos_id and eos_id, like Llama's",
             )
 
     def __reduce__(self) -> tuple:
@@ -68,7 +68,7 @@ class Tokenizer:
 
     @property
     def facts(self) -> TokenizerFacts:
-        """What a manifest records."""
+        """Facts for a manifest."""
         return TokenizerFacts(
             name=self.name,
             sha256=self.sha256,
@@ -82,15 +82,15 @@ class Tokenizer:
 
         Args:
             text: any text; names of control tokens in it are plain text.
-            continuation: whether the text follows other tokens directly, so that the word-begin mark that Llama's
-                tokenizer puts before a text is left out (Hugging Face calls this `legacy=False`).
+            continuation: whether the text directly follows other tokens. If so, the word-begin mark that Llama's
+                tokenizer puts before a text is omitted (Hugging Face calls this `legacy=False`).
         """
         if self._words is not None:
             return self._words.encode(text, continuation=continuation)
         return (self._continuing if continuation else self._processor).encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of ids; BOS and EOS give nothing."""
+        """Return the text of ids; BOS and EOS have none."""
         return self._processor.decode([int(token) for token in ids])
 
     def piece(self, token: int) -> str:
@@ -98,7 +98,7 @@ class Tokenizer:
         return self._processor.id_to_piece(int(token))
 
     def piece_id(self, piece: str) -> int | None:
-        """Return the id of the piece with exactly this name, None if there is none."""
+        """Return the id of the piece with exactly this name, or None."""
         token = self._processor.piece_to_id(piece)
         return None if self._processor.is_unknown(token) and piece != self.piece(token) else int(token)
 

@@ -1,8 +1,8 @@
-"""Tokenise word by word and remember words, where that gives exactly what SentencePiece gives for the whole text.
+"""Tokenise word by word and cache the words, for models where this gives the same ids as SentencePiece.
 
-In a model of Llama's kind (BPE without normalisation, pieces hold the mark of a blank only at their start) no piece
-crosses from a word into the next, so that a text's ids are those of its words, one after the other. Real text repeats
-few words most of the time: looking them up is several times faster than merging their characters again.
+In a model like Llama's (BPE without normalisation, pieces with the blank mark only at their start) no piece crosses
+from one word into the next, so the ids of a text are the ids of its words, one after the other. Most of any real text
+consists of few different words, and looking them up is several times faster than merging their characters again.
 """
 
 import re
@@ -15,10 +15,10 @@ import sentencepiece
 _BLANK_MARK = "▁"
 _WORD = re.compile(f"{_BLANK_MARK}*[^{_BLANK_MARK}]+|{_BLANK_MARK}+")
 _CROSSES = re.compile(f"[^{_BLANK_MARK}]{_BLANK_MARK}| ")
-_MAX_WORDS = 100_000  # up to 35 MB in each process; what does not fit is tokenised each time
-_MAX_CHARACTERS = 24  # longer ones seldom come again, and a script without blanks would fill memory with sentences
+_MAX_WORDS = 100_000  # up to 35 MB per process; words beyond that are tokenised every time
+_MAX_CHARACTERS = 24  # longer words rarely repeat, and scripts without blanks would fill the cache with sentences
 
-# Field numbers of sentencepiece_model.proto, whose Python module works with one version of protobuf only.
+# Field numbers of sentencepiece_model.proto, whose Python module is tied to one version of protobuf.
 _SPECS = (2, 3)  # how the model was trained, how it normalises
 _MODEL_TYPE, _MARK_IS_SUFFIX, _BYTE_FALLBACK, _BPE = 3, 24, 35, 2
 _CHARACTER_MAP, _ADDS_BLANK, _REMOVES_BLANKS, _MARKS_BLANKS = 2, 3, 4, 5
@@ -28,8 +28,8 @@ class WordEncoder:
     """Encode text by its words.
 
     Args:
-        continuing: the model without the blank that it puts before a text.
-        adds_blank: whether the model itself puts one there.
+        continuing: the model, changed so that it puts no blank before a text.
+        adds_blank: whether the unchanged model puts one there.
     """
 
     def __init__(self, continuing: sentencepiece.SentencePieceProcessor, *, adds_blank: bool) -> None:
@@ -37,7 +37,7 @@ class WordEncoder:
         self._blank = _BLANK_MARK if adds_blank else ""
 
     def encode(self, text: str, *, continuation: bool = False) -> list[int]:
-        """Return what the model makes of `text`; `continuation` leaves out the blank before it."""
+        """Return the ids of `text`; with `continuation`, no blank is put before it."""
         marked = text.replace(" ", _BLANK_MARK)
         if text and not continuation:
             marked = self._blank + marked
@@ -57,7 +57,7 @@ class _Words(dict[str, tuple[int, ...]]):
 
 
 def read_word_rule(content: bytes, processor: sentencepiece.SentencePieceProcessor) -> bool | None:
-    """Say whether a model encodes words independently of each other.
+    """Tell whether a model encodes words independently of each other.
 
     Args:
         content: the serialised SentencePiece model.
@@ -68,15 +68,15 @@ def read_word_rule(content: bytes, processor: sentencepiece.SentencePieceProcess
     """
     specs = {number: dict(_fields(value)) for number, value in _fields(content) if number in _SPECS}
     trainer, normalizer = (specs.get(number, {}) for number in _SPECS)
-    # The second argument is the value of a field that the file leaves out.
+    # The second argument is the default of a field that the file omits.
     plain = not normalizer.get(_CHARACTER_MAP) and normalizer.get(_MARKS_BLANKS, 1)
     if not plain or normalizer.get(_REMOVES_BLANKS, 1) or trainer.get(_MARK_IS_SUFFIX):
         return None
-    # Without byte fallback, neighbouring characters that are not in the vocabulary become one id, across words too.
+    # Without byte fallback, neighbouring unknown characters become one id, even across words.
     if trainer.get(_MODEL_TYPE) != _BPE or not trainer.get(_BYTE_FALLBACK):
         return None
     ids = list(range(processor.vocab_size()))
-    # An unused piece is taken apart in a way that depends on the merges before it.
+    # How an unused piece is split depends on the merges before it.
     if any(processor.is_unused(ids)) or any(map(_CROSSES.search, processor.id_to_piece(ids))):
         return None
     return bool(normalizer.get(_ADDS_BLANK, 1))

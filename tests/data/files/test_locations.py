@@ -129,7 +129,9 @@ def find_pairs(paths):
 @pytest.mark.parametrize("name", ["a.tar.gz", "a.txt", "*.tar.*"])
 def test_a_named_file_of_an_unknown_kind_is_refused_before_it_is_read(tmp_path, find, name):
     (tmp_path / name.replace("*", "a").replace("a.tar.a", "a.tar.gz")).write_bytes(b"x")
-    with pytest.raises(ConfigError, match=r"file of --input is none of .*\.json.*fix: unpack, rename or leave it out"):
+    with pytest.raises(
+        ConfigError, match=r"file of --input is not one of .*\.json.*fix: unpack it, rename it or leave it out"
+    ):
         find((tmp_path / name,))
 
 
@@ -145,7 +147,7 @@ def test_json_files_named_beside_tars_of_pairs_are_refused_not_lost(coyo):
     (coyo / "more.jsonl").write_text("{}")
     assert len(find_pairs((coyo,)).inputs) == 2
     assert len(find_pairs((coyo / "0*",)).inputs) == 2
-    with pytest.raises(ConfigError, match=r"file of --input is none of .tar, .parquet \(.*more.jsonl\)"):
+    with pytest.raises(ConfigError, match=r"file of --input is not one of .tar, .parquet \(.*more.jsonl\)"):
         find_pairs((coyo / "*",))
 
 
@@ -159,7 +161,7 @@ def test_files_are_named_below_the_folder_that_all_are_in(tmp_path):
 def test_urls_that_differ_in_their_query_alone_are_refused_not_lost():
     urls = [RemoteFile(f"https://h/get.tar?id={number}") for number in (1, 1, 2)]
     assert list(name_files(urls[:2])) == ["get.tar"]
-    with pytest.raises(ConfigError, match=r"two URLs differ in their query or user alone.*\(https://h/get.tar\)"):
+    with pytest.raises(ConfigError, match=r"two URLs differ only in their query or user.*\(https://h/get.tar\)"):
         name_files(urls)
 
 

@@ -218,12 +218,12 @@ JSON_VALUES = st.recursive(
 def test_any_array_is_split_as_json_reads_it_for_any_chunk_size(tmp_path_factory, values, indent, ascii_only, chunk):
     path = tmp_path_factory.mktemp("a") / "a.json"
     write(path, json.dumps(values, indent=indent, ensure_ascii=ascii_only).encode("utf-8", "surrogatepass"))
-    original = records._CHUNK_BYTES
-    records._CHUNK_BYTES = chunk
+    original = records._BLOCK_BYTES
+    records._BLOCK_BYTES = chunk
     try:
         found = [record.value for record in read_records(path)]
     finally:
-        records._CHUNK_BYTES = original
+        records._BLOCK_BYTES = original
     assert found == values
 
 

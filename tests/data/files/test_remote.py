@@ -156,7 +156,7 @@ def test_a_server_without_ranges_is_read_all_the_same(bucket, monkeypatch):
 
 def test_an_object_that_has_become_shorter_is_an_error(bucket):
     bucket.pipe("/a", b"0123")
-    with pytest.raises(StorageError, match="4 bytes came instead of 10"):
+    with pytest.raises(StorageError, match="4 bytes instead of 10"):
         RangeReader(RemoteFile("memory:///a", size=10)).pread(10, 0)
 
 

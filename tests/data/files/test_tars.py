@@ -51,7 +51,7 @@ def test_tar_that_ends_between_two_members_is_truncated_too(tmp_path, make_tar):
     with TarReader(path) as tar:
         members = tar.members()
         assert next(members).name == "a.jpg"
-        with pytest.raises(RejectError, match="tar_truncated: .* without the mark"):
+        with pytest.raises(RejectError, match="tar_truncated: .* without the end mark"):
             next(members)
 
 

@@ -195,9 +195,9 @@ def test_damaged_file_is_named(tmp_path, damage):
 
 def test_no_usable_row_is_an_error_that_says_why(tmp_path):
     path = write_table(tmp_path / "a.parquet", [float("nan"), 0.2])
-    with pytest.raises(DataError, match=r"none of 2 rows is left: score_not_finite 1, min_score 1 "):
+    with pytest.raises(DataError, match=r"none of 2 rows are left: score_not_finite 1, min_score 1 "):
         select_pairs((path,), tmp_path / "out", by_score(top=1, min_score=0.5))
-    with pytest.raises(DataError, match="none of 2 rows is left"):
+    with pytest.raises(DataError, match="none of 2 rows are left"):
         select_pairs((path,), tmp_path / "out", by_score(fraction=Fraction("0.1")))
 
 
@@ -231,7 +231,7 @@ def test_full_disk_is_a_storage_error_and_no_output(tmp_path, monkeypatch):
 def test_file_that_changes_between_the_passes_is_refused(tmp_path, monkeypatch):
     path = write_table(tmp_path / "a.parquet", [0.1, 0.2])
     monkeypatch.setattr(select_module, "_batches", lambda *_, **__: iter(()))
-    with pytest.raises(DataError, match="0 rows were read where 2 are expected"):
+    with pytest.raises(DataError, match="0 rows were read, 2 are expected"):
         select_pairs((path,), tmp_path / "out", by_score(top=1))
 
 

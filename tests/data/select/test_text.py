@@ -202,7 +202,7 @@ def test_file_that_changes_between_the_passes_is_an_error(tmp_path, monkeypatch)
         return choose(*arguments)
 
     monkeypatch.setattr(module, "_choose", shorten)
-    with pytest.raises(DataError, match="is not there any more; the file was changed meanwhile .*a.jsonl"):
+    with pytest.raises(DataError, match="does not exist any more; the file has changed meanwhile .*a.jsonl"):
         select_text((path,), tmp_path / "out", TextSelectRules(number=9))
 
 

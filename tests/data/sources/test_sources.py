@@ -406,7 +406,7 @@ def test_parquet_files_that_list_pairs_are_left_alone_and_named(coyo, caplog):
     (coyo / "part-00000.parquet").write_bytes(b"never opened")
     source = find_pair_source((coyo,), PairRules())
     assert [path.name for path in source.inputs] == ["00000.tar", "00001.tar"]
-    assert "1 parquet files are no tables of tars and are not read" in caplog.text
+    assert "1 parquet files do not belong to a tar and are not read" in caplog.text
     assert "select pairs" in caplog.text
 
 

@@ -38,7 +38,7 @@ def test_without_ray_the_extra_is_named():
 
 @pytest.mark.parametrize("address", ["127.0.0.1:x", "127.0.0.1:65536", "127.0.0.1:²", "127.0.0.1:"])
 def test_what_is_no_port_is_refused_as_such(address):
-    with pytest.raises(ConfigError, match=f"no Ray cluster can be used: '{address.rpartition(':')[2]}' is no port"):
+    with pytest.raises(ConfigError, match=f"no Ray cluster can be used: '{address.rpartition(':')[2]}' is not a port"):
         ray_engine._check_answers(address)
 
 

@@ -22,10 +22,10 @@ from megatron_vlm.data.text.templates import (
 
 @dataclass(frozen=True, slots=True)
 class ConversationSource:
-    """JSON, JSON lines or parquet in any form that `read_conversation` knows, LLaVA's first of all.
+    """JSON, JSON lines or parquet in any form that `read_conversation` knows, such as LLaVA's.
 
-    Placeholders stand in questions only. A conversation with images but without any placeholder gets them in front of
-    its first question. A first turn of the assistant is left out.
+    Only questions have placeholders. If a conversation has images but no placeholder, the images are put before its
+    first question. If the assistant speaks first, that turn is dropped.
 
     Source: LLaVA, llava/train/train.py, preprocess_multimodal; VILA-1.5, llava/data/dataset.py.
     """
@@ -43,15 +43,15 @@ class ConversationSource:
 
 
 def system_prompt(rules: ConversationRules) -> object:
-    """Return the system prompt as `render_conversation` takes it; unless the rules name one, the template's own."""
+    """Return the system prompt for `render_conversation`: the one in the rules, or the template's own."""
     return find_system("default" if rules.system is None else rules.system)
 
 
 def make_document(conversation: Conversation, images: ImageReader, rules: ConversationRules) -> Document:
-    """Return a conversation with its images, in the template.
+    """Render a conversation with its images in the template.
 
     Raises:
-        RejectError: its text or an image is not taken, or there are more or fewer placeholders than images.
+        RejectError: its text or an image is not accepted, or the numbers of placeholders and images differ.
     """
     exchanges, refs = list(conversation.exchanges), conversation.images
     if sum(len(text) for exchange in exchanges for text in exchange) > rules.text.max_characters:

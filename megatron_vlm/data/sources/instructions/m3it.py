@@ -1,4 +1,4 @@
-"""What is peculiar to M3IT: its visual dialogs are one text.
+"""Visual dialogs of M3IT, which are published as one text.
 
 M3IT is published as JSON lines, and converted to parquet, with `instruction`, `inputs`, `outputs` and a list
 `image_base64_str`; `instruction_records` reads them. The image descriptions and all earlier questions and answers of
@@ -12,10 +12,9 @@ _QUESTION, _ANSWER = "\nQuestion: ", "\nAnswer: "
 
 
 def split_dialog(question: str, answer: str) -> list[tuple[str, str]]:
-    r"""Return the question and its answer; of a visual dialog, all of its questions and answers.
+    r"""Return the questions and answers of a visual dialog, or the given question and answer of any other text.
 
-    What stands before the first question (the instruction and the image descriptions) stays in front of it. A text
-    that does not have the form of a dialog is one question.
+    The text before the first question (the instruction and the image descriptions) stays in front of it.
 
     Example: `"Look. Image Descriptions: a cat\nQuestion: big?\nAnswer: no\nQuestion: red?"` with the answer `"yes"`
     becomes `[("Look. Image Descriptions: a cat\nbig?", "no"), ("red?", "yes")]`.

@@ -1,7 +1,7 @@
-"""Pools of prompts: how the raw records of a data set become questions, from YAML.
+"""Pools of prompts, from YAML: how the raw records of a dataset become questions.
 
-A set says which kind of task it is, in which fields of its records the parts of the task are, and several wordings of
-the prompt; one of them is chosen for every question. `prompt_pools.yaml` has the 18 sets of VILA's table 10.
+A set names its kind of task, the record fields that fill the slots of a prompt, and several wordings of the prompt; one
+of them is chosen for every question. `prompt_pools.yaml` has the 18 sets of VILA's table 10.
 """
 
 import difflib
@@ -20,25 +20,25 @@ from megatron_vlm.data.documents import PLACEHOLDER
 PACKAGED_POOLS = "prompt_pools.yaml"
 IMAGE_FIELDS = ("image", "image_base64")
 M3IT_IMAGE = ("image_str",)
-"""Where `image_base64` is in a set that has images and does not say."""
+"""Default field of `image_base64` in a set that has images."""
 _KEY = "key"
 
 
 class Kind(NamedTuple):
-    """A kind of task: which parts a record has of it."""
+    """A kind of task: the slots that its records fill."""
 
     needed: tuple[str, ...]
-    """Parts that every record must have, besides the image and the answer."""
+    """Slots that every record must fill, besides the image and the answer."""
     answer: str
-    """The part that is trained."""
+    """The slot that is trained."""
     optional: tuple[str, ...] = ()
-    """Parts that a prompt may use; a prompt that does is left out for records that lack them."""
+    """Slots that a prompt may use; such a prompt is not used for records that lack them."""
     derived: tuple[str, ...] = ()
-    """What the text of the answer may use besides the answer itself."""
+    """Further slots that the text of the answer may use."""
 
     @property
-    def parts(self) -> tuple[str, ...]:
-        """What a prompt may use."""
+    def slots(self) -> tuple[str, ...]:
+        """The slots that a prompt may use."""
         return self.needed + self.optional
 
 
@@ -55,46 +55,46 @@ KINDS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptSet:
-    """The prompts of one data set.
+    """The prompts of one dataset.
 
     Raises:
-        ConfigError: a part is unknown or has no field, or a prompt uses what there is not.
+        ConfigError: a slot is unknown or has no field, or a prompt uses a slot that does not exist.
     """
 
     title: str
-    """Name of the data set, as its paper writes it."""
+    """Name of the dataset, as in its paper."""
     kind: Literal["caption", "question", "reading", "multiple_choice", "statement", "translation", "dialog"]
     fields: dict[str, tuple[str, ...]]
-    """Where each part is: names of fields, of which a record's first counts. A dot goes inside of an object, and into
-    each entry of a list; a name with braces is text with fields in it, as in `train2014/{image_id:012d}.jpg`."""
+    """Record fields for each slot; the first one that a record has is used. A dot leads into an object, and into each
+    entry of a list; a name with braces is text that contains fields, as in `train2014/{image_id:012d}.jpg`."""
     prompts: tuple[str, ...]
-    """Wordings, with the parts in braces. Images stand in front, or where a prompt has `<image>`."""
+    """Wordings, with slots in braces. Images come first, or at the place of `<image>`."""
     later_prompts: tuple[str, ...] = ()
-    """Wordings of a conversation's second and later questions; none: `prompts` without their `<image>`."""
+    """Wordings of the second and later questions of a conversation; if empty, `prompts` without `<image>`."""
     answer: str = ""
-    """The text that is trained; empty: the answer as it is."""
+    """The text that is trained; if empty, the answer unchanged."""
 
     def __post_init__(self) -> None:
         kind = KINDS[self.kind]
-        known = (*IMAGE_FIELDS, _KEY, *kind.parts, kind.answer)
-        for part, names in self.fields.items():
-            if part not in known:
-                raise ConfigError(f"fields.{part}: kind {self.kind} has no such part", fix=f"use {', '.join(known)}")
+        known = (*IMAGE_FIELDS, _KEY, *kind.slots, kind.answer)
+        for slot, names in self.fields.items():
+            if slot not in known:
+                raise ConfigError(f"fields.{slot}: kind {self.kind} has no such slot", fix=f"use {', '.join(known)}")
             if not names or not all(names):
-                raise ConfigError(f"fields.{part} names no field of a record", fix="give a list of names")
+                raise ConfigError(f"fields.{slot} names no field of a record", fix="give a list of names")
             for name in names:
-                check_field_text(name, f"fields.{part}")
-        for part in (*kind.needed, kind.answer):
-            if part not in self.fields:
-                raise ConfigError(f"fields.{part} is missing, which kind {self.kind} needs", fix=f"add fields.{part}")
+                check_field_text(name, f"fields.{slot}")
+        for slot in (*kind.needed, kind.answer):
+            if slot not in self.fields:
+                raise ConfigError(f"fields.{slot} is missing, which kind {self.kind} needs", fix=f"add fields.{slot}")
         if not self.prompts:
             raise ConfigError("prompts is empty", fix="give at least one wording")
-        usable = [part for part in kind.parts if part in self.fields]
+        usable = [slot for slot in kind.slots if slot in self.fields]
         for key, texts in (("prompts", self.prompts), ("later_prompts", self.later_prompts)):
             for number, text in enumerate(texts):
-                parts = check_prompt(text, usable, f"{key}[{number}]")
-                if lacking := [part for part in kind.needed if part not in parts]:
-                    raise ConfigError(f"{key}[{number}] lacks {{{lacking[0]}}}", fix="every prompt has to ask it")
+                slots = check_prompt(text, usable, f"{key}[{number}]")
+                if lacking := [slot for slot in kind.needed if slot not in slots]:
+                    raise ConfigError(f"{key}[{number}] lacks {{{lacking[0]}}}", fix="use it in every prompt")
         for number, text in enumerate(self.later_prompts):
             if PLACEHOLDER in text:
                 raise ConfigError(f"later_prompts[{number}] has {PLACEHOLDER}", fix="images belong to the first one")
@@ -103,7 +103,7 @@ class PromptSet:
 
     @property
     def answer_text(self) -> str:
-        """The text that is trained, with the answer in braces."""
+        """The text that is trained, with the slot of the answer in braces."""
         return self.answer or f"{{{KINDS[self.kind].answer}}}"
 
 
@@ -112,7 +112,7 @@ def load_prompt_set(name: str, path: Path | None = None) -> PromptSet:
 
     Args:
         name: key of the set.
-        path: YAML file; None: the one that comes with this package.
+        path: YAML file; None: the file of this package.
 
     Raises:
         ConfigError: the file cannot be read, or the set is wrong; names file, line and key.
@@ -126,7 +126,7 @@ def load_prompt_set(name: str, path: Path | None = None) -> PromptSet:
 
 
 def prompt_set_names(path: Path) -> list[str]:
-    """Return the sets of a file of prompt pools; nothing if it cannot be read."""
+    """Return the sets of a file of prompt pools, or an empty list if it cannot be read."""
     try:
         tree = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
@@ -146,18 +146,18 @@ def _load(name: str, path: Path) -> PromptSet:
     raise UsageError(f"no prompts for {name!r}", where=path.name, fix=choice)
 
 
-def check_prompt(text: str, parts: Iterable[str], key: str) -> tuple[str, ...]:
-    """Return the parts that a text has in braces.
+def check_prompt(text: str, slots: Iterable[str], key: str) -> tuple[str, ...]:
+    """Return the slots that a text has in braces.
 
     Raises:
-        ConfigError: a brace is alone, or holds something else than one of `parts`.
+        ConfigError: a brace is unmatched, or contains something other than one of `slots`.
     """
     found = []
-    for part, has_format in _braces(text, key):
-        if part not in parts or has_format:
-            choice = ", ".join(f"{{{known}}}" for known in parts) or "none"
-            raise ConfigError(f"{key}: {{{part}}} cannot be used here", fix=f"use {choice}; write {{{{ for a brace")
-        found.append(part)
+    for slot, has_format in _braces(text, key):
+        if slot not in slots or has_format:
+            choice = ", ".join(f"{{{known}}}" for known in slots) or "none"
+            raise ConfigError(f"{key}: {{{slot}}} cannot be used here", fix=f"use {choice}; write {{{{ for a brace")
+        found.append(slot)
     return tuple(found)
 
 
@@ -165,15 +165,15 @@ def check_field_text(name: str, key: str) -> None:
     """Check the braces in the name of a field.
 
     Raises:
-        ConfigError: a brace is alone, or holds no name.
+        ConfigError: a brace is unmatched, or does not contain a name.
     """
-    for part, _ in _braces(name, key):
-        if not part.isidentifier():
-            raise ConfigError(f"{key}: {{{part}}} is not the name of a field", fix="write {image_id}, for example")
+    for slot, _ in _braces(name, key):
+        if not slot.isidentifier():
+            raise ConfigError(f"{key}: {{{slot}}} is not the name of a field", fix="write {image_id}, for example")
 
 
 def _braces(text: str, key: str) -> list[tuple[str, bool]]:
-    """Return what stands in braces, and whether there is a format or a conversion with it."""
+    """Return the names in braces, each with whether it has a format or a conversion."""
     try:
         parsed = list(string.Formatter().parse(text))
     except ValueError as error:
@@ -181,15 +181,15 @@ def _braces(text: str, key: str) -> list[tuple[str, bool]]:
     return [(name, bool(form or conversion)) for _, name, form, conversion in parsed if name is not None]
 
 
-def fill(text: str, parts: dict[str, str]) -> str:
-    """Return `text` with the parts in place of their names in braces."""
+def fill(text: str, slots: dict[str, str]) -> str:
+    """Return `text` with its slots filled."""
     return "".join(
-        literal + (parts[name] if name is not None else "") for literal, name, _, _ in string.Formatter().parse(text)
+        literal + (slots[name] if name is not None else "") for literal, name, _, _ in string.Formatter().parse(text)
     )
 
 
 def without_image_places(prompt_set: PromptSet) -> tuple[str, ...]:
-    """Return the wordings for the later questions of a conversation, whose images were shown with the first one."""
+    """Return the wordings for later questions of a conversation, whose first question has the images."""
     if prompt_set.later_prompts:
         return prompt_set.later_prompts
     shortened = (text.replace(f"{PLACEHOLDER}\n", "").replace(PLACEHOLDER, "").strip() for text in prompt_set.prompts)

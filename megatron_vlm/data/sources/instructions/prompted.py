@@ -1,4 +1,4 @@
-"""Annotations of vision-language data sets, as questions in wordings from a pool of prompts."""
+"""Annotations of vision-language datasets, turned into questions with the wordings of a prompt set."""
 
 import hashlib
 from collections import Counter
@@ -36,19 +36,19 @@ class PromptRules:
 
     prompts: PromptSet
     seed: int = PromptOptions().seed
-    """Of the choice among the wordings."""
+    """Seed for choosing wordings."""
     turns: ConversationRules = ConversationRules()
 
 
 @dataclass(frozen=True, slots=True)
 class PromptedSource:
-    """JSON, JSON lines or parquet of annotations, whose fields a set of prompts names.
+    """JSON, JSON lines or parquet with annotations, whose fields a prompt set names.
 
-    A list of captions gives one document each; a list of questions, with a list of answers, one conversation. Of
-    several answers to one question the most frequent is taken, of equals the first.
+    A list of captions becomes one document per caption; lists of questions and answers become one conversation. Of
+    several answers to one question, the most frequent is used, or the first of equally frequent ones.
 
     The wording is chosen by a hash of the seed, the record's key (else its file and line) and the number of the
-    question: it depends neither on other records nor on workers.
+    question, so it depends neither on other records nor on workers.
     """
 
     inputs: tuple[Location, ...]
@@ -76,7 +76,7 @@ class PromptedSource:
                     yield Found(line, key, error)
 
     def _captions(self, record: dict[str, Any]) -> list[Any]:
-        """Return what is trained of each document: one caption after the other, or all answers."""
+        """Return the captions of the documents one by one, or all answers of the only document."""
         prompts = self.rules.prompts
         answers = _needed(record, prompts, KINDS[prompts.kind].answer)
         return answers if prompts.kind == "caption" and isinstance(answers, list) else [answers]
@@ -100,12 +100,12 @@ class PromptedSource:
         return Conversation(exchanges, images)
 
     def _exchange(
-        self, record: dict[str, Any], parts: dict[str, Any], answer: Any, identity: tuple[str, int]
+        self, record: dict[str, Any], slots: dict[str, Any], answer: Any, identity: tuple[str, int]
     ) -> tuple[str, str]:
         """Return one question and its answer."""
         prompts = self.rules.prompts
         kind = KINDS[prompts.kind]
-        texts = {name: _text(value, name) for name, value in parts.items()}
+        texts = {name: _text(value, name) for name, value in slots.items()}
         said = {kind.answer: _answer(answer, kind.answer)}
         if prompts.kind == "multiple_choice":
             options = _options(_needed(record, prompts, "options"))
@@ -119,7 +119,7 @@ class PromptedSource:
                 )
         is_first = identity[1] == 0 or prompts.kind == "caption"
         pool = prompts.prompts if is_first else without_image_places(prompts)
-        usable = [text for text in pool if set(check_prompt(text, kind.parts, "prompt")) <= texts.keys()]
+        usable = [text for text in pool if set(check_prompt(text, kind.slots, "prompt")) <= texts.keys()]
         if not usable:
             raise RejectError("field_missing", f"every prompt needs more than {', '.join(texts) or 'an image'}")
         text = usable[choose(self.rules.seed, *identity, len(usable))]
@@ -127,13 +127,13 @@ class PromptedSource:
 
 
 def choose(seed: int, identity: str, number: int, count: int) -> int:
-    """Return which of `count` wordings a question gets; a function of the arguments alone."""
+    """Choose one of `count` wordings for a question; depends only on the arguments."""
     digest = hashlib.blake2b(f"{seed}\0{identity}\0{number}".encode(errors="surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "little") % count
 
 
 def find_value(record: dict[str, Any], name: str) -> Any:
-    """Return what a name stands for: a field, a path with dots, or text with fields in braces; None: nothing.
+    """Return the value of a name: a field, a path with dots, or text with fields in braces; None if there is none.
 
     Example: `qa.question` of `{"qa": [{"question": "a?"}, {"question": "b?"}]}` is `["a?", "b?"]`.
     """
@@ -160,26 +160,26 @@ def _first(record: dict[str, Any], names: tuple[str, ...]) -> Any:
     return next((value for name in names if (value := find_value(record, name)) is not None), None)
 
 
-def _needed(record: dict[str, Any], prompts: PromptSet, part: str) -> Any:
-    value = _first(record, prompts.fields[part])
+def _needed(record: dict[str, Any], prompts: PromptSet, slot: str) -> Any:
+    value = _first(record, prompts.fields[slot])
     if value in (None, "", []):
-        raise RejectError("field_missing", f"no {part}: the record has none of {', '.join(prompts.fields[part])}")
+        raise RejectError("field_missing", f"no {slot}: the record has none of {', '.join(prompts.fields[slot])}")
     return value
 
 
 def _images(record: dict[str, Any], prompts: PromptSet) -> list[ImageRef]:
-    fields = {part: prompts.fields[part] for part in IMAGE_FIELDS if part in prompts.fields}
+    fields = {slot: prompts.fields[slot] for slot in IMAGE_FIELDS if slot in prompts.fields}
     if not fields:
         return []
     fields.setdefault("image_base64", M3IT_IMAGE)
-    for part, names in fields.items():
-        if refs := read_refs(_first(record, names), part, is_base64=part == "image_base64"):
+    for slot, names in fields.items():
+        if refs := read_refs(_first(record, names), slot, is_base64=slot == "image_base64"):
             return refs
     raise RejectError("image_missing", f"the record has none of {', '.join(sum(fields.values(), ()))}")
 
 
 def _text(value: Any, name: str) -> str:
-    """Return a value as text that has no placeholder of an image in it."""
+    """Return a value as text without placeholders of images."""
     if isinstance(value, bool):
         value = "true" if value else "false"
     elif isinstance(value, (int, float)):
@@ -202,16 +202,16 @@ def _answer(value: Any, name: str) -> str:
 
 
 def _options(value: Any) -> dict[str, str]:
-    """Return the options by their letters."""
+    """Return the options by letter."""
     if isinstance(value, dict):
         return {str(letter): _text(text, "options") for letter, text in value.items()}
     if not isinstance(value, list) or len(value) > _MAX_OPTIONS:
-        raise RejectError("json_type", f"options are no list of at most {_MAX_OPTIONS} texts")
+        raise RejectError("json_type", f"options are not a list of at most {_MAX_OPTIONS} texts")
     return {chr(ord("A") + number): _text(text, "options") for number, text in enumerate(value)}
 
 
 def _chosen(options: dict[str, str], answer: Any) -> dict[str, str]:
-    """Return letter and text of the option that the answer names by its text, its letter or its number from 0."""
+    """Return letter and text of the option that the answer names, by text, letter or number from 0."""
     letters = list(options)
     if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(letters):
         return {"letter": letters[answer], "answer": options[letters[answer]]}
@@ -220,4 +220,4 @@ def _chosen(options: dict[str, str], answer: Any) -> dict[str, str]:
             return {"letter": next(letter for letter in letters if options[letter] == answer), "answer": answer}
         if answer.strip() in options:
             return {"letter": answer.strip(), "answer": options[answer.strip()]}
-    raise RejectError("answer_option", f"answer {str(answer)[:50]!r} is none of {len(options)} options")
+    raise RejectError("answer_option", f"answer {str(answer)[:50]!r} is not one of {len(options)} options")

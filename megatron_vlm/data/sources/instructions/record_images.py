@@ -1,4 +1,4 @@
-"""The images that a record of instruction data names or holds."""
+"""The images that a record of instruction data names or contains."""
 
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ class ImageRef(NamedTuple):
         """Return the checked image.
 
         Raises:
-            RejectError: it is missing or not taken.
+            RejectError: it is missing or not accepted.
         """
         return images.find(self.name, self.url) if self.data is None else images.check(self.data)
 
@@ -43,7 +43,7 @@ def find_images(record: dict[str, Any]) -> list[ImageRef]:
 
 
 def read_refs(value: Any, name: str, *, is_base64: bool = False) -> list[ImageRef]:
-    """Return the images of one field: nothing, one, or a list.
+    """Return the images of one field: none, one, or a list.
 
     Raises:
         RejectError: a value has another type, or is not base64.
@@ -57,7 +57,7 @@ def read_refs(value: Any, name: str, *, is_base64: bool = False) -> list[ImageRe
 
 
 def read_ref(value: Any, name: str) -> ImageRef:
-    """Return one image that is given by path, URL, `data:` URI or as `{bytes, path}`.
+    """Return an image given as path, URL, `data:` URI or `{bytes, path}`.
 
     Raises:
         RejectError: it is something else.
@@ -73,5 +73,5 @@ def read_ref(value: Any, name: str) -> ImageRef:
         raise RejectError("json_type", f"{name} is neither a path nor a list of paths")
     if value.startswith(DATA_URI):
         return ImageRef(data=decode_base64(value, name))
-    # A file of a folder may have the name of a URL, and a member of a tar is found by either.
+    # A file in a folder may be named like a URL, and a member of a tar is found by name or URL.
     return ImageRef(name=value, url=value if value.startswith(_URL_STARTS) else None)

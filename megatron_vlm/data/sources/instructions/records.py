@@ -1,4 +1,4 @@
-"""Instruction data in the forms that people publish: a record's fields say which one it is."""
+"""Instruction data in its published forms; the fields of a record tell its form."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -15,11 +15,11 @@ _LISTS = ("conversations", "messages")
 
 @dataclass(slots=True)
 class Conversation:
-    """Questions with their answers, as a record has them: not cleaned, and not in a template."""
+    """Questions and answers of a record, not cleaned and not in a template."""
 
     exchanges: list[tuple[str, str]]
     images: list[ImageRef]
-    """In the order of their placeholders in the questions; without any placeholder they belong in front."""
+    """In the order of their placeholders in the questions; if there is no placeholder, they come first."""
     system: str | None = None
 
 
@@ -29,12 +29,12 @@ class _Form(NamedTuple):
     question: str
     answer: str
     more: str | None = None
-    """A field with a second part of the question, which a record may lack."""
+    """An optional field that continues the question."""
     separator: str = "\n"
-    """Between the parts."""
+    """Text between `question` and `more`."""
 
 
-# Where a record fits several, the first counts. VILA's script puts nothing between M3IT's instruction and inputs.
+# If a record fits several forms, the first one is used. VILA's script puts nothing between instruction and inputs.
 _FORMS = (
     _Form("instruction", "outputs", "inputs", ""),
     _Form("instruction", "output", "input"),
@@ -48,7 +48,7 @@ _FORMS = (
 
 
 def read_conversation(record: dict[str, Any]) -> Conversation:
-    """Return the conversation of a record; its fields say which form it has.
+    """Return the conversation of a record; its fields tell which form it has.
 
     | fields | known from |
     |---|---|
@@ -59,7 +59,7 @@ def read_conversation(record: dict[str, Any]) -> Conversation:
     | question, answer; question, response; prompt, response; prompt, completion | VILA's FLAN; OpenOrca |
     | inputs, targets | FLAN |
 
-    Images are those of `find_images`. The parts of a list in `content` stand on lines of their own.
+    Images are found by `find_images`. Each part of a list in `content` becomes a line.
 
     Raises:
         RejectError: unknown_fields: the record has none of these forms; json_type, turn_order or empty_text: something
@@ -96,7 +96,7 @@ def _text(record: dict[str, Any], name: str) -> str:
 
 
 def _system(record: dict[str, Any]) -> str | None:
-    """Return what OpenOrca calls `system_prompt`; an empty one says nothing."""
+    """Return OpenOrca's `system_prompt`, or None if it is missing or empty."""
     value = record.get("system_prompt")
     return value if isinstance(value, str) and value else None
 
@@ -107,7 +107,7 @@ def _read_list(record: dict[str, Any], name: str) -> Conversation:
     places: list[ImageRef | None] = []
     for message in field(record, name, list):
         if not isinstance(message, dict):
-            raise RejectError("json_type", f"{name} has an entry that is no object")
+            raise RejectError("json_type", f"{name} has an entry that is not an object")
         role, text, own = _read_message(message)
         turns.append((role, text))
         if own and None in own and not images:
@@ -127,16 +127,16 @@ def _read_list(record: dict[str, Any], name: str) -> Conversation:
 
 
 def _fill(places: list[ImageRef | None], images: list[ImageRef]) -> list[ImageRef]:
-    """Put the images of the record where a message names none of its own."""
+    """Fill the places without an image of their own with the images of the record."""
     if places.count(None) != len(images):
-        # Without any place they belong in front; otherwise the numbers differ, which the caller finds.
+        # Without places, they come first; otherwise the numbers differ, which the caller reports.
         return [*images, *(place for place in places if place is not None)]
     rest = iter(images)
     return [next(rest) if place is None else place for place in places]
 
 
 def _read_message(message: dict[str, Any]) -> tuple[str, str, list[ImageRef | None] | None]:
-    """Return the role, the text, and the images where the content is a list of parts."""
+    """Return role and text, and the images if the content is a list of parts."""
     role_field, text_field = ("role", "content") if "role" in message and "from" not in message else ("from", "value")
     name = field(message, role_field, str)
     if name not in _ROLES:
@@ -147,10 +147,10 @@ def _read_message(message: dict[str, Any]) -> tuple[str, str, list[ImageRef | No
     texts, images = [], []
     for part in content:
         if not isinstance(part, dict):
-            raise RejectError("json_type", "content has a part that is no object")
+            raise RejectError("json_type", "content has a part that is not an object")
         kind = field(part, "type", str)
         if kind == "text":
-            # Images are parts here, so a placeholder is nothing but text.
+            # Images are parts here, so a placeholder is ordinary text.
             texts.append(field(part, "text", str).replace(PLACEHOLDER, PLACEHOLDER.upper()))
         elif kind in ("image", "image_url"):
             texts.append(PLACEHOLDER)
@@ -158,12 +158,12 @@ def _read_message(message: dict[str, Any]) -> tuple[str, str, list[ImageRef | No
         else:
             raise RejectError("content_type", f"content has a part of type {kind[:50]!r}, not text or image")
     if images and _ROLES[name] != "user":
-        raise RejectError("turn_order", f"an image stands in a turn of the {_ROLES[name]}")
+        raise RejectError("turn_order", f"an image is in a turn of the {_ROLES[name]}")
     return _ROLES[name], "\n".join(texts), images
 
 
 def _part_image(part: dict[str, Any], kind: str) -> ImageRef | None:
-    """Return the image that a part names; None: the next one of the record's list."""
+    """Return the image that a part names; None for the next image in the list of the record."""
     value = part.get(kind)
     if isinstance(value, dict) and "url" in value:
         value = value["url"]

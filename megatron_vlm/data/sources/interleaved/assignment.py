@@ -1,4 +1,4 @@
-"""Match images to sentences anew from their similarities, for corpora such as MMC4 that publish them."""
+"""Match images to sentences again, for corpora such as MMC4 that publish similarities of images and sentences."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,12 +8,12 @@ import numpy as np
 from megatron_vlm.data.files.records import field
 from megatron_vlm.data.rejects import RejectError
 
-_MAX_IMAGES = 100  # the time of the linear assignment grows with the square of it: 100 take a few ms
-_MAX_SIMILARITY = 1e6  # of cosines; refuses NaN and integers too long for a float as well
+_MAX_IMAGES = 100  # time of the linear assignment grows with the square: 100 images take a few ms
+_MAX_SIMILARITY = 1e6  # far above any cosine; also excludes NaN and integers too large for a float
 
 
 def assign_each_best(similarity: np.ndarray) -> list[int | None]:
-    """Return the most similar sentence of each image; several images may have the same one.
+    """Return the most similar sentence of each image; several images may share one.
 
     Args:
         similarity: float64[images, sentences].
@@ -22,10 +22,10 @@ def assign_each_best(similarity: np.ndarray) -> list[int | None]:
 
 
 def assign_linear(similarity: np.ndarray) -> list[int | None]:
-    """Return a sentence of its own for each image such that the sum of the similarities is the highest.
+    """Assign a different sentence to each image such that the sum of the similarities is highest.
 
-    Where there are more images than sentences, each sentence has an image of its own, and the images that are left
-    over go to their most similar sentence, as in MMC4's own assignment. Of several highest sums, any may be taken.
+    If there are more images than sentences, each sentence gets a different image, and the remaining images get their
+    most similar sentence, as in MMC4's own assignment. If several assignments have the highest sum, it is one of them.
 
     Args:
         similarity: float64[images, sentences].
@@ -35,7 +35,7 @@ def assign_linear(similarity: np.ndarray) -> list[int | None]:
 
     Source: MMC4, arXiv:2304.06939, section 3, and its scripts/compute_assignments.py.
     """
-    from scipy.optimize import linear_sum_assignment  # takes a third of a second, which other preparations need not pay
+    from scipy.optimize import linear_sum_assignment  # takes a third of a second, which others do not need
 
     found = assign_each_best(similarity)
     for image, sentence in zip(*linear_sum_assignment(similarity, maximize=True), strict=True):
@@ -47,7 +47,7 @@ ASSIGNMENTS: dict[str, Callable[[np.ndarray], list[int | None]]] = {"linear": as
 
 
 def reassign(record: dict[str, Any], num_sentences: int, assignment: str) -> list[dict[str, Any]]:
-    """Return `image_info` with `matched_text_index` and `matched_sim` as `similarity_matrix` gives them.
+    """Return `image_info` with `matched_text_index` and `matched_sim` computed from `similarity_matrix`.
 
     Args:
         record: has `image_info` and `similarity_matrix`, one row per image and one column per sentence.
@@ -55,20 +55,20 @@ def reassign(record: dict[str, Any], num_sentences: int, assignment: str) -> lis
         assignment: one of `ASSIGNMENTS`.
 
     Returns:
-        The images, in their order, without those that get no sentence; the record stays as it is.
+        The images, in their order, without those that get no sentence; the record is not changed.
 
     Raises:
-        RejectError: the matrix is missing, of another shape or not of finite numbers; or there are too many images.
+        RejectError: the matrix is missing, has another shape or non-finite numbers, or there are too many images.
     """
     infos, rows = field(record, "image_info", list), field(record, "similarity_matrix", list)
     if not all(isinstance(info, dict) for info in infos):
-        raise RejectError("json_type", "image_info has an entry that is no object")
+        raise RejectError("json_type", "image_info has an entry that is not an object")
     if len(infos) > _MAX_IMAGES:
         raise RejectError("too_many_images", f"{len(infos)} images, at most {_MAX_IMAGES} are assigned")
     if len(rows) != len(infos) or not all(isinstance(row, list) and len(row) == num_sentences for row in rows):
-        raise RejectError("json_type", f"similarity_matrix is not of {len(infos)} images x {num_sentences} sentences")
+        raise RejectError("json_type", f"similarity_matrix is not {len(infos)} images x {num_sentences} sentences")
     if not all(type(value) in (int, float) for row in rows for value in row):
-        raise RejectError("json_type", "similarity_matrix has an entry that is no number")
+        raise RejectError("json_type", "similarity_matrix has an entry that is not a number")
     if not all(abs(value) < _MAX_SIMILARITY for row in rows for value in row):
         raise RejectError("json_type", f"similarity_matrix has an entry that is not below {_MAX_SIMILARITY:g}")
     similarity = np.array(rows, dtype=np.float64).reshape(len(infos), num_sentences)

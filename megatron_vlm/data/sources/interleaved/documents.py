@@ -1,4 +1,4 @@
-"""From a record of an interleaved corpus to a document: images matched to sentences, or both in their places."""
+"""From a record of an interleaved corpus to a document, with images matched to sentences or both in reading order."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,24 +22,24 @@ LoadImage = Callable[[], Image]
 def matched_document(
     record: dict[str, Any], key: str, rules: InterleavedRules, images: ImageReader, find: FindImage
 ) -> Document:
-    """Read a record in the form of MMC4: each image stands directly before its sentence, or after it.
+    """Read a record in the form of MMC4: each image is placed directly before or after its sentence.
 
     Args:
-        record: has `text_list` and `image_info`, each entry of it with `matched_text_index`. Several images of one
-            sentence stand in their listed order.
-        key: of the document.
-        rules: what is taken.
+        record: has `text_list` and `image_info`, whose entries have `matched_text_index`. Several images of one
+            sentence keep their listed order.
+        key: key of the document.
+        rules: what is accepted.
         images: counts what is left out.
         find: finds the image of an entry.
 
     Raises:
-        RejectError: the record or one of its images is not taken.
+        RejectError: the record or one of its images is not accepted.
 
     Source: VILA, llava/data/dataset.py, LazyMMC4Dataset.
     """
     sentences = field(record, "text_list", list)
     if not all(isinstance(sentence, str) for sentence in sentences):
-        raise RejectError("json_type", "text_list has an entry that is no text")
+        raise RejectError("json_type", "text_list has an entry that is not text")
     _check_length(sum(map(len, sentences)), rules.text)
     infos = field(record, "image_info", list)
     _check_listed(len(infos))
@@ -70,19 +70,19 @@ def matched_document(
 def placed_document(
     places: Sequence[Text | LoadImage], key: str, rules: InterleavedRules, images: ImageReader
 ) -> Document:
-    """Put text and images where they stand; of the images, the first ones are kept, which are listed in this order.
+    """Make a document of texts and images in reading order; of too many images, the first ones are kept.
 
     Args:
         places: in reading order.
-        key: of the document.
-        rules: what is taken.
+        key: key of the document.
+        rules: what is accepted.
         images: counts what is left out.
 
     Raises:
-        RejectError: a text or an image is not taken, or there are too few images.
+        RejectError: a text or an image is not accepted, or there are too few images.
     """
     if rules.want_matches:
-        raise RejectError("json_type", "the record matches no images and sentences, as the options want it")
+        raise RejectError("json_type", "the record does not match images and sentences, which the options need")
     texts = [place for place in places if isinstance(place, Text)]
     _check_length(sum(len(text.text) for text in texts), rules.text)
     _check_listed(len(places) - len(texts))
@@ -98,18 +98,18 @@ def placed_document(
 
 
 def pair_up(texts: list[Any], images: list[Any], train: list[Any] | None = None) -> list[Text | Any]:
-    """Make one list of two parallel ones, of which exactly one has something at each place.
+    """Merge two parallel lists, of which exactly one has an entry at each place.
 
     Args:
         texts: text or None.
-        images: whatever stands for an image, or None.
-        train: whether the text at this place is trained; None: all is.
+        images: any representation of an image, or None.
+        train: whether the text at each place is trained; None: all text is.
 
     Returns:
-        A `Text`, or what stands for the image, for each place.
+        A `Text`, or the representation of the image, for each place.
 
     Raises:
-        RejectError: the lists differ in length, or a place has both, neither or something else.
+        RejectError: the lists differ in length, or a place has both, neither or another type.
     """
     if len(texts) != len(images) or (train is not None and len(train) != len(texts)):
         lengths = f"{len(texts)} texts, {len(images)} images" + (f", {len(train)} train" if train is not None else "")
@@ -128,10 +128,10 @@ def pair_up(texts: list[Any], images: list[Any], train: list[Any] | None = None)
 
 
 def find_listed_image(info: dict[str, Any], images: ImageReader) -> Image:
-    """Return the image of an entry of `image_info`: base64 inside of it, or a file by name or URL.
+    """Return the image of an entry of `image_info`, which holds base64, a file name or a URL.
 
     Raises:
-        RejectError: it is missing or not taken.
+        RejectError: it is missing or not accepted.
     """
     if "image_base64" in info:
         return images.check(decode_base64(info["image_base64"], "image_base64"))
@@ -140,7 +140,7 @@ def find_listed_image(info: dict[str, Any], images: ImageReader) -> Image:
 
 
 class _ImageTaker:
-    """Takes the images of one document by the rules; all are read, so that a bad one is found wherever it stands."""
+    """Takes the images of one document by the rules; reads all of them, so that a bad one is found at any place."""
 
     def __init__(self, rules: InterleavedRules, images: ImageReader) -> None:
         self._rules, self._images = rules, images
@@ -164,13 +164,13 @@ class _ImageTaker:
     def check_enough(self) -> None:
         if self._num_taken < self._rules.min_images:
             raise RejectError(
-                "too_few_images", f"{self._num_taken} images, at least {self._rules.min_images} are wanted"
+                "too_few_images", f"{self._num_taken} images, at least {self._rules.min_images} are needed"
             )
 
 
 def _matched_index(info: Any, num_sentences: int) -> int:
     if not isinstance(info, dict):
-        raise RejectError("json_type", "image_info has an entry that is no object")
+        raise RejectError("json_type", "image_info has an entry that is not an object")
     index = field(info, "matched_text_index", int)
     if not 0 <= index < num_sentences:
         raise RejectError("json_type", f"matched_text_index {index} of {num_sentences} sentences")
@@ -178,11 +178,11 @@ def _matched_index(info: Any, num_sentences: int) -> int:
 
 
 def _without_tail(segments: list[Segment], rules: InterleavedRules) -> list[Segment]:
-    """Return the segments as the rule about the text after the last image wants them."""
+    """Drop the text after the last image if the rules say so."""
     last = max((number for number, segment in enumerate(segments) if isinstance(segment, Image)), default=None)
     if rules.text_after_last_image == "keep" or last is None:
         return segments
-    # The sentence that an image stands before belongs to it.
+    # The sentence after an image belongs to the image.
     return segments[: last + (2 if rules.image_place == "before" else 1)]
 
 

@@ -1,4 +1,4 @@
-"""Interleaved corpora: MMC4's JSON lines; tars and parquet files are found here and read elsewhere."""
+"""Interleaved corpora: reads MMC4's JSON lines, and finds the reader of tars and parquet files."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ class InterleavedSource:
     rules: InterleavedRules = InterleavedRules()
 
     def read(self, path: Location, images: ImageReader) -> Iterator[Found]:
-        """Yield the documents of one file, sentences and images not yet joined."""
+        """Yield the documents of one file; their sentences are not joined yet."""
 
         def make(record: dict[str, Any], key: str) -> Document:
             return matched_document(record, key, self.rules, images, lambda info: find_listed_image(info, images))
@@ -55,12 +55,12 @@ def find_source(
 def find_interleaved_source(
     paths: tuple[Location, ...], rules: InterleavedRules
 ) -> InterleavedSource | InterleavedTableSource | InterleavedTarSource:
-    """Look at what the input has: JSON, else parquet tables with texts and images, else tars.
+    """Return a reader of JSON, else of parquet tables with texts and images, else of tars.
 
-    Parquet files that img2dataset has written beside its tars are none of these: their tars are images.
+    Parquet files that img2dataset writes beside its tars are not tables of documents.
 
     Raises:
-        ConfigError: none is there, kinds are mixed, or the rules want images matched in parquet tables.
+        ConfigError: no file is found, kinds are mixed, or the rules are about matched images, which tables do not have.
         DataError: the first table has other columns.
     """
     listed = list_inputs(paths, (*SUFFIXES, TABLE_SUFFIX, _TAR_SUFFIX))
@@ -71,7 +71,7 @@ def find_interleaved_source(
     if len(tables) + len(tars) < len(files) or not files:
         if mixed := set(paths) & {*tables, *tars}:
             raise ConfigError(
-                "JSON files stand beside another kind of input",
+                "JSON files are mixed with another kind of input",
                 where=", ".join(sorted(map(str, mixed)))[:200],
                 fix="prepare each kind on its own; tars of images go to --images",
             )

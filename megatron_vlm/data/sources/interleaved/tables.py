@@ -1,4 +1,4 @@
-"""Interleaved documents in parquet: a row is a document, as OBELICS, OmniCorpus and MINT-1T publish them."""
+"""Interleaved documents in parquet, one per row, as OBELICS, OmniCorpus and MINT-1T publish them."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ _WANTED = ("texts", "images")
 
 @dataclass(frozen=True, slots=True)
 class InterleavedTableSource:
-    """Parquet tables with two columns of lists, `texts` and `images`, of which exactly one has something at each place.
+    """Parquet tables with two columns of lists, `texts` and `images`, of which exactly one has an entry at each place.
 
     An image is a URL or a file name, found through --images; or the file itself, as bytes or as `{bytes, path}`. The
     key of a row is its `url`, `id` or `key`, or the `url` inside of `general_metadata`, which is JSON.
@@ -61,7 +61,7 @@ class InterleavedTableSource:
 
 
 def check_first_table(path: Location) -> None:
-    """Refuse an input that is no interleaved corpus before anything is prepared.
+    """Refuse an input that is not an interleaved corpus before anything is prepared.
 
     Raises:
         DataError: the table cannot be read, or has other columns.
@@ -71,7 +71,7 @@ def check_first_table(path: Location) -> None:
             raise DataError(
                 f"parquet file has no column {' and '.join(missing)}",
                 where=str(path),
-                fix="pairs of one image and one caption are prepared with: prepare pairs",
+                fix="use prepare pairs for pairs of one image and one caption",
             )
 
 
@@ -89,7 +89,7 @@ def _key(cells: dict[str, Any]) -> str | None:
     try:
         return key_of(parse_record(metadata.encode()).get("url"))
     except RejectError:
-        return None  # a row is as good without its address
+        return None  # a row does not need its URL
 
 
 def _loader(image: Any, images: ImageReader) -> LoadImage:

@@ -27,20 +27,20 @@ _NUMBERED = re.compile(rf"(?:(\d+)\.)?({'|'.join((*IMAGE_EXTENSIONS, _TEXT_EXTEN
 
 @dataclass(frozen=True, slots=True)
 class InterleavedTarSource:
-    """Tars whose files are documents by their key, the name up to its first dot.
+    """Tars in which the files of a document share a key, the name up to its first dot.
 
     A key is one of:
 
-    - `KEY.json` with `texts` and `images`, two lists of which exactly one has something at each place; an image is the
+    - `KEY.json` with `texts` and `images`, two lists of which exactly one has an entry at each place; an image is the
       file `KEY.<image>`, for example "0.jpg". A list `train` may say which texts are trained, as `data export` writes
       it.
     - `KEY.json` with `sequence`, one list: `{"text": ...}` or `{"image": ...}`, or a string, which is an image if a
-      file of the key is called so.
+      file of the key has this name.
     - `KEY.json` as MMC4 has it, `text_list` and `image_info`, images as files of the key, base64 or in --images;
-      `texts`, `images` and `matched_text_indices` are another way to write it.
-    - No `KEY.json`: `KEY.0.txt`, `KEY.1.jpg`, ..., in the order of their numbers; of one number, images are first.
+      `texts`, `images` and `matched_text_indices` are another notation for it.
+    - No `KEY.json`: `KEY.0.txt`, `KEY.1.jpg`, ..., in the order of their numbers, images before text of one number.
 
-    Documents stand in the order in which the tar has their first file.
+    Documents are in the order of their first files.
 
     Source: Megatron-Energon, docs, "Interleaved Data and Arbitrary Image Count"; MINT-1T; OpenFlamingo's MMC4 tars.
     """
@@ -63,7 +63,7 @@ class InterleavedTarSource:
 
 
 class _Sample:
-    """The files of one key."""
+    """The files with one key."""
 
     def __init__(
         self,
@@ -81,7 +81,7 @@ class _Sample:
             self._group[extension] = member
 
     def document(self) -> Document:
-        """Read the files in whichever form they have."""
+        """Read the files in any of the forms."""
         member = self._group.get("json")
         if member is None:
             return self._place(self._numbered())
@@ -98,7 +98,7 @@ class _Sample:
         return placed_document(places, self._key, self._rules, self._images)
 
     def _numbered(self) -> list[Text | LoadImage]:
-        """Return text and images by the number in their names."""
+        """Return text and images in the order of the numbers in their names."""
         numbered: list[tuple[int, bool, str]] = []
         for extension in self._group:
             match = _NUMBERED.fullmatch(extension)
@@ -143,7 +143,7 @@ class _Sample:
         return find_listed_image(info, self._images)
 
     def _member(self, name: str) -> Member | None:
-        """Return the file of this key with this name: what follows the key, or all of it, with or without folder."""
+        """Return the file with this name: the part after the key, or the full name, with or without its folder."""
         if (member := self._group.get(name.lower())) is not None:
             return member
         whole = Member(name, 0, 0)
@@ -159,7 +159,7 @@ class _Sample:
 
 
 def _as_mmc4(record: dict[str, Any]) -> dict[str, Any]:
-    """Return a record with `texts`, `images` and `matched_text_indices` as MMC4 writes it; others as they are."""
+    """Return a record with `texts`, `images` and `matched_text_indices` in MMC4's form; others unchanged."""
     if "image_info" in record:
         return record
     names, indices = field(record, "images", list), field(record, "matched_text_indices", list)

@@ -23,7 +23,7 @@ _IMAGE_FIELDS = ("image", "image_name", "file_name", "image_path", "path")
 _CAPTION_FIELDS = ("caption", "text", "txt")
 _TAR_SUFFIX = ".tar"
 _STATISTICS_ENDING = "_stats.json"
-"""Of the files that img2dataset writes beside its tars."""
+"""End of the names of other files that img2dataset writes beside its tars."""
 _Group = dict[str, Member | None]
 
 
@@ -31,7 +31,7 @@ def make_pair(image: Image, caption: str, key: str, rules: PairRules) -> Documen
     """Return the document: the image, then its caption.
 
     Raises:
-        RejectError: the caption is empty or not taken.
+        RejectError: the caption is empty or not accepted.
     """
     caption = clean_text(caption, rules.text)
     if not caption or caption.isspace():
@@ -72,7 +72,7 @@ class TarPairSource:
 
 
 class _TarPair:
-    """The members of one key."""
+    """The members with one key."""
 
     def __init__(self, tar: TarReader, key: str, group: _Group, row: dict[str, Any], rules: PairRules) -> None:
         self._tar, self.key, self._group, self._row, self._rules = tar, key, group, row, rules
@@ -111,7 +111,7 @@ class _TarPair:
 
 @dataclass(frozen=True, slots=True)
 class RecordPairSource:
-    """JSON lines that name an image file, or a URL in tars, and have a caption."""
+    """JSON lines with a caption and the name of an image file, or the URL of an image in tars."""
 
     inputs: tuple[Location, ...]
     rules: PairRules = PairRules()
@@ -146,9 +146,9 @@ def find_source(
 
 
 def find_pair_source(paths: tuple[Location, ...], rules: PairRules) -> TarPairSource | RecordPairSource:
-    """Look at what the input has: tars, with or without the tables that img2dataset writes beside them, or JSON lines.
+    """Return a reader of tars, with or without the tables that img2dataset writes beside them, or of JSON lines.
 
-    Parquet tables of another kind, which list pairs as COYO and LAION publish them, are not read.
+    Other parquet tables, the lists of pairs that COYO and LAION publish, are not read.
 
     Raises:
         ConfigError: there are neither tars nor JSON lines, or a file is of another kind.
@@ -164,6 +164,6 @@ def find_pair_source(paths: tuple[Location, ...], rules: PairRules) -> TarPairSo
     rest = (file for file in files if not file.name.lower().endswith(_STATISTICS_ENDING))
     check_suffixes(rest, (_TAR_SUFFIX, TABLE_SUFFIX))
     if lists:
-        what = f"{len(lists)} parquet files are no tables of tars and are not read, {lists[0]} first"
-        logger.warning("%s; such lists of pairs are for `select pairs`, before the images are downloaded", what)
+        what = f"{len(lists)} parquet files do not belong to a tar and are not read, {lists[0]} first"
+        logger.warning("%s; use `select pairs` for such lists of pairs, before the images are downloaded", what)
     return TarPairSource(tars, rules)

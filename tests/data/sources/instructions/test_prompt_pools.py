@@ -117,7 +117,7 @@ FIELDS = {"image": ["image"], "question": ["q"], "answer": ["a"]}
         ({"later_prompts": ["<image> {question}"]}, r"later_prompts\[0\] has <image>"),
         ({"answer": "yes"}, "answer has no {answer}"),
         ({"answer": "{question}"}, "answer: {question} cannot be used here"),
-        ({"fields": FIELDS | {"hint": ["x"]}}, "fields.hint: kind question has no such part"),
+        ({"fields": FIELDS | {"hint": ["x"]}}, "fields.hint: kind question has no such slot"),
         ({"fields": FIELDS | {"answer": []}}, "fields.answer names no field"),
         ({"fields": FIELDS | {"answer": [""]}}, "fields.answer names no field"),
         ({"fields": FIELDS | {"answer": "a"}}, "mine.fields.answer='a' is not a list"),

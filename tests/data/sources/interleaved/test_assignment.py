@@ -91,11 +91,11 @@ def test_an_image_without_a_sentence_is_left_out():
 @pytest.mark.parametrize(
     ("matrix", "message"),
     [
-        ([[0.1]], "similarity_matrix is not of 3 images x 1 sentences"),
-        ([[0.1], [0.2, 0.3], [0.1]], "similarity_matrix is not of 3 images x 1 sentences"),
-        ([[0.1], 0.2, [0.1]], "similarity_matrix is not of 3 images x 1 sentences"),
-        ([[0.1], ["0.2"], [0.1]], "an entry that is no number"),
-        ([[0.1], [True], [0.1]], "an entry that is no number"),
+        ([[0.1]], "similarity_matrix is not 3 images x 1 sentences"),
+        ([[0.1], [0.2, 0.3], [0.1]], "similarity_matrix is not 3 images x 1 sentences"),
+        ([[0.1], 0.2, [0.1]], "similarity_matrix is not 3 images x 1 sentences"),
+        ([[0.1], ["0.2"], [0.1]], "an entry that is not a number"),
+        ([[0.1], [True], [0.1]], "an entry that is not a number"),
         ([[0.1], [float("nan")], [0.1]], "an entry that is not below 1e"),
         ([[0.1], [10**400], [0.1]], "an entry that is not below 1e"),
     ],
@@ -106,7 +106,7 @@ def test_a_matrix_that_cannot_be_used_is_a_reject(matrix, message):
 
 
 def test_an_entry_of_image_info_that_is_no_object_is_a_reject():
-    with pytest.raises(RejectError, match="json_type: image_info has an entry that is no object"):
+    with pytest.raises(RejectError, match="json_type: image_info has an entry that is not an object"):
         reassign({"image_info": ["x"], "similarity_matrix": [[0.5]]}, 1, "best")
 
 

@@ -170,7 +170,7 @@ def test_the_kind_of_input_is_seen_from_its_files(tmp_path, make_table, make_tar
     assert find_interleaved_source((tars,), rules) == InterleavedTarSource((tars / "0.tar",), rules)
     path = make_lines(tables / "docs.jsonl", [])
     assert find_interleaved_source((tables,), rules) == InterleavedSource((path,), rules)
-    with pytest.raises(ConfigError, match="JSON files stand beside another kind of input .*0.tar"):
+    with pytest.raises(ConfigError, match="JSON files are mixed with another kind of input .*0.tar"):
         find_interleaved_source((path, tars / "0.tar"), rules)
     with pytest.raises(ConfigError, match="input has no JSON"):
         find_interleaved_source((tmp_path,), rules)
@@ -185,5 +185,5 @@ def test_similarities_of_tables_are_refused_at_once(tmp_path, make_table):
 
 def test_tables_of_pairs_are_refused_at_once(tmp_path, make_table):
     path = make_table(tmp_path / "0.parquet", {"url": ["u"], "text": ["t"]})
-    with pytest.raises(DataError, match="has no column texts and images .*fix: pairs .* prepare pairs"):
+    with pytest.raises(DataError, match="has no column texts and images .*fix: use prepare pairs"):
         find_interleaved_source((path,), InterleavedRules())
