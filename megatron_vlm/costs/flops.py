@@ -68,10 +68,8 @@ def step_flops(model: ModelConfig, freeze: tuple[str, ...], work: Work) -> StepF
 
 def _forward(model: ModelConfig, work: Work) -> list[tuple[str, Operations, int]]:
     """Return part, forward operations and positions seen by an adapter, for each field of `StepFlops`."""
-    patches, sizes = (
-        model.fixed_patches("the count of operations"),
-        (model.vision.feature_size, model.language.hidden_size),
-    )
+    patches = model.fixed_patches("the count of operations")
+    sizes = model.vision.feature_size, model.language.hidden_size
     layer = model.language.layer_operations(work.num_tokens, work.attention_pairs)
     vision_model, vision_projection, language_model = PART_NAMES
     num_patches = work.num_images * patches.size
