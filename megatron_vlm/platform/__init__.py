@@ -1,1 +1,1 @@
-"""This machine: device, stand-ins of the host, launch, logs and exit status."""
+"""This machine: device, CPU stand-ins for CUDA, launching, logs and exit status."""

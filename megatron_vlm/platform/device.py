@@ -8,7 +8,7 @@ import torch
 from megatron_vlm.platform import host
 
 _QUIET_MODULES = r"megatron\.core\..*"
-# Announcements of torch about names that megatron-core 0.16 uses; a user cannot act on them.
+# torch's warnings about names that megatron-core 0.16 uses; users cannot act on them.
 _QUIET_MESSAGES = (
     r".*torch\.distributed\._all_gather_base.*",
     r".*torch\.distributed\._reduce_scatter_base.*",
@@ -24,10 +24,10 @@ _QUIET_MESSAGES = (
 
 
 def prepare_process() -> torch.device:
-    """Make megatron-core importable and quiet in this process; call it before importing megatron.core.
+    """Make megatron-core importable and quiet in this process; call this before importing megatron.core.
 
     Returns:
-        The device that tensors of this rank live on: a GPU where there is one, else the CPU.
+        The device of this rank: a GPU if there is one, else the CPU.
     """
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     warnings.filterwarnings("ignore", module=_QUIET_MODULES)
@@ -41,5 +41,5 @@ def prepare_process() -> torch.device:
 
 
 def distributed_backend(device: torch.device) -> str:
-    """Return the name of the collective library for `device`."""
+    """Return the name of the communication backend for `device`."""
     return "gloo" if device.type == "cpu" else "nccl"

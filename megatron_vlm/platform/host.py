@@ -1,11 +1,11 @@
-"""Serve megatron-core's CUDA calls from the host on a machine without a GPU.
+"""Serve megatron-core's CUDA calls on the CPU of a machine without a GPU.
 
-megatron-core names CUDA in four ways: factories with `device="cuda"` or a device index, `tensor.cuda()`, the streams,
-events and generators of `torch.cuda`, and comparisons with type names such as `torch.cuda.FloatTensor`. `install`
-answers all four. Collectives, schedules, optimizer and checkpoints stay megatron-core's own, over gloo.
+megatron-core refers to CUDA in four ways: factories with `device="cuda"` or a device index, `tensor.cuda()`, the
+streams, events and generators of `torch.cuda`, and comparisons with type names such as `torch.cuda.FloatTensor`.
+`install` handles all four. Collectives, schedules, optimizer and checkpoints remain megatron-core's own, over gloo.
 
-This is the only module that changes torch. `tests/platform/test_host_guard.py` compares what it serves with what the
-installed megatron-core asks for.
+This is the only module that changes torch. `tests/platform/test_host_guard.py` compares the names served here with
+those that the installed megatron-core uses.
 """
 
 import contextlib
@@ -61,13 +61,13 @@ _installed = False
 
 
 def install() -> bool:
-    """Redirect torch's CUDA calls to the host if there is no GPU.
+    """Redirect torch's CUDA calls to the CPU if there is no GPU.
 
     Returns:
-        True if calls are served by the host from now on, False on a machine with a GPU.
+        True if the CPU serves these calls from now on, False on a machine with a GPU.
 
     Raises:
-        RuntimeError: megatron-core is loaded already; it binds some of these names when it is imported.
+        RuntimeError: megatron-core is already imported; it binds some of these names at import.
     """
     global _installed
     if _installed:
@@ -85,7 +85,7 @@ def install() -> bool:
 
 
 class _Event:
-    """An event of a device that finishes everything at once."""
+    """An event on a device that completes everything immediately."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         return None
@@ -104,7 +104,7 @@ class _Event:
 
 
 class _Stream(_Event):
-    """The one stream of the host."""
+    """The only stream of the CPU."""
 
     cuda_stream = 0
 
@@ -119,7 +119,7 @@ class _Stream(_Event):
 
 
 class _Generators:
-    """`torch.cuda.default_generators`: the host's generator under every index."""
+    """`torch.cuda.default_generators`: the CPU generator under every index."""
 
     def __getitem__(self, index: int) -> torch.Generator:
         return torch.default_generator
@@ -137,7 +137,7 @@ def _is_cuda(device: Any) -> bool:
 def _redirect_factory(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def redirected(*args: Any, **kwargs: Any) -> Any:
-        if "device" in kwargs:  # most calls have none and pay one look-up
+        if "device" in kwargs:  # most calls have none and only pay for this lookup
             if _is_cuda(kwargs["device"]):
                 kwargs["device"] = HOST
             kwargs.pop("pin_memory", None)
@@ -148,7 +148,7 @@ def _redirect_factory(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _serve_cuda_module() -> None:
     cuda = torch.cuda
-    # manual_seed of torch calls manual_seed_all of torch.cuda: seed the generator itself, or they call each other.
+    # torch.manual_seed calls torch.cuda.manual_seed_all; seeding the generator directly avoids endless recursion.
     seed = torch.default_generator.manual_seed
     replacements: dict[str, Any] = {
         "Event": _Event,

@@ -1,4 +1,4 @@
-"""What this machine offers, found without importing torch, and whether a configuration can run on it."""
+"""The cores and GPUs of this machine, found without importing torch, and whether a configuration can run on it."""
 
 import importlib.util
 import os
@@ -12,13 +12,13 @@ from megatron_vlm.config import ConfigError, TrainConfig
 from megatron_vlm.config.hooks import HookConfig
 
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
-"""Dense BF16 peak by NVIDIA's data sheets, by a part of the device's name [FLOP/s]."""
+"""Dense BF16 peak from NVIDIA's data sheets, by a substring of the device name [FLOP/s]."""
 
 _HIDDEN = {"", "-1", "NoDevFiles"}
 
 
 def count_cores() -> int:
-    """Return how many cores this process may use: where a batch system bound it to some, only those."""
+    """Return how many cores this process may use; if a batch system bound it to some, only those count."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -26,7 +26,7 @@ def count_visible_gpus(environment: Mapping[str, str], device_folder: Path = Pat
     """Return the number of NVIDIA GPUs that a worker started with `environment` sees.
 
     Args:
-        environment: `CUDA_VISIBLE_DEVICES` is read from it.
+        environment: of the worker; `CUDA_VISIBLE_DEVICES` is read from it.
         device_folder: where the driver's device files are.
     """
     present = sum(1 for path in device_folder.glob("nvidia*") if re.fullmatch(r"nvidia\d+", path.name))
@@ -39,7 +39,7 @@ def count_visible_gpus(environment: Mapping[str, str], device_folder: Path = Pat
 
 
 def _count_by_driver_tool() -> int:
-    """Ask nvidia-smi where the driver shows no device files of its own (WSL)."""
+    """Ask nvidia-smi if the driver has no device files (WSL)."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return 0
@@ -51,7 +51,7 @@ def _count_by_driver_tool() -> int:
 
 
 def check_requirements(config: TrainConfig, *, num_gpus: int, num_workers: int) -> None:
-    """Check that this node can do what the settings ask for.
+    """Check that this node can run the settings.
 
     Args:
         config: the settings of the run.
@@ -59,11 +59,11 @@ def check_requirements(config: TrainConfig, *, num_gpus: int, num_workers: int) 
         num_workers: ranks that this node starts.
 
     Raises:
-        ConfigError: FP8 or transformer-engine without the library or a GPU; a hook without its package; more ranks
-            than GPUs.
+        ConfigError: FP8 or transformer-engine without the library or a GPU, a hook without its package, or more
+            ranks than GPUs.
     """
     if config.training.fp8 is not None:
-        # megatron-core computes in full precision without a word where the library is missing.
+        # Without the library, megatron-core silently computes in full precision.
         _check_transformer_engine(f"training.fp8={config.training.fp8}", "remove training.fp8", num_gpus)
     if config.model.backend == "transformer_engine":
         _check_transformer_engine("model.backend=transformer_engine", "set model.backend=auto", num_gpus)
@@ -80,7 +80,7 @@ def check_package(hook: HookConfig) -> None:
     """Check that the optional package of a hook is installed.
 
     Raises:
-        ConfigError: it is not.
+        ConfigError: the package is missing.
     """
     if hook.package is not None and importlib.util.find_spec(hook.package) is None:
         raise ConfigError(

@@ -1,1 +1,1 @@
-"""Start the ranks of a job, watch them, and say how it ended."""
+"""Start the ranks of a job, supervise them, and report how the job ended."""

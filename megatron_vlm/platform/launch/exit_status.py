@@ -1,4 +1,4 @@
-"""How a process ended: one line, one exit code, and the file that says both to a job script."""
+"""How a process ended: one line, an exit code, and a file that tells job scripts both."""
 
 import json
 import time
@@ -10,38 +10,38 @@ from megatron_vlm.config import ExitCode, UserError
 from megatron_vlm.platform.files.durable import STORAGE_ERRNOS, write_durably
 
 MAX_LINE = 300
-"""Longest line that a user error may take [characters]."""
+"""Longest line of a user error [characters]."""
 
 _PROGRAM = "megatron-vlm"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExitStatus:
-    """How a rank, or a whole job, ended."""
+    """How a rank or a whole job ended."""
 
     exit_code: int
     message: str
-    """One line for a person; empty where all went well."""
+    """One line for the user; empty after success."""
     rank: int | None = None
-    """The rank that ended so; None: the job as a whole."""
+    """The rank that ended this way; None: the job as a whole."""
     iteration: int | None = None
-    """Optimizer steps done."""
+    """Completed optimizer steps."""
     launch_id: str = ""
-    """Which start of the job this belongs to: tells a stale file from a fresh one."""
+    """The start of the job that this belongs to; distinguishes a stale file from a fresh one."""
     traceback: str | None = None
-    """Of an error that nobody foresaw."""
+    """Traceback of an unforeseen error."""
     unix_time: float = field(default_factory=time.time)
 
     @property
     def severity(self) -> int:
-        """Return how much this explains: an error with a name goes before a crash, which may only follow from it."""
+        """Return how much this explains: a foreseen error precedes a crash, which may merely be its consequence."""
         if self.exit_code in (ExitCode.DONE, ExitCode.REQUEUE, ExitCode.INTERRUPTED):
             return 0 if self.exit_code == ExitCode.DONE else 1
         return 2 if self.exit_code == ExitCode.CRASH else 3
 
 
 def describe_error(error: BaseException) -> ExitStatus:
-    """Return exit code and line of an exception; only an unforeseen one keeps its traceback."""
+    """Return the exit code and line for an exception; only an unforeseen one keeps its traceback."""
     if isinstance(error, UserError):
         return ExitStatus(exit_code=int(error.exit_code), message=shorten(error))
     if isinstance(error, KeyboardInterrupt):
@@ -60,7 +60,7 @@ def describe_error(error: BaseException) -> ExitStatus:
 
 
 def shorten(error: UserError) -> str:
-    """Return the error's line, cut in what was found so that place and fix stay readable."""
+    """Return the line of the error, shortened so that place and fix remain complete."""
     budget = MAX_LINE - len(error_line(""))
     line = str(error)
     if len(line) <= budget:
@@ -71,17 +71,17 @@ def shorten(error: UserError) -> str:
 
 
 def error_line(message: str) -> str:
-    """Return `message` as the console shows it."""
+    """Return `message` as shown on the console."""
     return f"{_PROGRAM}: error: {message}"
 
 
 def write_exit_status(path: Path, status: ExitStatus) -> None:
-    """Write `status` as JSON, atomically: a reader sees the old file or the whole new one."""
+    """Write `status` as JSON, atomically: readers see the old file or the complete new one."""
     write_durably(path, json.dumps(asdict(status), indent=2).encode(), is_shared=True)
 
 
 def read_exit_status(path: Path) -> ExitStatus | None:
-    """Return what `write_exit_status` wrote; None where there is no such file, or not a whole one."""
+    """Return the status in a file; None if the file is missing or incomplete."""
     try:
         return ExitStatus(**json.loads(path.read_text()))
     except (FileNotFoundError, json.JSONDecodeError, TypeError):
@@ -89,7 +89,7 @@ def read_exit_status(path: Path) -> ExitStatus | None:
 
 
 def record_exit_status(path: Path, status: ExitStatus) -> None:
-    """Write `status` unless another node of the same launch has already told more."""
+    """Write `status` unless another node of the same launch has already recorded a more telling one."""
     earlier = read_exit_status(path)
     if earlier is not None and earlier.launch_id == status.launch_id and earlier.severity >= status.severity:
         return
@@ -97,7 +97,7 @@ def record_exit_status(path: Path, status: ExitStatus) -> None:
 
 
 def forget_exit_status(path: Path, launch_id: str) -> None:
-    """Remove the file of an earlier launch, so that nobody reads yesterday's result as today's."""
+    """Remove the file of an earlier launch, so that nobody takes it for the result of this one."""
     earlier = read_exit_status(path)
     if earlier is not None and earlier.launch_id == launch_id:
         return

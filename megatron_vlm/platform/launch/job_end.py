@@ -1,4 +1,4 @@
-"""Say in one line why a job ended, from how its ranks ended and what they reported."""
+"""Explain in one line why a job ended, from the exit codes and reports of its ranks."""
 
 import signal
 from collections.abc import Mapping, Sequence
@@ -7,18 +7,18 @@ from pathlib import Path
 
 from megatron_vlm.config import ExitCode
 from megatron_vlm.platform.launch.exit_status import ExitStatus, read_exit_status
-from megatron_vlm.platform.launch.launch import HANDED_ON_AS, NodeEnd, WorkerEnd
+from megatron_vlm.platform.launch.launch import FORWARDED_AS, NodeEnd, WorkerEnd
 
 _ORDERLY_STOP = (ExitCode.DONE, ExitCode.REQUEUE, ExitCode.INTERRUPTED)
 
 
 def report_path(folder: Path, rank: int) -> Path:
-    """Return the file in which a rank says how it ended."""
+    """Return the file in which a rank reports how it ended."""
     return folder / f"rank_{rank:05d}.json"
 
 
 def read_reports(folder: Path, ranks: Sequence[int]) -> dict[int, ExitStatus]:
-    """Return what the ranks reported; those that could not are missing."""
+    """Return the reports of the ranks; those that left none are missing."""
     found = {rank: read_exit_status(report_path(folder, rank)) for rank in ranks}
     return {rank: report for rank, report in found.items() if report is not None}
 
@@ -26,12 +26,12 @@ def read_reports(folder: Path, ranks: Sequence[int]) -> dict[int, ExitStatus]:
 def explain_end(end: NodeEnd, reports: Mapping[int, ExitStatus]) -> ExitStatus:
     """Return the status of the whole node.
 
-    An error that names its fix goes before a rank killed from outside, and that before a crash, since ranks crash
-    when one of their kind is gone. Among equals the first counts.
+    A foreseen error takes precedence over a rank that was killed from outside, and that over a crash, since ranks
+    crash when another one is gone. Among equals, the first one counts.
 
     Args:
         end: the ranks in the order in which they ended.
-        reports: what each rank wrote before it ended.
+        reports: written by the ranks before they ended.
     """
     iteration = max((report.iteration or 0 for report in reports.values()), default=None)
     failures = [
@@ -46,29 +46,29 @@ def explain_end(end: NodeEnd, reports: Mapping[int, ExitStatus]) -> ExitStatus:
 
 
 def _foreseen(failures: Sequence[WorkerEnd], reports: Mapping[int, ExitStatus]) -> ExitStatus | None:
-    """Return the first error of a kind that has an exit code of its own."""
+    """Return the first error that has its own exit code."""
     for worker in failures:
         report = reports.get(worker.rank)
         if report is not None and report.severity == 3:
             return report
     for worker in failures:
         if worker.exit_code in set(ExitCode) and worker.exit_code != ExitCode.CRASH:
-            # The disk may be too full for a report; the exit code still says what happened.
+            # The disk may be too full for a report, but the exit code still tells what happened.
             return ExitStatus(
                 exit_code=worker.exit_code,
-                message=f"rank {worker.rank} ended with exit code {worker.exit_code}; its own line stands above",
+                message=f"rank {worker.rank} ended with exit code {worker.exit_code}; see its message above",
                 rank=worker.rank,
             )
     return None
 
 
 def _all_stopped(end: NodeEnd, failures: Sequence[WorkerEnd]) -> bool:
-    """Return whether the ranks ended because they were asked to, and not by an error of their own.
+    """Return whether the ranks ended because they were asked to, and not because of an error.
 
-    A rank that is asked before it can answer dies of the signal; the others may lose their connection to it.
+    A rank that is asked before its handler is installed dies of the signal; the others may lose their connection to it.
     """
-    handed_on = HANDED_ON_AS[end.stop_signal] if end.stop_signal else 0
-    died_of_it = {worker.rank for worker in failures if worker.exit_code == -handed_on}
+    forwarded = FORWARDED_AS[end.stop_signal] if end.stop_signal else 0
+    died_of_it = {worker.rank for worker in failures if worker.exit_code == -forwarded}
     killed_otherwise = any(worker.exit_code < 0 and worker.rank not in died_of_it for worker in failures)
     return not killed_otherwise and (bool(died_of_it) or not failures)
 
@@ -108,7 +108,7 @@ def _crashed(failures: Sequence[WorkerEnd], reports: Mapping[int, ExitStatus]) -
     first = min(told, key=lambda worker: reports[worker.rank].unix_time) if told else failures[0]
     report = reports.get(first.rank)
     if report is None:
-        message = f"rank {first.rank} ended with exit code {first.exit_code}; see what it printed above"
+        message = f"rank {first.rank} ended with exit code {first.exit_code}; see its output above"
         return ExitStatus(exit_code=int(ExitCode.CRASH), message=message, rank=first.rank)
     message = f"rank {first.rank} crashed: {report.message}"
     return replace(report, exit_code=int(ExitCode.CRASH), message=message, rank=first.rank)

@@ -1,9 +1,9 @@
-"""Start the ranks of this node, hand signals on to them, and end them all when one has died.
+"""Start the ranks of this node, forward signals to them, and end all of them when one has died.
 
-torch's elastic launcher is not used, although its variables are: a rank that torchrun starts runs just as well. With
-torch 2.13 its agent gives the other ranks 30 s after a death whatever `shutdown_timeout` says (measured: 31 s until a
-job with one killed and one blocked rank ended; 3.2 s here), a second signal in that time leaves them running, and its
-import alone takes longer than everything here.
+torch's elastic launcher is not used, but its environment variables are, so that ranks also run under torchrun. With
+torch 2.13, its agent waits 30 s for the other ranks after a death, whatever `shutdown_timeout` says (measured: 31 s
+until a job with one killed and one blocked rank ended; 3.2 s here). A second signal during that time leaves them
+running, and importing it takes longer than everything here.
 """
 
 import logging
@@ -22,28 +22,28 @@ from megatron_vlm.config import ExitCode
 logger = logging.getLogger(__name__)
 
 GRACE_SECONDS = 3.0
-"""What the other ranks are given to say why they ended, once one has failed."""
+"""Time for the other ranks to report why they ended, once one has failed."""
 _POLL_SECONDS = 0.05
 _DEATH_SECONDS = 10.0
-HANDED_ON_AS = {
+FORWARDED_AS = {
     signal.SIGTERM: signal.SIGTERM,
     signal.SIGUSR1: signal.SIGUSR1,
-    # Ctrl-C and a closed terminal ask for what the scheduler asks for, and ranks know one way to stop.
+    # Ctrl-C and a closed terminal mean the same as a signal from the scheduler; ranks have one way to stop.
     signal.SIGINT: signal.SIGTERM,
     signal.SIGHUP: signal.SIGTERM,
 }
-"""What the ranks get when this process gets a signal."""
-# Exit codes after which the other ranks may finish what they are doing, a checkpoint for example.
+"""The signal that the ranks receive for each signal to this process."""
+# After these exit codes, the other ranks may finish their work, for example a checkpoint.
 _ORDERLY = (ExitCode.DONE, ExitCode.REQUEUE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeJob:
-    """The ranks that one node starts."""
+    """The ranks to start on this node."""
 
     command: Sequence[str]
     environment: Mapping[str, str]
-    """Complete environment of a rank, but for what tells the ranks apart."""
+    """Environment of a rank, complete except for the variables that differ between ranks."""
     num_workers: int
     node_rank: int = 0
     num_nodes: int = 1
@@ -51,7 +51,7 @@ class NodeJob:
     master_port: int
 
     def worker_environment(self, local_rank: int) -> dict[str, str]:
-        """Return the environment of one rank, in torch's own variables."""
+        """Return the environment of one rank, with torch's own variables."""
         return {
             **self.environment,
             "RANK": str(self.node_rank * self.num_workers + local_rank),
@@ -71,13 +71,13 @@ class WorkerEnd:
     rank: int
     pid: int
     exit_code: int
-    """As subprocess gives it: negative for a signal."""
+    """As in subprocess: negative for a signal."""
     was_killed_here: bool = False
-    """Whether this launcher ended it after another rank had failed."""
+    """Whether this launcher killed it after another rank had failed."""
 
     @property
     def signal_name(self) -> str | None:
-        """Name of the signal that ended it; None where it ended by itself."""
+        """Name of the signal that ended it; None if it ended by itself."""
         if self.exit_code >= 0:
             return None
         try:
@@ -88,11 +88,11 @@ class WorkerEnd:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeEnd:
-    """How all ranks of this node ended, in the order in which they did."""
+    """How all ranks of this node ended, in the order in which they ended."""
 
     workers: tuple[WorkerEnd, ...]
     stop_signal: signal.Signals | None
-    """The first signal that asked the job to stop; None where nobody asked."""
+    """The first signal that asked the job to stop; None if there was none."""
 
 
 @dataclass(slots=True)
@@ -109,13 +109,13 @@ class _Supervisor:
     def start(self) -> None:
         for local_rank in range(self.job.num_workers):
             environment = self.job.worker_environment(local_rank)
-            # A session of their own: Ctrl-C reaches the ranks once, by way of this process, and killing the group of a
-            # rank takes its data loaders along.
+            # Each rank has its own session, so Ctrl-C reaches it only once, through this process, and killing the
+            # process group of a rank also kills its data loaders.
             self.processes[int(environment["RANK"])] = subprocess.Popen(
                 list(self.job.command), env=environment, start_new_session=True, stdin=subprocess.DEVNULL
             )
-        if self.stop_signal is not None:  # it came between two starts
-            self.send(HANDED_ON_AS[self.stop_signal])
+        if self.stop_signal is not None:  # it arrived between two starts
+            self.send(FORWARDED_AS[self.stop_signal])
 
     def live(self) -> Iterator[tuple[int, subprocess.Popen]]:
         return ((rank, process) for rank, process in self.processes.items() if rank not in self.ends)
@@ -127,16 +127,16 @@ class _Supervisor:
     def handle(self, number: int, frame: FrameType | None) -> None:
         received = signal.Signals(number)
         if received == signal.SIGINT and self.stop_signal == signal.SIGINT:
-            self.kill_at = time.monotonic()  # the second Ctrl-C means now
+            self.kill_at = time.monotonic()  # the second Ctrl-C means: now
             return
         self.stop_signal = self.stop_signal or received
-        self.send(HANDED_ON_AS[received])
+        self.send(FORWARDED_AS[received])
 
     def poll(self) -> bool:
-        """Collect ranks that have ended; return whether any is left."""
+        """Collect the ranks that have ended; return whether any is still running."""
         if self.stop_signal is not None and not self.is_stop_announced:
             self.is_stop_announced = True
-            again = "; Ctrl-C again ends them at once" if self.stop_signal == signal.SIGINT else ""
+            again = "; press Ctrl-C again to end them at once" if self.stop_signal == signal.SIGINT else ""
             logger.info("%s: the ranks finish their step and save%s", self.stop_signal.name, again)
         for rank, process in list(self.live()):
             exit_code = process.poll()
@@ -151,10 +151,10 @@ class _Supervisor:
         if exit_code in _ORDERLY or self.kill_at is not None:
             return
         self.kill_at = time.monotonic() + GRACE_SECONDS
-        _kill_group(process.pid)  # what the rank itself had started
+        _kill_group(process.pid)  # the processes that the rank started
 
     def kill(self) -> None:
-        """End every rank that is left, with all that it has started."""
+        """Kill every remaining rank, with all processes that it started."""
         left = list(self.live())
         for _, process in left:
             _kill_group(process.pid)
@@ -165,8 +165,8 @@ class _Supervisor:
 def run_node(job: NodeJob) -> NodeEnd:
     """Run the ranks of this node until all have ended.
 
-    Signals are handed on as `HANDED_ON_AS` says; the ranks decide what they mean. After the first rank that fails, the
-    others have `GRACE_SECONDS`. Call it from the main thread.
+    Signals are forwarded according to `FORWARDED_AS`; the ranks decide what they mean. After the first failure, the
+    other ranks have `GRACE_SECONDS`. Call this from the main thread.
     """
     supervisor = _Supervisor(job)
     with _signals_to(supervisor):
@@ -175,13 +175,13 @@ def run_node(job: NodeJob) -> NodeEnd:
             while supervisor.poll():
                 time.sleep(_POLL_SECONDS)
         finally:
-            supervisor.kill()  # nothing is left, unless this function itself failed
+            supervisor.kill()  # none remains, unless this function itself failed
     return NodeEnd(workers=tuple(supervisor.ends.values()), stop_signal=supervisor.stop_signal)
 
 
 @contextmanager
 def _signals_to(supervisor: _Supervisor) -> Iterator[None]:
-    previous = {number: signal.getsignal(number) for number in HANDED_ON_AS}
+    previous = {number: signal.getsignal(number) for number in FORWARDED_AS}
     # A signal that the shell had this process ignore (nohup) stays ignored.
     taken = [number for number, handler in previous.items() if handler is not signal.SIG_IGN]
     for number in taken:
@@ -194,7 +194,7 @@ def _signals_to(supervisor: _Supervisor) -> Iterator[None]:
 
 
 def _kill_group(pid: int) -> None:
-    with suppress(ProcessLookupError):  # nobody of the group is left
+    with suppress(ProcessLookupError):  # the group is empty
         os.killpg(pid, signal.SIGKILL)
 
 
@@ -203,8 +203,8 @@ def _wait_for_death(rank: int, process: subprocess.Popen) -> int:
         return process.wait(timeout=_DEATH_SECONDS)
     except subprocess.TimeoutExpired:
         logger.warning(
-            "rank %d (process %d) does not die: it waits in the kernel, for a GPU or a file system; the node may need "
-            "a restart",
+            "rank %d (process %d) does not die: it is stuck in the kernel, waiting for a GPU or a file system; the "
+            "node may need a restart",
             rank,
             process.pid,
         )
@@ -212,7 +212,7 @@ def _wait_for_death(rank: int, process: subprocess.Popen) -> int:
 
 
 def find_free_port() -> int:
-    """Return a TCP port of this machine that nobody uses at the moment."""
+    """Return a TCP port of this machine that is currently unused."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]

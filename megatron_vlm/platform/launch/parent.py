@@ -1,4 +1,4 @@
-"""Tie the life of a process to that of the one that started it."""
+"""End a process when its parent dies."""
 
 import ctypes
 import os
@@ -9,14 +9,14 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def die_with_parent(parent_pid: int, death_signal: signal.Signals = signal.SIGKILL) -> None:
-    """Have the kernel send `death_signal` to this process when its parent dies, however it dies.
+    """Have the kernel send `death_signal` to this process when its parent dies, for whatever reason.
 
-    Without it, ranks whose launcher was killed go on for as long as their collectives wait, on the run folder that a
-    second job may use by then. Only Linux offers this; elsewhere it does nothing.
+    Without this, ranks whose launcher was killed would run on until their collectives time out, in a run folder that
+    another job may be using by then. Only Linux offers this; elsewhere, the call does nothing.
 
     Args:
-        parent_pid: the process that started this one, as that process knows itself.
-        death_signal: SIGKILL by default: a rank without its launcher has nothing to finish.
+        parent_pid: id of the process that started this one, as reported by that process.
+        death_signal: SIGKILL by default, since a rank without its launcher has nothing to finish.
     """
     if not sys.platform.startswith("linux"):
         return

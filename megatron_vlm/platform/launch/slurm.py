@@ -1,4 +1,4 @@
-"""Where this node stands in a SLURM job that starts one launcher per node."""
+"""The position of this node in a SLURM job that starts one launcher per node."""
 
 import re
 from collections.abc import Mapping
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from megatron_vlm.config import ConfigError
 
-# Below Linux's ephemeral ports (from 32768), above the registered services that a compute node runs.
+# Below Linux's ephemeral ports (from 32768) and above the services of a typical compute node.
 _FIRST_PORT, _NUM_PORTS = 15000, 15000
 _HOST = re.compile(r"(?:[^\[\],\s]|\[[^\[\]]*\])+")
 _BRACKET = re.compile(r"\[([^\[\],-]+)[^\[\]]*\]")
@@ -18,24 +18,24 @@ class SlurmNode:
 
     job_id: int
     launch_id: str
-    """Another one for every start of the job, requeued ones included; the same on all nodes."""
+    """Differs between starts of the job, including requeued ones; the same on all nodes."""
     num_nodes: int
     node_rank: int
     master_address: str
     """First node of the step."""
     master_port: int
-    """Follows from the job and step ids: the nodes agree without talking."""
+    """Derived from the job and step ids, so that all nodes agree without communication."""
     num_gpus: int | None
-    """GPUs of the job on this node; None where SLURM does not say."""
+    """GPUs of the job on this node; None if SLURM does not say."""
 
 
 def read_slurm_node(environment: Mapping[str, str]) -> SlurmNode | None:
     """Read SLURM's variables; None outside a SLURM job.
 
-    The variables of the step (`srun`) go before those of the whole allocation.
+    The variables of the step (`srun`) take precedence over those of the whole allocation.
 
     Raises:
-        ConfigError: a variable is missing or is not what SLURM writes, or srun started several launchers on a node.
+        ConfigError: a variable is missing or malformed, or srun started several launchers on a node.
     """
     if "SLURM_JOB_ID" not in environment:
         return None
@@ -43,7 +43,7 @@ def read_slurm_node(environment: Mapping[str, str]) -> SlurmNode | None:
     num_tasks = _read_int(environment, ("SLURM_STEP_NUM_TASKS",), default=num_nodes)
     if num_tasks != num_nodes:
         raise ConfigError(
-            f"srun started {num_tasks} tasks on {num_nodes} nodes; each starts all ranks of its node",
+            f"srun started {num_tasks} tasks on {num_nodes} nodes, but one task per node starts all its ranks",
             fix="use srun --ntasks-per-node=1",
         )
     job_id = _read_int(environment, ("SLURM_JOB_ID",))
@@ -61,7 +61,7 @@ def read_slurm_node(environment: Mapping[str, str]) -> SlurmNode | None:
 
 
 def first_host(node_list: str) -> str:
-    """Return the first host of a SLURM host list: `gpu[003-010,12],fat7` -> `gpu003`.
+    """Return the first host of a SLURM host list, e.g. `gpu003` for `gpu[003-010,12],fat7`.
 
     Raises:
         ConfigError: the text is not a host list.
@@ -72,7 +72,7 @@ def first_host(node_list: str) -> str:
     is_whole = first is not None and text[first.end() : first.end() + 1] in ("", ",")
     if not is_whole or not re.fullmatch(r"[\w.-]+", host):
         raise ConfigError(
-            f"{node_list!r} is not a SLURM host list", where="SLURM_JOB_NODELIST", fix="start the launcher by srun"
+            f"{node_list!r} is not a SLURM host list", where="SLURM_JOB_NODELIST", fix="start the launcher with srun"
         )
     return host
 
@@ -81,18 +81,18 @@ def _node_list(environment: Mapping[str, str]) -> str:
     for name in ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST"):
         if environment.get(name):
             return environment[name]
-    raise ConfigError("SLURM_JOB_NODELIST is not set", fix="start the launcher by srun, once per node")
+    raise ConfigError("SLURM_JOB_NODELIST is not set", fix="start the launcher with srun, once per node")
 
 
 def _read_int(environment: Mapping[str, str], names: tuple[str, ...], default: int | None = None) -> int:
-    """Return the first of the variables that is set."""
+    """Return the value of the first variable that is set."""
     for name in names:
         text = environment.get(name)
         if text is None:
             continue
         if not text.isdecimal():
-            raise ConfigError(f"{name}={text!r} is not a number", fix="start the launcher by srun, once per node")
+            raise ConfigError(f"{name}={text!r} is not a number", fix="start the launcher with srun, once per node")
         return int(text)
     if default is None:
-        raise ConfigError(f"{names[0]} is not set", fix="start the launcher by srun, once per node")
+        raise ConfigError(f"{names[0]} is not set", fix="start the launcher with srun, once per node")
     return default

@@ -58,11 +58,11 @@ def test_first_of_several_crashes_is_told_with_its_traceback():
 
 def test_exit_code_says_what_happened_where_no_report_could_be_written():
     code, message = explained(end(74, 1))
-    assert (code, message) == (74, "rank 0 ended with exit code 74; its own line stands above")
+    assert (code, message) == (74, "rank 0 ended with exit code 74; see its message above")
 
 
 def test_crash_without_a_report_names_the_rank():
-    assert explained(end(0, 2)) == (1, "rank 1 ended with exit code 2; see what it printed above")
+    assert explained(end(0, 2)) == (1, "rank 1 ended with exit code 2; see its output above")
 
 
 def test_orderly_stop_asks_to_be_requeued():
