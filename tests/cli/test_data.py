@@ -33,7 +33,7 @@ def test_verify_of_a_damaged_dataset_lists_the_faults_and_exits_65(dataset, caps
     (dataset / "00000.bin").write_bytes(b"x")
     assert main(["data", "verify", str(dataset)]) == 65
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "00000.bin: 1 bytes, the manifest says 48"
+    assert lines[0] == "00000.bin: 1 bytes, but the manifest says 48"
     assert "1 faults" in lines[-1]
 
 

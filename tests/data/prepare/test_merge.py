@@ -145,7 +145,7 @@ def test_an_unfinished_or_cut_part_is_a_data_error(texts, tokenizer_path, tmp_pa
     ("damage", "message"),
     [
         (lambda content: None, "file is missing"),
-        (lambda content: content[:-5], "bytes, the manifest says"),
+        (lambda content: content[:-5], "bytes, but the manifest says"),
         (lambda content: content[:-1] + bytes([content[-1] ^ 1]), "checksum differs from the manifest"),
     ],
 )
