@@ -84,6 +84,7 @@ def save_state(plan: Plan, iteration: int, folder: Path) -> int:
     state = TrainState(
         config=load_config(TrainConfig, _CONFIG),
         layout=nothing,
+        objective=nothing,
         rank=nothing,
         chunks=(),
         wrapped=(),
