@@ -11,7 +11,7 @@ from tests.support.configs import VOCAB_SIZE
 
 
 def make_samples(num_samples: int, *, max_images: int = 3, seed: int = 11) -> list[PlacedSample]:
-    """Return samples of 0 to `max_images` pictures at any place, some text without a loss, from two sources."""
+    """Return samples of 0 to `max_images` pictures at any place, some text without a loss, from two datasets."""
     rng = np.random.default_rng(seed)
     return [
         PlacedSample(_sample(rng, int(rng.integers(0, max_images + 1))), index, index % 2, f"sample {index}")

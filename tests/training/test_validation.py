@@ -1,4 +1,4 @@
-"""The validation loss is the same at every layout and leaves the training alone."""
+"""The validation loss is the same at every layout and does not affect the training."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Global batches are a function of the plan alone, and a broken worker ends in one line."""
+"""Global batches depend only on the plan, and a broken worker ends in one line."""
 
 import dataclasses
 import io
@@ -171,7 +171,7 @@ def test_every_sample_comes_once_per_epoch_across_the_ends_of_epochs(datasets, t
 
 def test_position_in_the_middle_is_found_at_once(tmp_path):
     class Many:
-        """A dataset of lengths alone."""
+        """A dataset that has only lengths."""
 
         num_images = np.zeros(1_000_000, dtype=np.int32)
         text_lengths = np.random.default_rng(0).integers(1, 64, 1_000_000).astype(np.int32)
