@@ -214,7 +214,7 @@ def test_images_are_a_tar_or_a_pattern_of_tars_too(corpora, tmp_path, monkeypatc
     code = run(corpora, "pairs", tmp_path / "d", "--images", images)
     if name.endswith(".gz"):
         assert code == 78
-        assert f"file of --images is none of .tar ({name})" in capsys.readouterr().err
+        assert f"file of --images is not one of .tar ({name})" in capsys.readouterr().err
     else:
         assert code == 0
         assert load_manifest(tmp_path / "d").counts.images == 1
