@@ -17,13 +17,21 @@ from typing import Literal
 from megatron_vlm.config import DataError
 from megatron_vlm.config.prepare import ImageLimits, ImageRules
 from megatron_vlm.data.documents import Image
-from megatron_vlm.data.images.decoding import decode_rgb, find_excess, has_orientation, has_swapped_sides
-from megatron_vlm.data.images.formats import GIF, JPEG, PNG, PNG_SIGNATURE, WEBP, find_format
+from megatron_vlm.data.images.decoding import (
+    JPEG_METADATA,
+    PNG_METADATA,
+    WEBP_METADATA,
+    decode_rgb,
+    find_excess,
+    has_swapped_sides,
+)
+from megatron_vlm.data.images.formats import PNG_SIGNATURE, find_format
 from megatron_vlm.data.rejects import RejectError
 
 MAX_SIDE = 65535
 """Longest side of an image that shards can hold [pixels]."""
 
+_JPEG_APP1 = 0xE1
 _JPEG_STANDALONE = frozenset([0x01, *range(0xD0, 0xD8)])
 _JPEG_FRAMES = frozenset([*range(0xC0, 0xD0)]) - {0xC4, 0xC8, 0xCC}
 # Baseline, extended and progressive, with Huffman or arithmetic coding; the others are lossless or hierarchical.
@@ -40,6 +48,8 @@ class ImageFacts:
     width: int
     height: int
     animated: bool = False
+    has_metadata: bool = False
+    """Whether there is EXIF or XMP, which may contain an orientation."""
 
 
 def check_image(data: bytes, rules: ImageRules) -> ImageFacts:
@@ -61,7 +71,7 @@ def check_image(data: bytes, rules: ImageRules) -> ImageFacts:
     if rules.decode:
         width, height = _decode(data, rules).size
         return dataclasses.replace(facts, width=width, height=height)
-    if has_orientation(data) and has_swapped_sides(data):
+    if facts.has_metadata and has_swapped_sides(data):
         return dataclasses.replace(facts, width=facts.height, height=facts.width)
     return facts
 
@@ -91,11 +101,10 @@ def _decode(data: bytes, rules: ImageRules):
 
 
 def _find_reader(data: bytes) -> Callable[[bytes, ImageLimits], ImageFacts]:
-    readers = {JPEG: _read_jpeg, PNG: _read_png, WEBP: _read_webp, GIF: _read_gif}
     file_format = find_format(data)
     if file_format is None:
         raise RejectError("image_format", f"not a JPEG, PNG, WEBP or GIF; starts with {data[:12]!r}")
-    return readers[file_format]
+    return _READERS[file_format.name]
 
 
 def _check_size(width: int, height: int, limits: ImageLimits) -> None:
@@ -108,7 +117,7 @@ def _check_size(width: int, height: int, limits: ImageLimits) -> None:
 
 
 def _read_jpeg(data: bytes, limits: ImageLimits) -> ImageFacts:
-    position, size = 2, None
+    position, size, has_metadata = 2, None, False
     while True:
         if data[position] != 0xFF:
             raise RejectError("image_damaged", f"no JPEG marker at byte {position}")
@@ -127,6 +136,8 @@ def _read_jpeg(data: bytes, limits: ImageLimits) -> ImageFacts:
                 raise RejectError("image_format", f"JPEG of kind 0x{marker:X}, {precision} bits, {components} channels")
             size = (width, height)
             _check_size(width, height, limits)
+        elif marker == _JPEG_APP1:
+            has_metadata |= data.startswith(JPEG_METADATA, position + 2)
         position += length
         if marker == 0xDA:
             break
@@ -134,12 +145,12 @@ def _read_jpeg(data: bytes, limits: ImageLimits) -> ImageFacts:
         raise RejectError("image_damaged", "JPEG scan without a frame")
     if data.rfind(b"\xff\xd9", position) < 0:
         raise RejectError("image_truncated", f"JPEG of {len(data)} bytes has no end-of-image marker")
-    return ImageFacts("JPEG", *size)
+    return ImageFacts("JPEG", *size, has_metadata=has_metadata)
 
 
 def _read_png(data: bytes, limits: ImageLimits) -> ImageFacts:
     view, position = memoryview(data), len(PNG_SIGNATURE)
-    size, animated, has_data = None, False, False
+    size, animated, has_data, has_metadata = None, False, False, False
     while True:
         length, kind = _PNG_CHUNK.unpack_from(data, position)
         end = position + 8 + length
@@ -153,20 +164,21 @@ def _read_png(data: bytes, limits: ImageLimits) -> ImageFacts:
             size = (width, height)
             _check_size(width, height, limits)
         animated |= kind == b"acTL"
+        has_metadata |= data.startswith(PNG_METADATA, position + 4)
         has_data |= kind == b"IDAT"
         if kind == b"IEND":
             break
         position = end + 4
     if not has_data:
         raise RejectError("image_damaged", "PNG without image data")
-    return ImageFacts("PNG", *size, animated)
+    return ImageFacts("PNG", *size, animated, has_metadata)
 
 
 def _read_webp(data: bytes, limits: ImageLimits) -> ImageFacts:
     (length,) = struct.unpack_from("<I", data, 4)
     if len(data) < length + 8:
         raise RejectError("image_truncated", f"WEBP of {length + 8} bytes has only {len(data)}")
-    kind, animated = data[12:16], False
+    kind, animated, has_metadata = data[12:16], False, False
     if kind == b"VP8 ":
         if data[23:26] != b"\x9d\x01\x2a":
             raise RejectError("image_damaged", "WEBP key frame without its start code")
@@ -175,12 +187,12 @@ def _read_webp(data: bytes, limits: ImageLimits) -> ImageFacts:
         (bits,) = struct.unpack_from("<I", data, 21)
         width, height = (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
     elif kind == b"VP8X":
-        animated = bool(data[20] & _WEBP_ANIMATED)
+        animated, has_metadata = bool(data[20] & _WEBP_ANIMATED), bool(data[20] & WEBP_METADATA)
         width, height = (int.from_bytes(data[start : start + 3], "little") + 1 for start in (24, 27))
     else:
         raise RejectError("image_damaged", f"WEBP starts with chunk {kind!r}")
     _check_size(width, height, limits)
-    return ImageFacts("WEBP", width, height, animated)
+    return ImageFacts("WEBP", width, height, animated, has_metadata)
 
 
 def _read_gif(data: bytes, limits: ImageLimits) -> ImageFacts:
@@ -215,3 +227,6 @@ def _skip_gif_blocks(data: bytes, position: int) -> int:
     while length := data[position]:
         position += 1 + length
     return position + 1
+
+
+_READERS = {"JPEG": _read_jpeg, "PNG": _read_png, "WEBP": _read_webp, "GIF": _read_gif}

@@ -20,14 +20,14 @@ _ORIENTATION_TAG = 0x0112
 _LYING = frozenset([5, 6, 7, 8])
 _JPEG_SCAN = b"\xda"
 # Beginnings of the segments, and types and keywords of the chunks, from which Pillow reads an orientation.
-_JPEG_METADATA = (b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0")
-_PNG_METADATA = tuple(
+JPEG_METADATA = (b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0")
+PNG_METADATA = tuple(
     kind + keyword
     for kind, keyword in [(b"eXIf", b"")]
     + [(kind, b"Raw profile type exif\0") for kind in (b"tEXt", b"zTXt", b"iTXt")]
     + [(b"iTXt", b"XML:com.adobe.xmp\0")]
 )
-_WEBP_METADATA = 0x08 | 0x04  # flags of EXIF and of XMP
+WEBP_METADATA = 0x08 | 0x04  # flags of EXIF and of XMP
 # Errors that Pillow raises for damaged bytes in any of the four formats; all others are bugs and must not be hidden.
 _DECODE_ERRORS = (
     OSError,
@@ -99,11 +99,11 @@ def has_orientation(encoded: bytes) -> bool:
     """
     file_format = find_format(encoded)
     if file_format is JPEG:
-        return any(encoded.startswith(_JPEG_METADATA, start + 4) for start in _jpeg_segments(encoded))
+        return any(encoded.startswith(JPEG_METADATA, start + 4) for start in _jpeg_segments(encoded))
     if file_format is PNG:
-        return any(encoded.startswith(_PNG_METADATA, start + 4) for start in _png_chunks(encoded))
+        return any(encoded.startswith(PNG_METADATA, start + 4) for start in _png_chunks(encoded))
     if file_format is WEBP:
-        return encoded[12:16] == b"VP8X" and bool(encoded[20] & _WEBP_METADATA)
+        return encoded[12:16] == b"VP8X" and bool(encoded[20] & WEBP_METADATA)
     return False
 
 
