@@ -154,7 +154,8 @@ def list_safetensors(file: Path) -> list[Stored]:
         with safetensors.safe_open(file, "pt") as opened:
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
             return [
-                Stored(file, name, tuple(part.get_shape()), DTYPES[part.get_dtype()]) for name, part in slices.items()
+                Stored(file, name, tuple(found.get_shape()), DTYPES[found.get_dtype()])
+                for name, found in slices.items()
             ]
     except KeyError as error:
         raise CheckpointError(

@@ -97,16 +97,16 @@ def import_parts(
 def import_model(folder: Path, run_dir: Path, model: ModelConfig | None = None) -> ModelConfig:
     """Write checkpoint 0 of a new run from a whole model, e.g. LlavaForConditionalGeneration; see `import_parts`."""
     _check_new(run_dir)
-    source = _open(folder, "model")
-    found = source.read_config()
+    opened = _open(folder, "model")
+    found = opened.read_config()
     model = _agreed(model, replace(found, vision=_with_colours(found.vision, folder)))
-    _write(run_dir, _lazy_tensors(source, model, model.language), model, folder)
+    _write(run_dir, _lazy_tensors(opened, model, model.language), model, folder)
     return model
 
 
 @dataclass(frozen=True, slots=True)
-class _Source:
-    """A folder and the family that reads it."""
+class _OpenFolder:
+    """A folder and its family."""
 
     folder: HFFolder
     family: Family
@@ -119,10 +119,10 @@ class _Source:
         return self.family.config_from_hf(self.folder.config, where=self.where, **chosen)
 
 
-def _open(path: Path, part: Part) -> _Source:
+def _open(path: Path, part: Part) -> _OpenFolder:
     where = path / CONFIG_NAME
     family = find_family(read_json(where).get("model_type"), part, str(where))
-    return _Source(HFFolder(path, family.RENAMES), family)
+    return _OpenFolder(HFFolder(path, family.RENAMES), family)
 
 
 def _agreed(wanted: ModelConfig | None, found: ModelConfig) -> ModelConfig:
@@ -162,17 +162,17 @@ def _check_new(run_dir: Path) -> None:
         raise UsageError(f"run {run_dir} already has a checkpoint", fix="name another folder with --output")
 
 
-def _language_config(source: _Source) -> LanguageConfig:
-    rows = vocab_size = source.folder.config["vocab_size"]
-    if (source.folder.path / MODEL_FILE).is_file():
-        vocab_size = load_tokenizer(source.folder.path).vocab_size
+def _language_config(opened: _OpenFolder) -> LanguageConfig:
+    rows = vocab_size = opened.folder.config["vocab_size"]
+    if (opened.folder.path / MODEL_FILE).is_file():
+        vocab_size = load_tokenizer(opened.folder.path).vocab_size
     if vocab_size > rows:
         raise CheckpointError(
             f"tokenizer has {vocab_size} pieces, the embedding {rows} rows",
-            where=source.where,
+            where=opened.where,
             fix="use the right tokenizer",
         )
-    return source.read_config(vocab_size=vocab_size)
+    return opened.read_config(vocab_size=vocab_size)
 
 
 def _with_colours(vision: Any, folder: Path) -> Any:
@@ -186,12 +186,12 @@ def _with_colours(vision: Any, folder: Path) -> Any:
 
 
 def _lazy_tensors(
-    source: _Source, config: Any, language: LanguageConfig, *, num_rows: int | None = None
+    opened: _OpenFolder, config: Any, language: LanguageConfig, *, num_rows: int | None = None
 ) -> dict[str, Tensor | LazyTensor]:
     """Return our tensors by key, each to be made from those of the folder when it is written.
 
     Args:
-        source: the folder.
+        opened: the folder.
         config: settings of the part in it.
         language: for the size of the vocabulary.
         num_rows: rows of the vocabulary in the folder; None: as many as ours.
@@ -201,10 +201,10 @@ def _lazy_tensors(
     """
     rules = [
         replace(rule, shape=(num_rows, *rule.shape[1:])) if num_rows and rule.is_vocabulary else rule
-        for rule in source.family.rules(config)
+        for rule in opened.family.rules(config)
     ]
-    _check_tensors(source.folder, rules, source.family.unused(config))
-    return {rule.key: _lazy_tensor(source.folder, rule, language) for rule in rules}
+    _check_tensors(opened.folder, rules, opened.family.unused(config))
+    return {rule.key: _lazy_tensor(opened.folder, rule, language) for rule in rules}
 
 
 def _check_tensors(folder: HFFolder, rules: Sequence[Rule], unused: Sequence[str]) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 class Transform(Protocol):
     """A lossless rearrangement in both directions; it also works on tensors without values (device "meta")."""
 
-    def join(self, parts: Sequence[Tensor]) -> Tensor:
+    def join(self, theirs: Sequence[Tensor]) -> Tensor:
         """Make our tensor from theirs."""
 
     def split(self, whole: Tensor) -> list[Tensor]:
@@ -22,12 +22,12 @@ class Transform(Protocol):
 class Same:
     """The same tensor on both sides."""
 
-    def join(self, parts: Sequence[Tensor]) -> Tensor:
-        """Return the only part."""
-        return parts[0]
+    def join(self, theirs: Sequence[Tensor]) -> Tensor:
+        """Return their only tensor."""
+        return theirs[0]
 
     def split(self, whole: Tensor) -> list[Tensor]:
-        """Return the tensor as the only part."""
+        """Return our tensor as their only one."""
         return [whole]
 
 
@@ -38,9 +38,9 @@ class Reshaped:
     ours: tuple[int, ...]
     theirs: tuple[int, ...]
 
-    def join(self, parts: Sequence[Tensor]) -> Tensor:
-        """Return the only part in our shape."""
-        return parts[0].reshape(self.ours)
+    def join(self, theirs: Sequence[Tensor]) -> Tensor:
+        """Return their only tensor in our shape."""
+        return theirs[0].reshape(self.ours)
 
     def split(self, whole: Tensor) -> list[Tensor]:
         """Return the tensor in their shape."""
@@ -58,26 +58,26 @@ class QueryKeyValue:
     num_query_groups: int
     kv_channels: int
 
-    def join(self, parts: Sequence[Tensor]) -> Tensor:
+    def join(self, theirs: Sequence[Tensor]) -> Tensor:
         """Interleave query, key and value by group."""
-        by_group = [part.reshape(self.num_query_groups, -1, *part.shape[1:]) for part in parts]
+        by_group = [tensor.reshape(self.num_query_groups, -1, *tensor.shape[1:]) for tensor in theirs]
         return torch.cat(by_group, dim=1).flatten(0, 1)
 
     def split(self, whole: Tensor) -> list[Tensor]:
         """Return query, key and value."""
         queries = self.num_attention_heads // self.num_query_groups * self.kv_channels
         by_group = whole.reshape(self.num_query_groups, -1, *whole.shape[1:])
-        parts = by_group.split([queries, self.kv_channels, self.kv_channels], dim=1)
-        return [part.flatten(0, 1) for part in parts]
+        theirs = by_group.split([queries, self.kv_channels, self.kv_channels], dim=1)
+        return [tensor.flatten(0, 1) for tensor in theirs]
 
 
 @dataclass(frozen=True, slots=True)
 class GatedMLP:
     """Gate and up projection, which megatron-core stores as one matrix, gate first."""
 
-    def join(self, parts: Sequence[Tensor]) -> Tensor:
+    def join(self, theirs: Sequence[Tensor]) -> Tensor:
         """Stack gate and up projection."""
-        return torch.cat(list(parts))
+        return torch.cat(list(theirs))
 
     def split(self, whole: Tensor) -> list[Tensor]:
         """Return gate and up projection."""
@@ -100,13 +100,13 @@ class LinearAsMLP:
             return torch.zeros(self.hidden_size, dtype=like.dtype, device=like.device)
         return torch.eye(self.hidden_size, dtype=like.dtype, device=like.device)
 
-    def join(self, parts: Sequence[Tensor]) -> Tensor:
+    def join(self, theirs: Sequence[Tensor]) -> Tensor:
         """Return the first layer.
 
         Raises:
             ValueError: the second layer is not the identity.
         """
-        first, second = parts
+        first, second = theirs
         if not second.is_meta and not torch.equal(second, self._second(second)):
             raise ValueError("the second layer of a linear projection is not the identity")
         return first
@@ -148,4 +148,4 @@ class Rule:
 
     def their_shapes(self) -> list[tuple[int, ...]]:
         """Return the shapes of their tensors."""
-        return [tuple(part.shape) for part in self.transform.split(torch.empty(self.shape, device="meta"))]
+        return [tuple(tensor.shape) for tensor in self.transform.split(torch.empty(self.shape, device="meta"))]
