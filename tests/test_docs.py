@@ -7,7 +7,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*/README.md")])
-# `tests/...`, `docs/...`, `examples/...`, `tools/...`, `megatron_vlm/...` and, in a table of files, paths inside the package.
+# `tests/...`, `docs/...`, `examples/...`, `tools/...`, `megatron_vlm/...` and, in a table of files, paths inside the
+# package.
 PATHS = re.compile(
     r"(?<![\w/<])((?:tests|docs|examples|tools|megatron_vlm|cli|config|convert|costs|data|evaluation|models|parallel"
     r"|platform|training|checkpoint)/[\w/.]*\w\.(?:py|md|sh|sbatch|yaml|txt))\b"
