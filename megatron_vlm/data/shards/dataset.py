@@ -289,9 +289,11 @@ class ShardedDataset(Sequence[EncodedSample]):
         facts = self.manifest.shards[number]
         if number not in self._images_before:
             # Kept after the shard is closed, because counting takes a pass over the index.
+            # Block by block, since one array for all of them would stay in the memory of every reader.
             modes = ShardIndex.open(self.folder / f"{facts.name}.idx").modes
-            counts = np.add.reduceat(modes == MODE_IMAGE, np.arange(0, len(modes), _IMAGE_BLOCK), dtype=np.int64)
-            self._images_before[number] = np.cumsum(counts) - counts
+            blocks = (modes[start : start + _IMAGE_BLOCK] for start in range(0, len(modes), _IMAGE_BLOCK))
+            counts = [block.tobytes().count(MODE_IMAGE) for block in blocks]
+            self._images_before[number] = np.cumsum([0, *counts])
         return _OpenShard(self.folder, facts, self._images_before[number])
 
 
