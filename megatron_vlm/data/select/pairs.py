@@ -207,7 +207,7 @@ def _choose(
                     chosen.append(best.result())
     if rules.top is not None and best is not None:
         chosen.append(best.result())
-    scores, rows = (np.concatenate(parts) for parts in zip(*chosen, strict=True)) if chosen else (np.zeros(0),) * 2
+    scores, rows = (np.concatenate(found) for found in zip(*chosen, strict=True)) if chosen else (np.zeros(0),) * 2
     dropped["score_too_low"] = sum(file.num_rows for file in files) - len(rows) - dropped.total()
     return scores, rows
 

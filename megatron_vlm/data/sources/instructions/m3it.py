@@ -22,9 +22,9 @@ def split_dialog(question: str, answer: str) -> list[tuple[str, str]]:
     head, *rounds = question.split(_QUESTION)
     if _DIALOG_MARK not in head or not rounds:
         return [(question, answer)]
-    parts = [one.split(_ANSWER) for one in rounds]
-    if any(len(part) != 2 for part in parts[:-1]) or len(parts[-1]) > 2 or parts[-1][1:] not in ([], [""]):
+    turns = [one.split(_ANSWER) for one in rounds]
+    if any(len(turn) != 2 for turn in turns[:-1]) or len(turns[-1]) > 2 or turns[-1][1:] not in ([], [""]):
         return [(question, answer)]
-    exchanges = [(asked, answered) for asked, answered in parts[:-1]]
-    exchanges.append((parts[-1][0], answer))
+    exchanges = [(asked, answered) for asked, answered in turns[:-1]]
+    exchanges.append((turns[-1][0], answer))
     return [(f"{head}\n{exchanges[0][0]}", exchanges[0][1]), *exchanges[1:]]
