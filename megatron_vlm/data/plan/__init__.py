@@ -1,1 +1,1 @@
-"""Which samples stand in which row of which global batch, from lengths alone."""
+"""Which samples stand in which row of which global batch, decided from their lengths."""
