@@ -18,10 +18,8 @@ from megatron_vlm.config.prepare import ImageOptions, ImageRules, KindOptions, P
 from megatron_vlm.data.files.locations import (
     Location,
     RemoteFile,
-    can_list,
     check_suffixes,
     folder_of,
-    is_folder,
     list_location,
     names_files,
     parse_location,
@@ -116,9 +114,13 @@ def _image_place(options: ImageOptions | None, first_input: Location) -> "ImageP
         folder = images
     # A bucket may let the user read files but not list them; then nobody can tell whether the folder exists.
     is_given = images is not None or not isinstance(folder, RemoteFile)
-    if is_given and not is_folder(folder):
+    if is_given and not folder.is_dir():
         raise ConfigError("image folder does not exist", where=str(folder), fix="check --images")
-    tars = list_location(folder, (".tar",), "--images") if images is not None and can_list(folder) else []
+    tars = (
+        list_location(folder, (".tar",), "--images")
+        if images is not None and not (isinstance(folder, RemoteFile) and folder.is_web)
+        else []
+    )
     return ImagePlace(folder=folder, tars=tuple(tars))
 
 

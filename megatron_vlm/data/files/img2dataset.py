@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from megatron_vlm.data.files.locations import Location, is_file
+from megatron_vlm.data.files.locations import Location
 from megatron_vlm.data.files.parquet import open_parquet
 
 _SHARD_COLUMNS = ("key", "url", "caption", "status", "error_message")
@@ -19,7 +19,7 @@ def read_shard_table(path: Location) -> dict[str, dict[str, Any]]:
 
 def is_shard_table(path: Location) -> bool:
     """Tell whether a parquet file is the one that img2dataset writes beside the tar of the same name."""
-    if not is_file(path) or not is_file(beside(path, ".tar")):
+    if not path.is_file() or not beside(path, ".tar").is_file():
         return False
     with open_parquet(path) as table:
         return "key" in table.schema_arrow.names

@@ -5,25 +5,16 @@ Paths are read with plain system calls. Nothing is read over a network unless th
 
 import dataclasses
 import glob
-import io
 import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO, cast
+from typing import Any
 
 from megatron_vlm.config import ConfigError
-from megatron_vlm.data.files.remote import (
-    WEB_SCHEMES,
-    DeniedError,
-    RemoteFile,
-    RemoteStore,
-    RemoteStream,
-    remote_size,
-)
+from megatron_vlm.data.files.remote import RemoteFile, RemoteStore
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(://|::)")
-_STREAM_BUFFER = 1 << 20
 
 Location = Path | RemoteFile
 """Where a file is."""
@@ -68,59 +59,31 @@ def size_of(location: Location) -> int:
     Raises:
         StorageError: the server does not tell.
     """
-    if not isinstance(location, RemoteFile):
-        return location.stat().st_size
-    return remote_size(location)
-
-
-def is_file(location: Location) -> bool:
-    """Tell whether the file exists and may be read.
-
-    Access denied counts as missing: some servers answer so for every file that does not exist.
-    """
-    if not isinstance(location, RemoteFile):
-        return location.is_file()
-    try:
-        return RemoteStore(location).info()["type"] == "file"
-    except (FileNotFoundError, DeniedError):
-        return False
-
-
-def is_folder(location: Location) -> bool:
-    """Tell whether the folder exists; always true on a web server, which has no folders."""
-    if not isinstance(location, RemoteFile):
-        return location.is_dir()
-    if location.scheme in WEB_SCHEMES:
-        return True
-    try:
-        return RemoteStore(location).info()["type"] == "directory"
-    except FileNotFoundError:
-        return False
+    return location.num_bytes() if isinstance(location, RemoteFile) else location.stat().st_size
 
 
 def names_files(location: Location) -> bool:
     """Tell whether a location names files, a tar or a pattern, and not a folder; a URL is judged by its text."""
+    is_tar = location.suffix.lower() == ".tar" if isinstance(location, RemoteFile) else location.is_file()
+    return is_tar or _is_pattern(location)
+
+
+def _is_pattern(location: Location) -> bool:
     if isinstance(location, RemoteFile):
-        return location.is_pattern or location.suffix.lower() == ".tar"
-    return location.is_file() or (not location.exists() and glob.has_magic(str(location)))
-
-
-def can_list(folder: Location) -> bool:
-    """Tell whether the files of a folder can be listed, which web servers do not offer."""
-    return not isinstance(folder, RemoteFile) or folder.scheme not in WEB_SCHEMES
+        return location.is_pattern
+    return glob.has_magic(str(location)) and not location.exists()
 
 
 def folder_of(location: Location) -> Location:
     """Return the location if it is a folder, otherwise the folder that contains it."""
-    if isinstance(location, RemoteFile) and (location.is_pattern or location.scheme in WEB_SCHEMES):
+    if isinstance(location, RemoteFile) and (location.is_pattern or location.is_web):
         location = location.parent
         while location.is_pattern:
             location = location.parent
         return location
-    if isinstance(location, Path):
-        while glob.has_magic(str(location)) and not location.exists():
-            location = location.parent
-    return location if is_folder(location) else location.parent
+    while _is_pattern(location):
+        location = location.parent
+    return location if location.is_dir() else location.parent
 
 
 def list_location(location: Location, suffixes: tuple[str, ...], option: str = "--input") -> list[Location]:
@@ -131,23 +94,23 @@ def list_location(location: Location, suffixes: tuple[str, ...], option: str = "
     Raises:
         ConfigError: there is no such file; `option` is where the user named it.
     """
-    if isinstance(location, RemoteFile):
-        return list(_list_remote(location, suffixes, option))
-    if location.is_dir():
-        found = sorted(entry for entry in location.iterdir() if entry.name.lower().endswith(suffixes))
-        return [path for path in found if path.is_file()]
-    if location.exists():
-        return [location] if location.is_file() else []
-    if not glob.has_magic(str(location)):
-        raise _missing(location, option)
-    matching = [Path(path) for path in sorted(glob.glob(str(location), recursive=True))]
-    if not matching:
-        raise _unmatched(location, option)
-    files: list[Location] = [path for path in matching if path.is_file()]
-    files = files or [file for folder in matching for file in list_location(folder, suffixes, option)]
-    if not files:
-        raise _unmatched(location, option)
-    return files
+    if _is_pattern(location):
+        files, folders = _matches(location)
+        files = files or [file for folder in folders for file in list_location(folder, suffixes, option)]
+        if not files:
+            raise ConfigError(f"no file matches {option}", where=str(location), fix="check the pattern")
+        return files
+    try:
+        if isinstance(location, RemoteFile):
+            return _list_remote(location, suffixes)
+        if location.is_dir():
+            found = sorted(path for path in location.iterdir() if path.name.lower().endswith(suffixes))
+            return [path for path in found if path.is_file()]
+        if location.exists():
+            return [location] if location.is_file() else []
+        raise FileNotFoundError
+    except FileNotFoundError:
+        raise ConfigError(f"{option.strip('-')} does not exist", where=str(location), fix=f"check {option}") from None
 
 
 def check_suffixes(files: Iterable[Location], suffixes: tuple[str, ...], option: str = "--input") -> None:
@@ -165,44 +128,24 @@ def check_suffixes(files: Iterable[Location], suffixes: tuple[str, ...], option:
             )
 
 
-def _missing(location: Location, option: str) -> ConfigError:
-    return ConfigError(f"{option.strip('-')} does not exist", where=str(location), fix=f"check {option}")
+def _matches(pattern: Location) -> tuple[list[Location], list[Location]]:
+    """Return the files and the folders that match a pattern, by name."""
+    if isinstance(pattern, RemoteFile):
+        store = RemoteStore(pattern)
+        return _split(store, store.glob())
+    found = [Path(path) for path in sorted(glob.glob(str(pattern), recursive=True))]
+    return [path for path in found if path.is_file()], [path for path in found if path.is_dir()]
 
 
-def _unmatched(location: Location, option: str) -> ConfigError:
-    return ConfigError(f"no file matches {option}", where=str(location), fix="check the pattern")
-
-
-def _list_remote(location: RemoteFile, suffixes: tuple[str, ...], option: str) -> list[RemoteFile]:
+def _list_remote(location: RemoteFile, suffixes: tuple[str, ...]) -> list[Location]:
     store = RemoteStore(location)
-    try:
-        if location.is_pattern:
-            entries = store.glob()
-        elif location.url.endswith("/") or store.info()["type"] == "directory":
-            entries = [entry for entry in store.entries() if entry["name"].lower().endswith(suffixes)]
-        else:
-            return [dataclasses.replace(location, size=store.info()["size"])]
-    except FileNotFoundError:
-        raise _missing(location, option) from None
-    if location.is_pattern and not entries:
-        raise _unmatched(location, option)
-    files = [RemoteFile(store.url_of(entry["name"]), entry["size"]) for entry in entries if entry["type"] == "file"]
-    if location.is_pattern and not files:
-        folders = sorted(store.url_of(entry["name"]) + "/" for entry in entries)
-        files = [file for folder in folders for file in _list_remote(RemoteFile(folder), suffixes, option)]
-        if not files:
-            raise _unmatched(location, option)
-        return files
-    return sorted(files, key=lambda file: file.url)
+    if not location.url.endswith("/") and (info := store.info())["type"] != "directory":
+        return [dataclasses.replace(location, size=info["size"])]
+    return _split(store, [entry for entry in store.entries() if entry["name"].lower().endswith(suffixes)])[0]
 
 
-def open_stream(location: Location) -> BinaryIO:
-    """Open a file for reading from its beginning.
-
-    Raises:
-        OSError: the local file cannot be opened.
-        StorageError: the URL cannot be read.
-    """
-    if not isinstance(location, RemoteFile):
-        return location.open("rb")
-    return cast(BinaryIO, io.BufferedReader(RemoteStream(location), _STREAM_BUFFER))
+def _split(store: RemoteStore, entries: list[dict[str, Any]]) -> tuple[list[Location], list[Location]]:
+    """Return the files and the folders among entries of a store, by URL."""
+    found = sorted(((store.url_of(entry["name"]), entry) for entry in entries), key=lambda one: one[0])
+    files = [RemoteFile(url, entry["size"]) for url, entry in found if entry["type"] == "file"]
+    return list(files), [RemoteFile(url + "/") for url, entry in found if entry["type"] != "file"]

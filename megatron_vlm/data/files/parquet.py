@@ -8,7 +8,7 @@ import pyarrow
 import pyarrow.parquet
 
 from megatron_vlm.config import DataError
-from megatron_vlm.data.files.locations import Location, open_stream
+from megatron_vlm.data.files.locations import Location
 from megatron_vlm.data.files.records import Record
 from megatron_vlm.data.rejects import RejectError
 
@@ -33,7 +33,7 @@ def open_parquet(path: Location, *, streamed: bool = False) -> pyarrow.parquet.P
     # With pread: a mapped file that is truncated while it is read kills the process.
     options = {"memory_map": False} | ({"buffer_size": _BUFFER_BYTES, "pre_buffer": False} if streamed else {})
     try:
-        table = pyarrow.parquet.ParquetFile(path if isinstance(path, Path) else open_stream(path), **options)
+        table = pyarrow.parquet.ParquetFile(path if isinstance(path, Path) else path.open("rb"), **options)
         table.schema_arrow  # noqa: B018 - finds damage in the schema
         return table
     except DAMAGE as error:

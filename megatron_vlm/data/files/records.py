@@ -15,7 +15,7 @@ from contextlib import closing
 from typing import Any, BinaryIO, NamedTuple, cast
 
 from megatron_vlm.config.prepare import MAX_RECORD_BYTES
-from megatron_vlm.data.files.locations import Location, open_stream
+from megatron_vlm.data.files.locations import Location
 from megatron_vlm.data.rejects import RejectError
 
 SUFFIXES = tuple(kind + packed for packed in ("", ".gz", ".zip") for kind in (".jsonl", ".ndjson", ".json"))
@@ -128,15 +128,15 @@ def _openers(path: Location) -> Iterator[Callable[[], BinaryIO]]:
     """Yield a function that opens each stream of records in a file."""
     suffix = path.suffix.lower()
     if suffix == ".gz":
-        with open_stream(path) as packed:
+        with path.open("rb") as packed:
             yield functools.partial(_opened_gzip, packed)
     elif suffix == ".zip":
-        with open_stream(path) as packed, _opened_zip(zipfile.ZipFile, packed) as archive:
+        with path.open("rb") as packed, _opened_zip(zipfile.ZipFile, packed) as archive:
             for member in sorted(archive.infolist(), key=lambda member: member.filename):
                 if not member.is_dir():
                     yield functools.partial(_opened_zip, archive.open, member)
     else:
-        yield functools.partial(open_stream, path)
+        yield lambda: path.open("rb")
 
 
 def _opened_gzip(packed: BinaryIO) -> BinaryIO:

@@ -12,35 +12,20 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar, cast
 
 from megatron_vlm.config import ConfigError, StorageError, UserError
 
-WEB_SCHEMES = ("http", "https")
-"""Schemes of servers that have no folders and whose URLs may contain queries."""
-
 _Result = TypeVar("_Result")
+_WEB_SCHEMES = ("http", "https")
 _STATUS_MISSING, _STATUS_DENIED = (404, 410), (401, 403)
 # Secrets in the messages of drivers: anything after scheme and host of URLs, queries and user info anywhere.
 _URL_TEXT = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)(?:[^\s/?#]*@)?([^\s/?#'\"]*)\S*")
 _QUERY_TEXT, _USER_TEXT = re.compile(r"\?\S*=\S*"), re.compile(r"[^\s/:@]+:[^\s/@]+@")
-_DRIVERS = {
-    "s3": "s3fs",
-    "s3a": "s3fs",
-    "gs": "gcsfs",
-    "gcs": "gcsfs",
-    "az": "adlfs",
-    "abfs": "adlfs",
-    "http": "aiohttp",
-    "https": "aiohttp",
-    "hf": "huggingface_hub",
-    "oss": "ossfs",
-    "sftp": "paramiko",
-    "ssh": "paramiko",
-}
 _WAIT_SECONDS = (0.3, 1.0, 3.0)  # in addition to the retries of the drivers
 # Transferring this much takes about as long as waiting for the first byte, and 64 open tars stay below 256 MiB.
 _BLOCK, _KEPT_BLOCKS = 2 << 20, 2
+_STREAM_BUFFER = 1 << 20
 
 
 class DeniedError(StorageError):
@@ -93,6 +78,41 @@ class RemoteFile:
         path = _shown(self.url.partition("::")[0])[-1]
         return "*" in path or "[" in path
 
+    @property
+    def is_web(self) -> bool:
+        """Whether it is on a web server, which has no folders and whose URLs may contain queries."""
+        return self.scheme in _WEB_SCHEMES
+
+    def is_file(self) -> bool:
+        """Tell whether the file exists and may be read.
+
+        Access denied counts as missing: some servers answer so for every file that does not exist.
+        """
+        try:
+            return RemoteStore(self).info()["type"] == "file"
+        except (FileNotFoundError, DeniedError):
+            return False
+
+    def is_dir(self) -> bool:
+        """Tell whether the folder exists; always true on a web server."""
+        try:
+            return self.is_web or RemoteStore(self).info()["type"] == "directory"
+        except FileNotFoundError:
+            return False
+
+    def num_bytes(self) -> int:
+        """Return the size of the file; see `size_of`."""
+        size = RemoteStore(self).info()["size"] if self.size is None else self.size
+        if size is None:
+            raise StorageError(
+                "the server does not say how large the file is", where=str(self), fix="copy it to a disk or a bucket"
+            )
+        return int(size)
+
+    def open(self, mode: str = "rb") -> BinaryIO:
+        """Open the file for reading from its beginning."""
+        return cast(BinaryIO, io.BufferedReader(RangeReader(self), _STREAM_BUFFER))
+
     def with_suffix(self, suffix: str) -> "RemoteFile":
         """Return the file beside this one with another suffix."""
         return self._with_name(PurePosixPath(self.name).with_suffix(suffix).name)
@@ -104,7 +124,7 @@ class RemoteFile:
 
     def _with_name(self, name: str) -> "RemoteFile":
         first, chain, rest = self.url.partition("::")
-        if self.scheme in WEB_SCHEMES:
+        if self.is_web:
             first = first.partition("?")[0]
         folder, slash, _ = first.rstrip("/").rpartition("/")
         return RemoteFile(f"{folder}{slash}{name}{chain}{rest}")
@@ -113,7 +133,7 @@ class RemoteFile:
 def _shown(link: str) -> tuple[str, str, str]:
     """Return scheme, "://" and path of one link of a chain, without query, password and (on the web) user."""
     scheme, mark, path = link.partition("://")
-    is_web = scheme.lower() in WEB_SCHEMES
+    is_web = scheme.lower() in _WEB_SCHEMES
     if is_web:
         path = path.partition("?")[0]
     host, slash, rest = path.partition("/")
@@ -135,7 +155,7 @@ class RemoteStore:
 
     def __init__(self, location: RemoteFile) -> None:
         self._location = location
-        self._system, self._path = self._attempt(self._open)
+        self._system, self._path = self._attempt(self._open, ValueError)
 
     def info(self) -> dict[str, Any]:
         """Return name, size and type ("file" or "directory").
@@ -155,14 +175,7 @@ class RemoteStore:
         Raises:
             ConfigError: the pattern is invalid.
         """
-
-        def match() -> list[dict[str, Any]]:
-            try:
-                return list(self._system.glob(self._path, detail=True).values())
-            except ValueError as error:
-                raise self._wrong(error) from None
-
-        return self._attempt(match)
+        return list(self._attempt(lambda: self._system.glob(self._path, detail=True), ValueError).values())
 
     def url_of(self, name: str) -> str:
         """Return the URL of a name from this file system."""
@@ -192,7 +205,9 @@ class RemoteStore:
         try:
             return self._attempt(fetch)
         except FileNotFoundError:
-            raise self._gone() from None
+            raise StorageError(
+                "file is gone", where=str(self._location), fix="check the bucket, then run again"
+            ) from None
 
     def read_inside(self, name: str, max_bytes: int) -> bytes | int:
         """Return the file `name` inside this folder, or only its size if that is more than `max_bytes`.
@@ -202,8 +217,7 @@ class RemoteStore:
             DeniedError: the server denies access.
         """
         # On the web, the signature is in the query of the folder, which has to follow the name.
-        is_web = self._location.scheme in WEB_SCHEMES
-        root, mark, query = self._path.partition("?") if is_web else (self._path, "", "")
+        root, mark, query = self._path.partition("?") if self._location.is_web else (self._path, "", "")
         path = f"{root.rstrip('/')}/{name}{mark}{query}"
         found = self._attempt(lambda: self._system.info(path))
         if found["type"] != "file":
@@ -218,23 +232,24 @@ class RemoteStore:
 
         try:
             return url_to_fs(self._location.url)
-        except ImportError as error:
-            scheme = self._location.scheme
-            package = _DRIVERS.get(scheme, f"the package that fsspec names: {_masked(str(error))}")
+        except ImportError as error:  # fsspec names the package
             raise ConfigError(
-                f"{scheme}:// needs a package that is not installed",
+                f"{self._location.scheme}:// needs a package that is not installed",
                 where=str(self._location),
-                fix=f"pip install {package}",
+                fix=_masked(str(error)),
             ) from None
-        except ValueError as error:
-            raise self._wrong(error) from None
 
-    def _attempt(self, function: Callable[[], _Result]) -> _Result:
+    def _attempt(self, function: Callable[[], _Result], misuse: type[Exception] | tuple = ()) -> _Result:
+        """Call a function, again if that may help; its errors of type `misuse` mean that the URL is wrong."""
         for wait in (*_WAIT_SECONDS, None):
             try:
                 return function()
             except UserError:
                 raise
+            except misuse as error:
+                raise ConfigError(
+                    f"URL cannot be used: {_masked(str(error))}", where=str(self._location), fix="check it"
+                ) from None
             except (IsADirectoryError, NotADirectoryError):
                 raise self._missing() from None
             except Exception as error:  # each driver has its own errors
@@ -255,20 +270,10 @@ class RemoteStore:
 
     def _is_unreachable(self, error: FileNotFoundError) -> bool:
         """Tell whether the server was not found: over HTTP, fsspec reports that as a missing file too."""
-        return (
-            self._location.scheme in WEB_SCHEMES
-            and error.__cause__ is not None
-            and _status(error) not in _STATUS_MISSING
-        )
-
-    def _wrong(self, error: ValueError) -> ConfigError:
-        return ConfigError(f"URL cannot be used: {_masked(str(error))}", where=str(self._location), fix="check it")
+        return self._location.is_web and error.__cause__ is not None and _status(error) not in _STATUS_MISSING
 
     def _missing(self) -> FileNotFoundError:
         return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self._location))
-
-    def _gone(self) -> StorageError:
-        return StorageError("file is gone", where=str(self._location), fix="check the bucket, then run again")
 
 
 def _brief(error: BaseException) -> str:
@@ -294,25 +299,8 @@ def _masked(text: str) -> str:
     return _USER_TEXT.sub("", _QUERY_TEXT.sub("", _URL_TEXT.sub(r"\1\2", text)))
 
 
-def remote_size(file: RemoteFile) -> int:
-    """Return the size of a file [bytes].
-
-    Raises:
-        FileNotFoundError: it does not exist.
-        StorageError: the server does not tell.
-    """
-    if file.size is not None:
-        return file.size
-    size = RemoteStore(file).info()["size"]
-    if size is None:
-        raise StorageError(
-            "the server does not say how large the file is", where=str(file), fix="copy it to a disk or a bucket"
-        )
-    return int(size)
-
-
-class RangeReader:
-    """Reads ranges of a file at a URL; for ranges near each other it reads whole blocks, and keeps the last two.
+class RangeReader(io.RawIOBase):
+    """Reads ranges of a file at a URL, also as a seekable stream; near each other, it reads whole blocks and keeps two.
 
     A tar is thus read in few requests although the files of a key are not read in order, and a single image of another
     tar costs no more than its own size.
@@ -322,69 +310,41 @@ class RangeReader:
     """
 
     def __init__(self, file: RemoteFile) -> None:
-        self.size = remote_size(file)
-        self._store = RemoteStore(file)
-        self._blocks: dict[int, bytes] = {}
-        self._end = 0  # of the last range
+        from fsspec.caching import BlockCache
+
+        self.size = file.num_bytes()
+        self._store, self._block = RemoteStore(file), _BLOCK
+        self._cache = BlockCache(self._block, self._read, self.size, maxblocks=_KEPT_BLOCKS)
+        self._end = self._position = 0  # of the last range; of the stream
+
+    def _read(self, start: int, end: int) -> bytes:
+        return self._store.read(start, min(end, self.size), self.size)
 
     def pread(self, size: int, offset: int) -> bytes:
         """Return `size` bytes from `offset`, fewer only at the end of the file, as `os.pread` does."""
-        size = min(size, self.size - offset)
-        if size <= 0:
+        end = min(offset + size, self.size)
+        if end <= offset:
             return b""
-        near = abs(offset - self._end) <= _BLOCK
-        self._end = offset + size
-        first, last = offset // _BLOCK, (self._end - 1) // _BLOCK
-        if last > first + 1 or not (near or (first in self._blocks and last in self._blocks)):
-            return self._store.read(offset, self._end, self.size)
-        start = offset - first * _BLOCK
-        if first == last:
-            return self._block(first)[start : start + size]
-        return self._block(first)[start:] + self._block(last)[: self._end - last * _BLOCK]
-
-    def _block(self, number: int) -> bytes:
-        block = self._blocks.pop(number, None)
-        if block is None:
-            start = number * _BLOCK
-            block = self._store.read(start, min(start + _BLOCK, self.size), self.size)
-        self._blocks[number] = block
-        if len(self._blocks) > _KEPT_BLOCKS:
-            self._blocks.pop(next(iter(self._blocks)))
-        return block
-
-
-class RemoteStream(io.RawIOBase):
-    """A file at a URL as a seekable stream, for parsers that need one.
-
-    Args:
-        file: the file to read.
-    """
-
-    def __init__(self, file: RemoteFile) -> None:
-        self._reader = RangeReader(file)
-        self._position = 0
+        near, self._end = abs(offset - self._end) <= self._block, end
+        if near and (end - 1) // self._block - offset // self._block <= 1:
+            return self._cache._fetch(offset, end)
+        return self._read(offset, end)
 
     def readable(self) -> bool:
         """Return True."""
         return True
 
-    def seekable(self) -> bool:
-        """Return True."""
-        return True
-
-    def tell(self) -> int:
-        """Return the position."""
-        return self._position
+    seekable = readable
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         """Go to a position and return it."""
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._reader.size}[whence]
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self.size}[whence]
         self._position = max(0, base + offset)
         return self._position
 
     def readinto(self, buffer: Any) -> int:
         """Fill a buffer and return the number of bytes read."""
-        data = self._reader.pread(len(buffer), self._position)
+        data = self.pread(len(buffer), self._position)
         buffer[: len(data)] = data
         self._position += len(data)
         return len(data)

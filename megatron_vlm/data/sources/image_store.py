@@ -15,7 +15,7 @@ from megatron_vlm.data.documents import Image
 from megatron_vlm.data.files.join_index import JoinIndex, JoinRows, hash_texts
 from megatron_vlm.data.files.locations import Location, RemoteFile
 from megatron_vlm.data.files.records import parse_record
-from megatron_vlm.data.files.remote import WEB_SCHEMES, DeniedError, RemoteStore
+from megatron_vlm.data.files.remote import DeniedError, RemoteStore
 from megatron_vlm.data.files.tars import Member, TarReader, find_image, group_members, list_members
 from megatron_vlm.data.images.checking import check_image, shrink_image
 from megatron_vlm.data.rejects import RejectError
@@ -87,7 +87,7 @@ class RemoteImages:
 
     def __init__(self, root: RemoteFile, *, max_bytes: int) -> None:
         self._store, self._max_bytes = RemoteStore(root), max_bytes
-        self._is_web = root.scheme in WEB_SCHEMES
+        self._is_web = root.is_web
 
     def read(self, name: str | None, url: str | None) -> bytes:
         """Return the object named `name`; the URL of the record is not used."""

@@ -15,13 +15,9 @@ from megatron_vlm.config.sources.pairs import PairRules
 from megatron_vlm.data.files.inputs import find_instruction_files, find_record_files
 from megatron_vlm.data.files.locations import (
     RemoteFile,
-    can_list,
     folder_of,
-    is_file,
-    is_folder,
     list_location,
     name_files,
-    open_stream,
     parse_location,
     size_of,
 )
@@ -80,9 +76,9 @@ def test_patterns_of_paths_are_matched_by_name(tmp_path):
 def test_files_and_folders_are_told_apart(bucket):
     bucket.pipe("/c/a.tar", b"xyz")
     file, folder, none = (RemoteFile(f"memory:///{name}") for name in ("c/a.tar", "c", "none"))
-    assert [is_file(one) for one in (file, folder, none)] == [True, False, False]
-    assert [is_folder(one) for one in (file, folder, none)] == [False, True, False]
-    assert [can_list(one) for one in (folder, RemoteFile("http://host/c"), Path("c"))] == [True, False, True]
+    assert [one.is_file() for one in (file, folder, none)] == [True, False, False]
+    assert [one.is_dir() for one in (file, folder, none)] == [False, True, False]
+    assert [one.is_web for one in (folder, RemoteFile("http://host/c"))] == [False, True]
     assert size_of(file) == 3
     assert [folder_of(one).url for one in (folder, file, RemoteFile("memory:///c/*.tar"))] == [
         "memory:///c",
@@ -94,7 +90,7 @@ def test_files_and_folders_are_told_apart(bucket):
 def test_a_stream_reads_seeks_and_tells_as_a_file_does(bucket):
     data = bytes(range(256)) * 20
     bucket.pipe("/a", data)
-    with open_stream(RemoteFile("memory:///a")) as stream:
+    with RemoteFile("memory:///a").open("rb") as stream:
         assert stream.read(3) == data[:3]
         assert stream.seek(-5, io.SEEK_END) == len(data) - 5
         assert stream.read() == data[-5:]

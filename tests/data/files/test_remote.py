@@ -9,7 +9,6 @@ from megatron_vlm.config import ConfigError, StorageError
 from megatron_vlm.data.files import remote
 from megatron_vlm.data.files.locations import (
     RemoteFile,
-    is_file,
     list_location,
     place_of,
     size_of,
@@ -171,12 +170,12 @@ def test_a_missing_driver_is_named_with_its_package(monkeypatch):
         raise ImportError("Install s3fs to access S3")
 
     monkeypatch.setattr("fsspec.core.url_to_fs", url_to_fs)
-    with pytest.raises(ConfigError, match=r"s3:// needs a package .*\(s3://b/a.tar\); fix: pip install s3fs"):
-        is_file(RemoteFile("s3://b/a.tar"))
+    with pytest.raises(ConfigError, match=r"s3:// needs a package .*\(s3://b/a.tar\); fix: Install s3fs"):
+        RemoteFile("s3://b/a.tar").is_file()
 
 
 def test_an_unknown_scheme_and_a_wrong_pattern_are_named(bucket):
     with pytest.raises(ConfigError, match="URL cannot be used: Protocol not known: bla"):
-        is_file(RemoteFile("bla://b/a.tar"))
+        RemoteFile("bla://b/a.tar").is_file()
     with pytest.raises(ConfigError, match="URL cannot be used: Invalid pattern"):
         list_location(RemoteFile("memory:///c/**.tar"), ())

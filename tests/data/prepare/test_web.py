@@ -12,7 +12,7 @@ import pytest
 from megatron_vlm.cli.main import main
 from megatron_vlm.config import StorageError
 from megatron_vlm.data.files import remote
-from megatron_vlm.data.files.locations import RemoteFile, is_file, list_location, open_stream
+from megatron_vlm.data.files.locations import RemoteFile, list_location
 from megatron_vlm.data.files.tars import TarReader
 from megatron_vlm.data.rejects import RejectError
 from megatron_vlm.data.sources.image_store import RemoteImages
@@ -88,14 +88,14 @@ def test_a_tar_of_a_server_has_the_members_of_the_file(server, url, make_tar, tm
 def test_a_file_that_a_server_refuses_or_lacks_is_not_there(server, url, refusal):
     server.refusal = refusal
     server.files["/a.tar"] = b"x"
-    assert is_file(RemoteFile(url("a.tar")))
-    assert not is_file(RemoteFile(url("a.tar")).with_suffix(".parquet"))
+    assert RemoteFile(url("a.tar")).is_file()
+    assert not RemoteFile(url("a.tar")).with_suffix(".parquet").is_file()
 
 
 def test_a_server_that_fails_is_no_missing_file(server, url):
     server.refusal = 500
     with pytest.raises(StorageError, match="URL cannot be read, tried 2 times: HTTP 500 Internal Server Error"):
-        is_file(RemoteFile(url("a.tar")))
+        RemoteFile(url("a.tar")).is_file()
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_no_message_has_the_signature(server, url, refusal, action):
     server.refusal = refusal
     wrong = RemoteFile(url("secret.jsonl").replace("cd", "ef"), size=None if action == "list" else 10)
     with pytest.raises(Exception, match="secret.jsonl") as caught:
-        list_location(wrong, (".jsonl",)) if action == "list" else open_stream(wrong).read()
+        list_location(wrong, (".jsonl",)) if action == "list" else wrong.open("rb").read()
     assert caught.value.exit_code
     assert not re.search("X-Sig|ab/", str(caught.value))
 
