@@ -39,12 +39,13 @@ def write_latest(run_dir: str | Path, iteration: int) -> None:
     write_durably(checkpoints_folder(run_dir) / LATEST_NAME, f"{iteration}\n".encode())
 
 
-def prune(run_dir: str | Path, keep_last: int) -> None:
-    """Remove every checkpoint that is older than the newest `keep_last` valid ones; 0 keeps all.
+def prune(run_dir: str | Path, keep_last: int, saved: int) -> None:
+    """Remove every checkpoint older than the newest `keep_last` valid ones up to iteration `saved`; 0 keeps all.
 
     A checkpoint counts as valid if its manifest is readable and its files have the recorded sizes: a few calls per
     file, only for the newest checkpoints. Checksums are left to the start of a run, which reads every byte. Damaged
-    checkpoints count for nothing, so the last valid one always stays.
+    checkpoints count for nothing, nor do those newer than the one just saved: the run would have resumed from them if
+    their checksums were right. So the last valid one always stays.
     """
     if not keep_last:
         return
@@ -52,7 +53,7 @@ def prune(run_dir: str | Path, keep_last: int) -> None:
     for iteration in list_iterations(run_dir):
         path = checkpoint_path(run_dir, iteration)
         if num_valid < keep_last:
-            num_valid += has_all_files(path)
+            num_valid += iteration <= saved and has_all_files(path)
             continue
         # The manifest goes first: a removal that is cut short leaves no checkpoint that looks whole.
         (path / MANIFEST_NAME).unlink(missing_ok=True)

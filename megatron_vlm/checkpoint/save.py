@@ -59,7 +59,7 @@ def save_checkpoint(
         if is_main:
             replace_folder(final)
             write_latest(config.run_dir, progress["iteration"])
-            prune(config.run_dir, config.checkpoint.keep_last)
+            prune(config.run_dir, config.checkpoint.keep_last, progress["iteration"])
     torch.distributed.barrier()
     return final
 

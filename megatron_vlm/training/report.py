@@ -77,7 +77,8 @@ def _tiles(run: RunRecords) -> str:
 
 
 def _planned(run: RunRecords) -> str:
-    planned = (run.config.get("training") or {}).get("train_iters")
+    training = run.config.get("training")
+    planned = training.get("train_iters") if isinstance(training, dict) else None
     return f"of {planned:,} planned" if isinstance(planned, int) else "done"
 
 

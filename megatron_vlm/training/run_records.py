@@ -56,7 +56,7 @@ class RunRecords:
         """The settings as plain values; empty if the file is missing or unreadable."""
         try:
             values = yaml.safe_load(self.config_text)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError):  # yaml raises ValueError for a date that does not exist
             return {}
         return values if isinstance(values, dict) else {}
 
@@ -164,10 +164,14 @@ def _first_iteration(path: Path) -> int | None:
     from tensorboard.compat.proto.event_pb2 import Event as Written
     from tensorboard.compat.proto.event_pb2 import SessionLog
 
+    size = path.stat().st_size
     with path.open("rb") as stream:
         # Each record: length, checksum of the length, event, checksum of the event.
         while len(head := stream.read(12)) == 12:
-            content = stream.read(int.from_bytes(head[:8], "little"))
+            length = int.from_bytes(head[:8], "little")
+            if length > size:  # damaged: do not try to read as much
+                return None
+            content = stream.read(length)
             try:
                 event = Written.FromString(content)
             except DecodeError:  # cut short by a kill

@@ -57,13 +57,13 @@ def test_unfinished_and_foreign_folders_are_no_checkpoints(tmp_path):
 
 def test_the_newest_are_kept(tmp_path):
     make(tmp_path, 1, 2, 3, 4)
-    prune(tmp_path, 2)
+    prune(tmp_path, 2, saved=4)
     assert list_iterations(tmp_path) == [4, 3]
 
 
 def test_zero_keeps_all(tmp_path):
     make(tmp_path, 1, 2, 3)
-    prune(tmp_path, 0)
+    prune(tmp_path, 0, saved=3)
     assert list_iterations(tmp_path) == [3, 2, 1]
 
 
@@ -73,15 +73,22 @@ def test_damaged_checkpoints_do_not_count_among_those_that_are_kept(tmp_path, da
     make(tmp_path, 1, 2, 3, 4, 5)
     for iteration in (3, 4, 5):
         damage(checkpoint_path(tmp_path, iteration))
-    prune(tmp_path, keep_last)
+    prune(tmp_path, keep_last, saved=5)
     assert list_iterations(tmp_path) == [5, 4, 3, 2, 1][: 3 + keep_last]
     assert find_checkpoint(checkpoint_path(tmp_path, 2)) == checkpoint_path(tmp_path, 2)
+
+
+def test_a_newer_checkpoint_with_wrong_checksums_does_not_count_either(tmp_path):
+    make(tmp_path, 100, 150, 200)
+    (checkpoint_path(tmp_path, 200) / "weights").write_bytes(b"CONTENT")  # of the recorded size
+    prune(tmp_path, 1, saved=150)
+    assert list_iterations(tmp_path) == [200, 150]
 
 
 def test_old_checkpoints_are_removed_whether_valid_or_not(tmp_path):
     make(tmp_path, 1, 2, 3)
     lose_file(checkpoint_path(tmp_path, 1))
-    prune(tmp_path, 1)
+    prune(tmp_path, 1, saved=3)
     assert list_iterations(tmp_path) == [3]
 
 

@@ -166,3 +166,10 @@ def test_record_of_an_earlier_version_with_few_keys_has_a_page(tmp_path):
     page = page_of(write_run(tmp_path, [{"iteration": 1, "loss": 2.0}, {"iteration": 2, "loss": float("nan")}]))
     assert titles(page) == ["Loss by dataset"]
     assert Page(page).open == []
+
+
+def test_settings_of_another_shape_have_a_page(tmp_path):
+    write_run(tmp_path, [record(1)])
+    (tmp_path / "config.yaml").write_text("training: 5\n")
+    assert "of 5 planned" not in (page := page_of(tmp_path))
+    assert Page(page).open == []

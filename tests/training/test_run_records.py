@@ -45,7 +45,7 @@ def test_run_without_an_iteration_has_its_settings(tmp_path):
     assert (run.metrics, run.events, run.end, run.config) == ([], [], None, {"stage": "align"})
 
 
-@pytest.mark.parametrize("text", ["", "a: [", "- 1\n"])
+@pytest.mark.parametrize("text", ["", "a: [", "- 1\n", "a: 2024-99-99"])
 def test_settings_that_cannot_be_read_are_none(tmp_path, text):
     (tmp_path / "config.yaml").write_text(text)
     assert read_run(tmp_path).config == {}
@@ -98,6 +98,13 @@ def test_tensorboard_file_that_a_kill_cut_short_is_a_start_all_the_same(tmp_path
     write_metrics(tmp_path, [1])
     path = write_tensorboard(tmp_path, 1000, start_of(101))
     path.write_bytes(path.read_bytes()[:keep])
+    assert [(event.what, event.iteration) for event in read_run(tmp_path).events] == [("started", None)]
+
+
+def test_damaged_tensorboard_file_is_a_start_all_the_same(tmp_path):
+    write_metrics(tmp_path, [1])
+    path = write_tensorboard(tmp_path, 1000, start_of(101))
+    path.write_bytes(b"\xff" * 7 + b"\x7f" + path.read_bytes()[8:])  # a length of 2^63 bytes
     assert [(event.what, event.iteration) for event in read_run(tmp_path).events] == [("started", None)]
 
 
