@@ -184,7 +184,7 @@ def test_ray_writes_the_bytes_of_one_worker(mmc4, tokenizer_path, tmp_path):
     command = [sys.executable, "-m", "megatron_vlm", "prepare", "interleaved", "--input", "mmc4", "--images"]
     command += ["mmc4/images", "--tokenizer", str(tokenizer_path), "--output"]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    environment["PYTHONPATH"] = str(Path(ray_engine.__file__).parents[2])
+    environment["PYTHONPATH"] = str(Path(ray_engine.__file__).parents[3])
     for output, way in (("one", ["--workers", "1"]), ("ray", ["--workers", "2", "--distributor", "ray"])):
         done = subprocess.run(
             [*command, output, *way], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
