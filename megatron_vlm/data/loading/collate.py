@@ -10,8 +10,9 @@ from megatron_vlm.config import IGNORE_INDEX, DataConfig, DataError, ModelConfig
 from megatron_vlm.config.prepare import ImageLimits
 from megatron_vlm.data.loading.batch import VLMBatch
 from megatron_vlm.data.loading.pixels import Aspect, decode_image
+from megatron_vlm.data.plan.fragments import take_fragment
 from megatron_vlm.data.plan.image_tokens import ImageTokens
-from megatron_vlm.data.samples import EncodedSample, ImageSegment, TextSegment
+from megatron_vlm.data.samples import EncodedSample, ImageSegment
 from megatron_vlm.parallel.slicing import ImageShare, PackedBatch, slice_batch
 
 _MAX_SEQLEN_MULTIPLE = 64
@@ -106,20 +107,13 @@ def collate(rows: Sequence[Sequence[PlacedSample]], collation: Collation, image_
 
 def cut_sample(sample: EncodedSample, max_tokens: int, image_tokens: ImageTokens) -> EncodedSample:
     """Return the beginning of a sample: whole images and as many tokens as fit, up to the first image that does not."""
-    kept: list[TextSegment | ImageSegment] = []
-    left = max_tokens
+    end = 0
     for segment in sample.segments:
-        if isinstance(segment, ImageSegment):
-            size = image_tokens.of_image(segment.size)
-            if size > left:
-                break
-            left -= size
-            kept.append(segment)
-            continue
-        if left:
-            kept.append(TextSegment(segment.input_ids[:left], segment.train))
-        left -= min(left, len(segment.input_ids))
-    return EncodedSample(tuple(kept))
+        size = image_tokens.of_segment(segment)
+        if isinstance(segment, ImageSegment) and end + size > max_tokens:
+            break
+        end = min(end + size, max_tokens)
+    return take_fragment(sample, 0, end, image_tokens)
 
 
 class _PackedRows:

@@ -31,31 +31,35 @@ class Cuts:
     """int64[fragments]; tokens of these images."""
 
 
-def find_cuts(outlines: Outlines, max_tokens: int) -> Cuts:
+def find_cuts(outlines: Outlines, max_tokens: int, *, first_only: bool = False) -> Cuts:
     """Split samples into fragments of at most `max_tokens` tokens.
 
+    Args:
+        outlines: the segments of the samples.
+        max_tokens: longest fragment.
+        first_only: return only the first fragment of each sample; it is empty if the sample begins with an image that
+            is too long.
+
     Raises:
-        ValueError: an image is longer than a fragment.
+        ValueError: an image is longer than a fragment; not with `first_only`.
     """
     is_image, lengths = outlines.is_image, outlines.lengths
-    if (longest := int(lengths[is_image].max(initial=0))) > max_tokens:
-        raise ValueError(f"an image of {longest} tokens does not fit in a fragment of {max_tokens}")
     ends = np.cumsum(lengths, dtype=np.int64)
     sample_borders = np.concatenate([[0], ends])[outlines.borders]
-    owner, first = _fragment_starts(outlines, sample_borders, ends, max_tokens)
-    last = np.append(first[1:], sample_borders[-1])
+    if first_only:
+        owner, first = np.arange(len(sample_borders) - 1), sample_borders[:-1]
+        last = _end_fragments(outlines, ends, np.minimum(first + max_tokens, sample_borders[1:]))
+    else:
+        if (longest := int(lengths[is_image].max(initial=0))) > max_tokens:
+            raise ValueError(f"an image of {longest} tokens does not fit in a fragment of {max_tokens}")
+        owner, first = _fragment_starts(outlines, sample_borders, ends, max_tokens)
+        last = np.append(first[1:], sample_borders[-1])
     # No fragment ends inside an image, so images can be counted as whole segments.
     segments = np.stack([np.searchsorted(ends, first, "right"), np.searchsorted(ends, last, "right")])
-    num_images = np.concatenate([[0], np.cumsum(is_image)])
-    image_tokens = np.concatenate([[0], np.cumsum(np.where(is_image, lengths, 0), dtype=np.int64)])
+    num_images = np.concatenate([[0], np.cumsum(is_image)])[segments]
+    image_tokens = np.concatenate([[0], np.cumsum(np.where(is_image, lengths, 0), dtype=np.int64)])[segments]
     start = sample_borders[owner]
-    return Cuts(
-        owner,
-        first - start,
-        last - start,
-        num_images[segments[1]] - num_images[segments[0]],
-        image_tokens[segments[1]] - image_tokens[segments[0]],
-    )
+    return Cuts(owner, first - start, last - start, num_images[1] - num_images[0], image_tokens[1] - image_tokens[0])
 
 
 def _fragment_starts(
@@ -67,17 +71,20 @@ def _fragment_starts(
     left = np.flatnonzero(stop - position > max_tokens)
     # Each round cuts one fragment off every sample that is still too long.
     while left.size:
-        cut = position[left] + max_tokens
-        segment = np.searchsorted(ends, cut)
-        inside_image = outlines.is_image[segment] & (ends[segment] > cut)
-        cut = np.where(inside_image, ends[segment] - outlines.lengths[segment], cut)
+        position[left] = cut = _end_fragments(outlines, ends, position[left] + max_tokens)
         owners.append(left)
         firsts.append(cut)
-        position[left] = cut
         left = left[stop[left] - cut > max_tokens]
     owner, first = np.concatenate(owners), np.concatenate(firsts)
     order = np.argsort(first, kind="stable")
     return owner[order], first[order]
+
+
+def _end_fragments(outlines: Outlines, ends: np.ndarray, cut: np.ndarray) -> np.ndarray:
+    """Move ends of fragments that are inside an image to the beginning of the image."""
+    segment = np.searchsorted(ends, cut)
+    inside_image = outlines.is_image[segment] & (ends[segment] > cut)
+    return np.where(inside_image, ends[segment] - outlines.lengths[segment], cut)
 
 
 class FragmentTable:
@@ -112,10 +119,7 @@ def take_fragment(sample: EncodedSample, first: int, last: int, image_tokens: Im
     kept: list[TextSegment | ImageSegment] = []
     position = 0
     for segment in sample.segments:
-        if isinstance(segment, ImageSegment):
-            size = image_tokens.of_image(segment.size)
-        else:
-            size = len(segment.input_ids)
+        size = image_tokens.of_segment(segment)
         begin, end = max(first - position, 0), min(last - position, size)
         position += size
         if begin >= end:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_vlm.config import ModelConfig, config_to_dict
+from megatron_vlm.data.samples import ImageSegment, TextSegment
 
 _CHUNK = 1 << 20  # images looked up at a time, about 50 MB
 
@@ -54,6 +55,10 @@ class ImageTokens:
             raise ValueError(f"an image of {size[0]}x{size[1]} pixels would take {tokens} tokens")
         return tokens
 
+    def of_segment(self, segment: TextSegment | ImageSegment) -> int:
+        """Return the tokens of one text or image."""
+        return self.of_image(segment.size) if isinstance(segment, ImageSegment) else len(segment.input_ids)
+
     def of_images(self, sizes: np.ndarray) -> np.ndarray:
         """Return the tokens of many images; the function is called once for each distinct size.
 
@@ -73,8 +78,7 @@ class ImageTokens:
         for first in range(0, len(sizes), _CHUNK):
             chunk = sizes[first : first + _CHUNK].astype(np.uint32)
             distinct, kind = np.unique(chunk[:, 0] << 16 | chunk[:, 1], return_inverse=True)
-            for code in distinct.tolist():
-                if code not in known:
-                    known[code] = self.of_image((code >> 16, code & 0xFFFF))
-            tokens[first : first + _CHUNK] = np.array([known[code] for code in distinct.tolist()], dtype=np.int32)[kind]
+            codes = distinct.tolist()
+            known |= {code: self.of_image((code >> 16, code & 0xFFFF)) for code in codes if code not in known}
+            tokens[first : first + _CHUNK] = np.array([known[code] for code in codes], dtype=np.int32)[kind]
         return tokens

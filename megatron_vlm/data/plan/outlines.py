@@ -1,4 +1,4 @@
-"""The segments of samples that are longer than a row, and what remains if their end is cut off."""
+"""The segments of samples that are longer than a row."""
 
 from dataclasses import dataclass
 
@@ -20,18 +20,6 @@ class Outlines:
     """int[segments]; tokens of each text and each image."""
 
 
-@dataclass(frozen=True, slots=True)
-class Beginnings:
-    """What remains of samples whose end is cut off."""
-
-    lengths: np.ndarray
-    """int64[samples] [tokens]."""
-    num_images: np.ndarray
-    """int64[samples]."""
-    image_lengths: np.ndarray
-    """int64[samples]; tokens of these images."""
-
-
 def read_outlines(dataset: SampleLengths, samples: np.ndarray, image_tokens: ImageTokens) -> Outlines:
     """Return the outlines of some samples of a dataset.
 
@@ -42,24 +30,6 @@ def read_outlines(dataset: SampleLengths, samples: np.ndarray, image_tokens: Ima
     """
     borders, is_image, lengths = dataset.outlines(samples)
     lengths = lengths.copy()
-    if image_tokens.constant is not None:
-        lengths[is_image] = image_tokens.constant
-    else:
-        lengths[is_image] = image_tokens.of_images(dataset.image_sizes(samples))
+    constant = image_tokens.constant
+    lengths[is_image] = image_tokens.of_images(dataset.image_sizes(samples)) if constant is None else constant
     return Outlines(borders, is_image, lengths)
-
-
-def cut_outlines(outlines: Outlines, max_tokens: int) -> Beginnings:
-    """Cut samples after the last whole image or token that fits in `max_tokens`."""
-    borders, is_image = outlines.borders, outlines.is_image
-    ends = np.cumsum(outlines.lengths, dtype=np.int64)
-    starts = np.concatenate([[0], ends])[borders[:-1]]
-    ends -= np.repeat(starts, np.diff(borders))
-    fits = ends <= max_tokens
-    whole = np.add.reduceat(fits, borders[:-1], dtype=np.int64)
-    num_images = np.add.reduceat(fits & is_image, borders[:-1], dtype=np.int64)
-    image_lengths = np.add.reduceat(np.where(fits & is_image, outlines.lengths, 0), borders[:-1], dtype=np.int64)
-    last = borders[:-1] + whole - 1
-    kept = np.where(whole > 0, ends[last], 0)
-    cut_in_text = (whole < np.diff(borders)) & ~is_image[np.minimum(last + 1, len(is_image) - 1)]
-    return Beginnings(np.where(cut_in_text, max_tokens, kept), num_images, image_lengths)

@@ -7,9 +7,9 @@ from typing import Literal
 import numpy as np
 
 from megatron_vlm.config import BlendEntry, DataError
-from megatron_vlm.data.plan.fragments import find_cuts
+from megatron_vlm.data.plan.fragments import Cuts, find_cuts
 from megatron_vlm.data.plan.image_tokens import ImageTokens
-from megatron_vlm.data.plan.outlines import Outlines, cut_outlines, read_outlines
+from megatron_vlm.data.plan.outlines import Outlines, read_outlines
 from megatron_vlm.data.plan.sample_lengths import SampleLengths, measure_images
 
 Overflow = Literal["truncate", "split", "drop", "fail"]
@@ -79,6 +79,7 @@ def collect_samples(
         first += len(one.lengths)
         first_fragment += len(ids)
     fragments = np.concatenate(tables, axis=1)
+    known = [tokens for one in settled for tokens in one.tokens_per_image or ()]
     # Either all datasets have them or none has.
     varying = [one.image_lengths for one in settled if one.image_lengths is not None]
     return SamplePool(
@@ -89,17 +90,11 @@ def collect_samples(
         truncated=sum(one.truncated for one in settled),
         split=sum(one.split for one in settled),
         dropped=sum(one.dropped for one in settled),
-        tokens_per_image=_range([one.tokens_per_image for one in settled if one.tokens_per_image]),
+        tokens_per_image=(min(known, default=0), max(known, default=0)),
         varying_image_lengths=(
             np.concatenate(varying + [one.image_lengths_of_fragments for one in settled]) if varying else None
         ),
     )
-
-
-def _range(ranges: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    if not ranges:
-        return 0, 0
-    return min(fewest for fewest, _ in ranges), max(most for _, most in ranges)
 
 
 def _nothing() -> np.ndarray:
@@ -142,41 +137,30 @@ def _settle(
         raise _too_long(entry, seq_length, whole.lengths, len(longer))
     if overflow == "drop":
         return replace(whole, kept=np.delete(whole.kept, longer), dropped=len(longer))
-    # The array belongs to the dataset.
-    whole = replace(whole, num_images=whole.num_images.copy())
     outlines = read_outlines(dataset, longer, image_tokens)
     if overflow == "split":
         _check_images_fit(entry, outlines, longer, seq_length)
-        return _split(whole, outlines, longer, seq_length)
-    return _truncate(whole, outlines, longer, seq_length)
+    return _shorten(whole, longer, find_cuts(outlines, seq_length, first_only=overflow == "truncate"), overflow)
 
 
-def _split(whole: _Settled, outlines: Outlines, longer: np.ndarray, seq_length: int) -> _Settled:
-    cuts = find_cuts(outlines, seq_length)
+def _shorten(whole: _Settled, longer: np.ndarray, cuts: Cuts, overflow: Overflow) -> _Settled:
+    """Replace the samples that are too long by their first fragments, and append the others."""
     is_first = cuts.first == 0
-    whole.lengths[longer], whole.num_images[longer] = cuts.last[is_first], cuts.num_images[is_first]
+    lengths, num_images = cuts.last[is_first], whole.num_images.copy()  # the array belongs to the dataset
+    whole.lengths[longer], num_images[longer] = lengths, cuts.num_images[is_first]
     if whole.image_lengths is not None:
         whole.image_lengths[longer] = cuts.image_lengths[is_first]
+    nothing_fits = longer[lengths == 0]
+    shortened = len(longer) - len(nothing_fits)
     return replace(
         whole,
+        num_images=num_images,
+        kept=np.delete(whole.kept, nothing_fits),
         fragments=np.stack([longer[cuts.owner], cuts.first, cuts.last])[:, ~is_first],
         images_of_fragments=cuts.num_images[~is_first].astype(np.int32),
         image_lengths_of_fragments=cuts.image_lengths[~is_first].astype(np.int32),
-        split=len(longer),
-    )
-
-
-def _truncate(whole: _Settled, outlines: Outlines, longer: np.ndarray, seq_length: int) -> _Settled:
-    left = cut_outlines(outlines, seq_length)
-    whole.lengths[longer], whole.num_images[longer] = left.lengths, left.num_images
-    if whole.image_lengths is not None:
-        whole.image_lengths[longer] = left.image_lengths
-    nothing_fits = longer[left.lengths == 0]
-    return replace(
-        whole,
-        kept=np.delete(whole.kept, nothing_fits),
-        truncated=len(longer) - len(nothing_fits),
         dropped=len(nothing_fits),
+        **{"split" if overflow == "split" else "truncated": shortened},
     )
 
 

@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_vlm.data.loading.collate import cut_sample
+from megatron_vlm.data.plan.fragments import find_cuts
 from megatron_vlm.data.plan.image_tokens import ImageTokens
-from megatron_vlm.data.plan.outlines import Outlines, cut_outlines, read_outlines
+from megatron_vlm.data.plan.outlines import Outlines, read_outlines
 from megatron_vlm.data.samples import EncodedSample, ImageSegment, TextSegment
 from tests.support.lengths import make_dataset
 
@@ -37,8 +38,8 @@ def test_plan_cuts_where_the_batch_is_cut(image_tokens, samples, limit):
             [image_tokens.of_image(one.size) if isinstance(one, ImageSegment) else len(one.input_ids) for one in flat]
         ),
     )
-    found = cut_outlines(outlines, limit)
-    columns = (found.lengths, found.num_images, found.image_lengths)
+    found = find_cuts(outlines, limit, first_only=True)
+    columns = (found.last, found.num_images, found.image_lengths)
     assert list(zip(*(values.tolist() for values in columns), strict=True)) == expected
 
 
