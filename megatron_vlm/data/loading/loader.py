@@ -80,13 +80,8 @@ class BatchLoader:
         first = start_iteration * self.num_micro_batches
         last = plan.num_iterations * self.num_micro_batches
         self._positions = range(first, max(first, last))
-        self._micro_batches = _MicroBatches(
-            _SampleReader(datasets, plan.fragments, collation.image_tokens),
-            plan,
-            collation,
-            rank_slice,
-            self.num_micro_batches,
-        )
+        reader = _SampleReader(datasets, plan.fragments, collation.image_tokens)
+        self._micro_batches = _MicroBatches(reader, plan, collation, rank_slice, self.num_micro_batches)
         self._next = 0
         self._batches = self._start(workers)
 
@@ -143,7 +138,7 @@ class BatchLoader:
                 self._micro_batches,
                 batch_size=None,
                 sampler=self._positions,
-                collate_fn=_keep,
+                collate_fn=lambda batch: batch,
                 num_workers=workers.num_workers,
                 prefetch_factor=workers.prefetch_factor if workers.num_workers else None,
                 worker_init_fn=functools.partial(_prepare_worker, os.getpid()),
@@ -174,20 +169,13 @@ class _SampleReader:
         self, datasets: Sequence[ShardedDataset], fragments: FragmentTable | None, image_tokens: ImageTokens
     ) -> None:
         self.datasets, self.fragments, self.image_tokens = tuple(datasets), fragments, image_tokens
-        self._ends = np.cumsum([len(dataset) for dataset in datasets])
-        self._shard_ends = [
-            np.cumsum([shard.counts.samples for shard in dataset.manifest.shards]) for dataset in datasets
-        ]
+        self._borders = np.cumsum([0, *map(len, datasets)])
 
     def describe(self, sample_id: int) -> str:
         """Name dataset, shard, sample and, for a fragment, its tokens, in an error message."""
-        sample, first, last = self._find(sample_id)
-        entry, index = self._locate(sample)
-        dataset, ends = self.datasets[entry], self._shard_ends[entry]
-        shard = int(np.searchsorted(ends, index, side="right"))
-        place = index - (int(ends[shard - 1]) if shard else 0)
+        entry, index, first, last = self._find(sample_id)
         tokens = "" if last is None else f" tokens {first} to {last - 1}"
-        return f"{dataset.folder}/{dataset.manifest.shards[shard].name}.bin sample {place}{tokens}"
+        return f"{self.datasets[entry].describe(index)}{tokens}"
 
     def read(self, sample_id: int) -> PlacedSample:
         """Read one sample or fragment.
@@ -195,32 +183,24 @@ class _SampleReader:
         Raises:
             DataError: it is damaged or cannot be read.
         """
-        number, first, last = self._find(sample_id)
-        entry, index = self._locate(number)
+        entry, index, first, last = self._find(sample_id)
         sample = self.datasets[entry][index]
         if last is not None:
             sample = take_fragment(sample, first, last, self.image_tokens)
         return PlacedSample(sample, sample_id, entry, self.describe(sample_id))
 
-    def _find(self, sample_id: int) -> tuple[int, int, int | None]:
-        return (sample_id, 0, None) if self.fragments is None else self.fragments.find(sample_id)
-
-    def _locate(self, sample: int) -> tuple[int, int]:
-        """Return blend entry and index in its dataset."""
-        entry = int(np.searchsorted(self._ends, sample, side="right"))
-        return entry, int(sample - (self._ends[entry - 1] if entry else 0))
+    def _find(self, sample_id: int) -> tuple[int, int, int, int | None]:
+        """Return blend entry, index in its dataset, first token and token after the last one; None: to the end."""
+        sample, first, last = (sample_id, 0, None) if self.fragments is None else self.fragments.find(sample_id)
+        entry = int(np.searchsorted(self._borders, sample, side="right")) - 1
+        return entry, int(sample - self._borders[entry]), first, last
 
 
 class _MicroBatches(Dataset):
     """Random access to the micro-batches of one rank; runs in the workers."""
 
     def __init__(
-        self,
-        reader: _SampleReader,
-        plan: Plan,
-        collation: Collation,
-        rank_slice: RankSlice,
-        num_micro_batches: int,
+        self, reader: _SampleReader, plan: Plan, collation: Collation, rank_slice: RankSlice, num_micro_batches: int
     ) -> None:
         self.reader, self.plan, self.collation = reader, plan, collation
         self.rank_slice, self.num_micro_batches = rank_slice, num_micro_batches
@@ -259,10 +239,6 @@ class _MicroBatches(Dataset):
         iteration, index = divmod(position, self.num_micro_batches)
         first = iteration * self.plan.settings.global_batch_size
         return [first + row for row in self.rank_slice.rows(index)]
-
-
-def _keep(batch: Any) -> Any:
-    return batch
 
 
 def _prepare_worker(parent: int, worker: int) -> None:

@@ -160,7 +160,8 @@ def _shorten(whole: _Settled, longer: np.ndarray, cuts: Cuts, overflow: Overflow
         images_of_fragments=cuts.num_images[~is_first].astype(np.int32),
         image_lengths_of_fragments=cuts.image_lengths[~is_first].astype(np.int32),
         dropped=len(nothing_fits),
-        **{"split" if overflow == "split" else "truncated": shortened},
+        split=shortened if overflow == "split" else 0,
+        truncated=shortened if overflow == "truncate" else 0,
     )
 
 

@@ -9,7 +9,6 @@ import hashlib
 import os
 import struct
 import zlib
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -51,15 +50,13 @@ class _OpenShard:
 
     def __init__(self, folder: Path, facts: ShardFacts, images_before: np.ndarray) -> None:
         self._images_before = images_before
-        self.prefix, self.samples = folder / facts.name, facts.counts.samples
+        self.prefix = folder / facts.name
+        sequences, samples = facts.counts.sequences, facts.counts.samples
         index = self.map_index()
-        if (len(index.lengths), len(index.borders) - 1) != (facts.counts.sequences, self.samples):
-            raise DataError(
-                f"shard index holds {len(index.borders) - 1} samples, but the manifest says {self.samples}",
-                where=f"{self.prefix}.idx",
-                fix=PREPARE_AGAIN,
-            )
-        self._offsets = IndexOffsets.of(facts.counts.sequences, self.samples + 1)
+        if (len(index.lengths), len(index.borders) - 1) != (sequences, samples):
+            what = f"shard index holds {len(index.borders) - 1} samples, but the manifest says {samples}"
+            raise DataError(what, where=f"{self.prefix}.idx", fix=PREPARE_AGAIN)
+        self._offsets = IndexOffsets.of(sequences, samples + 1)
         self._descriptors: dict[str, int] = {}
         for suffix in SUFFIXES:
             self._descriptors[suffix] = os.open(f"{self.prefix}.{suffix}", os.O_RDONLY)
@@ -104,25 +101,20 @@ class _OpenShard:
         start = block * _IMAGE_BLOCK
         modes = self._pread("idx", first - start + count, self._offsets.modes + start, sample)
         modes, before = modes[first - start :], modes[: first - start].count(MODE_IMAGE)
-        number = modes.count(MODE_IMAGE)
-        if not number:
+        if not (number := modes.count(MODE_IMAGE)):
             return modes, iter(())
         offset = _SIZE_BYTES * (int(self._images_before[block]) + before)
-        content = self._pread("dim", _SIZE_BYTES * number, offset, sample)
-        return modes, struct.iter_unpack("<2H", content)
+        return modes, struct.iter_unpack("<2H", self._pread("dim", _SIZE_BYTES * number, offset, sample))
 
     def _pread(self, suffix: str, size: int, offset: int, sample: int) -> bytes:
+        where = f"{self.prefix}.{suffix} sample {sample}"
         try:
             content = os.pread(self._descriptors[suffix], size, offset)
         except OSError as error:
-            where = f"{self.prefix}.{suffix} sample {sample}"
             raise StorageError(f"shard cannot be read: {error}", where=where) from None
         if len(content) != size:
-            raise DataError(
-                f"shard is damaged: expected {size} bytes at byte {offset}, found {len(content)}",
-                where=f"{self.prefix}.{suffix} sample {sample}",
-                fix=PREPARE_AGAIN,
-            )
+            what = f"shard is damaged: expected {size} bytes at byte {offset}, found {len(content)}"
+            raise DataError(what, where=where, fix=PREPARE_AGAIN)
         return content
 
 
@@ -134,8 +126,8 @@ class ShardedDataset(Sequence[EncodedSample]):
 
     def __init__(self, folder: Path, manifest: Manifest, fingerprint: str) -> None:
         self.folder, self.manifest, self.fingerprint = folder, manifest, fingerprint
-        self._ends = np.cumsum([shard.counts.samples for shard in manifest.shards], dtype=np.int64)
-        self._open_shards: OrderedDict[int, _OpenShard] = OrderedDict()
+        self._borders = np.cumsum([0, *(shard.counts.samples for shard in manifest.shards)], dtype=np.int64)
+        self._open_shards: dict[int, _OpenShard] = {}  # the most recently used ones last
         self._checked: set[tuple[int, str]] = set()
         self._images_before: dict[int, np.ndarray] = {}
 
@@ -155,21 +147,22 @@ class ShardedDataset(Sequence[EncodedSample]):
         return cls(folder, manifest, fingerprint)
 
     def __len__(self) -> int:
-        return int(self._ends[-1]) if len(self._ends) else 0
+        return int(self._borders[-1])
 
     def __getitem__(self, sample: int) -> EncodedSample:  # type: ignore[override]
         sample = int(sample)
         if not 0 <= sample < len(self):
             raise IndexError(f"sample {sample} of a dataset of {len(self)}")
-        shard = int(np.searchsorted(self._ends, sample, side="right"))
-        start = int(self._ends[shard - 1]) if shard else 0
-        return self._shard(shard).read(sample - start)
+        shard, place = self._locate(sample)
+        return self._shard(shard).read(place)
 
-    def __getstate__(self) -> dict:
-        return {"folder": self.folder, "manifest": self.manifest, "fingerprint": self.fingerprint}
+    def __reduce__(self) -> tuple:
+        return ShardedDataset, (self.folder, self.manifest, self.fingerprint)
 
-    def __setstate__(self, state: dict) -> None:
-        self.__init__(**state)  # type: ignore[misc]
+    def describe(self, sample: int) -> str:
+        """Name the shard of a sample and its place there, for error messages."""
+        shard, place = self._locate(sample)
+        return f"{self.folder}/{self.manifest.shards[shard].name}.bin sample {place}"
 
     @property
     def num_images(self) -> np.ndarray:
@@ -195,10 +188,8 @@ class ShardedDataset(Sequence[EncodedSample]):
             DataError: an index is damaged.
         """
         sizes, images, tokens = [np.zeros(1, dtype=np.int64)], [np.zeros(0, dtype=bool)], [np.zeros(0, dtype=np.int32)]
-        shards = np.searchsorted(self._ends, samples, side="right")
-        for number in np.unique(shards):
-            index = self._shard(int(number)).map_index()
-            own = samples[shards == number] - (self._ends[number - 1] if number else 0)
+        for number, own in self._by_shard(samples):
+            index = self._shard(number).map_index()
             sizes.append(index.borders[own + 1] - index.borders[own])
             segments = _ranges(index.borders[own], index.borders[own + 1])
             images.append(index.modes[segments] == MODE_IMAGE)
@@ -217,11 +208,9 @@ class ShardedDataset(Sequence[EncodedSample]):
         found = [np.zeros((0, 2), dtype=SIZE_DTYPE)]
         if samples is None:
             return np.concatenate(found + [self._sizes(number) for number in range(len(self.manifest.shards))])
-        shards = np.searchsorted(self._ends, samples, side="right")
-        for number in np.unique(shards):
-            borders = self._shard(int(number)).map_index().image_borders()
-            own = samples[shards == number] - (self._ends[number - 1] if number else 0)
-            found.append(self._sizes(int(number))[_ranges(borders[own], borders[own + 1])])
+        for number, own in self._by_shard(samples):
+            borders = self._shard(number).map_index().image_borders()
+            found.append(self._sizes(number)[_ranges(borders[own], borders[own + 1])])
         return np.concatenate(found)
 
     def check_tokenizer(self, tokenizer: TokenizerFacts) -> None:
@@ -238,6 +227,17 @@ class ShardedDataset(Sequence[EncodedSample]):
                 where=str(self.folder),
                 fix="use the tokenizer of the shards, or prepare them again",
             )
+
+    def _locate(self, sample: int) -> tuple[int, int]:
+        """Return the shard of a sample and its place there."""
+        shard = int(np.searchsorted(self._borders, sample, side="right")) - 1
+        return shard, sample - int(self._borders[shard])
+
+    def _by_shard(self, samples: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield each shard that holds some of the samples, and their places there."""
+        shards = np.searchsorted(self._borders, samples, side="right") - 1
+        for number in np.unique(shards).tolist():
+            yield number, samples[shards == number] - self._borders[number]
 
     @cached_property
     def _lengths(self) -> tuple[np.ndarray, np.ndarray]:
@@ -274,13 +274,10 @@ class ShardedDataset(Sequence[EncodedSample]):
         self._checked.add((number, suffix))
 
     def _shard(self, number: int) -> _OpenShard:
-        shard = self._open_shards.get(number)
-        if shard is None:
-            shard = self._open_shards[number] = self._open_shard(number)
-            if len(self._open_shards) > _MAX_OPEN_SHARDS:
-                self._open_shards.popitem(last=False)
-        else:
-            self._open_shards.move_to_end(number)
+        shard = self._open_shards.pop(number, None) or self._open_shard(number)
+        self._open_shards[number] = shard
+        if len(self._open_shards) > _MAX_OPEN_SHARDS:
+            del self._open_shards[next(iter(self._open_shards))]
         return shard
 
     def _open_shard(self, number: int) -> _OpenShard:
@@ -311,6 +308,5 @@ def _check_size(path: Path, expected: int) -> None:
         raise DataError("shard file is missing", where=str(path), fix=PREPARE_AGAIN) from None
     if found != expected:
         kind = "truncated" if found < expected else "not the one that was prepared"
-        raise DataError(
-            f"shard file is {kind}: {found} bytes, but the manifest says {expected}", where=str(path), fix=PREPARE_AGAIN
-        )
+        what = f"shard file is {kind}: {found} bytes, but the manifest says {expected}"
+        raise DataError(what, where=str(path), fix=PREPARE_AGAIN)

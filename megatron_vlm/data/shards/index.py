@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from megatron_vlm.config import DataError
+from megatron_vlm.data.shards.manifest import Counts
 
 MODE_TRAINED, MODE_IMAGE, MODE_CONTEXT = 0, 1, 2
 TOKEN_DTYPE = np.dtype("<i4")
@@ -103,6 +104,26 @@ class IndexOffsets(NamedTuple):
         """Return the offsets for an index of this many sequences and sample borders."""
         pointers = _HEADER.size + 4 * sequences
         return cls(_HEADER.size, pointers, pointers + 8 * sequences, pointers + 8 * sequences + 8 * borders)
+
+
+def count_sequences(lengths: np.ndarray, modes: np.ndarray, num_samples: int) -> Counts:
+    """Count what sequences hold.
+
+    Args:
+        lengths: int[sequences] [bytes].
+        modes: int8[sequences].
+        num_samples: samples that the sequences belong to.
+    """
+    is_image = modes == MODE_IMAGE
+    tokens = lengths.astype(np.int64) // TOKEN_DTYPE.itemsize
+    return Counts(
+        samples=num_samples,
+        sequences=len(lengths),
+        images=int(is_image.sum()),
+        image_bytes=int(lengths[is_image].sum(dtype=np.int64)),
+        text_tokens=int(tokens[~is_image].sum()),
+        trained_tokens=int(tokens[modes == MODE_TRAINED].sum()),
+    )
 
 
 def _sum_between(values: np.ndarray, borders: np.ndarray) -> np.ndarray:

@@ -17,12 +17,12 @@ from megatron_vlm.data.shards.index import (
     SIZE_DTYPE,
     TOKEN_DTYPE,
     ShardIndex,
+    count_sequences,
 )
 from megatron_vlm.data.shards.manifest import (
     DUPLICATES_NOTE,
     REJECTS_FILE,
     SUFFIXES,
-    Counts,
     FileFacts,
     Manifest,
     ShardFacts,
@@ -123,21 +123,8 @@ def _verify_index(shard: ShardFacts, index: ShardIndex) -> Iterator[str]:
         yield f"{shard.name}.crc: {shard.files['crc'].bytes // 4} checksums for {len(lengths)} sequences"
     elif shard.files["dim"].bytes != 4 * (number := int((index.modes == MODE_IMAGE).sum())):
         yield f"{shard.name}.dim: {shard.files['dim'].bytes // 4} sizes for {number} images"
-    elif (found := _count(index)) != shard.counts:
+    elif (found := count_sequences(lengths, index.modes, len(index.borders) - 1)) != shard.counts:
         yield f"{name}: holds {found}, but the manifest says {shard.counts}"
-
-
-def _count(index: ShardIndex) -> Counts:
-    lengths, modes = index.lengths.astype(np.int64), index.modes
-    tokens = lengths // TOKEN_DTYPE.itemsize
-    return Counts(
-        samples=len(index.borders) - 1,
-        sequences=len(lengths),
-        images=int((modes == MODE_IMAGE).sum()),
-        image_bytes=int(lengths[modes == MODE_IMAGE].sum()),
-        text_tokens=int(tokens[modes != MODE_IMAGE].sum()),
-        trained_tokens=int(tokens[modes == MODE_TRAINED].sum()),
-    )
 
 
 def _verify_data(path: Path, shard: ShardFacts, index: ShardIndex, vocab_size: int, decode: bool) -> Iterator[str]:

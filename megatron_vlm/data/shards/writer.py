@@ -1,5 +1,6 @@
 """Write shards, sample by sample; a shard is valid once its writer is closed."""
 
+import itertools
 import zlib
 from array import array
 from collections.abc import Iterable
@@ -9,8 +10,16 @@ import numpy as np
 
 from megatron_vlm.data.images.checking import MAX_SIDE
 from megatron_vlm.data.samples import EncodedSample, ImageSegment, TokenizerFacts
-from megatron_vlm.data.shards.index import MODE_CONTEXT, MODE_IMAGE, MODE_TRAINED, SIZE_DTYPE, TOKEN_DTYPE, pack_index
-from megatron_vlm.data.shards.manifest import Counts, FileFacts, Manifest, ShardFacts, save_manifest
+from megatron_vlm.data.shards.index import (
+    MODE_CONTEXT,
+    MODE_IMAGE,
+    MODE_TRAINED,
+    SIZE_DTYPE,
+    TOKEN_DTYPE,
+    count_sequences,
+    pack_index,
+)
+from megatron_vlm.data.shards.manifest import FileFacts, Manifest, ShardFacts, save_manifest
 from megatron_vlm.platform.files.durable import flush_to_disk
 
 _WRITE_BUFFER_BYTES = 1 << 20
@@ -29,7 +38,6 @@ class ShardWriter:
         self._lengths, self._modes, self._crcs = array("i"), array("b"), array("I")
         self._sizes = array("H")
         self._borders = array("q", [0])
-        self._tokens = self._trained = self._images = self._image_bytes = 0
         self.bytes_written = 0
         self._crc = 0
         self._stream = prefix.with_name(prefix.name + ".bin").open("wb", buffering=_WRITE_BUFFER_BYTES)
@@ -49,14 +57,9 @@ class ShardWriter:
             if isinstance(segment, ImageSegment):
                 content, mode = segment.encoded, MODE_IMAGE
                 self._sizes.extend(_checked(segment.size))
-                self._images += 1
-                self._image_bytes += len(content)
             else:
                 content = np.asarray(segment.input_ids, dtype=TOKEN_DTYPE).tobytes()
                 mode = MODE_TRAINED if segment.train else MODE_CONTEXT
-                count = len(content) // TOKEN_DTYPE.itemsize
-                self._tokens += count
-                self._trained += count if segment.train else 0
             if not content:
                 raise ValueError("a segment must not be empty")
             self._lengths.append(len(content))
@@ -75,14 +78,7 @@ class ShardWriter:
         files["idx"] = self._write("idx", pack_index(self._lengths, self._modes, self._borders))
         files["crc"] = self._write("crc", np.array(self._crcs, dtype="<u4").tobytes())
         files["dim"] = self._write("dim", np.array(self._sizes, dtype=SIZE_DTYPE).tobytes())
-        counts = Counts(
-            samples=len(self),
-            sequences=len(self._lengths),
-            images=self._images,
-            image_bytes=self._image_bytes,
-            text_tokens=self._tokens,
-            trained_tokens=self._trained,
-        )
+        counts = count_sequences(np.array(self._lengths), np.array(self._modes), len(self))
         return ShardFacts(name=self.prefix.name, input=input_name, counts=counts, files=files)
 
     def discard(self) -> None:
@@ -118,15 +114,11 @@ def write_dataset(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     shards: list[ShardFacts] = []
-    writer: ShardWriter | None = None
-    for sample in samples:
-        if writer is None:
-            writer = ShardWriter(folder / f"{len(shards):05d}")
-        writer.add(sample)
-        if len(writer) == samples_per_shard:
-            shards.append(writer.close())
-            writer = None
-    if writer is not None:
+    rest = iter(samples)
+    for first in rest:
+        writer = ShardWriter(folder / f"{len(shards):05d}")
+        for sample in itertools.chain([first], itertools.islice(rest, samples_per_shard - 1)):
+            writer.add(sample)
         shards.append(writer.close())
     if not shards:
         raise ValueError("a dataset needs at least one sample")
