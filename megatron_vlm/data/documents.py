@@ -50,15 +50,11 @@ Segment = Text | Image | Special
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """Segments in reading order.
-
-    Args:
-        segments: text, images and control tokens.
-        key: name of the document in its corpus: a URL, an id or a tar key.
-    """
+    """Text, images and control tokens in reading order."""
 
     segments: tuple[Segment, ...]
     key: str = ""
+    """Name of the document in its corpus: a URL, an id or a tar key."""
 
     @property
     def images(self) -> tuple[Image, ...]:
@@ -136,7 +132,7 @@ def _join_run(run: Sequence[Text | Image], rules: JoinRules) -> list[Segment]:
         else:
             texts.append(marks + segment.text.replace(_IMAGE_MARK, ""))
             train, marks = segment.train, ""
-    joined = rules.separator.join(texts) + marks if texts else marks
+    joined = rules.separator.join(texts) + marks
     if not rules.keep_blanks and rules.separator:
         joined = joined.replace(_IMAGE_MARK + rules.separator, _IMAGE_MARK)
         joined = joined.replace(rules.separator + _IMAGE_MARK, _IMAGE_MARK)

@@ -9,12 +9,7 @@ _MAX_DETAIL = 300
 
 
 class RejectError(DataError):
-    """A document that cannot become a sample.
-
-    Args:
-        reason: one word under which rejects are counted, e.g. "image_truncated".
-        detail: what was found.
-    """
+    """A document that cannot become a sample; `reason` is the word under which it is counted: "image_truncated"."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(f"{reason}: {detail}")
@@ -29,8 +24,8 @@ def reject_row(file: str, line: int | None, key: str | None, error: RejectError)
 
     Args:
         file: name of the input file.
-        line: line or row of the document in the file, from 1; None if the file has no lines.
-        key: name of the document in its corpus, if it has one.
+        line: line or row in the file, from 1; None if it has no lines.
+        key: see `Document.key`.
         error: why it was rejected.
     """
     row = {"file": file, "line": line, "key": key, "reason": error.reason}

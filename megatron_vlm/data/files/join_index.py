@@ -3,59 +3,43 @@
 import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
-_HASHES, _VALUES = "hashes.npy", "values.npy"
-
-
-class JoinRows(NamedTuple):
-    """Rows of one input file, unsorted."""
-
-    hashes: np.ndarray
-    """uint64[n]."""
-    values: np.ndarray
-    """The value of each hash; any dtype, [n]."""
+_ROWS = "rows.npy"
 
 
 class JoinIndex:
-    """Finds rows by text.
-
-    Args:
-        folder: folder written by `save_join_index`.
-    """
+    """Finds rows by text, in a folder written by `save_join_index`."""
 
     def __init__(self, folder: Path) -> None:
-        self._hashes = np.load(folder / _HASHES, mmap_mode="r")
-        self._values = np.load(folder / _VALUES, mmap_mode="r")
-
-    def __len__(self) -> int:
-        return len(self._hashes)
+        rows = np.load(folder / _ROWS, mmap_mode="r")
+        self._hashes, self._values = rows["hash"].view(np.ndarray), rows["value"]
 
     def find(self, text: str) -> np.ndarray:
         """Return the values under `text`, in the order of the input files."""
         wanted = np.uint64(_hash(text))
-        first = int(np.searchsorted(self._hashes, wanted))
-        last = first
-        while last < len(self._hashes) and self._hashes[last] == wanted:
-            last += 1
+        first, last = (self._hashes.searchsorted(wanted, side) for side in ("left", "right"))
         return self._values[first:last]
 
 
-def hash_texts(texts: Sequence[str]) -> np.ndarray:
-    """Return uint64[n]: 64 bits of BLAKE2b. Among 25 million texts, two share a hash with probability 2e-5."""
-    return np.fromiter(map(_hash, texts), dtype="<u8", count=len(texts))
+def join_rows(texts: Sequence[str], values: np.ndarray) -> np.ndarray:
+    """Return the rows of one input file, [n] of (hash, value): a value, of any dtype, for each text.
+
+    A hash is 64 bits of BLAKE2b. Among 25 million texts, two share a hash with probability 2e-5.
+    """
+    # Aligned: searching unaligned hashes would copy all of them.
+    dtype = np.dtype([("hash", "<u8"), ("value", values.dtype)], align=True)
+    rows = np.empty(len(texts), dtype=dtype)
+    rows["hash"], rows["value"] = [_hash(text) for text in texts], values
+    return rows
 
 
-def save_join_index(rows: Iterable[JoinRows], folder: Path) -> None:
+def save_join_index(rows: Iterable[np.ndarray], folder: Path) -> None:
     """Write the rows of all input files, sorted by hash; rows with equal hashes stay in the order of the files."""
-    rows = list(rows)
-    hashes = np.concatenate([one.hashes for one in rows])
-    order = np.argsort(hashes, kind="stable")
+    joined = np.concatenate(list(rows))
     folder.mkdir(exist_ok=True)
-    np.save(folder / _HASHES, hashes[order])
-    np.save(folder / _VALUES, np.concatenate([one.values for one in rows])[order])
+    np.save(folder / _ROWS, joined[np.argsort(joined["hash"], kind="stable")])
 
 
 def _hash(text: str) -> int:

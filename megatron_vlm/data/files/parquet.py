@@ -83,12 +83,7 @@ def read_rows(table: pyarrow.parquet.ParquetFile, columns: Sequence[str] | None 
 def _cells(batch: pyarrow.RecordBatch) -> list[dict[str, Any] | RejectError]:
     try:
         return batch.to_pylist()
-    except UnicodeDecodeError:
-        return [_row_cells(batch.slice(index, 1)) for index in range(batch.num_rows)]
-
-
-def _row_cells(row: pyarrow.RecordBatch) -> dict[str, Any] | RejectError:
-    try:
-        return row.to_pylist()[0]
     except UnicodeDecodeError as error:
-        return RejectError("invalid_utf8", f"byte {error.start} of a text")
+        if batch.num_rows == 1:
+            return [RejectError("invalid_utf8", f"byte {error.start} of a text")]
+        return [cells for index in range(batch.num_rows) for cells in _cells(batch.slice(index, 1))]

@@ -54,7 +54,11 @@ def read_records(path: Location, *, max_bytes: int = MAX_RECORD_BYTES) -> Iterat
         invalid_utf8, record_too_long or file_truncated.
     """
     for line, raw in read_raw_records(path, max_bytes=max_bytes):
-        yield Record(line, raw if isinstance(raw, RejectError) else _parse(raw))
+        try:
+            value = raw if isinstance(raw, RejectError) else parse_record(raw)
+        except RejectError as error:
+            value = error
+        yield Record(line, value)
 
 
 def read_raw_records(path: Location, *, max_bytes: int = MAX_RECORD_BYTES) -> Iterator[tuple[int, bytes | RejectError]]:
@@ -101,24 +105,22 @@ class _Unpacked:
     def read(self, size: int) -> bytes:
         """Read `size` bytes, or fewer at the end or before a damaged place."""
         blocks: list[bytes] = []
-        missing = size
-        while missing and self._error is None:
+        while size and self._error is None:
             try:
                 # read() would lose the blocks before a damaged one; read1() loses no more than one block.
-                block = self._stream.read1(min(missing, _SMALL_BLOCK_BYTES))
+                block = self._stream.read1(min(size, _SMALL_BLOCK_BYTES))
             except _DAMAGE as error:
                 self._error = error
-                break
             except OSError as error:
                 # bzip2 in a .zip reports damage as an OSError without errno; errors of a disk have one.
                 if error.errno is not None:
                     raise
                 self._error = EOFError(str(error))
-                break
-            if not block:
-                break
-            blocks.append(block)
-            missing -= len(block)
+            else:
+                if not block:
+                    break
+                blocks.append(block)
+                size -= len(block)
         if self._error is not None and not blocks:
             raise self._error
         return b"".join(blocks)
@@ -176,7 +178,7 @@ def _split_lines(head: bytes, stream: _Unpacked, max_bytes: int) -> Iterator[tup
         for raw in lines:
             number += 1
             if skipped + len(raw) > max_bytes:
-                yield number, _too_long(skipped + len(raw), max_bytes)
+                yield number, too_long(skipped + len(raw), max_bytes)
             elif raw.strip(_BLANK):
                 yield number, raw
             skipped = 0
@@ -185,14 +187,15 @@ def _split_lines(head: bytes, stream: _Unpacked, max_bytes: int) -> Iterator[tup
         chunk = stream.read(max(_BLOCK_BYTES, len(rest)))
         if not chunk:
             if skipped:
-                yield number + 1, _too_long(skipped, max_bytes)
+                yield number + 1, too_long(skipped, max_bytes)
             elif rest.strip(_BLANK):
                 yield number + 1, rest
             return
         pending = rest + chunk
 
 
-def _too_long(size: int, max_bytes: int) -> RejectError:
+def too_long(size: int, max_bytes: int) -> RejectError:
+    """Return the reason why a record of `size` bytes is rejected."""
     return RejectError("record_too_long", f"{size} bytes, the limit is {max_bytes}")
 
 
@@ -267,7 +270,7 @@ def _split_array(head: bytes, stream: _Unpacked, max_bytes: int) -> Iterator[tup
         raw = buffer[begin:position]
         start = start if skipped else line + _leading_breaks(raw)
         if skipped + len(raw) > max_bytes:
-            yield start, _too_long(skipped + len(raw), max_bytes)
+            yield start, too_long(skipped + len(raw), max_bytes)
         elif raw.strip(_BLANK):
             yield start, raw
         line += buffer.count(b"\n", begin, position + 1)
@@ -283,15 +286,12 @@ def _leading_breaks(raw: bytes) -> int:
     return raw.count(b"\n", 0, len(raw) - len(raw.lstrip(_BLANK)))
 
 
-class _DuplicateKeyError(Exception):
-    pass
-
-
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) < len(pairs):
         seen: set[str] = set()
-        raise _DuplicateKeyError(next(key for key, _ in pairs if key in seen or seen.add(key)))  # type: ignore[func-returns-value]
+        name = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise RejectError("json_duplicate_key", f"key {name[:100]!r} is given twice")
     return value
 
 
@@ -302,30 +302,20 @@ def _no_constant(name: str) -> None:
 _DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant)
 
 
-def _parse(raw: bytes) -> dict[str, Any] | RejectError:
-    try:
-        text = raw.strip(_BLANK).decode("utf-8")
-        value = _DECODER.decode(text)
-    except UnicodeDecodeError as error:
-        return RejectError("invalid_utf8", f"byte 0x{raw[error.start]:02X} at {error.start} of the record")
-    except RecursionError:
-        return RejectError("json_nesting", "brackets are nested too deeply")
-    except _DuplicateKeyError as error:
-        return RejectError("json_duplicate_key", f"key {str(error)[:100]!r} is given twice")
-    except ValueError as error:
-        return RejectError("json_syntax", str(error)[:200])
-    if not isinstance(value, dict):
-        return RejectError("json_type", f"the record is {type(value).__name__}, not an object")
-    return value
-
-
 def parse_record(raw: bytes) -> dict[str, Any]:
-    """Parse one record on its own, e.g. the .json of a tar member.
+    """Parse one record.
 
     Raises:
-        RejectError: one of those that `read_records` yields.
+        RejectError: json_syntax, json_nesting, json_duplicate_key, json_type or invalid_utf8.
     """
-    value = _parse(raw)
-    if isinstance(value, RejectError):
-        raise value
+    try:
+        value = _DECODER.decode(raw.strip(_BLANK).decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise RejectError("invalid_utf8", f"byte 0x{raw[error.start]:02X} at {error.start} of the record") from None
+    except RecursionError:
+        raise RejectError("json_nesting", "brackets are nested too deeply") from None
+    except ValueError as error:
+        raise RejectError("json_syntax", str(error)[:200]) from None
+    if not isinstance(value, dict):
+        raise RejectError("json_type", f"the record is {type(value).__name__}, not an object")
     return value

@@ -143,10 +143,7 @@ def _shown(link: str) -> tuple[str, str, str]:
 
 
 class RemoteStore:
-    """The file system behind a URL; every call is retried, except for errors that a retry cannot fix.
-
-    Args:
-        location: a file, folder or pattern.
+    """The file system behind the URL of a file, folder or pattern; calls are retried if that can fix the error.
 
     Raises:
         ConfigError: the scheme is unknown, or needs a package that is not installed.
@@ -183,12 +180,7 @@ class RemoteStore:
         return self._system.unstrip_protocol(name) + chain + rest
 
     def read(self, start: int, end: int, size: int) -> bytes:
-        """Return a range of the file.
-
-        Args:
-            start: first byte.
-            end: one after the last byte, at most `size`.
-            size: size of the whole file [bytes].
+        """Return the bytes from `start` up to, but without, `end`, which is at most `size`, that of the whole file.
 
         Raises:
             StorageError: the file cannot be read, or has become shorter.
@@ -304,9 +296,6 @@ class RangeReader(io.RawIOBase):
 
     A tar is thus read in few requests although the files of a key are not read in order, and a single image of another
     tar costs no more than its own size.
-
-    Args:
-        file: the file to read.
     """
 
     def __init__(self, file: RemoteFile) -> None:

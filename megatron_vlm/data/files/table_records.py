@@ -8,7 +8,7 @@ from megatron_vlm.config.prepare import MAX_RECORD_BYTES
 from megatron_vlm.data.files.inputs import is_table
 from megatron_vlm.data.files.locations import Location
 from megatron_vlm.data.files.parquet import open_parquet, read_rows
-from megatron_vlm.data.files.records import Record, read_records
+from megatron_vlm.data.files.records import Record, read_records, too_long
 from megatron_vlm.data.rejects import RejectError
 
 
@@ -20,11 +20,7 @@ def read_any_records(path: Location, *, max_bytes: int = MAX_RECORD_BYTES) -> It
 
 
 def read_table_records(path: Location, *, max_bytes: int = MAX_RECORD_BYTES) -> Iterator[Record]:
-    """Read the rows of a parquet file, a few at a time.
-
-    Args:
-        path: parquet file.
-        max_bytes: longest row, measured by its texts and bytes; a longer one is rejected.
+    """Read the rows of a parquet file, a few at a time; one with texts and bytes of over `max_bytes` is rejected.
 
     Yields:
         A record whose line is the number of the row, from 1, without empty cells; or a RejectError with reason
@@ -41,9 +37,7 @@ def read_table_records(path: Location, *, max_bytes: int = MAX_RECORD_BYTES) -> 
 def _record(cells: dict[str, Any], max_bytes: int) -> dict[str, Any] | RejectError:
     value = {name: cell for name, cell in cells.items() if cell is not None}
     size = _num_bytes(value)
-    if size > max_bytes:
-        return RejectError("record_too_long", f"{size} bytes, the limit is {max_bytes}")
-    return value
+    return too_long(size, max_bytes) if size > max_bytes else value
 
 
 def _num_bytes(value: Any) -> int:

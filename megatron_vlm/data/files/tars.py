@@ -7,7 +7,7 @@ Python's tarfile, and matches members by name in any order.
 import functools
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 from megatron_vlm.data.files.locations import Location, RemoteFile
@@ -44,11 +44,7 @@ class Member(NamedTuple):
 
 
 class TarReader:
-    """One open tar file.
-
-    Args:
-        path: an uncompressed tar.
-    """
+    """One open tar file, not compressed."""
 
     def __init__(self, path: Location) -> None:
         self._descriptor: int | None = None
@@ -152,7 +148,7 @@ def list_members(tar: TarReader) -> tuple[list[Member], RejectError | None]:
     return members, None
 
 
-def group_members(members: Iterator[Member]) -> dict[str, dict[str, Member | None]]:
+def group_members(members: Iterable[Member]) -> dict[str, dict[str, Member | None]]:
     """Return the members of each key by extension, in order of first appearance; None for a name that occurs twice."""
     groups: dict[str, dict[str, Member | None]] = {}
     for member in members:

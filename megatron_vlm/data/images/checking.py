@@ -10,21 +10,12 @@ import dataclasses
 import io
 import struct
 import zlib
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 from megatron_vlm.config import DataError
 from megatron_vlm.config.prepare import ImageLimits, ImageRules
 from megatron_vlm.data.documents import Image
-from megatron_vlm.data.images.decoding import (
-    JPEG_METADATA,
-    PNG_METADATA,
-    WEBP_METADATA,
-    decode_rgb,
-    find_excess,
-    has_swapped_sides,
-)
+from megatron_vlm.data.images.decoding import JPEG_METADATA, LYING, decode_rgb, find_excess, find_orientation
 from megatron_vlm.data.images.formats import PNG_SIGNATURE, find_format
 from megatron_vlm.data.rejects import RejectError
 
@@ -37,14 +28,19 @@ _JPEG_FRAMES = frozenset([*range(0xC0, 0xD0)]) - {0xC4, 0xC8, 0xCC}
 # Baseline, extended and progressive, with Huffman or arithmetic coding; the others are lossless or hierarchical.
 _JPEG_DECODABLE = frozenset([0xC0, 0xC1, 0xC2, 0xC9, 0xCA])
 _PNG_CHUNK = struct.Struct(">I4s")
-_WEBP_ANIMATED = 0x02
+_WEBP_ANIMATED, _WEBP_METADATA = 0x02, 0x08 | 0x04  # flags; those of EXIF and of XMP
+# Types and keywords of the chunks from which Pillow reads an orientation.
+_PNG_METADATA = (
+    b"eXIf",
+    *(kind + b"Raw profile type exif\0" for kind in (b"tEXt", b"zTXt", b"iTXt")),
+    b"iTXtXML:com.adobe.xmp\0",
+)
 
 
 @dataclass(frozen=True, slots=True)
 class ImageFacts:
-    """Format and size of an image file; width and height are those of the upright image [pixels]."""
+    """What the structure of an image file tells; width and height are those of the upright image [pixels]."""
 
-    format: Literal["JPEG", "PNG", "WEBP", "GIF"]
     width: int
     height: int
     animated: bool = False
@@ -63,15 +59,16 @@ def check_image(data: bytes, rules: ImageRules) -> ImageFacts:
         raise RejectError("image_empty", "the image has 0 bytes")
     if not rules.min_bytes <= len(data) <= rules.max_bytes:
         raise RejectError("image_bytes", f"{len(data)} bytes, allowed are {rules.min_bytes} to {rules.max_bytes}")
-    reader = _find_reader(data)
+    if (file_format := find_format(data)) is None:
+        raise RejectError("image_format", f"not a JPEG, PNG, WEBP or GIF; starts with {data[:12]!r}")
     try:
-        facts = reader(data, rules.limits)
+        facts = _READERS[file_format.name](data, rules.limits)
     except (IndexError, struct.error):
         raise RejectError("image_truncated", f"the file ends within its structure, after {len(data)} bytes") from None
     if rules.decode:
         width, height = _decode(data, rules).size
         return dataclasses.replace(facts, width=width, height=height)
-    if facts.has_metadata and has_swapped_sides(data):
+    if facts.has_metadata and find_orientation(data) in LYING:
         return dataclasses.replace(facts, width=facts.height, height=facts.width)
     return facts
 
@@ -98,13 +95,6 @@ def _decode(data: bytes, rules: ImageRules):
         return decode_rgb(data, limits=rules.limits)
     except DataError as error:
         raise RejectError("image_damaged", error.what) from None
-
-
-def _find_reader(data: bytes) -> Callable[[bytes, ImageLimits], ImageFacts]:
-    file_format = find_format(data)
-    if file_format is None:
-        raise RejectError("image_format", f"not a JPEG, PNG, WEBP or GIF; starts with {data[:12]!r}")
-    return _READERS[file_format.name]
 
 
 def _check_size(width: int, height: int, limits: ImageLimits) -> None:
@@ -145,7 +135,7 @@ def _read_jpeg(data: bytes, limits: ImageLimits) -> ImageFacts:
         raise RejectError("image_damaged", "JPEG scan without a frame")
     if data.rfind(b"\xff\xd9", position) < 0:
         raise RejectError("image_truncated", f"JPEG of {len(data)} bytes has no end-of-image marker")
-    return ImageFacts("JPEG", *size, has_metadata=has_metadata)
+    return ImageFacts(*size, has_metadata=has_metadata)
 
 
 def _read_png(data: bytes, limits: ImageLimits) -> ImageFacts:
@@ -164,14 +154,14 @@ def _read_png(data: bytes, limits: ImageLimits) -> ImageFacts:
             size = (width, height)
             _check_size(width, height, limits)
         animated |= kind == b"acTL"
-        has_metadata |= data.startswith(PNG_METADATA, position + 4)
+        has_metadata |= data.startswith(_PNG_METADATA, position + 4)
         has_data |= kind == b"IDAT"
         if kind == b"IEND":
             break
         position = end + 4
     if not has_data:
         raise RejectError("image_damaged", "PNG without image data")
-    return ImageFacts("PNG", *size, animated, has_metadata)
+    return ImageFacts(*size, animated, has_metadata)
 
 
 def _read_webp(data: bytes, limits: ImageLimits) -> ImageFacts:
@@ -187,12 +177,12 @@ def _read_webp(data: bytes, limits: ImageLimits) -> ImageFacts:
         (bits,) = struct.unpack_from("<I", data, 21)
         width, height = (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
     elif kind == b"VP8X":
-        animated, has_metadata = bool(data[20] & _WEBP_ANIMATED), bool(data[20] & WEBP_METADATA)
+        animated, has_metadata = bool(data[20] & _WEBP_ANIMATED), bool(data[20] & _WEBP_METADATA)
         width, height = (int.from_bytes(data[start : start + 3], "little") + 1 for start in (24, 27))
     else:
         raise RejectError("image_damaged", f"WEBP starts with chunk {kind!r}")
     _check_size(width, height, limits)
-    return ImageFacts("WEBP", width, height, animated, has_metadata)
+    return ImageFacts(width, height, animated, has_metadata)
 
 
 def _read_gif(data: bytes, limits: ImageLimits) -> ImageFacts:
@@ -206,7 +196,7 @@ def _read_gif(data: bytes, limits: ImageLimits) -> ImageFacts:
             position = _skip_gif_blocks(data, position + 2)
         elif kind == 0x2C:
             if frames:
-                return ImageFacts("GIF", width, height, animated=True)
+                return ImageFacts(width, height, animated=True)
             left, top, frame_width, frame_height, flags = struct.unpack_from("<HHHHB", data, position + 1)
             width, height = max(width, left + frame_width), max(height, top + frame_height)
             _check_size(width, height, limits)
@@ -216,7 +206,7 @@ def _read_gif(data: bytes, limits: ImageLimits) -> ImageFacts:
             break
     if not frames:
         raise RejectError("image_truncated" if position >= len(data) else "image_damaged", "GIF without a frame")
-    return ImageFacts("GIF", width, height)
+    return ImageFacts(width, height)
 
 
 def _gif_table_bytes(flags: int) -> int:

@@ -6,28 +6,21 @@ Without torch, so that preparation starts fast; `pixels.py` makes of them what t
 import io
 import struct
 import warnings
-from collections.abc import Iterator
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from megatron_vlm.config import DataError
 from megatron_vlm.config.prepare import ImageLimits
-from megatron_vlm.data.images.formats import FORMATS, JPEG, PNG, WEBP, find_format
+from megatron_vlm.data.images.formats import FORMATS
 
 _FORMATS = tuple(one.name for one in FORMATS)
 _ORIENTATION_TAG = 0x0112
-_LYING = frozenset([5, 6, 7, 8])
+LYING = frozenset([5, 6, 7, 8])
+"""Orientations of images that lie on their side: width and height of the upright image are swapped."""
 _JPEG_SCAN = b"\xda"
-# Beginnings of the segments, and types and keywords of the chunks, from which Pillow reads an orientation.
 JPEG_METADATA = (b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0")
-PNG_METADATA = tuple(
-    kind + keyword
-    for kind, keyword in [(b"eXIf", b"")]
-    + [(kind, b"Raw profile type exif\0") for kind in (b"tEXt", b"zTXt", b"iTXt")]
-    + [(b"iTXt", b"XML:com.adobe.xmp\0")]
-)
-WEBP_METADATA = 0x08 | 0x04  # flags of EXIF and of XMP
+"""Beginnings of the segments from which Pillow reads an orientation."""
 # Errors that Pillow raises for damaged bytes in any of the four formats; all others are bugs and must not be hidden.
 _DECODE_ERRORS = (
     OSError,
@@ -92,60 +85,28 @@ def check_limits(width: int, height: int, limits: ImageLimits) -> None:
         raise DataError(f"image of {excess[1]}", fix="leave the sample out, or change the limits")
 
 
-def has_orientation(encoded: bytes) -> bool:
-    """Tell whether an image file has metadata that may contain an orientation: EXIF or XMP.
+def has_jpeg_metadata(encoded: bytes) -> bool:
+    """Tell whether a JPEG has EXIF or XMP, which may contain an orientation.
 
-    Only segments and chunks are examined; searching the whole file would take as long as resizing the image.
+    Only segments are examined; searching the whole file would take as long as resizing the image.
     """
-    file_format = find_format(encoded)
-    if file_format is JPEG:
-        return any(encoded.startswith(JPEG_METADATA, start + 4) for start in _jpeg_segments(encoded))
-    if file_format is PNG:
-        return any(encoded.startswith(PNG_METADATA, start + 4) for start in _png_chunks(encoded))
-    if file_format is WEBP:
-        return encoded[12:16] == b"VP8X" and bool(encoded[20] & WEBP_METADATA)
+    position = 2
+    while encoded[position : position + 1] == b"\xff" and (kind := encoded[position + 1 : position + 2]) != _JPEG_SCAN:
+        if kind == b"\xff":  # a fill byte
+            position += 1
+            continue
+        if encoded.startswith(JPEG_METADATA, position + 4):
+            return True
+        position += 2 + int.from_bytes(encoded[position + 2 : position + 4], "big")
     return False
 
 
-def _jpeg_segments(encoded: bytes) -> Iterator[int]:
-    """Yield the position of each segment before the scan."""
-    position = 2
-    while encoded[position : position + 1] == b"\xff" and encoded[position + 1 : position + 2] != _JPEG_SCAN:
-        if encoded[position + 1 : position + 2] == b"\xff":  # a fill byte
-            position += 1
-            continue
-        yield position
-        position += 2 + int.from_bytes(encoded[position + 2 : position + 4], "big")
-
-
-def _png_chunks(encoded: bytes) -> Iterator[int]:
-    """Yield the position of each chunk."""
-    position = 8
-    while position < len(encoded):
-        yield position
-        position += 12 + int.from_bytes(encoded[position : position + 4], "big")
-
-
-def is_upright(encoded: bytes) -> bool:
-    """Tell whether an image is stored upright.
+def find_orientation(encoded: bytes) -> int | None:
+    """Return the orientation in the metadata, 1 if there is none; None if the metadata cannot be read.
 
     Raises:
         DataError: the content is not JPEG, PNG, WEBP or GIF.
     """
-    return _orientation(encoded) == 1
-
-
-def has_swapped_sides(encoded: bytes) -> bool:
-    """Tell whether an image is stored lying on its side, so that width and height of the upright image are swapped.
-
-    Raises:
-        DataError: the content is not JPEG, PNG, WEBP or GIF.
-    """
-    return _orientation(encoded) in _LYING
-
-
-def _orientation(encoded: bytes) -> int | None:
-    """Return the orientation in the metadata, 1 if there is none; None if the metadata cannot be read."""
     image = _open(encoded)
     try:
         with warnings.catch_warnings():

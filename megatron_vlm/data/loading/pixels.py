@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megatron_vlm.config.prepare import ImageLimits
-from megatron_vlm.data.images.decoding import check_limits, decode_rgb, has_orientation, is_upright
+from megatron_vlm.data.images.decoding import check_limits, decode_rgb, find_orientation, has_jpeg_metadata
 from megatron_vlm.data.images.formats import JPEG, find_format
 
 Aspect = Literal["pad", "square", "resize"]
@@ -85,7 +85,7 @@ def _decode_jpeg(encoded: bytes, limits: ImageLimits) -> np.ndarray | None:
     except ValueError:
         return None
     check_limits(width, height, limits)
-    if colours not in _PLAIN_JPEG or (has_orientation(encoded) and not is_upright(encoded)):
+    if colours not in _PLAIN_JPEG or (has_jpeg_metadata(encoded) and find_orientation(encoded) != 1):
         return None
     try:
         return simplejpeg.decode_jpeg(encoded, "RGB")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vlm.config import ConfigError
-from megatron_vlm.data.files.join_index import JoinRows, save_join_index
+from megatron_vlm.data.files.join_index import save_join_index
 from megatron_vlm.data.files.locations import Location, name_files, size_of
 from megatron_vlm.data.prepare.array_task import PART_OPTION, ArrayTask
 from megatron_vlm.data.prepare.chunk import (
@@ -214,7 +214,7 @@ def _build_index(chunk: ChunkJob, work: Path, run: Engine) -> ChunkJob:
         return chunk
     folder = work / _IMAGE_INDEX
     if not folder.exists():
-        rows: list[JoinRows] = run(index_tar, [(p, n) for n, p in enumerate(chunk.images.tars)], unit="files")
+        rows = run(index_tar, [(p, n) for n, p in enumerate(chunk.images.tars)], unit="files")
         with folder_once(folder) as unfinished:
             save_join_index(rows, unfinished)
     return dataclasses.replace(chunk, images=dataclasses.replace(chunk.images, index=folder))

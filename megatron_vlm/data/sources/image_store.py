@@ -12,7 +12,7 @@ import numpy as np
 from megatron_vlm.config import ConfigError, DataError
 from megatron_vlm.config.prepare import MAX_RECORD_BYTES, ImageRules
 from megatron_vlm.data.documents import Image
-from megatron_vlm.data.files.join_index import JoinIndex, JoinRows, hash_texts
+from megatron_vlm.data.files.join_index import JoinIndex, join_rows
 from megatron_vlm.data.files.locations import Location, RemoteFile
 from megatron_vlm.data.files.records import parse_record
 from megatron_vlm.data.files.remote import DeniedError, RemoteStore
@@ -153,7 +153,7 @@ class TarImages:
         return reader
 
 
-def index_tar(path: Location, number: int) -> JoinRows:
+def index_tar(path: Location, number: int) -> np.ndarray:
     """List the images of one tar under their URL, name and key.
 
     Args:
@@ -163,7 +163,7 @@ def index_tar(path: Location, number: int) -> JoinRows:
     names: list[str] = []
     rows: list[tuple[int, int, int]] = []
     with TarReader(path) as tar:
-        for key, group in group_members(iter(list_members(tar)[0])).items():
+        for key, group in group_members(list_members(tar)[0]).items():
             member = find_image(group)
             if member is None:
                 continue
@@ -171,7 +171,7 @@ def index_tar(path: Location, number: int) -> JoinRows:
             own += _url_names(tar, group.get("json"))
             names += own
             rows += [(number, min(member.size, _MAX_SIZE), member.offset)] * len(own)
-    return JoinRows(hash_texts(names), np.array(rows, dtype=_PLACE_DTYPE))
+    return join_rows(names, np.array(rows, dtype=_PLACE_DTYPE))
 
 
 class ImageReader:

@@ -77,18 +77,16 @@ def _run_in_pool(function: Callable, tasks: Sequence[tuple], num_workers: int, b
         ) as pool,
         _ended_by_interrupt(pool),
     ):
-        call = _call_reporting if reports else _call
-        futures = [pool.submit(call, function, task) for task in tasks]
+        futures = [pool.submit(_call, function, task, reports) for task in tasks]
         pending = set(futures)
         while pending:
             finished, pending = wait(pending, timeout=_POLL_SECONDS, return_when=FIRST_EXCEPTION)
-            done, rejected = (counters[0], counters[1]) if reports else (len(tasks) - len(pending), None)
-            bar.set_postfix({} if rejected is None else {"rejects": rejected}, refresh=False)
-            bar.update(done - bar.n)
-            failed = next((future for future in finished if future.exception()), None)
-            if failed is not None:
+            if reports:
+                bar.set_postfix(rejects=counters[1], refresh=False)
+            bar.update((counters[0] if reports else len(tasks) - len(pending)) - bar.n)
+            if error := next(filter(None, (future.exception() for future in finished)), None):
                 pool.shutdown(wait=False, cancel_futures=True)
-                raise _explain(failed.exception())
+                raise _explain(error)
         return [future.result() for future in futures]
 
 
@@ -105,13 +103,13 @@ def _ended_by_interrupt(pool: ProcessPoolExecutor) -> Iterator[None]:
         raise
 
 
-def _explain(error: BaseException | None) -> BaseException:
+def _explain(error: BaseException) -> BaseException:
     if isinstance(error, BrokenProcessPool):
         return StorageError(
             "a worker process was killed, perhaps for lack of memory",
             fix="run the same command again, with fewer --workers if memory is short; finished input files are kept",
         )
-    return error or StorageError("a worker process ended without an error")
+    return error
 
 
 def _start_worker(counters: Any, parent: int) -> None:
@@ -121,12 +119,8 @@ def _start_worker(counters: Any, parent: int) -> None:
     die_with_parent(parent)
 
 
-def _call(function: Callable, task: tuple) -> Any:
-    return function(*task)
-
-
-def _call_reporting(function: Callable, task: tuple) -> Any:
-    return function(*task, _report)
+def _call(function: Callable, task: tuple, reports: bool) -> Any:
+    return function(*task, _report) if reports else function(*task)
 
 
 def _report(done: int, rejects: int) -> None:

@@ -163,15 +163,11 @@ def _call(function: Callable, task: tuple, number: int, progress: Any) -> Any:
 def absolute_paths(value: Any) -> Any:
     """Return the value with absolute paths, also in tuples and dataclasses: nodes have other working directories."""
     if isinstance(value, Path):
-        return value if value.is_absolute() else value.absolute()
+        return value.absolute()
     if isinstance(value, tuple):
-        changed = [absolute_paths(item) for item in value]
-        if all(new is old for new, old in zip(changed, value, strict=True)):
-            return value
-        return type(value)(*changed) if hasattr(value, "_fields") else tuple(changed)
+        items = [absolute_paths(item) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
     if not dataclasses.is_dataclass(value) or isinstance(value, type):
         return value
     fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-    changed_fields = {name: absolute_paths(item) for name, item in fields.items()}
-    different = {name: item for name, item in changed_fields.items() if item is not fields[name]}
-    return dataclasses.replace(value, **different) if different else value
+    return dataclasses.replace(value, **{name: absolute_paths(item) for name, item in fields.items()})

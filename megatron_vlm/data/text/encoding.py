@@ -1,7 +1,6 @@
 """From a document to the token ids and images of one sample."""
 
 from collections.abc import Iterable
-from typing import Protocol
 
 import numpy as np
 
@@ -9,22 +8,10 @@ from megatron_vlm.config import ConfigError
 from megatron_vlm.data.documents import Control, Document, Image, Segment, Special, Text
 from megatron_vlm.data.rejects import RejectError
 from megatron_vlm.data.samples import EncodedSample, ImageSegment, TextSegment
+from megatron_vlm.data.text.tokenizer import Tokenizer
 
 
-class Encoder(Protocol):
-    """The interface of a tokenizer that encoding uses."""
-
-    bos_id: int
-    eos_id: int
-
-    def encode(self, text: str, *, continuation: bool = False) -> list[int]:
-        """Return ids without BOS and EOS."""
-
-    def piece_id(self, piece: str) -> int | None:
-        """Return the id of a piece, or None."""
-
-
-def encode_segments(segments: Iterable[Segment], tokenizer: Encoder) -> tuple[TextSegment | ImageSegment, ...]:
+def encode_segments(segments: Iterable[Segment], tokenizer: Tokenizer) -> tuple[TextSegment | ImageSegment, ...]:
     """Tokenise segments one by one; neighbours with the same mask become one text segment.
 
     Each segment is tokenised on its own, so the mask does not depend on how a longer text would be split into pieces.
@@ -59,7 +46,7 @@ def encode_segments(segments: Iterable[Segment], tokenizer: Encoder) -> tuple[Te
     return tuple(encoded)
 
 
-def encode_document(document: Document, tokenizer: Encoder, *, bos: bool = True, eos: bool = True) -> EncodedSample:
+def encode_document(document: Document, tokenizer: Tokenizer, *, bos: bool = True, eos: bool = True) -> EncodedSample:
     """Encode a document as one sample: BOS, its segments, EOS; the recipe may omit BOS or EOS.
 
     Raises:
@@ -79,7 +66,7 @@ def _flush(encoded: list[TextSegment | ImageSegment], ids: list[int], train: boo
         encoded.append(TextSegment(np.array(ids, dtype=np.int32), train))
 
 
-def _special_id(segment: Special, tokenizer: Encoder) -> int:
+def _special_id(segment: Special, tokenizer: Tokenizer) -> int:
     if segment.token is Control.BOS:
         return tokenizer.bos_id
     if segment.token is Control.EOS:

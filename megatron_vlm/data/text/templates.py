@@ -10,7 +10,8 @@ from megatron_vlm.config import ConfigError
 from megatron_vlm.data.documents import PLACEHOLDER, Control, Document, Image, Segment, Special, Text
 from megatron_vlm.data.rejects import RejectError
 from megatron_vlm.data.samples import ImageSegment, TextSegment
-from megatron_vlm.data.text.encoding import Encoder, encode_segments
+from megatron_vlm.data.text.encoding import encode_segments
+from megatron_vlm.data.text.tokenizer import Tokenizer
 
 _EOS, _BOS = Special(Control.EOS), Special(Control.BOS)
 _Fragment = str | Special
@@ -122,15 +123,11 @@ def find_template(name: str) -> Template:
 
 
 def find_system(name: str) -> object:
-    """Return the system prompt that an option names, as `render_conversation` takes it.
-
-    Args:
-        name: "default" (the template's own), "none", or the text itself.
-    """
+    """Return the system prompt for `render_conversation`: "default" (the template's own), "none", or the text."""
     return {"default": DEFAULT_SYSTEM, "none": None}.get(name, name)
 
 
-def check_template(template: Template, tokenizer: Encoder) -> None:
+def check_template(template: Template, tokenizer: Tokenizer) -> None:
     """Encode a turn, so that a template that does not fit the tokenizer fails before any data is read.
 
     hermes-2 and llama_3 need a SentencePiece model that has their pieces, such as <|eot_id|>.
@@ -188,23 +185,16 @@ def render_conversation(turns: Sequence[Turn], template: Template, system: objec
 
 
 def encode_conversation(
-    turns: Sequence[Turn], tokenizer: Encoder, *, template: Template, system: object = DEFAULT_SYSTEM
+    turns: Sequence[Turn], tokenizer: Tokenizer, *, template: Template, system: object = DEFAULT_SYSTEM
 ) -> tuple[TextSegment | ImageSegment, ...]:
     """Return the token ids and images of a conversation, with BOS; see `render_conversation`."""
     return encode_segments(render_conversation(turns, template, system).segments, tokenizer)
 
 
 def encode_prompt(
-    turns: Sequence[Turn], tokenizer: Encoder, *, template: Template, system: object = DEFAULT_SYSTEM
+    turns: Sequence[Turn], tokenizer: Tokenizer, *, template: Template, system: object = DEFAULT_SYSTEM
 ) -> tuple[TextSegment | ImageSegment, ...]:
-    """Return the token ids and images up to the point where the assistant begins its last answer.
-
-    Args:
-        turns: earlier turns with their answers; the answer of the last one is ignored.
-        tokenizer: the tokenizer of the model.
-        template: the template of the training data.
-        system: as in `render_conversation`.
-    """
+    """Return the token ids and images up to the point where the assistant begins its last answer, which is ignored."""
     open_turns = [*turns[:-1], *(Turn(turn.question, None) for turn in turns[-1:])]
     return encode_conversation(open_turns, tokenizer, template=template, system=system)
 

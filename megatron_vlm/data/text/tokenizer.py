@@ -1,8 +1,9 @@
 """A SentencePiece tokenizer."""
 
+import dataclasses
+import functools
 import hashlib
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
 
 import sentencepiece
@@ -38,7 +39,7 @@ def load_tokenizer(path: str | Path) -> "Tokenizer":
         ) from None
     if not content:
         raise ConfigError("tokenizer file is empty", where=str(file), fix="copy it again")
-    return Tokenizer(content, name=file.name, where=str(file))
+    return Tokenizer(content, str(file))
 
 
 class Tokenizer:
@@ -46,12 +47,11 @@ class Tokenizer:
 
     Args:
         content: the serialised SentencePiece model.
-        name: file name, for messages.
-        where: path, for messages.
+        where: its path, for messages.
     """
 
-    def __init__(self, content: bytes, *, name: str, where: str) -> None:
-        self._content, self.name, self._where = content, name, where
+    def __init__(self, content: bytes, where: str) -> None:
+        self._content, self.name, self._where = content, Path(where).name, where
         self.sha256 = hashlib.sha256(content).hexdigest()
         self._processor = self._load(content)
         self.bos_id, self.eos_id = self._processor.bos_id(), self._processor.eos_id()
@@ -64,18 +64,12 @@ class Tokenizer:
             )
 
     def __reduce__(self) -> tuple:
-        return (_rebuild, (self._content, self.name, self._where))
+        return (Tokenizer, (self._content, self._where))
 
     @property
     def facts(self) -> TokenizerFacts:
         """Facts for a manifest."""
-        return TokenizerFacts(
-            name=self.name,
-            sha256=self.sha256,
-            vocab_size=self.vocab_size,
-            bos_id=self.bos_id,
-            eos_id=self.eos_id,
-        )
+        return TokenizerFacts(**{field.name: getattr(self, field.name) for field in dataclasses.fields(TokenizerFacts)})
 
     def encode(self, text: str, *, continuation: bool = False) -> list[int]:
         """Return the ids of `text`, without BOS and EOS.
@@ -102,12 +96,12 @@ class Tokenizer:
         token = self._processor.piece_to_id(piece)
         return None if self._processor.is_unknown(token) and piece != self.piece(token) else int(token)
 
-    @cached_property
+    @functools.cached_property
     def _words(self) -> WordEncoder | None:
         adds_blank = read_word_rule(self._content, self._processor)
         return None if adds_blank is None else WordEncoder(self._continuing, adds_blank=adds_blank)
 
-    @cached_property
+    @functools.cached_property
     def _continuing(self) -> sentencepiece.SentencePieceProcessor:
         return self._load(self._content + _NO_PREFIX)
 
@@ -118,7 +112,3 @@ class Tokenizer:
             raise ConfigError(
                 "file is not a SentencePiece model", where=self._where, fix="give a SentencePiece .model file"
             ) from None
-
-
-def _rebuild(content: bytes, name: str, where: str) -> Tokenizer:
-    return Tokenizer(content, name=name, where=where)

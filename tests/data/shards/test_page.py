@@ -72,7 +72,7 @@ def test_page_names_source_index_and_counts_and_needs_no_other_file(dataset, tok
 
 
 def test_another_tokenizer_is_refused(dataset, tokenizer_path):
-    other = Tokenizer(tokenizer_path.read_bytes() + b"\x1a\x04\x18\x00\x20\x00", name="other", where="other")
+    other = Tokenizer(tokenizer_path.read_bytes() + b"\x1a\x04\x18\x00\x20\x00", "other")
     with pytest.raises(DataError, match="prepared with tokenizer tiny.model"):
         render_page(dataset, other, [0])
 

@@ -84,7 +84,7 @@ def test_every_path_of_a_task_becomes_absolute(tmp_path, monkeypatch):
     job = _Job((Path("a"), Path("/b")), _Pair(Path("c"), 1), "d")
     assert absolute_paths((job, 5)) == (_Job((tmp_path / "a", Path("/b")), _Pair(tmp_path / "c", 1), "d"), 5)
     unchanged = _Job((Path("/b"),), _Pair(Path("/c"), 1), "d")
-    assert absolute_paths(unchanged) is unchanged
+    assert absolute_paths(unchanged) == unchanged
 
 
 def square_reporting(value: int, report) -> int:

@@ -51,7 +51,7 @@ def models():
 @settings(max_examples=150, deadline=None)
 @given(text=TEXTS)
 def test_ids_are_those_of_the_whole_text(models, name, text):
-    tokenizer = Tokenizer(models[name], name=name, where="memory")
+    tokenizer = Tokenizer(models[name], "memory")
     assert tokenizer._words is not None
     whole = sentencepiece.SentencePieceProcessor(model_proto=models[name])
     assert tokenizer.encode(text) == whole.encode(text)
@@ -76,10 +76,10 @@ def test_a_model_that_may_cross_words_encodes_the_whole_text(options):
     whole = sentencepiece.SentencePieceProcessor(model_proto=content)
     assert read_word_rule(content, whole) is None
     text = " the red cat sat  on the mat "
-    assert Tokenizer(content, name="other", where="memory").encode(text) == whole.encode(text)
+    assert Tokenizer(content, "memory").encode(text) == whole.encode(text)
 
 
 def test_long_words_are_not_kept_in_memory(models):
-    tokenizer = Tokenizer(models["plain"], name="plain", where="memory")
+    tokenizer = Tokenizer(models["plain"], "memory")
     tokenizer.encode("cat " + "x" * 1000)
     assert set(tokenizer._words._words) == {"▁cat"}
