@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from megatron_vlm.config import ConfigError
 from megatron_vlm.config.hooks.profiler import Config
 from megatron_vlm.training.state import TrainState
 from megatron_vlm.training.step import StepMetrics
@@ -22,7 +23,16 @@ class Hook:
         self._running: profile | None = None
 
     def start(self, state: TrainState) -> None:
-        """Start tracing if the next iteration is chosen."""
+        """Start tracing if the next iteration is chosen.
+
+        Raises:
+            ConfigError: the job has no such rank.
+        """
+        if max(self.config.ranks) >= state.rank.world_size:
+            raise ConfigError(
+                f"the profiler's ranks {list(self.config.ranks)} do not all exist",
+                fix=f"name ranks from 0 to {state.rank.world_size - 1}",
+            )
         self._begin(state)
 
     def step(self, state: TrainState, metrics: StepMetrics) -> None:
