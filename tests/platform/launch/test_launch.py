@@ -46,13 +46,20 @@ def exit_codes(end):
     return {worker.rank: worker.exit_code for worker in end.workers}
 
 
+def notice_signals():
+    """A shell starts background jobs with SIGINT ignored, nohup with SIGHUP ignored, and children inherit both."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 @pytest.fixture
 def launcher():
     """Start a launcher of two ranks; `launcher(code)` returns it and the pids of its ranks once they are ready."""
     started = []
 
     def start(code):
-        process = subprocess.Popen([sys.executable, "-c", LAUNCHER, code], stdout=subprocess.PIPE, text=True)
+        command = [sys.executable, "-c", LAUNCHER, code]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=notice_signals)
         started.append(process)
         return process, [int(process.stdout.readline().split()[1]) for _ in range(2)]
 
