@@ -141,16 +141,12 @@ class _PackedRows:
                     where=placed.where,
                     fix="the shards changed since the plan was made: delete the plan",
                 )
-            if size:
-                padding = min(-size % self.collation.sample_multiple, left)
-                self._add_padding(padding)
-                self._close_segment(size + padding, placed.dataset)
-                left -= padding
+            padding = min(-size % self.collation.sample_multiple, left)
+            self._close_segment(size, padding, placed.dataset)
+            left -= padding
             self.sample_ids.append(placed.sample_id)
             self.num_tokens += size
-        if left:
-            self._add_padding(left)
-            self._close_segment(left, dataset=0)
+        self._close_segment(0, left, dataset=0)
 
     def close(self) -> PackedBatch[tuple[bytes, str]]:
         """Return the whole micro-batch; each image is its encoded bytes and the name of its sample."""
@@ -187,27 +183,23 @@ class _PackedRows:
             size += len(self.ids[-1])
         return size
 
-    def _add_padding(self, size: int) -> None:
-        if size:
-            self._add(np.full(size, self.collation.pad_token_id), trained=False)
-
     def _add(self, ids: np.ndarray, trained: bool) -> None:
         self.ids.append(ids)
         self.trained.append(trained)
 
-    def _close_segment(self, size: int, dataset: int) -> None:
-        self.borders.append(self.borders[-1] + size)
-        self.datasets.append(dataset)
+    def _close_segment(self, size: int, padding: int, dataset: int) -> None:
+        if padding:
+            self._add(np.full(padding, self.collation.pad_token_id), trained=False)
+        if size + padding:
+            self.borders.append(self.borders[-1] + size + padding)
+            self.datasets.append(dataset)
 
     def _check_ids(self, ids: np.ndarray, where: str) -> None:
         # A vocabulary-parallel embedding turns ids out of range into zeros without an error.
         low, high = int(ids.min()), int(ids.max())
         if low < 0 or high >= self.collation.vocab_size:
-            raise DataError(
-                f"token ids reach from {low} to {high}, the vocabulary has {self.collation.vocab_size}",
-                where=where,
-                fix="prepare the dataset with the tokenizer of the model",
-            )
+            what = f"token ids reach from {low} to {high}, the vocabulary has {self.collation.vocab_size}"
+            raise DataError(what, where=where, fix="prepare the dataset with the tokenizer of the model")
 
 
 def _choose_max_seqlen(sizes: np.ndarray) -> int:
@@ -227,11 +219,7 @@ def _decode(images: Sequence[tuple[bytes, str]], collation: Collation) -> torch.
     for position, (encoded, where) in enumerate(images):
         try:
             pixels[position] = decode_image(
-                encoded,
-                image_size=side,
-                aspect=collation.image_aspect,
-                mean=collation.image_mean,
-                limits=_NO_LIMITS,
+                encoded, image_size=side, aspect=collation.image_aspect, mean=collation.image_mean, limits=_NO_LIMITS
             )
         except DataError as error:
             raise DataError(error.what, where=where, fix="prepare the dataset again without this image") from None

@@ -229,10 +229,8 @@ class _MicroBatches(Dataset):
 
     def describe(self, position: int) -> str:
         """Name the first sample of a micro-batch."""
-        for row in self._rows(position):
-            for sample_id in self.plan.row(row):
-                return self.reader.describe(int(sample_id))
-        return f"micro-batch {position}"
+        first = next((int(sample_id) for row in self._rows(position) for sample_id in self.plan.row(row)), None)
+        return self._where(position, first)
 
     def _rows(self, position: int) -> list[int]:
         """Return the rows of this rank's micro-batch `position`, both counted over all iterations."""

@@ -39,19 +39,12 @@ def check_sizes(data_parallel_sizes: Sequence[int], global_batch_size: int) -> N
     """
     for size in data_parallel_sizes:
         if size < 1 or global_batch_size % size:
-            raise UsageError(
-                f"{size} data-parallel ranks do not share training.global_batch_size={global_batch_size} evenly",
-                fix="give numbers that divide it",
-            )
+            what = f"{size} data-parallel ranks do not share training.global_batch_size={global_batch_size} evenly"
+            raise UsageError(what, fix="give numbers that divide it")
 
 
 def report_balance(settings: PlanSettings, rows: PlannedRows, data_parallel_sizes: Sequence[int]) -> list[Balance]:
     """Simulate which rank gets which rows, for several numbers of ranks; incomplete global batches are ignored.
-
-    Args:
-        settings: the settings of the plan.
-        rows: the plan.
-        data_parallel_sizes: numbers of data-parallel ranks, each a divisor of the global batch.
 
     Raises:
         UsageError: a size does not divide the global batch, or no global batch is complete.
@@ -60,9 +53,8 @@ def report_balance(settings: PlanSettings, rows: PlannedRows, data_parallel_size
     check_sizes(data_parallel_sizes, batch)
     num_batches = (len(rows.row_borders) - 1) // batch
     if not num_batches:
-        raise UsageError(
-            f"{len(rows.row_borders) - 1} rows do not fill a global batch of {batch}", fix="plan a longer training"
-        )
+        what = f"{len(rows.row_borders) - 1} rows do not fill a global batch of {batch}"
+        raise UsageError(what, fix="plan a longer training")
     rng = np.random.default_rng(settings.seed)
     order = rng.permutation(num_batches * batch)
     if settings.length_clustering:

@@ -14,11 +14,6 @@ def samples_per_pass(blend: Sequence[BlendEntry], num_samples: Sequence[int], nu
     these proportions that contains every sample: the entry that is largest for its proportion is read once, and the
     others are repeated.
 
-    Args:
-        blend: entries, all with the same kind of proportion.
-        num_samples: samples of each dataset.
-        num_images: images of each dataset.
-
     Returns:
         float64[entries]; not rounded, so that several passes together are exact.
 
@@ -47,12 +42,6 @@ def read_in_epochs(num_samples: int, start: int, stop: int, seed: Sequence[int])
     """Return the samples at [start, stop) of a dataset that is read endlessly and shuffled anew in every epoch.
 
     Every epoch contains every sample once, wherever the reading is divided into calls.
-
-    Args:
-        num_samples: samples in the dataset.
-        start: first position.
-        stop: position after the last one.
-        seed: decides the order of an epoch, together with its number.
 
     Returns:
         int64[stop - start].

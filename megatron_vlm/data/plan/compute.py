@@ -137,7 +137,14 @@ def plan_rows(settings: PlanSettings, datasets: Sequence[SampleLengths]) -> Plan
             stable_rows = num_rows
     ids, borders = np.concatenate(parts), np.concatenate([[0], np.cumsum(np.concatenate(sizes_of_rows))])
     ids, borders = _balance(settings, pool, ids, borders)
-    seq_lengths = _row_lengths(settings, pool, ids)
+    seq_lengths = None
+    if settings.length_clustering:
+        seq_lengths = clustered_row_lengths(
+            pool.lengths[ids],
+            global_batch_size=settings.global_batch_size,
+            multiple=settings.length_multiple,
+            seq_length=settings.seq_length,
+        )
     summary = _summarise(settings, pool, ids, len(borders) - 1, num_passes, seq_lengths, stable_rows)
     return PlannedRows(ids, borders, seq_lengths, pool, summary)
 
@@ -172,17 +179,6 @@ def _summarise(
         most_image_tokens=pool.tokens_per_image[1],
         # In a longer training, an incomplete batch would be filled with rows of the next pass.
         stable_iterations=stable_rows // batch,
-    )
-
-
-def _row_lengths(settings: PlanSettings, pool: SamplePool, ids: np.ndarray) -> np.ndarray | None:
-    if not settings.length_clustering:
-        return None
-    return clustered_row_lengths(
-        pool.lengths[ids],
-        global_batch_size=settings.global_batch_size,
-        multiple=settings.length_multiple,
-        seq_length=settings.seq_length,
     )
 
 

@@ -59,11 +59,7 @@ class Ledger:
         self._last = start_iteration
 
     def record(self, iteration: int, sample_ids_sha: str) -> None:
-        """Append the iteration just done.
-
-        Args:
-            iteration: counted from 1, in order.
-            sample_ids_sha: hash of the samples consumed; it equals the hash of the plan, or the run would have ended.
+        """Append the iteration just done, counted from 1, with the hash of the samples that the ranks consumed.
 
         Raises:
             ValueError: another iteration is due.

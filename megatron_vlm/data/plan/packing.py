@@ -36,8 +36,7 @@ def pack_samples(lengths: np.ndarray, seq_length: int, rng: np.random.Generator)
     Raises:
         ValueError: a length is outside 1 to seq_length.
     """
-    cells, row = _to_cells(lengths, seq_length)
-    patterns = _patterns_of(np.bincount(cells, minlength=row + 1).tobytes())
+    cells, patterns = _choose_patterns(lengths, seq_length)
     sizes = np.diff(patterns.borders)
     borders = np.concatenate([[0], np.cumsum(np.repeat(sizes, patterns.uses))])
     slots = _shuffled_slots(patterns, sizes, rng, cells.dtype)
@@ -59,8 +58,7 @@ def packed_utilisation(lengths: np.ndarray, seq_length: int, multiple: int = 1) 
     Raises:
         ValueError: a length is outside 1 to seq_length.
     """
-    cells, row = _to_cells(-(-lengths // multiple), seq_length // multiple)
-    patterns = _patterns_of(np.bincount(cells, minlength=row + 1).tobytes())
+    _, patterns = _choose_patterns(-(-lengths // multiple), seq_length // multiple)
     return int(lengths.sum(dtype=np.int64)) / (patterns.num_rows * seq_length)
 
 
@@ -71,8 +69,8 @@ def _patterns_of(counts: bytes) -> RowPatterns:
     return find_patterns(histogram, len(histogram) - 1)
 
 
-def _to_cells(lengths: np.ndarray, seq_length: int) -> tuple[np.ndarray, int]:
-    """Return the lengths and the row in cells; lengths are rounded up, so samples that fit in cells fit in tokens."""
+def _choose_patterns(lengths: np.ndarray, seq_length: int) -> tuple[np.ndarray, RowPatterns]:
+    """Return the lengths in cells, rounded up so that samples that fit in cells fit in tokens, and their patterns."""
     if lengths.size and not 1 <= int(lengths.min()) <= int(lengths.max()) <= seq_length:
         raise ValueError(f"lengths reach from {lengths.min()} to {lengths.max()}, a row has 1 to {seq_length} tokens")
     tokens_per_cell = -(-seq_length // _MAX_CELLS)
@@ -80,7 +78,8 @@ def _to_cells(lengths: np.ndarray, seq_length: int) -> tuple[np.ndarray, int]:
     # A sample that reaches into the last, incomplete cell is the only one in its row anyway.
     cells = np.minimum((lengths + (tokens_per_cell - 1)) // tokens_per_cell, row)
     # numpy sorts 16-bit integers by radix: ten times faster than a comparison sort.
-    return cells.astype(np.uint16), row
+    cells = cells.astype(np.uint16)
+    return cells, _patterns_of(np.bincount(cells, minlength=row + 1).tobytes())
 
 
 def _shuffled_slots(patterns: RowPatterns, sizes: np.ndarray, rng: np.random.Generator, dtype: Any) -> np.ndarray:

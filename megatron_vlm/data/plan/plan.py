@@ -46,6 +46,9 @@ class Plan:
 
     def __init__(self, folder: Path, settings: PlanSettings, summary: PlanSummary, data_hash: str) -> None:
         self.folder, self.settings, self.summary, self.data_hash = folder, settings, summary, data_hash
+        self.hash, self.num_iterations = summary.hash, summary.num_iterations
+        self.stable_iterations = summary.stable_iterations
+        """Leading global batches that all plans with the same `data_hash` share, as far as they reach."""
         arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in _array_names(settings)}
         self._sample_ids, self._borders = arrays["sample_ids"], arrays["row_borders"]
         self._seq_lengths = arrays.get("seq_lengths")
@@ -57,21 +60,6 @@ class Plan:
         # Pickling a memory-mapped array would copy its whole content.
         return Plan, (self.folder, self.settings, self.summary, self.data_hash)
 
-    @property
-    def hash(self) -> str:
-        """Hash of everything the plan depends on."""
-        return self.summary.hash
-
-    @property
-    def num_iterations(self) -> int:
-        """Number of global batches."""
-        return self.summary.num_iterations
-
-    @property
-    def stable_iterations(self) -> int:
-        """Leading global batches that all plans with the same `data_hash` share, as far as they reach."""
-        return self.summary.stable_iterations
-
     def seq_length(self, iteration: int) -> int:
         """Return the length of the rows of a global batch [tokens].
 
@@ -80,11 +68,6 @@ class Plan:
         """
         self._check_iteration(iteration)
         return self.settings.seq_length if self._seq_lengths is None else int(self._seq_lengths[iteration])
-
-    @property
-    def utilisation(self) -> float:
-        """Fraction of the positions in the rows that hold a token, not counting empty rows at the end."""
-        return self.summary.utilisation
 
     @property
     def num_rows(self) -> int:
@@ -166,7 +149,7 @@ def build_plan(settings: PlanSettings, datasets: Sequence[SampleLengths], folder
         "up to " if settings.length_clustering else "",
         settings.seq_length,
         plan.num_iterations,
-        plan.utilisation,
+        plan.summary.utilisation,
         plan.summary.truncated,
         plan.summary.split,
         plan.summary.dropped,
@@ -217,7 +200,6 @@ def _describe(settings: PlanSettings) -> dict[str, Any]:
 
 
 def _array_names(settings: PlanSettings) -> tuple[str, ...]:
-    """Return the names of the arrays of a plan."""
     names = ["sample_ids", "row_borders"]
     if settings.overflow == "split":
         names.append("fragments")
@@ -235,8 +217,7 @@ def _write(folder: Path, rows: PlannedRows, settings: PlanSettings, summary: Pla
         "seq_lengths": rows.seq_lengths,
     }
     for name in _array_names(settings):
-        path = folder / f"{name}.npy"
-        np.save(path, arrays[name])
+        np.save(path := folder / f"{name}.npy", arrays[name])
         checksums[name] = zlib.crc32(path.read_bytes())
     tree = {"summary": dataclasses.asdict(summary), "settings": _describe(settings), "crc32": checksums}
     (folder / _SUMMARY_FILE).write_text(json.dumps(tree, indent=1) + "\n")

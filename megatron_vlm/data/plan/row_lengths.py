@@ -45,13 +45,9 @@ def compare_row_lengths(settings: PlanSettings, datasets: Sequence[SampleLengths
     result = []
     for neighbour in _NEIGHBOURS:
         seq_length = settings.seq_length + neighbour * step
-        if seq_length <= 0:
-            continue
-        too_long = lengths > seq_length
-        packed = _fit(lengths, seq_length, settings.overflow)
-        if packed.size:
+        if seq_length > 0 and (packed := _fit(lengths, seq_length, settings.overflow)).size:
             utilisation = packed_utilisation(packed, seq_length, settings.sample_multiple)
-            result.append(RowLength(seq_length, utilisation, float(too_long.mean())))
+            result.append(RowLength(seq_length, utilisation, float((lengths > seq_length).mean())))
     return result
 
 

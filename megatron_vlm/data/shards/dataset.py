@@ -84,11 +84,8 @@ class _OpenShard:
             sequence = content[start : start + length]
             start += length
             if zlib.crc32(sequence) != crc:
-                raise DataError(
-                    f"shard is damaged: the checksum of sequence {first + len(segments)} differs",
-                    where=f"{self.prefix}.bin sample {sample}",
-                    fix=PREPARE_AGAIN,
-                )
+                what = f"shard is damaged: the checksum of sequence {first + len(segments)} differs"
+                raise DataError(what, where=f"{self.prefix}.bin sample {sample}", fix=PREPARE_AGAIN)
             if mode == MODE_IMAGE:
                 segments.append(ImageSegment(sequence, next(sizes)))
             else:
@@ -242,14 +239,13 @@ class ShardedDataset(Sequence[EncodedSample]):
     @cached_property
     def _lengths(self) -> tuple[np.ndarray, np.ndarray]:
         """Images and text tokens of each sample."""
-        images, tokens = [], []
+        images, tokens = ([np.zeros(0, dtype=np.int32)] for _ in range(2))
         for number, shard in enumerate(self.manifest.shards):
             self._check_file(number, "idx")
             index = ShardIndex.open(self.folder / f"{shard.name}.idx")
             images.append(index.num_images())
             tokens.append(index.text_lengths())
-        empty = np.zeros(0, dtype=np.int32)
-        return np.concatenate([empty, *images]), np.concatenate([empty, *tokens])
+        return np.concatenate(images), np.concatenate(tokens)
 
     def _sizes(self, number: int) -> np.ndarray:
         """Map the image sizes of a shard, uint16[images, 2]."""

@@ -18,7 +18,7 @@ from megatron_vlm.config import ConfigError, DataError, UsageError
 from megatron_vlm.data.images.formats import find_format
 from megatron_vlm.data.samples import EncodedSample, ImageSegment
 from megatron_vlm.data.shards.dataset import ShardedDataset
-from megatron_vlm.data.tasks.processes import Engine, Report, run_tasks
+from megatron_vlm.data.tasks.processes import Report, run_tasks
 from megatron_vlm.data.text.tokenizer import Tokenizer, load_tokenizer
 from megatron_vlm.platform.files.durable import flush_to_disk, open_durably, storage_errors
 from megatron_vlm.platform.files.locks import locked
@@ -61,29 +61,17 @@ def export_webdataset(job: ExportJob, *, num_workers: int = 1) -> int:
         raise UsageError(f"--samples-per-shard {job.samples_per_shard} is below 1", fix="use 1 or more")
     dataset, tokenizer = ShardedDataset.open(job.folder), load_tokenizer(job.tokenizer)
     dataset.check_tokenizer(tokenizer.facts)
-    state = {
-        "dataset": dataset.fingerprint,
-        "tokenizer": tokenizer.sha256,
-        "samples_per_shard": job.samples_per_shard,
-    }
+    options = {"tokenizer": tokenizer.sha256, "samples_per_shard": job.samples_per_shard}
     count = -(-len(dataset) // job.samples_per_shard)
     width = max(5, len(str(count - 1)))
     tasks = [(job, dataset.fingerprint, number, job.output / f"{number:0{width}d}.tar") for number in range(count)]
-    run: Engine = functools.partial(run_tasks, num_workers=num_workers)
-    with _claimed(job.output, state):
-        run(write_tar, tasks, unit="samples", reports=True)
+    with _claimed(job.output, {"dataset": dataset.fingerprint} | options):
+        run_tasks(write_tar, tasks, num_workers=num_workers, unit="samples", reports=True)
     return count
 
 
 def write_tar(job: ExportJob, fingerprint: str, number: int, path: Path, report: Report) -> None:
-    """Write one tar, unless it already exists.
-
-    Args:
-        job: the options.
-        fingerprint: fingerprint of the dataset.
-        number: number of the tar.
-        path: path of the tar.
-        report: is called with the progress.
+    """Write the tar `number` of the dataset with this fingerprint to `path`, unless it already exists.
 
     Raises:
         StorageError: it cannot be written.
@@ -124,8 +112,11 @@ def describe_sample(sample: EncodedSample, tokenizer: Tokenizer) -> tuple[dict[s
     entry: tuple[str | None, str | None, bool]
     for segment in sample.segments:
         if isinstance(segment, ImageSegment):
-            name = f"{len(files)}.{_extension(segment.encoded)}"
-            files[name] = segment.encoded
+            if (file_format := find_format(image := segment.encoded)) is None:
+                what = f"image has an unknown format; starts with {image[:12]!r}"
+                raise DataError(what, fix="check the shards: data verify")
+            name = f"{len(files)}.{file_format.extension}"
+            files[name] = image
             before, entry = [], (None, name, False)
         else:
             ends = (tokenizer.bos_id, tokenizer.eos_id)
@@ -138,13 +129,6 @@ def describe_sample(sample: EncodedSample, tokenizer: Tokenizer) -> tuple[dict[s
         for values, value in zip(record.values(), entry, strict=True):
             values.append(value)
     return record, files
-
-
-def _extension(image: bytes) -> str:
-    file_format = find_format(image)
-    if file_format is None:
-        raise DataError(f"image has an unknown format; starts with {image[:12]!r}", fix="check the shards: data verify")
-    return file_format.extension
 
 
 def _write_samples(
@@ -180,9 +164,8 @@ def _claimed(output: Path, state: dict[str, Any]) -> Iterator[None]:
                 raise ConfigError("output folder is not empty", where=str(output), fix="give another --output")
             lock = held.enter_context(locked(path))
             if lock is None:
-                raise ConfigError(
-                    "another process is exporting into this folder", where=str(output), fix="wait for it, or stop it"
-                )
+                what = "another process is exporting into this folder"
+                raise ConfigError(what, where=str(output), fix="wait for it, or stop it")
             _write_state(lock, content, output)
             for left_over in output.glob("*.tmp"):
                 left_over.unlink()
@@ -200,11 +183,8 @@ def _write_state(lock: BinaryIO, content: bytes, output: Path) -> None:
     if found == content:
         return
     if not content.startswith(found) or any(output.glob("*.tar")):
-        raise ConfigError(
-            "output folder holds an export of another dataset, or with other options",
-            where=str(output),
-            fix="give another --output, or delete the folder",
-        )
+        what = "output folder holds an export of another dataset, or with other options"
+        raise ConfigError(what, where=str(output), fix="give another --output, or delete the folder")
     # In place, because renaming would replace the locked file.
     lock.truncate(0)
     lock.write(content)

@@ -68,11 +68,8 @@ class ShardIndex:
             raise DataError("file is not the index of a shard", where=str(path), fix=PREPARE_AGAIN)
         expected = _HEADER.size + sequences * (4 + 8 + 1) + borders * 8
         if len(buffer) != expected:
-            raise DataError(
-                f"shard index has {len(buffer)} bytes, not {expected} as its header says",
-                where=str(path),
-                fix=PREPARE_AGAIN,
-            )
+            what = f"shard index has {len(buffer)} bytes, not {expected} as its header says"
+            raise DataError(what, where=str(path), fix=PREPARE_AGAIN)
         kinds = (("<i4", sequences), ("<i8", sequences), ("<i8", borders), ("<i1", sequences))
         offsets = IndexOffsets.of(sequences, borders)
         return cls(*(np.frombuffer(buffer, *kind, offset) for kind, offset in zip(kinds, offsets, strict=True)))

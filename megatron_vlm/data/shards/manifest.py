@@ -70,12 +70,8 @@ class ShardFacts:
         Raises:
             KeyError, TypeError: a field is missing or unknown.
         """
-        return cls(
-            name=tree["name"],
-            input=tree["input"],
-            counts=Counts(**tree["counts"]),
-            files={suffix: FileFacts(**facts) for suffix, facts in tree["files"].items()},
-        )
+        files = {suffix: FileFacts(**facts) for suffix, facts in tree["files"].items()}
+        return cls(name=tree["name"], input=tree["input"], counts=Counts(**tree["counts"]), files=files)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,10 +95,7 @@ class Manifest:
     @property
     def counts(self) -> Counts:
         """The sum over the shards."""
-        total = Counts()
-        for shard in self.shards:
-            total = total + shard.counts
-        return total
+        return sum((shard.counts for shard in self.shards), Counts())
 
     @property
     def rejected(self) -> int:
@@ -155,9 +148,8 @@ def load_manifest(folder: Path) -> Manifest:
         DataError: the folder or its manifest is missing, damaged, unfinished or of another format version.
     """
     if folder.is_file():
-        raise DataError(
-            "path is a file, not the folder of a dataset", where=str(folder), fix=f"give the folder: {folder.parent}"
-        )
+        fix = f"give the folder: {folder.parent}"
+        raise DataError("path is a file, not the folder of a dataset", where=str(folder), fix=fix)
     path = folder / MANIFEST_FILE
     try:
         tree = json.loads(path.read_bytes())
@@ -176,38 +168,27 @@ def load_manifest(folder: Path) -> Manifest:
     try:
         manifest = manifest_from_tree(tree)
     except (KeyError, TypeError, AttributeError) as error:
-        raise DataError(
-            f"manifest has a missing or malformed field: {error}", where=str(path), fix="prepare the dataset again"
-        ) from None
-    _check_files(manifest, path)
+        what = f"manifest has a missing or malformed field: {error}"
+        raise DataError(what, where=str(path), fix="prepare the dataset again") from None
+    missing = [
+        f"{shard.name}.{suffix}" for shard in manifest.shards for suffix in SUFFIXES if suffix not in shard.files
+    ]
+    if missing:
+        what = f"manifest lists no {missing[0]}: an older version of this program prepared the dataset"
+        raise DataError(what, where=str(path), fix="prepare the dataset again")
     if dataclasses.asdict(manifest.counts) != tree["counts"]:
         raise DataError("counts in the manifest are not the sums over its shards", where=str(path), fix="prepare again")
     return manifest
-
-
-def _check_files(manifest: Manifest, path: Path) -> None:
-    for shard in manifest.shards:
-        for suffix in SUFFIXES:
-            if suffix not in shard.files:
-                raise DataError(
-                    f"manifest lists no {shard.name}.{suffix}: an older version of this program prepared the dataset",
-                    where=str(path),
-                    fix="prepare the dataset again",
-                )
 
 
 def _missing(folder: Path) -> DataError:
     if not folder.is_dir():
         return DataError("dataset folder does not exist", where=str(folder), fix="check the path")
     if (folder / WORK_FOLDER).exists():
-        return DataError(
-            "the dataset is not completely prepared",
-            where=str(folder),
-            fix="run the same prepare command again; delete the folder if no document became a sample",
-        )
-    return DataError(
-        f"folder has no {MANIFEST_FILE}", where=str(folder), fix="give a folder that megatron-vlm prepare wrote"
-    )
+        fix = "run the same prepare command again; delete the folder if no document became a sample"
+        return DataError("the dataset is not completely prepared", where=str(folder), fix=fix)
+    fix = "give a folder that megatron-vlm prepare wrote"
+    return DataError(f"folder has no {MANIFEST_FILE}", where=str(folder), fix=fix)
 
 
 def manifest_from_tree(tree: dict[str, Any]) -> Manifest:

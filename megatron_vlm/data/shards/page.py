@@ -3,6 +3,7 @@
 import base64
 import html
 from collections.abc import Iterable, Sequence
+from itertools import groupby
 
 import numpy as np
 
@@ -42,11 +43,6 @@ def choose_samples(count: int, *, number: int, seed: int | None, indices: Sequen
 def render_page(dataset: ShardedDataset, tokenizer: Tokenizer, indices: Iterable[int]) -> str:
     """Return a self-contained HTML page of samples.
 
-    Args:
-        dataset: the shards.
-        tokenizer: the tokenizer of the shards.
-        indices: samples to show.
-
     Raises:
         DataError: the shards were made with another tokenizer, or a sample is damaged.
     """
@@ -63,11 +59,10 @@ def render_page(dataset: ShardedDataset, tokenizer: Tokenizer, indices: Iterable
 
 
 def _render_sample(index: int, sample: EncodedSample, tokenizer: Tokenizer, name: str) -> str:
-    images = sum(isinstance(segment, ImageSegment) for segment in sample.segments)
     texts = [segment for segment in sample.segments if not isinstance(segment, ImageSegment)]
     tokens = sum(len(segment.input_ids) for segment in texts)
     trained = sum(len(segment.input_ids) for segment in texts if segment.train)
-    head = f"{name} sample {index}: {images} images, {tokens} text tokens, {trained} trained"
+    images = len(sample.segments) - len(texts)
     body = []
     follows_text = False
     for segment in sample.segments:
@@ -75,28 +70,23 @@ def _render_sample(index: int, sample: EncodedSample, tokenizer: Tokenizer, name
             file_format = find_format(segment.encoded)
             mime = file_format.media_type if file_format else "application/octet-stream"
             data = base64.b64encode(segment.encoded).decode()
-            follows_text = False
             body.append(f"<img alt='image of {len(segment.encoded)} bytes' src='data:{mime};base64,{data}'>")
         else:
             kind = "trained" if segment.train else "context"
             text = _render_text(segment.input_ids, tokenizer, follows_text=follows_text)
             body.append(f"<span class='text {kind}'>{text}</span>")
-            follows_text = True
+        follows_text = not isinstance(segment, ImageSegment)
+    head = f"{name} sample {index}: {images} images, {tokens} text tokens, {trained} trained"
     return f"<div class='sample' id='sample-{index}'><h2>{head}</h2>{''.join(body)}</div>"
 
 
 def _render_text(input_ids: np.ndarray, tokenizer: Tokenizer, *, follows_text: bool) -> str:
     """Return the text of the token ids, with BOS and EOS by name."""
-    rendered: list[str] = []
-    run: list[int] = []
-    if follows_text and tokenizer.piece(input_ids[0]).startswith(_WORD_BEGIN):
-        rendered.append(" ")  # decoding drops a blank at the beginning of a text
-    for token in [*input_ids.tolist(), None]:
-        if token not in (tokenizer.bos_id, tokenizer.eos_id, None):
-            run.append(token)
-            continue
-        rendered.append(html.escape(tokenizer.decode(run)))
-        run = []
-        if token is not None:
-            rendered.append(f"<span class='control'>{html.escape(tokenizer.piece(token))}</span>")
+    # Decoding drops a blank at the beginning of a text.
+    rendered = [" "] if follows_text and tokenizer.piece(input_ids[0]).startswith(_WORD_BEGIN) else []
+    for is_control, run in groupby(input_ids.tolist(), key=lambda token: token in (tokenizer.bos_id, tokenizer.eos_id)):
+        if is_control:
+            rendered += [f"<span class='control'>{html.escape(tokenizer.piece(token))}</span>" for token in run]
+        else:
+            rendered.append(html.escape(tokenizer.decode(list(run))))
     return "".join(rendered)

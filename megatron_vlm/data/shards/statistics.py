@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -36,9 +35,8 @@ class Statistics:
 def compute_statistics(dataset: ShardedDataset) -> Statistics:
     """Collect what the index files and the manifest say, without reading images or text."""
     counts, manifest = dataset.manifest.counts, dataset.manifest
-    num_images, text_lengths = dataset.num_images, dataset.text_lengths
-    values, frequencies = np.unique(num_images, return_counts=True)
-    classes, class_sizes = np.unique(_power_of_two_below(text_lengths), return_counts=True)
+    lengths = dataset.text_lengths
+    classes = np.where(lengths > 0, 1 << np.log2(np.maximum(lengths, 1)).astype(np.int64), 0)
     return Statistics(
         dataset_name=manifest.dataset_name,
         samples=counts.samples,
@@ -48,33 +46,28 @@ def compute_statistics(dataset: ShardedDataset) -> Statistics:
         image_bytes=counts.image_bytes,
         documents=manifest.documents,
         rejected=manifest.rejected,
-        images_per_sample=_ratio(counts.images, counts.samples),
-        text_tokens_per_sample=_ratio(counts.text_tokens, counts.samples),
-        text_tokens_per_image=_ratio(counts.text_tokens, counts.images),
-        images_histogram=dict(zip(values.tolist(), frequencies.tolist(), strict=True)),
-        text_tokens_histogram=dict(zip(classes.tolist(), class_sizes.tolist(), strict=True)),
+        images_per_sample=counts.images / counts.samples if counts.samples else None,
+        text_tokens_per_sample=counts.text_tokens / counts.samples if counts.samples else None,
+        text_tokens_per_image=counts.text_tokens / counts.images if counts.images else None,
+        images_histogram=_count_values(dataset.num_images),
+        text_tokens_histogram=_count_values(classes),
     )
 
 
 def format_statistics(statistics: Statistics) -> str:
     """Return the statistics as lines of text, beginning with the numbers of Table 2 in the paper."""
-    rows: list[tuple[str, Any]] = [
-        ("dataset", statistics.dataset_name),
-        ("images per sample", _rounded(statistics.images_per_sample, 2)),
-        ("text tokens per image", _rounded(statistics.text_tokens_per_image, 1)),
-        ("text tokens per sample", _rounded(statistics.text_tokens_per_sample, 1)),
-        ("samples", statistics.samples),
-        ("images", statistics.images),
-        ("text tokens", statistics.text_tokens),
-        ("trained tokens", statistics.trained_tokens),
-        ("image bytes", statistics.image_bytes),
-        ("documents", statistics.documents),
-        ("rejected", statistics.rejected),
-        ("samples by images", _listed(statistics.images_histogram)),
-        ("samples by text tokens from", _listed(statistics.text_tokens_histogram)),
-    ]
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+    rows = {
+        "dataset": statistics.dataset_name,
+        "images per sample": _rounded(statistics.images_per_sample, 2),
+        "text tokens per image": _rounded(statistics.text_tokens_per_image, 1),
+        "text tokens per sample": _rounded(statistics.text_tokens_per_sample, 1),
+    }
+    for name in ("samples", "images", "text_tokens", "trained_tokens", "image_bytes", "documents", "rejected"):
+        rows[name.replace("_", " ")] = getattr(statistics, name)
+    rows["samples by images"] = _listed(statistics.images_histogram)
+    rows["samples by text tokens from"] = _listed(statistics.text_tokens_histogram)
+    width = max(map(len, rows))
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
 
 
 def save_histograms(statistics: Statistics, folder: Path) -> list[Path]:
@@ -85,23 +78,19 @@ def save_histograms(statistics: Statistics, folder: Path) -> list[Path]:
         ("images_per_sample", "samples by number of images", statistics.images_histogram),
         ("text_tokens_per_sample", "samples by text tokens (from, per bin)", statistics.text_tokens_histogram),
     ):
-        path = folder / f"{name}.png"
-        labels = [str(value) for value in bars]
-        save_png(draw_bars(f"{statistics.dataset_name}: {title}", labels, {"samples": list(bars.values())}), path)
+        chart = draw_bars(f"{statistics.dataset_name}: {title}", list(map(str, bars)), {"samples": list(bars.values())})
+        save_png(chart, path := folder / f"{name}.png")
         drawn.append(path)
     return drawn
-
-
-def _ratio(count: int, of: int) -> float | None:
-    return count / of if of else None
 
 
 def _rounded(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def _power_of_two_below(values: np.ndarray) -> np.ndarray:
-    return np.where(values > 0, 1 << np.log2(np.maximum(values, 1)).astype(np.int64), 0)
+def _count_values(values: np.ndarray) -> dict[int, int]:
+    distinct, counts = np.unique(values, return_counts=True)
+    return dict(zip(distinct.tolist(), counts.tolist(), strict=True))
 
 
 def _listed(histogram: dict[int, int]) -> str:

@@ -69,8 +69,7 @@ def _verify_manifest(folder: Path, manifest: Manifest) -> Iterator[str]:
     for name in sorted(present - listed):
         yield f"{name}: file is not in the manifest"
     if manifest.rejects_file is not None:
-        yield from _verify_file(folder / REJECTS_FILE, manifest.rejects_file)
-        path = folder / REJECTS_FILE
+        yield from _verify_file(path := folder / REJECTS_FILE, manifest.rejects_file)
         if path.is_file() and (rows := path.read_bytes().count(b"\n")) != manifest.rejected:
             yield f"{REJECTS_FILE}: {rows} rows, but the manifest says {manifest.rejected}"
     variant = manifest.options.get("recipe", {}).get("variant", "full")
