@@ -33,16 +33,13 @@ def cluster_by_length(
 
 
 def clustered_row_lengths(lengths: np.ndarray, *, global_batch_size: int, multiple: int, seq_length: int) -> np.ndarray:
-    """Return the length of the rows of each global batch: its longest sample, rounded up.
+    """Return the length of the rows of each global batch, int32[batches]: its longest sample, rounded up.
 
     Args:
         lengths: int[rows]; of the one sample of each row [tokens].
         global_batch_size: rows of a batch; the last one may have fewer.
         multiple: lengths are rounded up to a multiple of it.
         seq_length: longest row; no sample is longer.
-
-    Returns:
-        int32[batches].
     """
     if not len(lengths):
         return np.empty(0, dtype=np.int32)

@@ -60,13 +60,10 @@ class ImageTokens:
         return self.of_image(segment.size) if isinstance(segment, ImageSegment) else len(segment.input_ids)
 
     def of_images(self, sizes: np.ndarray) -> np.ndarray:
-        """Return the tokens of many images; the function is called once for each distinct size.
+        """Return the tokens of many images, int32[images]; the function is called once for each distinct size.
 
         Args:
             sizes: uint16[images, 2]; width and height [pixels].
-
-        Returns:
-            int32[images].
 
         Raises:
             ValueError: an image would take no tokens.

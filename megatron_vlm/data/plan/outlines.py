@@ -21,13 +21,7 @@ class Outlines:
 
 
 def read_outlines(dataset: SampleLengths, samples: np.ndarray, image_tokens: ImageTokens) -> Outlines:
-    """Return the outlines of some samples of a dataset.
-
-    Args:
-        dataset: one entry of the blend.
-        samples: int64[n]; ascending.
-        image_tokens: tokens of an image.
-    """
+    """Return the outlines of some samples of a dataset, int64[n] and ascending."""
     borders, is_image, lengths = dataset.outlines(samples)
     lengths = lengths.copy()
     constant = image_tokens.constant

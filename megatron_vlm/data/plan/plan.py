@@ -119,10 +119,7 @@ class Plan:
 def build_plan(settings: PlanSettings, datasets: Sequence[SampleLengths], folder: str | Path) -> Plan:
     """Build a plan, save it as a folder named by its hash in `folder`, and open it; an existing plan is only opened.
 
-    Args:
-        settings: the settings of the plan.
-        datasets: one per entry of the blend.
-        folder: folder for all plans.
+    There is one dataset per entry of the blend.
 
     Raises:
         ConfigError: the blend cannot be made from these datasets.

@@ -44,9 +44,7 @@ class ExportJob:
 def export_webdataset(job: ExportJob, *, num_workers: int = 1) -> int:
     """Write a dataset as WebDataset tars `00000.tar` and so on, and resume an interrupted export.
 
-    Args:
-        job: what to export.
-        num_workers: processes; the result does not depend on it.
+    The result does not depend on the number of processes, `num_workers`.
 
     Returns:
         The number of tars.
@@ -98,10 +96,6 @@ def describe_sample(sample: EncodedSample, tokenizer: Tokenizer) -> tuple[dict[s
     - Other control tokens that no text spells are gone, and a piece that a template names, such as `<|im_end|>`,
       becomes its characters, which are encoded as any text.
     - Tokens that are not how the tokenizer encodes their text, half of a character for example.
-
-    Args:
-        sample: a sample of the shards.
-        tokenizer: the tokenizer of the shards.
 
     Raises:
         DataError: an image has an unknown format.

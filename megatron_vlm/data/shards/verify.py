@@ -40,11 +40,8 @@ def verify_dataset(folder: Path, *, decode: bool = False) -> Iterator[str]:
     """Yield one line for each fault of a dataset, and nothing if it is intact.
 
     This checks the size and checksum of every file, the checksum of every sequence, that the index fits the data, the
-    range of the token ids, the structure and the size of every image, and that documents = used + rejected.
-
-    Args:
-        folder: the dataset.
-        decode: also decode every image.
+    range of the token ids, the structure and the size of every image, and that documents = used + rejected. With
+    `decode`, every image is also decoded.
 
     Raises:
         DataError: the folder is not a dataset, or its manifest cannot be read.

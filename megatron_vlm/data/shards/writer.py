@@ -81,10 +81,6 @@ class ShardWriter:
         counts = count_sequences(np.array(self._lengths), np.array(self._modes), len(self))
         return ShardFacts(name=self.prefix.name, input=input_name, counts=counts, files=files)
 
-    def discard(self) -> None:
-        """Close the data file and give the shard up."""
-        self._stream.close()
-
     def _write(self, suffix: str, content: bytes) -> FileFacts:
         with self.prefix.with_name(f"{self.prefix.name}.{suffix}").open("wb") as stream:
             stream.write(content)

@@ -13,7 +13,7 @@ def test_empty_samples_segments_and_datasets_are_refused(tmp_path, tokenizer_fac
         writer.add(EncodedSample(()))
     with pytest.raises(ValueError, match="must not be empty"):
         writer.add(EncodedSample((TextSegment(np.zeros(0, dtype=np.int32), True),)))
-    writer.discard()
+    writer.close()
     with pytest.raises(ValueError, match="at least one sample"):
         write_dataset(tmp_path, [], dataset_name="tiny", tokenizer=tokenizer_facts)
 
@@ -23,7 +23,7 @@ def test_image_whose_size_does_not_fit_is_refused(tmp_path, size):
     writer = ShardWriter(tmp_path / "00000")
     with pytest.raises(ValueError, match="an image needs its width and height, each 1 to 65535 pixels"):
         writer.add(EncodedSample((ImageSegment(b"x", size),)))
-    writer.discard()
+    writer.close()
 
 
 def test_sizes_of_the_images_are_two_numbers_of_16_bits_each(tmp_path):
