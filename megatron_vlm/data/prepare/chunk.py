@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import json
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from megatron_vlm.data.samples import EncodedSample
 from megatron_vlm.data.shards.manifest import REJECTS_FILE, ShardFacts
 from megatron_vlm.data.shards.writer import ShardWriter
 from megatron_vlm.data.sources.image_store import FolderImages, ImageReader, ImageStore, RemoteImages, TarImages
-from megatron_vlm.data.sources.source import Found, Source
+from megatron_vlm.data.sources.source import Source
 from megatron_vlm.data.tasks.processes import Report
 from megatron_vlm.data.text.encoding import encode_document
 from megatron_vlm.data.text.tokenizer import Tokenizer, load_tokenizer
@@ -80,7 +79,7 @@ def prepare_chunk(job: ChunkJob, path: Location, name: str, folder: Path, report
         job: the options.
         path: the input file.
         name: its name in the manifest and in the list of rejects.
-        folder: folder of the chunk; it exists only when the chunk is complete.
+        folder: of the chunk; it exists only when the chunk is complete.
         report: is told about progress.
 
     Raises:
@@ -102,19 +101,18 @@ def load_chunk(folder: Path) -> ChunkFacts:
 
 def _write_chunk(job: ChunkJob, path: Location, name: str, folder: Path, report: Report) -> ChunkFacts:
     images = ImageReader(job.images.open(job.image_rules.max_bytes), job.image_rules)
-    tokenizer = _tokenizer(job.tokenizer)
+    tokenizer = _load_tokenizer(job.tokenizer)
     shards = _ShardSeries(folder, name, job.max_shard_bytes)
     rejects: Counter[str] = Counter()
     documents = reported_rejects = 0
     with (folder / REJECTS_FILE).open("w") as log:
         for documents, found in enumerate(job.source.read(path, images), start=1):
-            samples = _samples(found, job.recipe, tokenizer)
-            if isinstance(samples, RejectError):
-                rejects[samples.reason] += 1
-                log.write(reject_row(name, found.line, found.key, samples))
-            else:
-                for sample in samples:
+            try:
+                for sample in _encode(found.document, job.recipe, tokenizer):
                     shards.add(sample)
+            except RejectError as error:
+                rejects[error.reason] += 1
+                log.write(reject_row(name, found.line, found.key, error))
             if documents % _REPORT_EVERY == 0:
                 report(_REPORT_EVERY, sum(rejects.values()) - reported_rejects)
                 reported_rejects = sum(rejects.values())
@@ -131,23 +129,16 @@ def _write_chunk(job: ChunkJob, path: Location, name: str, folder: Path, report:
     return facts
 
 
-def _samples(found: Found, recipe: Recipe, tokenizer: Tokenizer) -> list[EncodedSample] | RejectError:
-    """Return all samples of a document, or the reason why there are none."""
-    if isinstance(found.document, RejectError):
-        return found.document
-    try:
-        return list(_encode(found.document, recipe, tokenizer))
-    except RejectError as error:
-        return error
-
-
-def _encode(document: Document, recipe: Recipe, tokenizer: Tokenizer) -> Iterator[EncodedSample]:
+def _encode(document: Document | RejectError, recipe: Recipe, tokenizer: Tokenizer) -> list[EncodedSample]:
+    """Return all samples of a document, or raise the RejectError that says why there are none."""
+    if isinstance(document, RejectError):
+        raise document
     documents = VARIANTS[recipe.variant](document)
     if not documents:
         raise RejectError("variant_empty", f"variant {recipe.variant} leaves nothing of the document")
-    for variant in documents:
-        joined = join_text(variant, recipe.join) if recipe.join else variant
-        yield encode_document(joined, tokenizer, bos=recipe.bos, eos=recipe.eos)
+    if recipe.join:
+        documents = [join_text(variant, recipe.join) for variant in documents]
+    return [encode_document(variant, tokenizer, bos=recipe.bos, eos=recipe.eos) for variant in documents]
 
 
 class _ShardSeries:
@@ -172,6 +163,4 @@ class _ShardSeries:
         return self._finished
 
 
-@functools.lru_cache(maxsize=1)
-def _tokenizer(path: Path) -> Tokenizer:
-    return load_tokenizer(path)
+_load_tokenizer = functools.lru_cache(maxsize=1)(load_tokenizer)

@@ -80,12 +80,7 @@ def deduplicate(folder: Path, output: Path, *, by: str, num_workers: int = 1) ->
 
 
 def fingerprint(sample: EncodedSample, by: str) -> bytes:
-    """Return 16 bytes that are equal for samples of equal content, regardless of their loss masks.
-
-    Args:
-        sample: one sample.
-        by: one of `KINDS`.
-    """
+    """Return 16 bytes that are equal for samples of equal content by one of `KINDS`, whatever their loss masks."""
     digest = hashlib.blake2b(digest_size=_DIGEST_BYTES)
     images_only = by == "images" and any(isinstance(segment, ImageSegment) for segment in sample.segments)
     for segment in sample.segments:
@@ -99,18 +94,7 @@ def fingerprint(sample: EncodedSample, by: str) -> bytes:
 
 
 def save_fingerprints(folder: Path, single: Manifest, by: str, target: Path, report: Report) -> None:
-    """Write the fingerprints of a shard as uint64[samples, 2].
-
-    Args:
-        folder: of the dataset.
-        single: its manifest, with this shard only.
-        by: one of `KINDS`.
-        target: .npy file.
-        report: is told about progress.
-
-    Raises:
-        DataError: the shard is damaged.
-    """
+    """Write the fingerprints of the only shard in the manifest `single` as uint64[samples, 2] into a .npy file."""
     samples = ShardedDataset(folder, single, fingerprint="")
     digests = bytearray()
     for number in range(len(samples)):
@@ -124,12 +108,9 @@ def save_fingerprints(folder: Path, single: Manifest, by: str, target: Path, rep
 def find_repeats(files: Sequence[Path], *, bucket_samples: int = _BUCKET_SAMPLES) -> np.ndarray:
     """Return the samples whose fingerprint an earlier one has, int64[n], ascending, numbered through all files.
 
-    Samples with equal remainders of their fingerprints are sorted together, a bucket at a time; every file is read once
-    for each bucket.
-
     Args:
-        files: what `save_fingerprints` wrote, in the order of the shards.
-        bucket_samples: about how many samples are sorted at a time.
+        files: what `save_fingerprints` wrote, in the order of the shards; each is read once for each bucket.
+        bucket_samples: about how many samples, with equal remainders of their fingerprints, are sorted at a time.
     """
     num_samples = sum(len(np.load(file, mmap_mode="r")) for file in files)
     num_buckets = max(1, -(-num_samples // bucket_samples))
@@ -138,9 +119,7 @@ def find_repeats(files: Sequence[Path], *, bucket_samples: int = _BUCKET_SAMPLES
 
 
 def _repeats_in_bucket(files: Sequence[Path], bucket: int, num_buckets: int) -> np.ndarray:
-    halves: list[np.ndarray] = []
-    places: list[np.ndarray] = []
-    start = 0
+    halves, places, start = [], [], 0
     for file in files:
         own = np.load(file, mmap_mode="r")
         inside = np.flatnonzero(own[:, 0] % np.uint64(num_buckets) == bucket)
@@ -161,16 +140,9 @@ def _by_shard(repeats: np.ndarray, shards: Sequence[ShardFacts]) -> list[np.ndar
 
 
 def write_rest(folder: Path, single: Manifest, gone: np.ndarray, target: Path) -> ShardFacts:
-    """Write a shard again without some of its samples, or link it where it keeps all.
+    """Write the only shard in the manifest `single` again without the samples `gone`, int64[n], and return its facts.
 
-    Args:
-        folder: of the dataset.
-        single: its manifest, with this shard only.
-        gone: int64[n]; the samples to leave out; not all of them.
-        target: path of the new shard, without suffix.
-
-    Returns:
-        The facts of the new shard.
+    A shard that keeps all samples is linked; `target` is the path of the new one, without suffix.
     """
     (facts,) = single.shards
     if not len(gone):

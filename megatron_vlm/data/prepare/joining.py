@@ -9,7 +9,7 @@ from pathlib import Path
 from megatron_vlm.config import DataError
 from megatron_vlm.data.prepare.chunk import ChunkFacts
 from megatron_vlm.data.rejects import describe_rejects
-from megatron_vlm.data.shards.manifest import REJECTS_FILE, Manifest, facts_of_file
+from megatron_vlm.data.shards.manifest import REJECTS_FILE, Manifest, ShardFacts, facts_of_file
 from megatron_vlm.platform.files.durable import open_durably
 
 
@@ -32,10 +32,9 @@ def join_facts(
         for folder in folders:
             with (folder / REJECTS_FILE).open("rb") as own:
                 shutil.copyfileobj(own, stream)
-    shards = [shard for facts in finished for shard in facts.shards]
     return dataclasses.replace(
         bare,
-        shards=tuple(dataclasses.replace(shard, name=f"{number:05d}") for number, shard in enumerate(shards)),
+        shards=number_shards([shard for facts in finished for shard in facts.shards]),
         documents=sum(facts.documents for facts in finished),
         rejects=dict(sorted(reasons.items())),
         notes=dict(sorted(notes.items())),
@@ -43,16 +42,17 @@ def join_facts(
     )
 
 
-def check_not_empty(manifest: Manifest, rejects: Path) -> None:
-    """Refuse a dataset without samples.
+def number_shards(shards: Sequence[ShardFacts]) -> tuple[ShardFacts, ...]:
+    """Name the shards by their numbers, from 00000."""
+    return tuple(dataclasses.replace(shard, name=f"{number:05d}") for number, shard in enumerate(shards))
 
-    Raises:
-        DataError: no document became a sample; names the list of rejects.
-    """
+
+def check_not_empty(manifest: Manifest, rejects: Path) -> None:
+    """Raise a DataError that names the list of rejects if no document became a sample."""
     if not manifest.shards:
+        why = describe_rejects(manifest.rejects) or "the input is empty"
         raise DataError(
-            f"none of {manifest.documents} documents became a sample: "
-            f"{describe_rejects(manifest.rejects) or 'the input is empty'}",
+            f"none of {manifest.documents} documents became a sample: {why}",
             where=str(rejects),
             fix="look at the rejects, then delete the folder and try other options",
         )

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from megatron_vlm.config import ConfigError, DataError
 from megatron_vlm.data.prepare.array_task import PART_OPTION, ArrayTask
-from megatron_vlm.data.prepare.joining import check_not_empty, join_facts
+from megatron_vlm.data.prepare.joining import check_not_empty, join_facts, number_shards
 from megatron_vlm.data.prepare.output import dataset_beside, link_shards
 from megatron_vlm.data.shards.dataset import ShardedDataset
 from megatron_vlm.data.shards.manifest import (
@@ -46,12 +46,12 @@ def merge_datasets(output: Path, folders: Sequence[Path]) -> Manifest:
     bare = _common_manifest({folder: manifests[folder] for folder in ordered})
     for folder in ordered:
         _check_rejects(folder, manifests[folder])
-    finished = [manifests[folder] for folder in ordered]
     shards = [folder / shard.name for folder in ordered for shard in manifests[folder].shards]
     with dataset_beside(output) as unfinished:
-        manifest = join_facts(bare, finished, ordered, unfinished / REJECTS_FILE)
+        parts = [manifests[folder] for folder in ordered]
+        manifest = join_facts(bare, parts, ordered, unfinished / REJECTS_FILE)
         check_not_empty(manifest, ordered[0] / REJECTS_FILE)
-        link_shards(shards, manifest.shards, unfinished)
+        link_shards(shards, unfinished)
         save_manifest(manifest, unfinished)
     return manifest
 
@@ -88,10 +88,9 @@ def split_dataset(folder: Path, output: Path, count: int) -> list[Path]:
     written = []
     for number, shards in enumerate(_divide(whole.shards, count), start=1):
         target = output.with_name(f"{output.name}-{number}-of-{count}")
-        named = [dataclasses.replace(shard, name=f"{index:05d}") for index, shard in enumerate(shards)]
         manifest = dataclasses.replace(
             whole,
-            shards=tuple(named),
+            shards=number_shards(shards),
             documents=sum(shard.counts.samples for shard in shards),
             rejects={},
             notes={},
@@ -99,7 +98,7 @@ def split_dataset(folder: Path, output: Path, count: int) -> list[Path]:
             options=whole.options | {"split": {"index": number, "count": count}},
         )
         with dataset_beside(target) as unfinished:
-            link_shards([folder / shard.name for shard in shards], named, unfinished)
+            link_shards([folder / shard.name for shard in shards], unfinished)
             save_manifest(manifest, unfinished)
         written.append(target)
     return written
@@ -119,18 +118,13 @@ def _divide(shards: Sequence[ShardFacts], count: int) -> Iterator[Sequence[Shard
 
 
 def _order_parts(manifests: dict[Path, Manifest]) -> list[Path]:
-    """Return the folders in the order of their array tasks.
-
-    Raises:
-        ConfigError: a task is missing or given twice, or a dataset is whole.
-    """
+    """Return the folders in the order of their array tasks, of which each must be there once."""
     folders: dict[ArrayTask, Path] = {}
     for folder, manifest in manifests.items():
         option = manifest.options.get(PART_OPTION)
         if option is None:
-            raise ConfigError(
-                "dataset is whole, not a part of one", where=str(folder), fix="list several datasets in data.blend"
-            )
+            what = "dataset is whole, not a part of one"
+            raise ConfigError(what, where=str(folder), fix="list several datasets in data.blend")
         task = ArrayTask(option["index"], option["count"])
         if task in folders:
             raise ConfigError(f"part {task} is given twice", where=f"{folders[task]}, {folder}", fix="give it once")
@@ -156,25 +150,15 @@ def _common_manifest(manifests: dict[Path, Manifest]) -> Manifest:
     first, bare = next(iter(found.items()))
     for folder, other in found.items():
         if other != bare:
-            raise ConfigError(
-                "parts were prepared with different inputs, options or tokenizers",
-                where=f"{first}, {folder}",
-                fix="prepare one of them again",
-            )
+            what = "parts were prepared with different inputs, options or tokenizers"
+            raise ConfigError(what, where=f"{first}, {folder}", fix="prepare one of them again")
     return bare
 
 
 def _check_rejects(folder: Path, manifest: Manifest) -> None:
-    """Compare the list of rejects of a part with its manifest; the shards are checked when they are read.
-
-    Raises:
-        DataError: the list is missing or damaged, or the manifest says nothing about it.
-    """
+    """Compare the list of rejects of a part with its manifest; the shards are checked when they are read."""
     facts = manifest.rejects_file
     fault = "the manifest has no checksum of it" if facts is None else fault_of_file(folder / REJECTS_FILE, facts)
     if fault is not None:
-        raise DataError(
-            f"part is damaged: {REJECTS_FILE}: {fault}",
-            where=str(folder),
-            fix="delete the folder of this part and prepare it again",
-        )
+        fix = "delete the folder of this part and prepare it again"
+        raise DataError(f"part is damaged: {REJECTS_FILE}: {fault}", where=str(folder), fix=fix)

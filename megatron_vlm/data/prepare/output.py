@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megatron_vlm.config import ConfigError, StorageError
 from megatron_vlm.data.shards.dataset import ShardedDataset
-from megatron_vlm.data.shards.manifest import MANIFEST_FILE, SUFFIXES, Manifest, ShardFacts, load_manifest
+from megatron_vlm.data.shards.manifest import MANIFEST_FILE, SUFFIXES, Manifest, load_manifest
 from megatron_vlm.platform.files.durable import folder_beside
 
 
@@ -43,10 +43,10 @@ def link_shard(shard: Path, link: Path) -> None:
         os.link(f"{shard}.{suffix}", f"{link}.{suffix}")
 
 
-def link_shards(shards: Sequence[Path], facts: Sequence[ShardFacts], output: Path) -> None:
-    """Link shards, given by their paths without suffix, into a folder under the names in their facts."""
-    for shard, named in zip(shards, facts, strict=True):
-        link_shard(shard, output / named.name)
+def link_shards(shards: Sequence[Path], output: Path) -> None:
+    """Link shards, given by their paths without suffix, into a folder under their numbers."""
+    for number, shard in enumerate(shards):
+        link_shard(shard, output / f"{number:05d}")
 
 
 def _check_same(output: Path, manifest: Manifest) -> None:

@@ -10,8 +10,8 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,7 @@ from megatron_vlm.config import ConfigError
 from megatron_vlm.data.files.join_index import save_join_index
 from megatron_vlm.data.files.locations import Location, name_files, size_of
 from megatron_vlm.data.prepare.array_task import PART_OPTION, ArrayTask
-from megatron_vlm.data.prepare.chunk import (
-    ChunkJob,
-    load_chunk,
-    prepare_chunk,
-)
+from megatron_vlm.data.prepare.chunk import ChunkJob, load_chunk, prepare_chunk
 from megatron_vlm.data.prepare.joining import check_not_empty, join_facts
 from megatron_vlm.data.shards.manifest import (
     MANIFEST_FILE,
@@ -82,8 +78,7 @@ def prepare(job: PrepareJob, *, num_workers: int = 1, engine: Engine | None = No
     inputs = name_files(job.chunk.source.inputs)
     bare = _bare_manifest(job, inputs)
     own = list(inputs.items()) if job.array_task is None else job.array_task.choose(list(inputs.items()))
-    done = _finished_before(job.output, bare)
-    if done is not None:
+    if (done := _finished_before(job.output, bare)) is not None:
         logger.info("%s is already prepared with these options", job.output)
         return done
     run: Engine = engine or functools.partial(run_tasks, num_workers=num_workers)
@@ -130,11 +125,7 @@ def _bare_manifest(job: PrepareJob, inputs: dict[str, Location]) -> Manifest:
 
 
 def _finished_before(output: Path, bare: Manifest) -> Manifest | None:
-    """Return the manifest of an earlier, complete preparation.
-
-    Raises:
-        ConfigError: the folder holds another dataset, or other files.
-    """
+    """Return the manifest of an earlier, complete preparation; ConfigError if the folder holds anything else."""
     if (output / MANIFEST_FILE).exists():
         found = load_manifest(output)
         if (there := without_content(found)) != bare:
@@ -180,20 +171,14 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 @contextmanager
 def _claimed(work: Path, bare: Manifest) -> Iterator[None]:
-    """Lock the work folder, and make sure that it belongs to this preparation.
-
-    Raises:
-        ConfigError: another process uses it, or it holds an unfinished preparation with other options.
-        StorageError: it cannot be written.
-    """
+    """Lock the work folder, and make sure that it belongs to this preparation."""
     with ExitStack() as held:
         with storage_errors("output folder cannot be written", work.parent):
             (work / _CHUNKS).mkdir(parents=True, exist_ok=True)
             lock = held.enter_context(locked(work / _LOCK_FILE))
         if lock is None:
-            raise ConfigError(
-                "another process is preparing this folder", where=str(work.parent), fix="wait for it, or stop it"
-            )
+            what = "another process is preparing this folder"
+            raise ConfigError(what, where=str(work.parent), fix="wait for it, or stop it")
         content = json.dumps(dataclasses.asdict(bare))
         if not (work / _JOB_FILE).exists():
             write_durably(work / _JOB_FILE, content.encode())
@@ -221,24 +206,14 @@ def _build_index(chunk: ChunkJob, work: Path, run: Engine) -> ChunkJob:
 
 
 def _join(job: PrepareJob, bare: Manifest, folders: list[Path]) -> Manifest:
-    """Join the chunks and return the complete manifest; calling this again after an interruption is harmless.
-
-    Raises:
-        DataError: no document of any input file became a sample.
-    """
+    """Join the chunks and return the complete manifest; calling this again after an interruption is harmless."""
     chunks = [load_chunk(folder) for folder in folders]
     shards = [folder / shard.name for folder, chunk in zip(folders, chunks, strict=True) for shard in chunk.shards]
     manifest = join_facts(bare, chunks, folders, job.output / REJECTS_FILE)
     if job.array_task is None:
         check_not_empty(manifest, job.output / REJECTS_FILE)
-    _move_shards(job.output, shards, manifest)
-    return manifest
-
-
-def _move_shards(output: Path, sources: Sequence[Path], manifest: Manifest) -> None:
-    """Rename the shards of all chunks into the output folder."""
-    for source, shard in zip(sources, manifest.shards, strict=True):
+    for source, shard in zip(shards, manifest.shards, strict=True):
         for suffix in SUFFIXES:
-            found = source.with_name(f"{source.name}.{suffix}")
-            if found.exists():  # an interrupted call may have moved it already
-                os.replace(found, output / f"{shard.name}.{suffix}")
+            with suppress(FileNotFoundError):  # an interrupted call may have moved it already
+                os.replace(f"{source}.{suffix}", job.output / f"{shard.name}.{suffix}")
+    return manifest

@@ -6,6 +6,7 @@ mixes 1M records of FLAN into the instruction data; its code takes every n-th re
 """
 
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -65,7 +66,7 @@ class _InputFile(NamedTuple):
 
 class _FileCounts(NamedTuple):
     records: int
-    rejects: dict[str, int]
+    rejects: Counter[str]
 
 
 def select_text(
@@ -120,11 +121,7 @@ def hash_record(raw: bytes, seed: int) -> int:
 
 
 def _name_files(inputs: tuple[Location, ...]) -> list[_InputFile]:
-    """Return the files by name, with the name of the file that each is written to.
-
-    Raises:
-        ConfigError: two files would be written to the same file.
-    """
+    """Return the files by name, with the name of the file that each is written to, which must differ."""
     places = [place_of(path) for path in inputs]
     root = os.path.commonpath([place.parent for place in places])
     names = [os.path.relpath(place, root) for place in places]
@@ -192,7 +189,7 @@ def _hash_file(file: _InputFile, rules: TextSelectRules, hashes_file: Path, repo
     report(records % _REPORT_EVERY, rejects.total() - reported)
     found, places = smallest.result()
     np.save(hashes_file, np.stack([found, places.astype(np.uint64)]))
-    return _FileCounts(records, dict(sorted(rejects.items())))
+    return _FileCounts(records, rejects)
 
 
 def _offer(smallest: TopRows, hashes: list[int], rows: list[int]) -> None:
@@ -203,11 +200,7 @@ def _offer(smallest: TopRows, hashes: list[int], rows: list[int]) -> None:
 
 
 def _choose(hash_files: list[Path], counts: list[_FileCounts], rules: TextSelectRules) -> list[np.ndarray]:
-    """Return the numbers of the records that are kept from each file, int64 and ascending.
-
-    Raises:
-        DataError: there is no record.
-    """
+    """Return the numbers of the records that are kept from each file, int64 and ascending; at least one."""
     smallest = TopRows(rules.number, np.uint64)
     first_rows = np.cumsum([0, *(count.records for count in counts)])
     for file, first_row in zip(hash_files, first_rows, strict=False):
@@ -215,7 +208,7 @@ def _choose(hash_files: list[Path], counts: list[_FileCounts], rules: TextSelect
         smallest.add(hashes, rows.astype(np.int64) + first_row)
     _, kept = smallest.result()
     if not len(kept):
-        rejects = sum((Counter(count.rejects) for count in counts), Counter())
+        rejects = sum((count.rejects for count in counts), Counter[str]())
         raise DataError(f"no record in {len(counts)} files; rejects {dict(rejects)}", fix="check --input")
     if len(kept) < rules.number:
         logger.warning("only %d records, fewer than the %d wanted; all are kept", len(kept), rules.number)
@@ -226,37 +219,24 @@ def _choose(hash_files: list[Path], counts: list[_FileCounts], rules: TextSelect
 
 
 def _copy_records(path: Location, rows: np.ndarray, output: Path, max_bytes: int, report: Report) -> None:
-    """Write the records with the given numbers, int64[n] and ascending.
-
-    Raises:
-        DataError: the file has fewer records than before.
-    """
-    wanted = iter(rows.tolist())
-    following = next(wanted, None)
+    """Write the records with the given numbers, int64[n] and ascending; all must still be there."""
+    records, following = _read(path, max_bytes), 0
     with output.open("wb") as stream:
-        for row, (_, raw) in enumerate(_read(path, max_bytes)):
-            if row != following:
-                continue
-            if isinstance(raw, RejectError):
-                break
+        for row in rows.tolist():
+            _, raw = next(itertools.islice(records, row - following, None), (0, None))
+            if not isinstance(raw, bytes):
+                what = f"record {row + 1} does not exist any more; the file has changed meanwhile"
+                raise DataError(what, where=str(path), fix="run the same command again")
             stream.write(raw + b"\n")
             report(1, 0)
-            following = next(wanted, None)
-            if following is None:
-                break
+            following = row + 1
         flush_to_disk(stream)
-    if following is not None:
-        raise DataError(
-            f"record {following + 1} does not exist any more; the file has changed meanwhile",
-            where=str(path),
-            fix="run the same command again",
-        )
 
 
 def _report(
     files: list[_InputFile], counts: list[_FileCounts], kept: list[int], rules: TextSelectRules
 ) -> dict[str, Any]:
-    rejects = sum((Counter(count.rejects) for count in counts), Counter())
+    rejects = sum((count.rejects for count in counts), Counter[str]())
     records = sum(count.records for count in counts)
     return {
         "number": rules.number,
@@ -270,7 +250,7 @@ def _report(
             {
                 "input": file.name,
                 "records": count.records,
-                "rejects": count.rejects,
+                "rejects": dict(sorted(count.rejects.items())),
                 "kept": own,
                 "output": file.output if own else None,
             }

@@ -14,9 +14,9 @@ class TopRows:
     """
 
     def __init__(self, k: int, dtype: type[np.generic] = np.float64) -> None:
-        self._k, self._size = k, 0
-        self._capacity = k + max(k // 4, _MIN_SPARE_ROWS)
-        self._scores, self._rows = np.zeros(0, dtype=dtype), np.zeros(0, dtype=np.int64)
+        self._k, self._capacity = k, k + max(k // 4, _MIN_SPARE_ROWS)
+        self._scores, self._rows = [np.zeros(0, dtype=dtype)], [np.zeros(0, dtype=np.int64)]
+        self._size = 0
         self._threshold: np.generic | None = None
 
     def add(self, scores: np.ndarray, rows: np.ndarray) -> None:
@@ -24,37 +24,25 @@ class TopRows:
         if self._threshold is not None:
             better = scores > self._threshold  # a row equal to the k-th comes after it, so it is not kept
             scores, rows = scores[better], rows[better]
-        while len(scores):
-            count = min(len(scores), self._capacity - self._size)
-            self._grow(self._size + count)
-            self._scores[self._size : self._size + count] = scores[:count]
-            self._rows[self._size : self._size + count] = rows[:count]
-            self._size += count
-            scores, rows = scores[count:], rows[count:]
-            if self._size == self._capacity:
-                self._compact()
+        self._scores.append(scores)
+        self._rows.append(rows)
+        self._size += len(scores)
+        if self._size >= self._capacity:
+            self._compact()
 
     def result(self) -> tuple[np.ndarray, np.ndarray]:
         """Return the scores and row numbers that are kept, by row number."""
         self._compact()
-        return self._scores[: self._size], self._rows[: self._size]
-
-    def _grow(self, wanted: int) -> None:
-        if wanted > len(self._scores):
-            size = min(self._capacity, max(wanted, 2 * len(self._scores)))
-            self._scores, self._rows = (
-                np.concatenate([old[: self._size], np.zeros(size - self._size, dtype=old.dtype)])
-                for old in (self._scores, self._rows)
-            )
+        return self._scores[0], self._rows[0]
 
     def _compact(self) -> None:
         """Drop all but the k best, which stay in the order of their rows."""
+        self._scores, self._rows = [np.concatenate(self._scores)], [np.concatenate(self._rows)]
         if self._size <= self._k:
             return
-        scores, rows = self._scores[: self._size], self._rows[: self._size]
+        scores = self._scores[0]
         self._threshold = np.partition(scores, self._size - self._k)[self._size - self._k]
         keep = scores > self._threshold
         equal = np.flatnonzero(scores == self._threshold)
         keep[equal[: self._k - int(keep.sum())]] = True
-        self._scores[: self._k], self._rows[: self._k] = scores[keep], rows[keep]
-        self._size = self._k
+        self._scores, self._rows, self._size = [scores[keep]], [self._rows[0][keep]], self._k

@@ -135,8 +135,8 @@ class TarImages:
             entry = self._find("key:" + Member(name, 0, 0).key.rpartition("/")[2], unique=True)
         if entry is None:
             raise RejectError("image_missing", f"no tar has an image of name {name!r} or URL {url!r}"[:300])
-        member = Member("", int(entry["offset"]), int(entry["size"]))
-        return self._reader(int(entry["tar"])).read(member, self._max_bytes, "image_bytes")
+        reader = self._reader(int(entry["tar"]))
+        return reader.read(Member("", int(entry["offset"]), int(entry["size"])), self._max_bytes, "image_bytes")
 
     def _find(self, text: str, *, unique: bool) -> np.void | None:
         found = self._index.find(text)
@@ -215,10 +215,8 @@ class ImageReader:
 
 
 def _url_names(tar: TarReader, member: Member | None) -> list[str]:
-    if member is None:
-        return []
     try:
-        url = parse_record(tar.read(member, MAX_RECORD_BYTES, "record_too_long")).get("url")
+        url = parse_record(tar.read(member, MAX_RECORD_BYTES, "record_too_long")).get("url") if member else None
     except RejectError:
         return []
     return ["url:" + url] if isinstance(url, str) else []

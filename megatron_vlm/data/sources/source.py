@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple, Protocol
 
+from megatron_vlm.config.prepare import TextRules
 from megatron_vlm.data.documents import Document
 from megatron_vlm.data.files.locations import Location
 from megatron_vlm.data.files.records import Record
@@ -60,15 +61,20 @@ def read_each(
         make: returns the document of a record and its key ("" if it has none), or raises RejectError.
     """
     for line, value in records:
-        if isinstance(value, RejectError):
-            yield Found(line, None, value)
-            continue
-        key = find_key(value)
+        key = None
         try:
-            document: Document | RejectError = make(value, key or "")
+            if isinstance(value, RejectError):
+                raise value
+            key = find_key(value)
+            yield Found(line, key, make(value, key or ""))
         except RejectError as error:
-            document = error
-        yield Found(line, key, document)
+            yield Found(line, key, error)
+
+
+def check_length(num_characters: int, rules: TextRules) -> None:
+    """Raise a RejectError if all texts of a document together are too long."""
+    if num_characters > rules.max_characters:
+        raise RejectError("text_too_long", f"more than {rules.max_characters} characters")
 
 
 def key_of(value: object) -> str | None:

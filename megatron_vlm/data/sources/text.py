@@ -13,10 +13,10 @@ from megatron_vlm.data.files.records import field
 from megatron_vlm.data.files.table_records import read_any_records
 from megatron_vlm.data.rejects import RejectError
 from megatron_vlm.data.sources.image_store import ImageReader
-from megatron_vlm.data.sources.instructions.conversations import system_prompt
+from megatron_vlm.data.sources.instructions.conversations import render
 from megatron_vlm.data.sources.instructions.records import read_conversation
-from megatron_vlm.data.sources.source import Found, key_of, read_each
-from megatron_vlm.data.text.templates import Turn, check_template, find_template, render_conversation
+from megatron_vlm.data.sources.source import Found, check_length, key_of, read_each
+from megatron_vlm.data.text.templates import Turn, check_template, find_template
 from megatron_vlm.data.text.tokenizer import Tokenizer
 
 
@@ -45,25 +45,18 @@ class TextSource:
             text = clean_text(field(record, "text", str), rules)
             return Document((Special(Control.BOS), Text(text), Special(Control.EOS)))
         conversation = read_conversation(record)
-        if conversation.images:
-            detail = f"{len(conversation.images)} images; use `prepare conversations`"
-            raise RejectError("images_in_text", detail)
+        if count := len(conversation.images):
+            raise RejectError("images_in_text", f"{count} images; use `prepare conversations`")
         turns = [
             Turn((Text(clean_text(question, rules)),), clean_text(answer, rules))
             for question, answer in conversation.exchanges
         ]
-        total = sum(len(text) for exchange in conversation.exchanges for text in exchange)
-        if len(turns) > 1 and total > rules.max_characters:
-            raise RejectError("text_too_long", f"more than {rules.max_characters} characters")
-        system = system_prompt(self.rules) if conversation.system is None else conversation.system
-        return render_conversation(turns, find_template(self.rules.template), system)
+        if len(turns) > 1:
+            check_length(conversation.num_characters, rules)
+        return render(conversation, turns, self.rules)
 
 
 def find_source(paths: tuple[Location, ...], options: Options, tokenizer: Tokenizer) -> TextSource:
-    """Return the reader of the files.
-
-    Raises:
-        ConfigError: the tokenizer does not fit the template, or a path does not exist.
-    """
+    """Return the reader of the files; ConfigError if the tokenizer does not fit the template, or a path is missing."""
     check_template(find_template(options.rules.template), tokenizer)
     return TextSource(find_instruction_files(paths), options.rules)

@@ -1,10 +1,10 @@
 import shutil
 
 from megatron_vlm.config.prepare import ImageRules
-from megatron_vlm.config.sources.pairs import PairRules
+from megatron_vlm.config.sources.pairs import Options as PairOptions
 from megatron_vlm.data.files.img2dataset import is_shard_table
 from megatron_vlm.data.sources.image_store import ImageReader
-from megatron_vlm.data.sources.pairs.source import find_pair_source
+from megatron_vlm.data.sources.pairs.source import find_source as find_pair_source
 
 
 def test_suffixes_in_capitals_are_read_as_others(coyo, make_table):
@@ -15,7 +15,7 @@ def test_suffixes_in_capitals_are_read_as_others(coyo, make_table):
     for path in coyo.iterdir():
         shutil.copy(path, capitals / f"{path.stem}{path.suffix.upper()}")
     assert is_shard_table(capitals / "00000.PARQUET")
-    sources = [find_pair_source((folder,), PairRules()) for folder in (coyo, capitals)]
+    sources = [find_pair_source((folder,), PairOptions(), None) for folder in (coyo, capitals)]
     shown = []
     for source in sources:
         assert [path.stem for path in source.inputs] == ["00000", "00001"]

@@ -11,7 +11,8 @@ import pytest
 from megatron_vlm.config import ConfigError
 from megatron_vlm.config.prepare import JoinRules, Recipe
 from megatron_vlm.config.sources.interleaved import InterleavedRules
-from megatron_vlm.config.sources.pairs import PairRules
+from megatron_vlm.config.sources.interleaved import Options as InterleavedOptions
+from megatron_vlm.config.sources.pairs import Options as PairOptions
 from megatron_vlm.data.files.inputs import find_instruction_files, find_record_files
 from megatron_vlm.data.files.locations import (
     RemoteFile,
@@ -30,8 +31,9 @@ from megatron_vlm.data.prepare.run import PrepareJob, prepare
 from megatron_vlm.data.rejects import RejectError
 from megatron_vlm.data.shards.manifest import load_manifest
 from megatron_vlm.data.sources.image_store import RemoteImages
-from megatron_vlm.data.sources.interleaved.source import InterleavedSource, find_interleaved_source
-from megatron_vlm.data.sources.pairs.source import find_pair_source
+from megatron_vlm.data.sources.interleaved.source import InterleavedSource
+from megatron_vlm.data.sources.interleaved.source import find_source as find_interleaved_source
+from megatron_vlm.data.sources.pairs.source import find_source as find_pair_source
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -114,11 +116,11 @@ def test_records_in_files_with_capitals_are_those_of_others(tmp_path, suffix):
 
 
 def find_interleaved(paths):
-    return find_interleaved_source(paths, InterleavedRules())
+    return find_interleaved_source(paths, InterleavedOptions(), None)
 
 
 def find_pairs(paths):
-    return find_pair_source(paths, PairRules())
+    return find_pair_source(paths, PairOptions(), None)
 
 
 @pytest.mark.parametrize("find", [find_interleaved, find_pairs, find_record_files, find_instruction_files])
@@ -225,7 +227,7 @@ def mmc4_job(tokenizer_path, output, *, inputs, images, array_task=None) -> Prep
 
 
 def coyo_job(tokenizer_path, output, *inputs, array_task=None) -> PrepareJob:
-    part = ChunkJob(source=find_pair_source(inputs, PairRules()), recipe=Recipe(), tokenizer=tokenizer_path)
+    part = ChunkJob(source=find_pair_source(inputs, PairOptions(), None), recipe=Recipe(), tokenizer=tokenizer_path)
     return PrepareJob(output=output, dataset_name="coyo", chunk=part, array_task=array_task)
 
 
@@ -315,10 +317,10 @@ def test_the_folder_of_a_pattern_with_patterns_of_folders_is_the_last_one_with_a
     [
         (lambda paths: find_record_files(paths), ("a.jsonl", "b.txt")),
         (lambda paths: find_instruction_files(paths), ("a.jsonl", "b.tar")),
-        (lambda paths: find_interleaved_source(paths, InterleavedRules()), ("a.jsonl", "b.tar")),
-        (lambda paths: find_interleaved_source(paths, InterleavedRules()), ("a.tar", "b.txt")),
-        (lambda paths: find_pair_source(paths, PairRules()), ("a.tar", "b.jsonl")),
-        (lambda paths: find_pair_source(paths, PairRules()), ("a.jsonl", "b.txt")),
+        (lambda paths: find_interleaved_source(paths, InterleavedOptions(), None), ("a.jsonl", "b.tar")),
+        (lambda paths: find_interleaved_source(paths, InterleavedOptions(), None), ("a.tar", "b.txt")),
+        (lambda paths: find_pair_source(paths, PairOptions(), None), ("a.tar", "b.jsonl")),
+        (lambda paths: find_pair_source(paths, PairOptions(), None), ("a.jsonl", "b.txt")),
     ],
     ids=["records", "instructions", "json and tar", "tar and nothing", "pairs in tars and json", "pairs in json"],
 )
@@ -336,7 +338,7 @@ def test_what_img2dataset_writes_beside_its_tars_may_be_named_with_them(coyo):
     (coyo / "00000_stats.json").write_bytes(b"{}")
     (coyo / "part-00000.parquet").unlink()
     named = tuple(sorted(coyo.iterdir()))
-    assert find_pair_source(named, PairRules()).inputs == find_pair_source((coyo,), PairRules()).inputs
+    assert find_pair_source(named, PairOptions(), None).inputs == find_pair_source((coyo,), PairOptions(), None).inputs
 
 
 def test_the_tables_of_tars_may_be_named_with_them(tmp_path):
@@ -344,4 +346,4 @@ def test_the_tables_of_tars_may_be_named_with_them(tmp_path):
     columns = {"key": ["a"], "url": ["u"], "caption": ["c"], "status": ["success"]}
     pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "00000.parquet")
     named = (tmp_path / "00000.parquet", tmp_path / "00000.tar")
-    assert find_interleaved_source(named, InterleavedRules()).inputs == (tmp_path / "00000.tar",)
+    assert find_interleaved_source(named, InterleavedOptions(), None).inputs == (tmp_path / "00000.tar",)

@@ -19,7 +19,7 @@ from PIL import Image
 from megatron_vlm.config import ConfigError, DataError, StorageError
 from megatron_vlm.config.prepare import ImageRules, JoinRules, Recipe
 from megatron_vlm.config.sources.interleaved import InterleavedRules
-from megatron_vlm.config.sources.pairs import PairRules
+from megatron_vlm.config.sources.pairs import Options as PairOptions
 from megatron_vlm.data.files.inputs import find_record_files
 from megatron_vlm.data.images.decoding import decode_rgb
 from megatron_vlm.data.prepare import run as prepare_module
@@ -32,7 +32,7 @@ from megatron_vlm.data.shards.dataset import ShardedDataset
 from megatron_vlm.data.shards.manifest import WORK_FOLDER, load_manifest
 from megatron_vlm.data.shards.verify import verify_dataset
 from megatron_vlm.data.sources.interleaved.source import InterleavedSource
-from megatron_vlm.data.sources.pairs.source import find_pair_source
+from megatron_vlm.data.sources.pairs.source import find_source as find_pair_source
 from megatron_vlm.data.sources.text import TextSource
 from tests.support.preparing import content, run_until
 
@@ -60,7 +60,7 @@ def mmc4_job(mmc4, tokenizer_path, output, *, variant="full", rules=None, images
 
 
 def coyo_job(coyo, tokenizer_path, output) -> PrepareJob:
-    part = ChunkJob(source=find_pair_source((coyo,), PairRules()), recipe=Recipe(), tokenizer=tokenizer_path)
+    part = ChunkJob(source=find_pair_source((coyo,), PairOptions(), None), recipe=Recipe(), tokenizer=tokenizer_path)
     return PrepareJob(output=output, dataset_name="coyo", chunk=part)
 
 

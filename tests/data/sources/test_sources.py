@@ -5,14 +5,15 @@ import pytest
 from megatron_vlm.config import ConfigError
 from megatron_vlm.config.prepare import ConversationRules, ImageLimits, ImageRules, TextRules
 from megatron_vlm.config.sources.interleaved import InterleavedRules
-from megatron_vlm.config.sources.pairs import PairRules
+from megatron_vlm.config.sources.pairs import Options as PairOptions
 from megatron_vlm.data.documents import Image, Special, Text
 from megatron_vlm.data.files.inputs import find_record_files
 from megatron_vlm.data.rejects import RejectError
 from megatron_vlm.data.sources.image_store import FolderImages, ImageReader
 from megatron_vlm.data.sources.instructions.conversations import ConversationSource
 from megatron_vlm.data.sources.interleaved.source import InterleavedSource
-from megatron_vlm.data.sources.pairs.source import RecordPairSource, TarPairSource, find_pair_source
+from megatron_vlm.data.sources.pairs.source import RecordPairSource, TarPairSource
+from megatron_vlm.data.sources.pairs.source import find_source as find_pair_source
 from megatron_vlm.data.sources.source import key_of
 from megatron_vlm.data.sources.text import TextSource
 
@@ -308,7 +309,7 @@ def captions(found) -> list[str]:
 
 
 def test_coyo_tars_give_pairs_by_key(coyo, tmp_path, reader, make_image):
-    found = read_all(find_pair_source((coyo,), PairRules()), reader)
+    found = read_all(find_pair_source((coyo,), PairOptions(), None), reader)
     assert captions(found) == [f"a red cat {shard} {number}" for shard in range(2) for number in range(4)]
     assert found[5].document.segments[0] == Image(make_image(seed=11), (48, 40))
     assert found[5].key == "000010001"
@@ -318,7 +319,7 @@ def test_tars_alone_are_enough_in_any_order_of_files(tmp_path, reader, make_tar,
     members = [(f"{n}.txt", b"caption %d" % n) for n in range(4)]
     members += [(f"{n}.png", make_image(seed=n, file_format="PNG")) for n in (3, 1, 0, 2)]
     make_tar(tmp_path / "0.tar", members)
-    source = find_pair_source((tmp_path / "0.tar",), PairRules())
+    source = find_pair_source((tmp_path / "0.tar",), PairOptions(), None)
     for found in read_all(source, reader):
         assert found.document.segments[1].text == f"caption {found.key}"
         assert found.document.segments[0].data == make_image(seed=int(found.key), file_format="PNG")
@@ -328,7 +329,7 @@ def test_own_table_of_a_tar_explains_what_is_missing(tmp_path, reader, make_tar,
     make_tar(tmp_path / "0.tar", [("00.jpg", make_image())])
     columns = {"key": ["00", "01"], "caption": ["a cat", "a dog"], "status": ["success", "failed_to_download"]}
     make_table(tmp_path / "0.parquet", columns | {"url": ["u0", "u1"], "error_message": [None, "HTTP 404"]})
-    source = find_pair_source((tmp_path,), PairRules())
+    source = find_pair_source((tmp_path,), PairOptions(), None)
     found = read_all(source, reader)
     assert captions(found) == ["a cat", "image_missing"]
     assert (found[1].key, "HTTP 404" in found[1].document.detail) == ("01", True)
@@ -365,7 +366,7 @@ def test_bad_pair_of_a_tar_is_rejected_and_its_neighbours_are_intact(
 def test_truncated_tar_keeps_what_is_whole(coyo, tmp_path, reader):
     path = coyo / "00001.tar"
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    found = captions(read_all(find_pair_source((coyo,), PairRules()), reader))
+    found = captions(read_all(find_pair_source((coyo,), PairOptions(), None), reader))
     assert found[:4] == [f"a red cat 0 {n}" for n in range(4)]
     assert found[-1] == "tar_truncated"
 
@@ -386,7 +387,7 @@ def test_pairs_of_json_lines_name_an_image_file(tmp_path, reader, names, make_li
 
 def test_folder_without_tars_is_read_as_json_lines(tmp_path, make_lines):
     path = make_lines(tmp_path / "pairs.jsonl", [])
-    assert find_pair_source((tmp_path,), PairRules()) == RecordPairSource((path,))
+    assert find_pair_source((tmp_path,), PairOptions(), None) == RecordPairSource((path,))
 
 
 def test_missing_and_empty_inputs_are_named(tmp_path):
@@ -404,7 +405,7 @@ def test_keys_are_text_of_bounded_length():
 
 def test_parquet_files_that_list_pairs_are_left_alone_and_named(coyo, caplog):
     (coyo / "part-00000.parquet").write_bytes(b"never opened")
-    source = find_pair_source((coyo,), PairRules())
+    source = find_pair_source((coyo,), PairOptions(), None)
     assert [path.name for path in source.inputs] == ["00000.tar", "00001.tar"]
     assert "1 parquet files do not belong to a tar and are not read" in caplog.text
     assert "select pairs" in caplog.text
@@ -412,4 +413,4 @@ def test_parquet_files_that_list_pairs_are_left_alone_and_named(coyo, caplog):
 
 def test_a_parquet_file_named_by_itself_that_lists_pairs_is_refused(coyo):
     with pytest.raises(ConfigError, match="input has no tars, as the other inputs have .*part-00000.parquet"):
-        find_pair_source((coyo / "00000.tar", coyo / "part-00000.parquet"), PairRules())
+        find_pair_source((coyo / "00000.tar", coyo / "part-00000.parquet"), PairOptions(), None)

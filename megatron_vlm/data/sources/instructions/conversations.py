@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 from megatron_vlm.config.prepare import ConversationRules
 from megatron_vlm.data.documents import PLACEHOLDER, Document, Image, clean_text
@@ -10,14 +11,8 @@ from megatron_vlm.data.files.table_records import read_any_records
 from megatron_vlm.data.rejects import RejectError
 from megatron_vlm.data.sources.image_store import ImageReader
 from megatron_vlm.data.sources.instructions.records import Conversation, read_conversation
-from megatron_vlm.data.sources.source import Found, key_of, read_each
-from megatron_vlm.data.text.templates import (
-    Turn,
-    find_system,
-    find_template,
-    render_conversation,
-    split_placeholders,
-)
+from megatron_vlm.data.sources.source import Found, check_length, key_of, read_each
+from megatron_vlm.data.text.templates import Turn, find_system, find_template, render_conversation, split_placeholders
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +37,6 @@ class ConversationSource:
         )
 
 
-def system_prompt(rules: ConversationRules) -> object:
-    """Return the system prompt for `render_conversation`: the one in the rules, or the template's own."""
-    return find_system("default" if rules.system is None else rules.system)
-
-
 def make_document(conversation: Conversation, images: ImageReader, rules: ConversationRules) -> Document:
     """Render a conversation with its images in the template.
 
@@ -54,20 +44,26 @@ def make_document(conversation: Conversation, images: ImageReader, rules: Conver
         RejectError: its text or an image is not accepted, or the numbers of placeholders and images differ.
     """
     exchanges, refs = list(conversation.exchanges), conversation.images
-    if sum(len(text) for exchange in exchanges for text in exchange) > rules.text.max_characters:
-        raise RejectError("text_too_long", f"more than {rules.text.max_characters} characters")
+    check_length(conversation.num_characters, rules.text)
     counts = [question.count(PLACEHOLDER) for question, _ in exchanges]
     if refs and not any(counts):
         counts[0] = len(refs)
         exchanges[0] = (f"{PLACEHOLDER}\n" * len(refs) + exchanges[0][0], exchanges[0][1])
     if sum(counts) != len(refs):
         raise RejectError("placeholder_count", f"{sum(counts)} placeholders for {len(refs)} images")
-    found = [ref.load(images) for ref in refs]
-    turns = []
-    for (question, answer), count in zip(exchanges, counts, strict=True):
-        own, found = found[:count], found[count:]
-        turns.append(_make_turn(question, answer, own, rules))
-    system = system_prompt(rules) if conversation.system is None else conversation.system
+    found = iter([ref.load(images) for ref in refs])
+    turns = [
+        _make_turn(question, answer, list(islice(found, count)), rules)
+        for (question, answer), count in zip(exchanges, counts, strict=True)
+    ]
+    return render(conversation, turns, rules)
+
+
+def render(conversation: Conversation, turns: list[Turn], rules: ConversationRules) -> Document:
+    """Render turns in the template, with the system prompt of the conversation, else of the rules or the template."""
+    system: object = conversation.system
+    if system is None:
+        system = find_system("default" if rules.system is None else rules.system)
     return render_conversation(turns, find_template(rules.template), system)
 
 

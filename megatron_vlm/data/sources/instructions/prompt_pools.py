@@ -8,7 +8,6 @@ import difflib
 import string
 from collections.abc import Iterable
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -118,11 +117,7 @@ def load_prompt_set(name: str, path: Path | None = None) -> PromptSet:
         ConfigError: the file cannot be read, or the set is wrong; names file, line and key.
         UsageError: the file has no such set.
     """
-    if path is not None:
-        return _load(name, path)
-    packaged = resources.files("megatron_vlm.data.sources.instructions").joinpath(PACKAGED_POOLS)
-    with resources.as_file(packaged) as file:
-        return _load(name, file)
+    return _load(name, path or Path(__file__).with_name(PACKAGED_POOLS))
 
 
 def prompt_set_names(path: Path) -> list[str]:
@@ -147,11 +142,7 @@ def _load(name: str, path: Path) -> PromptSet:
 
 
 def check_prompt(text: str, slots: Iterable[str], key: str) -> tuple[str, ...]:
-    """Return the slots that a text has in braces.
-
-    Raises:
-        ConfigError: a brace is unmatched, or contains something other than one of `slots`.
-    """
+    """Return the slots that a text has in braces; ConfigError for any other brace than around one of `slots`."""
     found = []
     for slot, has_format in _braces(text, key):
         if slot not in slots or has_format:
@@ -162,11 +153,7 @@ def check_prompt(text: str, slots: Iterable[str], key: str) -> tuple[str, ...]:
 
 
 def check_field_text(name: str, key: str) -> None:
-    """Check the braces in the name of a field.
-
-    Raises:
-        ConfigError: a brace is unmatched, or does not contain a name.
-    """
+    """Raise a ConfigError if a brace in the name of a field is unmatched or does not contain a name."""
     for slot, _ in _braces(name, key):
         if not slot.isidentifier():
             raise ConfigError(f"{key}: {{{slot}}} is not the name of a field", fix="write {image_id}, for example")
@@ -192,5 +179,5 @@ def without_image_places(prompt_set: PromptSet) -> tuple[str, ...]:
     """Return the wordings for later questions of a conversation, whose first question has the images."""
     if prompt_set.later_prompts:
         return prompt_set.later_prompts
-    shortened = (text.replace(f"{PLACEHOLDER}\n", "").replace(PLACEHOLDER, "").strip() for text in prompt_set.prompts)
-    return tuple(shortened)
+    texts = prompt_set.prompts
+    return tuple(text.replace(f"{PLACEHOLDER}\n", "").replace(PLACEHOLDER, "").strip() for text in texts)

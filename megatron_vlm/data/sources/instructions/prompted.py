@@ -58,16 +58,16 @@ class PromptedSource:
         """Yield the conversations of one file, rendered in the template."""
         rules = self.rules.turns
         for line, value in read_any_records(path, max_bytes=rules.max_record_bytes):
-            if isinstance(value, RejectError):
-                yield Found(line, None, value)
-                continue
-            key = key_of(_first(value, self.rules.prompts.fields.get("key", ("id",))))
-            identity = key or f"{path.name}:{line}"
+            key = None
             try:
+                if isinstance(value, RejectError):
+                    raise value
+                key = key_of(_first(value, self.rules.prompts.fields.get("key", ("id",))))
                 captions = self._captions(value)
             except RejectError as error:
                 yield Found(line, key, error)
                 continue
+            identity = key or f"{path.name}:{line}"
             for number, caption in enumerate(captions):
                 try:
                     conversation = self._conversation(value, caption, (identity, number))
@@ -114,9 +114,7 @@ class PromptedSource:
         for name in kind.optional:
             value = _first(record, prompts.fields.get(name, ()))
             if value not in (None, "", []):
-                texts[name] = (
-                    ", ".join(_text(one, name) for one in value) if isinstance(value, list) else _text(value, name)
-                )
+                texts[name] = ", ".join(_text(one, name) for one in (value if isinstance(value, list) else [value]))
         is_first = identity[1] == 0 or prompts.kind == "caption"
         pool = prompts.prompts if is_first else without_image_places(prompts)
         usable = [text for text in pool if set(check_prompt(text, kind.slots, "prompt")) <= texts.keys()]
@@ -191,11 +189,8 @@ def _text(value: Any, name: str) -> str:
 
 def _answer(value: Any, name: str) -> str:
     """Return the most frequent of several answers, or the only one."""
-    if isinstance(value, list):
-        counts = Counter(_text(one, name) for one in value)
-        text = counts.most_common(1)[0][0] if counts else ""
-    else:
-        text = _text(value, name)
+    counts = Counter(_text(one, name) for one in (value if isinstance(value, list) else [value]))
+    text = max(counts, key=counts.__getitem__, default="")
     if not text.strip():
         raise RejectError("empty_text", f"{name} is empty")
     return text
@@ -216,8 +211,7 @@ def _chosen(options: dict[str, str], answer: Any) -> dict[str, str]:
     if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(letters):
         return {"letter": letters[answer], "answer": options[letters[answer]]}
     if isinstance(answer, str):
-        if answer in options.values():
-            return {"letter": next(letter for letter in letters if options[letter] == answer), "answer": answer}
-        if answer.strip() in options:
-            return {"letter": answer.strip(), "answer": options[answer.strip()]}
+        same = (letter for letter in letters if options[letter] == answer)
+        if (letter := next(same, answer.strip())) in options:
+            return {"letter": letter, "answer": options[letter]}
     raise RejectError("answer_option", f"answer {str(answer)[:50]!r} is not one of {len(options)} options")

@@ -22,6 +22,11 @@ class Conversation:
     """In the order of their placeholders in the questions; if there is no placeholder, they come first."""
     system: str | None = None
 
+    @property
+    def num_characters(self) -> int:
+        """Length of all questions and answers."""
+        return sum(len(text) for exchange in self.exchanges for text in exchange)
+
 
 class _Form(NamedTuple):
     """A question and its answer as two fields of a record."""
@@ -65,40 +70,29 @@ def read_conversation(record: dict[str, Any]) -> Conversation:
         RejectError: unknown_fields: the record has none of these forms; json_type, turn_order or empty_text: something
             is wrong with the form it has.
     """
-    name = next((name for name in _LISTS if name in record), None)
-    if name is not None:
+    if name := next((name for name in _LISTS if name in record), None):
         return _read_list(record, name)
-    form = next((form for form in _FORMS if form.question in record and form.answer in record), None)
-    if form is None:
-        form = next((form for form in _FORMS if form.question in record or form.answer in record), None)
-    if form is None:
+    # A form with one of its two fields tells better what is wrong than no form.
+    forms = (form for has in (all, any) for form in _FORMS if has(name in record for name in form[:2]))
+    if (form := next(forms, None)) is None:
         fields = ", ".join(sorted(map(str, record))) or "nothing"
         raise RejectError("unknown_fields", f"no known form of instruction data has the fields {fields}")
-    question, answer = _text(record, form.question), _text(record, form.answer)
+    question, answer = field(record, form.question, str), field(record, form.answer, str)
     if not answer.strip():
         raise RejectError("empty_text", f"{form.answer} is empty")
     if form.more is not None and record.get(form.more):
-        question += form.separator + _text(record, form.more)
+        question += form.separator + field(record, form.more, str)
     images = find_images(record)
     exchanges = split_dialog(question, answer) if images else [(question, answer)]
     _check_answers(exchanges)
-    return Conversation(exchanges, images, _system(record))
+    system = record.get("system_prompt")  # OpenOrca's
+    return Conversation(exchanges, images, system if isinstance(system, str) and system else None)
 
 
 def _check_answers(exchanges: list[tuple[str, str]]) -> None:
     for number, (_, answer) in enumerate(exchanges, start=1):
         if not answer.strip():
             raise RejectError("empty_text", f"answer {number} of {len(exchanges)} is empty")
-
-
-def _text(record: dict[str, Any], name: str) -> str:
-    return field(record, name, str)
-
-
-def _system(record: dict[str, Any]) -> str | None:
-    """Return OpenOrca's `system_prompt`, or None if it is missing or empty."""
-    value = record.get("system_prompt")
-    return value if isinstance(value, str) and value else None
 
 
 def _read_list(record: dict[str, Any], name: str) -> Conversation:

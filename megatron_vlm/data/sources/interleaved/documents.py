@@ -1,15 +1,16 @@
 """From a record of an interleaved corpus to a document, with images matched to sentences or both in reading order."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from megatron_vlm.config.prepare import TextRules
 from megatron_vlm.config.sources.interleaved import InterleavedRules
 from megatron_vlm.data.documents import Document, Image, Segment, Text, clean_text
 from megatron_vlm.data.files.records import field
 from megatron_vlm.data.rejects import RejectError
 from megatron_vlm.data.sources.image_store import ImageReader, decode_base64
 from megatron_vlm.data.sources.interleaved.assignment import reassign
+from megatron_vlm.data.sources.source import check_length
 
 _MAX_LISTED_IMAGES = 1000
 
@@ -40,9 +41,8 @@ def matched_document(
     sentences = field(record, "text_list", list)
     if not all(isinstance(sentence, str) for sentence in sentences):
         raise RejectError("json_type", "text_list has an entry that is not text")
-    _check_length(sum(map(len, sentences)), rules.text)
     infos = field(record, "image_info", list)
-    _check_listed(len(infos))
+    _check_amount(sum(map(len, sentences)), len(infos), rules)
     if rules.assignment != "listed":
         matched = reassign(record, len(sentences), rules.assignment)
         if unmatched := len(infos) - len(matched):
@@ -51,12 +51,13 @@ def matched_document(
     taker = _ImageTaker(rules, images)
     placed: dict[int, list[Segment]] = {}
     indices = [_matched_index(info, len(sentences)) for info in infos]
-    order = range(len(infos))
-    for number in order if rules.keep_images == "first-listed" else sorted(order, key=indices.__getitem__):
-        info, index = infos[number], indices[number]
-        if _is_dissimilar(info, rules):
+    order = list(zip(infos, indices, strict=True))
+    if rules.keep_images == "first-in-text":
+        order.sort(key=lambda entry: entry[1])
+    for info, index in order:
+        if rules.min_similarity is not None and field(info, "matched_sim", (float, int)) < rules.min_similarity:
             images.count("dissimilar_images")
-        elif (image := taker.take(lambda info=info: find(info))) is not None:  # type: ignore[misc]
+        elif (image := taker.take(functools.partial(find, info))) is not None:
             placed.setdefault(index, []).append(image)
     taker.check_enough()
     segments: list[Segment] = []
@@ -84,8 +85,7 @@ def placed_document(
     if rules.want_matches:
         raise RejectError("json_type", "the record does not match images and sentences, which the options need")
     texts = [place for place in places if isinstance(place, Text)]
-    _check_length(sum(len(text.text) for text in texts), rules.text)
-    _check_listed(len(places) - len(texts))
+    _check_amount(sum(len(text.text) for text in texts), len(places) - len(texts), rules)
     taker = _ImageTaker(rules, images)
     segments: list[Segment] = []
     for place in places:
@@ -163,9 +163,8 @@ class _ImageTaker:
 
     def check_enough(self) -> None:
         if self._num_taken < self._rules.min_images:
-            raise RejectError(
-                "too_few_images", f"{self._num_taken} images, at least {self._rules.min_images} are needed"
-            )
+            detail = f"{self._num_taken} images, at least {self._rules.min_images} are needed"
+            raise RejectError("too_few_images", detail)
 
 
 def _matched_index(info: Any, num_sentences: int) -> int:
@@ -186,17 +185,7 @@ def _without_tail(segments: list[Segment], rules: InterleavedRules) -> list[Segm
     return segments[: last + (2 if rules.image_place == "before" else 1)]
 
 
-def _check_length(num_characters: int, rules: TextRules) -> None:
-    if num_characters > rules.max_characters:
-        raise RejectError("text_too_long", f"more than {rules.max_characters} characters")
-
-
-def _check_listed(num_images: int) -> None:
+def _check_amount(num_characters: int, num_images: int, rules: InterleavedRules) -> None:
+    check_length(num_characters, rules.text)
     if num_images > _MAX_LISTED_IMAGES:
         raise RejectError("too_many_images", f"{num_images} images, at most {_MAX_LISTED_IMAGES} are read")
-
-
-def _is_dissimilar(info: dict[str, Any], rules: InterleavedRules) -> bool:
-    if rules.min_similarity is None:
-        return False
-    return field(info, "matched_sim", (float, int)) < rules.min_similarity

@@ -8,12 +8,12 @@ from megatron_vlm.config import ConfigError
 from megatron_vlm.config.sources.interleaved import InterleavedRules, Options
 from megatron_vlm.data.documents import Document
 from megatron_vlm.data.files.img2dataset import is_shard_table
-from megatron_vlm.data.files.inputs import check_each_used, find_record_files, list_inputs
+from megatron_vlm.data.files.inputs import TABLE_SUFFIX, check_each_used, find_record_files, is_table, list_inputs
 from megatron_vlm.data.files.locations import Location, check_suffixes
 from megatron_vlm.data.files.records import SUFFIXES, read_records
 from megatron_vlm.data.sources.image_store import ImageReader
 from megatron_vlm.data.sources.interleaved.documents import find_listed_image, matched_document
-from megatron_vlm.data.sources.interleaved.tables import TABLE_SUFFIX, InterleavedTableSource, check_first_table
+from megatron_vlm.data.sources.interleaved.tables import InterleavedTableSource, check_first_table
 from megatron_vlm.data.sources.interleaved.tars import InterleavedTarSource
 from megatron_vlm.data.sources.source import Found, key_of, read_each
 from megatron_vlm.data.text.tokenizer import Tokenizer
@@ -26,8 +26,7 @@ class InterleavedSource:
     """JSON lines as MMC4 publishes them.
 
     A record has `text_list` and `image_info`, each entry of it with `matched_text_index` and `image_name`, `raw_url`
-    or `image_base64`. Each image stands directly before its sentence, unless the rules say after; several of one
-    sentence in their listed order.
+    or `image_base64`.
 
     Source: allenai/mmc4, README.
     """
@@ -48,13 +47,6 @@ class InterleavedSource:
 def find_source(
     paths: tuple[Location, ...], options: Options, tokenizer: Tokenizer
 ) -> InterleavedSource | InterleavedTableSource | InterleavedTarSource:
-    """Return the reader that fits the files; see `find_interleaved_source`."""
-    return find_interleaved_source(paths, options.rules)
-
-
-def find_interleaved_source(
-    paths: tuple[Location, ...], rules: InterleavedRules
-) -> InterleavedSource | InterleavedTableSource | InterleavedTarSource:
     """Return a reader of JSON, else of parquet tables with texts and images, else of tars.
 
     Parquet files that img2dataset writes beside its tars are not tables of documents.
@@ -63,10 +55,10 @@ def find_interleaved_source(
         ConfigError: no file is found, kinds are mixed, or the rules are about matched images, which tables do not have.
         DataError: the first table has other columns.
     """
-    listed = list_inputs(paths, (*SUFFIXES, TABLE_SUFFIX, _TAR_SUFFIX))
+    rules, listed = options.rules, list_inputs(paths, (*SUFFIXES, TABLE_SUFFIX, _TAR_SUFFIX))
     files = tuple(file for path in paths for file in listed[path])
     check_suffixes(files, (*SUFFIXES, TABLE_SUFFIX, _TAR_SUFFIX))
-    tables = tuple(file for file in files if file.name.lower().endswith(TABLE_SUFFIX))
+    tables = tuple(filter(is_table, files))
     tars = tuple(file for file in files if file.name.lower().endswith(_TAR_SUFFIX))
     if len(tables) + len(tars) < len(files) or not files:
         if mixed := set(paths) & {*tables, *tars}:

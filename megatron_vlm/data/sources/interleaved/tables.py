@@ -1,5 +1,6 @@
 """Interleaved documents in parquet, one per row, as OBELICS, OmniCorpus and MINT-1T publish them."""
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,6 @@ from megatron_vlm.data.sources.image_store import ImageReader
 from megatron_vlm.data.sources.interleaved.documents import LoadImage, pair_up, placed_document
 from megatron_vlm.data.sources.source import Found, key_of, read_each
 
-TABLE_SUFFIX = ".parquet"
 _KEY_COLUMNS = ("url", "id", "key", "__key__")
 _METADATA = "general_metadata"
 _WANTED = ("texts", "images")
@@ -48,11 +48,8 @@ class InterleavedTableSource:
                 yield Found(None, None, RejectError("column_missing", f"no column {' and '.join(missing)}"))
                 return
             columns = [name for name in (*_WANTED, *_KEY_COLUMNS, _METADATA) if name in table.schema_arrow.names]
-            yield from read_each(
-                read_rows(table, columns),
-                _key,
-                lambda cells, key: self._document(cells, key, images),
-            )
+            make = functools.partial(self._document, images=images)
+            yield from read_each(read_rows(table, columns), _key, make)
 
     def _document(self, cells: dict[str, Any], key: str, images: ImageReader) -> Document:
         texts, listed = field(cells, "texts", list), field(cells, "images", list)
@@ -61,11 +58,7 @@ class InterleavedTableSource:
 
 
 def check_first_table(path: Location) -> None:
-    """Refuse an input that is not an interleaved corpus before anything is prepared.
-
-    Raises:
-        DataError: the table cannot be read, or has other columns.
-    """
+    """Raise a DataError if the table cannot be read or has other columns, before anything is prepared."""
     with open_parquet(path) as table:
         if missing := _missing_columns(table):
             raise DataError(

@@ -8,8 +8,8 @@ from typing import Any
 from megatron_vlm.config.sources.interleaved import InterleavedRules
 from megatron_vlm.data.documents import Document, Image, Text
 from megatron_vlm.data.files.locations import Location
-from megatron_vlm.data.files.records import field, parse_record
-from megatron_vlm.data.files.tars import IMAGE_EXTENSIONS, Member, TarReader, group_members, list_members
+from megatron_vlm.data.files.records import field
+from megatron_vlm.data.files.tars import IMAGE_EXTENSIONS, Member
 from megatron_vlm.data.rejects import RejectError
 from megatron_vlm.data.sources.image_store import ImageReader
 from megatron_vlm.data.sources.interleaved.documents import (
@@ -20,6 +20,7 @@ from megatron_vlm.data.sources.interleaved.documents import (
     placed_document,
 )
 from megatron_vlm.data.sources.source import Found
+from megatron_vlm.data.sources.tar_samples import TarSample, read_samples
 
 _TEXT_EXTENSION = "txt"
 _NUMBERED = re.compile(rf"(?:(\d+)\.)?({'|'.join((*IMAGE_EXTENSIONS, _TEXT_EXTENSION))})")
@@ -50,42 +51,21 @@ class InterleavedTarSource:
 
     def read(self, path: Location, images: ImageReader) -> Iterator[Found]:
         """Yield the documents of one tar."""
-        with TarReader(path) as tar:
-            members, damage = list_members(tar)
-            for key, group in group_members(iter(members)).items():
-                try:
-                    sample = _Sample(tar, key, group, self.rules, images)
-                    yield Found(None, key, sample.document())
-                except RejectError as error:
-                    yield Found(None, key, error)
-        if damage is not None:
-            yield Found(None, None, damage)
+        return read_samples(path, lambda sample: _Reader(sample, self.rules, images).document())
 
 
-class _Sample:
-    """The files with one key."""
+class _Reader:
+    """Reads the files of one key."""
 
-    def __init__(
-        self,
-        tar: TarReader,
-        key: str,
-        group: dict[str, Member | None],
-        rules: InterleavedRules,
-        images: ImageReader,
-    ) -> None:
-        self._tar, self._key, self._rules, self._images = tar, key, rules, images
-        self._group: dict[str, Member] = {}
-        for extension, member in group.items():
-            if member is None:
-                raise RejectError("duplicate_name", f"the tar has {key[:200]}.{extension} twice")
-            self._group[extension] = member
+    def __init__(self, sample: TarSample, rules: InterleavedRules, images: ImageReader) -> None:
+        self._sample, self._rules, self._images = sample, rules, images
+        self._key, self._group = sample.key, sample.files
 
     def document(self) -> Document:
         """Read the files in any of the forms."""
-        member = self._group.get("json")
-        if member is None:
+        record = self._sample.read_record(self._rules.max_record_bytes)
+        if record is None:
             return self._place(self._numbered())
-        record = parse_record(self._tar.read(member, self._rules.max_record_bytes, "record_too_long"))
         if "image_info" in record or "matched_text_indices" in record:
             return matched_document(_as_mmc4(record), self._key, self._rules, self._images, self._find_listed)
         if "sequence" in record:
@@ -110,7 +90,9 @@ class _Sample:
         if not numbered:
             raise RejectError("json_missing", f"the key has {', '.join(self._group) or 'nothing'}"[:200])
         return [
-            Text(self._text(self._group[extension])) if is_text else self._image(extension)
+            Text(self._sample.read_text(self._group[extension], self._rules.text))
+            if is_text
+            else self._image(extension)
             for _, is_text, extension in sorted(numbered)
         ]
 
@@ -129,7 +111,7 @@ class _Sample:
                 raise RejectError("json_type", f"an image is {type(name).__name__}, not a name")
             member = self._member(name)
             if member is not None:
-                return self._images.check(self._tar.read(member, self._images.max_bytes, "image_bytes"))
+                return self._images.check(self._sample.tar.read(member, self._images.max_bytes, "image_bytes"))
             if "://" in name:
                 return self._images.find(None, name)
             raise RejectError("image_missing", f"the tar has no file {self._key}.{name}"[:300])
@@ -150,12 +132,6 @@ class _Sample:
         if whole.key in (self._key, self._key.rpartition("/")[2]):
             return self._group.get(whole.extension)
         return None
-
-    def _text(self, member: Member) -> str:
-        try:
-            return self._tar.read(member, 4 * self._rules.text.max_characters, "text_too_long").decode()
-        except UnicodeDecodeError as error:
-            raise RejectError("invalid_utf8", f"byte {error.start} of {member.name[:200]}") from None
 
 
 def _as_mmc4(record: dict[str, Any]) -> dict[str, Any]:

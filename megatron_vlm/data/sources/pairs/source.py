@@ -10,11 +10,12 @@ from megatron_vlm.data.documents import Document, Image, Text, clean_text
 from megatron_vlm.data.files.img2dataset import beside, is_shard_table, read_shard_table
 from megatron_vlm.data.files.inputs import TABLE_SUFFIX, check_each_used, find_record_files, is_table, list_inputs
 from megatron_vlm.data.files.locations import Location, check_suffixes
-from megatron_vlm.data.files.records import SUFFIXES, field, parse_record, read_records
-from megatron_vlm.data.files.tars import Member, TarReader, find_image, group_members, list_members
+from megatron_vlm.data.files.records import SUFFIXES, field, read_records
+from megatron_vlm.data.files.tars import find_image
 from megatron_vlm.data.rejects import RejectError
 from megatron_vlm.data.sources.image_store import ImageReader
 from megatron_vlm.data.sources.source import Found, key_of, read_each
+from megatron_vlm.data.sources.tar_samples import TarSample, read_samples
 from megatron_vlm.data.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -24,7 +25,6 @@ _CAPTION_FIELDS = ("caption", "text", "txt")
 _TAR_SUFFIX = ".tar"
 _STATISTICS_ENDING = "_stats.json"
 """End of the names of other files that img2dataset writes beside its tars."""
-_Group = dict[str, Member | None]
 
 
 def make_pair(image: Image, caption: str, key: str, rules: PairRules) -> Document:
@@ -34,7 +34,7 @@ def make_pair(image: Image, caption: str, key: str, rules: PairRules) -> Documen
         RejectError: the caption is empty or not accepted.
     """
     caption = clean_text(caption, rules.text)
-    if not caption or caption.isspace():
+    if not caption.strip():
         raise RejectError("empty_text", "the caption is empty")
     return Document((image, Text(caption)), key=key)
 
@@ -52,61 +52,32 @@ class TarPairSource:
 
     def read(self, path: Location, images: ImageReader) -> Iterator[Found]:
         """Yield the pairs of one tar."""
-        rows = read_shard_table(beside(path, TABLE_SUFFIX))
-        with TarReader(path) as tar:
-            members, damage = list_members(tar)
-            groups = group_members(iter(members))
-            for key, group in groups.items():
-                try:
-                    pair = _TarPair(tar, key, group, rows.get(key, {}), self.rules)
-                    caption = pair.caption()
-                    yield Found(None, key, make_pair(pair.image(images), caption, key, self.rules))
-                except RejectError as error:
-                    yield Found(None, key, error)
+        rows, keys = read_shard_table(beside(path, TABLE_SUFFIX)), set()
+        for found in read_samples(path, lambda sample: self._pair(sample, rows.get(sample.key, {}), images)):
+            keys.add(found.key)
+            yield found
         for key, row in rows.items():
-            if key not in groups:
+            if key not in keys:
                 status = row.get("error_message") or row.get("status")
                 yield Found(None, key, RejectError("image_missing", f"the tar has no image; img2dataset says {status}"))
-        if damage is not None:
-            yield Found(None, None, damage)
 
-
-class _TarPair:
-    """The members with one key."""
-
-    def __init__(self, tar: TarReader, key: str, group: _Group, row: dict[str, Any], rules: PairRules) -> None:
-        self._tar, self.key, self._group, self._row, self._rules = tar, key, group, row, rules
-        self._record: dict[str, Any] | None = None
-        if None in group.values():
-            name = next(extension for extension, member in group.items() if member is None)
-            raise RejectError("duplicate_name", f"the tar has {key[:200]}.{name} twice")
-
-    def image(self, images: ImageReader) -> Image:
-        member = find_image(self._group)
+    def _pair(self, sample: TarSample, row: dict[str, Any], images: ImageReader) -> Document:
+        caption = self._caption(sample, row)
+        member = find_image(dict(sample.files))
         if member is None:
-            raise RejectError("image_missing", f"the key has {', '.join(self._group) or 'nothing'}"[:200])
-        return images.check(self._tar.read(member, images.max_bytes, "image_bytes"))
+            raise RejectError("image_missing", f"the key has {', '.join(sample.files) or 'nothing'}"[:200])
+        image = images.check(sample.tar.read(member, images.max_bytes, "image_bytes"))
+        return make_pair(image, caption, sample.key, self.rules)
 
-    def caption(self) -> str:
-        if text := self._group.get("txt"):
-            try:
-                return self._tar.read(text, 4 * self._rules.text.max_characters, "text_too_long").decode()
-            except UnicodeDecodeError as error:
-                raise RejectError("invalid_utf8", f"byte {error.start} of the caption") from None
-        if isinstance(caption := self._row.get("caption"), str):
+    def _caption(self, sample: TarSample, row: dict[str, Any]) -> str:
+        if text := sample.files.get("txt"):
+            return sample.read_text(text, self.rules.text)
+        if isinstance(caption := row.get("caption"), str):
             return caption
-        for name in _CAPTION_FIELDS:
-            if isinstance(caption := self._json().get(name), str):
-                return caption
-        raise RejectError("caption_missing", "neither the tar nor its table has a caption")
-
-    def _json(self) -> dict[str, Any]:
-        if self._record is None:
-            member = self._group.get("json")
-            self._record = {}
-            if member:
-                self._record = parse_record(self._tar.read(member, self._rules.max_record_bytes, "record_too_long"))
-        return self._record
+        found = _first(sample.read_record(self.rules.max_record_bytes) or {}, _CAPTION_FIELDS)
+        if found is None:
+            raise RejectError("caption_missing", "neither the tar nor its table has a caption")
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,11 +98,10 @@ class RecordPairSource:
             image = images.find(_first(record, _IMAGE_FIELDS), url if isinstance(url, str) else None)
             return make_pair(image, caption, key, self.rules)
 
-        return read_each(read_records(path, max_bytes=self.rules.max_record_bytes), _record_key, make)
+        def find_key(record: dict[str, Any]) -> str | None:
+            return key_of(record.get("id", record.get("url", _first(record, _IMAGE_FIELDS))))
 
-
-def _record_key(record: dict[str, Any]) -> str | None:
-    return key_of(record.get("id", record.get("url", _first(record, _IMAGE_FIELDS))))
+        return read_each(read_records(path, max_bytes=self.rules.max_record_bytes), find_key, make)
 
 
 def _first(record: dict[str, Any], names: tuple[str, ...]) -> str | None:
@@ -141,11 +111,6 @@ def _first(record: dict[str, Any], names: tuple[str, ...]) -> str | None:
 def find_source(
     paths: tuple[Location, ...], options: Options, tokenizer: Tokenizer
 ) -> TarPairSource | RecordPairSource:
-    """Return the reader that fits the files; see `find_pair_source`."""
-    return find_pair_source(paths, options.rules)
-
-
-def find_pair_source(paths: tuple[Location, ...], rules: PairRules) -> TarPairSource | RecordPairSource:
     """Return a reader of tars, with or without the tables that img2dataset writes beside them, or of JSON lines.
 
     Other parquet tables, the lists of pairs that COYO and LAION publish, are not read.
@@ -158,7 +123,7 @@ def find_pair_source(paths: tuple[Location, ...], rules: PairRules) -> TarPairSo
     check_suffixes(files, (_TAR_SUFFIX, TABLE_SUFFIX, *SUFFIXES))
     tars = tuple(file for file in files if file.suffix.lower() == _TAR_SUFFIX)
     if not tars:
-        return RecordPairSource(find_record_files(paths), rules)
+        return RecordPairSource(find_record_files(paths), options.rules)
     lists = [file for file in files if is_table(file) and not is_shard_table(file)]
     check_each_used(listed, set(files) - set(lists), "tars, as the other inputs have")
     rest = (file for file in files if not file.name.lower().endswith(_STATISTICS_ENDING))
@@ -166,4 +131,4 @@ def find_pair_source(paths: tuple[Location, ...], rules: PairRules) -> TarPairSo
     if lists:
         what = f"{len(lists)} parquet files do not belong to a tar and are not read, {lists[0]} first"
         logger.warning("%s; use `select pairs` for such lists of pairs, before the images are downloaded", what)
-    return TarPairSource(tars, rules)
+    return TarPairSource(tars, options.rules)

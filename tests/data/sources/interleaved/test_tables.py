@@ -7,10 +7,12 @@ import pytest
 from megatron_vlm.config import ConfigError, DataError
 from megatron_vlm.config.prepare import ImageRules
 from megatron_vlm.config.sources.interleaved import InterleavedRules
+from megatron_vlm.config.sources.interleaved import Options as InterleavedOptions
 from megatron_vlm.data.files.join_index import save_join_index
 from megatron_vlm.data.rejects import RejectError
 from megatron_vlm.data.sources.image_store import FolderImages, ImageReader, TarImages, index_tar
-from megatron_vlm.data.sources.interleaved.source import InterleavedSource, find_interleaved_source
+from megatron_vlm.data.sources.interleaved.source import InterleavedSource
+from megatron_vlm.data.sources.interleaved.source import find_source as find_interleaved_source
 from megatron_vlm.data.sources.interleaved.tables import InterleavedTableSource
 from megatron_vlm.data.sources.interleaved.tars import InterleavedTarSource
 from tests.support.documents import show
@@ -166,24 +168,28 @@ def test_the_kind_of_input_is_seen_from_its_files(tmp_path, make_table, make_tar
     )
     make_tar(tars / "0.tar", [])
     make_table(tars / "0.parquet", {"key": ["0"], "url": ["u"]})
-    assert find_interleaved_source((tables,), rules) == InterleavedTableSource((tables / "0.parquet",), rules)
-    assert find_interleaved_source((tars,), rules) == InterleavedTarSource((tars / "0.tar",), rules)
+    assert find_interleaved_source((tables,), InterleavedOptions(rules=rules), None) == InterleavedTableSource(
+        (tables / "0.parquet",)
+    )
+    assert find_interleaved_source((tars,), InterleavedOptions(rules=rules), None) == InterleavedTarSource(
+        (tars / "0.tar",)
+    )
     path = make_lines(tables / "docs.jsonl", [])
-    assert find_interleaved_source((tables,), rules) == InterleavedSource((path,), rules)
+    assert find_interleaved_source((tables,), InterleavedOptions(rules=rules), None) == InterleavedSource((path,))
     with pytest.raises(ConfigError, match="JSON files are mixed with another kind of input .*0.tar"):
-        find_interleaved_source((path, tars / "0.tar"), rules)
+        find_interleaved_source((path, tars / "0.tar"), InterleavedOptions(rules=rules), None)
     with pytest.raises(ConfigError, match="input has no JSON"):
-        find_interleaved_source((tmp_path,), rules)
+        find_interleaved_source((tmp_path,), InterleavedOptions(rules=rules), None)
 
 
 def test_similarities_of_tables_are_refused_at_once(tmp_path, make_table):
     path = make_table(tmp_path / "0.parquet", {"texts": [["t"]], "images": [[None]]})
     for rules in (InterleavedRules(min_similarity=0.2), InterleavedRules(assignment="linear")):
         with pytest.raises(ConfigError, match="do not match images .*fix: leave out --min-similarity"):
-            find_interleaved_source((path,), rules)
+            find_interleaved_source((path,), InterleavedOptions(rules=rules), None)
 
 
 def test_tables_of_pairs_are_refused_at_once(tmp_path, make_table):
     path = make_table(tmp_path / "0.parquet", {"url": ["u"], "text": ["t"]})
     with pytest.raises(DataError, match="has no column texts and images .*fix: use prepare pairs"):
-        find_interleaved_source((path,), InterleavedRules())
+        find_interleaved_source((path,), InterleavedOptions(), None)
