@@ -35,11 +35,7 @@ class ArrayTask:
 
     @classmethod
     def parse(cls, text: str) -> "ArrayTask":
-        """Read `I/N`.
-
-        Raises:
-            UsageError: the text has another form.
-        """
+        """Read `I/N`; UsageError for any other form."""
         index, _, count = text.partition("/")
         if not (index.isascii() and index.isdigit() and count.isascii() and count.isdigit() and int(count)):
             raise UsageError(f"--part {text} is not of the form I/N", fix=_EXAMPLE)
@@ -50,16 +46,10 @@ class ArrayTask:
         return output.with_name(f"{output.name}.part-{self.index}-of-{self.count}")
 
     def choose(self, items: Sequence[Any]) -> Sequence[Any]:
-        """Return the items of this task: consecutive ones, so that the tasks in order cover all items in order.
-
-        Raises:
-            UsageError: there are fewer items than tasks.
-        """
+        """Return the items of this task: consecutive ones, so that the tasks in order cover all items in order."""
         if len(items) < self.count:
-            raise UsageError(
-                f"--part {self}: there are {len(items)} input files for {self.count} parts",
-                fix=f"use at most {len(items)} parts; an input file is not divided",
-            )
+            what = f"--part {self}: there are {len(items)} input files for {self.count} parts"
+            raise UsageError(what, fix=f"use at most {len(items)} parts; an input file is not divided")
         return items[len(items) * (self.index - 1) // self.count : len(items) * self.index // self.count]
 
 

@@ -34,7 +34,7 @@ _REPORT_EVERY = 100
 
 
 def deduplicate(folder: Path, output: Path, *, by: str, num_workers: int = 1) -> Manifest:
-    """Write a dataset without the samples that repeat an earlier one.
+    """Write a dataset without the samples that repeat an earlier one, and return its manifest.
 
     A shard without duplicates is a hard link; one that loses samples is written again; one that loses all is left out.
     Documents and rejects stay those of the preparation; the dropped samples are counted among the notes.
@@ -44,9 +44,6 @@ def deduplicate(folder: Path, output: Path, *, by: str, num_workers: int = 1) ->
         output: new folder on the same file system; left alone if it already holds the same dataset.
         by: one of `KINDS`.
         num_workers: processes; the result does not depend on it.
-
-    Returns:
-        The manifest of the new dataset.
 
     Raises:
         UsageError: `by` is not one of `KINDS`.

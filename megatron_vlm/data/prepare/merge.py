@@ -31,9 +31,6 @@ def merge_datasets(output: Path, folders: Sequence[Path]) -> Manifest:
         output: new folder on the file system of the parts; left alone if it already holds this dataset.
         folders: written by `prepare --part 1/N` to `N/N`.
 
-    Returns:
-        The manifest of the whole.
-
     Raises:
         ConfigError: a part is missing, given twice or from another preparation; or the output folder is not empty.
         DataError: a part is unfinished or damaged, or no document became a sample.
@@ -64,11 +61,8 @@ def split_dataset(folder: Path, output: Path, count: int) -> list[Path]:
 
     Args:
         folder: the dataset; it is not changed.
-        output: `output-1-of-3` to `output-3-of-3` are written, on the same file system.
+        output: `output-1-of-3` to `output-3-of-3` are written, on the same file system, and returned.
         count: number of datasets.
-
-    Returns:
-        The new folders.
 
     Raises:
         ConfigError: there are fewer shards than datasets, the dataset is only a part, or an output folder holds

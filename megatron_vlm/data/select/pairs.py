@@ -75,9 +75,8 @@ class SelectRules:
         if (self.top is None) == (self.fraction is None):
             raise UsageError("give either --top or --fraction", fix="--top 25M is the paper's")
         if self.fraction is not None and not 0 < self.fraction <= 1:
-            raise UsageError(
-                f"--fraction {float(self.fraction)} is not above 0 and up to 1", fix="use 0.2, for example"
-            )
+            what = f"--fraction {float(self.fraction)} is not above 0 and up to 1"
+            raise UsageError(what, fix="use 0.2, for example")
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,8 +126,7 @@ def _select(inputs: tuple[Location, ...], folder: Path, rules: SelectRules) -> d
         logger.warning("only %d rows have a usable score, fewer than the %d wanted; all are kept", len(rows), rules.top)
     kept = ScoreHistogram(everything.width)
     kept.add(scores)
-    written = _write_files(files, rows, folder)
-    report = _report(files, rules, scores, dropped, written) | {
+    report = _report(files, rules, scores, dropped, _write_files(files, rows, folder)) | {
         "histogram": histogram_rows(everything, kept),
         "bin_width": everything.width,
     }
@@ -158,11 +156,12 @@ def _list_files(inputs: tuple[Location, ...]) -> list[_InputFile]:
 def _check_columns(path: Location, columns: tuple[str, ...]) -> None:
     with open_parquet(path, streamed=True) as table:
         schema = table.schema_arrow
-    numbers = [field.name for field in schema if _is_number(field.type)]
+    types = pyarrow.types
+    numbers = [field.name for field in schema if types.is_floating(field.type) or types.is_integer(field.type)]
     for name in columns:
         if name not in schema.names:
             # Most scores are floats.
-            numbers.sort(key=lambda number: pyarrow.types.is_integer(schema.field(number).type))
+            numbers.sort(key=lambda number: types.is_integer(schema.field(number).type))
             raise DataError(
                 f"parquet file has no column {name}",
                 where=str(path),
@@ -171,10 +170,6 @@ def _check_columns(path: Location, columns: tuple[str, ...]) -> None:
         kind = schema.field(name).type
         if name not in numbers:
             raise DataError(f"column {name} is of type {kind}, not a number", where=str(path), fix="use another --by")
-
-
-def _is_number(kind: pyarrow.DataType) -> bool:
-    return pyarrow.types.is_floating(kind) or pyarrow.types.is_integer(kind)
 
 
 def _choose(
@@ -301,11 +296,8 @@ def _report(
 
 def _check_num_rows(file: _InputFile, found: int) -> None:
     if found != file.num_rows:
-        raise DataError(
-            f"{found} rows were read, {file.num_rows} are expected; the file has changed meanwhile",
-            where=str(file.path),
-            fix="run the same command again",
-        )
+        what = f"{found} rows were read, {file.num_rows} are expected; the file has changed meanwhile"
+        raise DataError(what, where=str(file.path), fix="run the same command again")
 
 
 def _batches(path: Location, **choice: Any) -> Iterator[pyarrow.RecordBatch]:

@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 REPORT_FILE, REJECTS_FILE = Path("_report", "select.json"), Path("_report", "rejects.jsonl")
 _HASHES, _REJECTS_SUFFIX = "_hashes", ".rejects"
 _REPORT_EVERY = 1000
-_BLANK = b" \t\r\n"
+_BLANK, _BREAKS = b" \t\r\n", bytes.maketrans(b"\r\n", b"  ")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,10 +131,8 @@ def _name_files(inputs: tuple[Location, ...]) -> list[_InputFile]:
     for stem, count in Counter(stems).items():
         if count > 1:
             twice = [name for name, own in zip(names, stems, strict=True) if own == stem]
-            raise ConfigError(
-                f"{count} input files would be written to {stem}.jsonl: {', '.join(sorted(twice))[:150]}",
-                fix="give each file once, or rename one",
-            )
+            what = f"{count} input files would be written to {stem}.jsonl: {', '.join(sorted(twice))[:150]}"
+            raise ConfigError(what, fix="give each file once, or rename one")
     return sorted(
         _InputFile(name, path, f"{stem}.jsonl") for name, path, stem in zip(names, inputs, stems, strict=True)
     )
@@ -150,10 +148,8 @@ def _read(path: Location, max_bytes: int) -> Iterator[tuple[int, bytes | RejectE
     """Yield the line or row of every record, and the record as one line of JSON."""
     if not is_table(path):
         for line, raw in read_raw_records(path, max_bytes=max_bytes):
-            if isinstance(raw, bytes):
-                # Line breaks occur only between the tokens of a record of an array.
-                raw = raw.strip(_BLANK).replace(b"\r", b" ").replace(b"\n", b" ")
-            yield line, raw
+            # Line breaks occur only between the tokens of a record of an array.
+            yield line, raw.strip(_BLANK).translate(_BREAKS) if isinstance(raw, bytes) else raw
         return
     for line, value in read_table_records(path, max_bytes=max_bytes):
         try:

@@ -15,11 +15,7 @@ from megatron_vlm.data.text.tokenizer import Tokenizer
 def find_source(
     paths: tuple[Location, ...], options: Options, tokenizer: Tokenizer
 ) -> ConversationSource | PromptedSource:
-    """Return the reader of conversations, or of annotations if the options name a prompt set.
-
-    Raises:
-        ConfigError: the tokenizer does not fit the template, a path does not exist, or the prompt set is wrong.
-    """
+    """Return the reader of conversations, or of annotations if the options name a prompt set."""
     rules, prompts = options.rules, options.prompts
     check_template(find_template(rules.template), tokenizer)
     if rules.system is None:  # VILA's code gives annotations no system prompt

@@ -4,6 +4,7 @@ import base64
 import os
 import posixpath
 import stat
+from collections import Counter
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -154,12 +155,7 @@ class TarImages:
 
 
 def index_tar(path: Location, number: int) -> np.ndarray:
-    """List the images of one tar under their URL, name and key.
-
-    Args:
-        path: the tar; members before a damaged place are listed.
-        number: index of the tar among all tars.
-    """
+    """List the images of one tar, up to a damaged place, under URL, name and key; `number` is its place among tars."""
     names: list[str] = []
     rows: list[tuple[int, int, int]] = []
     with TarReader(path) as tar:
@@ -185,28 +181,16 @@ class ImageReader:
     def __init__(self, store: ImageStore | None, rules: ImageRules) -> None:
         self._store, self._rules = store, rules
         self.max_bytes = rules.max_bytes
-        self.notes = {"animated_images": 0, "shrunk_images": 0}
-
-    def count(self, note: str, count: int = 1) -> None:
-        """Increase the count of a note."""
-        self.notes[note] = self.notes.get(note, 0) + count
+        self.notes = Counter(animated_images=0, shrunk_images=0)
 
     def find(self, name: str | None, url: str | None = None) -> Image:
-        """Return the checked image with this name or URL.
-
-        Raises:
-            RejectError: it is missing or not accepted.
-        """
+        """Return the checked image with this name or URL; RejectError if it is missing or not accepted."""
         if self._store is None:
             raise DataError("the corpus names image files", fix="say where they are with --images")
         return self.check(self._store.read(name, url))
 
     def check(self, data: bytes) -> Image:
-        """Return the checked image, shrunk if the rules say so.
-
-        Raises:
-            RejectError: it is not accepted.
-        """
+        """Return the checked image, shrunk if the rules say so; RejectError if it is not accepted."""
         facts = check_image(data, self._rules)
         self.notes["animated_images"] += facts.animated
         image = shrink_image(data, facts, self._rules)
@@ -223,11 +207,7 @@ def _url_names(tar: TarReader, member: Member | None) -> list[str]:
 
 
 def decode_base64(text: Any, name: str) -> bytes:
-    """Return the bytes of base64 text, with or without line breaks or a `data:` head.
-
-    Raises:
-        RejectError: it is not text, or not base64.
-    """
+    """Return the bytes of base64 text, with or without line breaks or a `data:` head, or raise a RejectError."""
     if not isinstance(text, str):
         raise RejectError("json_type", f"{name} is {type(text).__name__}, not base64 text")
     if text.startswith(DATA_URI):

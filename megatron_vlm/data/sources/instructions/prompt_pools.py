@@ -170,9 +170,7 @@ def _braces(text: str, key: str) -> list[tuple[str, bool]]:
 
 def fill(text: str, slots: dict[str, str]) -> str:
     """Return `text` with its slots filled."""
-    return "".join(
-        literal + (slots[name] if name is not None else "") for literal, name, _, _ in string.Formatter().parse(text)
-    )
+    return string.Formatter().vformat(text, (), slots)
 
 
 def without_image_places(prompt_set: PromptSet) -> tuple[str, ...]:

@@ -19,11 +19,7 @@ class ImageRef(NamedTuple):
     data: bytes | None = None
 
     def load(self, images: ImageReader) -> Image:
-        """Return the checked image.
-
-        Raises:
-            RejectError: it is missing or not accepted.
-        """
+        """Return the checked image; RejectError if it is missing or not accepted."""
         return images.find(self.name, self.url) if self.data is None else images.check(self.data)
 
 
@@ -43,11 +39,7 @@ def find_images(record: dict[str, Any]) -> list[ImageRef]:
 
 
 def read_refs(value: Any, name: str, *, is_base64: bool = False) -> list[ImageRef]:
-    """Return the images of one field: none, one, or a list.
-
-    Raises:
-        RejectError: a value has another type, or is not base64.
-    """
+    """Return the images of one field: none, one, or a list; RejectError for another type, or if it is not base64."""
     if value is None:
         return []
     values = value if isinstance(value, list) else [value]
@@ -57,18 +49,13 @@ def read_refs(value: Any, name: str, *, is_base64: bool = False) -> list[ImageRe
 
 
 def read_ref(value: Any, name: str) -> ImageRef:
-    """Return an image given as path, URL, `data:` URI or `{bytes, path}`.
-
-    Raises:
-        RejectError: it is something else.
-    """
+    """Return an image given as path, URL, `data:` URI or `{bytes, path}`; RejectError for anything else."""
     if isinstance(value, dict):
-        data, path = value.get("bytes"), value.get("path")
+        data, value = value.get("bytes"), value.get("path")
         if isinstance(data, bytes):
             return ImageRef(data=data)
         if isinstance(data, str):
             return ImageRef(data=decode_base64(data, name))
-        value = path
     if not isinstance(value, str):
         raise RejectError("json_type", f"{name} is neither a path nor a list of paths")
     if value.startswith(DATA_URI):

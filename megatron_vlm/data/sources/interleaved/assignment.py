@@ -13,25 +13,15 @@ _MAX_SIMILARITY = 1e6  # far above any cosine; also excludes NaN and integers to
 
 
 def assign_each_best(similarity: np.ndarray) -> list[int | None]:
-    """Return the most similar sentence of each image; several images may share one.
-
-    Args:
-        similarity: float64[images, sentences].
-    """
+    """Return the most similar sentence of each image, by float64[images, sentences]; several images may share one."""
     return [int(index) for index in similarity.argmax(axis=1)] if similarity.size else [None] * len(similarity)
 
 
 def assign_linear(similarity: np.ndarray) -> list[int | None]:
-    """Assign a different sentence to each image such that the sum of the similarities is highest.
+    """Assign a different sentence to each image for the highest sum of similarities, float64[images, sentences].
 
     If there are more images than sentences, each sentence gets a different image, and the remaining images get their
-    most similar sentence, as in MMC4's own assignment. If several assignments have the highest sum, it is one of them.
-
-    Args:
-        similarity: float64[images, sentences].
-
-    Returns:
-        The sentence of each image; None only if there are no sentences.
+    most similar sentence, as in MMC4's own assignment. An image gets None only if there are no sentences.
 
     Source: MMC4, arXiv:2304.06939, section 3, and its scripts/compute_assignments.py.
     """

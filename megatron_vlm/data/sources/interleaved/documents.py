@@ -45,8 +45,7 @@ def matched_document(
     _check_amount(sum(map(len, sentences)), len(infos), rules)
     if rules.assignment != "listed":
         matched = reassign(record, len(sentences), rules.assignment)
-        if unmatched := len(infos) - len(matched):
-            images.count("unmatched_images", unmatched)
+        images.notes["unmatched_images"] += len(infos) - len(matched)
         infos = matched
     taker = _ImageTaker(rules, images)
     placed: dict[int, list[Segment]] = {}
@@ -56,7 +55,7 @@ def matched_document(
         order.sort(key=lambda entry: entry[1])
     for info, index in order:
         if rules.min_similarity is not None and field(info, "matched_sim", (float, int)) < rules.min_similarity:
-            images.count("dissimilar_images")
+            images.notes["dissimilar_images"] += 1
         elif (image := taker.take(functools.partial(find, info))) is not None:
             placed.setdefault(index, []).append(image)
     taker.check_enough()
@@ -71,13 +70,7 @@ def matched_document(
 def placed_document(
     places: Sequence[Text | LoadImage], key: str, rules: InterleavedRules, images: ImageReader
 ) -> Document:
-    """Make a document of texts and images in reading order; of too many images, the first ones are kept.
-
-    Args:
-        places: in reading order.
-        key: key of the document.
-        rules: what is accepted.
-        images: counts what is left out.
+    """Make a document of `places` in reading order; of too many images, the first ones are kept.
 
     Raises:
         RejectError: a text or an image is not accepted, or there are too few images.
@@ -100,13 +93,8 @@ def placed_document(
 def pair_up(texts: list[Any], images: list[Any], train: list[Any] | None = None) -> list[Text | Any]:
     """Merge two parallel lists, of which exactly one has an entry at each place.
 
-    Args:
-        texts: text or None.
-        images: any representation of an image, or None.
-        train: whether the text at each place is trained; None: all text is.
-
-    Returns:
-        A `Text`, or the representation of the image, for each place.
+    Each place becomes a `Text`, or the given representation of the image. `train` says of each place whether its text
+    is trained; None: all text is.
 
     Raises:
         RejectError: the lists differ in length, or a place has both, neither or another type.
@@ -128,11 +116,7 @@ def pair_up(texts: list[Any], images: list[Any], train: list[Any] | None = None)
 
 
 def find_listed_image(info: dict[str, Any], images: ImageReader) -> Image:
-    """Return the image of an entry of `image_info`, which holds base64, a file name or a URL.
-
-    Raises:
-        RejectError: it is missing or not accepted.
-    """
+    """Return the image of an entry of `image_info`, which holds base64, a file name or a URL."""
     if "image_base64" in info:
         return images.check(decode_base64(info["image_base64"], "image_base64"))
     name, url = info.get("image_name"), info.get("raw_url")
@@ -153,10 +137,10 @@ class _ImageTaker:
         except RejectError:
             if self._rules.bad_image == "document":
                 raise
-            self._images.count("dropped_images")
+            self._images.notes["dropped_images"] += 1
             return None
         if self._num_taken == self._rules.max_images:
-            self._images.count("images_beyond_the_most")
+            self._images.notes["images_beyond_the_most"] += 1
             return None
         self._num_taken += 1
         return image

@@ -62,11 +62,9 @@ def find_source(
     tars = tuple(file for file in files if file.name.lower().endswith(_TAR_SUFFIX))
     if len(tables) + len(tars) < len(files) or not files:
         if mixed := set(paths) & {*tables, *tars}:
-            raise ConfigError(
-                "JSON files are mixed with another kind of input",
-                where=", ".join(sorted(map(str, mixed)))[:200],
-                fix="prepare each kind on its own; tars of images go to --images",
-            )
+            fix = "prepare each kind on its own; tars of images go to --images"
+            where = ", ".join(sorted(map(str, mixed)))[:200]
+            raise ConfigError("JSON files are mixed with another kind of input", where=where, fix=fix)
         return InterleavedSource(find_record_files(paths), rules)
     tables = tuple(file for file in tables if not is_shard_table(file))
     if not tables:
@@ -74,10 +72,7 @@ def find_source(
         return InterleavedTarSource(tars, rules)
     check_each_used(listed, set(files) - set(tars), "parquet files, as the other inputs have")
     if rules.want_matches:
-        raise ConfigError(
-            "parquet tables do not match images and sentences",
-            where=str(tables[0]),
-            fix="leave out --min-similarity, --assignment and --image-place",
-        )
+        fix = "leave out --min-similarity, --assignment and --image-place"
+        raise ConfigError("parquet tables do not match images and sentences", where=str(tables[0]), fix=fix)
     check_first_table(tables[0])
     return InterleavedTableSource(tables, rules)

@@ -15,7 +15,7 @@ from megatron_vlm.data.files.parquet import open_parquet, read_rows
 from megatron_vlm.data.files.records import field, parse_record
 from megatron_vlm.data.rejects import RejectError
 from megatron_vlm.data.sources.image_store import ImageReader
-from megatron_vlm.data.sources.interleaved.documents import LoadImage, pair_up, placed_document
+from megatron_vlm.data.sources.interleaved.documents import pair_up, placed_document
 from megatron_vlm.data.sources.source import Found, key_of, read_each
 
 _KEY_COLUMNS = ("url", "id", "key", "__key__")
@@ -52,8 +52,8 @@ class InterleavedTableSource:
             yield from read_each(read_rows(table, columns), _key, make)
 
     def _document(self, cells: dict[str, Any], key: str, images: ImageReader) -> Document:
-        texts, listed = field(cells, "texts", list), field(cells, "images", list)
-        places = [place if isinstance(place, Text) else _loader(place, images) for place in pair_up(texts, listed)]
+        found = pair_up(field(cells, "texts", list), field(cells, "images", list))
+        places = [place if isinstance(place, Text) else functools.partial(_load, place, images) for place in found]
         return placed_document(places, key, self.rules, images)
 
 
@@ -85,15 +85,11 @@ def _key(cells: dict[str, Any]) -> str | None:
         return None  # a row does not need its URL
 
 
-def _loader(image: Any, images: ImageReader) -> LoadImage:
-    def load() -> Image:
-        found = image
-        if isinstance(found, dict):
-            found = found.get("bytes") if found.get("bytes") is not None else found.get("path")
-        if isinstance(found, bytes):
-            return images.check(found)
-        if not isinstance(found, str):
-            raise RejectError("json_type", f"an image is {type(found).__name__}, not a URL or the file")
-        return images.find(None, found) if "://" in found else images.find(found)
-
-    return load
+def _load(image: Any, images: ImageReader) -> Image:
+    if isinstance(image, dict):
+        image = image.get("path") if image.get("bytes") is None else image["bytes"]
+    if isinstance(image, bytes):
+        return images.check(image)
+    if not isinstance(image, str):
+        raise RejectError("json_type", f"an image is {type(image).__name__}, not a URL or the file")
+    return images.find(None, image) if "://" in image else images.find(image)

@@ -1,5 +1,6 @@
 """Interleaved documents in tars: WebDataset, Energon's InterleavedSample, MMC4 records with their images."""
 
+import functools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -81,8 +82,7 @@ class _Reader:
         """Return text and images in the order of the numbers in their names."""
         numbered: list[tuple[int, bool, str]] = []
         for extension in self._group:
-            match = _NUMBERED.fullmatch(extension)
-            if match is None:
+            if (match := _NUMBERED.fullmatch(extension)) is None:
                 continue
             if match[1] is None:
                 raise RejectError("json_missing", f"the key has no .json, and its .{extension} has no number")
@@ -106,22 +106,21 @@ class _Reader:
         return Text(entry) if self._member(entry) is None else self._image(entry)
 
     def _image(self, name: Any) -> LoadImage:
-        def load() -> Image:
-            if not isinstance(name, str):
-                raise RejectError("json_type", f"an image is {type(name).__name__}, not a name")
-            member = self._member(name)
-            if member is not None:
-                return self._images.check(self._sample.tar.read(member, self._images.max_bytes, "image_bytes"))
-            if "://" in name:
-                return self._images.find(None, name)
-            raise RejectError("image_missing", f"the tar has no file {self._key}.{name}"[:300])
+        return functools.partial(self._load, name)
 
-        return load
+    def _load(self, name: Any) -> Image:
+        if not isinstance(name, str):
+            raise RejectError("json_type", f"an image is {type(name).__name__}, not a name")
+        if (member := self._member(name)) is not None:
+            return self._images.check(self._sample.tar.read(member, self._images.max_bytes, "image_bytes"))
+        if "://" in name:
+            return self._images.find(None, name)
+        raise RejectError("image_missing", f"the tar has no file {self._key}.{name}"[:300])
 
     def _find_listed(self, info: dict[str, Any]) -> Image:
         name = info.get("image_name")
         if isinstance(name, str) and self._member(name) is not None:
-            return self._image(name)()
+            return self._load(name)
         return find_listed_image(info, self._images)
 
     def _member(self, name: str) -> Member | None:
@@ -129,9 +128,7 @@ class _Reader:
         if (member := self._group.get(name.lower())) is not None:
             return member
         whole = Member(name, 0, 0)
-        if whole.key in (self._key, self._key.rpartition("/")[2]):
-            return self._group.get(whole.extension)
-        return None
+        return self._group.get(whole.extension) if whole.key in (self._key, self._key.rpartition("/")[2]) else None
 
 
 def _as_mmc4(record: dict[str, Any]) -> dict[str, Any]:
