@@ -9,12 +9,13 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer.module import MegatronModule
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_vlm.checkpoint.folder import checkpoint_path, prune, write_latest
 from megatron_vlm.checkpoint.manifest import FileRecord, Manifest, checksum_file, list_files, write_manifest
 from megatron_vlm.checkpoint.optimizer_state import SHARDING_METADATA
 from megatron_vlm.checkpoint.sharded_state import OPTIMIZER_KEY, describe
-from megatron_vlm.config import TrainConfig, save_config
+from megatron_vlm.config import StorageError, TrainConfig, save_config
 from megatron_vlm.platform.files.durable import (
     STORAGE_ERRNOS,
     UNFINISHED,
@@ -55,7 +56,10 @@ def save_checkpoint(
     with storage_errors("checkpoint not saved", temporary, only=STORAGE_ERRNOS, fix=fix):
         if is_main:
             settle_folder(final)
-        _save(config, chunks, optimizer, progress, temporary)
+        try:
+            _save(config, chunks, optimizer, progress, temporary)
+        except CheckpointException as error:  # a BaseException; the error of the disk is lost in megatron-core's writer
+            raise StorageError("checkpoint not saved: a file was not written", where=str(temporary), fix=fix) from error
         if is_main:
             replace_folder(final)
             write_latest(config.run_dir, progress["iteration"])

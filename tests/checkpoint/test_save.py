@@ -5,6 +5,7 @@ import os
 import shutil
 
 import pytest
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_vlm.checkpoint.folder import list_iterations
 from megatron_vlm.checkpoint.save import save_checkpoint
@@ -44,6 +45,15 @@ def test_a_full_disk_leaves_the_previous_checkpoint_as_it_was(state, tmp_path, m
         save(state, 2)
     assert list_iterations(tmp_path) == [1]
     assert inspect_checkpoint(checkpoint_folders(tmp_path)[0], read_files=True).is_valid
+
+
+def test_a_file_that_the_writer_cannot_write_is_an_error_of_the_storage(state, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise CheckpointException("write", {})
+
+    monkeypatch.setattr("megatron_vlm.checkpoint.save.dist_checkpointing.save", full)
+    with pytest.raises(StorageError, match="checkpoint not saved: a file was not written .*; fix: make room"):
+        save(state, 1)
 
 
 def test_a_flipped_bit_is_a_fault(state, tmp_path):
