@@ -36,6 +36,57 @@ DATA_ROOMS = {
     "prepare": DATA_GROUND | {"sources", "shards", "files", "text", "images", "tasks"},
     "loading": DATA_GROUND | {"plan", "shards", "images", "text"},
 }
+# Files that have no test at the mirrored path, and where they are tested instead, by reason.
+TESTED_ELSEWHERE = {
+    # Facts and protocols: every test that uses them holds them.
+    "__main__.py": "cli/test_main.py",
+    "config/checks.py": "config/test_train.py",
+    "config/grid.py": "config/test_model.py",
+    "config/options.py": "cli/test_options.py",
+    "convert/family.py": "convert/families/test_protocol.py",
+    "convert/projector.py": "convert/projectors/test_protocol.py",
+    "data/samples.py": "data/shards/test_writer.py",
+    "data/shards/manifest.py": "data/shards/test_verify.py",
+    "data/sources/source.py": "data/sources/test_sources.py",
+    "evaluation/task.py": "evaluation/tasks/test_protocol.py",
+    "training/state.py": "training/test_step.py",
+    # Modules found by name: one test for the whole folder, or the test of their counterpart.
+    "config/hooks/profiler.py": "training/hooks/test_profiler.py",
+    "config/hooks/wandb.py": "training/hooks/test_wandb.py",
+    "config/objectives/language_modelling.py": "training/objectives/test_protocol.py",
+    "config/sources/pairs.py": "data/sources/test_sources.py",
+    "config/sources/text.py": "data/sources/test_sources.py",
+    "convert/families/clip.py": "convert/test_from_hf.py",
+    "convert/families/llama.py": "convert/test_from_hf.py",
+    "convert/families/llava.py": "convert/test_to_hf.py",
+    "convert/projectors/linear.py": "convert/test_to_hf.py",
+    "convert/projectors/mlp2x_gelu.py": "convert/test_to_hf.py",
+    "data/sources/conversations.py": "data/sources/test_sources.py",
+    "data/sources/text.py": "data/sources/test_sources.py",
+    # Steps of one path: what they do together is the claim.
+    "checkpoint/open_model.py": "evaluation/test_answer.py",
+    "checkpoint/optimizer_state.py": "checkpoint/test_resume.py",
+    "checkpoint/sharded_state.py": "checkpoint/test_resume.py",
+    "checkpoint/tensors.py": "convert/test_from_hf.py",
+    "checkpoint/verify.py": "cli/test_checkpoint.py",
+    "convert/differences.py": "convert/test_from_hf.py",
+    "convert/files/processor.py": "convert/test_to_hf.py",
+    "convert/files/tokenizer.py": "convert/test_to_hf.py",
+    "data/prepare/output.py": "data/prepare/test_merge.py",
+    "data/sources/instructions/conversations.py": "data/sources/test_sources.py",
+    "data/sources/interleaved/documents.py": "data/sources/test_sources.py",
+    "data/sources/interleaved/source.py": "data/sources/test_sources.py",
+    "data/sources/pairs/source.py": "data/sources/test_sources.py",
+    "data/sources/tar_samples.py": "data/sources/interleaved/test_tars.py",
+    "evaluation/opened_model.py": "evaluation/test_run.py",
+    "models/layers/projection.py": "models/projectors/test_linear.py",
+    "platform/device.py": "platform/test_host_guard.py",
+    "platform/host.py": "platform/test_host_guard.py",
+    "training/blend.py": "training/test_validation.py",
+    "training/hooks/validation.py": "training/test_validation.py",
+    "training/optimizer.py": "training/test_freezing.py",
+    "training/setup.py": "checkpoint/test_resume.py",
+}
 SOURCES = sorted((ROOT / PACKAGE).rglob("*.py"))
 HOST = f"{PACKAGE}/platform/host.py"
 MAX_LINES = 500
@@ -175,6 +226,18 @@ def test_no_file_is_too_long_to_read():
     lengths = {path.relative_to(ROOT): len(path.read_text().splitlines()) for path in files}
     long = [f"{path}: {length} lines" for path, length in lengths.items() if length > MAX_LINES]
     assert not long, f"split by subject (at most {MAX_LINES} lines): " + ", ".join(long)
+
+
+def test_every_file_has_its_test_at_the_mirrored_path():
+    tests, files = ROOT / "tests", [path.relative_to(ROOT / PACKAGE) for path in SOURCES if path.name != "__init__.py"]
+    mirrored = {file for file in files if (tests / file.parent / f"test_{file.name}").exists()}
+    elsewhere = {Path(file) for file in TESTED_ELSEWHERE}
+    untested = sorted(map(str, set(files) - mirrored - elsewhere))
+    assert not untested, f"write tests/<folder>/test_<file>, or say in TESTED_ELSEWHERE where: {untested}"
+    outdated = sorted(map(str, elsewhere & mirrored | elsewhere - set(files)))
+    assert not outdated, f"take out of TESTED_ELSEWHERE, they have a test or are gone: {outdated}"
+    missing = sorted(test for test in TESTED_ELSEWHERE.values() if not (tests / test).exists())
+    assert not missing
 
 
 def test_no_file_is_named_after_nothing():
