@@ -135,6 +135,16 @@ def test_transformers_never_generates_ids_beyond_the_tokenizer(model_config, exp
     assert (new[new != model.generation_config.pad_token_id] < NUM_PIECES).all()
 
 
+def test_transformers_generates_from_what_the_processor_returns(exported):
+    from transformers import AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(exported)
+    image = PILImage.open(io.BytesIO(picture(40, 30)))
+    inputs = processor(images=image, text="USER: <image>\na cat ASSISTANT:", return_tensors="pt")
+    made = load_llava(exported).generate(**inputs, max_new_tokens=2, do_sample=False)
+    assert made.size(1) > inputs["input_ids"].size(1)
+
+
 def picture(width: int, height: int) -> bytes:
     pixels = np.random.default_rng(1).integers(0, 256, (height, width, 3), dtype=np.uint8)
     stream = io.BytesIO()

@@ -112,6 +112,8 @@ def _tokenizer_config(
         "pad_token": added.pad,
         "image_token": added.image,
         "extra_special_tokens": {"image_token": added.image},
+        # The default adds token_type_ids, which `generate` of a Llama rejects.
+        "model_input_names": ["input_ids", "attention_mask"],
         "model_max_length": language.max_position_embeddings,
         "padding_side": "left",
         "clean_up_tokenization_spaces": False,
