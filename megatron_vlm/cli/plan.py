@@ -157,7 +157,8 @@ def _as_text(facts: dict[str, Any], machine: str) -> str:
         "",
         f"{data['num_samples']} samples with {data['num_images']} images in {data['num_rows']} rows: "
         f"{data['num_iterations']} iterations, {data['utilisation']:.2%} of the positions used, "
-        f"samples longer than a row: {data['truncated']} cut, {data['split']} split, {data['dropped']} left out",
+        f"of all samples of the datasets, longer than a row: {data['truncated']} cut, {data['split']} split, "
+        f"{data['dropped']} left out",
         *_image_lines(data),
         *_clustering_lines(data),
         f"{data['num_tokens'] / 1e6:.1f} M tokens, {data['num_labels'] / 1e6:.1f} M with a loss; work of the stages "

@@ -75,7 +75,7 @@ def _run_pairs(args: argparse.Namespace) -> int:
         fraction = Fraction(args.fraction) if args.fraction is not None else None
     except (ValueError, ZeroDivisionError):
         given = f"--top {args.top}" if args.top is not None else f"--fraction {args.fraction}"
-        raise UsageError(f"{given} is not a number", fix="use --top 25M or --fraction 0.2") from None
+        raise UsageError(f"{given} is not a positive number", fix="use --top 25M or --fraction 0.2") from None
     columns = tuple(name.strip() for name in args.by.split("+"))
     rules = SelectRules(columns=columns, top=top, fraction=fraction, min_score=args.min_score)
     report = select_pairs(find_files(tuple(args.input), (".parquet",), "parquet files"), args.output, rules)

@@ -12,7 +12,6 @@ class ExitCode(enum.IntEnum):
     USAGE = 64
     BAD_DATA = 65
     NUMERIC = 70
-    HANG = 71
     STORAGE = 74
     REQUEUE = 75
     CONFIG = 78

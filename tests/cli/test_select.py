@@ -51,8 +51,8 @@ def test_fraction_and_min_score_reach_the_selection(coyo, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("amount", "message"),
     [
-        (["--top", "lots"], "--top lots is not a number"),
-        (["--fraction", "1/0"], "--fraction 1/0 is not a number"),
+        (["--top", "lots"], "--top lots is not a positive number"),
+        (["--fraction", "1/0"], "--fraction 1/0 is not a positive number"),
         (["--top", "1", "--fraction", "1"], "not allowed with"),
         ([], "required"),
     ],
