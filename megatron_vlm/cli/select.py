@@ -7,10 +7,10 @@ from megatron_vlm.cli.stopping import stops_at_once
 from megatron_vlm.cli.values import new_folder, number, seed
 from megatron_vlm.config import ExitCode, UsageError
 
-_PAIRS_EXAMPLE = r"""select pairs --input coyo-700m --output coyo-25m --top 25M \
+_PAIRS_EXAMPLE = r"""select pairs --input coyo-700m --output coyo-25m-list --top 25M \
       --by clip_similarity_vitb32+clip_similarity_vitl14"""
 _PAIRS_NOTES = """The example selects the paper's 25M pairs of COYO-700M. Download them afterwards, for instance with
-img2dataset --input_format parquet --url_list coyo-25m --url_col url --caption_col text.
+img2dataset --input_format parquet --url_list coyo-25m-list --url_col url --caption_col text.
 Ties are broken by position: the first row wins, in the order of file names, then rows.
 --fraction 0.2 --min-score 0.6 does what VILA's published script does, file by file.
 """

@@ -139,7 +139,8 @@ def build_plan(settings: PlanSettings, datasets: Sequence[SampleLengths], folder
             _write(unfinished, rows, settings, dataclasses.replace(rows.summary, hash=name))
     plan = open_plan(settings, datasets, folder)
     logger.info(
-        "plan %s: %d samples in %d rows of %s%d, %d iterations, utilisation %.4f, %d truncated, %d split, %d dropped",
+        "plan %s: %d samples in %d rows of %s%d, %d iterations, utilisation %.4f; of all samples, "
+        "%d truncated, %d split, %d dropped",
         name,
         plan.summary.num_samples,
         plan.summary.num_rows,

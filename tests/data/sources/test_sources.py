@@ -72,7 +72,7 @@ def test_mmc4_keeps_the_first_listed_images_not_the_first_in_the_text(tmp_path, 
     record = {"text_list": ["s0", "s1"], "image_info": [info("a.jpg", 1), info("b.jpg", 1), info("c.jpg", 0)]}
     found = read_mmc4(tmp_path, make_lines, reader, record, max_images=2)
     assert shown(found, names) == ["s0", "a.jpg", "b.jpg", "s1"]
-    assert reader.notes["images_beyond_the_most"] == 1
+    assert reader.notes["images_beyond_max_images"] == 1
 
 
 def test_mmc4_literal_placeholder_in_a_sentence_is_text(tmp_path, make_lines, reader, names):

@@ -140,7 +140,7 @@ class _ImageTaker:
             self._images.notes["dropped_images"] += 1
             return None
         if self._num_taken == self._rules.max_images:
-            self._images.notes["images_beyond_the_most"] += 1
+            self._images.notes["images_beyond_max_images"] += 1
             return None
         self._num_taken += 1
         return image
