@@ -14,6 +14,7 @@ from megatron_vlm.config import NumericError
 from megatron_vlm.data.loading.batch import VLMBatch
 from megatron_vlm.parallel.groups import seed_everything
 from megatron_vlm.training.batch_counts import BatchCounts, CountedBatches
+from megatron_vlm.training.clipping import clipped_step
 from megatron_vlm.training.objective import Objective
 from megatron_vlm.training.optimizer import set_learning_rate
 from megatron_vlm.training.schedule import learning_rate
@@ -122,12 +123,12 @@ def train_step(
     sums, counts = run_micro_batches(
         state, loaders, seq_length=seq_length, num_datasets=num_datasets, device=device, forward_only=False
     )
-    _, grad_norm, _ = state.optimizer.step()
+    grad_norm = clipped_step(state.optimizer, config.optimizer.clip_grad, device)
     totals = sum_over_ranks(
         sums, counts, state.rank, num_datasets=num_datasets, stop_requested=stop_requested, device=device
     )
     check_samples(totals, state.plan, state.iteration, state.rank, num_chunks=len(loaders), batch=f"iteration {number}")
-    metrics = _metrics(totals, float(grad_norm or 0.0), lr, time.perf_counter() - start)
+    metrics = _metrics(totals, float(grad_norm), lr, time.perf_counter() - start)
     _check_finite(metrics, number)
     return metrics
 
