@@ -1,6 +1,9 @@
 """Attention core for packed samples without transformer-engine."""
 
+import functools
+import inspect
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,14 +14,16 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+_KERNEL_DTYPES = (torch.float16, torch.bfloat16)
 _CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal)
 
 
 class PackedAttention(MegatronModule):
     """Scaled dot-product attention inside each sample of a packed sequence; takes no masks.
 
-    On a GPU, torch's variable-length kernel processes all samples at once. On the CPU there is one call per sample, so
-    there is never a sequence x sequence matrix. A plain [s, b, n, d] input is a batch of samples of equal length.
+    On a GPU, torch's variable-length kernel processes all samples at once. It takes half precision only, so on the CPU
+    and in float32 there is one call per sample, and never a sequence x sequence matrix. A plain [s, b, n, d] input is a
+    batch of samples of equal length.
     """
 
     def __init__(
@@ -71,9 +76,9 @@ class PackedAttention(MegatronModule):
             raise ValueError("PackedAttention takes sample boundaries (packed_seq_params), not masks or biases")
         if packed_seq_params is None:
             return self._attend_plain(query, key, value)
-        if query.is_cuda:
-            return self._attend_packed_on_device(query, key, value, packed_seq_params)
-        return self._attend_packed_on_host(query, key, value, packed_seq_params)
+        if query.is_cuda and query.dtype in _KERNEL_DTYPES:
+            return self._attend_at_once(query, key, value, packed_seq_params)
+        return self._attend_sample_by_sample(query, key, value, packed_seq_params)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attend in the layout float[b, n, s, d]; the last query is at the position of the last key."""
@@ -94,8 +99,8 @@ class PackedAttention(MegatronModule):
         out = self._attend(*by_head).permute(2, 0, 1, 3)
         return out.reshape(query.size(0), query.size(1), -1)
 
-    def _attend_packed_on_host(self, query: Tensor, key: Tensor, value: Tensor, params: PackedSeqParams) -> Tensor:
-        lengths = params.cu_seqlens_q.diff().tolist()
+    def _attend_sample_by_sample(self, query: Tensor, key: Tensor, value: Tensor, params: PackedSeqParams) -> Tensor:
+        lengths = params.cu_seqlens_q.diff().tolist()  # on a GPU the host waits here
         if sum(lengths) != query.size(0):
             raise ValueError(f"sample boundaries cover {sum(lengths)} of {query.size(0)} tokens")
         outputs = []
@@ -104,19 +109,31 @@ class PackedAttention(MegatronModule):
             outputs.append(self._attend(*by_head).squeeze(0).transpose(0, 1))
         return torch.cat(outputs).reshape(query.size(0), -1)
 
-    def _attend_packed_on_device(self, query: Tensor, key: Tensor, value: Tensor, params: PackedSeqParams) -> Tensor:
-        from torch.nn.attention.varlen import varlen_attn
-
-        out: Any = varlen_attn(
-            query,
-            key,
-            value,
-            params.cu_seqlens_q,
-            params.cu_seqlens_kv,
-            params.max_seqlen_q,
-            params.max_seqlen_kv,
-            scale=self.softmax_scale,
-            window_size=(-1, 0) if self.causal else (-1, -1),
-            enable_gqa=query.size(1) != key.size(1),
-        )
+    def _attend_at_once(self, query: Tensor, key: Tensor, value: Tensor, params: PackedSeqParams) -> Tensor:
+        kernel, accepted = _kernel()
+        options: dict[str, Any] = {
+            "scale": self.softmax_scale,
+            "window_size": (-1, 0) if self.causal else (-1, -1),
+            "is_causal": self.causal,
+            "enable_gqa": True,
+        }
+        if "enable_gqa" not in accepted:
+            groups = query.size(1) // key.size(1)
+            key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+        if "scale" not in accepted:  # the kernel divides the scores by sqrt(d) itself
+            query = query * (self.softmax_scale * math.sqrt(query.size(-1)))
+        borders = (params.cu_seqlens_q, params.cu_seqlens_kv, params.max_seqlen_q, params.max_seqlen_kv)
+        out = kernel(query, key, value, *borders, **{name: x for name, x in options.items() if name in accepted})
         return out.reshape(out.size(0), -1)
+
+
+@functools.cache
+def _kernel() -> tuple[Callable[..., Tensor], frozenset[str]]:
+    """Return torch's variable-length attention and the names of its arguments.
+
+    torch 2.10 takes `is_causal`; later versions take `window_size` and `scale` in its place, and `enable_gqa` from 2.13
+    on.
+    """
+    from torch.nn.attention.varlen import varlen_attn
+
+    return varlen_attn, frozenset(inspect.signature(varlen_attn).parameters)
