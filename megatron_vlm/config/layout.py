@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from megatron_vlm.config.errors import ConfigError
 from megatron_vlm.config.train import TrainConfig
 
-# Required by the matrix products of the backward pass; megatron-core's fp8_utils.get_fp8_align_size agrees for recipes
-# with one scale per tensor. Reported for sequence parallelism in NVIDIA-NeMo/RL issue 1551.
-_FP8_MULTIPLE = 16
+# Required by the matrix products of the backward pass: megatron-core's fp8_utils.get_fp8_align_size. Reported for
+# sequence parallelism in NVIDIA-NeMo/RL issue 1551.
+_FP8_MULTIPLES = {"tensorwise": 16, "delayed": 16, "blockwise": 16, "mxfp8": 32}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,17 +76,20 @@ def _check_tokens(config: TrainConfig) -> None:
         if config.parallel.sequence_parallel:
             _check_divides(f"micro_batch_size * {name}", rows * length, "tensor parallel size", tp)
         if config.training.fp8 is not None:
-            share = tp if config.parallel.sequence_parallel else 1
+            share, multiple = tp if config.parallel.sequence_parallel else 1, _FP8_MULTIPLES[config.training.fp8_recipe]
             _check_divides(
-                f"micro_batch_size * {name}",
-                rows * length,
-                f"{_FP8_MULTIPLE} tokens a rank for FP8",
-                _FP8_MULTIPLE * share,
+                f"micro_batch_size * {name}", rows * length, f"{multiple} tokens a rank for FP8", multiple * share
             )
 
 
 def _check_pipeline(config: TrainConfig, pp: int) -> None:
     layers, first = config.model.language.num_layers, config.parallel.num_layers_in_first_pipeline_stage
+    for name in ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"):
+        if getattr(config.training, name) > layers // pp:
+            raise ConfigError(
+                f"training.{name}={getattr(config.training, name)} is more than the {layers // pp} layers of a stage",
+                fix="choose a smaller number",
+            )
     if first is None:
         chunks = pp * (config.parallel.virtual_pipeline_model_parallel_size or 1)
         _check_divides("model.language.num_layers", layers, "number of pipeline chunks", chunks)

@@ -107,7 +107,14 @@ class TrainingConfig:
     """Parts that do not learn in this stage."""
     precision: Literal["fp32", "bf16"] = "bf16"
     fp8: Literal["hybrid", "e4m3"] | None = None
-    """Format of FP8 matrix products; needs transformer-engine and a GPU with FP8."""
+    """Format of the decoder's FP8 matrix products; needs transformer-engine and a GPU with FP8."""
+    fp8_recipe: Literal["tensorwise", "delayed", "blockwise", "mxfp8"] = "tensorwise"
+    """How FP8 tensors are scaled, in megatron-core's words. Only `delayed` keeps state between steps, which
+    transformer-engine pickles into checkpoints; `blockwise` needs compute capability 9.0, `mxfp8` 10.0."""
+    num_layers_at_start_in_bf16: int = 0
+    """First decoder layers that stay in bf16 under FP8."""
+    num_layers_at_end_in_bf16: int = 0
+    """Last decoder layers that stay in bf16 under FP8."""
     recompute: Literal["none", "full", "selective"] = "none"
     """Activations to recompute in the backward pass; selective recomputes only the attention core."""
     validation_interval: int | None = None
@@ -119,6 +126,8 @@ class TrainingConfig:
     hooks: tuple[HookSettings, ...] = ()
     """What runs beside the steps, in addition to logs, metrics, TensorBoard and checkpoints."""
     seed: int = 1234
+    deterministic: bool = False
+    """Choose algorithms that give the same bits in every run on a GPU, and fail where there is none; slower."""
     log_interval: int = 1
     num_threads: int | None = None
     """CPU threads per rank; None divides the cores of the machine by its ranks."""
@@ -131,6 +140,21 @@ class TrainingConfig:
             raise ConfigError(
                 "exactly one of training.train_iters and training.train_epochs must be set", fix="set one"
             )
+        self._check_layers_in_bf16()
+
+    def _check_layers_in_bf16(self) -> None:
+        names = ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16")
+        check_not_negative("training", self, *names)
+        for name in names:
+            if not getattr(self, name):
+                continue
+            if self.fp8 is None:
+                raise ConfigError(f"training.{name} needs training.fp8", fix="remove it, or set training.fp8")
+            if self.fp8_recipe == "delayed":
+                raise ConfigError(
+                    f"training.{name} cannot be combined with training.fp8_recipe=delayed",
+                    fix="use the recipe tensorwise, or remove it",
+                )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

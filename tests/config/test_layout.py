@@ -147,3 +147,24 @@ def test_rows_of_every_length_divide_over_tensor_parallel_ranks():
     data = dataclasses.replace(config.data, packing=False, length_clustering=True, length_multiple=6)
     with pytest.raises(ConfigError, match=r"length_multiple \(6\) is not a multiple of tensor parallel size \(4\)"):
         derive_layout(dataclasses.replace(config, data=data), 4)
+
+
+def test_mxfp8_needs_twice_as_many_positions():
+    config = tiny_run(training={"fp8": "hybrid", "fp8_recipe": "mxfp8"})
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, seq_length=208))
+    with pytest.raises(ConfigError, match=r"seq_length \(208\) is not a multiple of 32 tokens a rank for FP8"):
+        derive_layout(config, 1)
+    tensorwise = dataclasses.replace(config.training, fp8_recipe="tensorwise")
+    assert derive_layout(dataclasses.replace(config, training=tensorwise), 1).tokens_per_micro_batch == 208
+
+
+@pytest.mark.parametrize("end", ["start", "end"])
+def test_layers_in_bf16_fit_into_a_stage(end):
+    parallel = {"pipeline_model_parallel_size": 2}
+    for count in (2, 3):
+        config = tiny_run(parallel=parallel, training={"fp8": "hybrid", f"num_layers_at_{end}_in_bf16": count})
+        if count == 2:
+            assert derive_layout(config, 2).world_size == 2
+            continue
+        with pytest.raises(ConfigError, match=f"num_layers_at_{end}_in_bf16=3 is more than the 2 layers of a stage"):
+            derive_layout(config, 2)

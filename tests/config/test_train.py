@@ -113,3 +113,21 @@ def test_validation_is_configured_as_a_whole(section):
     assert dataclasses.replace(config, **changes)
     with pytest.raises(ConfigError, match=r"only one of data.validation and training.validation_interval is set"):
         dataclasses.replace(config, **{section: changes[section]})
+
+
+def test_default_fp8_recipe_leaves_no_state_to_save():
+    assert TrainingConfig(global_batch_size=1, train_iters=1).fp8_recipe == "tensorwise"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, r"training.num_layers_at_end_in_bf16 needs training.fp8"),
+        ({"fp8": "hybrid", "fp8_recipe": "delayed"}, r"cannot be combined with training.fp8_recipe=delayed"),
+    ],
+)
+def test_layers_in_bf16_without_an_fp8_that_allows_them_are_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        tiny_run(training={"num_layers_at_end_in_bf16": 1, **settings})
+    with pytest.raises(ConfigError, match="num_layers_at_end_in_bf16=-1 is negative"):
+        tiny_run(training={"fp8": "hybrid", "num_layers_at_end_in_bf16": -1})

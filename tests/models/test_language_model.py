@@ -1,3 +1,4 @@
+import importlib.util
 from functools import partial
 
 import pytest
@@ -7,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 from megatron_vlm.config import ParallelConfig
 from megatron_vlm.models.build import build_model
 from megatron_vlm.models.computation import Computation
+from megatron_vlm.models.language_model import can_fuse_swiglu, language_transformer_config
 from tests.support.configs import tiny_model
 from tests.support.micro_batches import make_micro_batch
 
@@ -79,3 +81,21 @@ def test_a_later_token_changes_nothing_before_it(model):
         changed = (model(**arguments) - model(**{**arguments, "input_ids": other})).abs().amax(dim=-1)[0]
     assert changed[:-4].max() == 0
     assert changed[-4:].min() > 0
+
+
+def transformer_config(**parallel):
+    return language_transformer_config(MODEL.language, ParallelConfig(**parallel), Computation(), "torch")
+
+
+def test_stages_wait_for_their_neighbour_and_not_for_the_whole_device():
+    config = transformer_config(pipeline_model_parallel_size=2)
+    assert config.batch_p2p_comm
+    assert not config.batch_p2p_sync
+
+
+@pytest.mark.parametrize(("has_gpu", "has_compiler"), [(True, True), (True, False), (False, True)])
+def test_swiglu_is_fused_on_a_gpu_with_a_compiler_for_it(monkeypatch, has_gpu, has_compiler):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if has_compiler else None)
+    assert can_fuse_swiglu() == (has_gpu and has_compiler)
+    assert transformer_config().bias_activation_fusion == (has_gpu and has_compiler)

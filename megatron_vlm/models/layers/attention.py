@@ -123,12 +123,12 @@ class PackedAttention(MegatronModule):
         if "scale" not in accepted:  # the kernel divides the scores by sqrt(d) itself
             query = query * (self.softmax_scale * math.sqrt(query.size(-1)))
         borders = (params.cu_seqlens_q, params.cu_seqlens_kv, params.max_seqlen_q, params.max_seqlen_kv)
-        out = kernel(query, key, value, *borders, **{name: x for name, x in options.items() if name in accepted})
+        out: Tensor = kernel(query, key, value, *borders, **{name: x for name, x in options.items() if name in accepted})
         return out.reshape(out.size(0), -1)
 
 
 @functools.cache
-def _kernel() -> tuple[Callable[..., Tensor], frozenset[str]]:
+def _kernel() -> tuple[Callable[..., Any], frozenset[str]]:
     """Return torch's variable-length attention and the names of its arguments.
 
     torch 2.10 takes `is_causal`; later versions take `window_size` and `scale` in its place, and `enable_gqa` from 2.13
