@@ -29,15 +29,20 @@ def prepare_process() -> torch.device:
     Returns:
         The device of this rank: a GPU if there is one, else the CPU.
     """
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    warnings.filterwarnings("ignore", module=_QUIET_MODULES)
-    for message in _QUIET_MESSAGES:
-        warnings.filterwarnings("ignore", message=message)
+    quieten()
     if host.install():
         return host.HOST
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(device)
     return device
+
+
+def quieten() -> None:
+    """Set what megatron-core warns about, and silence the warnings that users cannot act on."""
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    warnings.filterwarnings("ignore", module=_QUIET_MODULES)
+    for message in _QUIET_MESSAGES:
+        warnings.filterwarnings("ignore", message=message)
 
 
 def distributed_backend(device: torch.device) -> str:

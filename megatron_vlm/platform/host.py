@@ -4,14 +4,14 @@ megatron-core refers to CUDA in four ways: factories with `device="cuda"` or a d
 streams, events and generators of `torch.cuda`, and comparisons with type names such as `torch.cuda.FloatTensor`.
 `install` handles all four. Collectives, schedules, optimizer and checkpoints remain megatron-core's own, over gloo.
 
-This is the only module that changes torch. `tests/platform/test_host_guard.py` compares the names served here with
-those that the installed megatron-core uses.
+This module and `fake_device` are the only ones that change torch. `tests/platform/test_host_guard.py` compares the names
+served here with those that the installed megatron-core uses.
 """
 
 import contextlib
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -78,13 +78,13 @@ def install() -> bool:
         raise RuntimeError("platform.host.install() must run before megatron.core is imported")
     for name in FACTORIES:
         setattr(torch, name, _redirect_factory(getattr(torch, name)))
-    _serve_cuda_module()
+    replace_cuda_names(cuda_answers(HOST))
     _serve_tensor_methods()
     _installed = True
     return True
 
 
-class _Event:
+class Event:
     """An event on a device that completes everything immediately."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -103,7 +103,7 @@ class _Event:
         return True
 
 
-class _Stream(_Event):
+class Stream(Event):
     """The only stream of the CPU."""
 
     cuda_stream = 0
@@ -114,8 +114,8 @@ class _Stream(_Event):
     def wait_event(self, *args: Any) -> None:
         return None
 
-    def record_event(self, *args: Any) -> _Event:
-        return _Event()
+    def record_event(self, *args: Any) -> Event:
+        return Event()
 
 
 class _Generators:
@@ -146,18 +146,18 @@ def _redirect_factory(function: Callable[..., Any]) -> Callable[..., Any]:
     return redirected
 
 
-def _serve_cuda_module() -> None:
-    cuda = torch.cuda
+def cuda_answers(device: torch.device) -> dict[str, Any]:
+    """Return what stands for each name of `SERVED` where `device` is the only one."""
     # torch.manual_seed calls torch.cuda.manual_seed_all; seeding the generator directly avoids endless recursion.
     seed = torch.default_generator.manual_seed
-    replacements: dict[str, Any] = {
-        "Event": _Event,
-        "Stream": _Stream,
+    return {
+        "Event": Event,
+        "Stream": Stream,
         "_lazy_call": lambda call, **kwargs: call(),
-        "current_device": lambda: HOST,
-        "current_stream": lambda *args, **kwargs: _Stream(),
+        "current_device": lambda: device,
+        "current_stream": lambda *args, **kwargs: Stream(),
         "default_generators": _Generators(),
-        "default_stream": lambda *args, **kwargs: _Stream(),
+        "default_stream": lambda *args, **kwargs: Stream(),
         "device_count": lambda: 1,
         "empty_cache": lambda: None,
         "get_rng_state": lambda *args, **kwargs: torch.get_rng_state(),
@@ -168,10 +168,14 @@ def _serve_cuda_module() -> None:
         "stream": lambda stream: contextlib.nullcontext(),
         "synchronize": lambda *args, **kwargs: None,
     }
-    for name in SERVED:
-        setattr(cuda, name, replacements[name])
-    cuda.random.get_rng_state = cuda.get_rng_state
-    cuda.random.set_rng_state = cuda.set_rng_state
+
+
+def replace_cuda_names(answers: Mapping[str, Any]) -> None:
+    """Put these in the place of attributes of torch.cuda."""
+    for name, answer in answers.items():
+        setattr(torch.cuda, name, answer)
+    torch.cuda.random.get_rng_state = torch.cuda.get_rng_state
+    torch.cuda.random.set_rng_state = torch.cuda.set_rng_state
 
 
 def _serve_tensor_methods() -> None:

@@ -111,8 +111,23 @@ def train_step(
     Raises:
         NumericError: loss or gradient norm is not finite, or the ranks consumed samples other than the planned ones.
     """
-    start = time.perf_counter()
-    config, num_datasets, number = state.config, len(state.dataset_names), state.iteration + 1
+    start, number = time.perf_counter(), state.iteration + 1
+    totals, grad_norm, lr = update_weights(state, loaders, device=device, stop_requested=stop_requested)
+    check_samples(totals, state.plan, state.iteration, state.rank, num_chunks=len(loaders), batch=f"iteration {number}")
+    metrics = _metrics(totals, grad_norm, lr, time.perf_counter() - start)
+    _check_finite(metrics, number)
+    return metrics
+
+
+def update_weights(
+    state: TrainState, loaders: Sequence[Iterator[VLMBatch]], *, device: torch.device, stop_requested: bool
+) -> tuple[Totals, float, float]:
+    """Do the computation of `train_step` without looking at its numbers.
+
+    Returns:
+        Sums over the ranks, norm of the gradient, and learning rate.
+    """
+    config, num_datasets = state.config, len(state.dataset_names)
     seed_everything((config.training.seed * _SEED_STRIDE + state.iteration) % 2**31)
     lr = learning_rate(config.optimizer, state.iteration, state.train_iters)
     set_learning_rate(state.optimizer, lr)
@@ -127,10 +142,7 @@ def train_step(
     totals = sum_over_ranks(
         sums, counts, state.rank, num_datasets=num_datasets, stop_requested=stop_requested, device=device
     )
-    check_samples(totals, state.plan, state.iteration, state.rank, num_chunks=len(loaders), batch=f"iteration {number}")
-    metrics = _metrics(totals, float(grad_norm), lr, time.perf_counter() - start)
-    _check_finite(metrics, number)
-    return metrics
+    return totals, float(grad_norm), lr
 
 
 def _metrics(totals: Totals, grad_norm: float, lr: float, seconds: float) -> StepMetrics:
