@@ -1,6 +1,7 @@
 """Layer specs: the modules that megatron-core's transformer layers are made of."""
 
 import importlib.util
+import logging
 from typing import Literal
 
 import torch
@@ -19,7 +20,12 @@ from megatron_vlm.config import ConfigError
 from megatron_vlm.models.layers.attention import PackedAttention
 from megatron_vlm.models.layers.norm import Norm
 
+logger = logging.getLogger(__name__)
+
 Backend = Literal["torch", "transformer_engine"]
+
+# From this compute capability on, cuDNN has a kernel for packed samples (transformer-engine's layout "thd").
+_CUDNN_PACKS_FROM = (9, 0)
 
 # The names of the norms in checkpoints of transformer-engine's fused norm + linear modules.
 _NORM_KEYS = {
@@ -43,6 +49,15 @@ def choose_backend(backend: Literal["auto", "torch", "transformer_engine"]) -> B
             fix="set model.backend=auto, or install megatron_vlm[gpu] on a GPU machine",
         )
     return backend
+
+
+def needs_packed_attention() -> bool:
+    """Return whether transformer-engine has no fast attention for packed samples on this GPU.
+
+    Before Hopper it takes them only to the package flash-attn. Without it, some of its versions refuse to run and
+    others compute all scores of a row.
+    """
+    return torch.cuda.get_device_capability() < _CUDNN_PACKS_FROM and importlib.util.find_spec("flash_attn") is None
 
 
 def mlp_submodules() -> MLPSubmodules:
@@ -80,6 +95,16 @@ def torch_layer_spec(attn_mask_type: AttnMaskType) -> ModuleSpec:
     )
 
 
+def transformer_engine_layer_spec() -> ModuleSpec:
+    """Return a causal transformer layer of transformer-engine's modules, with an attention core that fits this GPU."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+
+    layer = get_gpt_layer_with_transformer_engine_spec()
+    if needs_packed_attention():
+        layer.submodules.self_attention.submodules.core_attention = PackedAttention
+    return layer
+
+
 def vision_block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
     """Return the layers of a vision tower; every patch attends to every patch."""
     layer = torch_layer_spec(AttnMaskType.no_mask)
@@ -95,8 +120,11 @@ def language_block_spec(
         layer, norm = torch_layer_spec(AttnMaskType.causal), Norm
     else:
         from megatron.core.extensions.transformer_engine import TENorm
-        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
-        layer, norm = get_gpt_layer_with_transformer_engine_spec(), TENorm
+        layer, norm = transformer_engine_layer_spec(), TENorm
+        if needs_packed_attention() and not vp_stage:
+            logger.info(
+                "this GPU needs the package flash-attn for transformer-engine's attention: torch's takes its place"
+            )
     # The final norm is chosen here: given only a layer, megatron-core picks one that rejects sequence parallelism.
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatron_vlm.config import ConfigError
-from megatron_vlm.models.layers.specs import choose_backend
+from megatron_vlm.models.layers.specs import choose_backend, needs_packed_attention
 
 
 @pytest.fixture
@@ -12,12 +12,14 @@ def machine(monkeypatch):
     """Say what there is: `machine(gpu=True, library=False)`."""
     find_spec = importlib.util.find_spec
 
-    def set_machine(*, gpu, library):
+    def set_machine(*, gpu, library, capability=(9, 0), flash_attn=True):
+        there = {"transformer_engine": library, "flash_attn": flash_attn}
         monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
         monkeypatch.setattr(
             importlib.util,
             "find_spec",
-            lambda name: (object() if library else None) if name == "transformer_engine" else find_spec(name),
+            lambda name: (object() if there[name] else None) if name in there else find_spec(name),
         )
 
     return set_machine
@@ -41,3 +43,20 @@ def test_transformer_engine_that_is_not_usable_is_refused(machine, gpu, library)
 def test_transformer_engine_is_taken_where_it_is_usable(machine):
     machine(gpu=True, library=True)
     assert choose_backend("transformer_engine") == "transformer_engine"
+
+
+@pytest.mark.parametrize(
+    ("capability", "flash_attn", "needed"),
+    [
+        ((8, 0), False, True),
+        ((8, 9), False, True),
+        ((8, 0), True, False),
+        ((9, 0), False, False),
+        ((10, 0), True, False),
+    ],
+)
+def test_torch_attends_only_where_transformer_engine_has_no_kernel_for_packed_samples(
+    machine, capability, flash_attn, needed
+):
+    machine(gpu=True, library=True, capability=capability, flash_attn=flash_attn)
+    assert needs_packed_attention() == needed
