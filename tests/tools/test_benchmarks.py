@@ -1,4 +1,4 @@
-"""The benchmarks of the data path run and report results, peers and whether the requirements are met."""
+"""The benchmarks run and report results, peers and whether the requirements are met."""
 
 import itertools
 import json
@@ -52,6 +52,8 @@ def follows(row) -> bool:
         (["pack", "--samples", "400"], 8),
         (["plan", "--images", "40000"], 12),
         (["open", "--documents", "2000", "--reads", "200", "--rounds", "1"], 3),
+        (["train_step", "--rows", "1", "--rounds", "1", "--tower", "frozen", "--peers", "plain"], 1),
+        pytest.param(["train_step", "--rows", "1", "--rounds", "1"], 8, marks=pytest.mark.slow),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -90,6 +92,27 @@ def test_opening_a_million_documents_takes_less_than_a_megabyte(tmp_path, monkey
     grown, number = map(int, done.stdout.split())
     assert number == 1_000_000
     assert grown < 1e6
+
+
+class _FixedWorker:
+    def __init__(self, loss, norm):
+        self.results = loss, norm, 1.0
+
+    def step(self):
+        return self.results
+
+
+@pytest.mark.parametrize(
+    ("theirs", "what"), [((2.0001, 1.0), "loss of plain at step 1"), ((2.0, 1.001), "gradient norm")]
+)
+def test_a_peer_that_computes_something_else_ends_the_comparison(theirs, what, monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    steps = runpy.run_path(str(BENCHMARKS / "train_step.py"))["_steps"]
+    workers = {"ours": _FixedWorker(2.0, 1.0), "plain": _FixedWorker(*theirs)}
+    with pytest.raises(ValueError, match=what):
+        list(steps(workers, 0))
+    workers["plain"] = _FixedWorker(2.00001, 1.00005)
+    assert list(steps(workers, 0)) == [("ours", 1.0), ("plain", 1.0)]
 
 
 def test_state_that_grows_with_the_position_is_told(tmp_path, monkeypatch):
