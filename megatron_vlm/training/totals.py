@@ -65,7 +65,9 @@ def sum_over_ranks(
     data_wait = counts[-1].data_wait / rank.dp_size if rank.is_first_stage and rank.tp_rank == 0 else 0.0
     hash_of_all = sum(count.sample_hash for count in counts) % (1 << HASH_BITS)
     measured = [*counted, data_wait, stop_requested, *_halves(sample_hash), *_halves(hash_of_all)]
-    totals = torch.cat([losses, torch.tensor(measured, dtype=torch.float64, device=device)])
+    # Filled on the device: a copy from the host would wait for everything before it.
+    filled = [torch.full((1,), float(value), dtype=torch.float64, device=device) for value in measured]
+    totals = torch.cat([losses, *filled])
     torch.distributed.all_reduce(totals)
     values = totals.tolist()  # the only time in a step that the host waits for the device
     tokens, positions, images, pairs, data_wait, stops, *halves = values[2 * num_datasets :]

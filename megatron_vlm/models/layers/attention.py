@@ -123,7 +123,9 @@ class PackedAttention(MegatronModule):
         if "scale" not in accepted:  # the kernel divides the scores by sqrt(d) itself
             query = query * (self.softmax_scale * math.sqrt(query.size(-1)))
         borders = (params.cu_seqlens_q, params.cu_seqlens_kv, params.max_seqlen_q, params.max_seqlen_kv)
-        out: Tensor = kernel(query, key, value, *borders, **{name: x for name, x in options.items() if name in accepted})
+        out: Tensor = kernel(
+            query, key, value, *borders, **{name: x for name, x in options.items() if name in accepted}
+        )
         return out.reshape(out.size(0), -1)
 
 

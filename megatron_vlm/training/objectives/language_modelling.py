@@ -23,12 +23,13 @@ class Objective:
     def reduce(self, output: Tensor, batch: VLMBatch, num_datasets: int) -> tuple[Tensor, Tensor, Tensor]:
         """Sum the losses; the schedule divides the first sum in place, so the logged sums are separate tensors."""
         losses = output.flatten().float()
-        num_labels = torch.tensor(losses.numel(), dtype=torch.int32, device=losses.device)
+        # torch.tensor would copy from the host, which waits until the device has finished the forward pass.
+        num_labels = torch.full((), losses.numel(), dtype=torch.int32, device=losses.device)
         return losses.sum(), num_labels, sum_by_dataset(losses, batch.label_datasets, num_datasets)
 
 
 def sum_by_dataset(losses: Tensor, label_datasets: Tensor, num_datasets: int) -> Tensor:
-    """Sum losses and count labels of each dataset.
+    """Sum losses and count labels of each dataset, with the same bits in every run.
 
     Args:
         losses: float[k], one for each label.
@@ -38,7 +39,16 @@ def sum_by_dataset(losses: Tensor, label_datasets: Tensor, num_datasets: int) ->
     Returns:
         float64[2, num_datasets]: sums, then counts.
     """
+    losses = losses.detach().double()
+    if losses.is_cuda:
+        return _sum_masked(losses, label_datasets, num_datasets)
     sums = torch.zeros(2, num_datasets, dtype=torch.float64, device=losses.device)
-    sums[0].index_add_(0, label_datasets, losses.detach().double())
-    sums[1].index_add_(0, label_datasets, torch.ones_like(losses, dtype=torch.float64))
+    sums[0].index_add_(0, label_datasets, losses)
+    sums[1].index_add_(0, label_datasets, torch.ones_like(losses))
     return sums
+
+
+def _sum_masked(losses: Tensor, label_datasets: Tensor, num_datasets: int) -> Tensor:
+    """Sum over one mask per dataset; `index_add_` on a GPU adds in the order in which its threads come along."""
+    is_of_dataset = label_datasets == torch.arange(num_datasets, device=losses.device).unsqueeze(1)  # [datasets, k]
+    return torch.stack([torch.where(is_of_dataset, losses, 0.0).sum(dim=1), is_of_dataset.sum(dim=1).double()])

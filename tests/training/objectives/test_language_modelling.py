@@ -1,9 +1,10 @@
 from types import SimpleNamespace
 
+import pytest
 import torch
 
 from megatron_vlm.config.objectives.language_modelling import Config
-from megatron_vlm.training.objectives.language_modelling import Objective, sum_by_dataset
+from megatron_vlm.training.objectives.language_modelling import Objective, _sum_masked, sum_by_dataset
 
 
 def reduce(output, datasets):
@@ -35,3 +36,30 @@ def test_a_micro_batch_without_labels_has_a_loss_of_zero_with_gradient():
     assert int(num_labels) == 0
     assert logged.sum() == 0
     assert weight.grad.abs().sum() == 0
+
+
+@pytest.mark.parametrize("num_labels", [0, 1, 1000])
+def test_sums_over_masks_are_those_of_the_host(num_labels):
+    losses, datasets = torch.rand(num_labels, dtype=torch.float64), torch.randint(3, (num_labels,))
+    masked, summed = _sum_masked(losses, datasets, 3), sum_by_dataset(losses, datasets, 3)
+    assert masked.dtype == summed.dtype == torch.float64
+    # Double precision, in another order.
+    torch.testing.assert_close(masked, summed, rtol=1e-12, atol=0)
+    assert torch.equal(masked[1], summed[1])
+
+
+def test_host_adds_the_losses_one_after_the_other():
+    losses, expected = torch.rand(100), 0.0
+    for loss in losses.double().tolist():
+        expected += loss
+    assert sum_by_dataset(losses, torch.zeros(100, dtype=torch.int64), 1)[0].item() == expected
+
+
+def test_number_of_labels_is_not_copied_from_the_host(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("torch.tensor waits for the device")
+
+    monkeypatch.setattr(torch, "tensor", refuse)
+    output = torch.ones(1, 3)
+    _, num_labels, _ = Objective(Config()).reduce(output, SimpleNamespace(label_datasets=torch.zeros(3).long()), 1)
+    assert (num_labels.dtype, int(num_labels)) == (torch.int32, 3)
