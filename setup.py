@@ -17,7 +17,8 @@ setup(
     packages=find_packages(include=["megatron_vlm", "megatron_vlm.*"]),
     package_data={"megatron_vlm": ["**/*.yaml", "**/*.css"]},
     install_requires=[
-        "torch>=2.6",
+        # The first with attention for packed samples on a GPU; the images of NVIDIA hold pre-releases.
+        "torch>=2.10.0a0",
         # platform/host.py and the spec modules follow one minor version; tests/platform guards the step to the next.
         "megatron-core>=0.16.1,<0.17",
         "numpy>=1.26",
@@ -35,6 +36,8 @@ setup(
         "fsspec>=2024.2",
     ],
     extras_require={
+        # GPUs of compute capability below 9.0 gain from flash-attn, which builds against the installed torch:
+        # pip install flash-attn --no-build-isolation
         "gpu": ["transformer-engine[pytorch]>=2.9"],
         "hf": ["transformers>=4.57,<6"],
         "ray": ["ray>=2.9"],

@@ -37,6 +37,8 @@ if [ -z "$installed" ]; then
   bash tools/setup_venv.sh
   PATH="$(cd "${VENV:-.venv}" && pwd)/bin:$PATH"
 fi
+# The models are small and in float32: four processes on the CPU, also on a machine with a GPU or two.
+export CUDA_VISIBLE_DEVICES=
 export PATH PYTHONPATH="$PWD:$PWD/examples${PYTHONPATH:+:$PYTHONPATH}"
 
 if [ -n "$fresh" ] && [ -d "$output" ]; then

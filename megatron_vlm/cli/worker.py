@@ -17,6 +17,7 @@ from pathlib import Path
 
 from megatron_vlm.config import ExitCode, TrainConfig, load_config
 from megatron_vlm.platform.files.run_folder import EXIT_STATUS_NAME, METRICS_NAME
+from megatron_vlm.platform.launch.environment import library_environment
 from megatron_vlm.platform.launch.exit_status import (
     ExitStatus,
     describe_error,
@@ -62,6 +63,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _train(config: TrainConfig) -> ExitStatus:
+    os.environ.update(library_environment(os.environ, config.training))
     from megatron_vlm.platform.device import prepare_process
 
     prepare_process()

@@ -14,12 +14,18 @@ from torch import Tensor
 from megatron_vlm.config import LanguageConfig, ParallelConfig
 from megatron_vlm.models.computation import Computation
 from megatron_vlm.models.layers.specs import Backend, language_block_spec
+from megatron_vlm.platform.machine import check_fp8_backend
 
 
 def language_transformer_config(
     language: LanguageConfig, parallel: ParallelConfig, computation: Computation, backend: Backend
 ) -> TransformerConfig:
-    """Return megatron-core's config for the decoder, including the parallel layout."""
+    """Return megatron-core's config for the decoder, including the parallel layout.
+
+    Raises:
+        ConfigError: FP8 without the layers of transformer-engine.
+    """
+    check_fp8_backend(computation.fp8, backend)
     return TransformerConfig(
         num_layers=language.num_layers,
         hidden_size=language.hidden_size,

@@ -45,6 +45,18 @@ def quieten() -> None:
         warnings.filterwarnings("ignore", message=message)
 
 
+def set_deterministic(is_deterministic: bool) -> None:
+    """Have torch choose algorithms that give the same bits in every run, and raise where it has none; or not.
+
+    The backward pass of torch's flash attention follows this switch too. `launch.environment` sets what the libraries
+    beside torch need.
+    """
+    if torch.are_deterministic_algorithms_enabled() != is_deterministic:  # the call imports torch's compiler
+        torch.use_deterministic_algorithms(is_deterministic)
+    if is_deterministic:
+        torch.backends.cudnn.benchmark = False
+
+
 def distributed_backend(device: torch.device) -> str:
     """Return the name of the communication backend for `device`."""
     return "gloo" if device.type == "cpu" else "nccl"

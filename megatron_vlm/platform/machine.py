@@ -1,12 +1,15 @@
 """The cores and GPUs of this machine, found without importing torch, and whether a configuration can run on it."""
 
 import importlib.util
+import logging
 import os
 import re
 import shutil
 import subprocess
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
+from typing import Literal
 
 from megatron_vlm.config import ConfigError, TrainConfig
 from megatron_vlm.config.hooks import HookConfig
@@ -15,6 +18,11 @@ PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
 """Dense BF16 peak from NVIDIA's data sheets, by a substring of the device name [FLOP/s]."""
 
 _HIDDEN = {"", "-1", "NoDevFiles"}
+# NVIDIA's data sheets and transformer-engine's own checks.
+_FP8_CAPABILITIES = {"tensorwise": (8, 9), "delayed": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
+_PACKED_TORCH = (2, 10)
+
+logger = logging.getLogger(__name__)
 
 
 def count_cores() -> int:
@@ -40,18 +48,43 @@ def count_visible_gpus(environment: Mapping[str, str], device_folder: Path = Pat
 
 def _count_by_driver_tool() -> int:
     """Ask nvidia-smi if the driver has no device files (WSL)."""
+    return sum(1 for line in _ask_driver("-L") if line.startswith("GPU "))
+
+
+def find_capability() -> tuple[int, int] | None:
+    """Return the highest compute capability of this machine's GPUs, as (major, minor); None if the driver is silent."""
+    matches = [
+        re.fullmatch(r"(\d+)\.(\d+)", line.strip())
+        for line in _ask_driver("--query-gpu=compute_cap", "--format=csv,noheader")
+    ]
+    return max(((int(m[1]), int(m[2])) for m in matches if m), default=None)
+
+
+def _ask_driver(*options: str) -> list[str]:
+    """Return the lines that nvidia-smi prints; none without the tool."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
-        return 0
+        return []
     try:
-        listing = subprocess.run([tool, "-L"], capture_output=True, text=True, timeout=10, check=False).stdout
+        return subprocess.run(
+            [tool, *options], capture_output=True, text=True, timeout=10, check=False
+        ).stdout.splitlines()
     except (OSError, subprocess.TimeoutExpired):
-        return 0
-    return sum(1 for line in listing.splitlines() if line.startswith("GPU "))
+        return []
+
+
+def pick_backend(
+    backend: Literal["auto", "torch", "transformer_engine"], *, has_gpu: bool
+) -> Literal["torch", "transformer_engine"]:
+    """Return the layer implementation that `model.backend` means on a machine with or without a GPU."""
+    if backend != "auto":
+        return backend
+    is_usable = has_gpu and importlib.util.find_spec("transformer_engine") is not None
+    return "transformer_engine" if is_usable else "torch"
 
 
 def check_requirements(config: TrainConfig, *, num_gpus: int, num_workers: int) -> None:
-    """Check that this node can run the settings.
+    """Check that this node can run the settings, and warn if it will be slower than need be.
 
     Args:
         config: the settings of the run.
@@ -59,20 +92,76 @@ def check_requirements(config: TrainConfig, *, num_gpus: int, num_workers: int) 
         num_workers: ranks that this node starts.
 
     Raises:
-        ConfigError: FP8 or transformer-engine without the library or a GPU, a hook without its package, or more
-            ranks than GPUs.
+        ConfigError: FP8 or transformer-engine without the library or a GPU, GPUs or a torch that cannot compute them,
+            a hook without its package, or more ranks than GPUs.
     """
     if config.training.fp8 is not None:
-        # Without the library, megatron-core silently computes in full precision.
         _check_transformer_engine(f"training.fp8={config.training.fp8}", "remove training.fp8", num_gpus)
     if config.model.backend == "transformer_engine":
         _check_transformer_engine("model.backend=transformer_engine", "set model.backend=auto", num_gpus)
+    check_fp8_backend(config.training.fp8, pick_backend(config.model.backend, has_gpu=num_gpus > 0))
     for hook in config.training.hooks:
         check_package(hook)
-    if num_gpus and num_workers > num_gpus:
+    if not num_gpus:
+        return
+    if num_workers > num_gpus:
         raise ConfigError(
             f"{num_workers} ranks on a node with {num_gpus} visible GPUs",
             fix=f"use --nproc-per-node {num_gpus}, or CUDA_VISIBLE_DEVICES= to run on the CPU",
+        )
+    capability = find_capability()
+    if capability is not None:
+        check_capability(config, capability)
+    _check_torch_backend(config)
+
+
+def check_fp8_backend(fp8: str | None, backend: str) -> None:
+    """Check that FP8 has layers that compute in it.
+
+    Args:
+        fp8: as in `TrainingConfig`.
+        backend: as `pick_backend` returns it.
+
+    Raises:
+        ConfigError: the layers are torch's, which megatron-core would run in bf16 without a word.
+    """
+    if fp8 is not None and backend != "transformer_engine":
+        raise ConfigError(
+            f"training.fp8={fp8} needs the layers of transformer-engine, and model.backend is {backend}",
+            fix="set model.backend=transformer_engine, or remove training.fp8",
+        )
+
+
+def check_capability(config: TrainConfig, capability: tuple[int, int]) -> None:
+    """Check that GPUs of a compute capability can run the settings.
+
+    Raises:
+        ConfigError: the FP8 recipe needs a newer GPU.
+    """
+    have = "{}.{}".format(*capability)
+    recipe = config.training.fp8_recipe
+    if config.training.fp8 is not None and capability < _FP8_CAPABILITIES[recipe]:
+        need = "{}.{}".format(*_FP8_CAPABILITIES[recipe])
+        raise ConfigError(
+            f"training.fp8_recipe={recipe} needs GPUs of compute capability {need}, these have {have}",
+            fix="remove training.fp8" if capability < (8, 9) else "set training.fp8_recipe=tensorwise",
+        )
+
+
+def _check_torch_backend(config: TrainConfig) -> None:
+    """Check and comment on the layers of torch on a GPU."""
+    if pick_backend(config.model.backend, has_gpu=True) != "torch":
+        return
+    found = version("torch")
+    if config.training.precision == "bf16" and tuple(int(n) for n in re.findall(r"\d+", found)[:2]) < _PACKED_TORCH:
+        raise ConfigError(
+            f"model.backend=torch needs torch 2.10 for the attention of packed samples on a GPU, this is {found}",
+            fix="install a newer torch, or transformer-engine",
+        )
+    if config.model.backend == "auto":
+        logger.warning(
+            "transformer-engine is not installed, so model.backend=auto takes torch's layers: their norms and RoPE are "
+            "not fused, which is slower, and they have no FP8"
         )
 
 

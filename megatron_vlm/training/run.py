@@ -12,8 +12,9 @@ import torch
 from megatron_vlm.config import TrainConfig, derive_layout, save_config
 from megatron_vlm.data.text.tokenizer import MODEL_FILE
 from megatron_vlm.parallel.groups import RankLayout, start_distributed, stop_distributed
-from megatron_vlm.platform.device import prepare_process
+from megatron_vlm.platform.device import prepare_process, set_deterministic
 from megatron_vlm.platform.files.run_folder import CONFIG_NAME
+from megatron_vlm.platform.machine import check_capability
 from megatron_vlm.training.blend import open_training_blend, open_validation_blend
 from megatron_vlm.training.hook import Hook, build_hooks
 from megatron_vlm.training.hooks import checkpoint, ledger, log, metrics_file, stop, tensorboard, validation
@@ -34,6 +35,9 @@ def run_training(config: TrainConfig) -> str | None:
         UserError: data, checkpoint or settings are wrong, a number is not finite, or a rank consumed the wrong samples.
     """
     device = prepare_process()
+    if device.type == "cuda":
+        check_capability(config, torch.cuda.get_device_capability(device))
+    set_deterministic(config.training.deterministic)
     if config.training.num_threads:
         torch.set_num_threads(config.training.num_threads)
     with _stop_signals() as stop_requested:

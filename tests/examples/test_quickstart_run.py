@@ -15,6 +15,7 @@ pretrain_killed pretrain sft convert logits_here logits_transformers evaluate ev
 report_pretrain report_sft""".split()
 STAND_IN = """#!/usr/bin/env bash
 echo "${0##*/} $*" >>"$CALLS"
+echo "${CUDA_VISIBLE_DEVICES-all}" >>"$CALLS.gpus"
 case "$*" in *"$FAIL"*) exit 65 ;; esac
 """
 
@@ -30,7 +31,7 @@ class Script:
             (self._bin / name).chmod(0o755)
 
     def __call__(self, *options: str, fail: str = "never") -> subprocess.CompletedProcess[str]:
-        environment = {**os.environ, "CALLS": str(self._calls), "FAIL": fail}
+        environment = {**os.environ, "CALLS": str(self._calls), "FAIL": fail, "CUDA_VISIBLE_DEVICES": "0"}
         environment["PATH"] = f"{self._bin}:{environment['PATH']}"
         self._calls.write_text("")
         command = ["bash", str(QUICKSTART / "run.sh"), "--installed", "--output", str(self.output), *options]
@@ -55,6 +56,11 @@ def test_steps_run_in_order_and_once(script: Script) -> None:
     second = script()
     assert second.stdout.count("done before") == len(STEPS)
     assert script.calls == [["python", "-m", "quickstart.check", str(script.output)]]
+
+
+def test_no_step_sees_a_gpu(script: Script) -> None:
+    assert script().returncode == 0
+    assert set(Path(f"{script._calls}.gpus").read_text().splitlines()) == {""}
 
 
 def test_failed_step_ends_the_script_with_its_exit_code_and_is_done_again(script: Script) -> None:

@@ -31,9 +31,9 @@ class Project:
         return [sys.executable, "-m", "megatron_vlm", *arguments]
 
     def environment(self, **variables: str) -> dict[str, str]:
-        """Return this process's environment without what a cluster or another test may have left in it."""
+        """Return this process's environment without GPUs and what a cluster or another test may have left in it."""
         kept = {name: value for name, value in os.environ.items() if not name.startswith(_NOT_HANDED_ON)}
-        return {**kept, **variables}
+        return {**kept, "CUDA_VISIBLE_DEVICES": "", **variables}
 
     def run(self, *arguments: str, timeout: float = 120, **variables: str) -> subprocess.CompletedProcess[str]:
         """Run `megatron-vlm` with the given arguments in the folder of the project."""

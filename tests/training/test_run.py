@@ -69,3 +69,13 @@ def test_hooks_of_the_settings_act_in_a_run(workers, shards, tmp_path):
     assert run(workers, config_of(shards, tmp_path, train_iters=2, hooks=hooks)) == [None] * 4
     traces = sorted(path.name for path in (tmp_path / "profile").iterdir())
     assert traces == ["iteration_0000002_rank_00000.json", "iteration_0000002_rank_00003.json"]
+
+
+def test_deterministic_mode_gives_the_bits_that_the_host_gives_anyway(workers, shards, tmp_path):
+    for name, is_deterministic in (("mode", True), ("plain", False)):
+        config = config_of(shards, tmp_path / name, train_iters=2, deterministic=is_deterministic)
+        assert run(workers, config) == [None] * 4
+        assert workers.run("torch:are_deterministic_algorithms_enabled", 4) == [is_deterministic] * 4
+    mode, plain = read_metrics(tmp_path / "mode"), read_metrics(tmp_path / "plain")
+    for name in ("loss_hex", "grad_norm_hex"):
+        assert [line[name] for line in mode] == [line[name] for line in plain], name

@@ -19,6 +19,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from megatron_vlm.config import ConfigError
 from megatron_vlm.models.layers.attention import PackedAttention
 from megatron_vlm.models.layers.norm import Norm
+from megatron_vlm.platform.machine import pick_backend
 
 logger = logging.getLogger(__name__)
 
@@ -40,15 +41,13 @@ def choose_backend(backend: Literal["auto", "torch", "transformer_engine"]) -> B
     Raises:
         ConfigError: transformer-engine is requested, but it is not installed or there is no GPU.
     """
-    usable = torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
-    if backend == "auto":
-        return "transformer_engine" if usable else "torch"
-    if backend == "transformer_engine" and not usable:
+    has_gpu = torch.cuda.is_available()
+    if backend == "transformer_engine" and pick_backend("auto", has_gpu=has_gpu) != backend:
         raise ConfigError(
             "model.backend=transformer_engine, but transformer-engine is not installed or there is no GPU",
             fix="set model.backend=auto, or install megatron_vlm[gpu] on a GPU machine",
         )
-    return backend
+    return pick_backend(backend, has_gpu=has_gpu)
 
 
 def needs_packed_attention() -> bool:
