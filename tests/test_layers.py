@@ -80,7 +80,6 @@ TESTED_ELSEWHERE = {
     "data/sources/tar_samples.py": "data/sources/interleaved/test_tars.py",
     "evaluation/opened_model.py": "evaluation/test_run.py",
     "models/layers/projection.py": "models/projectors/test_linear.py",
-    "platform/device.py": "platform/test_host_guard.py",
     "platform/host.py": "platform/test_host_guard.py",
     "training/blend.py": "training/test_validation.py",
     "training/hooks/validation.py": "training/test_validation.py",
