@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron_vlm.config import LanguageConfig, ParallelConfig
 from megatron_vlm.models.computation import Computation
+from megatron_vlm.models.layers.rotary import positions_in_samples, rotary_table
 from megatron_vlm.models.layers.specs import Backend, language_block_spec
 from megatron_vlm.platform.machine import check_fp8_backend
 
@@ -106,6 +107,7 @@ class LanguageModel(GPTModel):
             scatter_embedding_sequence_parallel=False,
             vp_stage=vp_stage,
         )
+        self.backend = backend
         if post_process and config.sequence_parallel:
             # `_select_positions` gathers the full sequence; its backward pass reduce-scatters the partial gradients.
             self.output_layer.sequence_parallel = False
@@ -139,9 +141,13 @@ class LanguageModel(GPTModel):
             float[b, s or k, padded_vocab_size / tp]; with a cache only those of the last position, over the full
             vocabulary. On earlier stages: hidden states.
         """
-        decoder_input, rotary_pos_emb, _, _, sequence_len_offset, _ = self._preprocess(
-            None, None, decoder_input, inference_context, packed_seq_params
-        )
+        sequence_len_offset = None
+        if self.backend == "torch" and inference_context is None:
+            rotary_pos_emb = self._rotary_table(decoder_input, packed_seq_params)
+        else:
+            decoder_input, rotary_pos_emb, _, _, sequence_len_offset, _ = self._preprocess(
+                None, None, decoder_input, inference_context, packed_seq_params
+            )
         hidden_states = self.decoder(
             hidden_states=decoder_input,
             attention_mask=None,
@@ -163,6 +169,18 @@ class LanguageModel(GPTModel):
             inference_context=inference_context,
             runtime_gather_output=True if inference_context is not None else None,
         )
+
+    def _rotary_table(self, decoder_input: Tensor | None, packed_seq_params: PackedSeqParams | None) -> Tensor:
+        """Return the rotary table of this micro-batch for all layers of this stage."""
+        rotary = self.rotary_pos_emb
+        num_positions = rotary.get_rotary_seq_len(None, self.decoder, decoder_input, self.config)
+        if packed_seq_params is None:
+            positions = torch.arange(num_positions, dtype=torch.int32, device=torch.cuda.current_device())
+        else:
+            positions = positions_in_samples(num_positions, packed_seq_params.cu_seqlens_q)
+        if rotary.inv_freq.device != positions.device:
+            rotary.inv_freq = rotary.inv_freq.to(positions.device)  # once a run: megatron-core makes it on the CPU
+        return rotary_table(positions, rotary.inv_freq, self.config.params_dtype)
 
     def _select_positions(self, hidden_states: Tensor, label_index: Tensor | None) -> Tensor:
         """Return the hidden states at the positions to compute logits for, float[k, 1, h]."""

@@ -3,13 +3,16 @@ from functools import partial
 
 import pytest
 import torch
+from megatron.core.packed_seq_params import PackedSeqParams
 from torch.utils.checkpoint import checkpoint
 
 from megatron_vlm.config import ParallelConfig
 from megatron_vlm.models.build import build_model
 from megatron_vlm.models.computation import Computation
 from megatron_vlm.models.language_model import can_fuse_swiglu, language_transformer_config
+from megatron_vlm.models.layers.attention import PackedAttention
 from tests.support.configs import tiny_model
+from tests.support.host_reads import HostReads
 from tests.support.micro_batches import make_micro_batch
 
 MODEL = tiny_model()
@@ -99,3 +102,30 @@ def test_swiglu_is_fused_on_a_gpu_with_a_compiler_for_it(monkeypatch, has_gpu, h
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if has_compiler else None)
     assert can_fuse_swiglu() == (has_gpu and has_compiler)
     assert transformer_config().bias_activation_fusion == (has_gpu and has_compiler)
+
+
+def packed(borders, max_seqlen):
+    borders = torch.tensor(borders, dtype=torch.int32)
+    return PackedSeqParams("thd", borders, borders, max_seqlen_q=max_seqlen, max_seqlen_kv=max_seqlen)
+
+
+@pytest.mark.parametrize("max_seqlen", [48, 60])
+def test_positions_restart_at_each_sample_whatever_the_longest_is_said_to_be(model, max_seqlen):
+    ids = make_micro_batch(MODEL, num_images=0, num_text=60, num_labels=1).arguments
+    lengths = [48, 12]
+    with torch.no_grad():
+        text = model.language_model.embedding(input_ids=ids["input_ids"], position_ids=None)
+        together = model.language_model(text, packed_seq_params=packed([0, 48, 60], max_seqlen))
+        alone = [model.language_model(part) for part in text.split(lengths)]
+    # The same products; the kernel sums them in blocks of another size.
+    torch.testing.assert_close(together, torch.cat(alone, dim=1), rtol=1e-5, atol=1e-5)
+
+
+def test_rotation_of_packed_samples_reads_nothing_on_the_host(model, monkeypatch):
+    # On the CPU the attention core itself loops over the samples; a GPU has a kernel for that.
+    monkeypatch.setattr(PackedAttention, "_attend_sample_by_sample", lambda self, q, k, v, params: v.repeat(1, 2, 1))
+    (arguments,) = batches(12)
+    arguments["packed_seq_params"] = packed([0, 20, arguments["input_ids"].numel()], 64)
+    with HostReads() as reads:
+        model(**arguments).sum().backward()
+    assert reads.count == 0

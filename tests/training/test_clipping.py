@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_vlm.checkpoint.optimizer_state import inner_optimizers
 from megatron_vlm.training.clipping import clipped_step, gradient_norm
 from tests.support.configs import tiny_run
+from tests.support.host_reads import HostReads
 from tests.support.jobs import CPU, start
 
 pytestmark = pytest.mark.usefixtures("one_rank")
@@ -63,21 +63,11 @@ def test_the_norm_is_of_all_gradients():
     assert float(gradient_norm(state.optimizer, CPU)) == pytest.approx(expected, rel=1e-6)  # float32 parts
 
 
-class _HostReads(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += function is torch.ops.aten._local_scalar_dense.default
-        return function(*args, **(kwargs or {}))
-
-
 def test_the_host_reads_nothing_from_the_device():
     state = state_with_gradients(distributed=True)
-    with _HostReads() as reads:
+    with HostReads() as reads:
         clipped_step(state.optimizer, 1.0, CPU)
     assert reads.count == 0
-    with _HostReads() as reads:
+    with HostReads() as reads:
         state.optimizer.step()
     assert reads.count > 0  # megatron-core's own step: the test can see host reads

@@ -203,14 +203,8 @@ class _PackedRows:
 
 
 def _choose_max_seqlen(sizes: np.ndarray) -> int:
-    """Round the longest segment up, so that few distinct values occur: megatron-core caches a RoPE table for each.
-
-    If max_seqlen equals the length of the whole sequence, megatron-core takes another code path, whose positions do
-    not restart at each segment; so it must differ, unless there is only one segment.
-    """
-    longest, total = int(sizes.max()), int(sizes.sum())
-    rounded = -(-longest // _MAX_SEQLEN_MULTIPLE) * _MAX_SEQLEN_MULTIPLE
-    return rounded + _MAX_SEQLEN_MULTIPLE if rounded == total and len(sizes) > 1 else rounded
+    """Round the longest segment up, so that few distinct values occur: megatron-core caches a RoPE table for each."""
+    return -(-int(sizes.max()) // _MAX_SEQLEN_MULTIPLE) * _MAX_SEQLEN_MULTIPLE
 
 
 def _decode(images: Sequence[tuple[bytes, str]], collation: Collation) -> torch.Tensor:

@@ -19,6 +19,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from megatron_vlm.config import ConfigError
 from megatron_vlm.models.layers.attention import PackedAttention
 from megatron_vlm.models.layers.norm import Norm
+from megatron_vlm.models.layers.rotary import RotarySelfAttention
 from megatron_vlm.platform.machine import pick_backend
 
 logger = logging.getLogger(__name__)
@@ -64,13 +65,13 @@ def mlp_submodules() -> MLPSubmodules:
     return MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
 
 
-def torch_layer_spec(attn_mask_type: AttnMaskType) -> ModuleSpec:
+def torch_layer_spec(attn_mask_type: AttnMaskType, self_attention: type[SelfAttention] = SelfAttention) -> ModuleSpec:
     """Return a transformer layer of torch modules with the checkpoint keys of transformer-engine's layer.
 
     The mask is an argument because megatron-core's own ViT layer without transformer-engine is causal.
     """
     attention = ModuleSpec(
-        module=SelfAttention,
+        module=self_attention,
         params={"attn_mask_type": attn_mask_type},
         submodules=SelfAttentionSubmodules(
             linear_qkv=ColumnParallelLinear,
@@ -116,7 +117,7 @@ def language_block_spec(
     """Return the decoder layers of this pipeline stage and the final norm."""
     num_layers = get_num_layers_to_build(config, vp_stage=vp_stage)
     if backend == "torch":
-        layer, norm = torch_layer_spec(AttnMaskType.causal), Norm
+        layer, norm = torch_layer_spec(AttnMaskType.causal, RotarySelfAttention), Norm
     else:
         from megatron.core.extensions.transformer_engine import TENorm
 

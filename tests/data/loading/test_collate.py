@@ -151,12 +151,12 @@ def test_images_of_other_ranks_are_not_decoded():
     ("lengths", "seq_length", "expected"),
     [
         ([20], 100, 128),  # the padding of 80 is the longest segment
-        ([70, 58], 128, 192),  # 128 would equal the whole sequence
-        ([128], 128, 128),  # one segment: the same either way
+        ([70, 58], 128, 128),
+        ([128], 128, 128),
         ([65, 100], 192, 128),
     ],
 )
-def test_max_seqlen_is_a_multiple_of_64_and_not_the_whole_sequence(lengths, seq_length, expected):
+def test_max_seqlen_is_the_longest_segment_rounded_up_to_a_multiple_of_64(lengths, seq_length, expected):
     batch = make_batch([[place(text(*[5] * length)) for length in lengths]], seq_length)
     assert batch.max_seqlen == expected
 
