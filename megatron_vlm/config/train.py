@@ -27,12 +27,17 @@ class ParallelConfig:
     use_distributed_optimizer: bool = True
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
+    ddp_bucket_size: int | None = None
+    """Parameters whose gradients are reduced together, and weights gathered together, where overlap_grad_reduce is on;
+    None for 40 million, or 1 million for each data-parallel rank if that is more. Pipeline stages after the first, and
+    model chunks after the first of a rank, reduce and gather all at once."""
     overlap_p2p_comm: bool = False
     distributed_timeout_minutes: float = 10.0
 
     def __post_init__(self) -> None:
         check_positive("parallel", self, "tensor_model_parallel_size", "pipeline_model_parallel_size")
         check_positive("parallel", self, "virtual_pipeline_model_parallel_size", "distributed_timeout_minutes")
+        check_positive("parallel", self, "ddp_bucket_size")
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
             raise ConfigError(
                 "parallel.sequence_parallel needs tensor_model_parallel_size > 1", fix="turn it off, or raise the size"
@@ -41,6 +46,10 @@ class ParallelConfig:
             raise ConfigError(
                 "parallel.overlap_param_gather needs use_distributed_optimizer and overlap_grad_reduce",
                 fix="turn both on",
+            )
+        if self.ddp_bucket_size is not None and not self.overlap_grad_reduce:
+            raise ConfigError(
+                "parallel.ddp_bucket_size needs overlap_grad_reduce", fix="turn it on, or remove the size"
             )
         self._check_virtual_pipeline()
 

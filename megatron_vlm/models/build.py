@@ -47,6 +47,7 @@ def _build_chunk(
     model: ModelConfig, parallel: ParallelConfig, computation: Computation, vp_stage: int | None
 ) -> VisionLanguageModel:
     backend = choose_backend(model.backend)
+    model.fixed_patches("the exchange of image features between ranks")
     language_config = language_transformer_config(model.language, parallel, computation, backend)
     first = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
     last = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
@@ -57,7 +58,7 @@ def _build_chunk(
         language_config,
         vision=_build_vision(model, computation) if first else None,
         language_model=language_model,
-        num_image_tokens=model.fixed_image_tokens("the exchange of image features between ranks"),
+        image_size=model.vision.image_size,
         tp_group=parallel_state.get_tensor_model_parallel_group(),
     )
 

@@ -9,7 +9,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_vlm.models.language_model import LanguageModel
-from megatron_vlm.models.layers.gradients import give_zero_gradients, keep_gradient_path
+from megatron_vlm.models.layers.gradients import keep_gradient_path
 from megatron_vlm.models.layers.image_parallel import gather_features
 
 
@@ -40,11 +40,15 @@ def merge_image_embeddings(text: Tensor, image: Tensor, image_token_index: Tenso
 class VisionLanguageModel(MegatronModule):
     """One pipeline stage of the model; the first stage holds tower, projection and embedding.
 
+    The first stage calls tower, projection and embedding for every micro-batch, in the order in which they are
+    registered, whatever the micro-batch holds: megatron-core gathers weights when a module is called and reduces
+    gradients when they are ready, so all ranks of a data-parallel group must do both in one order.
+
     Args:
         config: megatron-core's config of the decoder; the schedules read it from the outermost module.
         vision: tower and projection; None on later stages.
         language_model: the decoder layers of this stage.
-        num_image_tokens: embeddings per image.
+        image_size: side of the square input image of the tower [pixels].
         tp_group: the tensor-parallel ranks, which divide the images of a micro-batch among them.
     """
 
@@ -57,14 +61,14 @@ class VisionLanguageModel(MegatronModule):
         *,
         vision: tuple[MegatronModule, MegatronModule] | None,
         language_model: LanguageModel,
-        num_image_tokens: int,
+        image_size: int,
         tp_group: torch.distributed.ProcessGroup,
     ) -> None:
         super().__init__(config=config)
         if vision is not None:
             self.vision_model, self.vision_projection = vision
         self.language_model = language_model
-        self.num_image_tokens, self.tp_group = num_image_tokens, tp_group
+        self.image_size, self.tp_group = image_size, tp_group
         # megatron-core's schedules, gradient reduction and checkpoints read these from the outermost module.
         self.model_type = ModelType.encoder_or_decoder
         self.pre_process, self.post_process = language_model.pre_process, language_model.post_process
@@ -89,16 +93,18 @@ class VisionLanguageModel(MegatronModule):
         Returns:
             float[num_images * p, h]; in reading order.
         """
-        if pixel_values.size(0):
-            local = self.vision_projection(self.vision_model(pixel_values))
-        else:
-            local = torch.zeros(
-                (0, self.num_image_tokens, self.config.hidden_size),
-                dtype=self.config.params_dtype,
-                device=pixel_values.device,
-            )
-            local = give_zero_gradients(local, self.vision_model, self.vision_projection)
+        local = self._encode_share(pixel_values)
         return gather_features(local, num_images, self.tp_group).flatten(0, 1)
+
+    def _encode_share(self, pixel_values: Tensor) -> Tensor:
+        """Return float[share, p, h]; an empty share comes from a blank image of which nothing is kept.
+
+        The weights are gathered for it and get gradients of zero, as those of the other ranks get theirs.
+        """
+        if pixel_values.size(0):
+            return self.vision_projection(self.vision_model(pixel_values))
+        blank = pixel_values.new_zeros((1, 3, self.image_size, self.image_size))
+        return self.vision_projection(self.vision_model(blank))[:0]
 
     def embed(self, input_ids: Tensor, pixel_values: Tensor, image_token_index: Tensor, num_images: int) -> Tensor:
         """Embed text and images.
@@ -106,12 +112,9 @@ class VisionLanguageModel(MegatronModule):
         Returns:
             float[s, b, h]; with sequence parallelism the slice of this rank, float[s / tp, b, h].
         """
+        image = self.encode_images(pixel_values, num_images)
         text = self.language_model.embedding(input_ids=input_ids, position_ids=None)  # [s, b, h]
-        if num_images:
-            image = self.encode_images(pixel_values, num_images)
-            merged = merge_image_embeddings(text, image, image_token_index)
-        else:
-            merged = give_zero_gradients(text, self.vision_model, self.vision_projection)
+        merged = merge_image_embeddings(text, image, image_token_index)
         merged = keep_gradient_path(merged, self.language_model.decoder)
         if self.config.sequence_parallel:
             merged = scatter_to_sequence_parallel_region(merged)

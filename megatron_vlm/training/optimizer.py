@@ -26,6 +26,7 @@ def wrap_model(config: TrainConfig, chunks: Sequence[VisionLanguageModel]) -> li
         use_distributed_optimizer=parallel.use_distributed_optimizer,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
+        bucket_size=parallel.ddp_bucket_size,
         # `train_step` checks loss and gradient norm itself and names the iteration.
         check_for_nan_in_grad=False,
     )

@@ -20,6 +20,7 @@ from tests.support.configs import tiny_run
         (ParallelConfig, "tensor_model_parallel_size", 0),
         (ParallelConfig, "pipeline_model_parallel_size", -1),
         (ParallelConfig, "distributed_timeout_minutes", 0),
+        (ParallelConfig, "ddp_bucket_size", 0),
         (TrainingConfig, "global_batch_size", 0),
         (TrainingConfig, "micro_batch_size", 0),
         (TrainingConfig, "train_iters", 0),
@@ -54,6 +55,11 @@ def test_sequence_parallel_without_tensor_parallel_is_refused():
 def test_parameter_overlap_without_what_it_stands_on_is_refused(settings):
     with pytest.raises(ConfigError, match="overlap_param_gather needs use_distributed_optimizer"):
         ParallelConfig(overlap_param_gather=True, **settings)
+
+
+def test_bucket_size_that_nothing_would_use_is_refused():
+    with pytest.raises(ConfigError, match="ddp_bucket_size needs overlap_grad_reduce"):
+        ParallelConfig(ddp_bucket_size=1000)
 
 
 def test_virtual_pipeline_over_two_stages_without_overlap_is_refused():

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_vlm.checkpoint.load import load_weights
@@ -18,7 +18,6 @@ from megatron_vlm.checkpoint.save import save_checkpoint
 from megatron_vlm.config import CheckpointConfig, DataError, NumericError, ParallelConfig, TrainConfig
 from megatron_vlm.data.loading.batch import VLMBatch
 from megatron_vlm.data.loading.collate import Collation, PlacedSample, collate
-from megatron_vlm.data.samples import ImageSegment
 from megatron_vlm.models.build import build_model
 from megatron_vlm.models.computation import Computation
 from megatron_vlm.parallel.collective import decide_on_main, main_rank_first
@@ -30,9 +29,9 @@ from megatron_vlm.training.objective import build_objective
 from megatron_vlm.training.optimizer import build_optimizer, wrap_model
 from megatron_vlm.training.setup import build_state
 from megatron_vlm.training.state import TrainState
-from megatron_vlm.training.step import forward_step, train_step
+from megatron_vlm.training.step import StepMetrics, forward_step, train_step
 from megatron_vlm.training.totals import Totals, sum_over_ranks
-from tests.support.samples import make_samples
+from tests.support.samples import make_samples, pictures_then_text
 
 CPU = torch.device("cpu")
 DATASETS = ("even", "odd")
@@ -125,9 +124,9 @@ def train_steps(
     state = start(config, plan)
     samples = make_samples(num_samples, max_images=max_images)
     loaders = [batches_of(config, state.rank, rows, samples, state.iteration, plan) for _ in state.chunks]
-    measured = [_step(state, loaders) for _ in range(num_steps)]
+    measured = [step(state, loaders) for _ in range(num_steps)]
     if save:
-        save_checkpoint(config, state.chunks, state.optimizer, state.progress())
+        _save(state)
     return Steps(
         losses=[metrics.loss for metrics in measured],
         grad_norms=[metrics.grad_norm for metrics in measured],
@@ -144,17 +143,23 @@ def step_with_a_wrong_rank(config: TrainConfig, rows: Sequence[Sequence[int]], w
     if state.rank.rank == wrong_rank:
         batches = (replace(batch, sample_ids=batch.sample_ids + 1) for batch in batches)
     try:
-        _step(state, [batches])
+        step(state, [batches])
     except NumericError as error:
         return str(error)
     return "no error"
 
 
-def _step(state: TrainState, loaders: Sequence[Iterator[VLMBatch]]) -> Any:
+def step(state: TrainState, loaders: Sequence[Iterator[VLMBatch]]) -> StepMetrics:
+    """Do one step and count it."""
     metrics = train_step(state, loaders, device=CPU, stop_requested=False)
     state.iteration += 1
     state.consumed_samples += state.config.training.global_batch_size
     return metrics
+
+
+def _save(state: TrainState) -> None:
+    state.gather_parameters()
+    save_checkpoint(state.config, state.chunks, state.optimizer, state.progress())
 
 
 def _adam_steps(state: TrainState) -> list[float]:
@@ -172,13 +177,12 @@ def save_after_steps(config: TrainConfig, rows: Sequence[Sequence[int]]) -> None
     state = start(config, FixedPlan.of(config, rows))
     loader, hook = batches_of(config, state.rank, rows, make_samples(8), 0), checkpoint.Hook()
     for _ in range(len(rows) // config.training.global_batch_size):
-        hook.step(state, _step(state, [loader]))
+        hook.step(state, step(state, [loader]))
 
 
 def save_initial(config: TrainConfig) -> None:
     """Save the random weights that a layout of one rank starts from."""
-    state = start(config)
-    save_checkpoint(config, state.chunks, state.optimizer, state.progress())
+    _save(start(config))
 
 
 def starting_from(config: TrainConfig, path: str) -> TrainConfig:
@@ -198,7 +202,7 @@ def train_steps_without_borders(config: TrainConfig, rows: Sequence[Sequence[int
         )
         for batch in batches
     )
-    metrics = _step(state, [merged])
+    metrics = step(state, [merged])
     return Steps([metrics.loss], [metrics.grad_norm], [metrics.dataset_losses], [metrics.sample_ids_sha], [])
 
 
@@ -207,63 +211,63 @@ def gradients_of_one_step(
 ) -> dict[str, float]:
     """Return the norm over all ranks of the finished gradient of every part, by name; frozen parts are left out.
 
-    Samples 0 to 7 hold pictures, 8 to 15 none.
+    Args:
+        config: the run; its distributed optimizer gives every data-parallel rank a shard of the gradients.
+        rows: the global batch, of `pictures_then_text`.
+        also_freeze: names of parameters begin with them.
     """
-    frozen = (*config.training.freeze, *also_freeze)
-    # With the plain optimizer every rank keeps its whole reduced gradient.
-    config = replace(
-        config, parallel=replace(config.parallel, use_distributed_optimizer=False, overlap_param_gather=False)
-    )
     build_groups(config.parallel)
     seed_everything(config.training.seed)
     rank = rank_layout()
-    chunks = build_model(config.model, config.parallel, Computation.from_config(config.training))
-    load_weights(config.checkpoint.load_weights, chunks)
-    for chunk in chunks:
-        for name, parameter in chunk.named_parameters():
-            if name.startswith(tuple(frozen)) and frozen:
-                parameter.requires_grad_(False)
-    wrapped = wrap_model(config, chunks)
-    build_optimizer(config, wrapped)
-    samples = _pictures_then_text()
-    loader = CountedBatches(
-        batches_of(config, rank, rows, samples, 0), BatchCounts(config.model.language.pad_token_id, RankSlice()), CPU
-    )
-    wrapped[0].zero_grad_buffer()
-    objective = build_objective(config.training.objective)
-    get_forward_backward_func()(
-        forward_step_func=partial(forward_step, objective=objective, num_datasets=len(DATASETS)),
-        data_iterator=loader,
-        model=wrapped[0],
-        num_microbatches=len(rows) // rank.dp_size,
-        seq_length=config.data.seq_length,
-        micro_batch_size=1,
-        forward_only=False,
-    )
+    (chunk,) = build_model(config.model, config.parallel, Computation.from_config(config.training))
+    load_weights(config.checkpoint.load_weights, [chunk])
+    for name, parameter in chunk.named_parameters():
+        if name.startswith((*config.training.freeze, *also_freeze)):
+            parameter.requires_grad_(False)
+    (wrapped,) = wrap_model(config, [chunk])
+    build_optimizer(config, [wrapped])
+    # The first pass reduces gradients at its end; from the second on, a bucket is reduced as soon as it is ready.
+    for _ in range(2):
+        wrapped.zero_grad_buffer()
+        _forward_and_backward(config, wrapped, rank, rows)
+    _clear_shards_of_others(wrapped)
     squares: dict[str, torch.Tensor] = {}
-    for name, parameter in chunks[0].named_parameters():
+    for name, parameter in chunk.named_parameters():
         if parameter.requires_grad:
             part = ".".join(name.split(".")[:4])
             square = parameter.main_grad.double().square().sum()
             if not getattr(parameter, "tensor_model_parallel", False):
                 square = square / rank.tp_size
             squares[part] = squares.get(part, torch.zeros((), dtype=torch.float64)) + square
-    group = parallel_state.get_tensor_model_parallel_group()
     for square in squares.values():
-        torch.distributed.all_reduce(square, group=group)
+        torch.distributed.all_reduce(square)
     return {name: float(square.sqrt()) for name, square in squares.items()}
 
 
-def _pictures_then_text() -> list[PlacedSample]:
-    candidates = make_samples(64)
-    has_image = [any(isinstance(s, ImageSegment) for s in placed.sample.segments) for placed in candidates]
-    pictures = [placed for placed, yes in zip(candidates, has_image, strict=True) if yes][:8]
-    text = [placed for placed, yes in zip(candidates, has_image, strict=True) if not yes][:8]
-    # sample 3 has one picture only
-    one = next(p for p in pictures if sum(isinstance(s, ImageSegment) for s in p.sample.segments) == 1)
-    pictures.remove(one)
-    pictures.insert(3, one)
-    return pictures + text
+def _forward_and_backward(
+    config: TrainConfig, wrapped: DistributedDataParallel, rank: RankLayout, rows: Sequence[Sequence[int]]
+) -> None:
+    batches = batches_of(config, rank, rows, pictures_then_text(), 0)
+    objective = build_objective(config.training.objective)
+    get_forward_backward_func()(
+        forward_step_func=partial(forward_step, objective=objective, num_datasets=len(DATASETS)),
+        data_iterator=CountedBatches(batches, BatchCounts(config.model.language.pad_token_id, RankSlice()), CPU),
+        model=wrapped,
+        num_microbatches=len(rows) // rank.dp_size,
+        seq_length=config.data.seq_length,
+        micro_batch_size=1,
+        forward_only=False,
+    )
+
+
+def _clear_shards_of_others(wrapped: DistributedDataParallel) -> None:
+    """Set the gradients to zero that a reduce-scatter does not finish on this rank."""
+    for group in wrapped.bucket_groups:
+        for bucket in group.buckets:
+            shards = bucket.grad_data.view(group.intra_distributed_optimizer_instance_size, -1)
+            mine = shards[group.intra_distributed_optimizer_instance_rank].clone()
+            shards.zero_()
+            shards[group.intra_distributed_optimizer_instance_rank] = mine
 
 
 def describe_rank(parallel: ParallelConfig) -> RankLayout:

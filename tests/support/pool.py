@@ -12,6 +12,9 @@ import traceback
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+# Imports take most of it; on a machine with much other work, minutes.
+START_SECONDS = 300.0
+
 
 class WorkerPool:
     """`size` processes that run a function of a module as the ranks of a gloo job."""
@@ -25,14 +28,14 @@ class WorkerPool:
         """Run `module:function` on ranks 0 to world_size - 1 and return what each returned.
 
         Raises:
-            RuntimeError: a rank raised; the others may wait for it for ever, so that the processes are started anew.
-            TimeoutError: a rank gave no answer.
+            RuntimeError: a rank raised or died; the others may wait for it, so that the processes are started anew.
+            TimeoutError: a rank gave no answer within `timeout` seconds, which do not count the start of the processes.
         """
-        self._start()
         with tempfile.TemporaryDirectory() as folder:
-            for rank, pipe in enumerate(self._pipes[:world_size]):
-                pipe.send((job, arguments, rank, world_size, f"{folder}/store"))
             try:
+                self._start()
+                for rank, pipe in enumerate(self._pipes[:world_size]):
+                    pipe.send((job, arguments, rank, world_size, f"{folder}/store"))
                 return self._collect(job, self._pipes[:world_size], time.monotonic() + timeout)
             except BaseException:
                 self.close()
@@ -46,14 +49,15 @@ class WorkerPool:
             if not ready:
                 raise TimeoutError(f"ranks {sorted(set(range(len(pipes))) - set(answers))} of {job} gave no answer")
             for pipe in ready:
-                succeeded, answer = pipe.recv()  # type: ignore[union-attr]
+                rank = pipes.index(pipe)  # type: ignore[arg-type]
+                succeeded, answer = _receive(pipe)  # type: ignore[arg-type]
                 if not succeeded:
-                    raise RuntimeError(f"rank {pipes.index(pipe)} of {job}:\n{answer}")  # type: ignore[arg-type]
-                answers[pipes.index(pipe)] = answer  # type: ignore[arg-type]
+                    raise RuntimeError(f"rank {rank} of {job}:\n{answer}")
+                answers[rank] = answer
         return [answers[rank] for rank in range(len(pipes))]
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        context, starting = multiprocessing.get_context("spawn"), []
         while len(self._processes) < self.size:
             ours, theirs = context.Pipe()
             process = context.Process(target=_work, args=(theirs, os.getpid()))
@@ -61,6 +65,8 @@ class WorkerPool:
             theirs.close()
             self._pipes.append(ours)
             self._processes.append(process)
+            starting.append(ours)
+        self._collect("start", starting, time.monotonic() + START_SECONDS)
 
     def close(self) -> None:
         """End the processes."""
@@ -72,6 +78,13 @@ class WorkerPool:
         for process in self._processes:
             process.join(10)
         self._pipes, self._processes = [], []
+
+
+def _receive(pipe: Connection) -> tuple[bool, Any]:
+    try:
+        return pipe.recv()
+    except EOFError:
+        return False, "the process died"
 
 
 def _work(pipe: Connection, parent_pid: int) -> None:
@@ -87,7 +100,10 @@ def _work(pipe: Connection, parent_pid: int) -> None:
     from megatron_vlm.parallel.groups import stop_distributed
     from tests.support.release import release_models
 
+    # What nearly every job needs; imported here, it does not count as time of the first one.
+    importlib.import_module("tests.support.jobs")
     torch.set_num_threads(1)
+    pipe.send((True, None))
     while True:
         try:
             job, arguments, rank, world_size, store_path = pipe.recv()

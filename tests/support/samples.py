@@ -1,6 +1,7 @@
 """Encoded samples of random tokens and pictures, the same in every process."""
 
 import io
+from dataclasses import replace
 
 import numpy as np
 from PIL import Image
@@ -17,6 +18,21 @@ def make_samples(num_samples: int, *, max_images: int = 3, seed: int = 11) -> li
         PlacedSample(_sample(rng, int(rng.integers(0, max_images + 1))), index, index % 2, f"sample {index}")
         for index in range(num_samples)
     ]
+
+
+def pictures_then_text() -> list[PlacedSample]:
+    """Return 8 samples with pictures, of which number 3 has one only, then 8 without."""
+    counted = [(_num_pictures(placed.sample), placed) for placed in make_samples(64)]
+    pictures = [(count, placed) for count, placed in counted if count][:8]
+    text = [placed for count, placed in counted if not count][:8]
+    one = next(place for place, (count, _) in enumerate(pictures) if count == 1)
+    pictures.insert(3, pictures.pop(one))
+    chosen = [placed for _, placed in pictures] + text
+    return [replace(placed, sample_id=index) for index, placed in enumerate(chosen)]
+
+
+def _num_pictures(sample: EncodedSample) -> int:
+    return sum(isinstance(segment, ImageSegment) for segment in sample.segments)
 
 
 def _sample(rng: np.random.Generator, num_images: int) -> EncodedSample:

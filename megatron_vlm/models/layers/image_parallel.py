@@ -41,7 +41,7 @@ def gather_features(local: Tensor, num_images: int, group: ProcessGroup) -> Tens
     Returns:
         float[num_images, p, h] in the order of the batch.
     """
-    if group.size() == 1:
+    if group.size() == 1 or num_images == 0:
         return local
     share = ImageShare(size=group.size()).images_per_rank(num_images)
     if local.size(0) < share:

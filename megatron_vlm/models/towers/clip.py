@@ -38,6 +38,32 @@ def _transformer_config(config: Config, computation: Computation) -> Transformer
     )
 
 
+class PositionEmbeddings(torch.nn.Module):
+    """One embedding for each class token and each patch of a square grid.
+
+    Args:
+        grid: patches along a side.
+        num_class_tokens: embeddings before those of the patches.
+        hidden_size: width of an embedding.
+        dtype: of the weights.
+    """
+
+    def __init__(self, grid: int, num_class_tokens: int, hidden_size: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.grid, self.num_class_tokens = grid, num_class_tokens
+        self.weight = torch.nn.Parameter(torch.empty(grid**2 + num_class_tokens, hidden_size, dtype=dtype))
+
+    def forward(self, rows: int, columns: int) -> Tensor:
+        """Return float[class tokens + rows * columns, h], interpolated if the grid of the image is another one."""
+        weight = self.weight
+        if (rows, columns) == (self.grid, self.grid):
+            return weight
+        square = weight[self.num_class_tokens :].reshape(1, self.grid, self.grid, -1).permute(0, 3, 1, 2)
+        resized = F.interpolate(square.float(), size=(rows, columns), mode="bicubic", align_corners=False)
+        resized = resized.permute(0, 2, 3, 1).reshape(rows * columns, -1).to(weight.dtype)
+        return torch.cat([weight[: self.num_class_tokens], resized])
+
+
 class VisionModel(Replicated):
     """Maps pixels to patch features: the hidden state chosen by `feature_layer`, without the class token.
 
@@ -53,9 +79,9 @@ class VisionModel(Replicated):
         self.groups, self.tp_group = groups, groups.own
         hidden_size, dtype = config.hidden_size, config.params_dtype
         patch, grid = vision_config.patch_size, vision_config.constant_grid.rows
-        self.grid, self.num_class_tokens = grid, int(vision_config.class_token)
+        self.num_class_tokens = int(vision_config.class_token)
         self.conv1 = torch.nn.Conv2d(3, hidden_size, patch, patch, bias=not vision_config.class_token, dtype=dtype)
-        self.position_embeddings = torch.nn.Embedding(grid**2 + self.num_class_tokens, hidden_size, dtype=dtype)
+        self.position_embeddings = PositionEmbeddings(grid, self.num_class_tokens, hidden_size, dtype)
         self.class_token = None
         if vision_config.class_token:
             self.class_token = torch.nn.Parameter(torch.empty(1, 1, hidden_size, dtype=dtype))
@@ -103,20 +129,10 @@ class VisionModel(Replicated):
         x = patches.flatten(2).transpose(1, 2)  # [n, p, h]
         if self.class_token is not None:
             x = torch.cat([self.class_token.expand(x.size(0), -1, -1), x], dim=1)
-        x = x + self._positions(rows, columns)
+        x = x + self.position_embeddings(rows, columns)
         if self.ln_pre is not None:
             x = self.ln_pre(x)
         x = x.transpose(0, 1).contiguous()  # [n, s, h] -> [s, n, h]
         x = keep_gradient_path(x, self.decoder)
         x = self.decoder(hidden_states=x, attention_mask=None)
         return x.transpose(0, 1)[:, self.num_class_tokens :]
-
-    def _positions(self, rows: int, columns: int) -> Tensor:
-        """Return float[class tokens + rows * columns, h], interpolated if the image has a different size."""
-        weight = self.position_embeddings.weight
-        if (rows, columns) == (self.grid, self.grid):
-            return weight
-        square = weight[self.num_class_tokens :].reshape(1, self.grid, self.grid, -1).permute(0, 3, 1, 2)
-        resized = F.interpolate(square.float(), size=(rows, columns), mode="bicubic", align_corners=False)
-        resized = resized.permute(0, 2, 3, 1).reshape(rows * columns, -1).to(weight.dtype)
-        return torch.cat([weight[: self.num_class_tokens], resized])

@@ -58,7 +58,7 @@ def test_interpolated_positions_keep_rows_and_columns_apart(tower):
         weight = tower.position_embeddings.weight
         weight[0] = 0.0
         weight[1:] = torch.arange(4.0).repeat_interleave(4)[:, None]  # the row number of every patch
-        same, other = tower._positions(4, 4), tower._positions(2, 8)
+        same, other = tower.position_embeddings(4, 4), tower.position_embeddings(2, 8)
     assert torch.equal(same, weight)
     rows = other[1:, 0].view(2, 8)
     torch.testing.assert_close(rows, rows[:, :1].expand(2, 8))  # alike along a row
