@@ -1,26 +1,11 @@
 """The device of this rank, and a quiet import of megatron-core."""
 
 import os
-import warnings
 
 import torch
 
 from megatron_vlm.platform import host
-
-_QUIET_MODULES = r"megatron\.core\..*"
-# torch's warnings about names that megatron-core 0.16 uses; users cannot act on them.
-_QUIET_MESSAGES = (
-    r".*torch\.distributed\._all_gather_base.*",
-    r".*torch\.distributed\._reduce_scatter_base.*",
-    r".*reduce_scatter_tensor.*",
-    r".*all_gather_into_tensor.*",
-    r".*ShardedTensor.*",
-    r".*_sharded_tensor.*",
-    r".*`load_state_dict` is deprecated.*",
-    r".*`save_state_dict` is deprecated.*",
-    r".*TypedStorage is deprecated.*",
-    r".*torch\.distributed\.checkpoint.*",
-)
+from megatron_vlm.platform.log_format import silence_harmless_warnings
 
 
 def prepare_process() -> torch.device:
@@ -40,9 +25,7 @@ def prepare_process() -> torch.device:
 def quieten() -> None:
     """Set what megatron-core warns about, and silence the warnings that users cannot act on."""
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    warnings.filterwarnings("ignore", module=_QUIET_MODULES)
-    for message in _QUIET_MESSAGES:
-        warnings.filterwarnings("ignore", message=message)
+    silence_harmless_warnings()
 
 
 def set_deterministic(is_deterministic: bool) -> None:
