@@ -15,7 +15,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["megatron_vlm", "megatron_vlm.*"]),
-    package_data={"megatron_vlm": ["**/*.yaml", "**/*.css"]},
+    package_data={"megatron_vlm": ["**/*.yaml", "**/*.css", "**/*.cpp"]},
     install_requires=[
         # The first with attention for packed samples on a GPU; the images of NVIDIA hold pre-releases.
         "torch>=2.10.0a0",

@@ -80,14 +80,18 @@ TESTED_ELSEWHERE = {
     "data/sources/tar_samples.py": "data/sources/interleaved/test_tars.py",
     "evaluation/opened_model.py": "evaluation/test_run.py",
     "models/layers/projection.py": "models/projectors/test_linear.py",
+    "cli/rehearsal_text.py": "cli/test_rehearse.py",
+    "platform/fake_device/events.py": "platform/fake_device/test_collectives.py",
     "platform/host.py": "platform/test_host_guard.py",
     "training/blend.py": "training/test_validation.py",
     "training/hooks/validation.py": "training/test_validation.py",
     "training/optimizer.py": "training/test_freezing.py",
+    "training/rehearsal/facts.py": "training/rehearsal/test_comparison.py",
+    "training/rehearsal/play.py": "cli/test_rehearse.py",
     "training/setup.py": "checkpoint/test_resume.py",
 }
 SOURCES = sorted((ROOT / PACKAGE).rglob("*.py"))
-HOST = f"{PACKAGE}/platform/host.py"
+HOST, FAKE_DEVICE = f"{PACKAGE}/platform/host.py", f"{PACKAGE}/platform/fake_device"
 MAX_LINES = 500
 
 
@@ -180,8 +184,8 @@ def prints(path: Path, tree: ast.Module) -> Iterator[str]:
 
 
 def torch_patches(path: Path, tree: ast.Module) -> Iterator[str]:
-    """Yield assignments to attributes of torch: only platform/host.py stands in for CUDA."""
-    if path == ROOT / HOST:
+    """Yield assignments to attributes of torch: only what stands in for CUDA changes it."""
+    if path == ROOT / HOST or path.is_relative_to(ROOT / FAKE_DEVICE):
         return
     for node in ast.walk(tree):
         targets = node.targets if isinstance(node, ast.Assign) else []
@@ -190,7 +194,7 @@ def torch_patches(path: Path, tree: ast.Module) -> Iterator[str]:
             names.append(f"{ast.unparse(node.args[0])}.")
         for name in names:
             if name.startswith("torch.") and not name.startswith("torch.backends."):
-                yield f"{place(path, node)}: only {HOST} changes torch"
+                yield f"{place(path, node)}: only {HOST} and {FAKE_DEVICE} change torch"
 
 
 def environment_reads(path: Path, tree: ast.Module) -> Iterator[str]:
@@ -291,8 +295,9 @@ def test_tests_do_not_import_each_other():
         ),
         (framework_imports, "data/plan/plan.py", "import torch.cuda", "data must not import torch.cuda"),
         (prints, "data/plan/plan.py", "print('x')", "does not print"),
-        (torch_patches, "models/vlm.py", "torch.cuda.synchronize = f", "only megatron_vlm/platform/host.py changes"),
-        (torch_patches, "models/vlm.py", "setattr(torch, 'empty', f)", "only megatron_vlm/platform/host.py changes"),
+        (torch_patches, "models/vlm.py", "torch.cuda.synchronize = f", "only megatron_vlm/platform/host.py and"),
+        (torch_patches, "platform/device.py", "torch.empty = f", "only megatron_vlm/platform/host.py and"),
+        (torch_patches, "models/vlm.py", "setattr(torch, 'empty', f)", "only megatron_vlm/platform/host.py and"),
         (environment_reads, "training/run.py", "x = os.environ['RANK']", "only cli and platform read"),
     ],
 )
@@ -316,6 +321,7 @@ def test_rule_finds_what_it_is_for(rule, file, code, message):
         (framework_imports, "data/loading/collate.py", "import torch"),
         (prints, "cli/data.py", "print('x')"),
         (torch_patches, "platform/host.py", "torch.cuda.synchronize = f"),
+        (torch_patches, "platform/fake_device/device.py", "torch.cuda.synchronize = f"),
         (environment_reads, "cli/train.py", "os.environ['X']"),
     ],
 )

@@ -1,9 +1,7 @@
 """The Llama-2 decoder: megatron-core's GPTModel, with logits only at positions with a loss."""
 
-import importlib.util
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -15,6 +13,7 @@ from megatron_vlm.config import LanguageConfig, ParallelConfig
 from megatron_vlm.models.computation import Computation
 from megatron_vlm.models.layers.rotary import positions_in_samples, rotary_table
 from megatron_vlm.models.layers.specs import Backend, language_block_spec
+from megatron_vlm.platform import device
 from megatron_vlm.platform.machine import check_fp8_backend
 
 
@@ -51,10 +50,9 @@ def language_transformer_config(
 def can_fuse_swiglu() -> bool:
     """Return whether megatron-core's fused SwiGLU pays: torch.compile makes one kernel of four on a GPU.
 
-    It also keeps its input only, 3 ffn_hidden_size activations a token in place of 5. The compiler of GPU kernels is
-    triton; torch has it on Linux.
+    It also keeps its input only, 3 ffn_hidden_size activations a token in place of 5.
     """
-    return torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
+    return device.can_compile_kernels()
 
 
 def _parallel_arguments(parallel: ParallelConfig) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The device of this rank, and a quiet import of megatron-core."""
 
+import importlib.util
 import os
 
 import torch
@@ -38,6 +39,11 @@ def set_deterministic(is_deterministic: bool) -> None:
         torch.use_deterministic_algorithms(is_deterministic)
     if is_deterministic:
         torch.backends.cudnn.benchmark = False
+
+
+def can_compile_kernels() -> bool:
+    """Return whether torch.compile makes kernels for a GPU of this machine; its compiler is triton."""
+    return torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
 
 
 def distributed_backend(device: torch.device) -> str:

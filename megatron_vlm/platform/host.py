@@ -4,8 +4,8 @@ megatron-core refers to CUDA in four ways: factories with `device="cuda"` or a d
 streams, events and generators of `torch.cuda`, and comparisons with type names such as `torch.cuda.FloatTensor`.
 `install` handles all four. Collectives, schedules, optimizer and checkpoints remain megatron-core's own, over gloo.
 
-This module and `fake_device` are the only ones that change torch. `tests/platform/test_host_guard.py` compares the names
-served here with those that the installed megatron-core uses.
+Only this module and `fake_device` change torch. `tests/platform/test_host_guard.py` compares the names served here with
+those that the installed megatron-core uses.
 """
 
 import contextlib
@@ -91,15 +91,16 @@ class Event:
         return None
 
     def record(self, *args: Any) -> None:
-        return None
+        """Do nothing."""
 
     def wait(self, *args: Any) -> None:
-        return None
+        """Do nothing."""
 
     def synchronize(self) -> None:
-        return None
+        """Do nothing."""
 
     def query(self) -> bool:
+        """Say that it has happened."""
         return True
 
 
@@ -109,12 +110,13 @@ class Stream(Event):
     cuda_stream = 0
 
     def wait_stream(self, *args: Any) -> None:
-        return None
+        """Do nothing."""
 
     def wait_event(self, *args: Any) -> None:
-        return None
+        """Do nothing."""
 
     def record_event(self, *args: Any) -> Event:
+        """Return an event that has happened."""
         return Event()
 
 

@@ -13,9 +13,9 @@ from megatron_vlm.data.loading.loader import BatchLoader, LoaderWorkers
 from megatron_vlm.data.plan.plan import Plan, PlanSettings, build_plan, open_plan
 from megatron_vlm.data.shards.dataset import ShardedDataset
 from megatron_vlm.parallel.collective import main_rank_first
+from megatron_vlm.platform.files.run_folder import PLAN_FOLDER
 from megatron_vlm.training.state import TrainState
 
-PLAN_FOLDER = "plan"
 # Fixed, so that runs with different training seeds are validated on the same batches.
 _VALIDATION_SEED = 0
 

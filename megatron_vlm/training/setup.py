@@ -25,12 +25,21 @@ def build_state(config: TrainConfig, rank: RankLayout, plan: Plan, dataset_names
         CheckpointError: the checkpoint to load is missing, damaged or belongs to another model.
         ConfigError: the run's checkpoint was trained on data other than the config names.
     """
+    state = build_random_state(config, rank, plan, dataset_names)
+    _load(state)
+    if state.is_reporter:
+        _log_parameters(state)
+    return state
+
+
+def build_random_state(config: TrainConfig, rank: RankLayout, plan: Plan, dataset_names: Sequence[str]) -> TrainState:
+    """Build model and optimizer with random weights, before any step."""
     seed_everything(config.training.seed)
     computation = Computation.from_config(config.training)
     chunks = build_model(config.model, config.parallel, computation, config.training.freeze)
     wrapped = wrap_model(config, chunks)
     optimizer = build_optimizer(config, wrapped)
-    state = TrainState(
+    return TrainState(
         config=config,
         layout=derive_layout(config, rank.world_size),
         rank=rank,
@@ -41,10 +50,6 @@ def build_state(config: TrainConfig, rank: RankLayout, plan: Plan, dataset_names
         plan=plan,
         dataset_names=dataset_names,
     )
-    _load(state)
-    if state.is_reporter:
-        _log_parameters(state)
-    return state
 
 
 def _load(state: TrainState) -> None:

@@ -12,6 +12,7 @@ from megatron_vlm.platform.files.locks import locked
 CONFIG_NAME = "config.yaml"
 EXIT_STATUS_NAME = "exit_status.json"
 METRICS_NAME = "metrics.jsonl"
+PLAN_FOLDER = "plan"
 _LOCK_NAME = ".lock"
 
 

@@ -1,0 +1,72 @@
+"""What is played: the job, and which of its ranks and micro-batches. Needs no torch."""
+
+from dataclasses import dataclass, replace
+
+from megatron_vlm.config import Layout, TrainConfig
+from megatron_vlm.training.rehearsal.facts import RankFacts
+
+FEW_IMAGES = (0, 1, 3)
+"""Images of the made-up rows that follow those with as many as fit."""
+CAPTION_TOKENS = 23
+"""Text of an image in made-up rows, as in COYO's captions: BOS and 22 tokens."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rehearsal:
+    """A job to play."""
+
+    config: TrainConfig
+    """As `playable` returns it."""
+    layout: Layout
+    iterations: int
+    num_micro_batches: int
+    """Micro-batches that are played of each step."""
+    has_data: bool
+    """Whether rows come from the shards, by the plan in the run folder; otherwise they are made up."""
+
+
+def playable(config: TrainConfig, run_dir: str) -> TrainConfig:
+    """Return settings without what a rehearsal does not play: other backends than torch, checkpoints, hooks."""
+    return replace(
+        config,
+        run_dir=run_dir,
+        model=replace(config.model, backend="torch"),
+        data=replace(config.data, num_workers=0),
+        training=replace(config.training, fp8=None, hooks=()),
+        checkpoint=replace(config.checkpoint, load_weights=None),
+    )
+
+
+def micro_batches_to_play(config: TrainConfig, layout: Layout) -> int:
+    """Return how many micro-batches show all of a step: they fill the pipeline, reach its steady part, and mix rows."""
+    pipeline = config.parallel.pipeline_model_parallel_size
+    enough = pipeline + len(FEW_IMAGES)
+    if config.parallel.virtual_pipeline_model_parallel_size:
+        enough = 3 * pipeline  # with chunks in turn, the number is a multiple of the stages
+    return min(enough, layout.num_micro_batches)
+
+
+def ranks_to_play(config: TrainConfig, layout: Layout) -> tuple[int, ...]:
+    """Return, for each pipeline stage, its first rank, and one more of its tensor- and of its data-parallel group."""
+    tp, dp = config.parallel.tensor_model_parallel_size, layout.data_parallel_size
+    stages = range(config.parallel.pipeline_model_parallel_size)
+    # Ranks count along the tensor-parallel group first, then data parallel, then the stages.
+    places = {0, tp - 1, tp if dp > 1 else 0}
+    return tuple(sorted(stage * tp * dp + place for stage in stages for place in places))
+
+
+def play_rank(rehearsal: Rehearsal, rank: int) -> RankFacts:
+    """Play one rank in this process, which must not have imported torch, or be one that played before.
+
+    Raises:
+        ConfigError: torch needs a compiled part for it, and there is no compiler.
+    """
+    from megatron_vlm.platform.fake_device.guard import load_guard
+
+    load_guard()
+    from megatron_vlm.platform.fake_device.device import install
+
+    install()
+    from megatron_vlm.training.rehearsal.play import play
+
+    return play(rehearsal, rank)

@@ -1,0 +1,78 @@
+import json
+
+import pytest
+
+from megatron_vlm.platform.fake_device.guard import build_guard
+
+TWO_BY_TWO = ("parallel.tensor_model_parallel_size=2", "parallel.pipeline_model_parallel_size=2")
+
+
+@pytest.fixture(scope="module")
+def facts(project):
+    """What a rehearsal of 8 ranks prints as JSON."""
+    done = project.run("rehearse", "train.yaml", "--world-size", "8", *TWO_BY_TWO, "--json", timeout=300)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_two_ranks_of_each_group_are_played_on_the_rows_of_the_run(facts):
+    assert facts["played_ranks"] == [0, 1, 2, 4, 5, 6]
+    assert facts["rows"] == "shards"
+    by_rank = {rank["rank"]: rank["images"] for rank in facts["ranks"]}
+    assert by_rank[0] == by_rank[1] == by_rank[4] != by_rank[2]
+
+
+def test_parameters_gradients_and_optimizer_are_those_of_the_plan(facts):
+    for stage in facts["stages"]:
+        for name in ("weights", "gradients", "optimizer"):
+            # The allocator rounds each of some hundred small tensors up to 512 bytes.
+            assert stage[name] == pytest.approx(stage["plan"][name], rel=0.25), name
+        assert stage["fits"]
+
+
+def test_groups_and_messages_between_stages_are_compared(facts):
+    assert not facts["differences"]
+    compared = {(one["group"], tuple(one["ranks"]), one["messages"]): one["calls"] for one in facts["compared"]}
+    assert compared["tensor model parallel", (0, 1), False] > 10
+    assert compared["data parallel with cp", (0, 2), False] > 1
+    for ends in ((0, 4), (4, 0)):
+        assert compared["pipeline model parallel", ends, True] == facts["num_micro_batches"]
+
+
+def test_waits_of_the_host_have_file_and_line(facts):
+    waits = {wait["where"]: wait["count"] for wait in facts["stages"][1]["waits"]}
+    (totals,) = [count for where, count in waits.items() if where.startswith("megatron_vlm/training/totals.py:")][-1:]
+    assert totals == 1
+
+
+def test_text_has_memory_waits_and_collectives(project):
+    done = project.run("rehearse", "train.yaml", "--world-size", "1", "data.blend=[{path: nowhere}]", timeout=300)
+    assert done.returncode == 0, done.stderr
+    for words in ("[MiB; in brackets: plan]", "A100 has 74.5 GiB", "rows are made up", "waits for the device"):
+        assert words in done.stdout
+    assert "no two played ranks share a group" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--world-size", "3", *TWO_BY_TWO], 78, "3 ranks are not a multiple"),
+        (["--world-size", "4", "--ranks", "1,4"], 64, "--ranks names 4, the job has ranks 0 to 3"),
+        (["--world-size", "4", "--ranks", "x"], 64, "argument --ranks: 'x' is not a whole number"),
+        ([], 64, "--world-size"),
+    ],
+)
+def test_wrong_input_is_one_line(project, arguments, code, message):
+    done = project.run("rehearse", "train.yaml", *arguments)
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == code
+    assert message in line
+
+
+@pytest.mark.skipif(build_guard() is None, reason="this torch has a guard for CUDA of its own")
+def test_without_a_compiler_one_line_says_so(project, tmp_path):
+    variables = {"PATH": "", "XDG_CACHE_HOME": str(tmp_path), "CXX": ""}
+    done = project.run("rehearse", "train.yaml", "--world-size", "1", **variables)
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 78
+    assert "needs a C++ compiler once" in line
