@@ -26,8 +26,8 @@ _EXAMPLES = (
     "rehearse examples/vila_7b/pretrain.yaml --world-size 128",
     "rehearse train.yaml parallel.tensor_model_parallel_size=4 --world-size 32 --gpu H100 --ranks 0,4,31",
 )
-_NOTES = """The code is that of train: model, gradient buffers, schedule, collectives, optimizer. Tensors have no values, and
-a collective returns at once. Played are the layers of torch, also where the job has transformer-engine.
+_NOTES = """The code is that of train: model, gradient buffers, schedule, collectives, optimizer. Tensors have no
+values, and a collective returns at once. Played are the layers of torch, also where the job has transformer-engine.
 Rows come from the shards of CONFIG; where they do not exist yet, rows with many, no, one and three images are made up.
 On a CPU build of torch a small part is compiled once, which needs a C++ compiler. Exits with 78 if the job does not fit
 the GPU, or if ranks of a group call different collectives.
