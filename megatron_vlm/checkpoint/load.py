@@ -41,7 +41,7 @@ def resume(
     if found is None:
         return None
     path, manifest = found
-    load_all(path, chunks, optimizer, distributed=config.parallel.use_distributed_optimizer)
+    load_all(path, chunks, optimizer)
     return manifest.progress
 
 

@@ -1,86 +1,123 @@
-"""State of torch's AdamW inside megatron-core's optimizers, to and from a checkpoint.
+"""The optimizer's state for a checkpoint: every rank describes, writes and reads only what it owns.
 
-megatron-core 0.16 assumes the Adam of transformer-engine or apex, which keeps one step count per group. torch's AdamW
-keeps one tensor per parameter. The functions here bridge the difference through public calls.
+megatron-core's `fully_reshardable` state gathers the whole optimizer of a pipeline stage on every rank, and cuts it at
+wrong places if a gradient bucket before the last ends with padding (0.16.1, `DistributedOptimizer`:
+`get_parameter_state_dp_zero` joins the buckets without padding, `sharded_param_state_fully_reshardable` counts it).
+Here, no bucket is involved. A rank owns a range of a flattened parameter; the checkpoint stores it as boxes of a tensor
+with the parameter's own shape. The tensors have the names that megatron-core gives them, `optimizer.state.exp_avg.KEY`,
+and can be loaded at any data-, tensor- and pipeline-parallel size.
 """
 
+from collections.abc import Iterator
+from math import prod
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.optimizer import MegatronOptimizer
+from torch import Tensor
 
-SHARDING_METADATA = {
-    # The state is stored per tensor, so it can be loaded at any data-, tensor- and pipeline-parallel size.
-    "distrib_optim_sharding_type": "fully_reshardable",
-    "singleton_local_shards": False,
-    "chained_optim_avoid_prefix": True,
-}
+from megatron_vlm.checkpoint.adam_state import create_state, inner_optimizers, step_count, values_of
+from megatron_vlm.checkpoint.boxes import split_flat_range
 
-
-def inner_optimizers(optimizer: MegatronOptimizer) -> list[Any]:
-    """Return the optimizers inside a chained one, or the optimizer itself."""
-    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
+STEP = "step"
+_PREFIX = "optimizer.state"
 
 
-def has_parameters(optimizer: MegatronOptimizer) -> bool:
-    """Return whether this rank trains any parameter."""
-    adams = (getattr(inner, "optimizer", None) for inner in inner_optimizers(optimizer))
-    return any(group["params"] for adam in adams if adam is not None for group in adam.param_groups)
+def describe_optimizer(optimizer: MegatronOptimizer, model_state: dict[str, Any]) -> dict[str, Any]:
+    """Return this rank's part of the optimizer's state; no other rank is asked.
 
+    Loading fills the tensors in place.
 
-def create_state(optimizer: MegatronOptimizer) -> None:
-    """Give every parameter the state of an Adam that has not taken a step yet.
+    Args:
+        optimizer: gets the state of an Adam that has not taken a step yet where it has none.
+        model_state: sharded state of all model chunks, whose tensors are the parameters themselves.
 
-    A distributed optimizer cannot describe a state that does not exist, which loading needs, and its own way of
-    creating one would apply weight decay.
+    Returns:
+        `step`, as far as this rank knows it, and `state`: the sharded tensors under running numbers.
     """
+    parts: list[ShardedTensor] = []
+    described = [value for value in nested_values(model_state) if isinstance(value.data, Tensor)]
     for inner in inner_optimizers(optimizer):
         if getattr(inner, "optimizer", None) is None:
             continue
-        for group in inner.optimizer.param_groups:
-            for parameter in group["params"]:
-                state = inner.optimizer.state[parameter]
-                if not state:
-                    state["step"] = torch.zeros((), dtype=torch.float32)
-                    state["exp_avg"] = torch.zeros_like(parameter)
-                    state["exp_avg_sq"] = torch.zeros_like(parameter)
+        create_state(inner.optimizer)
+        for value in described:
+            owned = _owned_range(inner, value.data)
+            if owned is not None:
+                parts += _describe_parameter(inner, value, *owned)
+    return {STEP: step_count(optimizer), "state": {str(number): part for number, part in enumerate(parts)}}
 
 
-@torch.no_grad()
-def load_state(optimizer: MegatronOptimizer, state_dict: Any, distributed: bool) -> None:
-    """Load the state that the checkpoint returned for `optimizer.sharded_state_dict`.
+def _owned_range(inner: Any, parameter: Tensor) -> tuple[Tensor, int] | None:
+    """Return Adam's values of a parameter and their first place in the flattened parameter; None if it has none."""
+    if not hasattr(inner, "gbuf_ranges"):
+        main = getattr(parameter, "main_param", parameter)
+        return (main, 0) if main in inner.optimizer.state else None
+    if parameter not in inner.model_param_gbuf_map:
+        return None
+    buffer, dtype, bucket = inner.model_param_gbuf_map[parameter]
+    begin = inner.gbuf_ranges[buffer][dtype][bucket]["param_map"][parameter]["param"].start
+    group, order = inner.model_param_group_index_map[parameter]
+    return inner.optimizer.param_groups[group]["params"][order], begin
+
+
+def _describe_parameter(
+    inner: Any, value: ShardedTensor | ShardedTensorFactory, main: Tensor, begin: int
+) -> Iterator[ShardedTensor]:
+    parameter = value.data
+    is_sharded = hasattr(inner, "gbuf_ranges")
+    with torch.no_grad():
+        parts = list(nested_values(value.build())) if isinstance(value, ShardedTensorFactory) else [value]
+    for part in parts:
+        if not part.data.is_contiguous():
+            raise RuntimeError(f"{part.key} is stored as parts that are not ranges of the flattened parameter")
+        place = part.data.storage_offset() - parameter.storage_offset()
+        replica_id = _replica_id(part, parameter) if is_sharded else part.replica_id
+        for name, values in values_of(inner.optimizer, main).items():
+            key = f"{_PREFIX}.{name}.{part.key}"
+            yield from _boxes_of(part, place, key, values, begin, replica_id)
+
+
+def _replica_id(part: ShardedTensor, parameter: Tensor) -> tuple[int, ...]:
+    """Return which of its copies a range is that no other data-parallel rank owns.
+
+    The last number of megatron-core's triple counts copies along the data-parallel ranks, and for the parts that every
+    rank holds whole, along the tensor-parallel ones as well. Of a range, only these can have copies.
+    """
+    copy = 0 if getattr(parameter, "tensor_model_parallel", False) else parallel_state.get_tensor_model_parallel_rank()
+    return (*part.replica_id[:-1], copy)
+
+
+def _boxes_of(
+    part: ShardedTensor, place: int, key: str, values: Tensor, begin: int, replica_id: tuple[int, ...]
+) -> Iterator[ShardedTensor]:
+    """Yield the boxes of a stored tensor that hold `values`.
 
     Args:
-        optimizer: after `create_state`.
-        state_dict: one state, or one per chained optimizer under its index.
-        distributed: whether this is the distributed optimizer.
+        part: what the checkpoint stores of the parameter.
+        place: first place of the part in the flattened parameter.
+        key: of the stored tensor.
+        values: float[n], a range of the flattened parameter.
+        begin: its first place in the flattened parameter.
+        replica_id: of the boxes.
     """
-    inner = inner_optimizers(optimizer)
-    states = [state_dict] if len(inner) == 1 else [state_dict[index] for index in range(len(inner))]
-    for one, state in zip(inner, states, strict=True):
-        if getattr(one, "optimizer", None) is None:
-            continue
-        if distributed:
-            _load_distributed(one, state)
-        else:
-            one.load_state_dict(state)
-        _separate_steps(one.optimizer)
-
-
-def _load_distributed(inner: Any, state: dict[str, Any]) -> None:
-    state = dict(state)
-    state.pop("param_state_sharding_type")
-    param_state = state.pop("param_state")
-    inner.load_state_dict(state)
-    # The loader iterates over every entry of a parameter's state and does not know "step".
-    steps = {parameter: entry.pop("step") for parameter, entry in inner.optimizer.state.items()}
-    inner.load_parameter_state_from_fully_reshardable(param_state)
-    for parameter, step in steps.items():
-        inner.optimizer.state[parameter]["step"] = step
-
-
-def _separate_steps(adam: torch.optim.Optimizer) -> None:
-    """Give every parameter its own step count: loading makes all of them share and advance a single tensor."""
-    for state in adam.state.values():
-        if torch.is_tensor(state.get("step")):
-            state["step"] = state["step"].clone()
+    first = max(begin, place)
+    last = min(begin + values.numel(), place + prod(part.local_shape))
+    num_prepended = part.prepend_axis_num
+    for box in split_flat_range(tuple(part.local_shape), first - place, max(first, last) - place):
+        sizes = (1,) * num_prepended + box.sizes
+        inside = (0,) * num_prepended + box.offsets
+        start = place - begin
+        yield ShardedTensor(
+            key,
+            values[start + box.begin : start + box.end].view(sizes),
+            values.dtype,
+            sizes,
+            part.global_shape,
+            tuple(whole + own for whole, own in zip(part.global_offset, inside, strict=True)),
+            axis_fragmentations=None,
+            replica_id=replica_id,
+        )

@@ -13,8 +13,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_vlm.checkpoint.folder import checkpoint_path, prune, write_latest
 from megatron_vlm.checkpoint.manifest import FileRecord, Manifest, checksum_file, list_files, write_manifest
-from megatron_vlm.checkpoint.optimizer_state import SHARDING_METADATA
-from megatron_vlm.checkpoint.sharded_state import OPTIMIZER_KEY, describe
+from megatron_vlm.checkpoint.optimizer_state import STEP
+from megatron_vlm.checkpoint.sharded_state import OPTIMIZER_KEY, SHARDING_METADATA, describe
 from megatron_vlm.config import StorageError, TrainConfig, save_config
 from megatron_vlm.platform.files.durable import (
     STORAGE_ERRNOS,
@@ -80,14 +80,10 @@ def _save(
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
     torch.distributed.barrier()
-    distributed = config.parallel.use_distributed_optimizer
-    state = describe(chunks, optimizer, is_loading=False, distributed=distributed)
-    dist_checkpointing.save(
-        state,
-        str(folder),
-        content_metadata=dict(SHARDING_METADATA),
-        preprocess_common_before_consistancy_check=_leave_optimizer_out,
-    )
+    state = describe(chunks, optimizer)
+    # The first rank writes it for all, and its stage may train nothing.
+    state[OPTIMIZER_KEY][STEP] = _largest(state[OPTIMIZER_KEY][STEP])
+    dist_checkpointing.save(state, str(folder), content_metadata=dict(SHARDING_METADATA))
     if is_main:
         save_config(config, folder / CONFIG_NAME)
     torch.distributed.barrier()
@@ -96,9 +92,11 @@ def _save(
         write_manifest(folder, Manifest(iteration=progress["iteration"], progress=progress, files=files))
 
 
-def _leave_optimizer_out(common: dict[str, Any]) -> dict[str, Any]:
-    """Return the entries that must be the same on every rank; a stage with only frozen parts has no optimizer."""
-    return {key: value for key, value in common.items() if key != OPTIMIZER_KEY}
+def _largest(number: int) -> int:
+    """Return the largest of all ranks' numbers."""
+    largest = torch.tensor(number, dtype=torch.int64, device=torch.cuda.current_device())
+    torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
+    return int(largest)
 
 
 def _checksum_together(folder: Path) -> dict[str, FileRecord]:

@@ -10,10 +10,13 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTenso
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer.module import MegatronModule
 
-from megatron_vlm.checkpoint.optimizer_state import SHARDING_METADATA, create_state, has_parameters, load_state
+from megatron_vlm.checkpoint.adam_state import set_step_count
+from megatron_vlm.checkpoint.optimizer_state import STEP, describe_optimizer
 from megatron_vlm.checkpoint.pickles import check_metadata
 from megatron_vlm.config import CheckpointError
 
+SHARDING_METADATA = {"singleton_local_shards": False}
+"""How megatron-core names the weights: layers are stacked, the halves of a gated MLP are one tensor."""
 MODEL_PREFIX = "model."
 OPTIMIZER_KEY = "optimizer"
 
@@ -33,17 +36,10 @@ def _is_empty(value: ShardedObject) -> bool:
     return value.data is None or (hasattr(value.data, "getbuffer") and not value.data.getbuffer().nbytes)
 
 
-def describe(
-    chunks: Sequence[MegatronModule], optimizer: MegatronOptimizer, *, is_loading: bool, distributed: bool
-) -> dict[str, Any]:
+def describe(chunks: Sequence[MegatronModule], optimizer: MegatronOptimizer) -> dict[str, Any]:
     """Return the sharded state of model and optimizer."""
-    if is_loading or distributed:
-        create_state(optimizer)
     state: dict[str, Any] = dict(describe_model(chunks))
-    if not has_parameters(optimizer):
-        # A pipeline stage with only frozen parts: megatron-core cannot describe an optimizer without parameters.
-        return state
-    state[OPTIMIZER_KEY] = optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=dict(SHARDING_METADATA))
+    state[OPTIMIZER_KEY] = describe_optimizer(optimizer, state)
     return state
 
 
@@ -59,20 +55,24 @@ def load_model(checkpoint: Path, chunks: Sequence[MegatronModule]) -> None:
     _fill_model(chunks, loaded)
 
 
-def load_all(
-    checkpoint: Path, chunks: Sequence[MegatronModule], optimizer: MegatronOptimizer, *, distributed: bool
-) -> None:
+def load_all(checkpoint: Path, chunks: Sequence[MegatronModule], optimizer: MegatronOptimizer) -> None:
     """Load this rank's weights and optimizer state from a checkpoint saved at any layout.
 
     Raises:
         CheckpointError: a tensor is missing or has another shape.
     """
-    state = describe(chunks, optimizer, is_loading=True, distributed=distributed)
+    state = describe(chunks, optimizer)
     check_tensors(checkpoint, state)
     loaded = dist_checkpointing.load(state, str(checkpoint))
+    if STEP not in loaded.get(OPTIMIZER_KEY, {}):
+        # Earlier versions stored values at wrong places where gradient buckets were padded, and no one can tell.
+        raise CheckpointError(
+            "the optimizer's state was saved by an earlier version",
+            where=str(checkpoint),
+            fix="name the checkpoint in checkpoint.load_weights and train in another run_dir",
+        )
     _fill_model(chunks, loaded)
-    if OPTIMIZER_KEY in state:
-        load_state(optimizer, loaded[OPTIMIZER_KEY], distributed)
+    set_step_count(optimizer, loaded[OPTIMIZER_KEY][STEP])
 
 
 def check_tensors(checkpoint: Path, state: dict[str, Any]) -> None:

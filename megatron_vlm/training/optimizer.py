@@ -13,7 +13,7 @@ from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_vlm.checkpoint.optimizer_state import inner_optimizers
+from megatron_vlm.checkpoint.adam_state import inner_optimizers
 from megatron_vlm.config import TrainConfig
 from megatron_vlm.models.vlm import VisionLanguageModel
 

@@ -12,8 +12,8 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from megatron_vlm.checkpoint.adam_state import inner_optimizers
 from megatron_vlm.checkpoint.load import load_weights
-from megatron_vlm.checkpoint.optimizer_state import inner_optimizers
 from megatron_vlm.checkpoint.save import save_checkpoint
 from megatron_vlm.config import CheckpointConfig, DataError, NumericError, ParallelConfig, TrainConfig
 from megatron_vlm.data.loading.batch import VLMBatch

@@ -1,0 +1,103 @@
+"""The optimizer's state over several gradient buckets, some of which end with padding."""
+
+from dataclasses import replace
+
+import pytest
+
+from megatron_vlm.data.samples import ImageSegment
+from tests.support.bucket_jobs import NUM_SAMPLES
+from tests.support.configs import tiny_run
+from tests.support.samples import make_samples
+
+pytestmark = pytest.mark.distributed
+
+BEFORE, AFTER, GLOBAL_BATCH_SIZE = 2, 2, 6
+BUCKET_SIZE = 3500
+OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
+# Another layout adds the same numbers up in another order (float32).
+TOLERANCE = 1e-5
+LAYOUTS = {
+    "dp2": (2, {}, {}),
+    "dp3_bf16": (3, {}, {"precision": "bf16"}),
+    "pp2_virtual2": (
+        2,
+        {
+            "pipeline_model_parallel_size": 2,
+            "virtual_pipeline_model_parallel_size": 2,
+            "overlap_p2p_comm": True,
+        },
+        {},
+    ),
+    "tp2_dp2_bf16_frozen_tower": (
+        4,
+        {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+        {"precision": "bf16", "freeze": ("vision_model",)},
+    ),
+}
+
+
+def rows():
+    """Rows of one sample with two images or more, so that every rank has some of its own."""
+    samples = [placed.sample for placed in make_samples(NUM_SAMPLES)]
+    counts = [sum(isinstance(segment, ImageSegment) for segment in sample.segments) for sample in samples]
+    with_images = [index for index, count in enumerate(counts) if count >= 2]
+    return [[index] for index in (with_images * GLOBAL_BATCH_SIZE)[: GLOBAL_BATCH_SIZE * (BEFORE + AFTER)]]
+
+
+def run_of(folder, parallel, training):
+    return tiny_run(
+        str(folder), parallel={**OVERLAP, **parallel}, training={"global_batch_size": GLOBAL_BATCH_SIZE, **training}
+    )
+
+
+def go(workers, config, world_size, before=0, after=AFTER, bucket_size=BUCKET_SIZE, learning=""):
+    return workers.run(
+        "tests.support.bucket_jobs:go",
+        world_size,
+        config=config,
+        rows=rows(),
+        bucket_size=bucket_size,
+        before=before,
+        after=after,
+        learning=learning,
+    )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_padded_buckets_resume_bit_equal(workers, tmp_path, layout):
+    world_size, parallel, training = LAYOUTS[layout]
+    config = run_of(tmp_path, parallel, training)
+    whole = go(workers, config, world_size, before=BEFORE)
+    assert any(rank.num_padded for rank in whole)
+    resumed = go(workers, config, world_size)
+    assert resumed[-1].losses == whole[-1].losses
+
+
+def test_padded_buckets_go_on_at_another_layout(workers, tmp_path):
+    config = run_of(tmp_path, {}, {})
+    whole = go(workers, config, 3, before=BEFORE)
+    assert whole[0].num_padded
+    for world_size, parallel in ((2, {}), (2, {"tensor_model_parallel_size": 2})):
+        moved = replace(config, parallel=run_of(tmp_path, parallel, {}).parallel)
+        resumed = go(workers, moved, world_size, bucket_size=9000)
+        expected = [float.fromhex(loss) for loss in whole[-1].losses]
+        assert [float.fromhex(loss) for loss in resumed[-1].losses] == pytest.approx(expected, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("training", [{}, {"precision": "bf16"}], ids=["fp32", "bf16"])
+def test_what_is_saved_is_what_the_ranks_hold(workers, tmp_path, training):
+    config = run_of(tmp_path, {}, training)
+    results = workers.run(
+        "tests.support.bucket_jobs:differences", 3, config=config, rows=rows(), bucket_size=BUCKET_SIZE
+    )
+    assert all(num_compared > 20 for num_compared, _ in results)
+    assert [wrong for _, wrong in results] == [[], [], []]
+
+
+def test_a_rank_that_owns_nothing_saves_and_resumes(workers, tmp_path):
+    """One bias of 64 values learns: its buffer of 128 is padding on the second rank."""
+    config = run_of(tmp_path, {"overlap_grad_reduce": False, "overlap_param_gather": False}, {})
+    arguments = {"learning": "vision_projection.encoder.linear_fc2.bias"}
+    whole = go(workers, config, 2, before=BEFORE, **arguments)
+    assert [rank.num_owned for rank in whole] == [1, 0]
+    assert go(workers, config, 2, **arguments)[-1].losses == whole[-1].losses
