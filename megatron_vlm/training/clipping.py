@@ -10,7 +10,7 @@ import torch
 from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 
-from megatron_vlm.checkpoint.optimizer_state import inner_optimizers
+from megatron_vlm.checkpoint.adam_state import inner_optimizers
 
 # megatron-core's: keeps the factor finite.
 _EPSILON = 1e-6

@@ -4,16 +4,14 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_vlm.data.samples import ImageSegment
 from tests.support.bucket_jobs import NUM_SAMPLES
-from tests.support.configs import tiny_run
-from tests.support.samples import make_samples
+from tests.support.configs import SEQ_LENGTH, tiny_run
+from tests.support.samples import make_samples, pack_in_order, sample_length
 
 pytestmark = pytest.mark.distributed
 
 BEFORE, AFTER, GLOBAL_BATCH_SIZE = 2, 2, 6
-BUCKET_SIZE = 3500
-OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
+OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True, "ddp_bucket_size": 3500}
 # Another layout adds the same numbers up in another order (float32).
 TOLERANCE = 1e-5
 LAYOUTS = {
@@ -37,11 +35,9 @@ LAYOUTS = {
 
 
 def rows():
-    """Rows of one sample with two images or more, so that every rank has some of its own."""
-    samples = [placed.sample for placed in make_samples(NUM_SAMPLES)]
-    counts = [sum(isinstance(segment, ImageSegment) for segment in sample.segments) for sample in samples]
-    with_images = [index for index, count in enumerate(counts) if count >= 2]
-    return [[index] for index in (with_images * GLOBAL_BATCH_SIZE)[: GLOBAL_BATCH_SIZE * (BEFORE + AFTER)]]
+    lengths = [sample_length(placed.sample, 16) for placed in make_samples(NUM_SAMPLES)]
+    packed = pack_in_order(lengths, SEQ_LENGTH)
+    return packed + [[] for _ in range(GLOBAL_BATCH_SIZE * (BEFORE + AFTER) - len(packed))]
 
 
 def run_of(folder, parallel, training):
@@ -50,13 +46,12 @@ def run_of(folder, parallel, training):
     )
 
 
-def go(workers, config, world_size, before=0, after=AFTER, bucket_size=BUCKET_SIZE, learning=""):
+def go(workers, config, world_size, before=0, after=AFTER, learning=""):
     return workers.run(
         "tests.support.bucket_jobs:go",
         world_size,
         config=config,
         rows=rows(),
-        bucket_size=bucket_size,
         before=before,
         after=after,
         learning=learning,
@@ -77,9 +72,9 @@ def test_padded_buckets_go_on_at_another_layout(workers, tmp_path):
     config = run_of(tmp_path, {}, {})
     whole = go(workers, config, 3, before=BEFORE)
     assert whole[0].num_padded
-    for world_size, parallel in ((2, {}), (2, {"tensor_model_parallel_size": 2})):
+    for world_size, parallel in ((2, {"ddp_bucket_size": 9000}), (2, {"tensor_model_parallel_size": 2})):
         moved = replace(config, parallel=run_of(tmp_path, parallel, {}).parallel)
-        resumed = go(workers, moved, world_size, bucket_size=9000)
+        resumed = go(workers, moved, world_size)
         expected = [float.fromhex(loss) for loss in whole[-1].losses]
         assert [float.fromhex(loss) for loss in resumed[-1].losses] == pytest.approx(expected, rel=TOLERANCE)
 
@@ -87,16 +82,16 @@ def test_padded_buckets_go_on_at_another_layout(workers, tmp_path):
 @pytest.mark.parametrize("training", [{}, {"precision": "bf16"}], ids=["fp32", "bf16"])
 def test_what_is_saved_is_what_the_ranks_hold(workers, tmp_path, training):
     config = run_of(tmp_path, {}, training)
-    results = workers.run(
-        "tests.support.bucket_jobs:differences", 3, config=config, rows=rows(), bucket_size=BUCKET_SIZE
-    )
+    results = workers.run("tests.support.bucket_jobs:differences", 3, config=config, rows=rows())
     assert all(num_compared > 20 for num_compared, _ in results)
     assert [wrong for _, wrong in results] == [[], [], []]
 
 
 def test_a_rank_that_owns_nothing_saves_and_resumes(workers, tmp_path):
     """One bias of 64 values learns: its buffer of 128 is padding on the second rank."""
-    config = run_of(tmp_path, {"overlap_grad_reduce": False, "overlap_param_gather": False}, {})
+    config = run_of(
+        tmp_path, {"overlap_grad_reduce": False, "overlap_param_gather": False, "ddp_bucket_size": None}, {}
+    )
     arguments = {"learning": "vision_projection.encoder.linear_fc2.bias"}
     whole = go(workers, config, 2, before=BEFORE, **arguments)
     assert [rank.num_owned for rank in whole] == [1, 0]

@@ -1,6 +1,5 @@
 """What ranks do in tests of the optimizer's state over several gradient buckets."""
 
-import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +8,6 @@ from unittest import mock
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
-from megatron.core.distributed import DistributedDataParallelConfig
 
 from megatron_vlm.checkpoint.adam_state import inner_optimizers
 from megatron_vlm.checkpoint.folder import checkpoint_path
@@ -18,7 +16,7 @@ from megatron_vlm.checkpoint.sharded_state import describe_model
 from megatron_vlm.config import TrainConfig
 from megatron_vlm.training.optimizer import wrap_model
 from megatron_vlm.training.state import TrainState
-from tests.support.jobs import FixedPlan, _step, batches_of, start
+from tests.support.jobs import FixedPlan, batches_of, start, step
 from tests.support.samples import make_samples
 
 NUM_SAMPLES = 84
@@ -40,7 +38,6 @@ def go(
     config: TrainConfig,
     rows: Sequence[Sequence[int]],
     *,
-    bucket_size: int,
     before: int,
     after: int,
     learning: str = "",
@@ -49,27 +46,27 @@ def go(
 
     Only parameters whose name begins with `learning` learn.
     """
-    state = _start(config, rows, bucket_size, learning)
+    state = _start(config, rows, learning)
     samples = make_samples(NUM_SAMPLES)
     loaders = [batches_of(config, state.rank, rows, samples, state.iteration) for _ in state.chunks]
     for _ in range(before):
-        _step(state, loaders)
+        step(state, loaders)
     if before:
         state.gather_parameters()
         save_checkpoint(config, state.chunks, state.optimizer, state.progress())
     owned = [part for inner in inner_optimizers(state.optimizer) for part in _owned_parts(inner)]
-    return Going([_step(state, loaders).loss.hex() for _ in range(after)], _num_padded(state), len(owned))
+    return Going([step(state, loaders).loss.hex() for _ in range(after)], _num_padded(state), len(owned))
 
 
-def differences(config: TrainConfig, rows: Sequence[Sequence[int]], *, bucket_size: int) -> tuple[int, list[str]]:
+def differences(config: TrainConfig, rows: Sequence[Sequence[int]]) -> tuple[int, list[str]]:
     """Do two steps and save; return how many tensors were compared with what this rank holds, and which differ.
 
     What a rank holds is looked up by its place in the gradient buffers, in which the buckets lie with their padding.
     """
-    state = _start(config, rows, bucket_size)
+    state = _start(config, rows)
     loader = batches_of(config, state.rank, rows, make_samples(NUM_SAMPLES), 0)
     for _ in range(2):
-        _step(state, [loader])
+        step(state, [loader])
     state.gather_parameters()
     save_checkpoint(config, state.chunks, state.optimizer, state.progress())
     described = {value.data: value for value in describe_model(state.chunks)["model0"].values()}
@@ -89,18 +86,14 @@ def differences(config: TrainConfig, rows: Sequence[Sequence[int]], *, bucket_si
     return num_compared, wrong
 
 
-def _start(config: TrainConfig, rows: Sequence[Sequence[int]], bucket_size: int, learning: str = "") -> TrainState:
+def _start(config: TrainConfig, rows: Sequence[Sequence[int]], learning: str = "") -> TrainState:
     def wrap(config: TrainConfig, chunks: Sequence[torch.nn.Module]) -> Any:
         for chunk in chunks:
             for name, parameter in chunk.named_parameters():
                 parameter.requires_grad_(parameter.requires_grad and name.startswith(learning))
         return wrap_model(config, chunks)
 
-    buckets = functools.partial(DistributedDataParallelConfig, bucket_size=bucket_size)
-    with (
-        mock.patch("megatron_vlm.training.optimizer.DistributedDataParallelConfig", buckets),
-        mock.patch("megatron_vlm.training.setup.wrap_model", wrap),
-    ):
+    with mock.patch("megatron_vlm.training.setup.wrap_model", wrap):
         return start(config, FixedPlan.of(config, rows))
 
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from megatron_vlm.checkpoint.optimizer_state import inner_optimizers
+from megatron_vlm.checkpoint.adam_state import inner_optimizers
 from megatron_vlm.training.clipping import clipped_step, gradient_norm
 from tests.support.configs import tiny_run
 from tests.support.host_reads import HostReads
