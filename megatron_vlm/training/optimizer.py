@@ -3,11 +3,7 @@
 from collections.abc import Sequence
 
 import torch
-from megatron.core.distributed import (
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    finalize_model_grads,
-)
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.transformer.module import Float16Module
@@ -16,6 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_vlm.checkpoint.adam_state import inner_optimizers
 from megatron_vlm.config import TrainConfig
 from megatron_vlm.models.vlm import VisionLanguageModel
+from megatron_vlm.training.finish_gradients import finish_gradients
 
 
 def wrap_model(config: TrainConfig, chunks: Sequence[VisionLanguageModel]) -> list[DistributedDataParallel]:
@@ -79,7 +76,7 @@ def _connect_schedule(
     model_config: TransformerConfig, optimizer: MegatronOptimizer, wrapped: Sequence[DistributedDataParallel]
 ) -> None:
     """Tell the pipeline schedules how gradients are scaled, reduced and finished."""
-    model_config.finalize_model_grads_func = finalize_model_grads
+    model_config.finalize_model_grads_func = finish_gradients
     model_config.grad_scale_func = optimizer.scale_loss
     ddp_config = wrapped[0].ddp_config
     if ddp_config.overlap_grad_reduce:

@@ -112,20 +112,20 @@ def train_step(
         NumericError: loss or gradient norm is not finite, or the ranks consumed samples other than the planned ones.
     """
     start, number = time.perf_counter(), state.iteration + 1
-    totals, grad_norm, lr = update_weights(state, loaders, device=device, stop_requested=stop_requested)
+    totals, lr = update_weights(state, loaders, device=device, stop_requested=stop_requested)
     check_samples(totals, state.plan, state.iteration, state.rank, num_chunks=len(loaders), batch=f"iteration {number}")
-    metrics = _metrics(totals, grad_norm, lr, time.perf_counter() - start)
+    metrics = _metrics(totals, lr, time.perf_counter() - start)
     _check_finite(metrics, number)
     return metrics
 
 
 def update_weights(
     state: TrainState, loaders: Sequence[Iterator[VLMBatch]], *, device: torch.device, stop_requested: bool
-) -> tuple[Totals, float, float]:
+) -> tuple[Totals, float]:
     """Do the computation of `train_step` without looking at its numbers.
 
     Returns:
-        Sums over the ranks, norm of the gradient, and learning rate.
+        Sums over the ranks, with the norm of the gradient, and the learning rate.
     """
     config, num_datasets = state.config, len(state.dataset_names)
     seed_everything((config.training.seed * _SEED_STRIDE + state.iteration) % 2**31)
@@ -140,16 +140,22 @@ def update_weights(
     )
     grad_norm = clipped_step(state.optimizer, config.optimizer.clip_grad, device)
     totals = sum_over_ranks(
-        sums, counts, state.rank, num_datasets=num_datasets, stop_requested=stop_requested, device=device
+        sums,
+        counts,
+        state.rank,
+        num_datasets=num_datasets,
+        stop_requested=stop_requested,
+        device=device,
+        grad_norm=grad_norm,
     )
-    return totals, float(grad_norm), lr
+    return totals, lr
 
 
-def _metrics(totals: Totals, grad_norm: float, lr: float, seconds: float) -> StepMetrics:
+def _metrics(totals: Totals, lr: float, seconds: float) -> StepMetrics:
     loss, dataset_losses = means(totals.losses, totals.labels)
     return StepMetrics(
         loss=loss,
-        grad_norm=grad_norm,
+        grad_norm=totals.grad_norm,
         lr=lr,
         dataset_losses=dataset_losses,
         num_labels=int(sum(totals.labels)),

@@ -33,6 +33,8 @@ class Totals:
     """Of the samples whose loss was computed."""
     sample_hash_of_all: int
     """Summed over all ranks and their model chunks, each of which loads its own micro-batches."""
+    grad_norm: float
+    """Before clipping; 0 where no gradient was computed."""
 
 
 def sum_over_ranks(
@@ -43,6 +45,7 @@ def sum_over_ranks(
     num_datasets: int,
     stop_requested: bool,
     device: torch.device,
+    grad_norm: Tensor | None = None,
 ) -> Totals:
     """Sum the results of all ranks; all ranks call it together.
 
@@ -53,6 +56,7 @@ def sum_over_ranks(
         num_datasets: datasets of the blend.
         stop_requested: whether this rank was told to stop.
         device: of the collective.
+        grad_norm: float64[] on the device, the same on every rank; it is read together with the sums.
     """
     losses = torch.zeros(2 * num_datasets, dtype=torch.float64, device=device)
     counted, sample_hash = [0] * 4, 0
@@ -69,8 +73,9 @@ def sum_over_ranks(
     filled = [torch.full((1,), float(value), dtype=torch.float64, device=device) for value in measured]
     totals = torch.cat([losses, *filled])
     torch.distributed.all_reduce(totals)
-    values = totals.tolist()  # the only time in a step that the host waits for the device
-    tokens, positions, images, pairs, data_wait, stops, *halves = values[2 * num_datasets :]
+    norm = totals.new_zeros(1) if grad_norm is None else grad_norm.reshape(1)
+    values = torch.cat([totals, norm]).tolist()  # the only time in a step that the host waits for the device
+    tokens, positions, images, pairs, data_wait, stops, *halves, norm_before_clipping = values[2 * num_datasets :]
     return Totals(
         losses=values[:num_datasets],
         labels=values[num_datasets : 2 * num_datasets],
@@ -82,6 +87,7 @@ def sum_over_ranks(
         stop_requested=stops > 0,
         sample_hash=_whole(*halves[:2]),
         sample_hash_of_all=_whole(*halves[2:]),
+        grad_norm=norm_before_clipping,
     )
 
 

@@ -3,9 +3,13 @@
 import math
 
 import pytest
+import torch
 
 from megatron_vlm.config import ParallelConfig
-from megatron_vlm.training.totals import means
+from megatron_vlm.parallel.groups import rank_layout
+from megatron_vlm.parallel.slicing import RankSlice
+from megatron_vlm.training.batch_counts import BatchCounts
+from megatron_vlm.training.totals import means, sum_over_ranks
 
 
 def totals(workers, world_size, **parallel):
@@ -48,3 +52,11 @@ def test_means_weigh_every_label_alike():
 
 def test_batch_without_labels_has_a_loss_of_zero():
     assert means([0.0], [0.0])[0] == 0.0
+
+
+def test_the_norm_of_the_gradient_is_read_with_the_sums(one_rank):
+    rank, counts = rank_layout(), BatchCounts(0, RankSlice())
+    options = {"num_datasets": 1, "stop_requested": False, "device": torch.device("cpu")}
+    norm = torch.tensor(0.1, dtype=torch.float64)
+    assert sum_over_ranks([], [counts], rank, **options, grad_norm=norm).grad_norm == 0.1
+    assert sum_over_ranks([], [counts], rank, **options).grad_norm == 0.0
