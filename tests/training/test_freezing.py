@@ -4,12 +4,11 @@ import pytest
 
 from tests.support.configs import tiny_run
 from tests.support.jobs import starting_from
+from tests.support.overlap import OVERLAP
 
 pytestmark = pytest.mark.distributed
 
 TP2_SP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
-# Several buckets, also of the projection alone.
-OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True, "ddp_bucket_size": 3000}
 # float32: sums in another order
 TOLERANCE = 1e-5
 FREEZE = {

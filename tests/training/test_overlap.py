@@ -3,13 +3,11 @@
 import pytest
 
 from tests.support.configs import tiny_run
-from tests.support.overlap import BOTH
+from tests.support.overlap import OVERLAP
 
 pytestmark = pytest.mark.distributed
 
 TP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
-# Smaller than the tiny model's embedding, so that tower and projection are in buckets of their own.
-BUCKETS = {**BOTH, "ddp_bucket_size": 3000}
 # Of `pictures_then_text`: row j goes to data-parallel rank j % size.
 IMAGES, OTHER_IMAGES, ONE_IMAGE, TEXT, EMPTY = [0, 1, 2], [4, 5], [3], [8, 9], []
 TOWER, VISION = ("vision_model",), ("vision_model", "vision_projection")
@@ -33,7 +31,7 @@ ORDERS = {
 
 def orders(workers, world_size, parallel, rows, freeze, **settings):
     """Return what each rank of each data-parallel group starts."""
-    config = config_of(rows, {**parallel, **BUCKETS}, freeze)
+    config = config_of(rows, {**parallel, **OVERLAP}, freeze)
     job = "tests.support.overlap:order_of_collectives"
     answers = workers.run(job, world_size, timeout=60, config=config, rows=rows, **settings)
     size = config.parallel.tensor_model_parallel_size
@@ -85,7 +83,7 @@ def assert_overlap_changes_nothing(workers, world_size, parallel, rows, freeze, 
             rows=rows,
             num_steps=3,
         )[0]
-        for more in ({}, BUCKETS)
+        for more in ({}, OVERLAP)
     )
     assert overlapped.num_buckets > 2 > plain.num_buckets
     assert overlapped.losses == plain.losses

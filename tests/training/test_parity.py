@@ -7,6 +7,7 @@ import pytest
 
 from tests.support.configs import SEQ_LENGTH, tiny_model, tiny_run
 from tests.support.jobs import batches_of, starting_from
+from tests.support.overlap import OVERLAP
 from tests.support.samples import make_samples, pack_in_order, sample_length
 
 pytestmark = pytest.mark.distributed
@@ -25,7 +26,7 @@ LAYOUTS = {
     ),
     "dp2": (2, {}),
     "dp2_plain_optimizer": (2, {"use_distributed_optimizer": False}),
-    "dp2_overlap": (2, {"overlap_grad_reduce": True, "overlap_param_gather": True}),
+    "dp2_overlap": (2, OVERLAP),
     "tp2_dp2_sp": (4, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
     "pp2_dp2": (4, {"pipeline_model_parallel_size": 2}),
     "pp2_uneven": (2, {"pipeline_model_parallel_size": 2, "num_layers_in_first_pipeline_stage": 1}),

@@ -16,6 +16,7 @@ from megatron_vlm.training.state import SIGNALLED
 from megatron_vlm.training.validation import validation_losses
 from tests.support.configs import tiny_run
 from tests.support.jobs import CPU
+from tests.support.overlap import OVERLAP
 from tests.support.runs import read_metrics, shard_run
 from tests.support.states import METRICS
 
@@ -24,7 +25,7 @@ NAMES = {"validation_loss", "validation_loss/coyo", "validation_loss/mmc4"}
 TOLERANCE = 1e-5
 LAYOUTS = {
     "dp2": (2, {}),
-    "dp2_overlap": (2, {"overlap_grad_reduce": True, "overlap_param_gather": True}),
+    "dp2_overlap": (2, OVERLAP),
     "tp2_sp": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
     "pp2": (2, {"pipeline_model_parallel_size": 2}),
     "pp2_virtual2": (

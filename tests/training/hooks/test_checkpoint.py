@@ -5,9 +5,10 @@ from megatron_vlm.checkpoint.folder import find_checkpoint
 from megatron_vlm.checkpoint.tensors import list_tensors, read_tensor
 from megatron_vlm.training.hooks import checkpoint
 from tests.support.configs import tiny_run
+from tests.support.overlap import OVERLAP
 from tests.support.states import METRICS, make_state
 
-LAYOUTS = {"plain": {}, "overlapped": {"overlap_grad_reduce": True, "overlap_param_gather": True}}
+LAYOUTS = {"plain": {}, "overlapped": OVERLAP}
 
 
 @pytest.mark.parametrize(
