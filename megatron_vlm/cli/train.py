@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import tempfile
+import time
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import NoReturn
 
 from megatron_vlm.cli.values import positive
 from megatron_vlm.config import ExitCode, TrainConfig, derive_layout, load_config
-from megatron_vlm.platform.files.run_folder import EXIT_STATUS_NAME, hold_run_folder
+from megatron_vlm.platform.files.run_folder import EXIT_STATUS_NAME, METRICS_NAME, hold_run_folder
 from megatron_vlm.platform.launch.exit_status import (
     ExitStatus,
     describe_error,
@@ -22,7 +23,7 @@ from megatron_vlm.platform.launch.exit_status import (
     forget_exit_status,
     record_exit_status,
 )
-from megatron_vlm.platform.launch.job_end import explain_end, read_reports
+from megatron_vlm.platform.launch.job_end import Patience, explain_end, read_reports
 from megatron_vlm.platform.launch.launch import NodeJob, find_free_port, run_node
 from megatron_vlm.platform.launch.slurm import SlurmNode, read_slurm_node
 from megatron_vlm.platform.log_format import setup_logging
@@ -94,7 +95,7 @@ def _run(args: argparse.Namespace) -> int:
             forget_exit_status(status_path, launch_id)
         try:
             _check(config, num_workers=num_workers, num_gpus=num_gpus, num_nodes=slurm.num_nodes if slurm else 1)
-            status = _launch(args, _node_job(args, config, slurm, num_workers))
+            status = _launch(config, _node_job(args, config, slurm, num_workers))
         except Exception as error:
             _record(status_path, replace(describe_error(error), launch_id=launch_id))
             raise
@@ -139,7 +140,7 @@ def _node_job(args: argparse.Namespace, config: TrainConfig, slurm: SlurmNode | 
     )
 
 
-def _launch(args: argparse.Namespace, job: NodeJob) -> ExitStatus:
+def _launch(config: TrainConfig, job: NodeJob) -> ExitStatus:
     """Run the ranks of this node and return their combined exit status."""
     first = job.node_rank * job.num_workers
     if job.num_nodes > 1:
@@ -154,8 +155,21 @@ def _launch(args: argparse.Namespace, job: NodeJob) -> ExitStatus:
         )
     with tempfile.TemporaryDirectory(prefix="megatron_vlm_") as folder:
         options = ("--report-folder", folder, "--launcher-pid", str(os.getpid()))
+        start = time.time()
         end = run_node(replace(job, command=(*job.command, *options)))
-        return explain_end(end, read_reports(Path(folder), range(first, first + job.num_workers)))
+        patience = Patience(
+            seconds=60 * config.parallel.distributed_timeout_minutes,
+            last_progress=max(start, _last_written(Path(config.run_dir) / METRICS_NAME)),
+        )
+        return explain_end(end, read_reports(Path(folder), range(first, first + job.num_workers)), patience)
+
+
+def _last_written(path: Path) -> float:
+    """Return when the file was last written [Unix time]; 0 if it does not exist."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def _record(path: Path, status: ExitStatus) -> None:

@@ -12,6 +12,8 @@ class ExitCode(enum.IntEnum):
     USAGE = 64
     BAD_DATA = 65
     NUMERIC = 70
+    TIMEOUT = 71
+    """A collective did not complete in time: a rank hangs, or the network does."""
     STORAGE = 74
     REQUEUE = 75
     CONFIG = 78

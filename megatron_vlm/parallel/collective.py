@@ -1,14 +1,18 @@
 """Let the first rank act or decide for all."""
 
+import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
+from torch.distributed.distributed_c10d import _get_default_store
 
 from megatron_vlm.config import UserError
 
 T = TypeVar("T")
+_FIRST_RANK_TIMEOUT = timedelta(hours=4)
 
 
 def decide_on_main(look: Callable[[], T]) -> T:
@@ -31,17 +35,26 @@ def decide_on_main(look: Callable[[], T]) -> T:
 
 @contextmanager
 def main_rank_first() -> Iterator[None]:
-    """Run the body on rank 0 before all others; every rank raises a UserError of rank 0."""
-    is_main = torch.distributed.get_rank() == 0
-    error: UserError | None = None
-    if is_main:
+    """Run the body on rank 0 before all others; every rank raises a UserError of rank 0.
+
+    The others wait at the store through which the ranks met, not in a collective: the body may take longer than
+    `parallel.distributed_timeout_minutes`, for example when it packs 30 million samples. They do not wait for a rank 0
+    that dies, because the store dies with it.
+    """
+    rank, store = torch.distributed.get_rank(), _get_default_store()
+    # Each rank counts its calls where the count lives as long as the job.
+    key = f"main_rank_first/{store.add(f'main_rank_first/calls_of_{rank}', 1)}"
+    if rank == 0:
+        error: UserError | None = None
         try:
             yield
         except UserError as caught:
             error = caught
-    box = [error]
-    torch.distributed.broadcast_object_list(box, src=0)
-    if box[0] is not None:
-        raise box[0]
-    if not is_main:
+        store.set(key, pickle.dumps(error).hex())
+    else:
+        store.wait([key], _FIRST_RANK_TIMEOUT)
+        error = pickle.loads(bytes.fromhex(store.get(key).decode()))
+    if error is not None:
+        raise error
+    if rank:
         yield

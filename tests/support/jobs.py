@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -290,9 +291,10 @@ def fail_on_main() -> str:
 
 
 def write_then_read(path: str) -> str:
-    """Let the first rank write a file, slowly, and every rank return what it holds."""
+    """Let the first rank write a file, slower than collectives may be, and every rank return what it holds."""
     build_groups(ParallelConfig())
     rank = rank_layout()
+    torch.distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=0.2))
     with main_rank_first():
         if rank.rank == 0:
             time.sleep(0.5)

@@ -1,6 +1,7 @@
 """How a process ended: one line, an exit code, and a file that tells job scripts both."""
 
 import json
+import re
 import time
 import traceback
 from dataclasses import asdict, dataclass, field
@@ -13,6 +14,8 @@ MAX_LINE = 300
 """Longest line of a user error [characters]."""
 
 _PROGRAM = "megatron-vlm"
+# gloo, NCCL, and the store through which the ranks meet.
+_TIMED_OUT = re.compile(r"Timed out waiting \d+ms|collective operation timeout|wait timeout after \d+ms")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,10 +37,10 @@ class ExitStatus:
 
     @property
     def severity(self) -> int:
-        """Return how much this explains: a foreseen error precedes a crash, which may merely be its consequence."""
+        """Return how much this explains: a foreseen error precedes a crash or timeout, which may be its consequence."""
         if self.exit_code in (ExitCode.DONE, ExitCode.REQUEUE, ExitCode.INTERRUPTED):
             return 0 if self.exit_code == ExitCode.DONE else 1
-        return 2 if self.exit_code == ExitCode.CRASH else 3
+        return 2 if self.exit_code in (ExitCode.CRASH, ExitCode.TIMEOUT) else 3
 
 
 def describe_error(error: BaseException) -> ExitStatus:
@@ -50,6 +53,10 @@ def describe_error(error: BaseException) -> ExitStatus:
         where = f" ({error.filename})" if error.filename else ""
         fix = "check free space and permissions of the folder"
         return ExitStatus(exit_code=int(ExitCode.STORAGE), message=f"{error.strerror}{where}; fix: {fix}")
+    if isinstance(error, RuntimeError) and _TIMED_OUT.search(str(error)):
+        return ExitStatus(
+            exit_code=int(ExitCode.TIMEOUT), message=f"timed out: {str(error).splitlines()[0][:MAX_LINE]}"
+        )
     text = str(error).strip().splitlines()
     summary = f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
     return ExitStatus(

@@ -2,13 +2,14 @@
 
 import signal
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_vlm.config import ExitCode
 from megatron_vlm.platform.launch.exit_status import ExitStatus, read_exit_status
 from megatron_vlm.platform.launch.launch import FORWARDED_AS, NodeEnd, WorkerEnd
 
+_CONSEQUENCES = (ExitCode.CRASH, ExitCode.TIMEOUT)
 _ORDERLY_STOP = (ExitCode.DONE, ExitCode.REQUEUE, ExitCode.INTERRUPTED)
 
 
@@ -23,15 +24,33 @@ def read_reports(folder: Path, ranks: Sequence[int]) -> dict[int, ExitStatus]:
     return {rank: report for rank, report in found.items() if report is not None}
 
 
-def explain_end(end: NodeEnd, reports: Mapping[int, ExitStatus]) -> ExitStatus:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Patience:
+    """How long a collective may take, and since when none is known to have completed."""
+
+    seconds: float
+    last_progress: float
+    """End of the last step, or start of the job [Unix time]."""
+
+    def is_over(self, worker: WorkerEnd) -> bool:
+        """Return whether NCCL's watchdog may have ended the rank: it aborts a process whose collective takes too long.
+
+        Its message goes to the rank's own stderr, so only the time tells: an abort for another reason, such as an
+        illegal access, follows a step sooner.
+        """
+        return worker.exit_code == -signal.SIGABRT and worker.unix_time - self.last_progress >= self.seconds
+
+
+def explain_end(end: NodeEnd, reports: Mapping[int, ExitStatus], patience: Patience | None = None) -> ExitStatus:
     """Return the status of the whole node.
 
-    A foreseen error takes precedence over a rank that was killed from outside, and that over a crash, since ranks
-    crash when another one is gone. Among equals, the first one counts.
+    A foreseen error takes precedence over a rank that was killed from outside, that over a timeout, and that over a
+    crash, since ranks crash when another one is gone. Among equals, the first one counts.
 
     Args:
         end: the ranks in the order in which they ended.
         reports: written by the ranks before they ended.
+        patience: tells an abort of NCCL's watchdog from others; None: no abort is its.
     """
     iteration = max((report.iteration or 0 for report in reports.values()), default=None)
     failures = [
@@ -41,7 +60,13 @@ def explain_end(end: NodeEnd, reports: Mapping[int, ExitStatus]) -> ExitStatus:
     if status is None and end.stop_signal is not None and _all_stopped(end, failures):
         status = _stopped(end.stop_signal, end.workers, reports)
     if status is None:
-        status = _killed(failures) or _crashed(failures, reports) or _orderly(end.workers, reports)
+        timed_out = [worker for worker in failures if _is_timeout(worker, patience)]
+        status = (
+            _killed([worker for worker in failures if worker not in timed_out])
+            or _waited(timed_out, end.workers)
+            or _crashed(failures, reports)
+            or _orderly(end.workers, reports)
+        )
     return replace(status, iteration=iteration)
 
 
@@ -52,7 +77,7 @@ def _foreseen(failures: Sequence[WorkerEnd], reports: Mapping[int, ExitStatus]) 
         if report is not None and report.severity == 3:
             return report
     for worker in failures:
-        if worker.exit_code in set(ExitCode) and worker.exit_code != ExitCode.CRASH:
+        if worker.exit_code in set(ExitCode) and worker.exit_code not in _CONSEQUENCES:
             # The disk may be too full for a report, but the exit code still tells what happened.
             return ExitStatus(
                 exit_code=worker.exit_code,
@@ -99,6 +124,27 @@ def _killed(failures: Sequence[WorkerEnd]) -> ExitStatus | None:
             rank=worker.rank,
         )
     return None
+
+
+def _is_timeout(worker: WorkerEnd, patience: Patience | None) -> bool:
+    return worker.exit_code == ExitCode.TIMEOUT or (patience is not None and patience.is_over(worker))
+
+
+def _waited(timed_out: Sequence[WorkerEnd], workers: Sequence[WorkerEnd]) -> ExitStatus | None:
+    """Return the end of a job whose ranks waited in vain, naming those of this node that did not wait."""
+    if not timed_out:
+        return None
+    running = ", ".join(str(worker.rank) for worker in workers if worker.was_killed_here)
+    what = f"rank {timed_out[0].rank} waited longer for other ranks than parallel.distributed_timeout_minutes"
+    if timed_out[0].exit_code < 0:
+        what += " (no step ended for that long, then it aborted)"
+    others = f"; still running on this node: rank {running}" if running else ""
+    return ExitStatus(
+        exit_code=int(ExitCode.TIMEOUT),
+        message=f"{what}{others}; fix: start the same command again, it resumes from the last checkpoint; if it "
+        "happens again, look at what those ranks and their network do",
+        rank=timed_out[0].rank,
+    )
 
 
 def _crashed(failures: Sequence[WorkerEnd], reports: Mapping[int, ExitStatus]) -> ExitStatus | None:

@@ -74,6 +74,8 @@ class WorkerEnd:
     """As in subprocess: negative for a signal."""
     was_killed_here: bool = False
     """Whether this launcher killed it after another rank had failed."""
+    unix_time: float = field(default_factory=time.time)
+    """When it was found to have ended."""
 
     @property
     def signal_name(self) -> str | None:

@@ -46,6 +46,21 @@ def test_unforeseen_error_keeps_its_traceback_and_one_line():
     assert "test_exit_status.py" in described.traceback
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[../gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 6000ms for recv operation to complete",
+        "[Rank 3] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=7, OpType=ALLREDUCE) ran for 600001 ms",
+        "wait timeout after 600000ms, keys: /default_pg/0//main_rank_first/1",
+    ],
+)
+def test_collective_that_takes_too_long_has_an_exit_code_of_its_own(text):
+    described = describe_error(RuntimeError(text))
+    assert (described.exit_code, described.traceback) == (ExitCode.TIMEOUT, None)
+    assert described.message == f"timed out: {text}"
+    assert describe_error(RuntimeError("Connection closed by peer")).exit_code == ExitCode.CRASH
+
+
 def test_interrupt_is_quiet():
     assert describe_error(KeyboardInterrupt()).exit_code == ExitCode.INTERRUPTED
 
@@ -87,7 +102,18 @@ def test_half_written_file_counts_as_none(tmp_path, text):
 
 @pytest.mark.parametrize(
     ("first", "second", "kept"),
-    [(0, 1, 1), (75, 1, 1), (1, 65, 65), (65, 1, 65), (65, 70, 65), (1, 75, 1), (75, 0, 75), (1, 0, 1)],
+    [
+        (0, 1, 1),
+        (75, 1, 1),
+        (1, 65, 65),
+        (65, 1, 65),
+        (65, 70, 65),
+        (1, 75, 1),
+        (75, 0, 75),
+        (1, 0, 1),
+        (1, 71, 1),
+        (71, 65, 65),
+    ],
 )
 def test_status_that_explains_more_is_kept_among_nodes_of_a_launch(tmp_path, first, second, kept):
     for code in (first, second):

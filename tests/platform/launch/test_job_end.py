@@ -4,14 +4,14 @@ import pytest
 
 from megatron_vlm.config import ExitCode
 from megatron_vlm.platform.launch.exit_status import ExitStatus, write_exit_status
-from megatron_vlm.platform.launch.job_end import explain_end, read_reports, report_path
+from megatron_vlm.platform.launch.job_end import Patience, explain_end, read_reports, report_path
 from megatron_vlm.platform.launch.launch import NodeEnd, WorkerEnd
 
 
-def end(*exit_codes, stop=None, killed_here=()):
+def end(*exit_codes, stop=None, killed_here=(), unix_time=0.0):
     """Ranks 0, 1, ... in the order in which they ended."""
     workers = tuple(
-        WorkerEnd(rank=rank, pid=100 + rank, exit_code=code, was_killed_here=rank in killed_here)
+        WorkerEnd(rank=rank, pid=100 + rank, exit_code=code, was_killed_here=rank in killed_here, unix_time=unix_time)
         for rank, code in enumerate(exit_codes)
     )
     return NodeEnd(workers=workers, stop_signal=stop)
@@ -21,8 +21,8 @@ def report(rank, code, message="", **facts):
     return ExitStatus(exit_code=code, message=message, rank=rank, **facts)
 
 
-def explained(node_end, *reports):
-    status = explain_end(node_end, {item.rank: item for item in reports})
+def explained(node_end, *reports, patience=None):
+    status = explain_end(node_end, {item.rank: item for item in reports}, patience)
     return status.exit_code, status.message
 
 
@@ -117,3 +117,35 @@ def test_no_failure_ends_with_exit_code_zero(code):
 def test_reports_are_read_by_rank_and_missing_ones_left_out(tmp_path):
     write_exit_status(report_path(tmp_path, 3), report(3, 65, "x"))
     assert {rank: status.message for rank, status in read_reports(tmp_path, range(2, 5)).items()} == {3: "x"}
+
+
+TEN_MINUTES = Patience(seconds=600, last_progress=1000.0)
+
+
+def test_rank_that_waited_in_vain_is_a_timeout_and_the_one_that_did_not_wait_is_named():
+    waited = report(0, 71, "timed out: Timed out waiting 600000ms for recv")
+    code, message = explained(end(71, 1, -9, killed_here=(2,)), waited, report(1, 1, "RuntimeError: connection closed"))
+    assert code == 71
+    assert "rank 0 waited longer for other ranks than parallel.distributed_timeout_minutes; still running on" in message
+    assert "this node: rank 2; fix: start the same command again" in message
+    assert explained(end(71))[0] == 71  # without a report too
+
+
+@pytest.mark.parametrize(("ended", "code"), [(1600.0, 71), (1599.0, 1)])
+def test_abort_after_the_timeout_is_the_watchdogs_and_an_earlier_one_is_not(ended, code):
+    found, message = explained(end(-6, -9, killed_here=(1,), unix_time=ended), patience=TEN_MINUTES)
+    assert found == code
+    assert ("(no step ended for that long, then it aborted)" in message) == (code == 71)
+    assert ("was killed by SIGABRT" in message) == (code == 1)
+
+
+def test_no_other_signal_is_taken_for_the_watchdogs():
+    assert explained(end(-11, unix_time=9e9), patience=TEN_MINUTES)[0] == 1
+    assert explained(end(-6, unix_time=9e9))[0] == 1
+
+
+def test_what_a_timeout_may_come_from_goes_before_it():
+    code, message = explained(end(-6, -9, unix_time=2000.0), patience=TEN_MINUTES)
+    assert code == 1
+    assert "rank 1 (process 101) was killed by SIGKILL" in message
+    assert explained(end(71, 74), report(1, 74, "disk full"))[0] == 74
