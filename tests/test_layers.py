@@ -40,6 +40,7 @@ DATA_ROOMS = {
 TESTED_ELSEWHERE = {
     # Facts and protocols: every test that uses them holds them.
     "__main__.py": "cli/test_main.py",
+    "config/activations.py": "costs/test_activations.py",
     "config/checks.py": "config/test_train.py",
     "config/grid.py": "config/test_model.py",
     "config/options.py": "cli/test_options.py",
@@ -83,6 +84,7 @@ TESTED_ELSEWHERE = {
     "cli/rehearsal_text.py": "cli/test_rehearse.py",
     "platform/fake_device/events.py": "platform/fake_device/test_collectives.py",
     "platform/gpus.py": "cli/test_plan.py",
+    "platform/gpus.py": "costs/test_cluster.py",
     "platform/host.py": "platform/test_host_guard.py",
     "training/blend.py": "training/test_validation.py",
     "training/hooks/validation.py": "training/test_validation.py",

@@ -1,26 +1,32 @@
 """`megatron-vlm plan`: what a run will hold and cost, without a GPU."""
 
 import argparse
+import importlib.util
 import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_vlm.cli.options import add_command
 from megatron_vlm.cli.values import number, positive
 from megatron_vlm.config import PART_NAMES, ExitCode, TrainConfig, UsageError, UserError, derive_layout, load_config
-from megatron_vlm.platform.machine import PEAK_FLOPS
+from megatron_vlm.platform.gpus import GPUS
 
-_TEXT = "estimate memory, pipeline balance, packing and GPU hours of a run, without a GPU"
+if TYPE_CHECKING:
+    from megatron_vlm.costs.activations import Backend
+
+_TEXT = "estimate memory, pipeline balance, packing and GPU hours of a run, or rank its layouts, without a GPU"
 _EXAMPLES = (
     "plan examples/vila_7b/pretrain.yaml --world-size 128",
     "plan train.yaml parallel.tensor_model_parallel_size=4 --world-size 32 --no-data",
     "plan train.yaml --balance 8,64,512",
+    "plan examples/vila_7b/pretrain.yaml --world-size 64 --layouts --gpu H100 --infiniband 25 --no-data",
 )
-_NOTES = """Parameter counts are exact, and so is the packing, which is the one that train uses. Memory for activations
-does not include what libraries keep for themselves.
+_NOTES = """Parameter counts are exact, and so is the packing, which is the one that train uses. Activations are those
+of rows full of images, or of text with a loss at every position, whichever takes more. Step times of --layouts come
+from data sheets and assumed efficiencies, which are printed with them.
 """
 
 
@@ -31,12 +37,19 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     add("config", metavar="CONFIG", help="YAML file of the stage")
     add("overrides", nargs="*", metavar="section.key=value", help="settings that override the file")
     add("--world-size", type=positive, metavar="N", help="ranks of the job (default: one data-parallel replica)")
-    add("--gpu", choices=sorted(PEAK_FLOPS), default="A100", help="(default: %(default)s)")
+    add("--gpu", choices=sorted(GPUS), default="A100", help="(default: %(default)s)")
     text = "fraction of the GPU's peak that training reaches (default: %(default)s)"
     add("--mfu", type=number(0, 1), default=0.4, metavar="X", help=text)
     add("--no-data", action="store_true", help="leave out the packing, for shards that do not exist yet")
     text = "numbers of data-parallel ranks: compare how evenly images and attention work are spread with random order"
     add("--balance", type=_sizes, default=(), metavar="N[,N]", help=text)
+    add(
+        "--layouts", action="store_true", help="rank the layouts that fit --world-size and --gpu by predicted step time"
+    )
+    for name, link in (("nvlink", "to GPUs of its node"), ("infiniband", "to other nodes")):
+        text = f"with --layouts: what a GPU sends {link} [GB/s] (default: the data sheet's)"
+        add(f"--{name}", type=number(0), metavar="X", help=text)
+    add("--gpus-per-node", type=positive, metavar="N", help="with --layouts (default: 8)")
     add("--json", action="store_true", help="print the figures as JSON")
     parser.set_defaults(run=run)
 
@@ -49,40 +62,91 @@ def run(args: argparse.Namespace) -> int:
     """Run the verb and return the exit code."""
     from megatron_vlm.data.plan.balance_report import check_sizes
 
+    _check(args)
+    config = load_config(TrainConfig, args.config, args.overrides)
+    check_sizes(args.balance, config.training.global_batch_size)
+    if args.layouts:
+        facts, lines = _layouts(config, args)
+    else:
+        facts = _memory(config, args.world_size or _replica(config))
+        if not args.no_data:
+            facts["data"] = _data(config, facts["world_size"], GPUS[args.gpu].peak_flops * args.mfu, args.balance)
+        lines = _lines(facts, f"{args.gpu} at {args.mfu:.0%} of its peak")
+    sys.stdout.write(json.dumps(facts, indent=2) + "\n" if args.json else "\n".join(lines) + "\n")
+    return ExitCode.DONE
+
+
+def _check(args: argparse.Namespace) -> None:
     if args.balance and args.no_data:
         raise UsageError("--balance needs the packed rows, which --no-data leaves out", fix="give only one of them")
     if args.mfu == 0:
         raise UsageError("--mfu 0 means that the run never ends", fix="give a number up to 1, e.g. 0.4")
-    config = load_config(TrainConfig, args.config, args.overrides)
-    check_sizes(args.balance, config.training.global_batch_size)
-    parallel = config.parallel
-    replica = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
-    facts = _memory(config, args.world_size or replica)
+    if args.layouts and args.balance:
+        raise UsageError("--layouts prints no balance", fix="give --layouts or --balance")
+    if args.layouts and args.world_size is None:
+        raise UsageError("--layouts needs the number of ranks", fix="give --world-size N")
+    for name in ("nvlink", "infiniband", "gpus_per_node"):
+        value, flag = getattr(args, name), f"--{name.replace('_', '-')}"
+        if value is not None and not args.layouts:
+            raise UsageError(f"{flag} only matters for --layouts", fix=f"add --layouts, or leave {flag} out")
+        if value == 0:
+            raise UsageError(f"{flag} 0 means that no step ever ends", fix="give GB/s per GPU and direction, e.g. 25")
+
+
+def _replica(config: TrainConfig) -> int:
+    return config.parallel.tensor_model_parallel_size * config.parallel.pipeline_model_parallel_size
+
+
+def _backend(config: TrainConfig) -> "Backend":
+    """Return the layers that this environment would use on a GPU."""
+    if config.model.backend != "auto":
+        return config.model.backend
+    return "torch" if importlib.util.find_spec("transformer_engine") is None else "transformer_engine"
+
+
+def _layouts(config: TrainConfig, args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
+    from megatron_vlm.cli.layout_lines import layout_facts, layout_lines
+    from megatron_vlm.costs.cluster import Cluster
+    from megatron_vlm.costs.layouts import rank_layouts
+    from megatron_vlm.costs.outlook import foresee
+    from megatron_vlm.costs.rows import pairs
+
+    row = num_iterations = None
     if not args.no_data:
-        facts["data"] = _data(config, facts["world_size"], PEAK_FLOPS[args.gpu] * args.mfu, args.balance)
-    if args.json:
-        sys.stdout.write(json.dumps(facts, indent=2) + "\n")
-    else:
-        sys.stdout.write(_as_text(facts, f"{args.gpu} at {args.mfu:.0%} of its peak"))
-    return ExitCode.DONE
+        outlook = foresee(config, _open(config))
+        row, num_iterations = outlook.work.times(1 / outlook.packing.num_rows), outlook.packing.num_iterations
+    cluster = Cluster(
+        gpu_name=args.gpu,
+        gpus_per_node=args.gpus_per_node or 8,
+        nvlink=None if args.nvlink is None else args.nvlink * 1e9,
+        infiniband=None if args.infiniband is None else args.infiniband * 1e9,
+    )
+    ranking = rank_layouts(config, args.world_size, cluster, backend=_backend(config), row=row)
+    assumed = pairs(config).times(1 / config.training.micro_batch_size)
+    facts = layout_facts(ranking, cluster, row or assumed, config.model.language.num_layers)
+    facts = {"world_size": args.world_size, "gpu": args.gpu, "num_iterations": num_iterations, **facts}
+    return facts, layout_lines(facts, args.world_size, cluster.gpu.memory, num_iterations)
 
 
 def _memory(config: TrainConfig, world_size: int) -> dict[str, Any]:
-    from megatron_vlm.costs.memory import estimate_memory
+    from megatron_vlm.costs.memory import LIBRARIES, estimate_memory
     from megatron_vlm.costs.parameters import stage_sizes
     from megatron_vlm.costs.time import pipeline_bubble
 
     layout = derive_layout(config, world_size)
     stages = []
     for stage, size in enumerate(stage_sizes(config)):
-        memory = estimate_memory(config, stage, layout.data_parallel_size)
+        memory = estimate_memory(config, stage, layout.data_parallel_size, backend=_backend(config))
         learning = size.learning(config.training.freeze)
-        stages.append({**asdict(size), "learning": learning, **asdict(memory), "total": memory.total})
+        peaks = {"peak": memory.peak, "total": memory.total}
+        stages.append({**asdict(size), "learning": learning, **asdict(memory), **peaks})
     return {
         **asdict(layout),
         "tensor_model_parallel_size": config.parallel.tensor_model_parallel_size,
         "pipeline_model_parallel_size": config.parallel.pipeline_model_parallel_size,
         "bubble": pipeline_bubble(config.parallel, layout),
+        "backend": _backend(config),
+        "libraries": LIBRARIES,
         "stages": stages,
     }
 
@@ -98,7 +162,7 @@ def _data(
     hours = gpu_hours(outlook.flops, flops_per_second)
     return {
         **asdict(outlook.packing),
-        "num_labels": outlook.num_labels,
+        "num_labels": outlook.work.num_labels,
         "flops": outlook.flops,
         "stage_fractions": outlook.stage_fractions,
         "stage_imbalance": stage_imbalance(outlook.stage_fractions),
@@ -134,24 +198,25 @@ def _row_lengths(config: TrainConfig, datasets: Sequence[Any]) -> dict[str, Any]
     return {"row_lengths": [asdict(candidate) for candidate in candidates], "best_row_length": best.seq_length}
 
 
-def _as_text(facts: dict[str, Any], machine: str) -> str:
+def _lines(facts: dict[str, Any], machine: str) -> list[str]:
     lines = [
         f"{facts['world_size']} ranks = TP {facts['tensor_model_parallel_size']} x PP "
         f"{facts['pipeline_model_parallel_size']} x DP {facts['data_parallel_size']}; {facts['num_micro_batches']} "
         f"micro-batches of {facts['tokens_per_micro_batch']} tokens a step, {facts['bubble']:.1%} pipeline bubble",
         "",
-        "stage  layers  parameters  learning   weights  gradients  optimizer  activations     total   (a rank)",
+        "stage  layers  parameters  learning   weights  gradients  optimizer  activations      peak   (a rank)",
     ]
     for index, stage in enumerate(facts["stages"]):
         parameters = sum(stage[part] for part in (*PART_NAMES, "adapter"))
         lines.append(
             f"{index:5d}  {stage['num_layers']:6d}  {parameters / 1e6:8.1f} M  {stage['learning'] / 1e6:6.1f} M"
             f"  {_gib(stage['weights'])}  {_gib(stage['gradients'], 9)}  {_gib(stage['optimizer'], 9)}"
-            f"  {_gib(stage['activations'], 11)}  {_gib(stage['total'])}"
+            f"  {_gib(stage['activations'], 11)}  {_gib(stage['peak'])}"
         )
+    lines += ["", *_memory_lines(facts)]
     data = facts.get("data")
     if data is None:
-        return "\n".join(lines) + "\n"
+        return lines
     shares = " : ".join(f"{share:.1%}" for share in data["stage_fractions"])
     lines += [
         "",
@@ -168,7 +233,22 @@ def _as_text(facts: dict[str, Any], machine: str) -> str:
         *_row_length_lines(data),
         *_balance_lines(data),
     ]
-    return "\n".join(lines) + "\n"
+    return lines
+
+
+def _memory_lines(facts: dict[str, Any]) -> list[str]:
+    fullest = max(facts["stages"], key=lambda stage: stage["peak"])
+    starts = [
+        f"stage {index} holds most at the start, when its weights stand twice beside the gradients: "
+        f"{_gib(stage['peak'], 0)}"
+        for index, stage in enumerate(facts["stages"])
+        if stage["start"] == stage["peak"]
+    ]
+    return [
+        *starts,
+        f"NCCL, CUDA and workspaces: {_gib(facts['libraries'], 0)} on top (experience says 2 to 4, not measured here); "
+        f"then the fullest rank needs {fullest['total'] / 1e9:.1f} GB",
+    ]
 
 
 def _row_length_lines(data: dict[str, Any]) -> list[str]:

@@ -1,7 +1,8 @@
-"""The Llama-2 decoder: its sizes, its token ids, its parameters and its operations."""
+"""The Llama-2 decoder: its sizes, its token ids, and what it costs: parameters, operations and activations."""
 
 from dataclasses import dataclass
 
+from megatron_vlm.config.activations import Activations
 from megatron_vlm.config.checks import check_heads, check_positive
 from megatron_vlm.config.errors import ConfigError
 from megatron_vlm.config.operations import Operations
@@ -9,6 +10,21 @@ from megatron_vlm.config.operations import Operations
 _VOCAB_SIZE_DIVISOR = 64
 # Ids after those of the tokenizer: the image placeholder, then padding (the order of llava-1.5-hf).
 _NUM_ADDED_TOKENS = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorSplit:
+    """How the activations of a layer are split over tensor-parallel ranks."""
+
+    size: int = 1
+    """Ranks; they split what is inside attention and MLP."""
+    sequence_parallel: bool = False
+    """Whether they also split what is between them."""
+
+    @property
+    def sequence(self) -> int:
+        """Ranks that split what is between attention and MLP."""
+        return self.size if self.sequence_parallel else 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,11 +91,24 @@ class LanguageConfig:
         """Total width of the queries of a layer, and of its keys (or values)."""
         return self.num_attention_heads * self.head_channels, self.query_groups * self.head_channels
 
+    def layer_matrices(self, tensor_parallel_size: int = 1) -> tuple[tuple[int, int], ...]:
+        """Return inputs and outputs of the matrices of one layer on one rank, in the order of the forward pass.
+
+        Tensor parallelism splits the outputs of the first and third matrix, and the inputs of the other two.
+        """
+        hidden, ffn, tp = self.hidden_size, self.ffn_hidden_size, tensor_parallel_size
+        query, key_value = self.attention_sizes
+        return (
+            (hidden, (query + 2 * key_value) // tp),
+            (query // tp, hidden),
+            (hidden, 2 * ffn // tp),
+            (ffn // tp, hidden),
+        )
+
     @property
     def layer_weights(self) -> int:
         """Parameters in the matrices of one layer; tensor parallelism splits them."""
-        query, key_value = self.attention_sizes
-        return self.hidden_size * (2 * query + 2 * key_value) + 3 * self.hidden_size * self.ffn_hidden_size
+        return sum(inputs * outputs for inputs, outputs in self.layer_matrices())
 
     @property
     def layer_norms(self) -> int:
@@ -91,7 +120,7 @@ class LanguageConfig:
         """Parameters of the embedding; the output layer has the same number, or shares them."""
         return self.padded_vocab_size * self.hidden_size
 
-    def layer_operations(self, num_tokens: int, attention_pairs: int) -> Operations:
+    def layer_operations(self, num_tokens: float, attention_pairs: float) -> Operations:
         """Return the operations of one layer.
 
         Args:
@@ -101,6 +130,41 @@ class LanguageConfig:
         query, _ = self.attention_sizes
         return Operations(inner=2.0 * num_tokens * self.layer_weights, attention=4.0 * attention_pairs * query)
 
-    def output_operations(self, num_labels: int) -> Operations:
+    def output_operations(self, num_labels: float) -> Operations:
         """Return the operations of the output layer for the positions with a loss."""
         return Operations(inner=2.0 * num_labels * self.embedding_weights)
+
+    def layer_activations(
+        self, num_tokens: int, split: TensorSplit, *, learns: bool, rotates_in_place: bool
+    ) -> Activations:
+        """Return the activations of one layer, with flash attention and a fused SwiGLU.
+
+        Args:
+            num_tokens: positions of the micro-batch, with padding.
+            split: over the tensor-parallel ranks.
+            learns: whether its matrices need their inputs for gradients of their own.
+            rotates_in_place: whether rotated queries and keys overwrite the product of the QKV projection. Otherwise
+                that product stays as long as the values, which are a part of it.
+
+        Source: Korthikanti et al., arXiv:2205.05198, section 4; here with a gated MLP and rotary embeddings.
+        """
+        (query, key_value), ffn = self.attention_sizes, self.ffn_hidden_size
+        # Each matrix keeps its input; each norm, attention and SwiGLU theirs. Attention also keeps its output, which
+        # is the input of the next matrix.
+        whole = self.hidden_size * (4 if learns else 2)
+        attention = 2 * query + 2 * key_value + (0 if rotates_in_place else query + key_value)
+        mlp = ffn * (3 if learns else 2)
+        kept = whole / split.sequence + (attention + mlp) / split.size
+        # The gradients of input and output of SwiGLU, the latter's own input, and the gradient of the layer's output.
+        working = 4 * ffn / split.size + self.hidden_size
+        return Activations(kept=num_tokens * kept, working=num_tokens * working)
+
+    def output_activations(self, num_tokens: int, num_labels: float, split: TensorSplit) -> Activations:
+        """Return the activations of final norm, output layer and loss.
+
+        The hidden states before the norm, those at the positions with a loss, the logits there, and their exponentials
+        in FP32.
+        """
+        logits = num_labels * self.padded_vocab_size / split.size
+        kept = (num_tokens / split.sequence + num_labels) * self.hidden_size
+        return Activations(kept=kept, working=3 * logits)

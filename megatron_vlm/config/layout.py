@@ -39,10 +39,11 @@ def derive_layout(config: TrainConfig, world_size: int) -> Layout:
     data_parallel_size = world_size // (tp * pp)
     rows = training.micro_batch_size * data_parallel_size
     if training.global_batch_size % rows:
+        nearest = max(1, (training.global_batch_size + rows // 2) // rows) * rows
         raise ConfigError(
             f"training.global_batch_size={training.global_batch_size} is not a multiple of micro_batch_size * "
             f"data_parallel_size = {training.micro_batch_size} * {data_parallel_size}",
-            fix=f"choose {-(-training.global_batch_size // rows) * rows}, or change training.micro_batch_size",
+            fix=f"choose {nearest}, or change training.micro_batch_size",
         )
     _check_divides("model.language.num_attention_heads", language.num_attention_heads, "tensor parallel size", tp)
     _check_divides("model.language.ffn_hidden_size", language.ffn_hidden_size, "tensor parallel size", tp)

@@ -4,7 +4,7 @@ Each part counts its own forward pass (`operations` in `config/`). This module c
 of the backward pass remains if some are frozen.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from megatron_vlm.config import PART_NAMES, ModelConfig
 from megatron_vlm.config.operations import Operations
@@ -12,15 +12,19 @@ from megatron_vlm.config.operations import Operations
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """The amount of work in a step, or in a whole run."""
+    """The amount of work in a micro-batch, a step or a whole run; means need not be whole numbers."""
 
-    num_tokens: int
+    num_tokens: float
     """Positions without padding."""
-    attention_pairs: int
+    attention_pairs: float
     """Query-key pairs that causal attention inside the samples computes."""
-    num_labels: int
+    num_labels: float
     """Positions with logits."""
-    num_images: int
+    num_images: float
+
+    def times(self, factor: float) -> "Work":
+        """Return `factor` times this work; the counts need not stay whole."""
+        return Work(**{name: factor * value for name, value in asdict(self).items()})
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +70,7 @@ def step_flops(model: ModelConfig, freeze: tuple[str, ...], work: Work) -> StepF
     return StepFlops(*counted)
 
 
-def _forward(model: ModelConfig, work: Work) -> list[tuple[str, Operations, int]]:
+def _forward(model: ModelConfig, work: Work) -> list[tuple[str, Operations, float]]:
     """Return part, forward operations and positions seen by an adapter, for each field of `StepFlops`."""
     patches = model.fixed_patches("the count of operations")
     sizes = model.vision.feature_size, model.language.hidden_size

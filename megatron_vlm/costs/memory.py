@@ -3,7 +3,14 @@
 from dataclasses import dataclass
 
 from megatron_vlm.config import LanguageConfig, TrainConfig
+from megatron_vlm.costs.activations import Backend, micro_batches_in_flight, stage_activations
+from megatron_vlm.costs.flops import Work
 from megatron_vlm.costs.parameters import stage_sizes
+from megatron_vlm.costs.rows import pairs, text
+
+LIBRARIES = 4 * 2**30
+"""Of NCCL, the CUDA context, the workspaces of kernels and gaps between tensors: 2 to 4 GiB by experience on A100 with
+32 GPUs and more, not measured with this code. [bytes]"""
 
 _WEIGHT_BYTES = {"fp32": 4, "bf16": 2}
 _GRADIENT_BYTES = 4  # gradients are accumulated in FP32
@@ -19,42 +26,60 @@ class MemoryEstimate:
     gradients: int
     optimizer: int
     activations: int
+    """Of all micro-batches in flight, and what the backward pass of a layer or the loss needs for a moment."""
+    start: int
+    """Held at once when the gradient buffers are made: weights, their copy in the buffers, and gradients."""
+
+    @property
+    def peak(self) -> int:
+        """The most that tensors take, in a step or at the start."""
+        return max(self.weights + self.gradients + self.optimizer + self.activations, self.start)
 
     @property
     def total(self) -> int:
-        """Sum of all kinds, not counting memory held by the allocator and libraries."""
-        return self.weights + self.gradients + self.optimizer + self.activations
+        """The peak and `LIBRARIES`."""
+        return self.peak + LIBRARIES
 
 
-def estimate_memory(config: TrainConfig, stage: int, data_parallel_size: int) -> MemoryEstimate:
-    """Return the memory of a rank of one pipeline stage."""
-    size, training = stage_sizes(config)[stage], config.training
-    learning = size.learning(training.freeze)
-    sharded_over = data_parallel_size if config.parallel.use_distributed_optimizer else 1
-    return MemoryEstimate(
-        weights=size.parameters * _WEIGHT_BYTES[training.precision],
-        gradients=learning * _GRADIENT_BYTES,
-        optimizer=learning * _OPTIMIZER_BYTES[training.precision] // sharded_over,
-        activations=_activations(config, stage, size.num_layers),
-    )
+def estimate_memory(
+    config: TrainConfig,
+    stage: int,
+    data_parallel_size: int,
+    *,
+    backend: Backend = "torch",
+    work: Work | None = None,
+) -> MemoryEstimate:
+    """Return the memory of a rank of one pipeline stage on a GPU.
 
+    Args:
+        config: settings of the run.
+        stage: pipeline stage, from 0.
+        data_parallel_size: ranks that share the optimizer's state.
+        backend: layers of the decoder.
+        work: images and labels of the fullest micro-batch; None: rows full of image-text pairs, or of text with a loss
+            at every position, whichever takes more.
 
-def _activations(config: TrainConfig, stage: int, num_layers: int) -> int:
-    """Estimate the activations kept for the backward pass of the decoder, over all micro-batches in flight.
-
-    Source: Korthikanti et al., arXiv:2205.05198, section 4, with flash attention and a gated MLP.
+    Raises:
+        ConfigError: the number of patches depends on the image size.
     """
-    language, parallel = config.model.language, config.parallel
-    hidden, (query, key_value) = language.hidden_size, language.attention_sizes
-    split = 2 * query + 2 * key_value + 3 * language.ffn_hidden_size  # always split over the tensor-parallel ranks
-    whole = 4 * hidden  # inputs of norms and parallel regions; split only with sequence parallelism
-    tp = parallel.tensor_model_parallel_size
-    per_token = split // tp + whole // (tp if parallel.sequence_parallel else 1)
-    if config.training.recompute == "full":
-        per_token = hidden // (tp if parallel.sequence_parallel else 1)
-    tokens = config.training.micro_batch_size * config.data.seq_length
-    in_flight = parallel.pipeline_model_parallel_size - stage
-    return num_layers * per_token * tokens * in_flight * _WEIGHT_BYTES[config.training.precision]
+    size, training, parallel = stage_sizes(config)[stage], config.training, config.parallel
+    learning, number = size.learning(training.freeze), _WEIGHT_BYTES[training.precision]
+    sharded_over = data_parallel_size if parallel.use_distributed_optimizer else 1
+    in_flight = micro_batches_in_flight(
+        parallel, stage, training.global_batch_size // (training.micro_batch_size * data_parallel_size)
+    )
+    rows = [pairs(config), text(config)] if work is None else [work]
+    activations = [stage_activations(config, stage, row, backend) for row in rows]
+    weights, gradients = size.parameters * number, learning * _GRADIENT_BYTES
+    # The buffers of the distributed optimizer take the place of the weights, one model chunk after the other.
+    copied = learning * number // (parallel.virtual_pipeline_model_parallel_size or 1)
+    return MemoryEstimate(
+        weights=weights,
+        gradients=gradients,
+        optimizer=learning * _OPTIMIZER_BYTES[training.precision] // sharded_over,
+        activations=int(number * max(in_flight * held.kept + held.working for held in activations)),
+        start=weights + gradients + (copied if parallel.use_distributed_optimizer else 0),
+    )
 
 
 def cache_bytes(language: LanguageConfig, itemsize: int) -> int:

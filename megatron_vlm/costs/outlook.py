@@ -18,8 +18,8 @@ class Outlook:
     """Figures for a whole run."""
 
     packing: PlanSummary
-    num_labels: int
-    """Tokens with a loss, estimated from the fraction of trained tokens in each dataset."""
+    work: Work
+    """Contents of all steps; labels are estimated from the fraction of trained tokens in each dataset."""
     flops: float
     """Operations of all steps, without padding and recomputation."""
     stage_fractions: tuple[float, ...]
@@ -59,7 +59,7 @@ def foresee(
     lengths = [settings.seq_length] if rows.seq_lengths is None else rows.seq_lengths.tolist()
     return Outlook(
         packing=rows.summary,
-        num_labels=work.num_labels,
+        work=work,
         flops=flops.total,
         stage_fractions=_stage_fractions(config, flops),
         row_lengths=(min(lengths), max(lengths)),

@@ -14,9 +14,6 @@ from typing import Literal
 from megatron_vlm.config import ConfigError, TrainConfig
 from megatron_vlm.config.hooks import HookConfig
 
-PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
-"""Dense BF16 peak from NVIDIA's data sheets, by a substring of the device name [FLOP/s]."""
-
 _HIDDEN = {"", "-1", "NoDevFiles"}
 # NVIDIA's data sheets and transformer-engine's own checks.
 _FP8_CAPABILITIES = {"tensorwise": (8, 9), "delayed": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}

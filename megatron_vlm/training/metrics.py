@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from megatron_vlm.costs.flops import Work, step_flops
-from megatron_vlm.platform.machine import PEAK_FLOPS
+from megatron_vlm.platform.gpus import GPUS
 from megatron_vlm.training.state import TrainState
 from megatron_vlm.training.step import StepMetrics
 
@@ -56,7 +56,7 @@ def _device_peak() -> float | None:
     if not torch.cuda.is_available():
         return None
     name = torch.cuda.get_device_name()
-    return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
+    return next((gpu.peak_flops for key, gpu in GPUS.items() if key in name), None)
 
 
 def scalars(record: dict[str, Any]) -> dict[str, float]:

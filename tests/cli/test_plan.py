@@ -58,6 +58,10 @@ def test_text_names_memory_packing_and_hours(project):
         (["data.tokenizer=nowhere.model"], 78, "or plan without it: --no-data"),
         (["--balance", "2", "--no-data"], 64, "--balance needs the packed rows"),
         (["--balance", "2,x"], 64, "argument --balance: 'x' is not a whole number"),
+        (["--layouts"], 64, "--layouts needs the number of ranks"),
+        (["--layouts", "--world-size", "4", "--balance", "2"], 64, "--layouts prints no balance"),
+        (["--nvlink", "300"], 64, "--nvlink only matters for --layouts"),
+        (["--layouts", "--world-size", "4", "--infiniband", "0"], 64, "--infiniband 0 means that no step ever ends"),
         (["--balance", "3"], 64, "3 data-parallel ranks do not share training.global_batch_size=4 evenly"),
     ],
 )
@@ -66,6 +70,43 @@ def test_wrong_input_is_one_line(project, arguments, code, message):
     assert done.returncode == code
     assert message in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_memory_names_its_peak_and_what_libraries_take(project):
+    found = facts(project, "--no-data")
+    (stage,) = found["stages"]
+    assert stage["total"] == stage["peak"] + found["libraries"]
+    assert found["backend"] == "torch"
+    text = project.run("plan", "train.yaml", "--no-data").stdout
+    assert f"the fullest rank needs {stage['total'] / 1e9:.1f} GB" in text
+
+
+def test_a_stage_that_holds_most_at_the_start_is_named(project):
+    settings = ["training.precision=bf16", "training.recompute=full", "data.seq_length=64"]
+    shards = ["training.global_batch_size=64", "--world-size", "64"]
+    text = project.run("plan", "train.yaml", "--no-data", *settings, *shards).stdout
+    assert "stage 0 holds most at the start, when its weights stand twice" in text
+
+
+@pytest.mark.parametrize("data", [[], ["--no-data"]])
+def test_layouts_are_ranked(project, data):
+    found = facts(project, "--layouts", "--world-size", "4", *data)
+    seconds = [one["seconds"] for one in found["fits"]]
+    assert seconds == sorted(seconds)
+    assert (found["num_iterations"] is None) == bool(data)
+    assert found["row"]["num_images"] > 0
+    text = project.run("plan", "train.yaml", "--layouts", "--world-size", "4", *data).stdout
+    assert text.index(found["fits"][0]["name"]) < text.index(found["fits"][1]["name"])
+    assert ("hours" in text) == (not data)
+
+
+def test_faster_links_make_exchanges_faster(project):
+    def exchange(speed):
+        found = facts(project, "--layouts", "--world-size", "4", "--no-data", "--nvlink", speed, "--gpus-per-node", "2")
+        two = [one for one in found["fits"] if one["settings"]["parallel.tensor_model_parallel_size"] == 2]
+        return two[0]["spent"]["tensor_parallel"]
+
+    assert exchange("900") < exchange("9")
 
 
 def test_data_that_is_not_there_can_be_left_out(project):
@@ -109,6 +150,6 @@ def test_tokens_per_image_are_shown_where_they_vary(project):
     found = facts(project)
     tokens = load_config(TrainConfig, project.config).model.constant_image_tokens
     assert (found["data"]["fewest_image_tokens"], found["data"]["most_image_tokens"]) == (tokens, tokens)
-    assert "tokens per image" not in plan_verb._as_text(found, "A100")
+    assert "tokens per image" not in "\n".join(plan_verb._lines(found, "A100"))
     found["data"] |= {"fewest_image_tokens": 16, "most_image_tokens": 900}
-    assert "\n16 to 900 tokens per image, depending on its size\n" in plan_verb._as_text(found, "A100")
+    assert "16 to 900 tokens per image, depending on its size" in plan_verb._lines(found, "A100")

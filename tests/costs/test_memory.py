@@ -1,5 +1,11 @@
-from megatron_vlm.costs.memory import cache_bytes, estimate_memory
+import dataclasses
+
+import pytest
+
+from megatron_vlm.costs.flops import Work
+from megatron_vlm.costs.memory import LIBRARIES, cache_bytes, estimate_memory
 from megatron_vlm.costs.parameters import stage_sizes
+from megatron_vlm.costs.rows import pairs, text
 from tests.support.configs import tiny_model, tiny_run
 
 
@@ -30,9 +36,46 @@ def test_frozen_decoder_has_neither_gradients_nor_optimizer():
     assert frozen.gradients == 4 * stage_sizes(run_of())[0].vision_projection
 
 
-def test_first_stage_keeps_the_activations_of_the_most_micro_batches():
-    first, last = (estimate_memory(run_of(pp=4), stage, 1).activations for stage in (0, 3))
-    assert first == 4 * last
+def test_a_stage_keeps_the_activations_of_one_micro_batch_more_than_the_next():
+    config = run_of(pp=4)
+    first, second, third, _ = (estimate_memory(config, stage, 1).activations for stage in range(4))
+    assert first > second > third
+    # Both are in the middle: they hold 3 and 2 times the same, and as much for a moment.
+    per_micro_batch = second - third
+    assert 2 * per_micro_batch < third < 3 * per_micro_batch
+
+
+def test_the_fuller_of_two_kinds_of_rows_counts():
+    config = run_of()
+    both = [estimate_memory(config, 0, 1, work=rows(config)).activations for rows in (pairs, text)]
+    assert estimate_memory(config, 0, 1).activations == max(both)
+
+
+def test_more_images_and_more_labels_take_more():
+    def activations(num_images, num_labels):
+        work = Work(num_tokens=192, attention_pairs=0, num_labels=num_labels, num_images=num_images)
+        return estimate_memory(run_of(), 0, 1, work=work).activations
+
+    assert activations(1, 10) < activations(4, 10)
+    assert activations(1, 10) < activations(1, 192)
+
+
+def test_a_trained_tower_keeps_activations_and_a_frozen_one_none():
+    frozen, trained = (estimate_memory(run_of(training={"freeze": freeze}), 0, 1) for freeze in (("vision_model",), ()))
+    assert trained.activations > frozen.activations
+    assert trained.gradients > frozen.gradients
+
+
+@pytest.mark.parametrize(("sharded", "copies"), [(True, 2), (False, 1)])
+def test_weights_stand_twice_while_the_buffers_of_the_distributed_optimizer_are_made(sharded, copies):
+    memory = estimate_memory(run_of(use_distributed_optimizer=sharded), 0, 1)
+    assert memory.start == copies * memory.weights + memory.gradients
+
+
+def test_the_start_is_the_peak_where_a_step_keeps_little():
+    memory = estimate_memory(run_of(dp=64, training={"recompute": "full", "precision": "bf16"}), 0, 64)
+    little = dataclasses.replace(memory, activations=0)
+    assert little.peak == memory.start > memory.weights + memory.gradients + memory.optimizer
 
 
 def test_recomputation_and_sequence_parallelism_keep_less():
@@ -42,9 +85,10 @@ def test_recomputation_and_sequence_parallelism_keep_less():
     assert recomputed < split < plain
 
 
-def test_total_is_the_sum_of_its_kinds():
+def test_the_peak_of_a_step_is_the_sum_of_its_kinds_and_libraries_come_on_top():
     memory = estimate_memory(run_of(), 0, 1)
-    assert memory.total == memory.weights + memory.gradients + memory.optimizer + memory.activations
+    assert memory.peak == memory.weights + memory.gradients + memory.optimizer + memory.activations
+    assert memory.total == memory.peak + LIBRARIES
 
 
 def test_the_cache_of_a_position_holds_keys_and_values_of_every_layer():

@@ -37,7 +37,7 @@ def test_one_epoch_counts_every_sample_once(dataset):
     outlook = foresee(one_epoch(), [dataset])
     assert outlook.packing.num_samples == NUM_SAMPLES
     assert outlook.packing.num_tokens == sum(sample_length(sample, 16) for sample in samples)
-    assert outlook.num_labels == sum(
+    assert outlook.work.num_labels == sum(
         len(segment.input_ids)
         for sample in samples
         for segment in sample.segments
@@ -54,7 +54,7 @@ def test_fragments_of_split_samples_are_counted_once(dataset):
     whole, split = foresee(one_epoch(), [dataset]), foresee(short_rows("split"), [dataset])
     assert split.packing.split > 3
     assert split.packing.num_tokens == whole.packing.num_tokens
-    assert split.num_labels == pytest.approx(whole.num_labels, abs=1)
+    assert split.work.num_labels == pytest.approx(whole.work.num_labels, abs=1)
     assert split.flops < whole.flops  # nothing looks across a cut
 
 
@@ -68,7 +68,7 @@ def test_cut_samples_are_counted_as_long_as_they_are_in_their_rows(dataset):
     work = Work(
         num_tokens=sum(lengths),
         attention_pairs=sum(length * (length + 1) // 2 for length in lengths),
-        num_labels=outlook.num_labels,
+        num_labels=outlook.work.num_labels,
         num_images=outlook.packing.num_images,
     )
     assert outlook.flops == pytest.approx(step_flops(run.model, (), work).total)

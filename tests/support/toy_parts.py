@@ -16,6 +16,7 @@ from tests.support.jobs import Steps, train_steps
 PROJECTOR_CONFIG = """
 from dataclasses import dataclass
 from typing import Literal
+from megatron_vlm.config.activations import Activations
 from megatron_vlm.config.grid import Grid
 from megatron_vlm.config.operations import Operations
 
@@ -32,6 +33,9 @@ class Config:
 
     def operations(self, patches, input_size, output_size):
         return Operations(entry=2 * self.token_grid(patches).size * self.factor**2 * input_size * output_size)
+
+    def activations(self, patches, input_size, output_size, *, learns):
+        return Activations(kept=patches.size * input_size if learns else 0)
 """
 PROJECTOR_MODEL = """
 import torch
@@ -60,6 +64,7 @@ class PixelShuffle(Replicated):
 ADAPTER_CONFIG = """
 from dataclasses import dataclass
 from typing import Literal
+from megatron_vlm.config.activations import Activations
 from megatron_vlm.config.operations import Operations
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +80,9 @@ class Config:
         return Operations(
             inner=model.language.num_layers * 2 * num_positions * 2 * model.language.hidden_size * self.rank
         )
+
+    def activations(self, model, part, num_positions, *, num_layers, tensor_parallel_size):
+        return Activations(kept=num_layers * num_positions * (model.language.hidden_size + self.rank))
 """
 ADAPTER_MODEL = """
 from functools import partial

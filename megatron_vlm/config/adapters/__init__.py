@@ -6,6 +6,7 @@ There are no adapters yet.
 
 from typing import TYPE_CHECKING, Annotated, Protocol
 
+from megatron_vlm.config.activations import Activations
 from megatron_vlm.config.loading import TypeIn
 from megatron_vlm.config.operations import Operations
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class AdapterConfig(Protocol):
-    """Settings of an adapter, and what follows from them: the parts it changes, parameters and operations."""
+    """Settings of an adapter, and what follows: the parts it changes, parameters, operations and activations."""
 
     @property
     def type(self) -> str:
@@ -34,8 +35,13 @@ class AdapterConfig(Protocol):
             tensor_parallel_size: ranks over which a decoder layer is split; the vision parts are never split.
         """
 
-    def operations(self, model: "ModelConfig", part: str, num_positions: int) -> Operations:
+    def operations(self, model: "ModelConfig", part: str, num_positions: float) -> Operations:
         """Return the operations added to one of `parts` for a number of tokens (decoder) or patches (vision parts)."""
+
+    def activations(
+        self, model: "ModelConfig", part: str, num_positions: float, *, num_layers: int, tensor_parallel_size: int
+    ) -> Activations:
+        """Return the activations added on one rank; `num_positions` as for operations, the rest as for parameters."""
 
 
 Adapter = Annotated[AdapterConfig, TypeIn("megatron_vlm.config.adapters")]

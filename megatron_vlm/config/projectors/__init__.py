@@ -5,6 +5,7 @@ The module of the same name in `models/projectors/` builds the projection.
 
 from typing import Annotated, Protocol
 
+from megatron_vlm.config.activations import Activations
 from megatron_vlm.config.grid import Grid
 from megatron_vlm.config.loading import TypeIn
 from megatron_vlm.config.modules import find_module
@@ -12,7 +13,7 @@ from megatron_vlm.config.operations import Operations
 
 
 class ProjectorConfig(Protocol):
-    """Settings of a projection, and what follows from them: image tokens, parameters and operations."""
+    """Settings of a projection, and what follows from them: image tokens, parameters, operations and activations."""
 
     @property
     def type(self) -> str:
@@ -26,6 +27,9 @@ class ProjectorConfig(Protocol):
 
     def operations(self, patches: Grid, input_size: int, output_size: int) -> Operations:
         """Return the operations for one image with these patches and widths."""
+
+    def activations(self, patches: Grid, input_size: int, output_size: int, *, learns: bool) -> Activations:
+        """Return the activations for one image; if the weights do not learn, something before or inside does."""
 
 
 Projector = Annotated[ProjectorConfig, TypeIn("megatron_vlm.config.projectors", default="linear")]

@@ -6,6 +6,7 @@ Source: VILA, arXiv:2312.07533, section 3.1.
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_vlm.config.activations import Activations
 from megatron_vlm.config.grid import Grid
 from megatron_vlm.config.operations import Operations
 
@@ -27,3 +28,7 @@ class Config:
     def operations(self, patches: Grid, input_size: int, output_size: int) -> Operations:
         """Return the operations for one image with these patches."""
         return Operations(entry=2 * patches.size * input_size * output_size)
+
+    def activations(self, patches: Grid, input_size: int, output_size: int, *, learns: bool) -> Activations:
+        """Return the activations for one image; the input is kept for the gradient of the weights."""
+        return Activations(kept=patches.size * input_size if learns else 0, working=patches.size * output_size)

@@ -6,6 +6,7 @@ Source: LLaVA-1.5, arXiv:2310.03744, section 3.3.
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_vlm.config.activations import Activations
 from megatron_vlm.config.grid import Grid
 from megatron_vlm.config.operations import Operations
 
@@ -29,3 +30,8 @@ class Config:
         return Operations(
             entry=2 * patches.size * input_size * output_size, inner=2 * patches.size * output_size * output_size
         )
+
+    def activations(self, patches: Grid, input_size: int, output_size: int, *, learns: bool) -> Activations:
+        """Return the activations for one image: the inputs of both layers and of the GELU."""
+        kept = output_size + (input_size + output_size if learns else 0)
+        return Activations(kept=patches.size * kept, working=2 * patches.size * output_size)

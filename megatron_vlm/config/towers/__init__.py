@@ -5,13 +5,14 @@ The module of the same name in `models/towers/` builds the tower.
 
 from typing import Annotated, Protocol
 
+from megatron_vlm.config.activations import Activations
 from megatron_vlm.config.grid import Grid
 from megatron_vlm.config.loading import TypeIn
 from megatron_vlm.config.operations import Operations
 
 
 class TowerConfig(Protocol):
-    """Settings of a tower, and what follows from them: patches, parameters and operations."""
+    """Settings of a tower, and what follows from them: patches, parameters, operations and activations."""
 
     @property
     def type(self) -> str:
@@ -50,6 +51,15 @@ class TowerConfig(Protocol):
 
     def operations(self, patches: Grid) -> Operations:
         """Return the operations for one image with these patches."""
+
+    def activations(self, patches: Grid, *, learns: bool, recompute: bool) -> Activations:
+        """Return the activations for one image with these patches.
+
+        Args:
+            patches: of the image.
+            learns: whether the weights get gradients; otherwise only those of an adapter inside the tower do.
+            recompute: whether the layers are computed again in the backward pass.
+        """
 
 
 Tower = Annotated[TowerConfig, TypeIn("megatron_vlm.config.towers", default="clip")]

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_vlm.config.activations import Activations
 from megatron_vlm.config.checks import check_heads, check_positive
 from megatron_vlm.config.errors import ConfigError
 from megatron_vlm.config.grid import Grid
@@ -96,3 +97,16 @@ class Config:
             inner=layers * 2 * tokens * weights,
             attention=layers * 4 * tokens * tokens * hidden,
         )
+
+    def activations(self, patches: Grid, *, learns: bool, recompute: bool) -> Activations:
+        """Return the activations for one image, with flash attention."""
+        hidden, ffn, tokens = self.hidden_size, self.ffn_hidden_size, patches.size + int(self.class_token)
+        # Inputs of the two norms and of the GELU, query, key, value and output of attention; inputs of the matrices.
+        kept = 6 * hidden + ffn * (2 if self.activation == "quick_gelu" else 1) + (2 * hidden + ffn if learns else 0)
+        layer = Activations(kept=tokens * kept, working=tokens * (2 * ffn + hidden))
+        layers = layer.times(self.num_layers_run)
+        if recompute:
+            layers = layer.recomputed(self.num_layers_run, tokens * hidden)
+        pixels = patches.size * 3 * self.patch_size**2 if learns else 0
+        embeddings = tokens * hidden if self.pre_norm else 0
+        return Activations(kept=layers.kept + pixels + embeddings, working=layers.working)

@@ -1,0 +1,110 @@
+"""Activations of a pipeline stage, put together from those of its parts."""
+
+from typing import Literal
+
+from megatron_vlm.config import ParallelConfig, TrainConfig
+from megatron_vlm.config.activations import Activations
+from megatron_vlm.config.language import TensorSplit
+from megatron_vlm.costs.flops import Work
+from megatron_vlm.costs.parameters import stage_sizes
+
+Backend = Literal["torch", "transformer_engine"]
+
+
+def stage_activations(config: TrainConfig, stage: int, work: Work, backend: Backend) -> Activations:
+    """Return the activations of one micro-batch on a rank of a pipeline stage.
+
+    Args:
+        config: settings of the run.
+        stage: pipeline stage, from 0.
+        work: images and labels of the micro-batch.
+        backend: layers of the decoder; torch's rotate queries and keys in place.
+
+    Raises:
+        ConfigError: the number of patches depends on the image size.
+    """
+    parts = [_decoder(config, stage_sizes(config)[stage].num_layers, backend)]
+    if stage == 0:
+        parts += _vision(config, work.num_images)
+    if stage == config.parallel.pipeline_model_parallel_size - 1:
+        language, split = config.model.language, _split(config.parallel)
+        parts.append(language.output_activations(_positions(config), work.num_labels, split))
+    parts += _adapters(config, stage, work)
+    return Activations(kept=sum(part.kept for part in parts), working=max(part.working for part in parts))
+
+
+def micro_batches_in_flight(parallel: ParallelConfig, stage: int, num_micro_batches: int) -> float:
+    """Return for how many micro-batches a rank of this stage keeps activations, at most.
+
+    With model chunks on every rank, micro-batches count by the share of the rank's layers that they have passed.
+
+    Source: Narayanan et al., arXiv:2104.04473, sections 2.2 and 2.3; megatron-core's
+    `get_pp_rank_microbatches` has the same numbers.
+    """
+    pp, chunks = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size or 1
+    if chunks == 1:
+        return min(pp - stage, num_micro_batches)
+    warm_up = 2 * (pp - stage - 1) + (chunks - 1) * pp
+    return min(warm_up + 1, num_micro_batches * chunks) / chunks
+
+
+def _decoder(config: TrainConfig, num_layers: int, backend: Backend) -> Activations:
+    language, split = config.model.language, _split(config.parallel)
+    num_tokens = _positions(config)
+    layer = language.layer_activations(
+        num_tokens,
+        split,
+        learns="language_model" not in config.training.freeze,
+        rotates_in_place=backend == "torch",
+    )
+    if config.training.recompute == "full":
+        return layer.recomputed(num_layers, num_tokens * language.hidden_size / split.sequence)
+    # Selective recomputation saves nothing here: flash attention keeps no scores.
+    return layer.times(num_layers)
+
+
+def _positions(config: TrainConfig) -> int:
+    return config.training.micro_batch_size * config.data.seq_length
+
+
+def _split(parallel: ParallelConfig) -> TensorSplit:
+    return TensorSplit(size=parallel.tensor_model_parallel_size, sequence_parallel=parallel.sequence_parallel)
+
+
+def _vision(config: TrainConfig, num_images: float) -> list[Activations]:
+    """Return the activations of tower and projection, and of the rows with the image embeddings."""
+    model, freeze, split = config.model, config.training.freeze, _split(config.parallel)
+    patches, share = model.fixed_patches("the estimate of activations"), -(-num_images // split.size)
+    adapted = model.adapter.parts if model.adapter is not None else ()
+    tower_learns, projection_learns = "vision_model" not in freeze, "vision_projection" not in freeze
+    found = []
+    if tower_learns or "vision_model" in adapted:
+        recompute = config.training.recompute == "full"
+        found.append(model.vision.activations(patches, learns=tower_learns, recompute=recompute).times(share))
+    if found or projection_learns or "vision_projection" in adapted:
+        sizes = model.vision.feature_size, model.language.hidden_size
+        found.append(model.projection.activations(patches, *sizes, learns=projection_learns).times(share))
+    # Every rank keeps the embeddings of all images, and the whole row into which they were written: its part of a
+    # sequence is a view. The decoder counts that part as its input.
+    embeddings = share * split.size * model.projection.token_grid(patches).size
+    rest_of_rows = _positions(config) * (1 - 1 / split.sequence)
+    found.append(Activations(kept=(embeddings + rest_of_rows) * model.language.hidden_size))
+    return found
+
+
+def _adapters(config: TrainConfig, stage: int, work: Work) -> list[Activations]:
+    model, tp = config.model, config.parallel.tensor_model_parallel_size
+    if model.adapter is None:
+        return []
+    parts = model.adapter.parts if stage == 0 else [part for part in model.adapter.parts if part == "language_model"]
+    patches = -(-work.num_images // tp) * model.fixed_patches("the estimate of activations").size
+    return [
+        model.adapter.activations(
+            model,
+            part,
+            _positions(config) if part == "language_model" else patches,
+            num_layers=stage_sizes(config)[stage].num_layers,
+            tensor_parallel_size=tp,
+        )
+        for part in parts
+    ]

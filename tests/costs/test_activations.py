@@ -1,0 +1,141 @@
+"""Activations that we count, against those that autograd keeps in a real forward pass."""
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from megatron_vlm.config import PART_NAMES
+from megatron_vlm.config.language import LanguageConfig, TensorSplit
+from megatron_vlm.config.projectors import make_projector
+from megatron_vlm.costs.activations import micro_batches_in_flight, stage_activations
+from megatron_vlm.costs.flops import Work
+from megatron_vlm.models.build import build_model
+from megatron_vlm.models.computation import Computation
+from tests.support.configs import tiny_model, tiny_run
+from tests.support.micro_batches import make_micro_batch
+
+FLOAT = 4
+# Not counted: per token and head the normaliser of attention, per token two numbers of each norm.
+TOLERANCE = 0.03
+HEAD = 64
+
+
+@pytest.fixture
+def gpu_layers(monkeypatch):
+    """Let the layers keep on the CPU what they keep on a GPU: SwiGLU and RMSNorm their inputs only."""
+    monkeypatch.setattr(
+        torch.nn.RMSNorm, "forward", lambda self, x: F.layer_norm(x, self.normalized_shape, self.weight)
+    )
+    torch.compiler.set_stance("force_eager")
+    yield lambda chunk: setattr(chunk.config, "bias_activation_fusion", True)
+    torch.compiler.set_stance("default")
+
+
+def wide_model(**changes):
+    """Return a model whose heads are wide, as in a real one."""
+    model = tiny_model(
+        hidden_size=128, ffn_hidden_size=320, num_attention_heads=2, kv_channels=HEAD, num_query_groups=1
+    )
+    vision = dataclasses.replace(model.vision, hidden_size=128, ffn_hidden_size=320, num_attention_heads=2)
+    return dataclasses.replace(model, vision=dataclasses.replace(vision, **changes))
+
+
+def kept_bytes(run, module):
+    """Return the bytes that autograd keeps for the backward pass of `run()`, beside the weights of `module`.
+
+    Tables of rotary embeddings are left out: on a GPU, all layers share one.
+    """
+    weights = {parameter.untyped_storage()._cdata for parameter in module.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        is_table = tensor.shape[1:] == (1, 1, HEAD) and not tensor.requires_grad
+        if storage._cdata not in weights and tensor.is_floating_point() and not is_table:
+            kept[storage._cdata] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = run()
+    del output
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("freeze", [("vision_model",), ("vision_model", "language_model"), ()], ids="+".join)
+def test_a_stage_keeps_what_autograd_keeps(freeze, recompute, gpu_layers, one_rank):
+    model = wide_model()
+    config = tiny_run(model=model, training={"freeze": freeze, "recompute": recompute})
+    batch = make_micro_batch(model, num_images=6, num_text=96, num_labels=2)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, seq_length=batch.num_tokens))
+    (chunk,) = build_model(model, config.parallel, Computation(recompute=recompute), freeze)
+    gpu_layers(chunk)
+    work = Work(num_tokens=batch.num_tokens, attention_pairs=0, num_labels=2, num_images=6)
+    expected = FLOAT * stage_activations(config, 0, work, "transformer_engine").kept
+    arguments = {**batch.arguments, "packed_seq_params": None}
+    assert kept_bytes(lambda: chunk(**arguments), chunk) == pytest.approx(expected, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
+def test_a_trained_tower_keeps_what_autograd_keeps(activation, one_rank):
+    model = wide_model(activation=activation)
+    (chunk,) = build_model(model, tiny_run().parallel, Computation(), ())
+    pixels = torch.rand(4, 3, 32, 32)
+    found = kept_bytes(lambda: chunk.vision_model(pixels), chunk.vision_model)
+    counted = model.vision.activations(model.vision.constant_grid, learns=True, recompute=False).times(4).kept
+    assert found == pytest.approx(FLOAT * counted, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("learns", [True, False])
+@pytest.mark.parametrize("type", ["linear", "mlp2x_gelu"])
+def test_a_projection_keeps_what_autograd_keeps(type, learns, one_rank):
+    model = dataclasses.replace(wide_model(), projection=make_projector(type))
+    (chunk,) = build_model(model, tiny_run().parallel, Computation(), () if learns else ("vision_projection",))
+    features = torch.rand(4, 16, 128).requires_grad_()
+    found = kept_bytes(lambda: chunk.vision_projection(features), chunk.vision_projection)
+    counted = model.projection.activations(model.vision.constant_grid, 128, 128, learns=learns).times(4).kept
+    assert found == pytest.approx(FLOAT * counted, rel=TOLERANCE)
+
+
+def test_queries_and_keys_that_are_rotated_in_place_are_kept_once():
+    language, split = wide_model().language, TensorSplit(size=2)
+    kept = [language.layer_activations(10, split, learns=True, rotates_in_place=place).kept for place in (False, True)]
+    assert kept[0] - kept[1] == 10 * (128 + 64) / 2
+
+
+def test_the_output_layer_holds_logits_in_bf16_and_fp32():
+    language = LanguageConfig(vocab_size=126, num_layers=1, hidden_size=8, ffn_hidden_size=8, num_attention_heads=1)
+    held = language.output_activations(20, 10, TensorSplit(size=2, sequence_parallel=True))
+    assert (held.kept, held.working) == ((10 + 10) * 8, 3 * 10 * 64)
+
+
+@pytest.mark.parametrize(
+    ("pp", "chunks", "stage", "expected"),
+    [
+        (1, None, 0, 1),
+        (4, None, 0, 4),
+        (4, None, 3, 1),
+        # 2 * 3 + 4 passes to warm up, and one more
+        (4, 2, 0, 11 / 2),
+        (4, 2, 3, 5 / 2),
+    ],
+)
+def test_micro_batches_in_flight_are_those_of_the_schedule(pp, chunks, stage, expected):
+    parallel = {"pipeline_model_parallel_size": pp, "virtual_pipeline_model_parallel_size": chunks}
+    assert micro_batches_in_flight(tiny_run(parallel=parallel).parallel, stage, 100) == expected
+
+
+def test_no_more_micro_batches_are_in_flight_than_there_are():
+    parallel = tiny_run(parallel={"pipeline_model_parallel_size": 4}).parallel
+    assert micro_batches_in_flight(parallel, 0, 2) == 2
+
+
+def test_vision_parts_that_rest_keep_only_the_embeddings_in_their_rows():
+    config = tiny_run(training={"freeze": PART_NAMES[:2]})
+    images, text = (
+        stage_activations(config, 0, Work(num_tokens=0, attention_pairs=0, num_labels=0, num_images=n), "torch").kept
+        for n in (3, 0)
+    )
+    assert images - text == 3 * 16 * 64
