@@ -18,6 +18,9 @@ WORLD_SIZES = {
     "quickstart/pretrain.yaml": 4,
     "quickstart/sft.yaml": 4,
     "vila_7b/align.yaml": 128,
+    "vila_7b/h100/align.yaml": 64,
+    "vila_7b/h100/pretrain.yaml": 64,
+    "vila_7b/h100/sft.yaml": 64,
     "vila_7b/pretrain.yaml": 128,
     "vila_7b/sft.yaml": 128,
 }
@@ -45,7 +48,7 @@ def shrink(config, data_parallel_size, run_dir):
         ffn_hidden_size=64,
         num_attention_heads=2,
     )
-    batch_size = data_parallel_size * parallel.pipeline_model_parallel_size
+    batch_size = config.training.micro_batch_size * data_parallel_size * parallel.pipeline_model_parallel_size
     training = replace(config.training, global_batch_size=batch_size, train_iters=2, train_epochs=None)
     return replace(
         config,
