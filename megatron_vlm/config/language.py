@@ -152,7 +152,11 @@ class LanguageConfig:
         # Each matrix keeps its input; each norm, attention and SwiGLU theirs. Attention also keeps its output, which
         # is the input of the next matrix.
         whole = self.hidden_size * (4 if learns else 2)
-        attention = 2 * query + 2 * key_value + (0 if rotates_in_place else query + key_value)
+        attention = 2 * query + 2 * key_value
+        if not rotates_in_place:
+            attention += query + key_value
+        elif 1 < self.query_groups < self.num_attention_heads:
+            attention += query  # queries of several groups are first copied out of the product
         mlp = ffn * (3 if learns else 2)
         kept = whole / split.sequence + (attention + mlp) / split.size
         # The gradients of input and output of SwiGLU, the latter's own input, and the gradient of the layer's output.

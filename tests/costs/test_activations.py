@@ -33,10 +33,10 @@ def gpu_layers(monkeypatch):
     torch.compiler.set_stance("default")
 
 
-def wide_model(**changes):
+def wide_model(groups=2, **changes):
     """Return a model whose heads are wide, as in a real one."""
     model = tiny_model(
-        hidden_size=128, ffn_hidden_size=320, num_attention_heads=2, kv_channels=HEAD, num_query_groups=1
+        hidden_size=128, ffn_hidden_size=320, num_attention_heads=4, kv_channels=HEAD, num_query_groups=groups
     )
     vision = dataclasses.replace(model.vision, hidden_size=128, ffn_hidden_size=320, num_attention_heads=2)
     return dataclasses.replace(model, vision=dataclasses.replace(vision, **changes))
@@ -52,7 +52,7 @@ def kept_bytes(run, module):
 
     def pack(tensor):
         storage = tensor.untyped_storage()
-        is_table = tensor.shape[1:] == (1, 1, HEAD) and not tensor.requires_grad
+        is_table = tensor.shape[1:] == (1, 1, 2 * HEAD) and not tensor.requires_grad
         if storage._cdata not in weights and tensor.is_floating_point() and not is_table:
             kept[storage._cdata] = storage
         return tensor
@@ -63,17 +63,28 @@ def kept_bytes(run, module):
     return sum(storage.nbytes() for storage in kept.values())
 
 
-@pytest.mark.parametrize("recompute", ["none", "full"])
-@pytest.mark.parametrize("freeze", [("vision_model",), ("vision_model", "language_model"), ()], ids="+".join)
-def test_a_stage_keeps_what_autograd_keeps(freeze, recompute, gpu_layers, one_rank):
-    model = wide_model()
+@pytest.mark.parametrize(
+    ("groups", "freeze", "recompute"),
+    [
+        (1, ("vision_model",), "none"),
+        (2, ("vision_model",), "none"),
+        (4, ("vision_model",), "none"),
+        (4, ("vision_model",), "full"),
+        (2, ("vision_model", "language_model"), "none"),
+        (2, ("vision_model", "language_model"), "full"),
+        (2, (), "none"),
+        (2, (), "full"),
+    ],
+)
+def test_a_stage_keeps_what_autograd_keeps(groups, freeze, recompute, gpu_layers, one_rank):
+    model = wide_model(groups)
     config = tiny_run(model=model, training={"freeze": freeze, "recompute": recompute})
     batch = make_micro_batch(model, num_images=6, num_text=96, num_labels=2)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, seq_length=batch.num_tokens))
     (chunk,) = build_model(model, config.parallel, Computation(recompute=recompute), freeze)
     gpu_layers(chunk)
     work = Work(num_tokens=batch.num_tokens, attention_pairs=0, num_labels=2, num_images=6)
-    expected = FLOAT * stage_activations(config, 0, work, "transformer_engine").kept
+    expected = FLOAT * stage_activations(config, 0, work, "torch").kept
     arguments = {**batch.arguments, "packed_seq_params": None}
     assert kept_bytes(lambda: chunk(**arguments), chunk) == pytest.approx(expected, rel=TOLERANCE)
 
@@ -100,9 +111,9 @@ def test_a_projection_keeps_what_autograd_keeps(type, learns, one_rank):
 
 
 def test_queries_and_keys_that_are_rotated_in_place_are_kept_once():
-    language, split = wide_model().language, TensorSplit(size=2)
+    language, split = wide_model(groups=4).language, TensorSplit(size=2)
     kept = [language.layer_activations(10, split, learns=True, rotates_in_place=place).kept for place in (False, True)]
-    assert kept[0] - kept[1] == 10 * (128 + 64) / 2
+    assert kept[0] - kept[1] == 10 * (256 + 256) / 2
 
 
 def test_the_output_layer_holds_logits_in_bf16_and_fp32():
