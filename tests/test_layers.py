@@ -83,7 +83,6 @@ TESTED_ELSEWHERE = {
     "models/layers/projection.py": "models/projectors/test_linear.py",
     "cli/rehearsal_text.py": "cli/test_rehearse.py",
     "platform/fake_device/events.py": "platform/fake_device/test_collectives.py",
-    "platform/gpus.py": "cli/test_plan.py",
     "platform/gpus.py": "costs/test_cluster.py",
     "platform/host.py": "platform/test_host_guard.py",
     "training/blend.py": "training/test_validation.py",
