@@ -87,7 +87,6 @@ TESTED_ELSEWHERE = {
     "platform/host.py": "platform/test_host_guard.py",
     "training/blend.py": "training/test_validation.py",
     "training/hooks/validation.py": "training/test_validation.py",
-    "training/optimizer.py": "training/test_freezing.py",
     "training/rehearsal/facts.py": "training/rehearsal/test_comparison.py",
     "training/rehearsal/play.py": "cli/test_rehearse.py",
     "training/setup.py": "checkpoint/test_resume.py",

@@ -51,6 +51,8 @@ def start_distributed(parallel: ParallelConfig, device: torch.device, backend: s
     """
     if not torch.distributed.is_initialized():
         timeout = datetime.timedelta(minutes=parallel.distributed_timeout_minutes)
+        # Without `device_id`: it would bind the group to a device, and NCCL would split new groups from it, which all
+        # ranks must do together; `models.layers.replicas.replica_groups` makes groups of one on the first stage only.
         torch.distributed.init_process_group(backend or distributed_backend(device), timeout=timeout)
     build_groups(parallel)
     return rank_layout()

@@ -29,10 +29,25 @@ def wrap_model(config: TrainConfig, chunks: Sequence[VisionLanguageModel]) -> li
     )
     model_config = chunks[0].config
     modules = [Float16Module(model_config, chunk) if model_config.bf16 else chunk for chunk in chunks]
-    return [
+    wrapped = [
         DistributedDataParallel(model_config, ddp_config, module, disable_bucketing=index > 0)
         for index, module in enumerate(modules)
     ]
+    for chunk in wrapped:
+        _accumulate_in_place(chunk)
+    return wrapped
+
+
+def _accumulate_in_place(chunk: torch.nn.Module) -> None:
+    """Have transformer-engine's layers add weight gradients to the buffers in the matrix product itself.
+
+    megatron-core's `gradient_accumulation_fusion` would set the same, but its own output layer then asks for apex.
+    """
+    for module in chunk.modules():
+        if hasattr(module, "fuse_wgrad_accumulation"):
+            learning = [weight for weight in module.parameters(recurse=False) if weight.requires_grad]
+            has_buffers = bool(learning) and all(hasattr(weight, "main_grad") for weight in learning)
+            setattr(module, "fuse_wgrad_accumulation", has_buffers)  # noqa: B010
 
 
 def build_optimizer(config: TrainConfig, wrapped: Sequence[DistributedDataParallel]) -> MegatronOptimizer:

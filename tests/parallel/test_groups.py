@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from megatron_vlm.config import ParallelConfig
+from megatron_vlm.parallel import groups
 from megatron_vlm.parallel.groups import single_process
 
 pytestmark = pytest.mark.distributed
@@ -36,3 +37,12 @@ def test_process_of_its_own_is_a_job_of_one_rank_for_a_while():
             assert torch.distributed.is_initialized()
         assert torch.distributed.is_initialized()
     assert not torch.distributed.is_initialized()
+
+
+def test_job_is_not_bound_to_a_device_since_the_last_stage_makes_no_group_of_its_own(monkeypatch):
+    given = {}
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, **kwargs: given.update(kwargs))
+    monkeypatch.setattr(groups, "build_groups", lambda parallel: None)
+    monkeypatch.setattr(groups, "rank_layout", lambda: None)
+    groups.start_distributed(ParallelConfig(), torch.device("cuda", 1), "nccl")
+    assert set(given) == {"timeout"}
