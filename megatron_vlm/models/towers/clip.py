@@ -38,7 +38,7 @@ def _transformer_config(config: Config, computation: Computation) -> Transformer
     )
 
 
-class PositionEmbeddings(torch.nn.Module):
+class PositionEmbeddings(torch.nn.Embedding):
     """One embedding for each class token and each patch of a square grid.
 
     Args:
@@ -49,11 +49,10 @@ class PositionEmbeddings(torch.nn.Module):
     """
 
     def __init__(self, grid: int, num_class_tokens: int, hidden_size: int, dtype: torch.dtype) -> None:
-        super().__init__()
+        super().__init__(grid**2 + num_class_tokens, hidden_size, dtype=dtype)
         self.grid, self.num_class_tokens = grid, num_class_tokens
-        self.weight = torch.nn.Parameter(torch.empty(grid**2 + num_class_tokens, hidden_size, dtype=dtype))
 
-    def forward(self, rows: int, columns: int) -> Tensor:
+    def forward(self, rows: int, columns: int) -> Tensor:  # type: ignore[override]
         """Return float[class tokens + rows * columns, h], interpolated if the grid of the image is another one."""
         weight = self.weight
         if (rows, columns) == (self.grid, self.grid):
