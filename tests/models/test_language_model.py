@@ -6,7 +6,7 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch.utils.checkpoint import checkpoint
 
-from megatron_vlm.config import ParallelConfig
+from megatron_vlm.config import ConfigError, ParallelConfig
 from megatron_vlm.models.build import build_model
 from megatron_vlm.models.computation import Computation
 from megatron_vlm.models.language_model import can_fuse_swiglu, language_transformer_config
@@ -129,3 +129,8 @@ def test_rotation_of_packed_samples_reads_nothing_on_the_host(model, monkeypatch
     with HostReads() as reads:
         model(**arguments).sum().backward()
     assert reads.count == 0
+
+
+def test_fp8_with_layers_that_would_compute_in_bf16_is_refused():
+    with pytest.raises(ConfigError, match=r"training.fp8=hybrid needs the layers of transformer-engine"):
+        language_transformer_config(MODEL.language, ParallelConfig(), Computation(fp8="hybrid"), "torch")

@@ -1,8 +1,12 @@
 """A whole run on prepared shards: what it leaves in its folder, and that stopping and going on changes nothing."""
 
 import pytest
+import torch
 
+from megatron_vlm.config import ConfigError
 from megatron_vlm.config.hooks import profiler
+from megatron_vlm.training import run as run_module
+from tests.support.configs import tiny_run
 from tests.support.ledgers import read_ledger
 from tests.support.runs import read_metrics, shard_run
 
@@ -79,3 +83,10 @@ def test_deterministic_mode_gives_the_bits_that_the_host_gives_anyway(workers, s
     mode, plain = read_metrics(tmp_path / "mode"), read_metrics(tmp_path / "plain")
     for name in ("loss_hex", "grad_norm_hex"):
         assert [line[name] for line in mode] == [line[name] for line in plain], name
+
+
+def test_rank_asks_its_own_gpu_before_it_joins_the_job(monkeypatch):
+    monkeypatch.setattr(run_module, "prepare_process", lambda: torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    with pytest.raises(ConfigError, match="tensorwise needs GPUs of compute capability 8.9, these have 8.0"):
+        run_module.run_training(tiny_run(training={"fp8": "hybrid"}))
