@@ -13,7 +13,7 @@ from megatron_vlm.config.errors import (
     UserError,
 )
 from megatron_vlm.config.language import LanguageConfig
-from megatron_vlm.config.layout import Layout, derive_layout
+from megatron_vlm.config.layout import Layout, derive_layout, position_multiple
 from megatron_vlm.config.loading import config_to_dict, load_config, load_section, save_config
 from megatron_vlm.config.model import IGNORE_INDEX, PART_NAMES, ModelConfig
 from megatron_vlm.config.projectors import ProjectorConfig
@@ -54,5 +54,6 @@ __all__ = [
     "derive_layout",
     "load_config",
     "load_section",
+    "position_multiple",
     "save_config",
 ]

@@ -1,5 +1,6 @@
 """The layout of a job: what follows from the settings and the number of ranks."""
 
+import math
 from dataclasses import dataclass
 
 from megatron_vlm.config.errors import ConfigError
@@ -81,6 +82,20 @@ def _check_tokens(config: TrainConfig) -> None:
             _check_divides(
                 f"micro_batch_size * {name}", rows * length, f"{multiple} tokens a rank for FP8", multiple * share
             )
+
+
+def position_multiple(config: TrainConfig) -> int | None:
+    """Return the multiple that a micro-batch is filled up to if positions behind the last sample of a row are left out.
+
+    Returns:
+        None if every row keeps all its positions: the stages of a pipeline exchange activations of one length.
+    """
+    parallel, training = config.parallel, config.training
+    if parallel.pipeline_model_parallel_size > 1:
+        return None
+    ranks = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
+    of_a_rank = 1 if training.fp8 is None else _FP8_MULTIPLES[training.fp8_recipe]
+    return math.lcm(ranks * of_a_rank, config.data.sample_multiple)
 
 
 def _check_pipeline(config: TrainConfig, pp: int) -> None:

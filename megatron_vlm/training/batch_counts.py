@@ -20,6 +20,7 @@ class BatchCounts:
     num_micro_batches: int = 0
     num_tokens: int = 0
     num_positions: int = 0
+    """Of the rows, also those behind their samples that are left out."""
     num_images: int = 0
     attention_pairs: int = 0
     data_wait: float = 0.0
@@ -33,7 +34,7 @@ class BatchCounts:
         filled = (batch.input_ids[0] != self.pad_token_id).cumsum(0)
         lengths = torch.cat([filled.new_zeros(1), filled[batch.cu_seqlens[1:].long() - 1]]).diff().double()
         self.num_tokens += batch.num_tokens
-        self.num_positions += batch.input_ids.numel()
+        self.num_positions += batch.num_positions
         self.num_images += batch.num_images
         self.attention_pairs += int((lengths * (lengths + 1) / 2).sum())
         rows = self.rank_slice.rows(self.num_micro_batches)

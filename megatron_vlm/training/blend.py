@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_vlm.config import TrainConfig
+from megatron_vlm.config import TrainConfig, position_multiple
 from megatron_vlm.data.loading.collate import Collation
 from megatron_vlm.data.loading.loader import BatchLoader, LoaderWorkers
 from megatron_vlm.data.plan.plan import Plan, PlanSettings, build_plan, open_plan
@@ -43,7 +43,7 @@ class OpenBlend:
         return BatchLoader(
             self.datasets,
             self.plan,
-            collation=Collation.from_config(state.config.model, data),
+            collation=Collation.from_config(state.config.model, data, position_multiple(state.config)),
             start_iteration=start_iteration,
             rank_slice=state.rank_slice(has_tower=has_tower),
             workers=LoaderWorkers(

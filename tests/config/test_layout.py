@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_vlm.config import ConfigError, Layout, derive_layout
+from megatron_vlm.config import ConfigError, Layout, derive_layout, position_multiple
 from tests.support.configs import tiny_model, tiny_run
 
 
@@ -168,3 +168,20 @@ def test_layers_in_bf16_fit_into_a_stage(end):
             continue
         with pytest.raises(ConfigError, match=f"num_layers_at_{end}_in_bf16=3 is more than the 2 layers of a stage"):
             derive_layout(config, 2)
+
+
+def test_positions_of_a_micro_batch_divide_among_the_ranks_in_multiples_of_fp8_and_of_samples():
+    def multiple(sample_multiple=1, fp8=None, **parallel):
+        config = run_of(**parallel)
+        training = dataclasses.replace(config.training, fp8=fp8, precision="bf16" if fp8 else "fp32")
+        data = dataclasses.replace(config.data, sample_multiple=sample_multiple)
+        return position_multiple(dataclasses.replace(config, training=training, data=data))
+
+    assert multiple() == multiple(tp=2) == 1
+    assert multiple(tp=2, sequence_parallel=True) == 2
+    assert multiple(tp=2, sequence_parallel=True, fp8="hybrid") == 32
+    assert multiple(sample_multiple=24, fp8="hybrid") == 48
+
+
+def test_rows_of_a_pipeline_keep_all_positions():
+    assert position_multiple(run_of(pp=2)) is None

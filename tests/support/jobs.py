@@ -16,7 +16,14 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron_vlm.checkpoint.adam_state import inner_optimizers
 from megatron_vlm.checkpoint.load import load_weights
 from megatron_vlm.checkpoint.save import save_checkpoint
-from megatron_vlm.config import CheckpointConfig, DataError, NumericError, ParallelConfig, TrainConfig
+from megatron_vlm.config import (
+    CheckpointConfig,
+    DataError,
+    NumericError,
+    ParallelConfig,
+    TrainConfig,
+    position_multiple,
+)
 from megatron_vlm.data.loading.batch import VLMBatch
 from megatron_vlm.data.loading.collate import Collation, PlacedSample, collate
 from megatron_vlm.models.build import build_model
@@ -102,7 +109,7 @@ def batches_of(
     plan = plan or FixedPlan.of(config)
     size, micro = config.training.global_batch_size, config.training.micro_batch_size
     share = ImageShare(rank.tp_rank, rank.tp_size) if rank.is_first_stage else None
-    collation = Collation.from_config(config.model, config.data)
+    collation = Collation.from_config(config.model, config.data, position_multiple(config))
     for begin in range(first * size, len(rows), size):
         mine = list(rows[begin : begin + size])[rank.dp_rank :: rank.dp_size]
         collation = replace(collation, seq_length=plan.seq_length(begin // size))
@@ -198,8 +205,8 @@ def train_steps_without_borders(config: TrainConfig, rows: Sequence[Sequence[int
     merged = (
         replace(
             batch,
-            cu_seqlens=torch.tensor([0, config.data.seq_length], dtype=torch.int32),
-            max_seqlen=config.data.seq_length,
+            cu_seqlens=torch.tensor([0, batch.input_ids.numel()], dtype=torch.int32),
+            max_seqlen=batch.input_ids.numel(),
         )
         for batch in batches
     )

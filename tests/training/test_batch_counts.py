@@ -27,6 +27,7 @@ def make_batch(sample_ids=(4, 7)) -> VLMBatch:
         sample_ids=torch.tensor(sample_ids),
         samples_per_row=torch.tensor([1, 1]),
         num_tokens=7,
+        num_positions=12,
     )
 
 

@@ -13,9 +13,9 @@ from torch import Tensor
 class VLMBatch:
     """One micro-batch: its rows, concatenated to one packed sequence of t positions.
 
-    Each sample is an attention segment, and so is the padding at the end of a row: the segments cover all t positions,
-    and t is micro_batch_size * seq_length. With `sample_multiple`, a sample's segment ends with padding up to the next
-    multiple.
+    Each sample is an attention segment, and so is padding behind samples: the segments cover all t positions. t is
+    micro_batch_size * seq_length, or less where positions behind the last sample of each row are left out. With
+    `sample_multiple`, a sample's segment ends with padding up to the next multiple.
     """
 
     input_ids: Tensor
@@ -45,6 +45,8 @@ class VLMBatch:
     """int64[micro_batch_size]; how many of `sample_ids` each row holds."""
     num_tokens: int
     """Positions that are not padding."""
+    num_positions: int
+    """Positions of its rows, micro_batch_size * seq_length, also if some of them are left out."""
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "VLMBatch":
         """Return the batch with its tensors on `device`."""

@@ -38,10 +38,13 @@ class Collation:
     image_mean: tuple[float, float, float]
     sample_multiple: int = 1
     """Every sample starts at a multiple of it within its row; seq_length is a multiple of it [tokens]."""
+    position_multiple: int | None = None
+    """Leave out the positions behind the last sample of each row, and fill the micro-batch up to a multiple of it
+    [tokens]; None: every row has all its positions."""
 
     @classmethod
-    def from_config(cls, model: ModelConfig, data: DataConfig) -> "Collation":
-        """Collect it from a run's settings."""
+    def from_config(cls, model: ModelConfig, data: DataConfig, position_multiple: int | None = None) -> "Collation":
+        """Collect it from a run's settings; see `config.position_multiple`."""
         return cls(
             seq_length=data.seq_length,
             image_tokens=ImageTokens.from_model(model),
@@ -52,6 +55,7 @@ class Collation:
             image_aspect=data.image_aspect,
             image_mean=model.vision.image_mean,
             sample_multiple=data.sample_multiple,
+            position_multiple=position_multiple,
         )
 
 
@@ -69,7 +73,7 @@ class PlacedSample:
 
 
 def collate(rows: Sequence[Sequence[PlacedSample]], collation: Collation, image_share: ImageShare | None) -> VLMBatch:
-    """Concatenate rows to one packed sequence.
+    """Concatenate rows to one packed sequence, with all positions of each row or without those behind its last sample.
 
     A sample longer than a row is cut after the last whole image and the last token that fit. The padding up to the next
     multiple belongs to the sample's own segment, so that all borders are multiples: attention is causal, so it changes
@@ -102,6 +106,7 @@ def collate(rows: Sequence[Sequence[PlacedSample]], collation: Collation, image_
         sample_ids=torch.tensor(packed.sample_ids, dtype=torch.int64),
         samples_per_row=torch.tensor([len(row) for row in rows], dtype=torch.int64),
         num_tokens=packed.num_tokens,
+        num_positions=len(rows) * collation.seq_length,
     )
 
 
@@ -146,10 +151,15 @@ class _PackedRows:
             left -= padding
             self.sample_ids.append(placed.sample_id)
             self.num_tokens += size
-        self._close_segment(0, left, dataset=0)
+        if self.collation.position_multiple is None:
+            self._close_segment(0, left, dataset=0)
 
     def close(self) -> PackedBatch[tuple[bytes, str]]:
         """Return the whole micro-batch; each image is its encoded bytes and the name of its sample."""
+        if self.collation.position_multiple is not None:
+            # Rows without samples still need a position: a layer without one has no output to train on.
+            missing = -self.borders[-1] % self.collation.position_multiple
+            self._close_segment(0, missing or (0 if self.ids else self.collation.position_multiple), dataset=0)
         ids = np.concatenate(self.ids, dtype=np.int64)
         borders = np.array(self.borders, dtype=np.int32)
         is_target = np.repeat(self.trained, list(map(len, self.ids)))

@@ -29,6 +29,7 @@ def make_batch(**changes) -> VLMBatch:
         sample_ids=torch.tensor([0]),
         samples_per_row=torch.tensor([1]),
         num_tokens=5,
+        num_positions=8,
     )
     return dataclasses.replace(batch, **changes)
 

@@ -108,6 +108,55 @@ def test_rows_follow_each_other_with_their_own_padding():
     assert batch.cu_seqlens.tolist() == [0, 2, 4, 7, 8]
 
 
+def cut(rows, seq_length: int, position_multiple: int, sample_multiple: int = 1):
+    collation = make_collation(seq_length, sample_multiple)
+    return collate(rows, dataclasses.replace(collation, position_multiple=position_multiple), ImageShare())
+
+
+def test_positions_behind_the_samples_of_each_row_are_left_out():
+    batch = cut([[place(text(1, 5))], [], [place(text(1, 6, 7))]], 4, 1)
+    assert batch.input_ids.tolist() == [[1, 5, 1, 6, 7]]
+    assert batch.labels.tolist() == [[5, NONE, 6, 7, NONE]]
+    assert batch.cu_seqlens.tolist() == [0, 2, 5]
+    assert (batch.num_tokens, batch.num_positions) == (5, 12)
+
+
+def test_the_micro_batch_is_filled_up_to_the_multiple():
+    batch = cut([[place(text(1, 5))], [place(text(1, 6, 7))]], 4, 4)
+    assert batch.input_ids.tolist() == [[1, 5, 1, 6, 7, PAD, PAD, PAD]]
+    assert batch.cu_seqlens.tolist() == [0, 2, 5, 8]
+
+
+@pytest.mark.parametrize("multiple", [1, 4])
+def test_rows_without_samples_keep_as_many_positions_as_the_multiple(multiple):
+    batch = cut([[], []], 8, multiple)
+    assert batch.input_ids.tolist() == [[PAD] * multiple]
+    assert batch.cu_seqlens.tolist() == [0, multiple]
+    assert batch.num_positions == 16
+    validate(batch, LANGUAGE, NUM_IMAGE_TOKENS, ImageShare())
+
+
+def of_samples(batch):
+    """Return tokens, labels and datasets of each segment that holds a sample."""
+    lengths = batch.cu_seqlens.diff().tolist()
+    segments = zip(batch.input_ids[0].split(lengths), batch.labels[0].split(lengths), strict=True)
+    return [(ids.tolist(), labels.tolist()) for ids, labels in segments if ids[0] != PAD]
+
+
+@given(st.lists(st.lists(st.integers(1, 4), max_size=3), min_size=1, max_size=4), st.integers(1, 5))
+def test_leaving_positions_out_keeps_every_sample_as_it_is(rows, multiple):
+    placed = [[place(image(), text(*range(3, 3 + size))) for size in row] for row in rows]
+    sample_multiple = 2 if multiple % 2 == 0 else 1
+    full = make_batch(placed, 24, sample_multiple=sample_multiple)
+    short = cut(placed, 24, multiple, sample_multiple)
+    validate(short, LANGUAGE, NUM_IMAGE_TOKENS, ImageShare())
+    assert of_samples(short) == of_samples(full)
+    assert short.input_ids.numel() % multiple == 0
+    assert short.input_ids.numel() <= sum(len(ids) for ids, _ in of_samples(full)) + multiple
+    assert torch.equal(short.label_datasets, full.label_datasets)
+    assert torch.equal(short.pixel_values, full.pixel_values)
+
+
 def test_first_token_is_never_a_target():
     batch = make_batch([[place(text(1, 5)), place(text(1, 6))]], 4)
     assert batch.labels.tolist() == [[5, NONE, 6, NONE]]
