@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megatron_vlm.config import LanguageConfig, ParallelConfig
 from megatron_vlm.models.computation import Computation
+from megatron_vlm.models.layers.linear import ColumnLinear
 from megatron_vlm.models.layers.rotary import positions_in_samples, rotary_table
 from megatron_vlm.models.layers.specs import Backend, language_block_spec
 from megatron_vlm.platform import device
@@ -107,6 +108,9 @@ class LanguageModel(GPTModel):
             vp_stage=vp_stage,
         )
         self.backend = backend
+        tied = language_config.share_embeddings_and_output_weights
+        if post_process and not tied and not config.gradient_accumulation_fusion:
+            self.output_layer: ColumnLinear = ColumnLinear.in_place_of(self.output_layer)
         if post_process and config.sequence_parallel:
             # `_select_positions` gathers the full sequence; its backward pass reduce-scatters the partial gradients.
             self.output_layer.sequence_parallel = False

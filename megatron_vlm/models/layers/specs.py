@@ -6,7 +6,6 @@ from typing import Literal
 
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
@@ -18,6 +17,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 
 from megatron_vlm.config import ConfigError
 from megatron_vlm.models.layers.attention import PackedAttention
+from megatron_vlm.models.layers.linear import ColumnLinear, RowLinear
 from megatron_vlm.models.layers.norm import Norm
 from megatron_vlm.models.layers.rotary import RotarySelfAttention
 from megatron_vlm.platform.machine import pick_backend
@@ -62,7 +62,7 @@ def needs_packed_attention() -> bool:
 
 def mlp_submodules() -> MLPSubmodules:
     """Return the two linear modules of an MLP."""
-    return MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    return MLPSubmodules(linear_fc1=ColumnLinear, linear_fc2=RowLinear)
 
 
 def torch_layer_spec(attn_mask_type: AttnMaskType, self_attention: type[SelfAttention] = SelfAttention) -> ModuleSpec:
@@ -74,9 +74,9 @@ def torch_layer_spec(attn_mask_type: AttnMaskType, self_attention: type[SelfAtte
         module=self_attention,
         params={"attn_mask_type": attn_mask_type},
         submodules=SelfAttentionSubmodules(
-            linear_qkv=ColumnParallelLinear,
+            linear_qkv=ColumnLinear,
             core_attention=PackedAttention,
-            linear_proj=RowParallelLinear,
+            linear_proj=RowLinear,
             q_layernorm=IdentityOp,
             k_layernorm=IdentityOp,
         ),
