@@ -14,7 +14,11 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_vlm.models.layers.block_attention import attend_by_blocks
+
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16)
+# In half precision, scores need more bits than the inputs; torch's own kernel keeps them.
+_BLOCK_DTYPES = (torch.float32, torch.float64)
 _CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal)
 
 
@@ -22,8 +26,8 @@ class PackedAttention(MegatronModule):
     """Scaled dot-product attention inside each sample of a packed sequence; takes no masks.
 
     On a GPU, torch's variable-length kernel processes all samples at once. It takes half precision only, so on the CPU
-    and in float32 there is one call per sample, and never a sequence x sequence matrix. A plain [s, b, n, d] input is a
-    batch of samples of equal length.
+    and in float32 the samples are processed one by one, and there is never a sequence x sequence matrix. A plain
+    [s, b, n, d] input is a batch of samples of equal length.
     """
 
     def __init__(
@@ -103,6 +107,9 @@ class PackedAttention(MegatronModule):
         lengths = params.cu_seqlens_q.diff().tolist()  # on a GPU the host waits here
         if sum(lengths) != query.size(0):
             raise ValueError(f"sample boundaries cover {sum(lengths)} of {query.size(0)} tokens")
+        if query.is_cpu and query.dtype in _BLOCK_DTYPES:
+            out = attend_by_blocks(query, key, value, lengths, scale=self.softmax_scale, causal=self.causal)
+            return out.flatten(1)
         outputs = []
         for sample in zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True):
             by_head = [x.transpose(0, 1).unsqueeze(0) for x in sample]  # [s, n, d] -> [1, n, s, d]
