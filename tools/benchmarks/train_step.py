@@ -4,7 +4,8 @@
 
 A ViT of 192 x 4 and a decoder of 256 x 8 with 32,000 pieces, fp32, rows of 1,024 positions that the project's packer
 filled with pairs and interleaved documents. Ours is the state and the `train_step` of `megatron-vlm train` with its
-default settings. Peers, from the same weights, on the same pixels and rows:
+default settings; it leaves out the positions behind the last sample of a row. Peers, from the same weights, on the same
+pixels and rows:
 
     LLaVA's loop: one sample a row, padded to the longest of the step, embeddings concatenated sample by sample,
         transformers' Llama and CLIP, logits at every position, AdamW parameter by parameter
@@ -85,14 +86,20 @@ def make_samples(number: int) -> list[Any]:
     return samples
 
 
-def make_batches(model: Any, rows: int) -> list[Any]:
-    """Pack samples into rows and return micro-batches of one row each: the first `rows` of a random order."""
+def make_batches(config: Any, rows: int, *, position_multiple: int | None) -> list[Any]:
+    """Pack samples into rows and return micro-batches of one row each: the first `rows` of a random order.
+
+    Args:
+        config: of the run.
+        rows: how many.
+        position_multiple: of `Collation`; None: with all positions.
+    """
     from megatron_vlm.data.loading.collate import Collation, collate
     from megatron_vlm.data.plan.image_tokens import ImageTokens
     from megatron_vlm.data.plan.packing import pack_samples
     from megatron_vlm.parallel.slicing import ImageShare
 
-    samples = make_samples(24 * rows)
+    samples, model = make_samples(24 * rows), config.model
     collation = Collation(
         seq_length=_SEQ_LENGTH,
         image_tokens=ImageTokens(_NUM_IMAGE_TOKENS),
@@ -102,6 +109,7 @@ def make_batches(model: Any, rows: int) -> list[Any]:
         image_size=_SIZE,
         image_aspect="square",
         image_mean=model.vision.image_mean,
+        position_multiple=position_multiple,
     )
     lengths = np.array([sum(map(collation.image_tokens.of_segment, one.sample.segments)) for one in samples])
     rng = np.random.default_rng(1)
@@ -185,13 +193,14 @@ class Ours:
 
         import torch
 
+        from megatron_vlm.config import position_multiple
         from megatron_vlm.parallel.groups import start_distributed
         from megatron_vlm.training.setup import build_state
 
         config = make_config(job)
         torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
         rank = start_distributed(config.parallel, device)
-        self.batches = make_batches(config.model, job.rows)
+        self.batches = make_batches(config, job.rows, position_multiple=position_multiple(config))
         plan: Any = SameRows(self.batches)
         self.state = build_state(config, rank, plan, ("benchmark",))
         self.device = device
@@ -214,7 +223,7 @@ class Theirs:
         from step_peers import Peer, Setting
 
         config = make_config(job)
-        self.batches = make_batches(config.model, job.rows)
+        self.batches = make_batches(config, job.rows, position_multiple=None)
         setting = Setting(model=config.model, optimizer=config.optimizer, freeze_tower=job.freeze_tower)
         kind: Any = job.way
         self.peer = Peer(kind, setting, torch.load(job.weights))
@@ -254,7 +263,7 @@ def work(job: Job, pipe: Connection) -> None:
 
     torch.set_num_threads(1)
     way: Ours | Theirs = Ours(job) if job.way == _OURS else Theirs(job)
-    pipe.send([(batch.num_tokens, batch.input_ids.numel()) for batch in way.batches])
+    pipe.send([(batch.num_tokens, batch.num_positions) for batch in way.batches])
     while pipe.recv():
         started = time.process_time()
         loss, norm = way.step()
