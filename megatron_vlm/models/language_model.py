@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megatron_vlm.config import LanguageConfig, ParallelConfig
 from megatron_vlm.models.computation import Computation
+from megatron_vlm.models.layers.cross_entropy import cross_entropy
 from megatron_vlm.models.layers.linear import ColumnLinear
 from megatron_vlm.models.layers.rotary import positions_in_samples, rotary_table
 from megatron_vlm.models.layers.specs import Backend, language_block_spec
@@ -184,6 +185,17 @@ class LanguageModel(GPTModel):
         if rotary.inv_freq.device != positions.device:
             rotary.inv_freq = rotary.inv_freq.to(positions.device)  # once a run: megatron-core makes it on the CPU
         return rotary_table(positions, rotary.inv_freq, self.config.params_dtype)
+
+    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """Return the loss of each label, float[1, k]; megatron-core's is for a vocabulary that ranks share.
+
+        Args:
+            labels: int64[1, k].
+            logits: float[k, 1, padded_vocab_size / tp].
+        """
+        if self.pg_collection.tp.size() > 1 or self.config.cross_entropy_loss_fusion:
+            return super().compute_language_model_loss(labels, logits)
+        return cross_entropy(logits.transpose(0, 1), labels)
 
     def _select_positions(self, hidden_states: Tensor, label_index: Tensor | None) -> Tensor:
         """Return the hidden states at the positions to compute logits for, float[k, 1, h]."""

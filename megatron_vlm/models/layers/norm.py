@@ -4,8 +4,46 @@ from typing import Any
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
 
-_KINDS = {"LayerNorm": torch.nn.LayerNorm, "RMSNorm": torch.nn.RMSNorm}
+# Half precision needs float32 in between.
+_SINGLE_OR_DOUBLE = (torch.float32, torch.float64)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """x / rms(x) * weight over the last axis, float[t, h]; keeps x and one factor a row."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.size(-1))
+        factor = mean_square.add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, factor)
+        return (x * factor).mul_(weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:  # type: ignore[override]
+        x, weight, factor = ctx.saved_tensors
+        normalised = x * factor
+        product = grad * normalised
+        # Of each row: the part of the gradient that would only change its length.
+        along = torch.mv(product, weight).div_(x.size(-1)).neg_().unsqueeze(-1)
+        weight_grad = product.sum(dim=0) if ctx.needs_input_grad[1] else None
+        x_grad = torch.mul(grad, weight, out=product).addcmul_(normalised, along).mul_(factor)
+        return x_grad, weight_grad, None
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """torch's RMSNorm, which on the CPU is a chain of operations in both directions, in fewer passes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise float[..., h]."""
+        if x.is_cuda or self.weight is None or self.eps is None or x.dtype not in _SINGLE_OR_DOUBLE:
+            return super().forward(x)
+        normalised: Tensor = _RMSNorm.apply(x.flatten(0, -2), self.weight, self.eps)
+        return normalised.view(x.shape)
+
+
+_KINDS: dict[str, type[torch.nn.Module]] = {"LayerNorm": torch.nn.LayerNorm, "RMSNorm": RMSNorm}
 
 
 class Norm:

@@ -9,7 +9,7 @@ from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -18,6 +18,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from megatron_vlm.config import ConfigError
 from megatron_vlm.models.layers.attention import PackedAttention
 from megatron_vlm.models.layers.linear import ColumnLinear, RowLinear
+from megatron_vlm.models.layers.mlp import FusedMLP
 from megatron_vlm.models.layers.norm import Norm
 from megatron_vlm.models.layers.rotary import RotarySelfAttention
 from megatron_vlm.platform.machine import pick_backend
@@ -65,7 +66,11 @@ def mlp_submodules() -> MLPSubmodules:
     return MLPSubmodules(linear_fc1=ColumnLinear, linear_fc2=RowLinear)
 
 
-def torch_layer_spec(attn_mask_type: AttnMaskType, self_attention: type[SelfAttention] = SelfAttention) -> ModuleSpec:
+def torch_layer_spec(
+    attn_mask_type: AttnMaskType,
+    self_attention: type[SelfAttention] = SelfAttention,
+    tp_group: torch.distributed.ProcessGroup | None = None,
+) -> ModuleSpec:
     """Return a transformer layer of torch modules with the checkpoint keys of transformer-engine's layer.
 
     The mask is an argument because megatron-core's own ViT layer without transformer-engine is causal.
@@ -88,7 +93,7 @@ def torch_layer_spec(attn_mask_type: AttnMaskType, self_attention: type[SelfAtte
             self_attention=attention,
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=Norm,
-            mlp=ModuleSpec(module=MLP, submodules=mlp_submodules()),
+            mlp=FusedMLP.of_group(mlp_submodules(), tp_group),
             mlp_bda=get_bias_dropout_add,
             sharded_state_dict_keys_map=dict(_NORM_KEYS),
         ),
@@ -105,9 +110,11 @@ def transformer_engine_layer_spec() -> ModuleSpec:
     return layer
 
 
-def vision_block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
+def vision_block_spec(
+    config: TransformerConfig, tp_group: torch.distributed.ProcessGroup
+) -> TransformerBlockSubmodules:
     """Return the layers of a vision tower; every patch attends to every patch."""
-    layer = torch_layer_spec(AttnMaskType.no_mask)
+    layer = torch_layer_spec(AttnMaskType.no_mask, tp_group=tp_group)
     return TransformerBlockSubmodules(layer_specs=[layer] * config.num_layers, layer_norm=Norm)
 
 

@@ -87,7 +87,11 @@ class VisionModel(Replicated):
         self.ln_pre = Norm(config, hidden_size, config.layernorm_epsilon) if vision_config.pre_norm else None
         collection = ProcessGroupCollection(tp=groups.own, cp=groups.own, pp=groups.own)
         self.decoder = TransformerBlock(
-            config, vision_block_spec(config), pre_process=True, post_process=False, pg_collection=collection
+            config,
+            vision_block_spec(config, groups.own),
+            pre_process=True,
+            post_process=False,
+            pg_collection=collection,
         )
         # Not buffers: a bf16 model would round them, the mean of 122.7 by up to half a level.
         self._mean_and_std: Tensor | None = None

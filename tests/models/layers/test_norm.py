@@ -31,3 +31,26 @@ def test_weights_are_marked_for_the_sum_over_ranks_that_see_other_tokens(sequenc
 def test_norm_of_another_library_is_refused(setting):
     with pytest.raises(ValueError, match="transformer_engine backend"):
         Norm(config_of(**{setting: True}), 32)
+
+
+@pytest.mark.parametrize("shape", [(6, 32), (3, 2, 32)])
+def test_rms_norm_and_its_gradients_are_those_of_torch(shape):
+    ours = Norm(config_of("RMSNorm", params_dtype=torch.float64), 32, eps=1e-3)
+    theirs = torch.nn.RMSNorm(32, eps=1e-3, dtype=torch.float64)
+    torch.nn.init.normal_(ours.weight)
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    results = []
+    for norm in (ours, theirs):
+        out = norm(x)
+        weights = torch.linspace(-1, 2, out.numel(), dtype=torch.float64).view(shape)
+        results.append((out, *torch.autograd.grad((out * weights).sum(), (x, norm.weight))))
+    torch.testing.assert_close(results[0], results[1])
+
+
+def test_a_frozen_rms_norm_passes_the_gradient_on():
+    norm = Norm(config_of("RMSNorm"), 32).requires_grad_(False)
+    x = torch.randn(5, 32, requires_grad=True)
+    (grad,) = torch.autograd.grad(norm(x).square().sum(), x)
+    (expected,) = torch.autograd.grad(torch.nn.functional.rms_norm(x, (32,), norm.weight, 1e-5).square().sum(), x)
+    torch.testing.assert_close(grad, expected)
