@@ -66,8 +66,6 @@ TESTED_ELSEWHERE = {
     "data/sources/text.py": "data/sources/test_sources.py",
     # Steps of one path: what they do together is the claim.
     "checkpoint/open_model.py": "evaluation/test_answer.py",
-    "checkpoint/adam_state.py": "checkpoint/test_resume.py",
-    "checkpoint/sharded_state.py": "checkpoint/test_resume.py",
     "checkpoint/tensors.py": "convert/test_from_hf.py",
     "checkpoint/verify.py": "cli/test_checkpoint.py",
     "convert/differences.py": "convert/test_from_hf.py",

@@ -41,7 +41,9 @@ def resume(
     if found is None:
         return None
     path, manifest = found
-    load_all(path, chunks, optimizer)
+    num_extra_states = load_all(path, chunks, optimizer)
+    if config.training.fp8 and config.training.fp8_recipe == "delayed" and not num_extra_states:
+        logger.warning("checkpoint %s has no history of FP8 scales; delayed scaling starts a new one", path)
     return manifest.progress
 
 

@@ -9,6 +9,7 @@ and can be loaded at any data-, tensor- and pipeline-parallel size.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -21,9 +22,9 @@ from torch import Tensor
 
 from megatron_vlm.checkpoint.adam_state import create_state, inner_optimizers, step_count, values_of
 from megatron_vlm.checkpoint.boxes import split_flat_range
+from megatron_vlm.checkpoint.parallel_files import STATE_PREFIX
 
 STEP = "step"
-_PREFIX = "optimizer.state"
 
 
 def describe_optimizer(optimizer: MegatronOptimizer, model_state: dict[str, Any]) -> dict[str, Any]:
@@ -77,8 +78,11 @@ def _describe_parameter(
         place = part.data.storage_offset() - parameter.storage_offset()
         replica_id = _replica_id(part, parameter) if is_sharded else part.replica_id
         for name, values in values_of(inner.optimizer, main).items():
-            key = f"{_PREFIX}.{name}.{part.key}"
-            yield from _boxes_of(part, place, key, values, begin, replica_id)
+            key = f"{STATE_PREFIX}.{name}.{part.key}"
+            for box in _boxes_of(part, place, key, values, begin):
+                # Ranges are no regular grid; megatron-core must know it of all ranks alike.
+                grid = None if is_sharded else part.axis_fragmentations
+                yield replace(box, replica_id=replica_id, axis_fragmentations=grid)
 
 
 def _replica_id(part: ShardedTensor, parameter: Tensor) -> tuple[int, ...]:
@@ -91,9 +95,7 @@ def _replica_id(part: ShardedTensor, parameter: Tensor) -> tuple[int, ...]:
     return (*part.replica_id[:-1], copy)
 
 
-def _boxes_of(
-    part: ShardedTensor, place: int, key: str, values: Tensor, begin: int, replica_id: tuple[int, ...]
-) -> Iterator[ShardedTensor]:
+def _boxes_of(part: ShardedTensor, place: int, key: str, values: Tensor, begin: int) -> Iterator[ShardedTensor]:
     """Yield the boxes of a stored tensor that hold `values`.
 
     Args:
@@ -102,7 +104,6 @@ def _boxes_of(
         key: of the stored tensor.
         values: float[n], a range of the flattened parameter.
         begin: its first place in the flattened parameter.
-        replica_id: of the boxes.
     """
     first = max(begin, place)
     last = min(begin + values.numel(), place + prod(part.local_shape))
@@ -119,5 +120,4 @@ def _boxes_of(
             part.global_shape,
             tuple(whole + own for whole, own in zip(part.global_offset, inside, strict=True)),
             axis_fragmentations=None,
-            replica_id=replica_id,
         )

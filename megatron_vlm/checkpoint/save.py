@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer.module import MegatronModule
 from torch.distributed.checkpoint.api import CheckpointException
@@ -14,6 +13,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_vlm.checkpoint.folder import checkpoint_path, prune, write_latest
 from megatron_vlm.checkpoint.manifest import FileRecord, Manifest, checksum_file, list_files, write_manifest
 from megatron_vlm.checkpoint.optimizer_state import STEP
+from megatron_vlm.checkpoint.parallel_files import write_state
 from megatron_vlm.checkpoint.sharded_state import OPTIMIZER_KEY, SHARDING_METADATA, describe
 from megatron_vlm.config import StorageError, TrainConfig, save_config
 from megatron_vlm.platform.files.durable import (
@@ -58,14 +58,26 @@ def save_checkpoint(
             settle_folder(final)
         try:
             _save(config, chunks, optimizer, progress, temporary)
-        except CheckpointException as error:  # a BaseException; the error of the disk is lost in megatron-core's writer
-            raise StorageError("checkpoint not saved: a file was not written", where=str(temporary), fix=fix) from error
+        except CheckpointException as error:  # a BaseException
+            raise _error_of_ranks(error, temporary, fix) from error
         if is_main:
             replace_folder(final)
             write_latest(config.run_dir, progress["iteration"])
             prune(config.run_dir, config.checkpoint.keep_last, progress["iteration"])
     torch.distributed.barrier()
     return final
+
+
+def _error_of_ranks(error: CheckpointException, folder: Path, fix: str) -> Exception:
+    """Return the error of the storage that kept a rank from writing, or else an error of ours."""
+    causes = [cause for cause, _ in error.failures.values()]
+    for cause in causes:
+        # torch's writer of a tensor turns the disk's error into a RuntimeError of its own.
+        if not isinstance(cause, (OSError, RuntimeError)):
+            return RuntimeError(f"checkpoint not saved: {cause!r}")
+    known = [cause.strerror for cause in causes if isinstance(cause, OSError) and cause.strerror]
+    what = known[0] if known else "a file was not written"
+    return StorageError(f"checkpoint not saved: {what}", where=str(folder), fix=fix)
 
 
 def _save(
@@ -83,7 +95,7 @@ def _save(
     state = describe(chunks, optimizer)
     # The first rank writes it for all, and its stage may train nothing.
     state[OPTIMIZER_KEY][STEP] = _largest(state[OPTIMIZER_KEY][STEP])
-    dist_checkpointing.save(state, str(folder), content_metadata=dict(SHARDING_METADATA))
+    write_state(state, folder, dict(SHARDING_METADATA))
     if is_main:
         save_config(config, folder / CONFIG_NAME)
     torch.distributed.barrier()

@@ -1,17 +1,19 @@
 """The state that a rank saves to a checkpoint and loads from one."""
 
-from collections.abc import Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedObject, ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
 
 from megatron_vlm.checkpoint.adam_state import set_step_count
 from megatron_vlm.checkpoint.optimizer_state import STEP, describe_optimizer
+from megatron_vlm.checkpoint.parallel_files import read_state
 from megatron_vlm.checkpoint.pickles import check_metadata
 from megatron_vlm.config import CheckpointError
 
@@ -21,24 +23,48 @@ MODEL_PREFIX = "model."
 OPTIMIZER_KEY = "optimizer"
 
 
-def describe_model(chunks: Sequence[MegatronModule]) -> dict[str, dict[str, Any]]:
-    """Return the sharded state of each model chunk under `model0`, `model1`, ..."""
-    return {f"model{index}": _describe_chunk(chunk) for index, chunk in enumerate(chunks)}
+def describe_model(
+    chunks: Sequence[MegatronModule], present: Container[str] | None = None
+) -> dict[str, dict[str, Any]]:
+    """Return the sharded state of each model chunk under `model0`, `model1`, ...
+
+    Args:
+        chunks: of this rank.
+        present: when loading, the keys of all objects in the checkpoint; other objects are left out. An object is the
+            extra state of a module, such as FP8 scales; modules of transformer-engine ask for it, others do not.
+            When saving, None: objects that hold nothing are left out.
+    """
+    return {f"model{index}": _describe_chunk(chunk, present) for index, chunk in enumerate(chunks)}
 
 
-def _describe_chunk(chunk: MegatronModule) -> dict[str, Any]:
+def _describe_chunk(chunk: MegatronModule, present: Container[str] | None) -> dict[str, Any]:
     state = chunk.sharded_state_dict(prefix=MODEL_PREFIX, metadata=dict(SHARDING_METADATA))
-    # Without FP8, every module has an empty extra state: thousands of entries that hold nothing.
-    return {key: value for key, value in state.items() if not (isinstance(value, ShardedObject) and _is_empty(value))}
+    return {key: value for key, value in state.items() if not _is_left_out(value, present)}
 
 
-def _is_empty(value: ShardedObject) -> bool:
-    return value.data is None or (hasattr(value.data, "getbuffer") and not value.data.getbuffer().nbytes)
+def _is_left_out(value: Any, present: Container[str] | None) -> bool:
+    if not isinstance(value, ShardedObject):
+        return False
+    return _is_empty(value.data) if present is None else value.unique_key not in present
 
 
-def describe(chunks: Sequence[MegatronModule], optimizer: MegatronOptimizer) -> dict[str, Any]:
-    """Return the sharded state of model and optimizer."""
-    state: dict[str, Any] = dict(describe_model(chunks))
+def _is_empty(data: Any) -> bool:
+    if isinstance(data, Tensor):
+        return not data.numel()
+    return data is None or (hasattr(data, "getbuffer") and not data.getbuffer().nbytes)
+
+
+def describe(
+    chunks: Sequence[MegatronModule], optimizer: MegatronOptimizer, present: Container[str] | None = None
+) -> dict[str, Any]:
+    """Return the sharded state of model and optimizer; no other rank is asked.
+
+    Args:
+        chunks: of this rank.
+        optimizer: of this rank.
+        present: as in `describe_model`.
+    """
+    state: dict[str, Any] = dict(describe_model(chunks, present))
     state[OPTIMIZER_KEY] = describe_optimizer(optimizer, state)
     return state
 
@@ -49,21 +75,26 @@ def load_model(checkpoint: Path, chunks: Sequence[MegatronModule]) -> None:
     Raises:
         CheckpointError: a tensor is missing or has another shape.
     """
-    state = describe_model(chunks)
-    check_tensors(checkpoint, state)
-    loaded = dist_checkpointing.load(state, str(checkpoint))
-    _fill_model(chunks, loaded)
+    present = _read_index(checkpoint)
+    state = describe_model(chunks, present)
+    check_tensors(checkpoint, state, present)
+    _fill_model(chunks, read_state(state, checkpoint))
 
 
-def load_all(checkpoint: Path, chunks: Sequence[MegatronModule], optimizer: MegatronOptimizer) -> None:
+def load_all(checkpoint: Path, chunks: Sequence[MegatronModule], optimizer: MegatronOptimizer) -> int:
     """Load this rank's weights and optimizer state from a checkpoint saved at any layout.
+
+    Returns:
+        The number of extra states of modules, such as FP8 scales, that were loaded.
 
     Raises:
         CheckpointError: a tensor is missing or has another shape.
     """
-    state = describe(chunks, optimizer)
-    check_tensors(checkpoint, state)
-    loaded = dist_checkpointing.load(state, str(checkpoint))
+    present = _read_index(checkpoint)
+    state = describe(chunks, optimizer, present)
+    check_tensors(checkpoint, state, present)
+    num_objects = sum(isinstance(value, ShardedObject) for value in nested_values(state))
+    loaded = read_state(state, checkpoint)
     if STEP not in loaded.get(OPTIMIZER_KEY, {}):
         # Earlier versions stored values at wrong places where gradient buckets were padded, and no one can tell.
         raise CheckpointError(
@@ -73,9 +104,16 @@ def load_all(checkpoint: Path, chunks: Sequence[MegatronModule], optimizer: Mega
         )
     _fill_model(chunks, loaded)
     set_step_count(optimizer, loaded[OPTIMIZER_KEY][STEP])
+    return num_objects
 
 
-def check_tensors(checkpoint: Path, state: dict[str, Any]) -> None:
+def _read_index(checkpoint: Path) -> dict[str, ShardedBase]:
+    """Return what the checkpoint holds, by key: tensors without data, and objects."""
+    check_metadata(checkpoint)
+    return load_sharded_metadata(str(checkpoint))
+
+
+def check_tensors(checkpoint: Path, state: dict[str, Any], present: Mapping[str, ShardedBase]) -> None:
     """Compare the requested tensors with those in the checkpoint.
 
     megatron-core accepts an embedding of another shape and reads the rows that fit; a vocabulary padded differently
@@ -84,8 +122,6 @@ def check_tensors(checkpoint: Path, state: dict[str, Any]) -> None:
     Raises:
         CheckpointError: names the first tensor that is missing or has another shape.
     """
-    check_metadata(checkpoint)
-    present = dist_checkpointing.load_tensors_metadata(str(checkpoint))
     for value in nested_values(state):
         for tensor in _tensors_of(value):
             found = present.get(tensor.key)

@@ -40,7 +40,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint_as_it_was(state, tmp_path, m
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("megatron_vlm.checkpoint.save.dist_checkpointing.save", full)
+    monkeypatch.setattr("megatron_vlm.checkpoint.save.write_state", full)
     with pytest.raises(StorageError, match="checkpoint not saved: No space left on device"):
         save(state, 2)
     assert list_iterations(tmp_path) == [1]
@@ -51,7 +51,7 @@ def test_a_file_that_the_writer_cannot_write_is_an_error_of_the_storage(state, t
     def full(*args, **kwargs):
         raise CheckpointException("write", {})
 
-    monkeypatch.setattr("megatron_vlm.checkpoint.save.dist_checkpointing.save", full)
+    monkeypatch.setattr("megatron_vlm.checkpoint.save.write_state", full)
     with pytest.raises(StorageError, match="checkpoint not saved: a file was not written .*; fix: make room"):
         save(state, 1)
 
