@@ -6,13 +6,12 @@ from dataclasses import asdict
 from typing import Any
 
 from megatron_vlm.config import ConfigError, TrainConfig
-from megatron_vlm.costs.memory import estimate_memory
+from megatron_vlm.costs.memory import LIBRARIES, estimate_memory
 from megatron_vlm.platform.fake_device.events import Collective, HostWait
 from megatron_vlm.training.rehearsal.comparison import compare_ranks
 from megatron_vlm.training.rehearsal.facts import RankFacts
 from megatron_vlm.training.rehearsal.job import Rehearsal
 
-LIBRARIES = 4 * 2**30
 _MEMORY = ("weights", "gradients", "optimizer", "activations", "peak")
 
 
@@ -59,7 +58,7 @@ def _stage(rehearsal: Rehearsal, played: Sequence[RankFacts], gpu_memory: int) -
         "rank": facts.rank,
         **{name: getattr(facts, name) for name in _MEMORY},
         "peaks": facts.peaks,
-        "plan": {**asdict(plan), "peak": plan.total},
+        "plan": {**asdict(plan), "peak": plan.peak},
         "fits": facts.peak + LIBRARIES <= gpu_memory,
         "waits": _list_waits(facts.waits),
     }
