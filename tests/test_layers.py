@@ -86,7 +86,6 @@ TESTED_ELSEWHERE = {
     "training/blend.py": "training/test_validation.py",
     "training/hooks/validation.py": "training/test_validation.py",
     "training/rehearsal/facts.py": "training/rehearsal/test_comparison.py",
-    "training/rehearsal/play.py": "cli/test_rehearse.py",
     "training/setup.py": "checkpoint/test_resume.py",
 }
 SOURCES = sorted((ROOT / PACKAGE).rglob("*.py"))
