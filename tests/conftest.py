@@ -9,9 +9,9 @@ prepare_process()
 import hypothesis  # noqa: E402
 
 from tests.support.fake_ranks import play  # noqa: E402
-from tests.support.fixtures import one_rank, workers  # noqa: E402
+from tests.support.fixtures import fake_process, one_rank, workers  # noqa: E402
 
-__all__ = ["one_rank", "play", "workers"]
+__all__ = ["fake_process", "one_rank", "play", "workers"]
 
 # How long an example takes says more about the machine's other work than about the code.
 hypothesis.settings.register_profile("no_deadline", deadline=None)

@@ -15,9 +15,9 @@ class FakeDeviceProcess:
             1, mp_context=get_context("spawn"), initializer=_start, initargs=(os.getpid(),)
         )
 
-    def run(self, function: Callable, *arguments: Any) -> Any:
+    def run(self, function: Callable, *arguments: Any, **settings: Any) -> Any:
         """Return what the function returns there; raises what it raises."""
-        return self._pool.submit(function, *arguments).result(timeout=300)
+        return self._pool.submit(function, *arguments, **settings).result(timeout=300)
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)

@@ -5,6 +5,7 @@ import torch
 
 from megatron_vlm.config import ParallelConfig
 from megatron_vlm.parallel.groups import build_groups, seed_everything, stop_distributed
+from tests.support.fake_device import FakeDeviceProcess
 from tests.support.pool import WorkerPool
 from tests.support.release import release_models
 
@@ -27,3 +28,11 @@ def one_rank(tmp_path):
     yield
     stop_distributed()
     release_models()
+
+
+@pytest.fixture(scope="session")
+def fake_process():
+    """A process on the fake device."""
+    process = FakeDeviceProcess()
+    yield process
+    process.close()

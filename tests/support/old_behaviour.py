@@ -14,7 +14,8 @@ def _encode_share(model: VisionLanguageModel, pixel_values: Tensor) -> Tensor:
     if pixel_values.size(0):
         return model.vision_projection(model.vision_model(pixel_values))
     grid = model.vision_model.vision_config.constant_grid
-    empty = torch.zeros((0, grid.size, model.config.hidden_size), dtype=model.config.params_dtype)
+    shape, device = (0, grid.size, model.config.hidden_size), pixel_values.device
+    empty = torch.zeros(shape, dtype=model.config.params_dtype, device=device)
     parameters = [*model.vision_model.parameters(), *model.vision_projection.parameters()]
     learning = [parameter.sum() for parameter in parameters if parameter.requires_grad]
     return empty + 0 * torch.stack(learning).sum() if learning else empty

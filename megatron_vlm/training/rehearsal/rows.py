@@ -11,13 +11,13 @@ from megatron_vlm.data.loading.batch import VLMBatch
 from megatron_vlm.data.loading.collate import Collation, PlacedSample, collate
 from megatron_vlm.data.samples import EncodedSample, ImageSegment, TextSegment
 from megatron_vlm.parallel.slicing import RankSlice
-from megatron_vlm.training.rehearsal.job import CAPTION_TOKENS, FEW_IMAGES
+from megatron_vlm.training.rehearsal.job import CAPTION_TOKENS, FEW_IMAGES, most_in_flight
 
 _TOKEN = 5
 """Any token of the vocabulary that is no control token."""
 
 
-def image_counts(most: int, pipeline_size: int, count: int, data_parallel_rank: int) -> list[int]:
+def image_counts(most: int, num_full: int, count: int, data_parallel_rank: int) -> list[int]:
     """Return the images in the rows of one rank's micro-batches.
 
     The first data-parallel rank begins with as many full rows as the pipeline holds; the others begin elsewhere in the
@@ -25,12 +25,12 @@ def image_counts(most: int, pipeline_size: int, count: int, data_parallel_rank: 
 
     Args:
         most: images that fit into a row.
-        pipeline_size: stages.
+        num_full: rows with so many images before those with fewer.
         count: micro-batches.
         data_parallel_rank: whose micro-batches they are.
     """
-    order = [most] * pipeline_size + [min(few, most) for few in FEW_IMAGES]
-    first = pipeline_size - 1 + data_parallel_rank if data_parallel_rank else 0
+    order = [most] * num_full + [min(few, most) for few in FEW_IMAGES]
+    first = num_full - 1 + data_parallel_rank if data_parallel_rank else 0
     return [order[(first + index) % len(order)] for index in range(count)]
 
 
@@ -41,8 +41,8 @@ class MadeUpRows:
         self.collation = Collation.from_config(config.model, config.data)
         self.image_share, self.num_rows = rank_slice.image_share, config.training.micro_batch_size
         self.pair_size = config.model.fixed_image_tokens("a rehearsal with made-up rows") + CAPTION_TOKENS
-        most, stages = config.data.seq_length // self.pair_size, config.parallel.pipeline_model_parallel_size
-        counts = image_counts(most, stages, num_micro_batches, rank_slice.data_parallel_rank)
+        most, num_full = config.data.seq_length // self.pair_size, most_in_flight(config.parallel)
+        counts = image_counts(most, num_full, num_micro_batches, rank_slice.data_parallel_rank)
         self._picture = _encode_picture(config.model.vision.image_size)
         self._batches = self._endless(counts)
 

@@ -36,7 +36,7 @@ def test_each_stage_has_two_ranks_of_each_of_its_groups(sizes, world_size, ranks
         ({}, 1, 4),
         ({"pp": 2}, 2, 5),
         ({"pp": 2}, 16, 4),
-        ({"pp": 2, "vpp": 2}, 2, 6),
+        ({"pp": 2, "vpp": 2}, 2, 8),
         ({"global_batch_size": 2}, 1, 2),
     ],
 )
