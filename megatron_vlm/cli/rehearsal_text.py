@@ -5,8 +5,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from megatron_vlm.config import TrainConfig
+from megatron_vlm.costs.rows import TEXT_OF_PAIR
 from megatron_vlm.training.rehearsal.facts import BUILD
-from megatron_vlm.training.rehearsal.job import CAPTION_TOKENS, FEW_IMAGES
+from megatron_vlm.training.rehearsal.job import FEW_IMAGES
 
 _MEMORY = ("weights", "gradients", "optimizer", "activations", "peak")
 _MOST_WAITS = 12
@@ -40,7 +41,7 @@ def _heading(facts: dict[str, Any], config: TrainConfig) -> Iterator[str]:
         yield f"rows are the first of the run's plan; images in the micro-batches of rank {_first(facts)}: {images}"
     else:
         yield (
-            f"rows are made up, without shards: images with {CAPTION_TOKENS} tokens of text, as many as fit or "
+            f"rows are made up, without shards: images with {TEXT_OF_PAIR} tokens of text, as many as fit or "
             f"{', '.join(map(str, FEW_IMAGES))}, then text; rank {_first(facts)}: {images}"
         )
     if config.model.backend != "torch" or config.training.fp8:

@@ -7,8 +7,6 @@ from megatron_vlm.training.rehearsal.facts import RankFacts
 
 FEW_IMAGES = (0, 1, 3)
 """Images of the made-up rows that follow those with as many as fit."""
-CAPTION_TOKENS = 23
-"""Text of an image in made-up rows, as in COYO's captions: BOS and 22 tokens."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,11 +7,12 @@ import numpy as np
 from PIL import Image
 
 from megatron_vlm.config import TrainConfig
+from megatron_vlm.costs.rows import TEXT_OF_PAIR
 from megatron_vlm.data.loading.batch import VLMBatch
 from megatron_vlm.data.loading.collate import Collation, PlacedSample, collate
 from megatron_vlm.data.samples import EncodedSample, ImageSegment, TextSegment
 from megatron_vlm.parallel.slicing import RankSlice
-from megatron_vlm.training.rehearsal.job import CAPTION_TOKENS, FEW_IMAGES, most_in_flight
+from megatron_vlm.training.rehearsal.job import FEW_IMAGES, most_in_flight
 
 _TOKEN = 5
 """Any token of the vocabulary that is no control token."""
@@ -40,7 +41,7 @@ class MadeUpRows:
     def __init__(self, config: TrainConfig, rank_slice: RankSlice, num_micro_batches: int) -> None:
         self.collation = Collation.from_config(config.model, config.data)
         self.image_share, self.num_rows = rank_slice.image_share, config.training.micro_batch_size
-        self.pair_size = config.model.fixed_image_tokens("a rehearsal with made-up rows") + CAPTION_TOKENS
+        self.pair_size = config.model.fixed_image_tokens("a rehearsal with made-up rows") + TEXT_OF_PAIR
         most, num_full = config.data.seq_length // self.pair_size, most_in_flight(config.parallel)
         counts = image_counts(most, num_full, num_micro_batches, rank_slice.data_parallel_rank)
         self._picture = _encode_picture(config.model.vision.image_size)
@@ -61,7 +62,7 @@ class MadeUpRows:
         """Return pairs of an image and a caption, then text up to the end of the row."""
         side, left = self.collation.image_size, self.collation.seq_length - num_images * self.pair_size
         image = ImageSegment(self._picture, (side, side))
-        samples = [EncodedSample((_text(1), image, _text(CAPTION_TOKENS - 1)))] * num_images
+        samples = [EncodedSample((_text(1), image, _text(TEXT_OF_PAIR - 1)))] * num_images
         if left:
             samples.append(EncodedSample((_text(left),)))
         return [PlacedSample(sample, 0, 0, "a made-up sample") for sample in samples]

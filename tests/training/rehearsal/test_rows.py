@@ -1,12 +1,12 @@
 import pytest
 
+from megatron_vlm.costs.rows import TEXT_OF_PAIR
 from megatron_vlm.parallel.slicing import ImageShare, RankSlice
-from megatron_vlm.training.rehearsal.job import CAPTION_TOKENS
 from megatron_vlm.training.rehearsal.rows import MadeUpRows, image_counts
 from tests.support.batches import validate
 from tests.support.configs import SEQ_LENGTH, tiny_run
 
-PAIR = 16 + CAPTION_TOKENS
+PAIR = 16 + TEXT_OF_PAIR
 
 
 def test_first_rank_fills_the_pipeline_with_full_rows_and_the_others_differ_in_each_micro_batch():
