@@ -1,9 +1,11 @@
 import json
+from pathlib import Path
 
 import pytest
 
 from megatron_vlm.platform.fake_device.guard import build_guard
 
+VILA = Path(__file__).parents[2] / "examples" / "vila_7b"
 TWO_BY_TWO = ("parallel.tensor_model_parallel_size=2", "parallel.pipeline_model_parallel_size=2")
 
 
@@ -76,3 +78,45 @@ def test_without_a_compiler_one_line_says_so(project, tmp_path):
     (line,) = done.stderr.splitlines()
     assert done.returncode == 78
     assert "needs a C++ compiler once" in line
+
+
+def test_job_that_does_not_fit_is_refused_with_the_setting_to_change(project):
+    wide = ("model.language.hidden_size=16384", "model.language.ffn_hidden_size=65536")
+    done = project.run(
+        "rehearse",
+        "train.yaml",
+        "--world-size",
+        "2",
+        "--ranks",
+        "0",
+        "--iterations",
+        "1",
+        "--no-data",
+        *wide,
+        timeout=300,
+    )
+    *_, line = done.stderr.splitlines()
+    assert done.returncode == 78
+    assert "stage 0 needs" in line
+    assert "parallel.tensor_model_parallel_size=2" in line
+    assert "rows are made up" in done.stdout
+
+
+EXAMPLES = [
+    (path, 64 if path.parent.name == "h100" else 128) for path in sorted(VILA.rglob("*.yaml")) if path.stem != "base"
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("path", "world_size"), EXAMPLES, ids=lambda value: str(value).rpartition("vila_7b/")[2])
+def test_example_fits_agrees_and_holds_what_plan_says(project, path, world_size):
+    done = project.run("rehearse", str(path), "--world-size", str(world_size), "--json", timeout=900)
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)
+    assert not facts["differences"]
+    for stage in facts["stages"]:
+        assert stage["peak"] < 80e9
+        assert stage["plan"]["peak"] == pytest.approx(stage["peak"], rel=0.1)
+        assert stage["plan"]["activations"] == pytest.approx(stage["activations"], rel=0.1)
+        # One for the log line; the host decides nothing else by what the device computes.
+        assert sum(wait["count"] for wait in stage["waits"]) <= 3

@@ -22,6 +22,9 @@ NAME = "a GPU that is not there"
 _CAPABILITY = (8, 0)
 """The oldest one whose memory the examples need: what runs on it runs on the later ones."""
 
+_COMPILED_PACKAGES = ("transformer_engine", "apex", "amp_C", "flash_attn", "flash_attn_2_cuda", "flash_attn_3")
+"""Their kernels read memory that a fake tensor does not have; megatron-core uses them wherever they import."""
+
 _FIRST_USER = "megatron.core.tensor_parallel.random"
 _installed = False
 
@@ -38,6 +41,8 @@ def install() -> None:
     if _FIRST_USER in sys.modules:
         raise RuntimeError("fake_device.install() must run before megatron.core is imported")
     device.quieten()
+    for name in _COMPILED_PACKAGES:
+        sys.modules[name] = None  # type: ignore[assignment]  # importing it fails, as if it were not installed
     # torch has its compiler wherever it is built for CUDA on Linux; here the parts to compile run as they are.
     device.can_compile_kernels = lambda: True
     _serve_cuda_module()

@@ -89,6 +89,14 @@ def test_first_step_makes_the_state_of_the_optimizer(fake_process):
     assert facts.parameters == facts.learning
 
 
+@pytest.mark.parametrize("rank", [0, 2])
+def test_host_waits_at_most_three_times_in_a_step(fake_process, rank):
+    parallel = {"pipeline_model_parallel_size": 2, "tensor_model_parallel_size": 2, **OVERLAP}
+    config = tiny_run(parallel=parallel, training={"precision": "bf16", "global_batch_size": 8}, model=MODEL)
+    (facts,) = fake_process.run(programs.play, config, 4, (rank,))
+    assert 0 < sum(facts.waits.values()) <= 3, facts.waits
+
+
 def test_tied_embeddings_and_a_trained_tower_are_played(fake_process):
     model = tiny_model(num_layers=2, share_embeddings_and_output_weights=True)
     config = tiny_run(parallel={"pipeline_model_parallel_size": 2}, model=model)
