@@ -102,7 +102,7 @@ class Config:
         """Return the activations for one image, with flash attention."""
         hidden, ffn, tokens = self.hidden_size, self.ffn_hidden_size, patches.size + int(self.class_token)
         # Inputs of the two norms and of the GELU, query, key, value and output of attention; inputs of the matrices.
-        kept = 6 * hidden + ffn * (2 if self.activation == "quick_gelu" else 1) + (2 * hidden + ffn if learns else 0)
+        kept = 6 * hidden + ffn + (2 * hidden + ffn if learns else 0)
         layer = Activations(kept=tokens * kept, working=tokens * (2 * ffn + hidden))
         layers = layer.times(self.num_layers_run)
         if recompute:
