@@ -12,6 +12,6 @@ def release_models() -> None:
     sight, and with them the wrapped model; it is emptied, since every gloo group that it knows has threads that poll.
     """
     for thing in gc.get_objects():
-        if type(thing) is DistributedDataParallel:
+        if issubclass(type(thing), DistributedDataParallel):
             vars(thing).clear()
     gc.collect()
