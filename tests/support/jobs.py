@@ -13,7 +13,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from megatron_vlm.checkpoint.adam_state import inner_optimizers
+from megatron_vlm.checkpoint.adam_state import adams
 from megatron_vlm.checkpoint.load import load_weights
 from megatron_vlm.checkpoint.save import save_checkpoint
 from megatron_vlm.config import (
@@ -171,11 +171,12 @@ def _save(state: TrainState) -> None:
 
 
 def _adam_steps(state: TrainState) -> list[float]:
+    # torch's Adam counts for each parameter, transformer-engine's for each group.
     steps = [
-        float(entry["step"])
-        for inner in inner_optimizers(state.optimizer)
-        if getattr(inner, "optimizer", None) is not None
-        for entry in inner.optimizer.state.values()
+        float(adam.state[parameter].get("step", group.get("step", 0)))
+        for adam in adams(state.optimizer)
+        for group in adam.param_groups
+        for parameter in group["params"]
     ]
     return sorted(set(steps))
 

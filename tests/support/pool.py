@@ -17,10 +17,15 @@ START_SECONDS = 300.0
 
 
 class WorkerPool:
-    """`size` processes that run a function of a module as the ranks of a gloo job."""
+    """`size` processes that run a function of a module as the ranks of a gloo job.
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+    Args:
+        size: of the largest job.
+        setup: `module:function` that each process calls before it imports megatron-core.
+    """
+
+    def __init__(self, size: int, setup: str = "megatron_vlm.platform.device:prepare_process") -> None:
+        self.size, self.setup = size, setup
         self._pipes: list[Connection] = []
         self._processes: list[Any] = []
 
@@ -60,7 +65,7 @@ class WorkerPool:
         context, starting = multiprocessing.get_context("spawn"), []
         while len(self._processes) < self.size:
             ours, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(theirs, os.getpid()))
+            process = context.Process(target=_work, args=(theirs, os.getpid(), self.setup))
             process.start()
             theirs.close()
             self._pipes.append(ours)
@@ -87,14 +92,18 @@ def _receive(pipe: Connection) -> tuple[bool, Any]:
         return False, "the process died"
 
 
-def _work(pipe: Connection, parent_pid: int) -> None:
-    from megatron_vlm.platform.device import prepare_process
+def _find(name: str) -> Any:
+    module, function = name.split(":")
+    return getattr(importlib.import_module(module), function)
+
+
+def _work(pipe: Connection, parent_pid: int, setup: str) -> None:
     from megatron_vlm.platform.launch.parent import die_with_parent
 
     os.setpgid(0, 0)
     die_with_parent(parent_pid)
     faulthandler.register(signal.SIGUSR2)
-    prepare_process()
+    _find(setup)()
     import torch
 
     from megatron_vlm.parallel.groups import stop_distributed
@@ -112,8 +121,7 @@ def _work(pipe: Connection, parent_pid: int) -> None:
         try:
             store = torch.distributed.FileStore(store_path, world_size)
             torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
-            module, name = job.split(":")
-            answer = (True, getattr(importlib.import_module(module), name)(**arguments))
+            answer = (True, _find(job)(**arguments))
             stop_distributed()
             release_models()
         except BaseException:
