@@ -1,70 +1,149 @@
-"""Inspect the pickled index of a torch_dist checkpoint before torch loads it.
+"""Check the small files of a checkpoint before torch reads it: pickles run no code, paths stay inside."""
 
-`torch.distributed.checkpoint` unpickles `.metadata` without restrictions, so a hostile file could run code.
-"""
-
-import pickle
+import json
+import re
+from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from megatron_vlm.checkpoint.safe_pickle import UNREADABLE, check_object, unpickle_index
 from megatron_vlm.config import CheckpointError
 
 METADATA_NAME = ".metadata"
-_ALLOWED_MODULES = ("torch.distributed.checkpoint.", "megatron.core.dist_checkpointing.")
-_ALLOWED_NAMES = {
-    ("builtins", "dict"),
-    ("builtins", "list"),
-    ("builtins", "set"),
-    ("builtins", "tuple"),
-    ("builtins", "slice"),
-    ("builtins", "getattr"),
-    ("collections", "OrderedDict"),
-    ("collections", "defaultdict"),
-    ("io", "BytesIO"),
-    ("pathlib", "Path"),
-    ("pathlib", "PosixPath"),
-    ("torch", "Size"),
-    ("torch", "device"),
-    ("torch._utils", "_rebuild_tensor_v2"),
-    ("torch.serialization", "_get_layout"),
+_BACKEND_NAME = "metadata.json"
+_BACKEND = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
 }
-_ALLOWED_TORCH_KINDS = ("dtype", "layout", "memory_format")
-
-
-class _RestrictedUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("builtins", "getattr"):
-            return _safe_getattr
-        allowed = (module, name) in _ALLOWED_NAMES or module.startswith(_ALLOWED_MODULES)
-        if module == "torch" and not allowed:
-            allowed = type(super().find_class(module, name)).__name__ in _ALLOWED_TORCH_KINDS
-        if not allowed or "." in name:
-            raise pickle.UnpicklingError(f"it names {module}.{name}")
-        return super().find_class(module, name)
-
-
-def _safe_getattr(owner: Any, name: str) -> Any:
-    """Stand in for getattr: enum members in torch's metadata are pickled as getattr(class, name)."""
-    if not isinstance(owner, type) or name.startswith("_"):
-        raise pickle.UnpicklingError(f"it reads {name} of {owner!r}")
-    return getattr(owner, name)
+_COMMON_NAME = "common.pt"
+_NAMES = (METADATA_NAME, _BACKEND_NAME, _COMMON_NAME)
+_OBJECT_KEY = re.compile(r".+/shard_[\d.]+_[\d.]+", re.DOTALL)
+"""The place of an object in a grid of objects ends its key; no key of a tensor looks so."""
 
 
 def check_metadata(checkpoint: Path) -> None:
-    """Reject a checkpoint whose index could run code.
+    """Reject a checkpoint whose small files are damaged, could run code, or point out of its folder.
 
     Raises:
-        CheckpointError: the index is missing, damaged, or names anything other than checkpoint records.
+        CheckpointError: names the file.
     """
+    # A conversion reads thousands of tensors from one checkpoint, and checks it before each of them.
+    _check_once(checkpoint.absolute(), tuple(map(_stamp, (checkpoint / name for name in _NAMES))))
+
+
+def _stamp(path: Path) -> tuple[int, int, int] | None:
+    if not path.is_file():
+        return None
+    found = path.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+@lru_cache(maxsize=8)
+def _check_once(checkpoint: Path, _stamps: tuple) -> None:
     path = checkpoint / METADATA_NAME
     try:
         with path.open("rb") as stream:
-            _RestrictedUnpickler(stream).load()
+            index = unpickle_index(stream)
+        objects = list(_objects(index))
+        _check_places(index, checkpoint)
     except FileNotFoundError:
         raise CheckpointError(
             "checkpoint has no tensor index", where=str(path), fix="use a complete checkpoint"
         ) from None
-    except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, ValueError, TypeError) as error:
+    except UNREADABLE as error:
+        raise _hostile("tensor index", path, error) from None
+    for name, begin, length in objects:
+        _check_object(checkpoint / name, begin, length)
+    _check_backend(checkpoint / _BACKEND_NAME)
+    _check_common(checkpoint / _COMMON_NAME)
+
+
+def _check_backend(path: Path) -> None:
+    try:
+        found = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise _missing(path) from None
+    except (ValueError, RecursionError):
+        found = None
+    # megatron-core chooses by these names how the files are read.
+    if found != _BACKEND:
         raise CheckpointError(
-            f"tensor index is damaged or hostile: {error}", where=str(path), fix="use a checkpoint that you trust"
-        ) from None
+            "metadata.json does not name the format torch_dist, version 1",
+            where=str(path),
+            fix="use another checkpoint",
+        )
+
+
+def _check_common(path: Path) -> None:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise _missing(path) from None
+    except UNREADABLE as error:
+        raise _hostile("common state", path, error) from None
+    if not isinstance(state, dict):
+        raise _hostile("common state", path, TypeError(f"it is a {type(state).__name__}"))
+
+
+def _check_places(index: Any, checkpoint: Path) -> None:
+    """Check that every stored value lies within a file of the folder."""
+    sizes: dict[str, int] = {}
+    for name, begin, length in map(_place, _storage(index).values()):
+        if name not in sizes:
+            if Path(name).name != name or not (checkpoint / name).is_file():
+                raise ValueError(f"it names the file {name}, which is not in the folder")
+            sizes[name] = (checkpoint / name).stat().st_size
+        if not 0 <= begin <= begin + length <= sizes[name]:
+            raise ValueError(f"it names bytes {begin} to {begin + length} of {name}, which has {sizes[name]}")
+
+
+def _objects(index: Any) -> Iterator[tuple[str, int, int]]:
+    """Yield the place of each object that torch unpickles without restrictions."""
+    kinds = {key: type(value).__name__ for key, value in index.state_dict_metadata.items()}
+    keys = {key for key, kind in kinds.items() if kind != "TensorStorageMetadata"}
+    for key in keys:
+        if kinds[key] != "BytesStorageMetadata" or not _OBJECT_KEY.fullmatch(key):
+            raise ValueError(f"it has a {kinds[key]} for {key}")
+    for place, info in _storage(index).items():
+        if place.fqn in keys:
+            yield _place(info)
+
+
+def _storage(index: Any) -> dict[Any, Any]:
+    found = index.storage_data
+    if not isinstance(found, dict):
+        raise TypeError("it does not say where the values are")
+    return found
+
+
+def _place(info: Any) -> tuple[str, int, int]:
+    found = (info.relative_path, info.offset, info.length)
+    if [type(value) for value in found] != [str, int, int]:
+        raise TypeError("it does not say where a value is")
+    return found
+
+
+def _check_object(path: Path, begin: int, length: int) -> None:
+    with path.open("rb") as stream:
+        stream.seek(begin)
+        content = stream.read(length)
+    try:
+        check_object(content)
+    except UNREADABLE as error:
+        raise _hostile("extra state of a module", path, error) from None
+
+
+def _missing(path: Path) -> CheckpointError:
+    return CheckpointError(f"{path.name} is missing", where=str(path), fix="use a complete checkpoint")
+
+
+def _hostile(what: str, path: Path, error: Exception) -> CheckpointError:
+    reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+    return CheckpointError(
+        f"{what} is damaged or hostile: {reason[:120]}", where=str(path), fix="use a checkpoint that you trust"
+    )
