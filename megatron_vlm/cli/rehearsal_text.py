@@ -24,7 +24,7 @@ def outcome_text(facts: dict[str, Any], config: TrainConfig, gpu_name: str) -> s
     lines = [*_heading(facts, config), "", *_memory_lines(facts, gpu_name), ""]
     for stage in facts["stages"]:
         lines += _wait_lines(stage)
-    lines += ["", *_collective_lines(facts)]
+    lines += ["", *_collective_lines(facts), "", _checkpoint_line(facts)]
     return "\n".join(lines) + "\n"
 
 
@@ -63,6 +63,13 @@ def _memory_lines(facts: dict[str, Any], gpu_name: str) -> Iterator[str]:
     yield (
         f"NCCL, CUDA, workspaces and gaps between tensors: {facts['libraries'] / 2**30:.1f} GiB more are assumed; "
         f"{gpu_name} has {facts['gpu_memory'] / 2**30:.1f} GiB"
+    )
+
+
+def _checkpoint_line(facts: dict[str, Any]) -> str:
+    largest = max(facts["ranks"], key=lambda rank: rank["checkpoint"])
+    return (
+        f"of a checkpoint a played rank writes at most {largest['checkpoint'] / 2**20:.1f} MiB (rank {largest['rank']})"
     )
 
 

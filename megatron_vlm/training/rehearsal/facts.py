@@ -34,6 +34,8 @@ class RankFacts:
     """Images of each micro-batch played."""
     label_counts: tuple[int, ...]
     """Positions with a loss of each micro-batch played."""
+    checkpoint: int
+    """What this rank writes of a checkpoint, at most."""
 
     @property
     def peak(self) -> int:

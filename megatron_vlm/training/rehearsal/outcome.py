@@ -76,6 +76,7 @@ def _rank(facts: RankFacts) -> dict[str, Any]:
         "labels": facts.label_counts,
         **{name: getattr(facts, name) for name in _MEMORY},
         "peaks": facts.peaks,
+        "checkpoint": facts.checkpoint,
         "waits": _list_waits(facts.waits),
         "collectives": _list_collectives(facts.collectives),
     }

@@ -9,6 +9,8 @@ import torch
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_vlm.checkpoint.optimizer_state import inner_optimizers
+from megatron_vlm.checkpoint.parallel_files import bytes_per_rank
+from megatron_vlm.checkpoint.sharded_state import describe
 from megatron_vlm.data.loading.batch import VLMBatch
 from megatron_vlm.parallel.groups import RankLayout, build_groups, rank_layout, stop_distributed
 from megatron_vlm.platform.fake_device.device import DEVICE, fake_device, on_host
@@ -153,6 +155,7 @@ def _facts(rehearsal: Rehearsal, state: TrainState, watch: DeviceWatch, fed: _Fe
         collectives=tuple(watch.collectives.calls),
         image_counts=tuple(fed.image_counts),
         label_counts=tuple(fed.label_counts),
+        checkpoint=bytes_per_rank(describe(state.chunks, state.optimizer)),
     )
 
 

@@ -27,6 +27,7 @@ def rank(number, *calls):
         collectives=calls,
         image_counts=(),
         label_counts=(),
+        checkpoint=0,
     )
 
 

@@ -87,6 +87,8 @@ def test_first_step_makes_the_state_of_the_optimizer(fake_process):
     assert facts.gradients == pytest.approx(4 * facts.learning, rel=0.1)
     assert facts.optimizer == pytest.approx(12 * facts.learning, rel=0.1)
     assert facts.parameters == facts.learning
+    # The only rank writes the weights and all of the optimizer.
+    assert facts.checkpoint == pytest.approx(14 * facts.parameters, rel=0.1)
 
 
 @pytest.mark.parametrize("rank", [0, 2])
