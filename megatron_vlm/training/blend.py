@@ -64,6 +64,17 @@ def open_training_blend(config: TrainConfig) -> OpenBlend:
     return _open(config, PlanSettings.from_config(config))
 
 
+def open_planned_blend(config: TrainConfig) -> OpenBlend:
+    """Open `data.blend` with the plan in the run folder, which is written already; no other rank is asked.
+
+    Raises:
+        UserError: a dataset or the plan is missing or damaged.
+    """
+    settings = PlanSettings.from_config(config)
+    datasets = [ShardedDataset.open(entry.path) for entry in settings.blend]
+    return OpenBlend(datasets, open_plan(settings, datasets, Path(config.run_dir) / PLAN_FOLDER))
+
+
 def open_validation_blend(config: TrainConfig) -> OpenBlend | None:
     """Open `data.validation`; None if it is empty. Raises as `open_training_blend`."""
     if not config.data.validation:

@@ -17,7 +17,7 @@ from megatron_vlm.platform.fake_device.device import DEVICE, fake_device, on_hos
 from megatron_vlm.platform.fake_device.events import HostWait
 from megatron_vlm.platform.fake_device.memory import storage_bytes
 from megatron_vlm.platform.fake_device.watch import DeviceWatch
-from megatron_vlm.training.blend import open_training_blend
+from megatron_vlm.training.blend import open_planned_blend
 from megatron_vlm.training.rehearsal.facts import BUILD, STEP, UPDATE, RankFacts
 from megatron_vlm.training.rehearsal.job import Rehearsal
 from megatron_vlm.training.rehearsal.rows import MadeUpRows
@@ -121,7 +121,7 @@ class _Source:
         self.dataset_names: Sequence[str] = [entry.path for entry in config.data.blend]
         if rehearsal.has_data:
             with on_host():
-                self.blend = open_training_blend(config)
+                self.blend = open_planned_blend(config)
             self.plan, self.dataset_names = self.blend.plan, self.blend.dataset_names
 
     def batches(self, state: TrainState) -> list[Iterator[VLMBatch]]:
