@@ -30,8 +30,6 @@ STEP = "step"
 def describe_optimizer(optimizer: MegatronOptimizer, model_state: dict[str, Any]) -> dict[str, Any]:
     """Return this rank's part of the optimizer's state; no other rank is asked.
 
-    Loading fills the tensors in place.
-
     Args:
         optimizer: gets the state of an Adam that has not taken a step yet where it has none.
         model_state: sharded state of all model chunks, whose tensors are the parameters themselves.
@@ -50,6 +48,20 @@ def describe_optimizer(optimizer: MegatronOptimizer, model_state: dict[str, Any]
             if owned is not None:
                 parts += _describe_parameter(inner, value, *owned)
     return {STEP: step_count(optimizer), "state": {str(number): part for number, part in enumerate(parts)}}
+
+
+def fill_optimizer(held: dict[str, Tensor], loaded: dict[str, Tensor]) -> None:
+    """Copy what was loaded into the optimizer.
+
+    What this rank read itself is there already. What it got from another rank is in a tensor of its own on the host.
+
+    Args:
+        held: the tensors of `state` before loading, which are the optimizer's own.
+        loaded: those that loading returned.
+    """
+    for name, values in held.items():
+        if loaded[name].data_ptr() != values.data_ptr():
+            values.copy_(loaded[name].view(values.shape))
 
 
 def _owned_range(inner: Any, parameter: Tensor) -> tuple[Tensor, int] | None:

@@ -68,7 +68,10 @@ def write_state(state: dict[str, Any], folder: Path, metadata: dict[str, Any]) -
 
 
 def read_state(state: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
-    """Read what `state` describes, in place where it has tensors, and return it; all ranks call it together."""
+    """Read what `state` describes and return it; all ranks call it together.
+
+    A tensor that this rank reads itself is read in place.
+    """
     base = get_default_load_sharded_strategy(str(checkpoint))
     strategy = FullyParallelLoadStrategyWrapper(base, _data_parallel_group())
     return dist_checkpointing.load(state, str(checkpoint), strategy)

@@ -12,7 +12,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from megatron_vlm.checkpoint.adam_state import set_step_count
-from megatron_vlm.checkpoint.optimizer_state import STEP, describe_optimizer
+from megatron_vlm.checkpoint.optimizer_state import STEP, describe_optimizer, fill_optimizer
 from megatron_vlm.checkpoint.parallel_files import read_state
 from megatron_vlm.checkpoint.pickles import check_metadata
 from megatron_vlm.config import CheckpointError
@@ -94,6 +94,7 @@ def load_all(checkpoint: Path, chunks: Sequence[MegatronModule], optimizer: Mega
     state = describe(chunks, optimizer, present)
     check_tensors(checkpoint, state, present)
     num_objects = sum(isinstance(value, ShardedObject) for value in nested_values(state))
+    held = {name: part.data for name, part in state[OPTIMIZER_KEY]["state"].items()}
     loaded = read_state(state, checkpoint)
     if STEP not in loaded.get(OPTIMIZER_KEY, {}):
         # Earlier versions stored values at wrong places where gradient buckets were padded, and no one can tell.
@@ -103,6 +104,7 @@ def load_all(checkpoint: Path, chunks: Sequence[MegatronModule], optimizer: Mega
             fix="name the checkpoint in checkpoint.load_weights and train in another run_dir",
         )
     _fill_model(chunks, loaded)
+    fill_optimizer(held, loaded[OPTIMIZER_KEY].get("state", {}))
     set_step_count(optimizer, loaded[OPTIMIZER_KEY][STEP])
     return num_objects
 
