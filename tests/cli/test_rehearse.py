@@ -49,6 +49,11 @@ def test_waits_of_the_host_have_file_and_line(facts):
     assert totals == 1
 
 
+def test_host_waits_for_the_device_at_most_three_times_a_step(facts):
+    counts = {rank["rank"]: sum(wait["count"] for wait in rank["waits"]) for rank in facts["ranks"]}
+    assert max(counts.values()) <= 3, facts["ranks"]
+
+
 def test_text_has_memory_waits_and_collectives(project):
     done = project.run("rehearse", "train.yaml", "--world-size", "1", "data.blend=[{path: nowhere}]", timeout=TIMEOUT)
     assert done.returncode == 0, done.stderr
