@@ -13,7 +13,7 @@ TWO_BY_TWO = ("parallel.tensor_model_parallel_size=2", "parallel.pipeline_model_
 @pytest.fixture(scope="module")
 def facts(project):
     """What a rehearsal of 4 ranks prints as JSON."""
-    options = ("--world-size", "4", "--iterations", "1", "--json")
+    options = ("training.precision=bf16", "--world-size", "4", "--iterations", "1", "--json")
     done = project.run("rehearse", "train.yaml", "parallel.pipeline_model_parallel_size=2", *options, timeout=TIMEOUT)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -50,6 +50,7 @@ def test_waits_of_the_host_have_file_and_line(facts):
 
 
 def test_host_waits_for_the_device_at_most_three_times_a_step(facts):
+    # In bf16: float32 attention has no kernel for packed samples on a GPU and splits them on the host.
     counts = {rank["rank"]: sum(wait["count"] for wait in rank["waits"]) for rank in facts["ranks"]}
     assert max(counts.values()) <= 3, facts["ranks"]
 
