@@ -28,7 +28,9 @@ def finish_gradients(model: Sequence[DistributedDataParallel], num_labels: Tenso
     if stages.size() > 1:
         last = parallel_state.get_pipeline_model_parallel_last_rank()
         torch.distributed.broadcast(num_labels, src=last, group=stages)
-    torch.distributed.all_reduce(num_labels, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+    replicas = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    if replicas.size() > 1:
+        torch.distributed.all_reduce(num_labels, group=replicas)
     scaling = 1.0 / num_labels.clamp(min=1)
     for chunk in model:
         chunk.scale_gradients(scaling)

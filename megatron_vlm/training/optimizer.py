@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
@@ -12,26 +13,28 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_vlm.checkpoint.adam_state import inner_optimizers
 from megatron_vlm.config import TrainConfig
 from megatron_vlm.models.vlm import VisionLanguageModel
+from megatron_vlm.training.data_parallel import SingleDataParallel
 from megatron_vlm.training.finish_gradients import finish_gradients
 
 
 def wrap_model(config: TrainConfig, chunks: Sequence[VisionLanguageModel]) -> list[DistributedDataParallel]:
     """Give each chunk megatron-core's gradient buffers; freeze the parts that do not learn first."""
     parallel = config.parallel
+    has_peers = parallel_state.get_data_parallel_world_size(with_context_parallel=True) > 1
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=parallel.use_distributed_optimizer,
-        overlap_grad_reduce=parallel.overlap_grad_reduce,
-        overlap_param_gather=parallel.overlap_param_gather,
+        overlap_grad_reduce=parallel.overlap_grad_reduce and has_peers,
+        overlap_param_gather=parallel.overlap_param_gather and has_peers,
         bucket_size=parallel.ddp_bucket_size,
         # `train_step` checks loss and gradient norm itself and names the iteration.
         check_for_nan_in_grad=False,
     )
     model_config = chunks[0].config
     modules = [Float16Module(model_config, chunk) if model_config.bf16 else chunk for chunk in chunks]
+    wrapper = DistributedDataParallel if has_peers else SingleDataParallel
     wrapped = [
-        DistributedDataParallel(model_config, ddp_config, module, disable_bucketing=index > 0)
-        for index, module in enumerate(modules)
+        wrapper(model_config, ddp_config, module, disable_bucketing=index > 0) for index, module in enumerate(modules)
     ]
     for chunk in wrapped:
         _accumulate_in_place(chunk)
@@ -67,7 +70,7 @@ def build_optimizer(config: TrainConfig, wrapped: Sequence[DistributedDataParall
             bf16=model_config.bf16,
             params_dtype=model_config.params_dtype,
             use_distributed_optimizer=parallel.use_distributed_optimizer,
-            overlap_param_gather=parallel.overlap_param_gather,
+            overlap_param_gather=wrapped[0].ddp_config.overlap_param_gather,
         ),
         list(wrapped),
         use_gloo_process_groups=False,

@@ -72,7 +72,8 @@ def sum_over_ranks(
     # Filled on the device: a copy from the host would wait for everything before it.
     filled = [torch.full((1,), float(value), dtype=torch.float64, device=device) for value in measured]
     totals = torch.cat([losses, *filled])
-    torch.distributed.all_reduce(totals)
+    if rank.world_size > 1:
+        torch.distributed.all_reduce(totals)
     norm = totals.new_zeros(1) if grad_norm is None else grad_norm.reshape(1)
     values = torch.cat([totals, norm]).tolist()  # the only time in a step that the host waits for the device
     tokens, positions, images, pairs, data_wait, stops, *halves, norm_before_clipping = values[2 * num_datasets :]
