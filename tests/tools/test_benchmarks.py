@@ -53,7 +53,7 @@ def follows(row) -> bool:
         (["plan", "--images", "40000"], 12),
         (["open", "--documents", "2000", "--reads", "200", "--rounds", "1"], 3),
         (["train_step", "--rows", "1", "--rounds", "1", "--tower", "frozen", "--peers", "plain"], 1),
-        pytest.param(["train_step", "--rows", "1", "--rounds", "1"], 8, marks=pytest.mark.slow),
+        pytest.param(["train_step", "--rows", "1", "--rounds", "1"], 10, marks=pytest.mark.slow),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )

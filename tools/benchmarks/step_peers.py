@@ -5,9 +5,9 @@ gradient accumulation over the rows of a step, a loss summed over labels and div
 clipping, and AdamW.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,14 +18,17 @@ from megatron_vlm.config.towers.clip import Config as ClipConfig
 from megatron_vlm.convert.families import clip, llama
 from megatron_vlm.data.loading.batch import VLMBatch
 
-Kind = Literal["llava", "dense_mask", "label_logits", "plain"]
+Kind = Literal["llava", "llava_small", "dense_mask", "label_logits", "plain"]
 NAMES: dict[Kind, str] = {
-    "llava": "LLaVA's loop",
+    "llava": "LLaVA's loop, 16 samples a batch",
+    "llava_small": "LLaVA's loop, 4 samples a batch",
     "dense_mask": "transformers packed, dense mask",
     "label_logits": "transformers packed, logits at labels",
     "plain": "plain PyTorch",
 }
-TRANSFORMERS: tuple[Kind, ...] = ("llava", "dense_mask", "label_logits")
+TRANSFORMERS: tuple[Kind, ...] = ("llava", "llava_small", "dense_mask", "label_logits")
+# LLaVA's recipes have 16 and more on a GPU. Fewer pad less, but are more backward passes.
+_LLAVA_BATCHES: dict[Kind, int] = {"llava": 16, "llava_small": 4}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,14 +77,36 @@ class Peer:
         """Do one optimizer step over the micro-batches and return loss and gradient norm."""
         num_labels = sum(batch.label_index.numel() for batch in batches)
         total = torch.zeros(())
-        for part in [batches] if self.kind == "llava" else [[batch] for batch in batches]:
-            loss = getattr(self, f"_loss_{self.kind}")(*part) / num_labels
+        for loss_sum in self._losses(batches):
+            loss = loss_sum / num_labels
             loss.backward()
             total += loss.detach()
         norm = nn.utils.clip_grad_norm_(self.parameters, self.setting.optimizer.clip_grad)
         self.adam.step()
         self.adam.zero_grad(set_to_none=True)
         return float(total), float(norm)
+
+    def _losses(self, batches: Sequence[VLMBatch]) -> Iterator[Tensor]:
+        """Yield the summed loss of each batch of this way."""
+        if self.kind in _LLAVA_BATCHES:
+            size, samples = _LLAVA_BATCHES[self.kind], self._samples(batches)
+            yield from (self._loss_llava(samples[start : start + size]) for start in range(0, len(samples), size))
+        else:
+            yield from (getattr(self, f"_loss_{self.kind}")(batch) for batch in batches)
+
+    def _samples(self, batches: Sequence[VLMBatch]) -> list["_Sample"]:
+        """Return the samples of all rows, one by one."""
+        language, samples = self.setting.model.language, []
+        per_image = self.setting.model.fixed_image_tokens("the benchmark")
+        for batch in batches:
+            assert batch.pixel_values is not None
+            lengths, used = batch.cu_seqlens.diff().tolist(), 0
+            for ids, labels in zip(batch.input_ids[0].split(lengths), batch.labels[0].split(lengths), strict=True):
+                if int(ids[0]) != language.pad_token_id:
+                    images = int((ids == language.image_token_id).sum()) // per_image
+                    samples.append(_Sample(ids, labels, batch.pixel_values[used : used + images]))
+                    used += images
+        return samples
 
     def encode_images(self, pixel_values: Tensor) -> Tensor:
         """Return float[num_images, p, h]."""
@@ -126,28 +151,18 @@ class Peer:
         embeddings = self._embed_packed(batch, self.decoder.model.embed_tokens)
         return {"inputs_embeds": embeddings[None], "attention_mask": mask, "position_ids": positions[None]}
 
-    def _loss_llava(self, *batches: VLMBatch) -> Tensor:
-        """LLaVA's prepare_inputs_labels_for_multimodal: embeddings are concatenated sample by sample, then padded.
-
-        All samples of a step are one batch, in which LLaVA's recipes have 16 to 32.
-        """
-        language = self.setting.model.language
+    def _loss_llava(self, samples: Sequence["_Sample"]) -> Tensor:
+        """LLaVA's prepare_inputs_labels_for_multimodal: embeddings are concatenated sample by sample, then padded."""
+        image_token_id = self.setting.model.language.image_token_id
         per_image = self.setting.model.fixed_image_tokens("the benchmark")
-        pixels = torch.cat([batch.pixel_values for batch in batches if batch.pixel_values is not None])
+        pixels = torch.cat([sample.pixel_values for sample in samples])
         images = iter(self.encode_images(pixels)) if len(pixels) else iter(())
-        embeddings, labels = [], []
-        for batch in batches:
-            lengths = batch.cu_seqlens.diff().tolist()
-            for ids, label in zip(batch.input_ids[0].split(lengths), batch.labels[0].split(lengths), strict=True):
-                if int(ids[0]) == language.pad_token_id:
-                    continue
-                embeddings.append(self._embed_sample(ids, images, language.image_token_id, per_image))
-                labels.append(_unshifted(label))
+        embeddings = [self._embed_sample(sample.input_ids, images, image_token_id, per_image) for sample in samples]
         padded = nn.utils.rnn.pad_sequence(embeddings, batch_first=True)
         mask = nn.utils.rnn.pad_sequence([torch.ones(len(one)) for one in embeddings], batch_first=True).bool()
-        targets = nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX)
-        output = self.decoder(inputs_embeds=padded, attention_mask=mask, labels=targets, num_items_in_batch=1)
-        return output.loss
+        targets = [_unshifted(sample.labels) for sample in samples]
+        labels = nn.utils.rnn.pad_sequence(targets, batch_first=True, padding_value=IGNORE_INDEX)
+        return self.decoder(inputs_embeds=padded, attention_mask=mask, labels=labels, num_items_in_batch=1).loss
 
     def _embed_sample(self, ids: Tensor, images: Any, image_token_id: int, per_image: int) -> Tensor:
         is_image = ids == image_token_id
@@ -163,6 +178,14 @@ class Peer:
             pieces.append(text[taken : taken + length])
             taken, position = taken + length, position + length
         return torch.cat(pieces)
+
+
+class _Sample(NamedTuple):
+    """A sample with its labels and its images."""
+
+    input_ids: Tensor
+    labels: Tensor
+    pixel_values: Tensor
 
 
 def _unshifted(labels: Tensor) -> Tensor:

@@ -7,8 +7,8 @@ filled with pairs and interleaved documents. Ours is the state and the `train_st
 default settings; it leaves out the positions behind the last sample of a row. Peers, from the same weights, on the same
 pixels and rows:
 
-    LLaVA's loop: one sample a row, padded to the longest of the step, embeddings concatenated sample by sample,
-        transformers' Llama and CLIP, logits at every position, AdamW parameter by parameter
+    LLaVA's loop: one sample a row, padded to the longest of a batch of 16 or of 4, embeddings concatenated sample by
+        sample, transformers' Llama and CLIP, logits at every position, AdamW parameter by parameter
     transformers packed, dense mask: one row as one sequence under a block-diagonal mask, otherwise the same
     transformers packed, logits at labels: with fused AdamW, too
     plain PyTorch: packed, one attention call per sample, joined projections, logits at labels, fused AdamW
@@ -34,8 +34,10 @@ from report import Row, describe_versions, how_to_install, is_installed, parse_a
 
 _SIZE, _PATCH, _SEQ_LENGTH, _VOCAB_SIZE = 224, 16, 1024, 32000
 _NUM_IMAGE_TOKENS = (_SIZE // _PATCH) ** 2
-_OURS, _LLAVA, _PLAIN = "ours", "llava", "plain"
-_REQUIRED = {("frozen", _PLAIN): 1.05, ("trained", _PLAIN): 1.0, ("frozen", _LLAVA): 2.8, ("trained", _LLAVA): 2.8}
+_OURS = "ours"
+_OF_LLAVA = {"frozen": 2.8, "trained": 2.8}
+_REQUIRED = {"plain": {"frozen": 1.05, "trained": 1.0}, "llava": _OF_LLAVA, "llava_small": _OF_LLAVA}
+_PEERS = ("llava", "llava_small", "dense_mask", "label_logits", "plain")
 # float32: sums of up to 10^5 terms in another order; the norm is over gradients that differ by as much.
 _LOSS_TOLERANCE, _NORM_TOLERANCE = 1e-5, 1e-4
 _STEPS_OF_A_PLAN = 10_000
@@ -352,7 +354,7 @@ def rows_of(measured: Measured) -> list[Row]:
             unit="real tokens per CPU second",
             ours=speeds[_OURS],
             peers={NAMES[way]: speeds[way]},
-            required=_REQUIRED.get((measured.tower, way), 1.0),
+            required=_REQUIRED.get(way, {}).get(measured.tower, 1.0),
         )
         for way in measured.seconds
         if way != _OURS
@@ -378,14 +380,12 @@ def main() -> int:
             "--rounds", type=int, default=5, help="rounds in which all take turns (default: %(default)s)"
         )
         parser.add_argument("--tower", choices=("frozen", "trained", "both"), default="both")
-        parser.add_argument(
-            "--peers", nargs="+", choices=(_LLAVA, "dense_mask", "label_logits", _PLAIN), help="only these"
-        )
+        parser.add_argument("--peers", nargs="+", choices=_PEERS, default=_PEERS, help="only these")
 
     arguments = parse_arguments(__doc__, add)
-    from step_peers import NAMES, TRANSFORMERS
+    from step_peers import TRANSFORMERS
 
-    peers = arguments.peers or list(NAMES)
+    peers = list(arguments.peers)
     notes = [f"{platform.processor() or platform.machine()}: {_processor()}, one thread, CPU seconds"]
     if not is_installed("transformers"):
         peers = [peer for peer in peers if peer not in TRANSFORMERS]
