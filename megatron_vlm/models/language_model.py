@@ -13,6 +13,7 @@ from torch import Tensor
 from megatron_vlm.config import LanguageConfig, ParallelConfig
 from megatron_vlm.models.computation import Computation
 from megatron_vlm.models.layers.cross_entropy import cross_entropy
+from megatron_vlm.models.layers.embedding import accumulate_in_place
 from megatron_vlm.models.layers.linear import ColumnLinear
 from megatron_vlm.models.layers.rotary import positions_in_samples, rotary_table
 from megatron_vlm.models.layers.specs import Backend, language_block_spec
@@ -110,6 +111,8 @@ class LanguageModel(GPTModel):
         )
         self.backend = backend
         tied = language_config.share_embeddings_and_output_weights
+        if pre_process and not tied:
+            accumulate_in_place(self.embedding.word_embeddings)
         if post_process and not tied and not config.gradient_accumulation_fusion:
             self.output_layer: ColumnLinear = ColumnLinear.in_place_of(self.output_layer)
         if post_process and config.sequence_parallel:
