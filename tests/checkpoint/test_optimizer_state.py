@@ -17,14 +17,14 @@ TOLERANCE = 1e-5
 LAYOUTS = {
     "dp2": (2, {}, {}),
     "dp3_bf16": (3, {}, {"precision": "bf16"}),
-    "pp2_virtual2": (
-        2,
+    "pp2_virtual2_dp2": (
+        4,
         {
             "pipeline_model_parallel_size": 2,
             "virtual_pipeline_model_parallel_size": 2,
             "overlap_p2p_comm": True,
         },
-        {},
+        {"global_batch_size": 4},
     ),
     "tp2_dp2_bf16_frozen_tower": (
         4,
