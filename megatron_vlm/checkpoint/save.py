@@ -10,6 +10,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer.module import MegatronModule
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_vlm.checkpoint.finite import check_finite
 from megatron_vlm.checkpoint.folder import checkpoint_path, prune, write_latest
 from megatron_vlm.checkpoint.manifest import FileRecord, Manifest, checksum_file, list_files, write_manifest
 from megatron_vlm.checkpoint.optimizer_state import STEP
@@ -48,7 +49,9 @@ def save_checkpoint(
 
     Raises:
         StorageError: the disk is full or read-only; earlier checkpoints are unchanged.
+        NumericError: weights or moments are not finite; nothing is written or removed.
     """
+    check_finite(chunks, optimizer, progress["iteration"])
     final = checkpoint_path(config.run_dir, progress["iteration"])
     temporary = final.with_name(final.name + UNFINISHED)
     is_main = torch.distributed.get_rank() == 0

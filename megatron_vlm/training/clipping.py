@@ -28,12 +28,24 @@ def clipped_step(optimizer: MegatronOptimizer, max_norm: float, device: torch.de
     Returns:
         float64[], the norm before clipping. It is the same on every rank.
     """
+    norm = ready_gradients(optimizer, device)
+    clipped_update(optimizer, max_norm, norm)
+    return norm
+
+
+@torch.no_grad()
+def ready_gradients(optimizer: MegatronOptimizer, device: torch.device) -> Tensor:
+    """Hand the finished gradients to the optimizer and return their norm, as `clipped_step` does; no weight changes."""
     optimizer.prepare_grads()
-    norm = gradient_norm(optimizer, device)
+    return gradient_norm(optimizer, device)
+
+
+@torch.no_grad()
+def clipped_update(optimizer: MegatronOptimizer, max_norm: float, norm: Tensor) -> None:
+    """Update the weights with the gradients of `ready_gradients`, clipped by their norm."""
     if max_norm > 0:
         _divide_gradients(optimizer, ((norm + _EPSILON) / max_norm).clamp(min=1.0))
     optimizer.step_with_ready_grads()
-    return norm
 
 
 def gradient_norm(optimizer: MegatronOptimizer, device: torch.device) -> Tensor:

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import isfinite
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from megatron_vlm.config import NumericError
 from megatron_vlm.data.loading.batch import VLMBatch
 from megatron_vlm.parallel.groups import seed_everything
 from megatron_vlm.training.batch_counts import BatchCounts, CountedBatches
-from megatron_vlm.training.clipping import clipped_step
+from megatron_vlm.training.clipping import clipped_update, ready_gradients
 from megatron_vlm.training.objective import Objective
 from megatron_vlm.training.optimizer import set_learning_rate
 from megatron_vlm.training.schedule import learning_rate
@@ -110,19 +111,35 @@ def train_step(
 
     Raises:
         NumericError: loss or gradient norm is not finite, or the ranks consumed samples other than the planned ones.
+            Every rank raises it before its weights and its optimizer change.
     """
     start, number = time.perf_counter(), state.iteration + 1
-    totals, lr = update_weights(state, loaders, device=device, stop_requested=stop_requested)
-    check_samples(totals, state.plan, state.iteration, state.rank, num_chunks=len(loaders), batch=f"iteration {number}")
-    metrics = _metrics(totals, lr, time.perf_counter() - start)
-    _check_finite(metrics, number)
-    return metrics
+    num_chunks, batch = len(loaders), f"iteration {number}"
+
+    def approve(totals: Totals) -> None:
+        check_samples(totals, state.plan, state.iteration, state.rank, num_chunks=num_chunks, batch=batch)
+        _check_finite(totals, number)
+
+    totals, lr = update_weights(state, loaders, device=device, stop_requested=stop_requested, approve=approve)
+    return _metrics(totals, lr, time.perf_counter() - start)
 
 
 def update_weights(
-    state: TrainState, loaders: Sequence[Iterator[VLMBatch]], *, device: torch.device, stop_requested: bool
+    state: TrainState,
+    loaders: Sequence[Iterator[VLMBatch]],
+    *,
+    device: torch.device,
+    stop_requested: bool,
+    approve: Callable[[Totals], object] = lambda totals: None,
 ) -> tuple[Totals, float]:
-    """Do the computation of `train_step` without looking at its numbers.
+    """Do the computation of `train_step`.
+
+    Args:
+        state: as there.
+        loaders: as there.
+        device: as there.
+        stop_requested: as there.
+        approve: looks at the sums before a weight or the optimizer changes; what it raises keeps them as they are.
 
     Returns:
         Sums over the ranks, with the norm of the gradient, and the learning rate.
@@ -138,7 +155,7 @@ def update_weights(
     sums, counts = run_micro_batches(
         state, loaders, seq_length=seq_length, num_datasets=num_datasets, device=device, forward_only=False
     )
-    grad_norm = clipped_step(state.optimizer, config.optimizer.clip_grad, device)
+    grad_norm = ready_gradients(state.optimizer, device)
     totals = sum_over_ranks(
         sums,
         counts,
@@ -148,6 +165,9 @@ def update_weights(
         device=device,
         grad_norm=grad_norm,
     )
+    approve(totals)
+    # Nothing waits for the update: the host prepares the next step meanwhile.
+    clipped_update(state.optimizer, config.optimizer.clip_grad, grad_norm)
     return totals, lr
 
 
@@ -170,10 +190,10 @@ def _metrics(totals: Totals, lr: float, seconds: float) -> StepMetrics:
     )
 
 
-def _check_finite(metrics: StepMetrics, iteration: int) -> None:
-    for name in ("loss", "grad_norm"):
-        value = getattr(metrics, name)
-        if value != value or value in (float("inf"), float("-inf")):
+def _check_finite(totals: Totals, iteration: int) -> None:
+    loss, _ = means(totals.losses, totals.labels)
+    for name, value in (("loss", loss), ("grad_norm", totals.grad_norm)):
+        if not isfinite(value):
             raise NumericError(
                 f"{name} is {value} at iteration {iteration}",
                 fix="resume from the last checkpoint with a lower learning rate, or inspect its samples in ledger/",

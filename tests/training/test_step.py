@@ -3,6 +3,7 @@ import dataclasses
 import pytest
 import torch
 
+from megatron_vlm.checkpoint.adam_state import adams
 from megatron_vlm.config import NumericError
 from megatron_vlm.training.hooks import stop
 from megatron_vlm.training.loop import train
@@ -63,6 +64,55 @@ def test_a_loss_that_is_not_finite_ends_the_run(state):
         state.chunks[0].vision_projection.encoder.linear_fc1.weight.fill_(float("nan"))
     with pytest.raises(NumericError, match="loss is nan at iteration 1"):
         train_step(state, loaders(state), device=CPU, stop_requested=False)
+
+
+def values_of_run(state):
+    """Return copies of all weights and of everything that Adam has by name."""
+    values = {name: value.detach().clone() for name, value in state.chunks[0].named_parameters()}
+    for number, entry in enumerate(adams(state.optimizer)[0].state.values()):
+        values |= {f"{number} {name}": value.clone() for name, value in entry.items()}
+    return values
+
+
+@pytest.mark.parametrize("distributed", [True, False])
+@pytest.mark.parametrize("place", ["loss", "gradient", "samples"])
+def test_what_is_not_finite_or_not_planned_changes_neither_weights_nor_optimizer(
+    one_rank, tmp_path, monkeypatch, place, distributed
+):
+    config = tiny_run(
+        str(tmp_path),
+        training={"global_batch_size": 2, "train_iters": 3},
+        parallel={"use_distributed_optimizer": distributed},
+    )
+    state = start(config, FixedPlan.of(config, ROWS))
+    train_step(state, loaders(state), device=CPU, stop_requested=False)
+    state.iteration = 1
+    before = values_of_run(state)
+    rows = [[0, 1], [2, 2]] if place == "samples" else ROWS[2:]
+    if place == "gradient":
+        prepare = type(state.optimizer).prepare_grads
+
+        def spoiled(optimizer):
+            next(state.chunks[0].parameters()).main_grad.view(-1)[0] = float("inf")
+            return prepare(optimizer)
+
+        monkeypatch.setattr(type(state.optimizer), "prepare_grads", spoiled)
+    if place == "loss":
+        reduce = state.objective.reduce
+        monkeypatch.setattr(
+            state.objective, "reduce", lambda *args, **kwargs: spoil_loss(reduce(*args, **kwargs)), raising=False
+        )
+    loader = batches_of(state.config, state.rank, rows, make_samples(4), 0)
+    with pytest.raises(NumericError, match="planned" if place == "samples" else "at iteration 2"):
+        train_step(state, [loader], device=CPU, stop_requested=False)
+    after = values_of_run(state)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def spoil_loss(reduced):
+    loss, labels, sums = reduced
+    return loss * float("nan"), labels, sums * float("nan")
 
 
 @pytest.mark.parametrize(
