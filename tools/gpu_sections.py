@@ -11,7 +11,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +25,17 @@ DEVICE = prepare_process()
 import torch  # noqa: E402
 
 from megatron_vlm.config import ConfigError, TrainConfig, UserError, load_config  # noqa: E402
+from megatron_vlm.costs.cluster import Cluster  # noqa: E402
 from megatron_vlm.costs.flops import Work, step_flops  # noqa: E402
 from megatron_vlm.costs.memory import estimate_memory  # noqa: E402
+from megatron_vlm.costs.stage_time import micro_batch_times  # noqa: E402
 from megatron_vlm.data.loading.batch import VLMBatch  # noqa: E402
 from megatron_vlm.data.loading.collate import Collation, PlacedSample, collate  # noqa: E402
 from megatron_vlm.data.samples import EncodedSample, ImageSegment, TextSegment  # noqa: E402
 from megatron_vlm.parallel.groups import start_distributed, stop_distributed  # noqa: E402
 from megatron_vlm.parallel.slicing import ImageShare  # noqa: E402
-from megatron_vlm.platform.machine import PEAK_FLOPS, check_capability, check_requirements  # noqa: E402
+from megatron_vlm.platform.gpus import GPUS  # noqa: E402
+from megatron_vlm.platform.machine import check_capability, check_requirements  # noqa: E402
 from megatron_vlm.training.objective import run_model  # noqa: E402
 from megatron_vlm.training.setup import build_state  # noqa: E402
 from megatron_vlm.training.state import TrainState  # noqa: E402
@@ -185,6 +188,7 @@ def measure_layers(config: TrainConfig, num_images: int, rounds: int, full_layer
         "tower_ms": 1e3 * seconds["tower"],
         "embedding_output_and_loss_ms": 1e3 * seconds["rest"],
         "forward_backward_ms": 1e3 * seconds["whole"],
+        "planned": plan_pass(config, work, _gpu_name(), seconds["whole"]),
         "mfu": _mfu(flops.total, seconds["whole"]),
         "mfu_of_layers": _mfu(flops.decoder, seconds["layers"]),
         "counted_tflop": flops.total / 1e12,
@@ -213,13 +217,33 @@ def _measure_step(state: TrainState, batch: VLMBatch) -> dict[str, Any]:
     }
 
 
+def plan_pass(config: TrainConfig, work: Work, gpu_name: str | None, seconds: float) -> dict[str, float] | None:
+    """Return what `plan --layouts` predicts for the pass, by what it is spent on; None for a GPU that it does not know.
+
+    Args:
+        config: settings of the one rank.
+        work: contents of the row.
+        gpu_name: key of `GPUS`.
+        seconds: measured for the pass [s].
+    """
+    if gpu_name is None:
+        return None
+    forward, backward = micro_batch_times(config, 0, work, Cluster(gpu_name=gpu_name), 1)
+    both = forward + backward
+    parts = {f"{name}_ms": 1e3 * value for name, value in asdict(both).items()}
+    return {"forward_backward_ms": 1e3 * both.total, **parts, "planned_over_measured": both.total / seconds}
+
+
+def _gpu_name() -> str | None:
+    """Return the name of the GPU in `GPUS`, None where it is not there."""
+    name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else ""
+    return next((key for key in GPUS if key in name), None)
+
+
 def _mfu(flops: float, seconds: float) -> float | None:
     """Return the share of the device's dense bf16 peak; None where the peak is unknown."""
-    if DEVICE.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name()
-    peak = next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
-    return None if peak is None else flops / seconds / peak
+    name = _gpu_name()
+    return None if name is None else flops / seconds / GPUS[name].peak_flops
 
 
 def measure_loader(config: TrainConfig, num_images: int, rounds: int) -> dict[str, Any]:

@@ -25,7 +25,7 @@ _EPILOG = """\
 example:
   megatron-vlm train examples/vila_7b/pretrain.yaml training.micro_batch_size=2 --nproc-per-node 8
 
-exit codes: 0 done, 1 crash, dead rank or hang, 64 wrong command line, 65 bad data or checkpoint, 70 loss not finite,
+exit codes: 0 done, 1 crash or dead rank, 64 wrong command line, 65 bad data or checkpoint, 70 loss not finite, 71 hang,
 74 disk, 75 stopped cleanly (run the same command again), 78 wrong setting or file, 130 interrupted
 """
 

@@ -11,6 +11,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from megatron_vlm.config import TrainConfig, load_config
+from megatron_vlm.costs.flops import Work
+
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "gpu_check.py"
 SMALL = [
     *("model.language.hidden_size=64", "model.language.ffn_hidden_size=128", "model.language.num_attention_heads=4"),
@@ -58,11 +61,24 @@ def test_a_tiny_model_on_the_cpu_gives_every_figure_but_those_of_a_gpu(tmp_path)
     whole = layers["whole_model"]
     assert whole["num_layers"] == 3
     assert whole["tower_share"] == pytest.approx(layers["tower_ms"] / 1e3 / whole["seconds_per_row"])
-    assert layers["mfu"] is layers["optimizer_step"]["peak_gib"] is None
+    assert layers["mfu"] is layers["planned"] is layers["optimizer_step"]["peak_gib"] is None
     assert found["sections"]["layers_fp8_transformer_engine"]["status"] == "not possible here"
     loader = found["sections"]["loader"]["result"]
     workers = 1 / whole["seconds_per_row"] / loader["rows_per_second"]
     assert found["summary"]["loader_workers_per_gpu"] == pytest.approx(workers)
+
+
+def test_the_prediction_of_plan_stands_beside_the_measured_pass(monkeypatch):
+    monkeypatch.syspath_prepend(str(TOOL.parent))
+    sections = SimpleNamespace(**runpy.run_path(str(TOOL.with_name("gpu_sections.py"))))
+    config = load_config(TrainConfig, "examples/vila_7b/pretrain.yaml", ["model.language.num_layers=4"])
+    work = Work(num_tokens=4096, attention_pairs=4096 * 4097 // 2, num_labels=640, num_images=6)
+    planned = sections.plan_pass(config, work, "A100", 0.1)
+    parts = [value for name, value in planned.items() if name not in ("forward_backward_ms", "planned_over_measured")]
+    assert planned["forward_backward_ms"] == pytest.approx(sum(parts))
+    assert planned["planned_over_measured"] == pytest.approx(planned["forward_backward_ms"] / 100)
+    assert 0 < planned["tower_ms"] < planned["forward_backward_ms"]
+    assert sections.plan_pass(config, work, None, 0.1) is None
 
 
 def arguments(**changes):
