@@ -16,7 +16,8 @@ from megatron_vlm.checkpoint.folder import (
     find_checkpoint,
     list_iterations,
 )
-from megatron_vlm.checkpoint.manifest import Manifest, find_faults, read_manifest
+from megatron_vlm.checkpoint.manifest import Manifest, find_faults, find_strangers, read_manifest
+from megatron_vlm.checkpoint.pickles import check_metadata
 from megatron_vlm.checkpoint.sharded_state import load_all, load_model
 from megatron_vlm.config import CheckpointError, TrainConfig
 from megatron_vlm.parallel.collective import decide_on_main
@@ -96,6 +97,16 @@ def _verify_together(path: Path, manifest: Manifest) -> list[str]:
     """Compare all files with the manifest; each file is read by one rank, and every rank returns all faults."""
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     mine = find_faults(path, sorted(manifest.files)[rank::world_size], manifest)
+    if rank == 0:
+        mine += find_strangers(path, manifest) or _faults_of_index(path)
     gathered: list[list[str]] = [[] for _ in range(world_size)]
     torch.distributed.all_gather_object(gathered, mine)
     return [fault for faults in gathered for fault in faults]
+
+
+def _faults_of_index(path: Path) -> list[str]:
+    try:
+        check_metadata(path)
+    except CheckpointError as error:
+        return [error.what]
+    return []

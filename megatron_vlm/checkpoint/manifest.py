@@ -1,6 +1,7 @@
 """The manifest of a checkpoint: size and checksum of every file, written last; a folder without one is incomplete."""
 
 import json
+import re
 import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,7 +11,12 @@ from megatron_vlm.config import CheckpointError
 from megatron_vlm.platform.files.durable import write_durably
 
 MANIFEST_NAME = "manifest.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Version 1 has no checksum of the manifest itself; it is read all the same."""
+_OWN_CHECKSUM = "crc32"
+_FOLDER_NAME = re.compile(r"iter_(\d{7,})(\..*)?")
+_NOT_OURS = ".nfs"
+"""NFS shows a removed file under such a name while a process has it open."""
 _BLOCK_BYTES = 1 << 22
 
 
@@ -45,7 +51,7 @@ def checksum_file(path: Path) -> FileRecord:
 def list_files(folder: Path) -> list[str]:
     """Return the relative names of all files that a manifest records, sorted."""
     names = (str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-    return sorted(name for name in names if name != MANIFEST_NAME)
+    return sorted(name for name in names if name != MANIFEST_NAME and not Path(name).name.startswith(_NOT_OURS))
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -56,34 +62,58 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         "progress": manifest.progress,
         "files": {name: asdict(entry) for name, entry in manifest.files.items()},
     }
+    record[_OWN_CHECKSUM] = _checksum_of(record)
     write_durably(folder / MANIFEST_NAME, json.dumps(record, indent=1).encode())
+
+
+def _checksum_of(record: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(record, sort_keys=True).encode())
 
 
 def read_manifest(folder: Path) -> Manifest:
     """Read the manifest of a checkpoint.
 
     Raises:
-        CheckpointError: it is missing, damaged, or has another format version.
+        CheckpointError: it is missing, damaged, has another format version, or belongs to another iteration than its
+            folder or its progress.
     """
     path = folder / MANIFEST_NAME
     try:
-        record = json.loads(path.read_text())
-        version = record["format_version"]
+        record = json.loads(path.read_bytes())
+        version, own = record["format_version"], record.pop(_OWN_CHECKSUM, None)
         files = {name: FileRecord(entry["size"], entry["crc32"]) for name, entry in record["files"].items()}
-        manifest = Manifest(iteration=record["iteration"], progress=record["progress"], files=files)
+        manifest = Manifest(iteration=record["iteration"], progress=dict(record["progress"]), files=files)
     except FileNotFoundError:
         raise CheckpointError(
             "checkpoint has no manifest", where=str(folder), fix="use a complete checkpoint"
         ) from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"manifest is damaged: {error}", where=str(path), fix="use another checkpoint") from None
-    if version != FORMAT_VERSION:
+    if version not in (1, FORMAT_VERSION):
         raise CheckpointError(
-            f"manifest has format version {version}, this program reads {FORMAT_VERSION}",
+            f"manifest has format version {version}, this program reads 1 and {FORMAT_VERSION}",
             where=str(path),
             fix="use the program that wrote it",
         )
+    if version == FORMAT_VERSION and own != _checksum_of(record):
+        raise CheckpointError(
+            "manifest is damaged: it has the wrong checksum", where=str(path), fix="use another checkpoint"
+        )
+    _check_iterations(manifest, folder)
     return manifest
+
+
+def _check_iterations(manifest: Manifest, folder: Path) -> None:
+    """Compare what folder, manifest and progress say; one of them alone must not move the run."""
+    name = _FOLDER_NAME.fullmatch(folder.resolve().name)
+    said = {
+        "manifest": manifest.iteration,
+        "progress": manifest.progress.get("iteration", manifest.iteration),
+        "folder": int(name[1]) if name else manifest.iteration,
+    }
+    if len(set(said.values())) > 1:
+        found = ", ".join(f"{where} {iteration}" for where, iteration in said.items())
+        raise CheckpointError(f"iterations differ: {found}", where=str(folder), fix="use another checkpoint")
 
 
 def has_all_files(folder: Path) -> bool:
@@ -107,3 +137,8 @@ def find_faults(folder: Path, names: list[str], manifest: Manifest) -> list[str]
         elif checksum_file(path) != expected:
             faults.append(f"{name} has the wrong checksum")
     return faults
+
+
+def find_strangers(folder: Path, manifest: Manifest) -> list[str]:
+    """Return one line for each file of the folder that the manifest does not have, so that nothing vouches for it."""
+    return [f"{name} is not in the manifest" for name in list_files(folder) if name not in manifest.files]

@@ -5,6 +5,8 @@ loading, they pass each other what they have read.
 """
 
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,9 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
 from megatron.core.dist_checkpointing.strategies.torch import MCoreSavePlanner, mcore_to_pyt_state_dict
 from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint import save as write_together
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megatron_vlm.config import CheckpointError
 
 _NUM_THREADS = 2
 """Threads of a rank that write, each to its own file."""
@@ -71,10 +76,33 @@ def read_state(state: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
     """Read what `state` describes and return it; all ranks call it together.
 
     A tensor that this rank reads itself is read in place.
+
+    Raises:
+        CheckpointError: a file holds something other than its index says.
     """
     base = get_default_load_sharded_strategy(str(checkpoint))
     strategy = FullyParallelLoadStrategyWrapper(base, _data_parallel_group())
-    return dist_checkpointing.load(state, str(checkpoint), strategy)
+    with readable(checkpoint):
+        return dist_checkpointing.load(state, str(checkpoint), strategy)
+
+
+@contextmanager
+def readable(checkpoint: Path) -> Iterator[None]:
+    """Say in one line that the values of a checkpoint cannot be read.
+
+    Raises:
+        CheckpointError: torch's reader failed on a rank; every rank raises it.
+    """
+    try:
+        yield
+    except CheckpointException as error:  # a BaseException
+        cause = next((cause for cause, _ in error.failures.values()), error)
+        reason = next(iter(str(cause).splitlines()), "")[:120]
+        raise CheckpointError(
+            f"values cannot be read: {type(cause).__name__}: {reason}",
+            where=str(checkpoint),
+            fix="use another checkpoint, or copy this one again",
+        ) from None
 
 
 def _data_parallel_group() -> torch.distributed.ProcessGroup:

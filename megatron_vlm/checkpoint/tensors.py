@@ -13,6 +13,7 @@ from torch import Tensor
 from megatron_vlm.checkpoint.folder import checkpoint_path, write_latest
 from megatron_vlm.checkpoint.lazy_tensors import LazyTensor, save_lazily
 from megatron_vlm.checkpoint.manifest import Manifest, checksum_file, list_files, write_manifest
+from megatron_vlm.checkpoint.parallel_files import readable
 from megatron_vlm.checkpoint.pickles import check_metadata
 from megatron_vlm.checkpoint.sharded_state import MODEL_PREFIX
 from megatron_vlm.parallel.groups import single_process
@@ -49,7 +50,8 @@ def read_tensor(checkpoint: Path, key: str, layer: int | None = None) -> Tensor:
             num_layers, *shape = wanted.global_shape
             empty = torch.empty((1, *shape), dtype=wanted.dtype)
             wanted = ShardedTensor.from_rank_offsets(key, empty, (0, layer, num_layers))
-        loaded = dist_checkpointing.load({key: wanted}, str(checkpoint), validate_access_integrity=False)
+        with readable(checkpoint):
+            loaded = dist_checkpointing.load({key: wanted}, str(checkpoint), validate_access_integrity=False)
     return loaded[key] if layer is None else loaded[key][0]
 
 

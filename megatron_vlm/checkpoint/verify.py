@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_vlm.checkpoint.folder import checkpoint_path, list_iterations
-from megatron_vlm.checkpoint.manifest import MANIFEST_NAME, find_faults, read_manifest
+from megatron_vlm.checkpoint.manifest import MANIFEST_NAME, find_faults, find_strangers, read_manifest
 from megatron_vlm.checkpoint.pickles import check_metadata
 from megatron_vlm.config import CheckpointError
 
@@ -53,6 +53,8 @@ def inspect_checkpoint(path: Path, *, read_files: bool) -> CheckpointFacts:
     except CheckpointError as error:
         return CheckpointFacts(path=path, iteration=_iteration_of(path), num_files=0, size=0, faults=(error.what,))
     faults = find_faults(path, sorted(manifest.files), manifest) if read_files else []
+    if read_files:
+        faults += find_strangers(path, manifest)
     if read_files and not faults:
         try:
             check_metadata(path)

@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from megatron_vlm.checkpoint.folder import checkpoint_path, list_iterations
+from megatron_vlm.checkpoint.manifest import read_manifest, write_manifest
 from megatron_vlm.checkpoint.tensors import hash_weights, write_weights
 from megatron_vlm.config import CheckpointConfig, CheckpointError, ConfigError
 from tests.support.configs import tiny_model, tiny_run
+from tests.support.hostile import replace_file
 from tests.support.jobs import FixedPlan, start
 
 
@@ -54,6 +56,27 @@ def test_a_damaged_newest_falls_back_with_one_warning(saved, caplog):
 def test_a_newest_without_manifest_falls_back(saved):
     (checkpoint_path(saved.run_dir, 2) / "manifest.json").unlink()
     assert start(saved).iteration == 1
+
+
+def test_a_file_that_the_manifest_lacks_falls_back(saved):
+    (checkpoint_path(saved.run_dir, 2) / "stranger.distcp").write_bytes(b"?")
+    assert start(saved).iteration == 1
+
+
+@pytest.mark.parametrize("name", [".metadata", "common.pt", "metadata.json"])
+def test_a_damaged_small_file_under_a_right_manifest_falls_back(saved, name):
+    replace_file(checkpoint_path(saved.run_dir, 2), name, b"\x80\x04no such thing")
+    assert start(saved).iteration == 1
+
+
+def test_damaged_values_under_a_right_manifest_are_one_line(saved):
+    path = checkpoint_path(saved.run_dir, 2)
+    for file in path.glob("*.distcp"):
+        replace_file(path, file.name, bytes(file.stat().st_size))
+    with pytest.raises(CheckpointError, match="values cannot be read: .*; fix: use another checkpoint"):
+        start(saved)
+    with pytest.raises(CheckpointError, match="values cannot be read: "):
+        hash_weights(path)
 
 
 def test_a_run_without_a_valid_checkpoint_never_starts_over(saved):
@@ -111,8 +134,8 @@ def test_a_folder_without_weights_is_named(one_rank, tmp_path):
 def test_a_checkpoint_of_weights_alone_is_not_resumed(saved, tmp_path):
     run_dir = tmp_path / "weights_only"
     shutil.copytree(saved.run_dir, run_dir)
-    path = checkpoint_path(run_dir, 2) / "manifest.json"
-    path.write_text(path.read_text().replace('"progress": {', '"progress": {}, "unused": {'))
+    path = checkpoint_path(run_dir, 2)
+    write_manifest(path, dataclasses.replace(read_manifest(path), progress={}))
     with pytest.raises(CheckpointError, match="holds only weights"):
         start(dataclasses.replace(saved, run_dir=str(run_dir)))
 

@@ -6,6 +6,7 @@ from megatron_vlm.checkpoint.manifest import (
     Manifest,
     checksum_file,
     find_faults,
+    find_strangers,
     list_files,
     read_manifest,
     write_manifest,
@@ -63,6 +64,42 @@ def test_a_damaged_manifest_is_named(tmp_path, text):
 
 def test_a_newer_version_is_refused(checkpoint):
     record = json.loads((checkpoint / "manifest.json").read_text())
-    (checkpoint / "manifest.json").write_text(json.dumps({**record, "format_version": 2}))
-    with pytest.raises(CheckpointError, match="format version 2, this program reads 1"):
+    (checkpoint / "manifest.json").write_text(json.dumps({**record, "format_version": 3}))
+    with pytest.raises(CheckpointError, match="format version 3, this program reads 1 and 2"):
         read_manifest(checkpoint)
+
+
+def test_a_manifest_without_a_checksum_of_itself_is_read(checkpoint):
+    record = json.loads((checkpoint / "manifest.json").read_text())
+    del record["crc32"]
+    (checkpoint / "manifest.json").write_text(json.dumps({**record, "format_version": 1}))
+    assert read_manifest(checkpoint).progress == {"iteration": 7}
+
+
+def test_every_flipped_bit_of_the_manifest_is_found_or_changes_nothing(checkpoint):
+    path = checkpoint / "manifest.json"
+    content, whole = path.read_bytes(), read_manifest(checkpoint)
+    for position in range(8 * len(content)):
+        flipped = bytearray(content)
+        flipped[position // 8] ^= 1 << position % 8
+        path.write_bytes(flipped)
+        try:
+            found = read_manifest(checkpoint)
+        except CheckpointError:
+            continue
+        assert found == whole
+
+
+@pytest.mark.parametrize(("folder", "progress"), [("iter_0000008", 7), ("iter_0000007", 8), ("iter_0000008.tmp", 7)])
+def test_folder_manifest_and_progress_have_one_iteration(tmp_path, folder, progress):
+    path = tmp_path / folder
+    path.mkdir()
+    write_manifest(path, Manifest(iteration=7, progress={"iteration": progress}, files={}))
+    with pytest.raises(CheckpointError, match=r"iterations differ: manifest 7, progress \d, folder \d"):
+        read_manifest(path)
+
+
+def test_a_file_that_the_manifest_lacks_is_found(checkpoint):
+    (checkpoint / "c.bin").write_bytes(b"third")
+    (checkpoint / ".nfs0001").write_bytes(b"removed, but open")
+    assert find_strangers(checkpoint, read_manifest(checkpoint)) == ["c.bin is not in the manifest"]

@@ -1,7 +1,9 @@
+import dataclasses
 import shutil
 
 import pytest
 
+from megatron_vlm.checkpoint.manifest import read_manifest, write_manifest
 from megatron_vlm.cli.main import main
 from tests.support.configs import tiny_model
 from tests.support.random_run import write_random_run
@@ -30,7 +32,8 @@ def flip_a_bit(run):
 
 
 def test_list_has_a_line_for_each_checkpoint_newest_first(run, capsys):
-    shutil.copytree(run / "checkpoints" / "iter_0000000", run / "checkpoints" / "iter_0000007")
+    newer = shutil.copytree(run / "checkpoints" / "iter_0000000", run / "checkpoints" / "iter_0000007")
+    write_manifest(newer, dataclasses.replace(read_manifest(run / "checkpoints" / "iter_0000000"), iteration=7))
     assert main(["checkpoint", "list", str(run)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0].rpartition("/")[2] for line in lines] == ["iter_0000007", "iter_0000000"]
