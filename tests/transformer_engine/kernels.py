@@ -90,7 +90,8 @@ def adam_classes() -> dict[str, dict[Any, dict[str, Any]]]:
 
 
 def use_adam(name: str) -> None:
-    """Let megatron-core take "FusedAdam" or, as where transformer-engine is not installed, "AdamW"."""
+    """Be a machine with a GPU, where megatron-core takes "FusedAdam", or a host without transformer-engine: "AdamW"."""
+    stand_in.set_gpu(name == "FusedAdam")
     for module, values in adam_classes()[name].items():
         for key, value in values.items():
             setattr(module, key, value)

@@ -28,7 +28,12 @@ def install() -> None:
     )
     import transformer_engine.pytorch  # noqa: F401  # before a GPU seems to be there: it would ask the driver
 
-    torch.cuda.is_available = lambda: True
+    set_gpu(True)
+
+
+def set_gpu(is_there: bool) -> None:
+    """Say whether there is a GPU; torch's AdamW would ask the driver for it."""
+    torch.cuda.is_available = lambda: is_there
 
 
 def set_capability(capability: tuple[int, int]) -> None:
