@@ -35,7 +35,8 @@ def describe_optimizer(optimizer: MegatronOptimizer, model_state: dict[str, Any]
         model_state: sharded state of all model chunks, whose tensors are the parameters themselves.
 
     Returns:
-        `step`, as far as this rank knows it, and `state`: the sharded tensors under running numbers.
+        `step`, as far as this rank knows it, and `state`: the sharded tensors under running numbers, left out by a rank
+        that owns none, so that all ranks agree on the entries that are no tensors.
     """
     parts: list[ShardedTensor] = []
     described = [value for value in nested_values(model_state) if isinstance(value.data, Tensor)]
@@ -47,7 +48,8 @@ def describe_optimizer(optimizer: MegatronOptimizer, model_state: dict[str, Any]
             owned = _owned_range(inner, value.data)
             if owned is not None:
                 parts += _describe_parameter(inner, value, *owned)
-    return {STEP: step_count(optimizer), "state": {str(number): part for number, part in enumerate(parts)}}
+    tensors = {str(number): part for number, part in enumerate(parts)}
+    return {STEP: step_count(optimizer), **({"state": tensors} if tensors else {})}
 
 
 def fill_optimizer(held: dict[str, Tensor], loaded: dict[str, Tensor]) -> None:

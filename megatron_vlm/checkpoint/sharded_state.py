@@ -94,7 +94,7 @@ def load_all(checkpoint: Path, chunks: Sequence[MegatronModule], optimizer: Mega
     state = describe(chunks, optimizer, present)
     check_tensors(checkpoint, state, present)
     num_objects = sum(isinstance(value, ShardedObject) for value in nested_values(state))
-    held = {name: part.data for name, part in state[OPTIMIZER_KEY]["state"].items()}
+    held = {name: part.data for name, part in state[OPTIMIZER_KEY].get("state", {}).items()}
     loaded = read_state(state, checkpoint)
     if STEP not in loaded.get(OPTIMIZER_KEY, {}):
         # Earlier versions stored values at wrong places where gradient buckets were padded, and no one can tell.

@@ -1,9 +1,11 @@
 """The optimizer's state over several gradient buckets, some of which end with padding."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
+from megatron_vlm.checkpoint.optimizer_state import describe_optimizer
 from tests.support.bucket_jobs import NUM_SAMPLES
 from tests.support.configs import SEQ_LENGTH, tiny_run
 from tests.support.samples import make_samples, pack_in_order, sample_length
@@ -96,3 +98,7 @@ def test_a_rank_that_owns_nothing_saves_and_resumes(workers, tmp_path):
     whole = go(workers, config, 2, before=BEFORE, **arguments)
     assert [rank.num_owned for rank in whole] == [1, 0]
     assert go(workers, config, 2, **arguments)[-1].losses == whole[-1].losses
+
+
+def test_rank_that_trains_nothing_has_no_entry_that_the_others_lack():
+    assert describe_optimizer(SimpleNamespace(optimizer=None), {}) == {"step": 0}
