@@ -4,6 +4,7 @@ from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron.core.dist_checkpointing import load_common_state_dict
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedObject, ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
@@ -91,22 +92,30 @@ def load_all(checkpoint: Path, chunks: Sequence[MegatronModule], optimizer: Mega
         CheckpointError: a tensor is missing or has another shape.
     """
     present = _read_index(checkpoint)
+    _check_optimizer(checkpoint)
     state = describe(chunks, optimizer, present)
     check_tensors(checkpoint, state, present)
     num_objects = sum(isinstance(value, ShardedObject) for value in nested_values(state))
     held = {name: part.data for name, part in state[OPTIMIZER_KEY].get("state", {}).items()}
     loaded = read_state(state, checkpoint)
-    if STEP not in loaded.get(OPTIMIZER_KEY, {}):
-        # Earlier versions stored values at wrong places where gradient buckets were padded, and no one can tell.
+    _fill_model(chunks, loaded)
+    fill_optimizer(held, loaded[OPTIMIZER_KEY].get("state", {}))
+    set_step_count(optimizer, loaded[OPTIMIZER_KEY][STEP])
+    return num_objects
+
+
+def _check_optimizer(checkpoint: Path) -> None:
+    """Refuse the optimizer's state of earlier versions before its tensors are looked for, some of which had no name.
+
+    They stored values at wrong places where gradient buckets were padded, and no one can tell.
+    """
+    common = load_common_state_dict(str(checkpoint))
+    if STEP not in common.get(OPTIMIZER_KEY, {}):
         raise CheckpointError(
             "the optimizer's state was saved by an earlier version",
             where=str(checkpoint),
             fix="name the checkpoint in checkpoint.load_weights and train in another run_dir",
         )
-    _fill_model(chunks, loaded)
-    fill_optimizer(held, loaded[OPTIMIZER_KEY].get("state", {}))
-    set_step_count(optimizer, loaded[OPTIMIZER_KEY][STEP])
-    return num_objects
 
 
 def _read_index(checkpoint: Path) -> dict[str, ShardedBase]:

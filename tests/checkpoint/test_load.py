@@ -8,8 +8,12 @@ import shutil
 import pytest
 import torch
 
+from megatron_vlm.checkpoint.adam_state import adams, create_state
 from megatron_vlm.checkpoint.folder import checkpoint_path, list_iterations
+from megatron_vlm.checkpoint.load import resume
 from megatron_vlm.checkpoint.manifest import read_manifest, write_manifest
+from megatron_vlm.checkpoint.parallel_files import write_state
+from megatron_vlm.checkpoint.save import save_checkpoint
 from megatron_vlm.checkpoint.tensors import hash_weights, write_weights
 from megatron_vlm.config import CheckpointConfig, CheckpointError, ConfigError
 from tests.support.configs import tiny_model, tiny_run
@@ -26,11 +30,26 @@ def saved(one_rank, tmp_path):
 
 
 def save(config, *iterations):
-    from megatron_vlm.checkpoint.save import save_checkpoint
-
     state = start(config)
     for iteration in iterations:
         state.iteration = iteration
+        save_checkpoint(config, state.chunks, state.optimizer, state.progress())
+
+
+def save_as_before(config, monkeypatch):
+    """Save a checkpoint with what earlier versions saved of the optimizer: what megatron-core itself describes."""
+    state = start(config)
+    for adam in adams(state.optimizer):
+        create_state(adam)
+
+    def write(described, folder, metadata):
+        model = {name: part for name, part in described.items() if name != "optimizer"}
+        way = {**metadata, "distrib_optim_sharding_type": "fully_reshardable"}
+        optimizer = state.optimizer.sharded_state_dict(model, is_loading=False, metadata=way)
+        write_state({**model, "optimizer": optimizer}, folder, metadata)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("megatron_vlm.checkpoint.save.write_state", write)
         save_checkpoint(config, state.chunks, state.optimizer, state.progress())
 
 
@@ -161,3 +180,19 @@ def test_a_save_replaces_the_checkpoint_of_a_lost_attempt(saved):
     save(saved, 2)
     assert list_iterations(saved.run_dir) == [2, 1]
     assert start(saved).iteration == 2
+
+
+@pytest.mark.parametrize("was_distributed", [True, False])
+@pytest.mark.parametrize("is_distributed", [True, False])
+def test_optimizer_of_an_earlier_version_is_refused(one_rank, tmp_path, monkeypatch, was_distributed, is_distributed):
+    save_as_before(tiny_run(str(tmp_path), parallel={"use_distributed_optimizer": was_distributed}), monkeypatch)
+    with pytest.raises(CheckpointError, match=r"saved by an earlier version.*checkpoint\.load_weights"):
+        start(tiny_run(str(tmp_path), parallel={"use_distributed_optimizer": is_distributed}))
+
+
+@pytest.mark.parametrize(("recipe", "num_warnings"), [("delayed", 1), ("tensorwise", 0)])
+def test_missing_history_of_fp8_scales_is_one_warning(saved, caplog, recipe, num_warnings):
+    state = start(dataclasses.replace(saved, run_dir=saved.run_dir + "_new"))
+    training = dataclasses.replace(saved.training, precision="bf16", fp8="hybrid", fp8_recipe=recipe)
+    resume(dataclasses.replace(saved, training=training), state.chunks, state.optimizer)
+    assert sum("no history of FP8 scales" in record.message for record in caplog.records) == num_warnings

@@ -77,12 +77,10 @@ def test_every_parameter_counts_its_own_steps(interrupted, resumed):
     assert resumed.adam_steps == whole.adam_steps == [STEPS_BEFORE + STEPS_AFTER]
 
 
-@pytest.mark.parametrize("target", ["one_rank", "dp2", "tp2_pp2_sp"])
+@pytest.mark.parametrize("target", ["one_rank", "dp2", "dp2_plain_optimizer", "tp2_pp2_sp"])
 def test_another_layout_goes_on_with_the_same_losses(workers, interrupted, target):
     config, _, whole = interrupted
     world_size, parallel = LAYOUTS[target]
-    if not config.parallel.use_distributed_optimizer:
-        parallel = {**parallel, "use_distributed_optimizer": False}
     moved = replace(config, parallel=tiny_run(parallel=parallel).parallel)
     resumed = steps(workers, moved, world_size, STEPS_AFTER)
     assert resumed.losses == pytest.approx(whole.losses[STEPS_BEFORE:], rel=TOLERANCE)

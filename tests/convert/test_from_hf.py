@@ -108,7 +108,8 @@ def test_imported_tower_computes_the_features_of_transformers(imported, clip_dir
         ours = model.vision_model(pixels)
         theirs = CLIPVisionModel.from_pretrained(clip_dir)(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
     assert theirs.std() > 0.3
-    assert (ours - theirs).abs().max() <= TOLERANCE
+    # Features reach 150; both differ from float64 by 3e-4.
+    assert (ours - theirs).abs().max() <= 2e-6 * theirs.abs().max()
 
 
 def test_imported_run_exports_and_loads(imported, tmp_path):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from megatron_vlm.checkpoint.optimizer_state import inner_optimizers
+from megatron_vlm.checkpoint.adam_state import adams
 from megatron_vlm.checkpoint.parallel_files import bytes_per_rank
 from megatron_vlm.checkpoint.sharded_state import describe
 from megatron_vlm.data.loading.batch import VLMBatch
@@ -161,8 +161,7 @@ def _facts(rehearsal: Rehearsal, state: TrainState, watch: DeviceWatch, fed: _Fe
 
 def _optimizer_tensors(state: TrainState) -> Iterator[torch.Tensor]:
     """Yield main weights and moments that are on the device."""
-    for inner in inner_optimizers(state.optimizer):
-        adam = getattr(inner, "optimizer", inner)
+    for adam in adams(state.optimizer):
         for group in adam.param_groups:
             yield from (parameter for parameter in group["params"] if parameter.is_cuda)
         for values in adam.state.values():

@@ -105,3 +105,12 @@ def test_tied_embeddings_and_a_trained_tower_are_played(fake_process):
     first, last = fake_process.run(programs.play, config, 2, (0, 1))
     assert not compare_ranks([first, last])[1]
     assert first.learning > last.learning
+
+
+def test_stage_that_learns_nothing_has_no_gradients_and_no_optimizer(fake_process):
+    first, last = fake_process.run(programs.play, pipeline(2, freeze=("language_model",)), 2, (0, 1))
+    assert first.optimizer > 0
+    assert first.gradients > 0
+    assert (last.optimizer, last.gradients, last.learning) == (0, 0, 0)
+    assert last.weights > 0
+    assert not compare_ranks([first, last])[1]
