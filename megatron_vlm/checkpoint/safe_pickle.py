@@ -189,12 +189,19 @@ def unpickle_index(stream: BinaryIO) -> Record:
 
 
 def check_object(content: bytes) -> None:
-    """Inspect an object of a checkpoint that is no tensor: the extra state of a module of transformer-engine.
+    """Inspect an object of a checkpoint that is no tensor: extra states of modules of transformer-engine.
+
+    megatron-core stores a list with one state.
 
     Raises:
         UNREADABLE: it is damaged, or holds anything but tensors, plain values and an FP8 recipe.
     """
-    state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    for state in found if isinstance(found, list) else [found]:
+        _check_extra_state(state)
+
+
+def _check_extra_state(state: Any) -> None:
     if isinstance(state, io.BytesIO):  # of transformer-engine before 1.14
         torch.load(state, map_location="cpu", weights_only=True)
     elif not isinstance(state, torch.Tensor) or state.dtype is not torch.uint8:

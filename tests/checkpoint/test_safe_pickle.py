@@ -133,6 +133,6 @@ def test_an_extra_state_that_would_run_code_is_refused_and_not_run(tmp_path):
     for content in (saved(touching(canary)), as_bytes(touching(canary)), as_bytes({"scale_fwd": within})):
         with pytest.raises(UNREADABLE):
             check_object(content)
-    with pytest.raises(UNREADABLE, match="extra state is a list"):
+    with pytest.raises(UNREADABLE, match="extra state is a int"):
         check_object(saved([1]))
     assert not canary.exists()

@@ -1,6 +1,7 @@
 """Extra states of modules: what transformer-engine keeps for FP8, and what other modules do not have."""
 
 import dataclasses
+import pickle
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ from tests.support.configs import tiny_run
 from tests.support.jobs import start
 
 NOTHING = torch.empty(0, dtype=torch.uint8)
-SCALES = torch.tensor([3, 1, 4], dtype=torch.uint8)
+# As transformer-engine has it: a pickle in a tensor of bytes.
+SCALES = torch.frombuffer(bytearray(pickle.dumps({"scale_fwd": 2.0})), dtype=torch.uint8)
 
 
 @pytest.fixture
