@@ -3,7 +3,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vlm.platform.fake_device.guard import build_guard
+from tests.support.played_ranks import HAS_GUARD, needs_fake_device
+
+pytestmark = needs_fake_device
 
 VILA = Path(__file__).parents[2] / "examples" / "vila_7b"
 TIMEOUT = 600  # the machine may have other work
@@ -79,7 +81,7 @@ def test_wrong_input_is_one_line(project, arguments, code, message):
     assert message in line
 
 
-@pytest.mark.skipif(build_guard() is None, reason="this torch has a guard for CUDA of its own")
+@pytest.mark.skipif(HAS_GUARD, reason="this torch has a guard for CUDA of its own")
 def test_without_a_compiler_one_line_says_so(project, tmp_path):
     variables = {"PATH": "", "XDG_CACHE_HOME": str(tmp_path), "CXX": ""}
     done = project.run("rehearse", "train.yaml", "--world-size", "1", timeout=TIMEOUT, **variables)

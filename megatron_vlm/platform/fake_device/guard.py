@@ -3,6 +3,7 @@
 A CUDA build of torch has its own. The library is compiled once for each version of torch, into a cache folder.
 """
 
+import contextlib
 import ctypes
 import hashlib
 import importlib.util
@@ -10,6 +11,7 @@ import logging
 import os
 import runpy
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -81,8 +83,21 @@ def _cache_folder() -> Path:
     except (OSError, RuntimeError):  # a read-only home folder, or none
         folder = None
     if folder is None or not os.access(folder, os.W_OK):
-        folder = Path(tempfile.gettempdir()) / f"megatron_vlm_{os.getuid()}"
-        folder.mkdir(mode=0o700, exist_ok=True)
+        folder = _private_folder(Path(tempfile.gettempdir()) / f"megatron_vlm_{os.getuid()}")
+    return folder
+
+
+def _private_folder(folder: Path) -> Path:
+    """Make a folder in a place that all users share; what lies in it is loaded as code, so it must be this user's."""
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+        raise ConfigError(
+            "the folder for the compiled stand-in for CUDA is not a private folder of this user",
+            where=str(folder),
+            fix="set XDG_CACHE_HOME to a folder of your own",
+        )
     return folder
 
 

@@ -5,8 +5,9 @@ import pytest
 
 from megatron_vlm.config import ConfigError
 from megatron_vlm.platform.fake_device import guard
+from tests.support.played_ranks import HAS_GUARD
 
-pytestmark = pytest.mark.skipif(guard.build_guard() is None, reason="this torch has a guard for CUDA of its own")
+pytestmark = pytest.mark.skipif(HAS_GUARD, reason="this torch has a guard for CUDA of its own")
 
 
 @pytest.fixture
@@ -59,3 +60,17 @@ def test_cache_of_a_home_that_cannot_be_written_is_a_temporary_folder(tmp_path, 
 def test_loading_after_torch_is_refused():
     with pytest.raises(RuntimeError, match="before torch is imported"):
         guard.load_guard()
+
+
+@pytest.mark.parametrize("taken", ["a file", "a folder that others may write to", "a link"])
+def test_folder_in_a_shared_place_must_be_private(tmp_path, taken):
+    folder = tmp_path / "shared"
+    if taken == "a file":
+        folder.write_text("")
+    elif taken == "a link":
+        folder.symlink_to(tmp_path)
+    else:
+        folder.mkdir()
+        folder.chmod(0o777)
+    with pytest.raises(ConfigError, match="not a private folder"):
+        guard._private_folder(folder)
