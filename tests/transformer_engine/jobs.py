@@ -79,7 +79,8 @@ def _draw_gradients(state: TrainState) -> None:
 
 
 def loaded_weights(config: TrainConfig, weights: str) -> dict[Place, Tensor]:
-    """Return this rank's weights after a start from `weights`."""
+    """Return this rank's weights after a start from `weights`, on a machine with a GPU."""
+    kernels.use_adam("FusedAdam")
     config = replace(config, checkpoint=replace(config.checkpoint, load_weights=weights))
     state = start(config)
     return {place: p.detach().clone() for chunk in state.chunks for place, p in parameters(chunk).items()}

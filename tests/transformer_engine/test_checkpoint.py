@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 
 from megatron_vlm.checkpoint.folder import find_checkpoint
 from megatron_vlm.checkpoint.run_settings import read_run_settings
@@ -162,6 +163,6 @@ def test_what_was_started_from_convert_from_hf_goes_back(run, start, hugging_fac
 def test_a_checkpoint_holds_tensors_only(run):
     checkpoint = find_checkpoint(run("run", 1))
     with single_process():
-        entries = dist_checkpointing.load_sharded_metadata(str(checkpoint))
+        entries = load_sharded_metadata(str(checkpoint))
     assert not [key for key in entries if "_extra_state" in key]
     assert list_tensors(checkpoint) == list_tensors(find_checkpoint(run("host", 1, machine=HOST)))
