@@ -6,7 +6,7 @@ import torch
 from megatron_vlm.config import ParallelConfig
 from megatron_vlm.parallel.groups import build_groups, seed_everything, stop_distributed
 from tests.support.fake_device import FakeDeviceProcess
-from tests.support.played_ranks import can_play
+from tests.support.played_ranks import CANNOT_PLAY, can_play
 from tests.support.pool import WorkerPool
 from tests.support.release import release_models
 
@@ -35,7 +35,7 @@ def one_rank(tmp_path):
 def fake_process():
     """A process on the fake device."""
     if not can_play():
-        pytest.skip("torch's CPU build needs a C++ compiler to play ranks")
+        pytest.skip(CANNOT_PLAY)
     process = FakeDeviceProcess()
     yield process
     process.close()

@@ -18,4 +18,5 @@ def can_play() -> bool:
         return False
 
 
-needs_fake_device = pytest.mark.skipif(not can_play(), reason="torch's CPU build needs a C++ compiler to play ranks")
+CANNOT_PLAY = "torch's CPU build needs a C++ compiler to play ranks"
+needs_fake_device = pytest.mark.skipif(not can_play(), reason=CANNOT_PLAY)
