@@ -121,6 +121,8 @@ def _work(pipe: Connection, parent_pid: int, setup: str) -> None:
         try:
             store = torch.distributed.FileStore(store_path, world_size)
             torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+            # A job may end without a collective; its rank must not hang up while another still connects to it.
+            torch.distributed.barrier()
             answer = (True, _find(job)(**arguments))
             stop_distributed()
             release_models()
