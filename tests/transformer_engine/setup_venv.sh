@@ -85,6 +85,8 @@ fi
 rm -f "$stamp_file"
 
 say "installing torch for CUDA, megatron_vlm and the test tools into $venv (3 GB to load)"
+# Three equals signs leave out builds of this version with a suffix, such as +cpu, where pip is configured to find them.
+install "torch===$(sed -n 's/^torch==//p' constraints.txt)"
 install --constraint constraints.txt --editable ".[dev,hf]"
 ask 'import sys, torch; sys.exit(torch.version.cuda is None)' ||
   fail "pip chose a build of torch without CUDA; set PYTHON to a version for which it finds the other, or PIP_INDEX_URL"

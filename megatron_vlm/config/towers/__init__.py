@@ -62,8 +62,5 @@ class TowerConfig(Protocol):
         """
 
 
-Tower = Annotated[
-    TowerConfig,
-    TypeIn("megatron_vlm.config.towers", default="clip", presets="megatron_vlm.config.presets.vision"),
-]
+Tower = Annotated[TowerConfig, TypeIn("megatron_vlm.config.towers", default="clip")]
 """Annotation for a settings field that holds a tower."""

@@ -295,15 +295,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant)
+# Python writes NaN for a missing score, which is not JSON; like null, it is a value that is not there.
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=lambda name: None)
 
 
 def parse_record(raw: bytes) -> dict[str, Any]:
-    """Parse one record.
+    """Parse one record; NaN and Infinity become None.
 
     Raises:
         RejectError: json_syntax, json_nesting, json_duplicate_key, json_type or invalid_utf8.

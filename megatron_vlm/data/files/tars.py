@@ -77,6 +77,8 @@ class TarReader:
     def members(self) -> Iterator[Member]:
         """Yield the regular files in order, including those of further tars appended to the file.
 
+        A leading "./", which `tar cf shard.tar ./` writes, is not part of a name.
+
         Raises:
             RejectError: tar_damaged or tar_truncated, after all members before the damaged place.
         """
@@ -112,7 +114,7 @@ class TarReader:
                 )
             if kind in _REGULAR:
                 name = long_name or _header_name(header)
-                yield Member(name.decode("utf-8", "surrogateescape"), content, size)
+                yield Member(name.decode("utf-8", "surrogateescape").removeprefix("./"), content, size)
             if kind != _PAX_GLOBAL:
                 long_name = long_size = None
         raise RejectError("tar_truncated", f"the file ends after {position} bytes without the end mark of a tar")

@@ -16,7 +16,8 @@ from megatron_vlm.config import DataError
 from megatron_vlm.config.prepare import ImageLimits, ImageRules
 from megatron_vlm.data.documents import Image
 from megatron_vlm.data.images.decoding import JPEG_METADATA, LYING, decode_rgb, find_excess, find_orientation
-from megatron_vlm.data.images.formats import PNG_SIGNATURE, find_format
+from megatron_vlm.data.images.formats import find_format
+from megatron_vlm.data.images.png import read_chunks
 from megatron_vlm.data.rejects import RejectError
 
 MAX_SIDE = 65535
@@ -27,7 +28,6 @@ _JPEG_STANDALONE = frozenset([0x01, *range(0xD0, 0xD8)])
 _JPEG_FRAMES = frozenset([*range(0xC0, 0xD0)]) - {0xC4, 0xC8, 0xCC}
 # Baseline, extended and progressive, with Huffman or arithmetic coding; the others are lossless or hierarchical.
 _JPEG_DECODABLE = frozenset([0xC0, 0xC1, 0xC2, 0xC9, 0xCA])
-_PNG_CHUNK = struct.Struct(">I4s")
 _WEBP_ANIMATED, _WEBP_METADATA = 0x02, 0x08 | 0x04  # flags; those of EXIF and of XMP
 # Types and keywords of the chunks from which Pillow reads an orientation.
 _PNG_METADATA = (
@@ -139,11 +139,9 @@ def _read_jpeg(data: bytes, limits: ImageLimits) -> ImageFacts:
 
 
 def _read_png(data: bytes, limits: ImageLimits) -> ImageFacts:
-    view, position = memoryview(data), len(PNG_SIGNATURE)
+    view = memoryview(data)
     size, animated, has_data, has_metadata = None, False, False, False
-    while True:
-        length, kind = _PNG_CHUNK.unpack_from(data, position)
-        end = position + 8 + length
+    for kind, position, end in read_chunks(data):
         (crc,) = struct.unpack_from(">I", data, end)
         if zlib.crc32(view[position + 4 : end]) != crc:
             raise RejectError("image_damaged", f"PNG chunk {kind!r} at byte {position} has another checksum")
@@ -156,10 +154,7 @@ def _read_png(data: bytes, limits: ImageLimits) -> ImageFacts:
         animated |= kind == b"acTL"
         has_metadata |= data.startswith(_PNG_METADATA, position + 4)
         has_data |= kind == b"IDAT"
-        if kind == b"IEND":
-            break
-        position = end + 4
-    if not has_data:
+    if size is None or not has_data:
         raise RejectError("image_damaged", "PNG without image data")
     return ImageFacts(*size, animated, has_metadata)
 

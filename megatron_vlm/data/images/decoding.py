@@ -13,6 +13,7 @@ from PIL import Image, ImageOps
 from megatron_vlm.config import DataError
 from megatron_vlm.config.prepare import ImageLimits
 from megatron_vlm.data.images.formats import FORMATS
+from megatron_vlm.data.images.png import strip_png_texts
 
 _FORMATS = tuple(one.name for one in FORMATS)
 _ORIENTATION_TAG = 0x0112
@@ -45,6 +46,10 @@ def decode_rgb(encoded: bytes, *, limits: ImageLimits | None = None) -> Image.Im
     try:
         return _to_rgb(image)
     except _DECODE_ERRORS as error:
+        # Pillow also refuses texts behind the pixels.
+        bare = strip_png_texts(encoded)
+        if len(bare) < len(encoded):
+            return decode_rgb(bare, limits=limits)
         raise DataError(
             f"{image.format} image of {len(encoded)} bytes is damaged: {error}", fix="leave the sample out"
         ) from None
@@ -57,6 +62,9 @@ def _open(encoded: bytes) -> Image.Image:
             warnings.simplefilter("ignore")
             return Image.open(io.BytesIO(encoded), formats=_FORMATS)
     except _DECODE_ERRORS as error:
+        bare = strip_png_texts(encoded)
+        if len(bare) < len(encoded):
+            return _open(bare)
         raise DataError(
             f"{len(encoded)} bytes are not a JPEG, PNG, WEBP or GIF image ({type(error).__name__})",
             fix="leave the sample out",
@@ -101,25 +109,28 @@ def has_jpeg_metadata(encoded: bytes) -> bool:
     return False
 
 
-def find_orientation(encoded: bytes) -> int | None:
-    """Return the orientation in the metadata, 1 if there is none; None if the metadata cannot be read.
+def find_orientation(encoded: bytes) -> int:
+    """Return the orientation in the metadata; 1, upright, if there is none or the metadata cannot be read.
 
     Raises:
         DataError: the content is not JPEG, PNG, WEBP or GIF.
     """
-    image = _open(encoded)
+    return _orientation(_open(encoded))
+
+
+def _orientation(image: Image.Image) -> int:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of corrupt EXIF data
             return image.getexif().get(_ORIENTATION_TAG, 1)
     except _DECODE_ERRORS:
-        return None
+        return 1
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     """Decode, turn upright and convert to RGB."""
     image.load()
-    if image.getexif().get(_ORIENTATION_TAG, 1) != 1:
+    if _orientation(image) != 1:
         image = ImageOps.exif_transpose(image)
     if image.mode == "RGB" and "transparency" not in image.info:
         return image

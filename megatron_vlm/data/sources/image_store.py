@@ -1,6 +1,7 @@
 """Where the images of a corpus are: a folder, local or in an object store, or tars searched by name or URL."""
 
 import base64
+import logging
 import os
 import posixpath
 import stat
@@ -20,6 +21,8 @@ from megatron_vlm.data.files.remote import DeniedError, RemoteStore
 from megatron_vlm.data.files.tars import Member, TarReader, find_image, group_members, list_members
 from megatron_vlm.data.images.checking import check_image, shrink_image
 from megatron_vlm.data.rejects import RejectError
+
+logger = logging.getLogger(__name__)
 
 _PLACE_DTYPE = np.dtype([("tar", "<u4"), ("size", "<u4"), ("offset", "<u8")])
 _MAX_SIZE = (1 << 32) - 1
@@ -158,15 +161,22 @@ def index_tar(path: Location, number: int) -> np.ndarray:
     """List the images of one tar, up to a damaged place, under URL, name and key; `number` is its place among tars."""
     names: list[str] = []
     rows: list[tuple[int, int, int]] = []
+    damaged: list[str] = []
     with TarReader(path) as tar:
         for key, group in group_members(list_members(tar)[0]).items():
             member = find_image(group)
             if member is None:
                 continue
             own = ["key:" + key.rpartition("/")[2], "name:" + member.name.rpartition("/")[2]]
-            own += _url_names(tar, group.get("json"))
+            try:
+                own += _url_names(tar, group.get("json"))
+            except RejectError as error:
+                damaged.append(f"{key[:200]}.json: {error}")
             names += own
             rows += [(number, min(member.size, _MAX_SIZE), member.offset)] * len(own)
+    if damaged:
+        what = f"{len(damaged)} .json files cannot be read, so their images have no URL"
+        logger.warning("%s: %s, %s first", path, what, damaged[0])
     return join_rows(names, np.array(rows, dtype=_PLACE_DTYPE))
 
 
@@ -199,10 +209,7 @@ class ImageReader:
 
 
 def _url_names(tar: TarReader, member: Member | None) -> list[str]:
-    try:
-        url = parse_record(tar.read(member, MAX_RECORD_BYTES, "record_too_long")).get("url") if member else None
-    except RejectError:
-        return []
+    url = parse_record(tar.read(member, MAX_RECORD_BYTES, "record_too_long")).get("url") if member else None
     return ["url:" + url] if isinstance(url, str) else []
 
 

@@ -14,7 +14,7 @@ from megatron_vlm.data.files.table_records import read_any_records
 from megatron_vlm.data.rejects import RejectError
 from megatron_vlm.data.sources.image_store import ImageReader
 from megatron_vlm.data.sources.instructions.conversations import render
-from megatron_vlm.data.sources.instructions.records import read_conversation
+from megatron_vlm.data.sources.instructions.records import has_form, read_conversation
 from megatron_vlm.data.sources.source import Found, check_length, key_of, read_each
 from megatron_vlm.data.text.templates import Turn, check_template, find_template
 from megatron_vlm.data.text.tokenizer import Tokenizer
@@ -24,8 +24,9 @@ from megatron_vlm.data.text.tokenizer import Tokenizer
 class TextSource:
     """JSON, JSON lines or parquet with `text`, or in any form that `read_conversation` knows, such as FLAN's.
 
-    `text` is trained unchanged, with BOS and EOS; the other forms are conversations in a template. VILA's code gives
-    FLAN no system prompt. Records with images are rejected.
+    `text` is trained unchanged, with BOS and EOS; the other forms are conversations in a template. A record with both,
+    such as Alpaca's, whose `text` is the conversation in another template, is a conversation. VILA's code gives FLAN no
+    system prompt. Records with images are rejected.
     """
 
     inputs: tuple[Location, ...]
@@ -41,7 +42,7 @@ class TextSource:
 
     def _document(self, record: dict[str, Any]) -> Document:
         rules = self.rules.text
-        if "text" in record:
+        if record.get("text") is not None and not has_form(record):
             text = clean_text(field(record, "text", str), rules)
             return Document((Special(Control.BOS), Text(text), Special(Control.EOS)))
         conversation = read_conversation(record)

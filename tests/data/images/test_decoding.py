@@ -1,6 +1,8 @@
 """Image files are known by content, and refused by their header where they are outside the limits."""
 
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -8,7 +10,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from megatron_vlm.config import DataError
-from megatron_vlm.config.prepare import ImageLimits
+from megatron_vlm.config.prepare import ImageLimits, ImageRules
+from megatron_vlm.data.images.checking import check_image
 from megatron_vlm.data.images.decoding import (
     LYING,
     check_limits,
@@ -94,3 +97,56 @@ def test_jpeg_without_metadata_has_none():
 def test_fill_bytes_before_a_segment_hide_no_orientation():
     encoded = turned("JPEG", 6, "exif")
     assert has_jpeg_metadata(encoded[:2] + b"\xff\xff" + encoded[2:])
+
+
+def png_with(*texts: tuple[bytes, bytes], behind: bool = False) -> bytes:
+    """Encode a picture with further chunks before or behind its pixels."""
+    encoded = encode(make_photo(40, 30))
+    chunks = b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in texts
+    )
+    place = encoded.index(b"IEND" if behind else b"IDAT") - 4
+    return encoded[:place] + chunks + encoded[place:]
+
+
+LARGE = zlib.compress(bytes(2 << 20))
+
+
+@pytest.mark.parametrize("behind", [False, True])
+@pytest.mark.parametrize(
+    "chunk",
+    [
+        (b"zTXt", b"Comment\0\0" + LARGE),
+        (b"iTXt", b"Comment\0\1\0\0\0" + LARGE),
+        (b"iCCP", b"profile\0\0" + LARGE),
+        (b"eXIf", b"no TIFF"),
+        (b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(b"\nexif\n 4\nzz")),
+    ],
+)
+def test_pixels_of_a_png_are_read_whatever_its_metadata(chunk, behind):
+    encoded = png_with(chunk, behind=behind)
+    assert check_image(encoded, ImageRules()).width == 40
+    assert decode_rgb(encoded).tobytes() == make_photo(40, 30).tobytes()
+
+
+def test_orientation_survives_a_text_that_is_too_large():
+    encoded = turned("PNG", 6, "exif")
+    place = encoded.index(b"IDAT") - 4
+    large = png_with((b"zTXt", b"Comment\0\0" + LARGE))
+    begin = large.index(b"zTXt") - 4
+    text = large[begin : begin + 12 + int.from_bytes(large[begin : begin + 4], "big")]
+    assert decode_rgb(encoded[:place] + text + encoded[place:]).size == (30, 40)
+
+
+def test_pixels_of_a_webp_are_read_whatever_its_exif():
+    encoded = encode(make_photo(40, 30), "WEBP", exif=b"Exif\0\0no TIFF", lossless=True)
+    assert find_orientation(encoded) == 1
+    assert decode_rgb(encoded).tobytes() == make_photo(40, 30).tobytes()
+
+
+def test_a_damaged_png_with_texts_is_still_damaged():
+    encoded = bytearray(png_with((b"tEXt", b"Comment\0text")))
+    place = encoded.index(b"IDAT") + 10
+    encoded[place : place + 4] = b"\0\0\0\0"
+    with pytest.raises(DataError, match="damaged"):
+        decode_rgb(bytes(encoded))

@@ -102,6 +102,12 @@ def test_image_that_no_tar_has_is_rejected(tars):
     assert reason_of(tars, None) == "image_missing"
 
 
+def test_a_json_that_cannot_be_read_is_named(tmp_path, make_tar, caplog):
+    path = make_tar(tmp_path / "0.tar", [("0.jpg", b"x"), ("0.json", b"{"), ("1.jpg", b"y")])
+    assert len(index_tar(path, 0)) == 4  # name and key of both
+    assert "0.tar: 1 .json files cannot be read, so their images have no URL, 0.json: json_syntax" in caplog.text
+
+
 def test_name_of_several_images_is_rejected_not_guessed(tars):
     assert reason_of(tars, "cat.png") == "image_ambiguous"
 

@@ -284,6 +284,33 @@ def test_running_text_is_trained_whole(tmp_path, make_lines, reader):
 
 
 @pytest.mark.parametrize(
+    "record",
+    [
+        {"instruction": "what?", "input": "", "output": "a cat", "text": "### Instruction: what? ### Response: a cat"},
+        {"conversations": None, "messages": None, "question": "what?", "answer": "a cat", "text": None},
+        {"instruction": None, "output": None, "prompt": "what?", "response": "a cat"},
+        {
+            "messages": [
+                {"from": None, "value": None, "role": "user", "content": "what?"},
+                {"from": None, "value": None, "role": "assistant", "content": "a cat"},
+            ]
+        },
+    ],
+)
+def test_null_fields_are_missing_and_a_conversation_goes_before_its_rendered_text(tmp_path, make_lines, reader, record):
+    path = make_lines(tmp_path / "text.jsonl", [record])
+    (found,) = TextSource((path,)).read(path, reader)
+    texts = [segment for segment in found.document.segments if isinstance(segment, Text)]
+    assert texts == [Text(" USER: what? ASSISTANT:", False), Text(" a cat", True)]
+
+
+def test_text_beside_half_a_form_is_running_text(tmp_path, make_lines, reader):
+    path = make_lines(tmp_path / "text.jsonl", [{"text": "the sky", "prompt": "title"}])
+    (found,) = TextSource((path,)).read(path, reader)
+    assert found.document.segments[1] == Text("the sky")
+
+
+@pytest.mark.parametrize(
     ("record", "reason"),
     [
         ({"inputs": "q"}, "json_type"),
@@ -333,6 +360,26 @@ def test_own_table_of_a_tar_explains_what_is_missing(tmp_path, reader, make_tar,
     found = read_all(source, reader)
     assert captions(found) == ["a cat", "image_missing"]
     assert (found[1].key, "HTTP 404" in found[1].document.detail) == ("01", True)
+
+
+@pytest.mark.parametrize("folder", ["./", "00000/", "./00000/"])
+def test_a_tar_that_was_packed_again_with_folders_fits_its_own_table(
+    tmp_path, reader, make_tar, make_image, make_table, folder
+):
+    make_tar(tmp_path / "0.tar", [(f"{folder}00.jpg", make_image()), (f"{folder}01.jpg", make_image(seed=1))])
+    make_table(tmp_path / "0.parquet", {"key": ["00", "01"], "caption": ["a cat", "a dog"], "status": ["success"] * 2})
+    assert captions(read_all(find_pair_source((tmp_path,), PairOptions(), None), reader)) == ["a cat", "a dog"]
+
+
+def test_two_samples_do_not_share_a_row_of_the_table(tmp_path, reader, make_tar, make_image, make_table):
+    make_tar(tmp_path / "0.tar", [("a/00.jpg", make_image()), ("b/00.jpg", make_image(seed=1))])
+    make_table(tmp_path / "0.parquet", {"key": ["00"], "caption": ["a cat"], "status": ["success"]})
+    assert captions(read_all(find_pair_source((tmp_path,), PairOptions(), None), reader)) == ["a cat", "duplicate_name"]
+
+
+def test_a_score_that_is_not_a_number_harms_no_pair(tmp_path, reader, make_tar, make_image):
+    make_tar(tmp_path / "0.tar", [("0.jpg", make_image()), ("0.json", b'{"caption": "a cat", "score": NaN}')])
+    assert captions(read_all(find_pair_source((tmp_path / "0.tar",), PairOptions(), None), reader)) == ["a cat"]
 
 
 @pytest.mark.parametrize(

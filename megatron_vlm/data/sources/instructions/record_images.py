@@ -39,13 +39,21 @@ def find_images(record: dict[str, Any]) -> list[ImageRef]:
 
 
 def read_refs(value: Any, name: str, *, is_base64: bool = False) -> list[ImageRef]:
-    """Return the images of one field: none, one, or a list; RejectError for another type, or if it is not base64."""
-    if value is None:
-        return []
-    values = value if isinstance(value, list) else [value]
+    """Return the images of one field: none, one, or a list; RejectError for another type, or if it is not base64.
+
+    Null, an empty text and `{bytes, path}` without either are no image.
+    """
+    values = [one for one in (value if isinstance(value, list) else [value]) if not _is_none(one)]
     if is_base64:
-        return [ImageRef(data=decode_base64(one, name)) for one in values if one != ""]
+        return [ImageRef(data=decode_base64(one, name)) for one in values]
     return [read_ref(one, name) for one in values]
+
+
+def _is_none(value: Any) -> bool:
+    """Tell whether a value is one of the ways in which tables write that there is no image."""
+    if isinstance(value, dict):
+        return ("bytes" in value or "path" in value) and not (value.get("bytes") or value.get("path"))
+    return value is None or value == ""
 
 
 def read_ref(value: Any, name: str) -> ImageRef:

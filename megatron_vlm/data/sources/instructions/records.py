@@ -1,5 +1,6 @@
 """Instruction data in its published forms; the fields of a record tell its form."""
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -64,17 +65,17 @@ def read_conversation(record: dict[str, Any]) -> Conversation:
     | question, answer; question, response; prompt, response; prompt, completion | VILA's FLAN; OpenOrca |
     | inputs, targets | FLAN |
 
-    Images are found by `find_images`. Each part of a list in `content` becomes a line.
+    Images are found by `find_images`. Each part of a list in `content` becomes a line. A field that is null counts as
+    missing.
 
     Raises:
         RejectError: unknown_fields: the record has none of these forms; json_type, turn_order or empty_text: something
             is wrong with the form it has.
     """
-    if name := next((name for name in _LISTS if name in record), None):
+    if name := _list_of(record):
         return _read_list(record, name)
     # A form with one of its two fields tells better what is wrong than no form.
-    forms = (form for has in (all, any) for form in _FORMS if has(name in record for name in form[:2]))
-    if (form := next(forms, None)) is None:
+    if (form := _form_of(record, all) or _form_of(record, any)) is None:
         fields = ", ".join(sorted(map(str, record))) or "nothing"
         raise RejectError("unknown_fields", f"no known form of instruction data has the fields {fields}")
     question, answer = field(record, form.question, str), field(record, form.answer, str)
@@ -87,6 +88,24 @@ def read_conversation(record: dict[str, Any]) -> Conversation:
     _check_answers(exchanges)
     system = record.get("system_prompt")  # OpenOrca's
     return Conversation(exchanges, images, system if isinstance(system, str) and system else None)
+
+
+def has_form(record: dict[str, Any]) -> bool:
+    """Tell whether a record has all fields of one of the forms of `read_conversation`."""
+    return bool(_list_of(record) or _form_of(record, all))
+
+
+def _list_of(record: dict[str, Any]) -> str | None:
+    return next((name for name in _LISTS if _has(record, name)), None)
+
+
+def _form_of(record: dict[str, Any], has: Callable[[Iterable[bool]], bool]) -> _Form | None:
+    return next((form for form in _FORMS if has(_has(record, name) for name in form[:2])), None)
+
+
+def _has(record: dict[str, Any], name: str) -> bool:
+    """Tell whether a field has a value; a table of several datasets has null where a dataset lacks a column."""
+    return record.get(name) is not None
 
 
 def _check_answers(exchanges: list[tuple[str, str]]) -> None:
@@ -131,7 +150,9 @@ def _fill(places: list[ImageRef | None], images: list[ImageRef]) -> list[ImageRe
 
 def _read_message(message: dict[str, Any]) -> tuple[str, str, list[ImageRef | None] | None]:
     """Return role and text, and the images if the content is a list of parts."""
-    role_field, text_field = ("role", "content") if "role" in message and "from" not in message else ("from", "value")
+    role_field, text_field = (
+        ("role", "content") if _has(message, "role") and not _has(message, "from") else ("from", "value")
+    )
     name = field(message, role_field, str)
     if name not in _ROLES:
         raise RejectError("turn_order", f"a turn is from {name[:50]!r}, not from human or gpt")
@@ -159,6 +180,6 @@ def _read_message(message: dict[str, Any]) -> tuple[str, str, list[ImageRef | No
 def _part_image(part: dict[str, Any], kind: str) -> ImageRef | None:
     """Return the image that a part names; None for the next image in the list of the record."""
     value = part.get(kind)
-    if isinstance(value, dict) and "url" in value:
+    if isinstance(value, dict) and value.get("url") is not None:
         value = value["url"]
     return None if value is None else read_ref(value, kind)

@@ -52,14 +52,21 @@ class TarPairSource:
 
     def read(self, path: Location, images: ImageReader) -> Iterator[Found]:
         """Yield the pairs of one tar."""
-        rows, keys = read_shard_table(beside(path, TABLE_SUFFIX)), set()
-        for found in read_samples(path, lambda sample: self._pair(sample, rows.get(sample.key, {}), images)):
-            keys.add(found.key)
+        rows = read_shard_table(beside(path, TABLE_SUFFIX))
+        missing = dict(rows)
+
+        def make(sample: TarSample) -> Document:
+            row_key = _row_key(sample.key, rows)
+            if row_key in rows and row_key not in missing:
+                raise RejectError("duplicate_name", f"the tar has two samples for row {row_key} of its table")
+            return self._pair(sample, rows.get(row_key, {}), images)
+
+        for found in read_samples(path, make):
+            missing.pop(_row_key(found.key, rows), None)
             yield found
-        for key, row in rows.items():
-            if key not in keys:
-                status = row.get("error_message") or row.get("status")
-                yield Found(None, key, RejectError("image_missing", f"the tar has no image; img2dataset says {status}"))
+        for key, row in missing.items():
+            status = row.get("error_message") or row.get("status")
+            yield Found(None, key, RejectError("image_missing", f"the tar has no image; img2dataset says {status}"))
 
     def _pair(self, sample: TarSample, row: dict[str, Any], images: ImageReader) -> Document:
         caption = self._caption(sample, row)
@@ -78,6 +85,11 @@ class TarPairSource:
         if found is None:
             raise RejectError("caption_missing", "neither the tar nor its table has a caption")
         return found
+
+
+def _row_key(key: str | None, rows: dict[str, dict[str, Any]]) -> str:
+    """Return the key of a sample as the table spells it: without its folder, if the tar was packed again with one."""
+    return "" if key is None else key if key in rows else key.rpartition("/")[2]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,1 +1,0 @@
-"""Decoders: `model: {language: {preset: NAME}}`."""
