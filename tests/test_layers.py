@@ -42,7 +42,6 @@ TESTED_ELSEWHERE = {
     "__main__.py": "cli/test_main.py",
     "config/activations.py": "costs/test_activations.py",
     "config/checks.py": "config/test_train.py",
-    "config/grid.py": "config/test_model.py",
     "config/options.py": "cli/test_options.py",
     "convert/family.py": "convert/families/test_protocol.py",
     "convert/projector.py": "convert/projectors/test_protocol.py",

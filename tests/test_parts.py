@@ -15,9 +15,9 @@ from tests.support.toy_parts import toy_parts
 __all__ = ["toy_parts"]
 PROTOCOLS = {"towers": TowerConfig, "projectors": ProjectorConfig, "adapters": AdapterConfig}
 FUNCTIONS = {
-    "towers": ("build", ["config", "computation", "groups"]),
-    "projectors": ("build", ["config", "computation", "groups", "input_size", "output_size", "init_method_std"]),
-    "adapters": ("apply", ["config", "model"]),
+    "towers": {"build": ["config", "computation", "groups"]},
+    "projectors": {"build": ["config", "computation", "groups", "input_size", "output_size", "init_method_std"]},
+    "adapters": {"apply": ["config", "model"], "start": ["config", "model"]},
 }
 PARTS = [(folder, name) for folder in PROTOCOLS for name in module_names(f"megatron_vlm.config.{folder}")]
 TOYS = [("projectors", "pixel_shuffle"), ("adapters", "beside_mlp")]
@@ -38,9 +38,9 @@ def check_settings(folder, name):
 
 
 def check_model(folder, name):
-    function, parameters = FUNCTIONS[folder]
-    offered = getattr(import_module(f"megatron_vlm.models.{folder}.{name}"), function)
-    assert list(inspect.signature(offered).parameters) == parameters
+    for function, parameters in FUNCTIONS[folder].items():
+        offered = getattr(import_module(f"megatron_vlm.models.{folder}.{name}"), function)
+        assert list(inspect.signature(offered).parameters) == parameters, function
 
 
 @pytest.mark.parametrize(("folder", "name"), PARTS)

@@ -1,5 +1,7 @@
 """A new projection or adapter is one file of settings and one of the model: no file that exists knows of it."""
 
+import dataclasses
+
 import pytest
 import torch
 import yaml
@@ -14,7 +16,7 @@ from megatron_vlm.costs.parameters import stage_sizes
 from megatron_vlm.models.build import build_model
 from megatron_vlm.models.computation import Computation
 from tests.support.configs import tiny_run
-from tests.support.jobs import start, train_steps
+from tests.support.jobs import save_initial, start, starting_from, train_steps
 from tests.support.micro_batches import make_micro_batch
 from tests.support.toy_parts import toy_parts, write_parts
 
@@ -64,6 +66,14 @@ def test_a_new_projection_is_loaded_trained_and_counted(write_run):
     assert_costs_are_real(config)
 
 
+def adapted_run(write_run, tmp_path, freeze):
+    """Return a run that adapts the random weights of another one."""
+    base = dataclasses.replace(write_run(model={}), run_dir=str(tmp_path / "base"))
+    save_initial(base)
+    config = write_run(model={"adapter": {"type": "beside_mlp", "rank": 3}}, freeze=freeze)
+    return starting_from(config, base.run_dir)
+
+
 @pytest.mark.distributed
 def test_a_new_projection_is_trained_alike_where_some_ranks_have_no_image(workers, tmp_path):
     write_parts(tmp_path / "parts")
@@ -94,9 +104,9 @@ def test_settings_of_a_new_projection_are_checked_like_those_of_the_others(write
         write_run(model={"projection": {"type": "pixel_shuffle", "faktor": 2}})
 
 
-def test_a_new_adapter_learns_while_the_parts_rest(write_run):
+def test_a_new_adapter_learns_while_the_parts_rest(write_run, tmp_path):
     plain = write_run(model={})
-    adapted = write_run(model={"adapter": {"type": "beside_mlp", "rank": 3}}, freeze=list(PART_NAMES))
+    adapted = adapted_run(write_run, tmp_path, list(PART_NAMES))
     expected = train_steps(plain, ROWS, num_samples=8, num_steps=1).losses[0]
     before = weights_of(start(adapted))
     steps = train_steps(adapted, ROWS, num_samples=8, num_steps=2, save=True)
@@ -113,7 +123,7 @@ def weights_of(state):
 
 
 def test_an_adapted_model_is_opened_with_its_adapter(write_run, tmp_path):
-    config = write_run(model={"adapter": {"type": "beside_mlp", "rank": 3}}, freeze=["vision_model"])
+    config = adapted_run(write_run, tmp_path, ["vision_model", "language_model"])
     train_steps(config, ROWS, num_samples=8, num_steps=2, save=True)
     trained = weights_of(start(config))
     settings = RunSettings(

@@ -2,13 +2,14 @@
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer.module import MegatronModule
 
+from megatron_vlm.checkpoint.base import with_bases
 from megatron_vlm.checkpoint.folder import (
     checkpoint_path,
     checkpoints_folder,
@@ -25,46 +26,61 @@ from megatron_vlm.parallel.collective import decide_on_main
 logger = logging.getLogger(__name__)
 
 
-def resume(
-    config: TrainConfig, chunks: Sequence[MegatronModule], optimizer: MegatronOptimizer
-) -> dict[str, Any] | None:
+@dataclass(frozen=True, slots=True)
+class LoadedWeights:
+    """What `load_weights` read."""
+
+    checkpoint: Path
+    has_adapter: bool
+    """Whether it had the weights of the adapter, or the model has no adapter."""
+
+
+def resume(config: TrainConfig, chunks: Sequence[MegatronModule], optimizer: MegatronOptimizer) -> Manifest | None:
     """Load the newest valid checkpoint of the run's own folder; all ranks call it together.
 
     Whatever a killed save left in the folder is cleaned up first.
 
     Returns:
-        The saved progress, or None if the run has no checkpoint yet.
+        The manifest of the checkpoint, or None if the run has none yet.
 
     Raises:
-        CheckpointError: there are checkpoints, but none is valid: a run never starts over on its own.
+        CheckpointError: there are checkpoints, but none is valid: a run never starts over on its own; or the base of
+            the newest valid one is missing, damaged or another one.
     """
     found = _newest_valid(Path(config.run_dir))
     if found is None:
         return None
     path, manifest = found
+    _check_whole(with_bases(path)[1:])
     num_extra_states = load_all(path, chunks, optimizer)
     if config.training.fp8 and config.training.fp8_recipe == "delayed" and not num_extra_states:
         logger.warning("checkpoint %s has no history of FP8 scales; delayed scaling starts a new one", path)
-    return manifest.progress
+    return manifest
 
 
-def load_weights(path: str, chunks: Sequence[MegatronModule]) -> Path:
+def load_weights(path: str, chunks: Sequence[MegatronModule], *, may_add_adapter: bool = False) -> LoadedWeights:
     """Verify and load only the weights of a run folder or checkpoint; all ranks call it together.
 
-    Returns:
-        The checkpoint that was read.
+    Args:
+        path: run folder or checkpoint.
+        chunks: of this rank.
+        may_add_adapter: as in `load_model`.
 
     Raises:
-        CheckpointError: there is no checkpoint, it is damaged, or it belongs to another model.
+        CheckpointError: there is no checkpoint, it or its base is damaged, or it belongs to another model.
     """
     checkpoint = Path(decide_on_main(lambda: str(find_checkpoint(path))))
-    faults = _verify_together(checkpoint, read_manifest(checkpoint))
-    if faults:
-        raise CheckpointError(
-            f"checkpoint is damaged: {faults[0]}", where=str(checkpoint), fix="use another checkpoint"
-        )
-    load_model(checkpoint, chunks)
-    return checkpoint
+    _check_whole(with_bases(checkpoint))
+    return LoadedWeights(checkpoint, load_model(checkpoint, chunks, may_add_adapter=may_add_adapter))
+
+
+def _check_whole(checkpoints: Sequence[Path]) -> None:
+    for checkpoint in checkpoints:
+        faults = _verify_together(checkpoint, read_manifest(checkpoint))
+        if faults:
+            raise CheckpointError(
+                f"checkpoint is damaged: {faults[0]}", where=str(checkpoint), fix="use another checkpoint"
+            )
 
 
 def _newest_valid(run_dir: Path) -> tuple[Path, Manifest] | None:

@@ -29,6 +29,18 @@ class FileRecord:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Base:
+    """The checkpoint that holds the weights which a run with an adapter does not train, and so does not save."""
+
+    path: str
+    """Its folder when the run started, absolute."""
+    relative_path: str
+    """The same, relative to a checkpoint of the run, for runs that were moved together."""
+    sha256: str
+    """Of its manifest, which has the checksum of every file."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
     """The files of a checkpoint and the progress of the run."""
 
@@ -36,6 +48,8 @@ class Manifest:
     progress: dict[str, Any]
     """`TrainState` as plain values; empty if the checkpoint holds only weights."""
     files: dict[str, FileRecord]
+    base: Base | None = None
+    """Where the weights are that this checkpoint lacks; None: it holds all."""
 
 
 def checksum_file(path: Path) -> FileRecord:
@@ -61,6 +75,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         "iteration": manifest.iteration,
         "progress": manifest.progress,
         "files": {name: asdict(entry) for name, entry in manifest.files.items()},
+        "base": manifest.base and asdict(manifest.base),
     }
     record[_OWN_CHECKSUM] = _checksum_of(record)
     write_durably(folder / MANIFEST_NAME, json.dumps(record, indent=1).encode())
@@ -82,7 +97,8 @@ def read_manifest(folder: Path) -> Manifest:
         record = json.loads(path.read_bytes())
         version, own = record["format_version"], record.pop(_OWN_CHECKSUM, None)
         files = {name: FileRecord(entry["size"], entry["crc32"]) for name, entry in record["files"].items()}
-        manifest = Manifest(iteration=record["iteration"], progress=dict(record["progress"]), files=files)
+        base = Base(**record["base"]) if record.get("base") else None
+        manifest = Manifest(iteration=record["iteration"], progress=dict(record["progress"]), files=files, base=base)
     except FileNotFoundError:
         raise CheckpointError(
             "checkpoint has no manifest", where=str(folder), fix="use a complete checkpoint"

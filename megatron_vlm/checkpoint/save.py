@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_vlm.checkpoint.finite import check_finite
 from megatron_vlm.checkpoint.folder import checkpoint_path, prune, write_latest
-from megatron_vlm.checkpoint.manifest import FileRecord, Manifest, checksum_file, list_files, write_manifest
+from megatron_vlm.checkpoint.manifest import Base, FileRecord, Manifest, checksum_file, list_files, write_manifest
 from megatron_vlm.checkpoint.optimizer_state import STEP
 from megatron_vlm.checkpoint.parallel_files import write_state
 from megatron_vlm.checkpoint.sharded_state import OPTIMIZER_KEY, SHARDING_METADATA, describe
@@ -32,6 +32,7 @@ def save_checkpoint(
     chunks: Sequence[MegatronModule],
     optimizer: MegatronOptimizer,
     progress: dict[str, Any],
+    base: Base | None = None,
 ) -> Path:
     """Save model, optimizer and progress; all ranks call it together.
 
@@ -43,6 +44,8 @@ def save_checkpoint(
         chunks: the model of this rank, without wrappers.
         optimizer: its optimizer.
         progress: plain values, with at least `iteration`.
+        base: the checkpoint that holds the weights which do not learn, so that this one leaves them out; None: this
+            one holds all weights.
 
     Returns:
         The folder of the checkpoint, complete when the call returns.
@@ -60,7 +63,8 @@ def save_checkpoint(
         if is_main:
             settle_folder(final)
         try:
-            _save(config, chunks, optimizer, progress, temporary)
+            _write(describe(chunks, optimizer, only_learning=base is not None), temporary)
+            _complete(config, progress, base, temporary)
         except CheckpointException as error:  # a BaseException
             raise _error_of_ranks(error, temporary, fix) from error
         if is_main:
@@ -83,28 +87,25 @@ def _error_of_ranks(error: CheckpointException, folder: Path, fix: str) -> Excep
     return StorageError(f"checkpoint not saved: {what}", where=str(folder), fix=fix)
 
 
-def _save(
-    config: TrainConfig,
-    chunks: Sequence[MegatronModule],
-    optimizer: MegatronOptimizer,
-    progress: dict[str, Any],
-    folder: Path,
-) -> None:
-    is_main = torch.distributed.get_rank() == 0
-    if is_main:
+def _write(state: dict[str, Any], folder: Path) -> None:
+    if torch.distributed.get_rank() == 0:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
     torch.distributed.barrier()
-    state = describe(chunks, optimizer)
     # The first rank writes it for all, and its stage may train nothing.
     state[OPTIMIZER_KEY][STEP] = _largest(state[OPTIMIZER_KEY][STEP])
     write_state(state, folder, dict(SHARDING_METADATA))
+
+
+def _complete(config: TrainConfig, progress: dict[str, Any], base: Base | None, folder: Path) -> None:
+    """Add the settings, and the manifest last."""
+    is_main = torch.distributed.get_rank() == 0
     if is_main:
         save_config(config, folder / CONFIG_NAME)
     torch.distributed.barrier()
     files = _checksum_together(folder)
     if is_main:
-        write_manifest(folder, Manifest(iteration=progress["iteration"], progress=progress, files=files))
+        write_manifest(folder, Manifest(iteration=progress["iteration"], progress=progress, files=files, base=base))
 
 
 def _largest(number: int) -> int:

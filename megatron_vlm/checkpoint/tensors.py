@@ -10,6 +10,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import Tensor
 
+from megatron_vlm.checkpoint.base import record_base, with_bases
 from megatron_vlm.checkpoint.folder import checkpoint_path, write_latest
 from megatron_vlm.checkpoint.lazy_tensors import LazyTensor, save_lazily
 from megatron_vlm.checkpoint.manifest import Manifest, checksum_file, list_files, write_manifest
@@ -24,34 +25,43 @@ _LAYERS = ".layers."
 
 
 def list_tensors(checkpoint: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Return shape and dtype of every model tensor by key; layers are stacked along the first axis."""
-    check_metadata(checkpoint)
+    """Return shape and dtype of every model tensor by key; layers are stacked along the first axis.
+
+    Of a checkpoint that holds only what learns, these are its tensors and those of its base.
+
+    Raises:
+        CheckpointError: an index is damaged; the base is missing or another one.
+    """
+    found: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    for folder in reversed(with_bases(checkpoint)):
+        found |= {key: (tuple(value.global_shape), value.dtype) for key, value in _read_index(folder).items()}
+    return {key: found[key] for key in sorted(found) if key.startswith(MODEL_PREFIX)}
+
+
+def _read_index(folder: Path) -> dict[str, ShardedTensor]:
+    check_metadata(folder)
     with single_process():
-        metadata = dist_checkpointing.load_tensors_metadata(str(checkpoint))
-    return {
-        key: (tuple(value.global_shape), value.dtype)
-        for key, value in sorted(metadata.items())
-        if key.startswith(MODEL_PREFIX)
-    }
+        return dist_checkpointing.load_tensors_metadata(str(folder))
 
 
 def read_tensor(checkpoint: Path, key: str, layer: int | None = None) -> Tensor:
     """Read one whole tensor of a checkpoint saved at any layout.
 
     Args:
-        checkpoint: its folder.
+        checkpoint: its folder; what it lacks is read from its base.
         key: as `list_tensors` names it.
         layer: read only this layer of a tensor that stacks layers; the result has no layer axis.
     """
-    check_metadata(checkpoint)
+    indexes = ((folder, _read_index(folder)) for folder in with_bases(checkpoint))
+    folder, index = next((folder, index) for folder, index in indexes if key in index)
     with single_process():
-        wanted = dist_checkpointing.load_tensors_metadata(str(checkpoint))[key]
+        wanted = index[key]
         if layer is not None:
             num_layers, *shape = wanted.global_shape
             empty = torch.empty((1, *shape), dtype=wanted.dtype)
             wanted = ShardedTensor.from_rank_offsets(key, empty, (0, layer, num_layers))
-        with readable(checkpoint):
-            loaded = dist_checkpointing.load({key: wanted}, str(checkpoint), validate_access_integrity=False)
+        with readable(folder):
+            loaded = dist_checkpointing.load({key: wanted}, str(folder), validate_access_integrity=False)
     return loaded[key] if layer is None else loaded[key][0]
 
 
@@ -69,6 +79,7 @@ def write_weights(
     tensors: Mapping[str, Tensor | LazyTensor],
     config: Mapping[str, object],
     report: Callable[[], object] = lambda: None,
+    base: Path | None = None,
 ) -> Path:
     """Write whole tensors as checkpoint 0 of a new run folder; it can be loaded at any layout.
 
@@ -77,6 +88,7 @@ def write_weights(
         tensors: by key, as `list_tensors` names them; lazy ones are made one at a time.
         config: content of `config.yaml`; at least the `model` section.
         report: called after each tensor; for a tensor that stacks layers, after each layer.
+        base: checkpoint that holds the other tensors of the model; None: `tensors` are all.
 
     Returns:
         The folder of the checkpoint.
@@ -90,7 +102,8 @@ def write_weights(
         (unfinished / CONFIG_NAME).write_text(text)
         (Path(run_dir) / CONFIG_NAME).write_text(text)
         files = {name: checksum_file(unfinished / name) for name in list_files(unfinished)}
-        write_manifest(unfinished, Manifest(iteration=0, progress={}, files=files))
+        record = None if base is None else record_base(base, run_dir)
+        write_manifest(unfinished, Manifest(iteration=0, progress={}, files=files, base=record))
     write_latest(run_dir, 0)
     return path
 

@@ -1,8 +1,11 @@
 """Inspect the checkpoints of a run without loading them."""
 
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_vlm.checkpoint.base import find_base, with_bases
 from megatron_vlm.checkpoint.folder import checkpoint_path, list_iterations
 from megatron_vlm.checkpoint.manifest import MANIFEST_NAME, find_faults, find_strangers, read_manifest
 from megatron_vlm.checkpoint.pickles import check_metadata
@@ -41,8 +44,17 @@ def checkpoint_folders(path: Path) -> list[Path]:
     return folders
 
 
+def bases_of(checkpoints: Iterable[Path]) -> list[Path]:
+    """Return the bases that these checkpoints need, as far as they are there."""
+    bases: dict[Path, None] = {}
+    for checkpoint in checkpoints:
+        with suppress(CheckpointError):  # a fault that `inspect_checkpoint` reports
+            bases |= dict.fromkeys(with_bases(checkpoint)[1:])
+    return list(bases)
+
+
 def inspect_checkpoint(path: Path, *, read_files: bool) -> CheckpointFacts:
-    """Return what is known about one checkpoint.
+    """Return what is known about one checkpoint; of its base, whether it is there.
 
     Args:
         path: its folder.
@@ -60,6 +72,11 @@ def inspect_checkpoint(path: Path, *, read_files: bool) -> CheckpointFacts:
             check_metadata(path)
         except CheckpointError as error:
             faults = [error.what]
+    if manifest.base is not None:
+        try:
+            find_base(path, manifest.base)
+        except CheckpointError as error:
+            faults.append(error.what)
     return CheckpointFacts(
         path=path,
         iteration=manifest.iteration,
@@ -70,14 +87,19 @@ def inspect_checkpoint(path: Path, *, read_files: bool) -> CheckpointFacts:
 
 
 def check_whole(path: Path) -> None:
-    """Compare every byte of a checkpoint with its manifest.
+    """Compare every byte of a checkpoint, and of its base if it has one, with their manifests.
 
     Raises:
-        CheckpointError: a file differs.
+        CheckpointError: a file differs; the base is missing or another one.
     """
-    faults = inspect_checkpoint(path, read_files=True).faults
-    if faults:
-        raise CheckpointError(faults[0], where=str(path), fix="use another checkpoint, or copy this one again")
+    for folder in with_bases(path):
+        faults = inspect_checkpoint(folder, read_files=True).faults
+        if faults:
+            raise CheckpointError(
+                f"checkpoint is damaged: {faults[0]}",
+                where=str(folder),
+                fix="use another checkpoint, or copy this one again",
+            )
 
 
 def _iteration_of(path: Path) -> int:

@@ -32,10 +32,10 @@ def run(args: argparse.Namespace) -> int:
     """Run the verb; returns the exit code."""
     if args.action == "hash":
         return _hash(args.folder)
-    from megatron_vlm.checkpoint.verify import checkpoint_folders, inspect_checkpoint
+    from megatron_vlm.checkpoint.verify import bases_of, checkpoint_folders, inspect_checkpoint
 
-    all_valid = True
-    for path in checkpoint_folders(args.folder):
+    all_valid, folders = True, checkpoint_folders(args.folder)
+    for path in [*folders, *(bases_of(folders) if args.action == "verify" else ())]:
         facts = inspect_checkpoint(path, read_files=args.action == "verify")
         all_valid &= facts.is_valid
         state = "; ".join(facts.faults) or ("valid" if args.action == "verify" else "has a manifest")

@@ -1,6 +1,7 @@
 """The Llama-2 decoder: its sizes, its token ids, and what it costs: parameters, operations and activations."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from megatron_vlm.config.activations import Activations
 from megatron_vlm.config.checks import check_heads, check_positive
@@ -30,6 +31,8 @@ class TensorSplit:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LanguageConfig:
     """A Llama-2 decoder."""
+
+    PRESETS: ClassVar[str] = "megatron_vlm.config.presets.language"
 
     vocab_size: int
     """Pieces of the tokenizer, not counting the two added tokens."""

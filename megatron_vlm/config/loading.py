@@ -12,6 +12,7 @@ import yaml
 
 from megatron_vlm.config.errors import ConfigError
 from megatron_vlm.config.modules import find_module, module_names
+from megatron_vlm.config.presets import PRESET_KEY, read_preset
 
 T = TypeVar("T")
 _BASE_KEY = "base"
@@ -25,13 +26,16 @@ class TypeIn:
     """Full name of the package with the modules."""
     default: str | None = None
     """Type of a section without a `type:`; None if it is required."""
+    presets: str | None = None
+    """Full name of the package with the presets that a section may name; None for none."""
 
 
 def load_config(cls: type[T], path: str | Path, overrides: typing.Sequence[str] = ()) -> T:
-    """Load `cls` from a YAML file; later ones win: dataclass defaults, `base` file, this file, overrides.
+    """Load `cls` from a YAML file; later ones win: dataclass defaults, presets, `base` file, this file, overrides.
 
     Args:
-        cls: a frozen dataclass whose fields may be dataclasses themselves.
+        cls: a frozen dataclass whose fields may be dataclasses themselves. A section whose class has a `PRESETS`, the
+            full name of a package, may name one of its presets by `preset:`.
         path: YAML file; its optional key `base` names the file that it extends, relative to itself.
         overrides: `section.key=value`, with the value in YAML; a list is replaced as a whole.
 
@@ -133,11 +137,40 @@ def _collect_lines(node: yaml.Node | None, prefix: str, path: Path, lines: dict[
 
 
 def _overlay(base: dict[str, Any], top: dict[str, Any]) -> None:
+    """Write the values of `top` into `base`; a section of another type replaces the one below it as a whole."""
     for key, value in top.items():
-        if isinstance(value, dict) and isinstance(base.get(key), dict):
-            _overlay(base[key], value)
+        below = base.get(key)
+        if isinstance(value, dict) and isinstance(below, dict) and not _has_other_type(value, below):
+            _overlay(below, value)
         else:
             base[key] = value
+
+
+def _has_other_type(section: dict[str, Any], below: dict[str, Any]) -> bool:
+    return "type" in section and "type" in below and section["type"] != below["type"]
+
+
+def _with_preset(
+    package: str | None, section: dict[str, Any], *, key: str, lines: dict[str, str], source: str
+) -> dict[str, Any]:
+    """Return a section with the settings of the preset that it names, if any, under its own.
+
+    A preset of another type than the section's own is of no use to it. Settings of a preset have no line: errors about
+    them name that of the section.
+    """
+    seen: list[object] = []
+    while package is not None and PRESET_KEY in section:
+        name, what = section[PRESET_KEY], f"{key}.{PRESET_KEY}"
+        where = _place_of(what, lines, source)
+        if name in seen:
+            raise ConfigError(f"the presets {', '.join(map(str, seen))} build on each other", where=where)
+        seen.append(name)
+        below = read_preset(package, name, what, where=where)
+        section = {field: value for field, value in section.items() if field != PRESET_KEY}
+        if not _has_other_type(section, below):
+            _overlay(below, section)
+            section = below
+    return section
 
 
 def _set_dotted(tree: dict[str, Any], key: str, value: Any) -> None:
@@ -194,6 +227,7 @@ def _build_typed(type_in: TypeIn, value: Any, *, key: str, lines: dict[str, str]
     section = {} if value is None else value
     if not isinstance(section, dict):
         raise _wrong(key, section, "a section", _place_of(key, lines, source))
+    section = _with_preset(type_in.presets, section, key=key, lines=lines, source=source)
     name, type_key = section.get("type", type_in.default), f"{key}.type"
     where = _place_of(type_key, lines, source)
     if name is None:
@@ -242,6 +276,7 @@ def _build_dataclass(
         value = {}
     if not isinstance(value, dict):
         raise _wrong(key, value, "a section", where)
+    value = _with_preset(getattr(cls, "PRESETS", None), value, key=key, lines=lines, source=source)
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
     hints = typing.get_type_hints(cls, include_extras=True)
     of_type = f" for type {type_name}" if type_name else ""

@@ -1,7 +1,7 @@
 """The model: its three parts, and the number of tokens an image takes."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from megatron_vlm.config.adapters import Adapter
 from megatron_vlm.config.errors import ConfigError
@@ -20,6 +20,8 @@ PART_NAMES = ("vision_model", "vision_projection", "language_model")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
     """The three parts of the model, and an adapter."""
+
+    PRESETS: ClassVar[str] = "megatron_vlm.config.presets.models"
 
     language: LanguageConfig
     vision: Tower

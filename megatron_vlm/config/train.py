@@ -206,3 +206,16 @@ class TrainConfig:
             raise ConfigError(
                 "only one of data.validation and training.validation_interval is set", fix="set both or neither"
             )
+
+    def check_start(self) -> None:
+        """Check that a run that has no checkpoint yet can save one.
+
+        Raises:
+            ConfigError: there is an adapter and no checkpoint to start from, which holds the weights that do not learn.
+        """
+        if self.model.adapter is not None and self.checkpoint.load_weights is None:
+            raise ConfigError(
+                f"adapter {self.model.adapter.type} needs a model to adapt, and checkpoint.load_weights is not set",
+                where="model.adapter",
+                fix="set it to a run folder or checkpoint",
+            )

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from megatron_vlm.checkpoint.run_settings import RunSettings
 from megatron_vlm.checkpoint.tensors import list_tensors, read_tensor
-from megatron_vlm.checkpoint.verify import inspect_checkpoint
+from megatron_vlm.checkpoint.verify import check_whole
 from megatron_vlm.config import CheckpointError, UsageError
 from megatron_vlm.convert.differences import describe_differences
 from megatron_vlm.convert.family import Serving, find_format
@@ -107,11 +107,7 @@ def check_checkpoint(checkpoint: Path, rules: Sequence[Rule]) -> set[torch.dtype
     Raises:
         CheckpointError: a file is damaged; a tensor is missing, not in the table, or has another shape.
     """
-    faults = inspect_checkpoint(checkpoint, read_files=True).faults
-    if faults:
-        raise CheckpointError(
-            f"checkpoint is damaged: {faults[0]}", where=str(checkpoint), fix="use another checkpoint"
-        )
+    check_whole(checkpoint)
     tensors = list_tensors(checkpoint)
     found = {key: shape for key, (shape, _) in tensors.items()}
     wanted = {rule.key: rule.checkpoint_shape for rule in rules}

@@ -1,11 +1,13 @@
 """Build the model chunks of this rank, freeze parts and add the adapter."""
 
 from collections.abc import Iterable
+from types import ModuleType
 
 import torch
 from megatron.core import parallel_state
+from torch import Tensor
 
-from megatron_vlm.config import ModelConfig, ParallelConfig
+from megatron_vlm.config import AdapterConfig, ModelConfig, ParallelConfig
 from megatron_vlm.config.modules import find_module
 from megatron_vlm.models.computation import Computation
 from megatron_vlm.models.language_model import LanguageModel, language_transformer_config
@@ -89,8 +91,25 @@ def _freeze(chunk: VisionLanguageModel, part_names: Iterable[str]) -> None:
 def _adapt(chunk: VisionLanguageModel, model: ModelConfig) -> None:
     """Add the weights of the adapter, then mark all weights of the vision parts."""
     if model.adapter is not None:
-        adapter = find_module("megatron_vlm.models.adapters", model.adapter.type, "model.adapter.type")
-        adapter.apply(model.adapter, chunk)
+        there = set(chunk.parameters())
+        _find_adapter(model.adapter).apply(model.adapter, chunk)
+        for parameter in chunk.parameters():
+            parameter.of_adapter = parameter not in there  # type: ignore[attr-defined]
     if chunk.pre_process:
         mark_replicated(chunk.vision_model)
         mark_replicated(chunk.vision_projection)
+
+
+def _find_adapter(adapter: AdapterConfig) -> ModuleType:
+    return find_module("megatron_vlm.models.adapters", adapter.type, "model.adapter.type")
+
+
+def is_of_adapter(parameter: Tensor) -> bool:
+    """Return whether the adapter added this parameter."""
+    return getattr(parameter, "of_adapter", False)
+
+
+def start_adapter(adapter: AdapterConfig, chunks: Iterable[VisionLanguageModel]) -> None:
+    """Give the adapter's weights the values that depend on the base, which has just been loaded."""
+    for chunk in chunks:
+        _find_adapter(adapter).start(adapter, chunk)

@@ -5,10 +5,12 @@ from collections.abc import Sequence
 
 import torch
 
+from megatron_vlm.checkpoint.base import find_base, record_base
+from megatron_vlm.checkpoint.folder import checkpoint_path
 from megatron_vlm.checkpoint.load import load_weights, resume
 from megatron_vlm.config import CheckpointError, ConfigError, TrainConfig, derive_layout
 from megatron_vlm.data.plan.plan import Plan
-from megatron_vlm.models.build import build_model
+from megatron_vlm.models.build import build_model, start_adapter
 from megatron_vlm.models.computation import Computation
 from megatron_vlm.parallel.groups import RankLayout, seed_everything
 from megatron_vlm.training.objective import build_objective
@@ -53,20 +55,28 @@ def build_random_state(config: TrainConfig, rank: RankLayout, plan: Plan, datase
 
 
 def _load(state: TrainState) -> None:
-    progress = resume(state.config, state.chunks, state.optimizer)
-    if progress is not None:
-        _take_progress(state, progress)
+    manifest = resume(state.config, state.chunks, state.optimizer)
+    if manifest is not None:
+        _take_progress(state, manifest.progress)
+        if manifest.base is not None:
+            run_dir = state.config.run_dir
+            state.base = record_base(find_base(checkpoint_path(run_dir, state.iteration), manifest.base), run_dir)
         if state.is_reporter:
             logger.info("resumed at iteration %d", state.iteration)
         return
-    path = state.config.checkpoint.load_weights
+    state.config.check_start()
+    path, adapter = state.config.checkpoint.load_weights, state.config.model.adapter
     if path is None:
         return
-    checkpoint = load_weights(path, state.chunks)
+    loaded = load_weights(path, state.chunks, may_add_adapter=True)
+    if adapter is not None:
+        state.base = record_base(loaded.checkpoint, state.config.run_dir)
+        if not loaded.has_adapter:
+            start_adapter(adapter, state.chunks)
     # The optimizer keeps copies of the weights (FP32 masters, shards), which must follow.
     state.optimizer.reload_model_params()
     if state.is_reporter:
-        logger.info("start from the weights of %s", checkpoint)
+        logger.info("start from the weights of %s", loaded.checkpoint)
 
 
 def _take_progress(state: TrainState, progress: dict) -> None:

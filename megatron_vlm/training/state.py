@@ -7,6 +7,7 @@ from typing import Any
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 
+from megatron_vlm.checkpoint.manifest import Base
 from megatron_vlm.config import Layout, TrainConfig
 from megatron_vlm.data.plan.plan import Plan
 from megatron_vlm.models.vlm import VisionLanguageModel
@@ -35,6 +36,8 @@ class TrainState:
     iteration: int = 0
     """Steps done."""
     consumed_samples: int = 0
+    base: Base | None = None
+    """The checkpoint with the weights that do not learn, if the model has an adapter."""
     stop_reason: str | None = None
     """Why the loop ends before train_iters: SIGNALLED or EXIT_ITERATION; None: it continues."""
     dataset_names: Sequence[str] = field(default=())

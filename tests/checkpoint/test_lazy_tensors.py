@@ -6,6 +6,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 from megatron_vlm.checkpoint.lazy_tensors import LazyTensor, save_lazily
+from megatron_vlm.checkpoint.manifest import Manifest, write_manifest
 from megatron_vlm.checkpoint.pickles import check_metadata
 from megatron_vlm.checkpoint.tensors import list_tensors, read_tensor
 from megatron_vlm.config import CheckpointError
@@ -60,6 +61,7 @@ def test_files_are_those_that_megatron_core_writes(tmp_path):
 
 def test_tensors_are_read_back_whole_and_by_layer(tmp_path):
     write(tmp_path / "ours", {key: lazy(key, tensor) for key, tensor in TENSORS.items()})
+    write_manifest(tmp_path / "ours", Manifest(iteration=0, progress={}, files={}))
     check_metadata(tmp_path / "ours")
     assert list_tensors(tmp_path / "ours") == {
         key: (tuple(tensor.shape), tensor.dtype) for key, tensor in sorted(TENSORS.items())

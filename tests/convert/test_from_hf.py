@@ -337,7 +337,6 @@ def test_a_tower_with_an_unknown_activation_is_refused(llama_dir, clip_dir, tmp_
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"vision_feature_select_strategy": "full"}, "the projection also gets the class token"),
         ({"vision_feature_layer": [-2, -1]}, r"vision_feature_layer=\[-2, -1\]"),
         ({"image_token_index": 300}, "448 rows in the vocabulary with the image token 300, not 320"),
         ({"projector_hidden_act": "relu"}, "projector_hidden_act=relu"),

@@ -47,7 +47,7 @@ def test_parameters_are_those_that_each_rank_builds(tp, pp, first, changes, play
         assert counted(state) == {name: value for name, value in expected.items() if value}
 
 
-@pytest.mark.parametrize("changes", [{"class_token": False}, {"pre_norm": False}, {"feature_layer": -1}])
+@pytest.mark.parametrize("changes", [{"drop_class_token": False}, {"feature_layer": -1}])
 def test_parameters_of_other_towers_are_right_too(changes, play, tmp_path):
     model = tiny_model()
     model = dataclasses.replace(model, vision=dataclasses.replace(model.vision, **changes))

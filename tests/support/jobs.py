@@ -167,7 +167,7 @@ def step(state: TrainState, loaders: Sequence[Iterator[VLMBatch]]) -> StepMetric
 
 def _save(state: TrainState) -> None:
     state.gather_parameters()
-    save_checkpoint(state.config, state.chunks, state.optimizer, state.progress())
+    save_checkpoint(state.config, state.chunks, state.optimizer, state.progress(), state.base)
 
 
 def _adam_steps(state: TrainState) -> list[float]:

@@ -96,6 +96,9 @@ def apply(config, model):
         torch.nn.init.zeros_(layer.up.weight)
         layer.mlp.register_forward_hook(partial(_add, layer))
 
+def start(config, model):
+    pass
+
 def _add(layer, mlp, inputs, outputs):
     output, bias = outputs
     return output + layer.up(layer.down(inputs[0])), bias

@@ -349,7 +349,7 @@ class _PlainTower(nn.Module):
         tower.embeddings.patch_embedding = nn.Conv2d(
             3, vision.hidden_size, vision.patch_size, vision.patch_size, bias=False
         )
-        tower.embeddings.position_embedding = nn.Embedding(vision.num_patches + 1, vision.hidden_size)
+        tower.embeddings.position_embedding = nn.Embedding(vision.position_grid**2 + 1, vision.hidden_size)
         tower.pre_layrnorm = nn.LayerNorm(vision.hidden_size, vision.layernorm_epsilon)
         tower.encoder = nn.Module()
         tower.encoder.layers = nn.ModuleList(_PlainTowerLayer(vision) for _ in range(vision.num_layers_run))

@@ -62,5 +62,8 @@ class TowerConfig(Protocol):
         """
 
 
-Tower = Annotated[TowerConfig, TypeIn("megatron_vlm.config.towers", default="clip")]
+Tower = Annotated[
+    TowerConfig,
+    TypeIn("megatron_vlm.config.towers", default="clip", presets="megatron_vlm.config.presets.vision"),
+]
 """Annotation for a settings field that holds a tower."""

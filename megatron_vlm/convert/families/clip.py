@@ -58,7 +58,7 @@ def rules(vision: Config) -> list[Rule]:
         Rule(_PREFIX + "conv1.weight", (hidden, 3, patch, patch), (embeddings + "patch_embedding.weight",)),
         Rule(
             _PREFIX + "position_embeddings.weight",
-            (vision.num_patches + 1, hidden),
+            (vision.position_grid**2 + 1, hidden),
             (embeddings + "position_embedding.weight",),
         ),
     ]
@@ -91,16 +91,7 @@ def constants(vision: Config) -> dict[str, Tensor]:
 
 
 def config_to_hf(vision: Config) -> dict[str, Any]:
-    """Return config.json of a tower that ends with the layer whose output the projection gets.
-
-    Raises:
-        CheckpointError: it is not a CLIP tower.
-    """
-    if not (vision.class_token and vision.pre_norm):
-        raise CheckpointError(
-            f"a tower with class_token={vision.class_token}, pre_norm={vision.pre_norm} is not a CLIP tower",
-            fix="export a model whose tower has both",
-        )
+    """Return config.json of a tower that ends with the layer whose output the projection gets."""
     return {
         "architectures": ["CLIPVisionModel"],
         "model_type": "clip_vision_model",

@@ -11,7 +11,7 @@ from megatron_vlm.config import CheckpointError, ModelConfig
 from megatron_vlm.config.projectors import make_projector
 from megatron_vlm.convert.families import clip
 from megatron_vlm.convert.family import Family, Serving, find_family, find_tower_family
-from megatron_vlm.convert.files.processor import chat_template, generation_config, write_processor
+from megatron_vlm.convert.files.processor import chat_template, generation_config, select_strategy, write_processor
 from megatron_vlm.convert.files.tokenizer import write_tokenizer
 from megatron_vlm.convert.folder import CONFIG_NAME, write_json
 from megatron_vlm.convert.projector import find_projector, projector_type_of
@@ -78,7 +78,7 @@ def config_to_hf(model: ModelConfig) -> dict[str, Any]:
         "projector_hidden_act": find_projector(model.projection.type).ACTIVATION,
         "multimodal_projector_bias": True,
         "vision_feature_layer": -1,
-        "vision_feature_select_strategy": "default",
+        "vision_feature_select_strategy": select_strategy(clip.tower_of(model)),
         "pad_token_id": model.language.pad_token_id,
         "tie_word_embeddings": model.language.share_embeddings_and_output_weights,
         "text_config": _language_family().config_to_hf(model.language),
@@ -97,8 +97,6 @@ def config_from_hf(settings: dict[str, Any], *, where: str, **chosen: Any) -> Mo
     Raises:
         CheckpointError: our model does not support something in the settings.
     """
-    if settings.get("vision_feature_select_strategy", "default") != "default":
-        raise CheckpointError("the projection also gets the class token", where=where, fix="use another model")
     feature_layer = settings.get("vision_feature_layer", -2)
     if not isinstance(feature_layer, int) or feature_layer >= 0:
         raise CheckpointError(
@@ -120,7 +118,12 @@ def config_from_hf(settings: dict[str, Any], *, where: str, **chosen: Any) -> Mo
         )
     found = {
         "language": language,
-        "vision": vision_family.config_from_hf(vision, where=where, feature_layer=feature_layer),
+        "vision": vision_family.config_from_hf(
+            vision,
+            where=where,
+            feature_layer=feature_layer,
+            drop_class_token=settings.get("vision_feature_select_strategy", "default") == "default",
+        ),
         "projection": make_projector(projector_type_of(settings.get("projector_hidden_act", "gelu"), where)),
     }
     return ModelConfig(**{**found, **chosen})

@@ -39,14 +39,19 @@ def image_processor_config(vision: ClipConfig, aspect: Aspect) -> dict[str, Any]
     }
 
 
+def select_strategy(vision: ClipConfig) -> str:
+    """Return the name in LLaVA for the features that the projection gets: without the class token, or all of them."""
+    return "default" if vision.drop_class_token else "full"
+
+
 def processor_config(vision: ClipConfig, image_token: str) -> dict[str, Any]:
     """Return processor_config.json: the number of placeholders per image."""
     return {
         "processor_class": "LlavaProcessor",
         "image_token": image_token,
         "patch_size": vision.patch_size,
-        "num_additional_image_tokens": 1,  # the class token, which "default" below removes again
-        "vision_feature_select_strategy": "default",
+        "num_additional_image_tokens": 1,  # the class token, which "default" removes again
+        "vision_feature_select_strategy": select_strategy(vision),
     }
 
 

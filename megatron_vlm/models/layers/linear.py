@@ -119,6 +119,13 @@ class ColumnLinear(ColumnParallelLinear):
         return replacement
 
 
+class ColumnLinearWithoutBias(ColumnLinear):
+    """A column-parallel layer without a bias in a part whose other layers have one: megatron-core has one switch."""
+
+    def __init__(self, *args: Any, bias: bool, **settings: Any) -> None:
+        super().__init__(*args, bias=False, **settings)
+
+
 class RowLinear(RowParallelLinear):
     """A row-parallel layer; its weight must not be used anywhere else."""
 

@@ -43,6 +43,22 @@ class RMSNorm(torch.nn.RMSNorm):
         return normalised.view(x.shape)
 
 
+class NormOfAllHeads(RMSNorm):
+    """RMSNorm of queries or keys over all heads together, for a spec's `q_layernorm` and `k_layernorm`.
+
+    megatron-core's normalises each head for itself. Every head must be on this rank, as in a tower.
+
+    Source: InternVL, arXiv:2312.14238, section 3.2.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
+        super().__init__(config.num_attention_heads * hidden_size, eps=eps, dtype=config.params_dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise float[..., heads, channels]."""
+        return super().forward(x.flatten(-2)).view(x.shape)
+
+
 _KINDS: dict[str, type[torch.nn.Module]] = {"LayerNorm": torch.nn.LayerNorm, "RMSNorm": RMSNorm}
 
 

@@ -16,10 +16,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from megatron_vlm.config import ConfigError
+from megatron_vlm.config.vision_transformer import Architecture
 from megatron_vlm.models.layers.attention import PackedAttention
-from megatron_vlm.models.layers.linear import ColumnLinear, RowLinear
+from megatron_vlm.models.layers.layer_scale import LayerScale
+from megatron_vlm.models.layers.linear import ColumnLinear, ColumnLinearWithoutBias, RowLinear
 from megatron_vlm.models.layers.mlp import FusedMLP
-from megatron_vlm.models.layers.norm import Norm
+from megatron_vlm.models.layers.norm import Norm, NormOfAllHeads
 from megatron_vlm.models.layers.rotary import RotarySelfAttention
 from megatron_vlm.platform.machine import pick_backend
 
@@ -111,10 +113,18 @@ def transformer_engine_layer_spec() -> ModuleSpec:
 
 
 def vision_block_spec(
-    config: TransformerConfig, tp_group: torch.distributed.ProcessGroup
+    config: TransformerConfig, architecture: Architecture, tp_group: torch.distributed.ProcessGroup
 ) -> TransformerBlockSubmodules:
     """Return the layers of a vision tower; every patch attends to every patch."""
     layer = torch_layer_spec(AttnMaskType.no_mask, tp_group=tp_group)
+    submodules, attention = layer.submodules, layer.submodules.self_attention.submodules
+    if architecture.query_key_norm:
+        attention.q_layernorm = attention.k_layernorm = NormOfAllHeads
+    if not architecture.query_key_value_bias:
+        attention.linear_qkv = ColumnLinearWithoutBias
+    if architecture.layer_scale is not None:
+        scale = {"hidden_size": config.hidden_size, "init": architecture.layer_scale, "dtype": config.params_dtype}
+        submodules.self_attn_bda = submodules.mlp_bda = ModuleSpec(module=LayerScale, params=scale)
     return TransformerBlockSubmodules(layer_specs=[layer] * config.num_layers, layer_norm=Norm)
 
 

@@ -20,7 +20,7 @@ class Hook:
         due = state.iteration % state.config.checkpoint.save_interval == 0
         if due or state.stop_reason is not None or state.iteration == state.train_iters:
             state.gather_parameters()
-            path = save_checkpoint(state.config, state.chunks, state.optimizer, state.progress())
+            path = save_checkpoint(state.config, state.chunks, state.optimizer, state.progress(), state.base)
             if state.is_reporter:
                 logger.info("saved checkpoint %s", path)
 

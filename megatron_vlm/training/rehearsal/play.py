@@ -155,7 +155,9 @@ def _facts(rehearsal: Rehearsal, state: TrainState, watch: DeviceWatch, fed: _Fe
         collectives=tuple(watch.collectives.calls),
         image_counts=tuple(fed.image_counts),
         label_counts=tuple(fed.label_counts),
-        checkpoint=bytes_per_rank(describe(state.chunks, state.optimizer)),
+        checkpoint=bytes_per_rank(
+            describe(state.chunks, state.optimizer, only_learning=state.config.model.adapter is not None)
+        ),
     )
 
 

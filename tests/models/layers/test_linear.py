@@ -4,7 +4,7 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 
 from megatron_vlm.models.build import build_model
 from megatron_vlm.models.computation import Computation
-from megatron_vlm.models.layers.linear import ColumnLinear, RowLinear
+from megatron_vlm.models.layers.linear import ColumnLinear, ColumnLinearWithoutBias, RowLinear
 from megatron_vlm.training.optimizer import wrap_model
 from tests.support.configs import tiny_model, tiny_run
 from tests.support.jobs import start
@@ -96,3 +96,15 @@ def test_a_weight_that_the_embedding_shares_is_left_to_autograd():
     chunks = build_model(model, tiny_run().parallel, Computation())
     assert type(chunks[0].language_model.output_layer) is ColumnParallelLinear
     assert wrap_model(tiny_run(model=model), chunks)
+
+
+def test_a_layer_without_a_bias_stands_between_layers_with_one():
+    column, _ = layers()
+    sizes = (column.input_size, column.output_size)
+    settings = {"config": column.config, "init_method": torch.nn.init.zeros_, "tp_group": column.tp_group}
+    layer = ColumnLinearWithoutBias(*sizes, bias=True, skip_bias_add=False, **settings)
+    assert column.bias is not None
+    assert layer.bias is None
+    output, bias = layer(input_of(layer))
+    assert bias is None
+    assert not output.any()

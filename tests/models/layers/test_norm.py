@@ -2,7 +2,7 @@ import pytest
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_vlm.models.layers.norm import Norm
+from megatron_vlm.models.layers.norm import Norm, NormOfAllHeads
 
 
 def config_of(normalization="LayerNorm", **settings):
@@ -54,3 +54,11 @@ def test_a_frozen_rms_norm_passes_the_gradient_on():
     (grad,) = torch.autograd.grad(norm(x).square().sum(), x)
     (expected,) = torch.autograd.grad(torch.nn.functional.rms_norm(x, (32,), norm.weight, 1e-5).square().sum(), x)
     torch.testing.assert_close(grad, expected)
+
+
+def test_the_norm_of_all_heads_takes_them_as_one_row():
+    norm = NormOfAllHeads(config_of(), 8, 1e-3)  # 4 heads of 8 channels
+    torch.nn.init.normal_(norm.weight)
+    x = torch.randn(5, 2, 4, 3 * 8)[..., :8]  # a part of the product of the QKV projection
+    expected = torch.nn.functional.rms_norm(x.flatten(-2), (32,), norm.weight, 1e-3)
+    torch.testing.assert_close(norm(x), expected.view(5, 2, 4, 8))

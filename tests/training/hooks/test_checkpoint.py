@@ -18,7 +18,7 @@ LAYOUTS = {"plain": {}, "overlapped": OVERLAP}
 def test_checkpoints_come_at_the_interval_and_before_the_run_ends(monkeypatch, iteration, stop_reason, is_saved):
     calls = []
     monkeypatch.setattr(checkpoint, "save_checkpoint", lambda *arguments: calls.append("saved"))
-    state = make_state(iteration=iteration, stop_reason=stop_reason, chunks=[], optimizer=None)
+    state = make_state(iteration=iteration, stop_reason=stop_reason, chunks=[], optimizer=None, base=None)
     state.progress, state.gather_parameters = dict, lambda: calls.append("gathered")
     checkpoint.Hook().step(state, METRICS)
     assert calls == (["gathered", "saved"] if is_saved else [])

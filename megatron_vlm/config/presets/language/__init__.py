@@ -1,0 +1,1 @@
+"""Decoders: `model: {language: {preset: NAME}}`."""

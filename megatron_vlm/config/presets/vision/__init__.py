@@ -1,0 +1,1 @@
+"""Vision towers: `model: {vision: {preset: NAME}}`."""

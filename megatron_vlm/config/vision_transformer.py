@@ -1,0 +1,185 @@
+"""What the settings of all vision transformers share: sizes, and the quantities that follow from them.
+
+A tower in `towers/` derives its `Config` from `VisionTransformerConfig` and says in `architecture` what is its own.
+
+Source: ViT, arXiv:2010.11929.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_vlm.config.activations import Activations
+from megatron_vlm.config.checks import check_heads, check_positive
+from megatron_vlm.config.errors import ConfigError
+from megatron_vlm.config.grid import Grid
+from megatron_vlm.config.operations import Operations
+
+Activation = Literal["quick_gelu", "gelu", "gelu_tanh", "swiglu"]
+"""Activation of the MLP; with swiglu, its first layer has a gate beside it."""
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Architecture:
+    """Where vision transformers differ from one another, apart from their sizes."""
+
+    activation: Activation
+    normalization: Literal["LayerNorm", "RMSNorm"] = "LayerNorm"
+    class_token: bool = True
+    """Whether a learned token, with a position of its own, stands before the patches."""
+    drop_class_token: bool = True
+    """Whether the feature of the class token is left out of the output."""
+    num_registers: int = 0
+    """Learned tokens without a position between class token and patches; never part of the output."""
+    patch_bias: bool = True
+    """Whether the patch embedding has a bias."""
+    pre_norm: bool = False
+    """Whether there is a norm between the embeddings and the first layer."""
+    post_norm: bool = False
+    """Whether there is a norm after the last layer that runs."""
+    query_key_value_bias: bool = True
+    query_key_norm: bool = False
+    """Whether queries and keys pass an RMSNorm over all heads together."""
+    layer_scale: float | None = None
+    """Initial value of the learned factors on the outputs of attention and MLP; None: no factors."""
+    antialias_positions: bool = False
+    """Whether position embeddings are smoothed when they are resized to a smaller grid."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VisionTransformerConfig(ABC):
+    """Sizes of a vision transformer and of its input: square images of one size."""
+
+    type: str
+    image_size: int
+    """Side of the square input image [pixels]."""
+    patch_size: int
+    """Side of a square patch [pixels]."""
+    num_layers: int
+    """Layers of the published encoder; `feature_layer` determines how many of them run."""
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    feature_layer: int
+    """Which hidden state is the output, counted as in Hugging Face: -1 is the output of the last layer."""
+    layernorm_epsilon: float = 1e-6
+    init_method_std: float = 0.02
+    """Standard deviation of the initial weights, including the projection."""
+    image_mean: tuple[float, float, float]
+    image_std: tuple[float, float, float]
+
+    def __post_init__(self) -> None:
+        sizes = ("image_size", "patch_size", "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
+        check_positive("model.vision", self, *sizes)
+        check_heads("model.vision", self.hidden_size, self.num_attention_heads, None)
+        self.check_image_size()
+        if not 1 <= self.num_layers_run <= self.num_layers:
+            raise ConfigError(
+                f"model.vision.feature_layer={self.feature_layer} is not a layer of {self.num_layers}",
+                fix=f"choose -1 to {-self.num_layers}",
+            )
+
+    def check_image_size(self) -> None:
+        """Check that the image divides into patches.
+
+        Raises:
+            ConfigError: it does not.
+        """
+        if self.image_size % self.patch_size:
+            raise ConfigError(
+                f"model.vision.image_size={self.image_size} is not a multiple of patch_size={self.patch_size}",
+                fix="choose a multiple",
+            )
+
+    @property
+    @abstractmethod
+    def architecture(self) -> Architecture:
+        """What is special about this tower."""
+
+    @property
+    def num_layers_run(self) -> int:
+        """Layers up to the chosen hidden state."""
+        return self.num_layers + 1 + self.feature_layer
+
+    @property
+    def feature_size(self) -> int:
+        """Width of the output features."""
+        return self.hidden_size
+
+    @property
+    def constant_grid(self) -> Grid:
+        """Features of every image, as a grid."""
+        side, architecture = self.image_size // self.patch_size, self.architecture
+        return Grid(side, side, int(architecture.class_token and not architecture.drop_class_token))
+
+    @property
+    def position_grid(self) -> int:
+        """Patches along a side of the table of position embeddings, which is resized for images with more or fewer."""
+        return self.constant_grid.rows
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Tokens inside the tower that are no patches."""
+        return int(self.architecture.class_token) + self.architecture.num_registers
+
+    def patch_grid(self, width: int, height: int) -> Grid:
+        """Return the features of an image; the same for all sizes, because every image is first made square."""
+        return self.constant_grid
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of the embeddings, the norms around the layers and the layers that run."""
+        hidden, special = self.hidden_size, self.architecture
+        norm = 2 * hidden if special.normalization == "LayerNorm" else hidden
+        layer = (
+            self._weights
+            + (4 if special.query_key_value_bias else 1) * hidden
+            + self._ffn_inputs
+            + hidden
+            + 2 * norm
+            + (2 * hidden if special.query_key_norm else 0)
+            + (2 * hidden if special.layer_scale is not None else 0)
+        )
+        patches = 3 * self.patch_size**2 * hidden + (hidden if special.patch_bias else 0)
+        positions = (self.position_grid**2 + int(special.class_token)) * hidden
+        norms = (special.pre_norm + special.post_norm) * norm
+        return self.num_layers_run * layer + patches + positions + self.num_prefix_tokens * hidden + norms
+
+    def operations(self, patches: Grid) -> Operations:
+        """Return the operations for one image with these patches."""
+        hidden, layers, tokens = self.hidden_size, self.num_layers_run, patches.num_patches + self.num_prefix_tokens
+        return Operations(
+            entry=2 * patches.num_patches * 3 * self.patch_size**2 * hidden,
+            inner=layers * 2 * tokens * self._weights,
+            attention=layers * 4 * tokens * tokens * hidden,
+        )
+
+    def activations(self, patches: Grid, *, learns: bool, recompute: bool) -> Activations:
+        """Return the activations for one image, with flash attention."""
+        hidden, ffn, special = self.hidden_size, self.ffn_hidden_size, self.architecture
+        tokens = patches.num_patches + self.num_prefix_tokens
+        # Inputs of the two norms and of the activation, query, key, value and output of attention.
+        kept = 6 * hidden + self._ffn_inputs
+        if special.query_key_norm:  # their inputs, as they are in the product of the QKV projection and copied from it
+            kept += 4 * hidden
+        if learns:  # Inputs of the matrices and of LayerScale.
+            kept += 2 * hidden + ffn + (2 * hidden if special.layer_scale is not None else 0)
+        layer = Activations(kept=tokens * kept, working=tokens * (self._ffn_inputs + ffn + hidden))
+        layers = layer.times(self.num_layers_run)
+        if recompute:
+            layers = layer.recomputed(self.num_layers_run, tokens * hidden)
+        pixels = patches.num_patches * 3 * self.patch_size**2 if learns else 0
+        outside = (special.pre_norm + special.post_norm) * tokens * hidden
+        return Activations(kept=layers.kept + pixels + outside, working=layers.working)
+
+    @property
+    def _ffn_inputs(self) -> int:
+        """Width of the input of the activation."""
+        return self.ffn_hidden_size * (2 if self.architecture.activation == "swiglu" else 1)
+
+    @property
+    def _weights(self) -> int:
+        """Parameters of the matrices of a layer."""
+        return 4 * self.hidden_size**2 + self.hidden_size * (self._ffn_inputs + self.ffn_hidden_size)

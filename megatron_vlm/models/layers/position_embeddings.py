@@ -1,0 +1,53 @@
+"""Learned position embeddings of a grid of patches."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def resize_positions(table: Tensor, side: int, rows: int, columns: int, *, antialias: bool = False) -> Tensor:
+    """Resize the embeddings of a square grid to another one, by bicubic interpolation in two dimensions.
+
+    Args:
+        table: float[side * side, h]; row by row.
+        side: rows and columns of the table.
+        rows: of the new grid.
+        columns: of the new grid.
+        antialias: smooth them first if the new grid is smaller.
+
+    Returns:
+        float[rows * columns, h]; the table itself if the grid is the same.
+    """
+    if (rows, columns) == (side, side):
+        return table
+    square = table.reshape(1, side, side, -1).permute(0, 3, 1, 2)
+    resized = F.interpolate(
+        square.float(), size=(rows, columns), mode="bicubic", align_corners=False, antialias=antialias
+    )
+    return resized.permute(0, 2, 3, 1).reshape(rows * columns, -1).to(table.dtype)
+
+
+class PositionEmbeddings(torch.nn.Embedding):
+    """One embedding for each class token and each patch of a square grid.
+
+    Args:
+        grid: patches along a side.
+        num_class_tokens: embeddings before those of the patches.
+        hidden_size: width of an embedding.
+        dtype: of the weights.
+        antialias: as in `resize_positions`.
+    """
+
+    def __init__(
+        self, grid: int, num_class_tokens: int, hidden_size: int, dtype: torch.dtype, *, antialias: bool = False
+    ) -> None:
+        super().__init__(grid**2 + num_class_tokens, hidden_size, dtype=dtype)
+        self.grid, self.num_class_tokens, self.antialias = grid, num_class_tokens, antialias
+
+    def forward(self, rows: int, columns: int) -> Tensor:  # type: ignore[override]
+        """Return float[class tokens + rows * columns, h], interpolated if the grid of the image is another one."""
+        if (rows, columns) == (self.grid, self.grid):
+            return self.weight
+        table = self.weight[self.num_class_tokens :]
+        resized = resize_positions(table, self.grid, rows, columns, antialias=self.antialias)
+        return torch.cat([self.weight[: self.num_class_tokens], resized])

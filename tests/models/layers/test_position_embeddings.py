@@ -1,0 +1,46 @@
+import pytest
+import torch
+
+from megatron_vlm.models.layers.position_embeddings import PositionEmbeddings, resize_positions
+
+
+def test_the_table_of_the_same_grid_is_not_touched():
+    embeddings = PositionEmbeddings(4, 1, 8, torch.float32)
+    assert embeddings(4, 4) is embeddings.weight
+
+
+def test_interpolated_positions_keep_rows_and_columns_apart():
+    embeddings = PositionEmbeddings(4, 1, 8, torch.float32)
+    with torch.no_grad():
+        embeddings.weight[0] = 0.0
+        embeddings.weight[1:] = torch.arange(4.0).repeat_interleave(4)[:, None]  # the row number of every patch
+        other = embeddings(2, 8)
+    rows = other[1:, 0].view(2, 8)
+    torch.testing.assert_close(rows, rows[:, :1].expand(2, 8))  # alike along a row
+    assert rows[0, 0] < rows[1, 0]
+
+
+def test_the_position_of_the_class_token_is_not_interpolated():
+    embeddings = PositionEmbeddings(4, 1, 8, torch.float32)
+    assert torch.equal(embeddings(5, 3)[0], embeddings.weight[0])
+    assert embeddings(5, 3).shape == (16, 8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_constant_positions_stay_constant(dtype):
+    table = torch.full((16, 8), 0.75, dtype=dtype)
+    # weights of the filter sum to 1 up to rounding
+    torch.testing.assert_close(resize_positions(table, 4, 6, 6), torch.full((36, 8), 0.75, dtype=dtype))
+
+
+def test_antialiasing_averages_what_a_smaller_grid_would_skip():
+    table = torch.eye(64)[10:11].T  # one patch of 8 x 8 differs
+    plain, smooth = (resize_positions(table, 8, 2, 2, antialias=antialias) for antialias in (False, True))
+    assert (plain - smooth).abs().max() > 0.01
+    torch.testing.assert_close(smooth.sum() * 16, torch.ones(()), atol=0.2, rtol=0)
+
+
+def test_the_gradient_reaches_the_table():
+    embeddings = PositionEmbeddings(4, 1, 8, torch.float32)
+    embeddings(3, 3).sum().backward()
+    torch.testing.assert_close(embeddings.weight.grad.sum(dim=0), torch.full((8,), 10.0))
