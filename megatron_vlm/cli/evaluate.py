@@ -57,10 +57,11 @@ def run(args: argparse.Namespace) -> int:
     pool = load(args.shots_from, args.images) if args.shots_from else []
     if args.swap_images is not None:
         questions = swap_pictures(questions, args.swap_images)
-    with open_from_options(args, args.batch_positions) as model:
-        from megatron_vlm.evaluation.run import evaluate
+    from megatron_vlm.evaluation.run import choose_asked, evaluate
 
-        result = evaluate(args.task, questions, model, options=options, pool=pool)
+    asked = choose_asked(questions, options, pool)
+    with open_from_options(args, args.batch_positions) as model:
+        result = evaluate(args.task, asked, model, options=options)
         facts = {"checkpoint": model.checkpoint, "questions": str(args.questions)}
     if args.swap_images is not None:
         facts["swap_images"] = args.swap_images

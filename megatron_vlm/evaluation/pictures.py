@@ -6,9 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from megatron_vlm.config import DataError, TowerConfig
+from megatron_vlm.config.prepare import ImageRules
+from megatron_vlm.data.images.checking import check_image
 from megatron_vlm.data.loading.pixels import Aspect, decode_image
+from megatron_vlm.data.rejects import RejectError
 
 _NUM_THREADS = 4
 _SHOWN = 3
@@ -51,15 +55,34 @@ class PictureReader:
 
 
 def check_pictures(paths: Sequence[Path]) -> None:
-    """Check that all files exist, before anything slow starts.
+    """Check that all files exist and are complete images, before anything slow starts.
+
+    The structure of a file is checked, not its pixels; see `check_image`.
 
     Raises:
-        DataError: counts the missing ones and names the first.
+        DataError: counts the missing or the damaged ones and names the first.
     """
     distinct = list(dict.fromkeys(paths))
-    missing = [str(path) for path in distinct if not path.is_file()]
-    if missing:
+    if missing := [str(path) for path in distinct if not path.is_file()]:
         raise DataError(
             f"{len(missing)} of {len(distinct)} images are missing, e.g. {', '.join(missing[:_SHOWN])}",
             fix="name their folder with --images",
         )
+    with ThreadPoolExecutor(_NUM_THREADS) as threads:
+        found = tqdm(threads.map(_damage, distinct), "check", len(distinct), unit="image", leave=False, disable=None)
+        damaged = [what for what in found if what is not None]
+    if damaged:
+        raise DataError(
+            f"{len(damaged)} of {len(distinct)} images cannot be read, e.g. {'; '.join(damaged[:_SHOWN])}",
+            fix="replace the files",
+        )
+
+
+def _damage(path: Path) -> str | None:
+    try:
+        check_image(path.read_bytes(), ImageRules())
+    except OSError as error:
+        return f"{path}: {error.strerror}"
+    except RejectError as error:
+        return f"{path}: {error.what}"
+    return None

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vlm.config import DataError
+from megatron_vlm.data.documents import PLACEHOLDER
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +31,8 @@ class Question:
 def load_questions(path: Path, images: Path | None = None) -> list[Question]:
     """Read a JSON list of `{"question_id", "image", "question", "answers": [...] or "answer"}`.
 
+    A question may contain "<image>" at the place of each image. Answers are texts or numbers.
+
     Args:
         path: the file.
         images: folder that image names are relative to; None: the folder of the file. `image` is a name or a list of
@@ -39,7 +42,7 @@ def load_questions(path: Path, images: Path | None = None) -> list[Question]:
         DataError: the file or a row is wrong; names the first wrong row.
     """
     try:
-        rows = json.loads(path.read_text())
+        rows = json.loads(path.read_bytes().decode("utf-8-sig"))
     except OSError as error:
         raise DataError(f"questions cannot be read: {error.strerror}", where=str(path), fix="check the path") from None
     except ValueError as error:
@@ -58,16 +61,27 @@ def _read_row(row: Any, folder: Path, where: str) -> Question:
     answers = row.get("answers", row.get("answer"))
     answers = answers if isinstance(answers, list) else [answers]
     # In VQAv2, each answer is an object.
-    answers = [answer.get("answer") if isinstance(answer, dict) else answer for answer in answers]
+    answers = [_as_text(answer.get("answer") if isinstance(answer, dict) else answer) for answer in answers]
     for field, values in (("image", names), ("question", [row.get("question")]), ("answers", answers)):
         if not values or not all(isinstance(value, str) for value in values):
             raise DataError(f"{field} is missing or not text", where=where, fix=f"give {field} as text")
+    if (count := row["question"].count(PLACEHOLDER)) not in (0, len(names)):
+        raise DataError(
+            f"question has {count} {PLACEHOLDER} for {len(names)} images",
+            where=where,
+            fix=f"write {PLACEHOLDER} once for each image, or not at all",
+        )
     return Question(
         question_id=row.get("question_id"),
         images=tuple(folder / name for name in names),
         text=row["question"],
         answers=tuple(answers),
     )
+
+
+def _as_text(answer: Any) -> Any:
+    """Return a number as text, as counting benchmarks need it; anything else unchanged."""
+    return str(answer) if isinstance(answer, int | float) and not isinstance(answer, bool) else answer
 
 
 def spread(questions: Sequence[Question], limit: int | None) -> list[Question]:

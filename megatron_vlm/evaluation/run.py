@@ -32,45 +32,56 @@ class Evaluation:
 
 
 @dataclass(frozen=True, slots=True)
-class _Asked:
+class Asked:
     """A question with its worked examples."""
 
     number: int
+    """Its place among the questions."""
     question: Question
     shots: tuple[Question, ...]
 
     @property
     def pictures(self) -> tuple[Path, ...]:
+        """The images of the worked examples, then those of the question."""
         return tuple(path for one in (*self.shots, self.question) for path in one.images)
 
 
-def evaluate(
-    task_name: str,
-    questions: Sequence[Question],
-    model: OpenedModel,
-    *,
-    options: EvaluationOptions,
-    pool: Sequence[Question] = (),
-) -> Evaluation:
-    """Ask the questions, answer them greedily and score the answers.
+def choose_asked(
+    questions: Sequence[Question], options: EvaluationOptions, pool: Sequence[Question] = ()
+) -> list[Asked]:
+    """Choose the worked examples of each question, and check all images before a model is loaded.
 
     Args:
-        task_name: module of `evaluation/tasks`.
         questions: what to ask, at least one.
-        model: the model that answers.
         options: how to ask.
         pool: questions to choose worked examples from; needed where `options.num_shots` is not 0.
 
     Raises:
-        ConfigError: there is no such task.
         DataError: an image is missing or damaged, or the pool is too small.
+    """
+    asked = [
+        Asked(number, question, tuple(_shots(question, pool, options))) for number, question in enumerate(questions)
+    ]
+    check_pictures([path for one in asked for path in one.pictures])
+    return asked
+
+
+def evaluate(task_name: str, asked: Sequence[Asked], model: OpenedModel, *, options: EvaluationOptions) -> Evaluation:
+    """Ask the questions, answer them greedily and score the answers.
+
+    Args:
+        task_name: module of `evaluation/tasks`.
+        asked: what to ask, from `choose_asked`.
+        model: the model that answers.
+        options: how to ask.
+
+    Raises:
+        ConfigError: there is no such task.
+        DataError: the pixels of an image are damaged.
     """
     start = time.perf_counter()
     task = find_task(task_name)
-    asked = [
-        _Asked(number, question, tuple(_shots(question, pool, options))) for number, question in enumerate(questions)
-    ]
-    check_pictures([path for one in asked for path in one.pictures])
+    questions = [one.question for one in asked]
     predictions = [""] * len(asked)
     with tqdm(total=len(asked), unit="question", desc=task_name, disable=None) as progress:
         for number, text in _answers(task, asked, model, options):
@@ -93,10 +104,10 @@ def _shots(question: Question, pool: Sequence[Question], options: EvaluationOpti
     return choose_shots(question, pool, options.num_shots, options.shot_seed) if options.num_shots else []
 
 
-def _windows(asked: Sequence[_Asked], feature_bytes: int) -> Iterator[list[_Asked]]:
+def _windows(asked: Sequence[Asked], feature_bytes: int) -> Iterator[list[Asked]]:
     """Yield questions grouped by picture, as many at a time as their features fit in FEATURE_BYTES."""
     limit = max(1, FEATURE_BYTES // feature_bytes)
-    window: list[_Asked] = []
+    window: list[Asked] = []
     pictures: set[Path] = set()
     order = {images: place for place, images in enumerate(dict.fromkeys(one.question.images for one in asked))}
     for one in sorted(asked, key=lambda one: order[one.question.images]):
@@ -109,7 +120,7 @@ def _windows(asked: Sequence[_Asked], feature_bytes: int) -> Iterator[list[_Aske
 
 
 def _answers(
-    task: Task, asked: Sequence[_Asked], model: OpenedModel, options: EvaluationOptions
+    task: Task, asked: Sequence[Asked], model: OpenedModel, options: EvaluationOptions
 ) -> Iterator[tuple[int, str]]:
     """Yield the number of each question and the text of its answer, in any order."""
     sampling = SamplingOptions(max_new_tokens=options.max_new_tokens)

@@ -65,6 +65,14 @@ def test_evaluate_needs_a_folder_to_write_to(place, tmp_path, capsys):
     assert "none does not exist" in capsys.readouterr().err
 
 
+def test_a_damaged_image_is_found_before_the_model_is_loaded(place, tmp_path, capsys):
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n cut")
+    (tmp_path / "q.json").write_text('[{"question_id": 1, "image": "a.png", "question": "?", "answer": 3}]')
+    arguments = ["evaluate", "no-such-run", "--questions", str(tmp_path / "q.json"), "--output", str(tmp_path / "o")]
+    assert main(arguments) == 65
+    assert "1 of 1 images cannot be read, e.g." in capsys.readouterr().err
+
+
 def test_an_unknown_template_is_a_wrong_command_line(place, tmp_path, capsys):
     assert evaluate(place, tmp_path / "out.json", "--template", "x")[0] == 64
     assert "argument --template: invalid choice: 'x' (choose from" in capsys.readouterr().err

@@ -45,3 +45,12 @@ def test_missing_files_are_counted_once_each(files):
     check_pictures(files * 2)
     with pytest.raises(DataError, match=r"2 of 4 images are missing, e.g. a.png, b.png; fix: name their folder"):
         check_pictures([*files, Path("a.png"), Path("b.png"), Path("a.png")])
+
+
+def test_damaged_files_are_found_by_their_structure(files):
+    check_pictures(files)
+    whole = files[0].read_bytes()
+    files[0].write_bytes(whole[: len(whole) // 2])
+    files[1].write_bytes(b"<html>")
+    with pytest.raises(DataError, match=r"2 of \d images cannot be read, e.g. .*image_truncated.*image_format"):
+        check_pictures(files)

@@ -50,6 +50,15 @@ def test_answers_of_vqav2_are_objects(write):
     assert load_questions(write([{**ROW, "answers": [{"answer": "red", "answer_id": 1}]}]))[0].answers == ("red",)
 
 
+def test_a_number_is_an_answer(write):
+    assert load_questions(write([{**ROW, "answers": [3, 2.5]}]))[0].answers == ("3", "2.5")
+
+
+def test_a_byte_order_mark_is_no_part_of_the_questions(tmp_path):
+    (tmp_path / "q.json").write_bytes(b"\xef\xbb\xbf" + json.dumps([ROW]).encode())
+    assert load_questions(tmp_path / "q.json")[0].question_id == 7
+
+
 def test_the_usual_answer_is_the_most_frequent(write):
     assert load_questions(write([ROW]))[0].usual_answer == "blue"
 
@@ -62,6 +71,8 @@ def test_the_usual_answer_is_the_most_frequent(write):
         ({"a": 1}, "questions are not a JSON list"),
         ([ROW, 3], "question is not a JSON object .*row 1"),
         ([{**ROW, "image": 3}], "image is missing or not text .*row 0"),
+        ([ROW, {**ROW, "question": "<image> or <image>?"}], "question has 2 <image> for 1 images .*row 1"),
+        ([{**ROW, "answers": [True]}], "answers is missing or not text"),
         ([{**ROW, "question": None}], "question is missing or not text"),
         ([{**ROW, "answers": []}], "answers is missing or not text"),
         ([{"image": "a", "question": "b"}], "answers is missing or not text"),

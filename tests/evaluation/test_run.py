@@ -15,7 +15,7 @@ from megatron_vlm.evaluation.opened_model import OpenedModel
 from megatron_vlm.evaluation.pictures import PictureReader
 from megatron_vlm.evaluation.prompts import PromptFormat
 from megatron_vlm.evaluation.questions import Question
-from megatron_vlm.evaluation.run import evaluate
+from megatron_vlm.evaluation.run import choose_asked, evaluate
 from tests.support.configs import tiny_model
 from tests.support.sentence_piece import NUM_PIECES, train_sentence_piece
 
@@ -56,7 +56,8 @@ def ask(tokenizer, tmp_path):
 
     def run(questions, options=None, pool=()):
         model = OpenedModel(generator, prompt_format, PictureReader(MODEL.vision, "pad"), "checkpoint")
-        result = evaluate("vqa", questions, model, options=options or EvaluationOptions(), pool=pool)
+        options = options or EvaluationOptions()
+        result = evaluate("vqa", choose_asked(questions, options, pool), model, options=options)
         return result, generator
 
     return run
@@ -118,5 +119,5 @@ def test_missing_pictures_are_counted_before_anything_is_asked(ask, questions, t
 
 def test_a_damaged_picture_is_named(ask, questions, tmp_path):
     (tmp_path / "black.png").write_bytes(b"<html>")
-    with pytest.raises(DataError, match=r"6 bytes are not .*black.png"):
+    with pytest.raises(DataError, match="1 of 3 images cannot be read, e.g. .*black.png: image_format"):
         ask(questions)
