@@ -24,6 +24,7 @@ setup(
         "numpy>=1.26",
         "pyyaml>=6.0",
         "sentencepiece>=0.2",
+        "tokenizers>=0.22,<0.24",
         "pillow>=10.3",
         "simplejpeg>=1.8",
         "safetensors>=0.4",

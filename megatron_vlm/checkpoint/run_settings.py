@@ -8,7 +8,7 @@ import yaml
 
 from megatron_vlm.checkpoint.folder import find_checkpoint
 from megatron_vlm.config import CheckpointError, ConfigError, DataConfig, ModelConfig, load_section
-from megatron_vlm.data.text.tokenizer import MODEL_FILE
+from megatron_vlm.data.text.tokenizer_files import find_tokenizer
 from megatron_vlm.platform.files.run_folder import CONFIG_NAME
 
 
@@ -19,7 +19,7 @@ class RunSettings:
     checkpoint: Path
     model: ModelConfig
     tokenizer: Path
-    """SentencePiece model file, known to exist."""
+    """Model file of the tokenizer, known to exist; its settings are beside it."""
     image_aspect: Any
     """As in `DataConfig`."""
 
@@ -58,12 +58,11 @@ def _find_tokenizer(checkpoint: Path, given: str | None, recorded: str | None) -
         candidates = [Path(given)]
     else:
         # In the run folder, where a conversion puts it, or where the training found it.
-        candidates = [checkpoint.parent.parent / MODEL_FILE, *([Path(recorded)] if recorded else [])]
+        candidates = [checkpoint.parent.parent, *([Path(recorded)] if recorded else [])]
     for candidate in candidates:
-        if candidate.is_dir():
-            candidate = candidate / MODEL_FILE
-        if candidate.is_file():
-            return candidate
+        found = find_tokenizer(candidate) if candidate.is_dir() else candidate
+        if found is not None and found.is_file():
+            return found
     raise ConfigError(
-        f"tokenizer {candidates[-1]} does not exist", where=str(checkpoint), fix="name it with --tokenizer FILE"
+        f"tokenizer {candidates[-1]} does not exist", where=str(checkpoint), fix="name it with --tokenizer"
     )

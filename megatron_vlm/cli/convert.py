@@ -37,7 +37,7 @@ def _add_to_hf(actions: argparse._SubParsersAction) -> None:
     add("--output", type=new_folder, required=True, metavar="DIR", help="folder to write")
     text = "number format of the weights (default: as in the checkpoint)"
     add("--dtype", choices=("float32", "bfloat16"), help=text)
-    add("--tokenizer", metavar="FILE", help="SentencePiece model (default: the run's own)")
+    add("--tokenizer", metavar="T", help="tokenizer.model, tokenizer.json, or a folder (default: the run's own)")
     text = "conversation template used in training (default: %(default)s)"
     add("--template", choices=get_args(TemplateName), default=ModelOptions().template, help=text)
     text = "system prompt: default (the template's own), none, or a text (default: %(default)s)"

@@ -43,7 +43,7 @@ def _add_folder(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_tokenizer(parser: argparse.ArgumentParser) -> None:
-    text = "SentencePiece model that the shards were prepared with"
+    text = "tokenizer that the shards were prepared with: tokenizer.model, tokenizer.json, or a folder"
     parser.add_argument("--tokenizer", type=local_path, required=True, metavar="T", help=text)
 
 

@@ -33,7 +33,8 @@ class DataConfig:
     """How prepared shards become packed rows."""
 
     tokenizer: str
-    """SentencePiece model file; must be the one the shards were prepared with (compared by sha256)."""
+    """A tokenizer.model, a tokenizer.json, or a folder that holds one. It must be the tokenizer that the shards were
+    prepared with (compared by sha256)."""
     blend: tuple[BlendEntry, ...]
     """Datasets to train on; an entry without a proportion is used for one epoch."""
     validation: tuple[BlendEntry, ...] = ()

@@ -20,7 +20,9 @@ class ModelOptions:
         Option("conversation template used in training; none: continue the prompt as bare text"),
     ] = "vicuna_v1"
     system: Annotated[str, Option("system prompt: default (the template's own), none, or a text")] = "default"
-    tokenizer: Annotated[str | None, Option("SentencePiece model", metavar="FILE", default="the run's own")] = None
+    tokenizer: Annotated[
+        str | None, Option("tokenizer.model, tokenizer.json, or a folder", metavar="T", default="the run's own")
+    ] = None
     image_aspect: Annotated[
         Literal["pad", "square", "resize"] | None,
         Option(

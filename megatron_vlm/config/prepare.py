@@ -15,7 +15,7 @@ MAX_RECORD_BYTES = 16 << 20
 MAX_SHARD_BYTES = 4 << 30
 """A shard that reaches this size is followed by another [bytes]."""
 MAX_SEED = 2**63 - 1
-TemplateName = Literal["vicuna_v1", "plain", "llama_2", "hermes-2", "llama_3"]
+TemplateName = Literal["vicuna_v1", "plain", "llama_2", "hermes-2", "chatml", "llama_3"]
 RecordBytes = Annotated[int, Option("longest JSON record [bytes]", least=1)]
 
 
@@ -30,7 +30,9 @@ class PrepareOptions:
     output: Annotated[
         Path, Option("folder for the shards; new, or unfinished to continue it", path="new_folder", metavar="DIR")
     ]
-    tokenizer: Annotated[Path, Option("SentencePiece model, or a folder containing one", path="local", metavar="T")]
+    tokenizer: Annotated[
+        Path, Option("tokenizer.model, tokenizer.json, or a folder that holds one", path="local", metavar="T")
+    ]
     workers: Annotated[int | None, Option("processes", least=1, default="one per core")] = None
     distributor: Annotated[Literal["processes", "ray"], Option("ray: use a cluster with a shared disk")] = "processes"
     ray_address: Annotated[
@@ -153,8 +155,8 @@ class ConversationRules:
     template: Annotated[
         TemplateName,
         Option(
-            "conversation template; plain is for the align stage; hermes-2 and llama_3 need a SentencePiece model that "
-            "contains their special tokens, which rules out Llama 3's own tokenizer"
+            "conversation template; plain is for the align stage; hermes-2, chatml and llama_3 need a tokenizer with "
+            "their special tokens"
         ),
     ] = "vicuna_v1"
     system: Annotated[

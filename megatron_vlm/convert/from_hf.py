@@ -2,7 +2,6 @@
 
 import logging
 import re
-import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import reduce
@@ -29,7 +28,8 @@ from megatron_vlm.convert.family import Family, Part, find_family
 from megatron_vlm.convert.folder import CONFIG_NAME, HFFolder, read_json
 from megatron_vlm.convert.projector import find_projector
 from megatron_vlm.convert.rules import Rule
-from megatron_vlm.data.text.tokenizer import MODEL_FILE, load_tokenizer
+from megatron_vlm.data.text.tokenizer import load_tokenizer
+from megatron_vlm.data.text.tokenizer_files import find_tokenizer, read_tokenizer_files
 from megatron_vlm.platform.files.run_folder import hold_run_folder
 
 logger = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ def import_parts(
     a new model. Memory holds one tensor at a time.
 
     Args:
-        language: folder of the language model; its tokenizer.model is copied into the run.
+        language: folder of the language model; its tokenizer is copied into the run.
         vision: folder of the tower.
         run_dir: the new run.
         options: settings that the folders do not contain; ignored if `model` has them.
@@ -164,7 +164,7 @@ def _check_new(run_dir: Path) -> None:
 
 def _language_config(opened: _OpenFolder) -> LanguageConfig:
     rows = vocab_size = opened.folder.config["vocab_size"]
-    if (opened.folder.path / MODEL_FILE).is_file():
+    if find_tokenizer(opened.folder.path):
         vocab_size = load_tokenizer(opened.folder.path).vocab_size
     if vocab_size > rows:
         raise CheckpointError(
@@ -280,13 +280,13 @@ def _write(
     run_dir: Path, tensors: Mapping[str, Tensor | LazyTensor], model: ModelConfig, tokenizer_folder: Path
 ) -> None:
     config: dict[str, Any] = {"model": config_to_dict(model)}
-    tokenizer = tokenizer_folder / MODEL_FILE
     total = sum(len(tensor.layers) if isinstance(tensor, LazyTensor) else 1 for tensor in tensors.values())
     with hold_run_folder(run_dir), tqdm(total=total, unit="tensor", desc="import", disable=None) as progress:
         _check_new(run_dir)
-        if tokenizer.is_file():
-            shutil.copyfile(tokenizer, run_dir / MODEL_FILE)
-            config["data"] = {"tokenizer": str(run_dir / MODEL_FILE)}
+        if find_tokenizer(tokenizer_folder):
+            tokenizer = read_tokenizer_files(tokenizer_folder)
+            tokenizer.copy_to(run_dir)
+            config["data"] = {"tokenizer": str(run_dir / tokenizer.name)}
         else:
-            logger.warning("no %s in %s: name the tokenizer in the training config", MODEL_FILE, tokenizer_folder)
+            logger.warning("no tokenizer in %s: name it in the training config", tokenizer_folder)
         write_weights(run_dir, tensors, config, progress.update)

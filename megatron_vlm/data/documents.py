@@ -32,14 +32,15 @@ class Image(NamedTuple):
 
 
 class Control(enum.Enum):
-    """A token that no text can spell."""
+    """A token whose name depends on the tokenizer."""
 
     BOS = "bos"
+    """Nothing with a tokenizer that has none."""
     EOS = "eos"
 
 
 class Special(NamedTuple):
-    """A control token, or the piece with exactly this name in the vocabulary, e.g. "<|im_end|>"."""
+    """A control token: BOS, EOS, or the one with exactly this name in the vocabulary, e.g. "<|im_end|>"."""
 
     token: Control | str
     train: bool = True

@@ -37,5 +37,6 @@ class TokenizerFacts:
     name: str
     sha256: str
     vocab_size: int
-    bos_id: int
+    bos_id: int | None
+    """None: samples begin without BOS."""
     eos_id: int

@@ -1,7 +1,7 @@
 """Answer prompts with a key/value cache, many at a time."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,7 +49,7 @@ class Generator:
     Args:
         model: the whole model, in this process, without gradients; see `open_model`.
         config: sizes of the model.
-        eos_id: token that ends an answer.
+        stop_ids: tokens that end an answer, each of them.
         positions_per_batch: most positions answered together, among prompts of one length; fewer if the cache would
             exceed CACHE_BYTES.
     """
@@ -59,10 +59,10 @@ class Generator:
         model: VisionLanguageModel,
         config: ModelConfig,
         *,
-        eos_id: int,
+        stop_ids: Collection[int],
         positions_per_batch: int = POSITIONS_PER_BATCH,
     ) -> None:
-        self._model, self._config, self._eos_id = model, config, eos_id
+        self._model, self._config, self._stop_ids = model, config, frozenset(stop_ids)
         self._num_image_tokens = config.fixed_image_tokens("generation")
         language = config.language
         parameter = next(model.parameters())
@@ -127,7 +127,7 @@ class Generator:
             tokens = choose_tokens(logits, options, uniforms[active, step]).tolist()
             still = []
             for place, (row, token) in enumerate(zip(active, tokens, strict=True)):
-                if token != self._eos_id:
+                if token not in self._stop_ids:
                     ids[row].append(token)
                     still.append(place)
             if not still:

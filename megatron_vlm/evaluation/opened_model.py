@@ -10,7 +10,7 @@ from megatron_vlm.checkpoint.open_model import open_model
 from megatron_vlm.checkpoint.run_settings import read_run_settings
 from megatron_vlm.config import ConfigError
 from megatron_vlm.config.inference import BARE_TEXT, ModelOptions
-from megatron_vlm.data.text.templates import find_system, find_template
+from megatron_vlm.data.text.templates import find_system, find_template, stop_ids
 from megatron_vlm.data.text.tokenizer import load_tokenizer
 from megatron_vlm.evaluation.answer import POSITIONS_PER_BATCH, Generator
 from megatron_vlm.evaluation.pictures import PictureReader
@@ -40,7 +40,7 @@ def opened_model(
         batch_positions: positions answered together; None: the generator's default.
 
     Raises:
-        ConfigError: the tokenizer does not belong to the model, or the template is unknown.
+        ConfigError: the tokenizer does not belong to the model or the template, or the template is unknown.
         CheckpointError: the checkpoint is missing or damaged.
     """
     settings = read_run_settings(checkpoint, tokenizer=options.tokenizer, image_aspect=options.image_aspect)
@@ -51,10 +51,11 @@ def opened_model(
             where=str(settings.tokenizer),
             fix="name the tokenizer used in training with --tokenizer",
         )
+    template = None if options.template == BARE_TEXT else find_template(options.template)
     prompt_format = PromptFormat(
         tokenizer=tokenizer,
         model=settings.model,
-        template=None if options.template == BARE_TEXT else find_template(options.template),
+        template=template,
         system=find_system(options.system),
     )
     with open_model(settings, options.precision or ("fp32" if device.type == "cpu" else "bf16")) as model:
@@ -62,7 +63,7 @@ def opened_model(
             generator=Generator(
                 model,
                 settings.model,
-                eos_id=tokenizer.eos_id,
+                stop_ids=stop_ids(template, tokenizer),
                 positions_per_batch=batch_positions or POSITIONS_PER_BATCH,
             ),
             prompt_format=prompt_format,

@@ -1,6 +1,5 @@
 """A whole run on one rank, from its settings to its last checkpoint."""
 
-import shutil
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,7 +9,7 @@ from types import FrameType
 import torch
 
 from megatron_vlm.config import TrainConfig, derive_layout, save_config
-from megatron_vlm.data.text.tokenizer import MODEL_FILE
+from megatron_vlm.data.text.tokenizer_files import read_tokenizer_files
 from megatron_vlm.parallel.groups import RankLayout, start_distributed, stop_distributed
 from megatron_vlm.platform.device import prepare_process, set_deterministic
 from megatron_vlm.platform.files.run_folder import CONFIG_NAME
@@ -55,7 +54,7 @@ def _run(config: TrainConfig, rank: RankLayout, device: torch.device, stop_reque
     if rank.rank == 0:
         save_config(config, Path(config.run_dir) / CONFIG_NAME)
         # Generation and conversion then need nothing but the run folder.
-        shutil.copyfile(config.data.tokenizer, Path(config.run_dir) / MODEL_FILE)
+        read_tokenizer_files(config.data.tokenizer).copy_to(Path(config.run_dir))
     hooks: list[Hook] = [
         validation.Hook(validation_blend, device=device, stop_requested=stop_requested),
         stop.Hook(),

@@ -35,7 +35,7 @@ def test_given_settings_go_before_those_of_the_run(run, tmp_path):
 
 def test_a_tokenizer_that_is_gone_names_the_option(run):
     (run.parent / "recorded.model").unlink()
-    with pytest.raises(ConfigError, match=r"recorded.model does not exist .*fix: name it with --tokenizer FILE"):
+    with pytest.raises(ConfigError, match=r"recorded.model does not exist .*fix: name it with --tokenizer"):
         read_run_settings(run)
 
 

@@ -47,7 +47,7 @@ def test_to_hf_without_a_tokenizer_names_the_option(run, tmp_path, capsys):
     config.write_text(config.read_text().replace("tokenizer.model", "gone.model"))
     assert main(["convert", "to-hf", str(tmp_path / "run"), "--output", str(tmp_path / "x")]) == 78
     assert "gone.model does not exist" in (error := capsys.readouterr().err)
-    assert "--tokenizer FILE" in error
+    assert "name it with --tokenizer" in error
 
 
 def test_from_hf_prints_the_model_section_for_a_config(run, exported, tmp_path, capsys):

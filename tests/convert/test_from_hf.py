@@ -359,7 +359,7 @@ def test_a_missing_tokenizer_is_said(llama_dir, clip_dir, tmp_path, caplog):
     (tmp_path / "llama" / "tokenizer.model").unlink()
     with caplog.at_level(logging.WARNING):
         import_parts(tmp_path / "llama", clip_dir, tmp_path / "run", ImportOptions())
-    assert "no tokenizer.model" in caplog.text
+    assert "no tokenizer in" in caplog.text
 
 
 def test_colours_come_from_the_folder(llama_dir, clip_dir, tmp_path):

@@ -28,7 +28,7 @@ def model(one_rank):
 
 
 def make_generator(model, **settings) -> Generator:
-    return Generator(model, MODEL, eos_id=settings.pop("eos_id", EOS), **settings)
+    return Generator(model, MODEL, stop_ids=settings.pop("stop_ids", (EOS,)), **settings)
 
 
 def make_prompts(count: int, *, num_images: int = 5, seed: int = 0) -> tuple[list[Prompt], np.ndarray]:
@@ -75,9 +75,9 @@ def test_answers_with_cache_and_batches_equal_decoding_without(model):
 
 def test_an_answer_ends_at_the_end_token(model):
     prompts, pixels = make_prompts(40)
-    full = answer_all(make_generator(model, eos_id=-1), prompts, pixels)
+    full = answer_all(make_generator(model, stop_ids=()), prompts, pixels)
     frequent = max({t for a in full for t in a.ids[1:]}, key=lambda t: sum(t in a.ids for a in full))
-    answers = answer_all(make_generator(model, eos_id=frequent), prompts, pixels)
+    answers = answer_all(make_generator(model, stop_ids=(frequent,)), prompts, pixels)
     for answer, whole in zip(answers, full, strict=True):
         cut = whole.ids.index(frequent) if frequent in whole.ids else len(whole.ids)
         assert answer.ids == whole.ids[:cut]
@@ -165,5 +165,5 @@ def test_a_checkpoint_of_two_by_two_ranks_says_the_same(workers, tmp_path):
         settings = read_run_settings(run.run_dir, tokenizer=str(tokenizer))
         prompts, pixels = make_prompts(20)
         with open_model(settings) as opened:
-            answers.append(answer_all(Generator(opened, MODEL, eos_id=EOS), prompts, pixels))
+            answers.append(answer_all(Generator(opened, MODEL, stop_ids=(EOS,)), prompts, pixels))
     assert answers[0] == answers[1]

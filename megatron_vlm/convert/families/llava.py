@@ -12,7 +12,7 @@ from megatron_vlm.config.projectors import make_projector
 from megatron_vlm.convert.families import clip
 from megatron_vlm.convert.family import Family, Serving, find_family, find_tower_family
 from megatron_vlm.convert.files.processor import chat_template, generation_config, select_strategy, write_processor
-from megatron_vlm.convert.files.tokenizer import write_tokenizer
+from megatron_vlm.convert.files.tokenizer import bos_text, write_tokenizer
 from megatron_vlm.convert.folder import CONFIG_NAME, write_json
 from megatron_vlm.convert.projector import find_projector, projector_type_of
 from megatron_vlm.convert.rules import Rule
@@ -138,7 +138,7 @@ def write_settings(folder: Path, serving: Serving) -> None:
     generation = generation_config(model.language, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id)
     write_json(folder / "generation_config.json", generation)
     if template.question_text:
-        bos, eos = tokenizer.piece(tokenizer.bos_id), tokenizer.piece(tokenizer.eos_id)
+        bos, eos = bos_text(tokenizer), tokenizer.piece(tokenizer.eos_id)
         text = chat_template(template, serving.system, bos=bos, eos=eos, image=added.image)
         (folder / "chat_template.jinja").write_text(text)
 

@@ -55,7 +55,7 @@ def processor_config(vision: ClipConfig, image_token: str) -> dict[str, Any]:
     }
 
 
-def generation_config(language: LanguageConfig, *, bos_id: int, eos_id: int) -> dict[str, Any]:
+def generation_config(language: LanguageConfig, *, bos_id: int | None, eos_id: int) -> dict[str, Any]:
     """Return generation_config.json; ids without a tokenizer piece are never generated."""
     return {
         "bos_token_id": bos_id,

@@ -21,7 +21,8 @@ from sentencepiece import sentencepiece_model_pb2
 
 from megatron_vlm.config import CheckpointError, LanguageConfig
 from megatron_vlm.convert.folder import write_json
-from megatron_vlm.data.text.tokenizer import MODEL_FILE, Tokenizer
+from megatron_vlm.data.text.tokenizer import Tokenizer
+from megatron_vlm.data.text.tokenizer_files import MODEL_FILE
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +52,10 @@ def write_tokenizer(folder: Path, tokenizer_path: Path, tokenizer: Tokenizer, la
             where=str(tokenizer_path),
             fix="name the tokenizer of the training with --tokenizer",
         )
+    if tokenizer.files.is_json:
+        raise CheckpointError(
+            "a tokenizer.json cannot be exported", where=str(tokenizer_path), fix="use a SentencePiece model"
+        )
     content = tokenizer_path.read_bytes()
     model: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
     model.ParseFromString(content)
@@ -64,6 +69,17 @@ def write_tokenizer(folder: Path, tokenizer_path: Path, tokenizer: Tokenizer, la
         logger.warning("no tokenizer.json for this kind of SentencePiece model; transformers converts it itself")
     write_json(folder / "tokenizer_config.json", _tokenizer_config(tokenizer, language, added, exact=exact))
     return added
+
+
+def bos_text(tokenizer: Tokenizer) -> str:
+    """Return the text of the token that starts a sample.
+
+    Raises:
+        CheckpointError: samples start without one.
+    """
+    if tokenizer.bos_id is None:
+        raise CheckpointError("tokenizer has no BOS", where=str(tokenizer.files.path), fix="use another tokenizer")
+    return tokenizer.piece(tokenizer.bos_id)
 
 
 def _free_name(word: str, pieces: set[str]) -> str:
@@ -87,7 +103,7 @@ def _can_be_json(model: Any) -> bool:
 
 def _added_tokens(tokenizer: Tokenizer, language: LanguageConfig, added: AddedTokens) -> list[dict[str, Any]]:
     tokens = {
-        tokenizer.bos_id: tokenizer.piece(tokenizer.bos_id),
+        tokenizer.piece_id(bos_text(tokenizer)): bos_text(tokenizer),
         tokenizer.eos_id: tokenizer.piece(tokenizer.eos_id),
         language.image_token_id: added.image,
         language.pad_token_id: added.pad,
@@ -107,7 +123,7 @@ def _tokenizer_config(
         "tokenizer_class": "PreTrainedTokenizerFast" if exact else "LlamaTokenizer",
         "processor_class": "LlavaProcessor",
         "added_tokens_decoder": decoder,
-        "bos_token": tokenizer.piece(tokenizer.bos_id),
+        "bos_token": bos_text(tokenizer),
         "eos_token": tokenizer.piece(tokenizer.eos_id),
         "pad_token": added.pad,
         "image_token": added.image,
@@ -127,7 +143,7 @@ def _tokenizer_json(model: Any, tokenizer: Tokenizer, language: LanguageConfig, 
         if piece.type == _USER_DEFINED:
             flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
             added_tokens.append({"id": token, "content": piece.piece, **flags})
-    bos = tokenizer.piece(tokenizer.bos_id)
+    bos = bos_text(tokenizer)
     return {
         "version": "1.0",
         "truncation": None,

@@ -92,9 +92,7 @@ def describe_sample(sample: EncodedSample, tokenizer: Tokenizer) -> tuple[dict[s
     `prepare interleaved --separator ""` makes samples of it with the same text, images and loss mask. These may differ:
 
     - BOS and EOS are not part of a text. Prepared again, they stand at the ends of a sample, as its options say; those
-      between the turns of a conversation are gone.
-    - Other control tokens that no text spells are gone, and a piece that a template names, such as `<|im_end|>`,
-      becomes its characters, which are encoded as any text.
+      between the turns of a conversation are gone, and so are all other control tokens, such as `<|im_end|>`.
     - Tokens that are not how the tokenizer encodes their text, half of a character for example.
 
     Raises:
@@ -113,8 +111,7 @@ def describe_sample(sample: EncodedSample, tokenizer: Tokenizer) -> tuple[dict[s
             files[name] = image
             before, entry = [], (None, name, False)
         else:
-            ends = (tokenizer.bos_id, tokenizer.eos_id)
-            tokens = [token for token in segment.input_ids.tolist() if token not in ends]
+            tokens = [token for token in segment.input_ids.tolist() if not tokenizer.is_control(token)]
             # Decoded on its own, a text loses the blank that it may begin with; after what it continues, it does not.
             text = tokenizer.decode(before + tokens)[len(tokenizer.decode(before)) :]
             if not text:

@@ -20,7 +20,6 @@ body { font-family: sans-serif; max-width: 60rem; margin: 2rem auto; line-height
 .trained { background: #c9ecc9; } .context { background: #e4e4e4; } .control { color: #a00; font-size: 85%; }
 .text { white-space: pre-wrap; } h2 { font-size: 1rem; margin: 0 0 0.5rem; }
 """
-_WORD_BEGIN = "▁"
 
 
 def choose_samples(count: int, *, number: int, seed: int | None, indices: Sequence[int] = ()) -> list[int]:
@@ -81,12 +80,13 @@ def _render_sample(index: int, sample: EncodedSample, tokenizer: Tokenizer, name
 
 
 def _render_text(input_ids: np.ndarray, tokenizer: Tokenizer, *, follows_text: bool) -> str:
-    """Return the text of the token ids, with BOS and EOS by name."""
-    # Decoding drops a blank at the beginning of a text.
-    rendered = [" "] if follows_text and tokenizer.piece(input_ids[0]).startswith(_WORD_BEGIN) else []
-    for is_control, run in groupby(input_ids.tolist(), key=lambda token: token in (tokenizer.bos_id, tokenizer.eos_id)):
+    """Return the text of the token ids, with control tokens by name."""
+    rendered = []
+    for is_control, run in groupby(input_ids.tolist(), key=tokenizer.is_control):
+        tokens = list(run)
         if is_control:
-            rendered += [f"<span class='control'>{html.escape(tokenizer.piece(token))}</span>" for token in run]
+            rendered += [f"<span class='control'>{html.escape(tokenizer.piece(token))}</span>" for token in tokens]
+            follows_text = follows_text or tokens != [tokenizer.bos_id]
         else:
-            rendered.append(html.escape(tokenizer.decode(list(run))))
+            rendered.append(html.escape(tokenizer.decode(tokens, continuation=follows_text)))
     return "".join(rendered)

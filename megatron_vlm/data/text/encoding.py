@@ -16,10 +16,10 @@ def encode_segments(segments: Iterable[Segment], tokenizer: Tokenizer) -> tuple[
 
     Each segment is tokenised on its own, so the mask does not depend on how a longer text would be split into pieces.
     The first text of a sample, and the first one after an image, begins with the word-begin mark; a text that follows
-    text or a control token continues it.
+    text or a control token continues it. With a tokenizer that has no BOS, a sample begins with its first segment.
 
     Raises:
-        ConfigError: a piece that a template names is not in the vocabulary.
+        ConfigError: a token that a template names is not in the vocabulary.
     """
     encoded: list[TextSegment | ImageSegment] = []
     ids: list[int] = []
@@ -38,8 +38,8 @@ def encode_segments(segments: Iterable[Segment], tokenizer: Tokenizer) -> tuple[
             new = tokenizer.encode(segment.text, continuation=continuation)
             ids += new
             continuation = continuation or bool(new)
-        else:
-            ids.append(_special_id(segment, tokenizer))
+        elif (special := _special_id(segment, tokenizer)) is not None:
+            ids.append(special)
             # BOS opens a text only at the very start of the sample.
             continuation = bool(encoded) or len(ids) > 1 or segment.token is not Control.BOS
     _flush(encoded, ids, train)
@@ -47,7 +47,16 @@ def encode_segments(segments: Iterable[Segment], tokenizer: Tokenizer) -> tuple[
 
 
 def encode_document(document: Document, tokenizer: Tokenizer, *, bos: bool = True, eos: bool = True) -> EncodedSample:
-    """Encode a document as one sample: BOS, its segments, EOS; the recipe may omit BOS or EOS.
+    """Encode a document as one sample: BOS if the tokenizer has one, its segments, EOS.
+
+    Nothing else needs BOS: where a sample starts in a packed row is known from the plan, and its first token has no
+    loss.
+
+    Args:
+        document: what to encode.
+        tokenizer: of the dataset.
+        bos: whether the recipe wants BOS.
+        eos: whether the recipe wants EOS.
 
     Raises:
         RejectError: no token of the sample is trained, apart from BOS and EOS.
@@ -66,7 +75,7 @@ def _flush(encoded: list[TextSegment | ImageSegment], ids: list[int], train: boo
         encoded.append(TextSegment(np.array(ids, dtype=np.int32), train))
 
 
-def _special_id(segment: Special, tokenizer: Tokenizer) -> int:
+def _special_id(segment: Special, tokenizer: Tokenizer) -> int | None:
     if segment.token is Control.BOS:
         return tokenizer.bos_id
     if segment.token is Control.EOS:
@@ -74,7 +83,8 @@ def _special_id(segment: Special, tokenizer: Tokenizer) -> int:
     found = tokenizer.piece_id(segment.token)
     if found is None:
         raise ConfigError(
-            f"the template needs the piece {segment.token}, which the tokenizer does not have",
-            fix="choose another template or tokenizer",
+            f"the template needs the token {segment.token}, which the tokenizer does not have",
+            where=str(tokenizer.files.path),
+            fix="choose another template or tokenizer; for tokens that a Hugging Face folder adds, name the folder",
         )
     return found

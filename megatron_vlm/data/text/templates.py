@@ -5,6 +5,7 @@ Training and inference use the same function, so a prompt is exactly the beginni
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from megatron_vlm.config import ConfigError
 from megatron_vlm.data.documents import PLACEHOLDER, Control, Document, Image, Segment, Special, Text
@@ -57,11 +58,18 @@ _LLAVA_SYSTEM = (
 )
 _START, _END = Special("<|im_start|>"), Special("<|im_end|>")
 _HEADER, _HEADER_END, _TURN_END = Special("<|start_header_id|>"), Special("<|end_header_id|>"), Special("<|eot_id|>")
+_CHATML: dict[str, Any] = {
+    "system": (_START, "system\n{}", _END, "\n"),
+    "before_question": (_START, "user\n"),
+    "after_question": (_END, "\n", _START, "assistant\n"),
+    "after_answer": (_END,),
+    "between": ("\n",),
+}
 
-# Source: LLaVA, llava/conversation.py; VILA, llava/conversation.py. The last two follow the models' own chat templates,
-# from which VILA's code differs: it has no line break after <|im_end|> and ends Llama 3's last answer with
-# <|end_of_text|>. Their markers are single pieces, which the tokenizer must have. Llama 3's tokenizer is not a
-# SentencePiece model and cannot be loaded: llama_3 is for a SentencePiece model to which these pieces were added.
+# Source: LLaVA, llava/conversation.py; VILA, llava/conversation.py. The last three follow the models' own chat
+# templates, from which VILA's code differs: it has no line break after <|im_end|> and ends Llama 3's last answer with
+# <|end_of_text|>. Their markers are single tokens, which the tokenizer must have. The models' own templates write
+# a line break after the last <|im_end|>, too; here a sample ends with the token that ends the answer.
 _ALL = (
     Template(
         name="vicuna_v1",
@@ -90,11 +98,12 @@ _ALL = (
     Template(
         name="hermes-2",
         system_text="Answer the questions.",
-        system=(_START, "system\n{}", _END, "\n"),
-        before_question=(_START, "user\n"),
-        after_question=(_END, "\n", _START, "assistant\n"),
-        after_answer=(_END,),
-        between=("\n",),
+        **_CHATML,
+    ),
+    Template(
+        name="chatml",
+        system_text="You are a helpful AI assistant named SmolLM, trained by Hugging Face",
+        **_CHATML,
     ),
     Template(
         name="llama_3",
@@ -130,12 +139,21 @@ def find_system(name: str) -> object:
 def check_template(template: Template, tokenizer: Tokenizer) -> None:
     """Encode a turn, so that a template that does not fit the tokenizer fails before any data is read.
 
-    hermes-2 and llama_3 need a SentencePiece model that has their pieces, such as <|eot_id|>.
-
     Raises:
-        ConfigError: the tokenizer lacks a piece of the template.
+        ConfigError: the tokenizer lacks a token of the template, such as <|eot_id|>.
     """
     encode_conversation([Turn((Text("question"),), "answer")], tokenizer, template=template)
+
+
+def stop_ids(template: Template | None, tokenizer: Tokenizer) -> frozenset[int]:
+    """Return the tokens that end an answer: EOS, and those that end a turn of the template, such as <|eot_id|>.
+
+    Raises:
+        ConfigError: the tokenizer lacks a token of the template.
+    """
+    ends = template.after_answer if template else ()
+    (segment,) = encode_segments((_EOS, *(end for end in ends if isinstance(end, Special))), tokenizer)
+    return frozenset(segment.input_ids.tolist())  # type: ignore[union-attr]
 
 
 def split_placeholders(text: str, images: Sequence[Image]) -> tuple[Text | Image, ...]:

@@ -1,76 +1,55 @@
-"""A SentencePiece tokenizer."""
+"""Text to token ids and back: what every kind of tokenizer offers, and how a file becomes one.
+
+The kinds are the modules of `data/text/tokenizers/`.
+"""
 
 import dataclasses
-import functools
-import hashlib
+import re
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 
-import sentencepiece
-
 from megatron_vlm.config import ConfigError
+from megatron_vlm.config.modules import find_module, module_names
 from megatron_vlm.data.samples import TokenizerFacts
-from megatron_vlm.data.text.words import WordEncoder, read_word_rule
+from megatron_vlm.data.text.tokenizer_files import TokenizerFiles, read_tokenizer_files
 
-# Serialised protobuf messages merge when they are concatenated. These bytes are a ModelProto that holds only
-# normalizer_spec {add_dummy_prefix: false, remove_extra_whitespaces: false}.
-_NO_PREFIX = bytes([0x1A, 0x04, 0x18, 0x00, 0x20, 0x00])
-MODEL_FILE = "tokenizer.model"
-"""Name of a SentencePiece model in a folder, a Hugging Face model's or a run's."""
+KINDS = "megatron_vlm.data.text.tokenizers"
+_MARKER = re.compile(r"<\|.*\|>", re.DOTALL)
 
 
-def load_tokenizer(path: str | Path) -> "Tokenizer":
-    """Load a SentencePiece model.
-
-    Args:
-        path: model file, or a folder (e.g. of a Hugging Face model) that holds `tokenizer.model`.
-
-    Raises:
-        ConfigError: the file is missing or not a SentencePiece model, or the model has no BOS or EOS.
-    """
-    file = Path(path)
-    if file.is_dir():
-        file = file / MODEL_FILE
-    try:
-        content = file.read_bytes()
-    except OSError as error:
-        raise ConfigError(
-            f"tokenizer cannot be read: {error.strerror}", where=str(file), fix="give a SentencePiece .model file"
-        ) from None
-    if not content:
-        raise ConfigError("tokenizer file is empty", where=str(file), fix="copy it again")
-    return Tokenizer(content, str(file))
-
-
-class Tokenizer:
+class Tokenizer(ABC):
     """Text to token ids and back, without BOS and EOS.
 
-    Args:
-        content: the serialised SentencePiece model.
-        where: its path, for messages.
+    A control token is an id that no text is encoded to, whatever the text spells; templates write it by its name. These
+    are the tokens that the files call special, and those written `<|like this|>`. The tokens for images and padding at
+    the end of a vocabulary belong to the model, which adds its own there: `vocab_size` does not count them.
     """
 
-    def __init__(self, content: bytes, where: str) -> None:
-        self._content, self.name, self._where = content, Path(where).name, where
-        self.sha256 = hashlib.sha256(content).hexdigest()
-        self._processor = self._load(content)
-        self.bos_id, self.eos_id = self._processor.bos_id(), self._processor.eos_id()
-        self.vocab_size = self._processor.vocab_size()
-        if self.bos_id < 0 or self.eos_id < 0:
-            raise ConfigError(
-                f"tokenizer has no {'BOS' if self.bos_id < 0 else 'EOS'} piece",
-                where=where,
-                fix="use a model trained with bos_id and eos_id, like Llama's",
-            )
+    files: TokenizerFiles
+    sha256: str
+    """Of the model file, and of the settings beside it if these change anything."""
+    vocab_size: int
+    """The highest id is below it."""
+    bos_id: int | None
+    """Token at the beginning of a sample; None for a tokenizer that begins without one, like SmolLM2's."""
+    eos_id: int
+    """Token at the end of a sample."""
 
-    def __reduce__(self) -> tuple:
-        return (Tokenizer, (self._content, self._where))
+    @property
+    def name(self) -> str:
+        """Name of the model file."""
+        return self.files.path.name
 
     @property
     def facts(self) -> TokenizerFacts:
         """Facts for a manifest."""
         return TokenizerFacts(**{field.name: getattr(self, field.name) for field in dataclasses.fields(TokenizerFacts)})
 
+    def __reduce__(self) -> tuple:
+        return (type(self), (self.files,))
+
+    @abstractmethod
     def encode(self, text: str, *, continuation: bool = False) -> list[int]:
         """Return the ids of `text`, without BOS and EOS.
 
@@ -79,36 +58,47 @@ class Tokenizer:
             continuation: whether the text directly follows other tokens. If so, the word-begin mark that Llama's
                 tokenizer puts before a text is omitted (Hugging Face calls this `legacy=False`).
         """
-        if self._words is not None:
-            return self._words.encode(text, continuation=continuation)
-        return (self._continuing if continuation else self._processor).encode(text)
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of ids; BOS and EOS have none."""
-        return self._processor.decode([int(token) for token in ids])
+    @abstractmethod
+    def decode(self, ids: Sequence[int], *, continuation: bool = False) -> str:
+        """Return the text of ids; control tokens have none.
 
+        Args:
+            ids: token ids.
+            continuation: whether they follow other tokens. If not, the word-begin mark of the first one is no blank.
+        """
+
+    @abstractmethod
     def piece(self, token: int) -> str:
         """Return the name of one token, e.g. "▁the"."""
-        return self._processor.id_to_piece(int(token))
 
+    @abstractmethod
     def piece_id(self, piece: str) -> int | None:
-        """Return the id of the piece with exactly this name, or None."""
-        token = self._processor.piece_to_id(piece)
-        return None if self._processor.is_unknown(token) and piece != self.piece(token) else int(token)
+        """Return the id of the token with exactly this name, or None."""
 
-    @functools.cached_property
-    def _words(self) -> WordEncoder | None:
-        adds_blank = read_word_rule(self._content, self._processor)
-        return None if adds_blank is None else WordEncoder(self._continuing, adds_blank=adds_blank)
+    @abstractmethod
+    def is_control(self, token: int) -> bool:
+        """Tell whether no text is encoded to this id."""
 
-    @functools.cached_property
-    def _continuing(self) -> sentencepiece.SentencePieceProcessor:
-        return self._load(self._content + _NO_PREFIX)
 
-    def _load(self, content: bytes) -> sentencepiece.SentencePieceProcessor:
-        try:
-            return sentencepiece.SentencePieceProcessor(model_proto=content)
-        except (RuntimeError, ValueError):
-            raise ConfigError(
-                "file is not a SentencePiece model", where=self._where, fix="give a SentencePiece .model file"
-            ) from None
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Load a tokenizer.
+
+    Args:
+        path: a SentencePiece model; a tokenizer.json; or a folder, e.g. of a Hugging Face model, that holds one.
+
+    Raises:
+        ConfigError: there is none, it is damaged or of an unknown kind, or it has no EOS.
+    """
+    files = read_tokenizer_files(path)
+    kinds = [find_module(KINDS, name, "kind of tokenizer") for name in module_names(KINDS)]
+    kind = next((kind for kind in kinds if kind.recognises(files)), None)
+    if kind is None:
+        fix = "give a SentencePiece model (tokenizer.model) or a tokenizer.json"
+        raise ConfigError("file is no tokenizer of a known kind", where=str(files.path), fix=fix)
+    return kind.Tokenizer(files)
+
+
+def is_marker(text: str) -> bool:
+    """Tell whether a token is a control token by its name, e.g. "<|im_end|>"."""
+    return _MARKER.fullmatch(text) is not None

@@ -6,11 +6,12 @@ consists of few different words, and looking them up is several times faster tha
 """
 
 import re
-from collections.abc import Iterator
 from itertools import chain
 from typing import Any
 
 import sentencepiece
+
+from megatron_vlm.data.text.protobuf import read_fields
 
 _BLANK_MARK = "▁"
 _WORD = re.compile(f"{_BLANK_MARK}*[^{_BLANK_MARK}]+|{_BLANK_MARK}+")
@@ -18,7 +19,7 @@ _CROSSES = re.compile(f"[^{_BLANK_MARK}]{_BLANK_MARK}| ")
 _MAX_WORDS = 100_000  # up to 35 MB per process; words beyond that are tokenised every time
 _MAX_CHARACTERS = 24  # longer words rarely repeat, and scripts without blanks would fill the cache with sentences
 
-# Field numbers of sentencepiece_model.proto, whose Python module is tied to one version of protobuf.
+# Field numbers of sentencepiece_model.proto.
 _SPECS = (2, 3)  # how the model was trained, how it normalises
 _MODEL_TYPE, _MARK_IS_SUFFIX, _BYTE_FALLBACK, _BPE = 3, 24, 35, 2
 _CHARACTER_MAP, _ADDS_BLANK, _REMOVES_BLANKS, _MARKS_BLANKS = 2, 3, 4, 5
@@ -66,7 +67,7 @@ def read_word_rule(content: bytes, processor: sentencepiece.SentencePieceProcess
     Returns:
         None if it does not; otherwise whether it puts a blank before a text.
     """
-    specs = {number: dict(_fields(value)) for number, value in _fields(content) if number in _SPECS}
+    specs = {number: _values(value) for number, value in _values(content).items() if number in _SPECS}
     trainer, normalizer = (specs.get(number, {}) for number in _SPECS)
     # The second argument is the default of a field that the file omits.
     plain = not normalizer.get(_CHARACTER_MAP) and normalizer.get(_MARKS_BLANKS, 1)
@@ -82,25 +83,6 @@ def read_word_rule(content: bytes, processor: sentencepiece.SentencePieceProcess
     return bool(normalizer.get(_ADDS_BLANK, 1))
 
 
-def _fields(message: Any) -> Iterator[tuple[int, Any]]:
-    """Yield number and value of each field of a protobuf message."""
-    position = 0
-    while position < len(message):
-        key, position = _varint(message, position)
-        if (kind := key & 7) == 0:
-            value, position = _varint(message, position)
-        else:
-            size, position = _varint(message, position) if kind == 2 else ({1: 8, 5: 4}[kind], position)
-            value, position = message[position : position + size], position + size
-        yield key >> 3, value
-
-
-def _varint(message: bytes, position: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = message[position]
-        position += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, position
-        shift += 7
+def _values(message: Any) -> dict[int, Any]:
+    """Return the fields of a protobuf message by number; of repeated ones the last."""
+    return {field.number: field.value for field in read_fields(message)}

@@ -10,7 +10,7 @@ from megatron_vlm.data.shards.dataset import ShardedDataset
 from megatron_vlm.data.shards.page import choose_samples, render_page
 from megatron_vlm.data.shards.writer import write_dataset
 from megatron_vlm.data.text.templates import TEMPLATES, Turn, encode_conversation
-from megatron_vlm.data.text.tokenizer import Tokenizer
+from megatron_vlm.data.text.tokenizer import load_tokenizer
 
 
 class Page(HTMLParser):
@@ -71,8 +71,9 @@ def test_page_names_source_index_and_counts_and_needs_no_other_file(dataset, tok
     assert "http" not in text
 
 
-def test_another_tokenizer_is_refused(dataset, tokenizer_path):
-    other = Tokenizer(tokenizer_path.read_bytes() + b"\x1a\x04\x18\x00\x20\x00", "other")
+def test_another_tokenizer_is_refused(dataset, tokenizer_path, tmp_path):
+    (tmp_path / "other.model").write_bytes(tokenizer_path.read_bytes() + b"\x1a\x04\x18\x00\x20\x00")
+    other = load_tokenizer(tmp_path / "other.model")
     with pytest.raises(DataError, match="prepared with tokenizer tiny.model"):
         render_page(dataset, other, [0])
 

@@ -6,6 +6,8 @@ from megatron_vlm.data.documents import Control, Document, Image, Special, Text
 from megatron_vlm.data.rejects import RejectError
 from megatron_vlm.data.samples import ImageSegment
 from megatron_vlm.data.text.encoding import encode_document, encode_segments
+from megatron_vlm.data.text.tokenizer import load_tokenizer
+from tests.support.byte_pair import write_smollm2
 
 IMAGE = Image(b"picture")
 
@@ -61,8 +63,15 @@ def test_special_piece_is_one_token(tokenizer):
     assert segment.input_ids.tolist() == [tokenizer.piece_id("<|im_end|>")]
 
 
+def test_a_tokenizer_without_bos_begins_with_the_text(tmp_path):
+    tokenizer = load_tokenizer(write_smollm2(tmp_path))
+    sample = encode_document(Document((Text("the sky"), IMAGE)), tokenizer)
+    assert flat(sample.segments) == [(tokenizer.encode("the sky"), True), b"picture", ([tokenizer.eos_id], True)]
+    assert encode_segments((Special(Control.BOS), IMAGE), tokenizer) == encode_segments((IMAGE,), tokenizer)
+
+
 def test_special_piece_that_the_tokenizer_lacks_is_refused(tokenizer):
-    with pytest.raises(ConfigError, match="needs the piece <|eot_id|>"):
+    with pytest.raises(ConfigError, match="needs the token <|eot_id|>"):
         encode_segments((Special("<|eot_id|>"),), tokenizer)
 
 

@@ -14,7 +14,10 @@ from megatron_vlm.data.text.templates import (
     find_template,
     render_conversation,
     split_placeholders,
+    stop_ids,
 )
+from megatron_vlm.data.text.tokenizer import load_tokenizer
+from tests.support.byte_pair import CHATML_TEMPLATE, HOSTILE, LLAMA_3_TEMPLATE, write_llama_3, write_smollm2
 
 IMAGE = Image(b"picture")
 TURNS = (Turn((IMAGE, Text("\nwhat is this?")), "a cat"), Turn((Text("what colour?"),), "red"))
@@ -153,7 +156,7 @@ def test_braces_in_prompts_and_answers_stay():
 
 
 def test_template_that_the_tokenizer_cannot_spell_is_refused(tokenizer):
-    with pytest.raises(ConfigError, match="needs the piece <.start_header_id"):
+    with pytest.raises(ConfigError, match="needs the token <.start_header_id"):
         check_template(TEMPLATES["llama_3"], tokenizer)
 
 
@@ -189,3 +192,137 @@ def test_the_system_prompt_is_the_given_one_the_templates_or_none():
     assert template.choose_system(DEFAULT_SYSTEM) == template.system_text
     assert template.choose_system("Be brief.") == "Be brief."
     assert template.choose_system(None) is None
+
+
+PUBLISHED = {"llama_3": (write_llama_3, LLAMA_3_TEMPLATE), "chatml": (write_smollm2, CHATML_TEMPLATE)}
+
+
+@pytest.fixture(scope="module", params=PUBLISHED)
+def published(request, tmp_path_factory):
+    """Our template, our tokenizer, and the model's own tokenizer and template in transformers."""
+    from transformers import AutoTokenizer
+
+    write, template = PUBLISHED[request.param]
+    folder = write(tmp_path_factory.mktemp("published"))
+    theirs = AutoTokenizer.from_pretrained(folder)
+    theirs.chat_template = _with_mask(template, request.param)
+    return TEMPLATES[request.param], load_tokenizer(folder), theirs
+
+
+def _with_mask(template: str, name: str) -> str:
+    """Mark what the model writes, which the published templates do not: answer and end of turn."""
+    if name == "llama_3":
+        answer = "{% generation %}{{ message['content'] | trim + '<|eot_id|>' }}{% endgeneration %}"
+        head = "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
+        return template.replace(
+            "{{ content }}",
+            "{% if message['role'] == 'assistant' %}" + head + answer + "{% else %}{{ content }}{% endif %}",
+        )
+    answer = "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}"
+    start = template.index("{{'<|im_start|>' + message")
+    end = template.index("{% endfor %}")
+    return (
+        f"{template[:start]}{{% if message['role'] == 'assistant' %}}{{{{ '<|im_start|>assistant\n' }}}}{answer}"
+        f"{{% else %}}{template[start:end]}{{% endif %}}{template[end:]}"
+    )
+
+
+def _messages(turns, system):
+    messages = [{"role": "system", "content": system}] if system else []
+    for turn in turns:
+        messages.append({"role": "user", "content": turn.question[0].text})
+        if turn.answer is not None:
+            messages.append({"role": "assistant", "content": turn.answer})
+    return messages
+
+
+CHATS = (
+    (Turn((Text("What colour is it?"),), "red, and it's not blue"),),
+    (Turn((Text("été 你好 😀 {x}"),), "12\n\n3"), Turn((Text("  no trim\tinside"),), "no"), Turn((Text("a"),), "b")),
+)
+
+
+@pytest.mark.parametrize("turns", CHATS)
+@pytest.mark.parametrize("system", ["Be brief.", "It's \\ {a} test.\n\nTwo lines."])
+def test_ids_and_masks_are_those_of_transformers_with_the_published_template(published, turns, system):
+    template, ours, theirs = published
+    turns = tuple(Turn((Text(turn.question[0].text.strip()),), turn.answer) for turn in turns)
+    segments = encode_conversation(turns, ours, template=template, system=system)
+    ids = [token for segment in segments for token in segment.input_ids.tolist()]
+    mask = [int(segment.train) for segment in segments for _ in segment.input_ids]
+    made = theirs.apply_chat_template(_messages(turns, system), return_assistant_tokens_mask=True, return_dict=True)
+    assert made["input_ids"][: len(ids)] == ids
+    assert made["assistant_masks"][: len(ids)] == mask
+    assert theirs.decode(made["input_ids"][len(ids) :]) == ("\n" if template.name == "chatml" else "")
+    assert not any(made["assistant_masks"][len(ids) :])
+
+
+@pytest.mark.parametrize("turns", CHATS)
+def test_prompts_are_those_of_transformers_with_the_published_template(published, turns):
+    template, ours, theirs = published
+    turns = tuple(Turn((Text(turn.question[0].text.strip()),), turn.answer) for turn in turns)
+    segments = encode_prompt(turns, ours, template=template, system="Be brief.")
+    ids = [token for segment in segments for token in segment.input_ids.tolist()]
+    messages = _messages((*turns[:-1], Turn(turns[-1].question, None)), "Be brief.")
+    assert theirs.apply_chat_template(messages, add_generation_prompt=True) == ids
+
+
+def test_the_default_system_prompt_of_chatml_is_the_published_one(published):
+    template, ours, theirs = published
+    if template.name == "llama_3":
+        pytest.skip("the published template of Llama 3 has none")
+    turns = CHATS[0]
+    (segment,) = encode_prompt(turns, ours, template=template)
+    messages = _messages([Turn(turns[0].question, None)], None)
+    assert theirs.apply_chat_template(messages, add_generation_prompt=True) == segment.input_ids.tolist()
+
+
+def test_images_stand_between_the_ids_of_the_texts_around_them(published):
+    """A template of text stays the same with an image in it: both tokenizers split a text at control tokens alone."""
+    template, ours, theirs = published
+    turns = (Turn((Text("see "), IMAGE, Text("\nwhat is this?")), "a cat"),)
+    segments = encode_conversation(turns, ours, template=template, system="Be brief.")
+    (place,) = [number for number, segment in enumerate(segments) if isinstance(segment, ImageSegment)]
+    text = theirs.apply_chat_template(
+        [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": "see <image>\nwhat is this?"},
+            {"role": "assistant", "content": "a cat"},
+        ],
+        tokenize=False,
+    )
+    before, after = (theirs(part, add_special_tokens=False)["input_ids"] for part in text.split("<image>"))
+    ids = [
+        [token for one in part for token in one.input_ids.tolist()]
+        for part in (segments[:place], segments[place + 1 :])
+    ]
+    assert ids[0] == before
+    assert ids[1] == after[: len(ids[1])]
+
+
+@pytest.mark.parametrize("name", ["hermes-2", "chatml", "llama_3"])
+@pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
+def test_no_question_answer_or_system_prompt_writes_a_control_token(name, text, tokenizer, tmp_path):
+    kinds = {"hermes-2": lambda: tokenizer, "chatml": lambda: load_tokenizer(write_smollm2(tmp_path))}
+    ours = kinds.get(name, lambda: load_tokenizer(write_llama_3(tmp_path)))()
+    template = TEMPLATES[name]
+
+    def control(filling: str) -> list[int]:
+        turns = [
+            Turn((Text(filling + "?"), IMAGE, Text(filling + "?")), filling + "."),
+            Turn((Text("q"),), filling + "."),
+        ]
+        segments = encode_conversation(turns, ours, template=template, system=filling + "!")
+        tokens = [token for one in segments if not isinstance(one, ImageSegment) for token in one.input_ids.tolist()]
+        return [token for token in tokens if ours.is_control(token)]
+
+    assert control(text) == control("a")
+
+
+def test_answers_end_at_eos_and_at_the_end_of_a_turn(tokenizer, tmp_path):
+    assert stop_ids(None, tokenizer) == stop_ids(VICUNA, tokenizer) == stop_ids(PLAIN, tokenizer) == {2}
+    assert stop_ids(TEMPLATES["hermes-2"], tokenizer) == {2, tokenizer.piece_id("<|im_end|>")}
+    llama_3 = load_tokenizer(write_llama_3(tmp_path))
+    assert stop_ids(TEMPLATES["llama_3"], llama_3) == {llama_3.eos_id, llama_3.piece_id("<|eot_id|>")}
+    with pytest.raises(ConfigError, match="needs the token"):
+        stop_ids(TEMPLATES["chatml"], llama_3)
