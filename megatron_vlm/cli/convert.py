@@ -52,7 +52,12 @@ def _add_from_hf(actions: argparse._SubParsersAction) -> None:
     notes = "Train from it with checkpoint.load_weights=runs/start."
     add = add_command(actions, "from-hf", text, *_FROM_HF, notes=notes).add_argument
     add("--language", type=local_path, metavar="DIR", help="folder of a language model: LlamaForCausalLM")
-    add("--vision", type=local_path, metavar="DIR", help="folder of a vision tower: CLIPVisionModel or CLIPModel")
+    add(
+        "--vision",
+        type=local_path,
+        metavar="DIR",
+        help="folder of a vision tower: CLIPVisionModel, SiglipVisionModel, ...",
+    )
     text = "instead of both: folder of a whole model, LlavaForConditionalGeneration"
     add("--model", "--llava", type=local_path, metavar="DIR", help=text)
     add("--output", type=new_folder, required=True, metavar="RUN_DIR", help="run folder to write")

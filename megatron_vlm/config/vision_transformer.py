@@ -39,8 +39,8 @@ class Architecture:
     """Whether there is a norm between the embeddings and the first layer."""
     post_norm: bool = False
     """Whether there is a norm after the last layer that runs."""
-    query_key_value_bias: bool = True
-    query_key_norm: bool = False
+    add_qkv_bias: bool = True
+    qk_layernorm: bool = False
     """Whether queries and keys pass an RMSNorm over all heads together."""
     layer_scale: float | None = None
     """Initial value of the learned factors on the outputs of attention and MLP; None: no factors."""
@@ -135,11 +135,11 @@ class VisionTransformerConfig(ABC):
         norm = 2 * hidden if special.normalization == "LayerNorm" else hidden
         layer = (
             self._weights
-            + (4 if special.query_key_value_bias else 1) * hidden
+            + (4 if special.add_qkv_bias else 1) * hidden
             + self._ffn_inputs
             + hidden
             + 2 * norm
-            + (2 * hidden if special.query_key_norm else 0)
+            + (2 * hidden if special.qk_layernorm else 0)
             + (2 * hidden if special.layer_scale is not None else 0)
         )
         patches = 3 * self.patch_size**2 * hidden + (hidden if special.patch_bias else 0)
@@ -162,7 +162,7 @@ class VisionTransformerConfig(ABC):
         tokens = patches.num_patches + self.num_prefix_tokens
         # Inputs of the two norms and of the activation, query, key, value and output of attention.
         kept = 6 * hidden + self._ffn_inputs
-        if special.query_key_norm:  # their inputs, as they are in the product of the QKV projection and copied from it
+        if special.qk_layernorm:  # their inputs, as they are in the product of the QKV projection and copied from it
             kept += 4 * hidden
         if learns:  # Inputs of the matrices and of LayerScale.
             kept += 2 * hidden + ffn + (2 * hidden if special.layer_scale is not None else 0)

@@ -26,8 +26,13 @@ class Family(Protocol):
     """The section of the config that it converts: `model.language`, `model.vision`, or all of `model`."""
     MODEL_TYPES: tuple[str, ...]
     """Values of `model_type` in config.json."""
-    RENAMES: Sequence[tuple[str, str]]
-    """(regular expression, replacement) pairs that turn the names of other versions into those of the table."""
+
+    def renames(self, settings: dict[str, Any]) -> Sequence[tuple[str, str]]:
+        """Return (regular expression, replacement) pairs that turn other versions' names into those of the table.
+
+        Args:
+            settings: as in `config_from_hf`.
+        """
 
     def rules(self, config: Any) -> list[Rule]:
         """Return the table of tensors for these settings."""
@@ -56,6 +61,16 @@ class Family(Protocol):
         Raises:
             CheckpointError: the family does not support something in our settings.
         """
+
+
+class TowerFamily(Family, Protocol):
+    """A family of vision towers (PART "vision"), named after the type of the tower."""
+
+    FREE: frozenset[str]
+    """Fields that a training may choose freely: they affect neither a tensor nor what the imported weights compute."""
+
+    def reason_against_llava(self, config: Any) -> str | None:
+        """Return why transformers' Llava cannot compute with this tower; None if it can."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,7 +117,7 @@ def find_family(model_type: str | None, part: Part, where: str) -> Family:
     return types[model_type]
 
 
-def find_tower_family(type: str) -> Family:
+def find_tower_family(type: str) -> TowerFamily:
     """Return the family that converts towers of this type; its module has the same name.
 
     Raises:
@@ -110,10 +125,11 @@ def find_tower_family(type: str) -> Family:
     """
     families = _families("vision")
     if type not in families:
+        types = [name for name in families if name in module_names("megatron_vlm.config.towers")]
         raise CheckpointError(
-            f"a tower of type {type} has no conversion", where="model.vision", fix=f"use {', '.join(families)}"
+            f"a tower of type {type} has no conversion", where="model.vision", fix=f"use {', '.join(types)}"
         )
-    return families[type]
+    return cast(TowerFamily, families[type])
 
 
 def find_format(name: str) -> ModelFamily:

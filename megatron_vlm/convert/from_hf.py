@@ -24,7 +24,7 @@ from megatron_vlm.config import (
 )
 from megatron_vlm.config.projectors import make_projector
 from megatron_vlm.convert.differences import describe_differences
-from megatron_vlm.convert.family import Family, Part, find_family
+from megatron_vlm.convert.family import Family, Part, find_family, find_tower_family
 from megatron_vlm.convert.folder import CONFIG_NAME, HFFolder, read_json
 from megatron_vlm.convert.projector import find_projector
 from megatron_vlm.convert.rules import Rule
@@ -37,7 +37,6 @@ logger = logging.getLogger(__name__)
 _PROCESSOR_NAME = "preprocessor_config.json"
 # Fields that a training may choose freely: they affect neither a tensor nor what the imported weights compute.
 _FREE_LANGUAGE = {"init_method_std", "max_position_embeddings"}
-_FREE_VISION = {"init_method_std", "feature_layer"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +80,7 @@ def import_parts(
     chosen = {} if options.feature_layer is None else {"feature_layer": options.feature_layer}
     found = ModelConfig(
         language=_language_config(decoder),
-        vision=_with_colours(tower.read_config(**chosen), vision),
+        vision=_with_processing(tower.read_config(**chosen), vision),
         projection=make_projector(options.projection),
     )
     model = _agreed(model, found)
@@ -99,7 +98,7 @@ def import_model(folder: Path, run_dir: Path, model: ModelConfig | None = None) 
     _check_new(run_dir)
     opened = _open(folder, "model")
     found = opened.read_config()
-    model = _agreed(model, replace(found, vision=_with_colours(found.vision, folder)))
+    model = _agreed(model, replace(found, vision=_with_processing(found.vision, folder)))
     _write(run_dir, _lazy_tensors(opened, model, model.language), model, folder)
     return model
 
@@ -121,8 +120,9 @@ class _OpenFolder:
 
 def _open(path: Path, part: Part) -> _OpenFolder:
     where = path / CONFIG_NAME
-    family = find_family(read_json(where).get("model_type"), part, str(where))
-    return _OpenFolder(HFFolder(path, family.RENAMES), family)
+    settings = read_json(where)
+    family = find_family(settings.get("model_type"), part, str(where))
+    return _OpenFolder(HFFolder(path, family.renames(settings)), family)
 
 
 def _agreed(wanted: ModelConfig | None, found: ModelConfig) -> ModelConfig:
@@ -133,9 +133,10 @@ def _agreed(wanted: ModelConfig | None, found: ModelConfig) -> ModelConfig:
     """
     if wanted is None:
         return found
+    free = find_tower_family(found.vision.type).FREE
     differences = [
         *_differences("model.language", wanted.language, found.language, _FREE_LANGUAGE),
-        *_differences("model.vision", wanted.vision, found.vision, _FREE_VISION),
+        *_differences("model.vision", wanted.vision, found.vision, free),
     ]
     if differences:
         raise CheckpointError("; ".join(differences), fix="change the config, or omit --config")
@@ -175,14 +176,23 @@ def _language_config(opened: _OpenFolder) -> LanguageConfig:
     return opened.read_config(vocab_size=vocab_size)
 
 
-def _with_colours(vision: Any, folder: Path) -> Any:
-    """Take mean and standard deviation of the colours from the folder, if it has them."""
+def _with_processing(vision: Any, folder: Path) -> Any:
+    """Take mean and standard deviation of the colours from the folder, if it has them, and the size of an image.
+
+    The size is that of config.json if the table of positions depends on it.
+    """
     path = folder / _PROCESSOR_NAME
     if not path.is_file():
         return vision
     settings = read_json(path)
-    mean, std = settings.get("image_mean", vision.image_mean), settings.get("image_std", vision.image_std)
-    return replace(vision, image_mean=tuple(mean), image_std=tuple(std))
+    found: dict[str, Any] = {}
+    for name in ("image_mean", "image_std"):
+        if name in settings:
+            found[name] = tuple(settings[name])
+    crop = settings.get("crop_size")
+    if isinstance(crop, dict) and "image_size" in find_tower_family(vision.type).FREE:
+        found["image_size"] = crop["height"]
+    return replace(vision, **found)
 
 
 def _lazy_tensors(

@@ -58,6 +58,12 @@ class QueryKeyValue:
     num_query_groups: int
     kv_channels: int
 
+    @classmethod
+    def of_heads(cls, hidden_size: int, num_attention_heads: int) -> "QueryKeyValue":
+        """Return the transform of an attention that has a key and a value for every query."""
+        channels = hidden_size // num_attention_heads
+        return cls(num_attention_heads=num_attention_heads, num_query_groups=num_attention_heads, kv_channels=channels)
+
     def join(self, theirs: Sequence[Tensor]) -> Tensor:
         """Interleave query, key and value by group."""
         by_group = [tensor.reshape(self.num_query_groups, -1, *tensor.shape[1:]) for tensor in theirs]
@@ -69,6 +75,21 @@ class QueryKeyValue:
         by_group = whole.reshape(self.num_query_groups, -1, *whole.shape[1:])
         theirs = by_group.split([queries, self.kv_channels, self.kv_channels], dim=1)
         return [tensor.flatten(0, 1) for tensor in theirs]
+
+
+@dataclass(frozen=True, slots=True)
+class FusedQueryKeyValue:
+    """Query, key and value in one tensor on their side as well: all queries, all keys, all values; as many of each."""
+
+    by_group: QueryKeyValue
+
+    def join(self, theirs: Sequence[Tensor]) -> Tensor:
+        """Interleave query, key and value by group."""
+        return self.by_group.join(theirs[0].chunk(3))
+
+    def split(self, whole: Tensor) -> list[Tensor]:
+        """Return all queries, then all keys, then all values."""
+        return [torch.cat(self.by_group.split(whole))]
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from megatron_vlm.checkpoint.tensors import hash_weights, read_tensor, write_wei
 from megatron_vlm.config import CheckpointError, ConfigError, UsageError, load_section
 from megatron_vlm.convert.from_hf import ImportOptions, import_model, import_parts
 from megatron_vlm.convert.to_hf import export_model
+from tests.support.configs import tiny_model_with_tower
 from tests.support.sentence_piece import NUM_PIECES
 
 WEIGHTS = "model.safetensors"
@@ -342,8 +343,8 @@ def test_a_tower_with_an_unknown_activation_is_refused(llama_dir, clip_dir, tmp_
         ({"projector_hidden_act": "relu"}, "projector_hidden_act=relu"),
         ({"projector_hidden_act": "linear"}, "second layer of a linear projection is not the identity"),
         (
-            {"vision_config": {"model_type": "siglip_vision_model"}},
-            r"model_type is siglip_vision_model, not .* \(vision_config of .*config.json\)",
+            {"vision_config": {"model_type": "vit_mae"}},
+            r"model_type is vit_mae, not .* \(vision_config of .*config.json\)",
         ),
         ({"model_type": "llama"}, "model_type is llama, not llava"),
     ],
@@ -351,6 +352,14 @@ def test_a_tower_with_an_unknown_activation_is_refused(llama_dir, clip_dir, tmp_
 def test_a_llava_that_ours_cannot_be_is_refused(settings, message, exported, tmp_path):
     folder = copy_with_config(exported, tmp_path / "llava", settings)
     with pytest.raises(CheckpointError, match=message):
+        import_model(folder, tmp_path / "run")
+
+
+def test_a_llava_that_cuts_off_a_patch_is_refused(make_run, model_config, tmp_path):
+    run = make_run(replace(model_config, vision=tiny_model_with_tower("siglip").vision))
+    export_model(read_run_settings(run), tmp_path / "hf")
+    folder = copy_with_config(tmp_path / "hf", tmp_path / "llava", {"vision_feature_select_strategy": "default"})
+    with pytest.raises(CheckpointError, match="vision_feature_select_strategy=default cuts off a patch"):
         import_model(folder, tmp_path / "run")
 
 

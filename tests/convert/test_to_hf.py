@@ -21,7 +21,7 @@ from megatron_vlm.data.loading.pixels import decode_image
 from megatron_vlm.data.samples import ImageSegment
 from megatron_vlm.data.text.templates import DEFAULT_SYSTEM, TEMPLATES, Turn, encode_prompt
 from megatron_vlm.data.text.tokenizer import load_tokenizer
-from tests.support.configs import tiny_model, tiny_run
+from tests.support.configs import tiny_model, tiny_model_with_tower, tiny_run
 from tests.support.sentence_piece import NUM_PIECES
 
 # Same weights, same operations in fp32: what is left is the order of additions inside kernels.
@@ -95,6 +95,40 @@ def test_transformers_computes_the_same_logits_with_the_class_token(make_run, mo
     )
     assert not read_run_settings(tmp_path / "again").model.vision.drop_class_token
     assert generate_from_processor(tmp_path / "hf")
+
+
+@pytest.mark.parametrize(
+    ("type", "settings"),
+    [
+        ("siglip", {"image_size": 36}),  # 4 pixels belong to no patch
+        ("dinov2", {"post_norm": False, "position_grid": 7}),
+        ("dinov2", {"post_norm": False, "drop_class_token": False, "feature_layer": -2}),
+    ],
+)
+def test_transformers_computes_the_same_logits_with_another_tower(type, settings, make_run, model_config, tmp_path):
+    run = make_run(replace(model_config, vision=tiny_model_with_tower(type, **settings).vision))
+    export_model(read_run_settings(run), tmp_path / "hf")
+    assert_same_logits(run, tmp_path / "hf")
+    assert generate_from_processor(tmp_path / "hf")
+    import_model(tmp_path / "hf", tmp_path / "again")
+    ours, again = (read_run_settings(folder) for folder in (run, tmp_path / "again"))
+    assert hash_weights(again.checkpoint) == hash_weights(ours.checkpoint)
+    assert again.model.constant_image_tokens == ours.model.constant_image_tokens
+
+
+@pytest.mark.parametrize(
+    ("type", "settings", "reason"),
+    [
+        ("dinov2", {}, r"Llava takes features before the last norm \(model.vision.post_norm\)"),
+        ("dinov2", {"post_norm": False, "num_registers": 4}, "Llava gives the registers to the projection"),
+        ("internvit", {}, "Llava cannot call InternVLVisionModel"),
+    ],
+)
+def test_a_tower_that_the_format_cannot_hold_is_refused(type, settings, reason, make_run, model_config, tmp_path):
+    vision = tiny_model_with_tower(type, **settings).vision
+    run = replace(read_run_settings(make_run(model_config)), model=replace(model_config, vision=vision))
+    with pytest.raises(CheckpointError, match=f"a tower of type {type} does not fit the format llava: .*{reason}"):
+        export_model(run, tmp_path / "hf")
 
 
 def test_transformers_computes_the_same_logits_with_tied_embeddings(make_run, tmp_path):

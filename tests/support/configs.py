@@ -1,5 +1,6 @@
 """A tiny model and run for tests: real shapes, two layers."""
 
+from dataclasses import replace
 from typing import Any
 
 from megatron_vlm.config import (
@@ -12,6 +13,7 @@ from megatron_vlm.config import (
     TrainConfig,
     TrainingConfig,
 )
+from megatron_vlm.config.modules import find_module
 from megatron_vlm.config.projectors import make_projector
 from megatron_vlm.config.towers.clip import Config as ClipConfig
 
@@ -37,6 +39,15 @@ def tiny_model(**language: Any) -> ModelConfig:
         projection=make_projector("mlp2x_gelu"),
         backend="torch",
     )
+
+
+def tiny_model_with_tower(type: str, **settings: Any) -> ModelConfig:
+    """Return the tiny model with a tower of another type and of about the same size."""
+    model = tiny_model()
+    sizes = ("image_size", "patch_size", "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
+    shared = {name: getattr(model.vision, name) for name in sizes}
+    config = find_module("megatron_vlm.config.towers", type, "tower").Config
+    return replace(model, vision=config(**{**shared, **settings}))
 
 
 def tiny_run(

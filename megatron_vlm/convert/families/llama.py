@@ -9,12 +9,16 @@ from megatron_vlm.convert.rules import GatedMLP, QueryKeyValue, Rule
 
 PART = "language"
 MODEL_TYPES = ("llama",)
-RENAMES: tuple[tuple[str, str], ...] = ()
 
 _PREFIX = "model.language_model."
 _UNUSED = (r".*\.rotary_emb\.inv_freq",)
 _EMBEDDING_NAME = "model.embed_tokens.weight"
 _OUTPUT_NAME = "lm_head.weight"
+
+
+def renames(settings: dict[str, Any]) -> tuple[tuple[str, str], ...]:
+    """Return no renames: all versions use the names of the table."""
+    return ()
 
 
 def rules(language: LanguageConfig) -> list[Rule]:

@@ -3,14 +3,15 @@
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
 from megatron_vlm.config import CheckpointError, ModelConfig
 from megatron_vlm.config.projectors import make_projector
-from megatron_vlm.convert.families import clip
-from megatron_vlm.convert.family import Family, Serving, find_family, find_tower_family
+from megatron_vlm.config.towers import TowerConfig
+from megatron_vlm.config.vision_transformer import VisionTransformerConfig
+from megatron_vlm.convert.family import Family, Serving, TowerFamily, find_family, find_tower_family
 from megatron_vlm.convert.files.processor import chat_template, generation_config, select_strategy, write_processor
 from megatron_vlm.convert.files.tokenizer import bos_text, write_tokenizer
 from megatron_vlm.convert.folder import CONFIG_NAME, write_json
@@ -20,27 +21,57 @@ from megatron_vlm.convert.rules import Rule
 PART = "model"
 MODEL_TYPES = ("llava",)
 ARCHITECTURE = "LlavaForConditionalGeneration"
-RENAMES = (
-    (r"(model\.)?language_model\.model\.", "language_model.model."),
-    (r"model\.language_model\.", "language_model.model."),
-    (r"lm_head\.", "language_model.lm_head."),
-    (r"(model\.)?vision_tower\.(vision_model\.)?", "vision_tower.vision_model."),
-    (r"model\.multi_modal_projector\.", "multi_modal_projector."),
-)
-"""The table uses the names of transformers 4; 5 omits `vision_model.`, and names in memory start with `model.`."""
-
 _LANGUAGE, _VISION, _PROJECTOR = "language_model.", "vision_tower.", "multi_modal_projector."
+
+
+def renames(settings: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return renames to the names of transformers 4; in memory, the names of other versions start with `model.`."""
+    tower = find_family(settings.get("vision_config", {}).get("model_type"), "vision", "vision_config of config.json")
+    return [
+        (r"(model\.)?language_model\.model\.", "language_model.model."),
+        (r"model\.language_model\.", "language_model.model."),
+        (r"lm_head\.", "language_model.lm_head."),
+        *(
+            (rf"(?:model\.)?vision_tower\.{pattern}", f"vision_tower.{replacement}")
+            for pattern, replacement in tower.renames(settings["vision_config"])
+        ),
+        (r"model\.vision_tower\.", "vision_tower."),
+        (r"model\.multi_modal_projector\.", "multi_modal_projector."),
+    ]
 
 
 def _language_family() -> Family:
     return find_family("llama", "language", "model.language")
 
 
+def _tower_family(vision: TowerConfig) -> TowerFamily:
+    """Return the family of the tower.
+
+    Raises:
+        CheckpointError: it has none, or transformers' class cannot compute with the tower.
+    """
+    family = find_tower_family(vision.type)
+    reason = family.reason_against_llava(vision)
+    if reason is not None:
+        raise CheckpointError(
+            f"a tower of type {vision.type} does not fit the format llava: {reason}",
+            where="model.vision",
+            fix="use another tower or format",
+        )
+    return family
+
+
+def _tower(model: ModelConfig) -> VisionTransformerConfig:
+    """Return the settings of the tower; all towers that fit the format are vision transformers."""
+    _tower_family(model.vision)
+    return cast(VisionTransformerConfig, model.vision)
+
+
 def rules(model: ModelConfig) -> list[Rule]:
     """Return the table of the whole model."""
     sizes = {"input_size": model.vision.feature_size, "output_size": model.language.hidden_size}
     tables = {
-        _VISION: find_tower_family(model.vision.type).rules(model.vision),
+        _VISION: _tower_family(model.vision).rules(model.vision),
         _PROJECTOR: find_projector(model.projection.type).rules(model.projection, **sizes),
         _LANGUAGE: _language_family().rules(model.language),
     }
@@ -54,14 +85,14 @@ def rules(model: ModelConfig) -> list[Rule]:
 def unused(model: ModelConfig) -> tuple[str, ...]:
     """Return regular expressions for tensors that a folder may hold in addition to the table."""
     return (
-        *(rf"vision_tower\.{pattern}" for pattern in find_tower_family(model.vision.type).unused(model.vision)),
+        *(rf"vision_tower\.{pattern}" for pattern in _tower_family(model.vision).unused(model.vision)),
         *(rf"language_model\.{pattern}" for pattern in _language_family().unused(model.language)),
     )
 
 
 def constants(model: ModelConfig) -> Mapping[str, Tensor]:
     """Return tensors that a folder must have and our model lacks, with values that have no effect."""
-    tower = find_tower_family(model.vision.type).constants(model.vision)
+    tower = _tower_family(model.vision).constants(model.vision)
     return {_VISION + name: tensor for name, tensor in tower.items()}
 
 
@@ -78,11 +109,11 @@ def config_to_hf(model: ModelConfig) -> dict[str, Any]:
         "projector_hidden_act": find_projector(model.projection.type).ACTIVATION,
         "multimodal_projector_bias": True,
         "vision_feature_layer": -1,
-        "vision_feature_select_strategy": select_strategy(clip.tower_of(model)),
+        "vision_feature_select_strategy": select_strategy(_tower(model)),
         "pad_token_id": model.language.pad_token_id,
         "tie_word_embeddings": model.language.share_embeddings_and_output_weights,
         "text_config": _language_family().config_to_hf(model.language),
-        "vision_config": find_tower_family(model.vision.type).config_to_hf(model.vision),
+        "vision_config": _tower_family(model.vision).config_to_hf(model.vision),
     }
 
 
@@ -118,22 +149,40 @@ def config_from_hf(settings: dict[str, Any], *, where: str, **chosen: Any) -> Mo
         )
     found = {
         "language": language,
-        "vision": vision_family.config_from_hf(
-            vision,
-            where=where,
-            feature_layer=feature_layer,
-            drop_class_token=settings.get("vision_feature_select_strategy", "default") == "default",
+        "vision": _selecting(
+            vision_family.config_from_hf(vision, where=where, feature_layer=feature_layer),
+            settings.get("vision_feature_select_strategy", "default"),
+            where,
         ),
         "projection": make_projector(projector_type_of(settings.get("projector_hidden_act", "gelu"), where)),
     }
     return ModelConfig(**{**found, **chosen})
 
 
+def _selecting(vision: TowerConfig, strategy: str, where: str) -> TowerConfig:
+    """Return the settings of a tower whose hidden state is cut as `vision_feature_select_strategy` says.
+
+    Raises:
+        CheckpointError: transformers' class cannot compute with the tower, or would cut off a patch.
+    """
+    features = {"drop_class_token": strategy == "default", "post_norm": False}
+    chosen = {name: value for name, value in features.items() if hasattr(vision, name)}
+    vision = replace(vision, **chosen)  # type: ignore[type-var]  # every tower is a dataclass
+    _tower_family(vision)
+    if strategy == "default" and "drop_class_token" not in chosen:
+        raise CheckpointError(
+            "vision_feature_select_strategy=default cuts off a patch: the tower has no class token",
+            where=where,
+            fix="use a model with full",
+        )
+    return vision
+
+
 def write_settings(folder: Path, serving: Serving) -> None:
     """Write all files except the weights: config.json, tokenizer, processor, chat template."""
     model, tokenizer, template = serving.model, serving.tokenizer, serving.template
     added = write_tokenizer(folder, serving.tokenizer_path, tokenizer, model.language)
-    write_processor(folder, clip.tower_of(model), serving.image_aspect, added.image)
+    write_processor(folder, _tower(model), serving.image_aspect, added.image)
     write_json(folder / CONFIG_NAME, _whole_config(serving))
     generation = generation_config(model.language, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id)
     write_json(folder / "generation_config.json", generation)

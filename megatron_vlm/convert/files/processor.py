@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vlm.config import LanguageConfig
-from megatron_vlm.config.towers.clip import Config as ClipConfig
+from megatron_vlm.config.vision_transformer import VisionTransformerConfig
 from megatron_vlm.convert.folder import write_json
 from megatron_vlm.data.documents import Control, Special
 from megatron_vlm.data.loading.pixels import Aspect
@@ -17,11 +17,12 @@ _SET_ANSWER = (
 )
 
 
-def image_processor_config(vision: ClipConfig, aspect: Aspect) -> dict[str, Any]:
+def image_processor_config(vision: VisionTransformerConfig, aspect: Aspect) -> dict[str, Any]:
     """Return preprocessor_config.json: the pixels of training, up to the rounding of the resampling filter."""
     side = {"height": vision.image_size, "width": vision.image_size}
     return {
-        # Only LLaVA's own class pads; the other two aspects are plain CLIP processing, which every version has.
+        # Only LLaVA's own class pads; the other two aspects are plain CLIP processing, which every version has and
+        # which fits every tower: the numbers below are its own.
         "image_processor_type": "LlavaImageProcessor" if aspect == "pad" else "CLIPImageProcessor",
         "processor_class": "LlavaProcessor",
         **({"do_pad": True} if aspect == "pad" else {}),
@@ -39,18 +40,19 @@ def image_processor_config(vision: ClipConfig, aspect: Aspect) -> dict[str, Any]
     }
 
 
-def select_strategy(vision: ClipConfig) -> str:
+def select_strategy(vision: VisionTransformerConfig) -> str:
     """Return the name in LLaVA for the features that the projection gets: without the class token, or all of them."""
-    return "default" if vision.drop_class_token else "full"
+    dropped = vision.num_prefix_tokens - vision.constant_grid.num_prefix_tokens
+    return "default" if dropped else "full"
 
 
-def processor_config(vision: ClipConfig, image_token: str) -> dict[str, Any]:
+def processor_config(vision: VisionTransformerConfig, image_token: str) -> dict[str, Any]:
     """Return processor_config.json: the number of placeholders per image."""
     return {
         "processor_class": "LlavaProcessor",
         "image_token": image_token,
         "patch_size": vision.patch_size,
-        "num_additional_image_tokens": 1,  # the class token, which "default" removes again
+        "num_additional_image_tokens": vision.num_prefix_tokens,  # the class token, which "default" removes again
         "vision_feature_select_strategy": select_strategy(vision),
     }
 
@@ -142,7 +144,7 @@ def _literal(value: str) -> str:
     return f"{{{{ {_quote(value)} }}}}" if value else ""
 
 
-def write_processor(folder: Path, vision: ClipConfig, aspect: Aspect, image_token: str) -> None:
+def write_processor(folder: Path, vision: VisionTransformerConfig, aspect: Aspect, image_token: str) -> None:
     """Write preprocessor_config.json and processor_config.json."""
     write_json(folder / "preprocessor_config.json", image_processor_config(vision, aspect))
     write_json(folder / "processor_config.json", processor_config(vision, image_token))

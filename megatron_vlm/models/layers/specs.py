@@ -118,9 +118,9 @@ def vision_block_spec(
     """Return the layers of a vision tower; every patch attends to every patch."""
     layer = torch_layer_spec(AttnMaskType.no_mask, tp_group=tp_group)
     submodules, attention = layer.submodules, layer.submodules.self_attention.submodules
-    if architecture.query_key_norm:
+    if architecture.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = NormOfAllHeads
-    if not architecture.query_key_value_bias:
+    if not architecture.add_qkv_bias:
         attention.linear_qkv = ColumnLinearWithoutBias
     if architecture.layer_scale is not None:
         scale = {"hidden_size": config.hidden_size, "init": architecture.layer_scale, "dtype": config.params_dtype}

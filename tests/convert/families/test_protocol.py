@@ -10,14 +10,23 @@ import pytest
 from megatron_vlm.config import CheckpointError, UsageError
 from megatron_vlm.config.modules import module_names
 from megatron_vlm.convert import families
-from megatron_vlm.convert.family import FAMILIES, Family, ModelFamily, Part, find_family, find_format, find_tower_family
+from megatron_vlm.convert.family import (
+    FAMILIES,
+    Family,
+    ModelFamily,
+    Part,
+    TowerFamily,
+    find_family,
+    find_format,
+    find_tower_family,
+)
 
 NAMES = module_names(FAMILIES)
 TOY = """
 PART = "vision"
 MODEL_TYPES = ("toy_vision_model",)
-RENAMES = ()
 
+def renames(settings): return ()
 def rules(config): return []
 def unused(config): return ()
 def constants(config): return {}
@@ -31,7 +40,7 @@ def family(name: str):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("function", ["rules", "unused", "constants", "config_from_hf", "config_to_hf"])
+@pytest.mark.parametrize("function", ["renames", "rules", "unused", "constants", "config_from_hf", "config_to_hf"])
 def test_every_file_offers_the_functions_of_a_family(name, function):
     offered, wanted = (inspect.signature(getattr(owner, function)) for owner in (family(name), Family))
     of_part, *others = offered.parameters
@@ -44,7 +53,15 @@ def test_every_file_offers_the_functions_of_a_family(name, function):
 def test_every_file_says_what_it_is(name):
     assert family(name).PART in get_args(Part)
     assert family(name).MODEL_TYPES
-    assert all(isinstance(pattern, str) for rename in family(name).RENAMES for pattern in rename)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if family(name).PART == "vision"])
+def test_a_family_named_after_a_tower_converts_it_within_whole_models(name):
+    if name in module_names("megatron_vlm.config.towers"):
+        assert isinstance(family(name).FREE, frozenset)
+        offered, wanted = (inspect.signature(owner.reason_against_llava) for owner in (family(name), TowerFamily))
+        assert len(offered.parameters) == len(wanted.parameters) - 1
+    assert find_family(family(name).MODEL_TYPES[0], "vision", "config.json") is family(name)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if family(name).PART == "model"])
@@ -74,13 +91,16 @@ def test_a_family_is_found_by_the_type_of_a_folder(model_type, part, name):
 
 @pytest.mark.parametrize("model_type", ["llama", "unheard_of", None])
 def test_a_folder_of_another_kind_is_refused(model_type):
-    with pytest.raises(CheckpointError, match=rf"model_type is {model_type}, not clip_vision_model or clip \(config"):
+    with pytest.raises(
+        CheckpointError, match=rf"model_type is {model_type}, not clip_vision_model or clip or .*\(config"
+    ):
         find_family(model_type, "vision", "config.json")
 
 
 def test_a_tower_without_a_family_is_refused():
     with pytest.raises(
-        CheckpointError, match=r"a tower of type llama has no conversion \(model.vision\); fix: use clip"
+        CheckpointError,
+        match=r"a tower of type llama has no conversion \(model.vision\); fix: use clip, dinov2, internvit, siglip$",
     ):
         find_tower_family("llama")
 
