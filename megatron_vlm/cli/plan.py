@@ -137,9 +137,8 @@ def _memory(config: TrainConfig, world_size: int) -> dict[str, Any]:
     stages = []
     for stage, size in enumerate(stage_sizes(config)):
         memory = estimate_memory(config, stage, layout.data_parallel_size, backend=_backend(config))
-        learning = size.learning(config.training.freeze)
         peaks = {"peak": memory.peak, "total": memory.total}
-        stages.append({**asdict(size), "learning": learning, **asdict(memory), **peaks})
+        stages.append({**asdict(size), **asdict(memory), **peaks})
     return {
         **asdict(layout),
         "tensor_model_parallel_size": config.parallel.tensor_model_parallel_size,

@@ -7,7 +7,19 @@ from megatron_vlm.config.activations import Activations
 from megatron_vlm.config.checks import check_heads, check_positive
 from megatron_vlm.config.errors import ConfigError
 from megatron_vlm.config.operations import Operations
+from megatron_vlm.config.parameter_sizes import norm_sizes, prefixed
 
+LAYER_NAMES = (
+    "input_layernorm.weight",
+    "self_attention.linear_qkv.weight",
+    "self_attention.linear_proj.weight",
+    "pre_mlp_layernorm.weight",
+    "mlp.linear_fc1.weight",
+    "mlp.linear_fc2.weight",
+)
+"""Parameters of one layer in the order of the forward pass."""
+MATRIX_NAMES = tuple(name for name in LAYER_NAMES if ".linear_" in name)
+"""Those of `LanguageConfig.layer_matrices`."""
 _VOCAB_SIZE_DIVISOR = 64
 # Ids after those of the tokenizer: the image placeholder, then padding (the order of llava-1.5-hf).
 _NUM_ADDED_TOKENS = 2
@@ -114,6 +126,20 @@ class LanguageConfig:
         return sum(inputs * outputs for inputs, outputs in self.layer_matrices())
 
     @property
+    def parameter_sizes(self) -> dict[str, int]:
+        """Size of every parameter by its name in a decoder on one rank, in the order of the forward pass."""
+        sizes = {"embedding.word_embeddings.weight": self.embedding_weights}
+        matrices = dict(zip(MATRIX_NAMES, (inputs * outputs for inputs, outputs in self.layer_matrices()), strict=True))
+        norm = norm_sizes(self.hidden_size, bias=False)
+        for layer in range(self.num_layers):
+            inside = {**prefixed("input_layernorm", norm), **prefixed("pre_mlp_layernorm", norm), **matrices}
+            sizes.update(prefixed(f"decoder.layers.{layer}", {name: inside[name] for name in LAYER_NAMES}))
+        sizes.update(prefixed("decoder.final_layernorm", norm))
+        if not self.share_embeddings_and_output_weights:
+            sizes["output_layer.weight"] = self.embedding_weights
+        return sizes
+
+    @property
     def layer_norms(self) -> int:
         """Parameters in the norms of one layer; every tensor-parallel rank has all of them."""
         return 2 * self.hidden_size
@@ -138,14 +164,14 @@ class LanguageConfig:
         return Operations(inner=2.0 * num_labels * self.embedding_weights)
 
     def layer_activations(
-        self, num_tokens: int, split: TensorSplit, *, learns: bool, rotates_in_place: bool
+        self, num_tokens: int, split: TensorSplit, *, learning: tuple[bool, ...], rotates_in_place: bool
     ) -> Activations:
         """Return the activations of one layer, with flash attention and a fused SwiGLU.
 
         Args:
             num_tokens: positions of the micro-batch, with padding.
             split: over the tensor-parallel ranks.
-            learns: whether its matrices need their inputs for gradients of their own.
+            learning: which of `MATRIX_NAMES` learn: these need their inputs for gradients of their own.
             rotates_in_place: whether rotated queries and keys overwrite the product of the QKV projection. Otherwise
                 that product stays as long as the values, which are a part of it.
 
@@ -154,13 +180,14 @@ class LanguageConfig:
         (query, key_value), ffn = self.attention_sizes, self.ffn_hidden_size
         # Each matrix keeps its input; each norm, attention and SwiGLU theirs. Attention also keeps its output, which
         # is the input of the next matrix.
-        whole = self.hidden_size * (4 if learns else 2)
+        qkv, _, fc1, fc2 = learning
+        whole = self.hidden_size * (2 + qkv + fc1)
         attention = 2 * query + 2 * key_value
         if not rotates_in_place:
             attention += query + key_value
         elif 1 < self.query_groups < self.num_attention_heads:
             attention += query  # queries of several groups are first copied out of the product
-        mlp = ffn * (3 if learns else 2)
+        mlp = ffn * (2 + fc2)
         kept = whole / split.sequence + (attention + mlp) / split.size
         # The gradients of input and output of SwiGLU, the latter's own input, and the gradient of the layer's output.
         working = 4 * ffn / split.size + self.hidden_size

@@ -7,9 +7,11 @@ from megatron_vlm.config.checks import check_not_negative, check_positive
 from megatron_vlm.config.data import DataConfig
 from megatron_vlm.config.errors import ConfigError
 from megatron_vlm.config.hooks import HookSettings
-from megatron_vlm.config.model import PART_NAMES, ModelConfig
+from megatron_vlm.config.learning import learning_of
+from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.config.objectives import Objective
 from megatron_vlm.config.objectives.language_modelling import Config as LanguageModelling
+from megatron_vlm.config.patterns import adapter_names, check_patterns, parameter_sizes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +88,13 @@ class OptimizerConfig:
     lr_warmup_fraction: float = 0.03
     """Fraction of train_iters over which the rate rises linearly from 0; ignored if lr_warmup_iters is set."""
     lr_warmup_iters: int | None = None
+    lr_multipliers: dict[str, float] = field(default_factory=dict)
+    """Factors on the learning rate by pattern of parameters (see `training.freeze`); the last pattern that matches a
+    parameter counts."""
     weight_decay: float = 0.0
+    no_weight_decay: tuple[str, ...] = ()
+    """Patterns of parameters without weight decay, beside norms, biases and all others of one dimension, and what the
+    tower names: its position embeddings and class token."""
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
     adam_eps: float = 1e-8
@@ -96,6 +104,12 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         check_not_negative("optimizer", self, "lr", "min_lr", "lr_warmup_fraction", "lr_warmup_iters")
         check_not_negative("optimizer", self, "weight_decay", "clip_grad")
+        for pattern, factor in self.lr_multipliers.items():
+            if factor <= 0:
+                raise ConfigError(
+                    f"optimizer.lr_multipliers: {factor} for {pattern!r} is not positive",
+                    fix="name what shall not learn in training.freeze",
+                )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,8 +126,9 @@ class TrainingConfig:
     """Passes over the blend, if train_iters is None."""
     exit_iteration: int | None = None
     """Save a checkpoint and stop after this iteration; the learning-rate schedule still spans train_iters."""
-    freeze: tuple[Literal["vision_model", "vision_projection", "language_model"], ...] = ()
-    """Parts that do not learn in this stage."""
+    freeze: tuple[str, ...] = ()
+    """Parts and parameters that do not learn in this stage: patterns of `config/patterns.py`, such as `vision_model` or
+    `language_model.decoder.layers.[0-3]`. The weights of an adapter always learn."""
     precision: Literal["fp32", "bf16"] = "bf16"
     fp8: Literal["hybrid", "e4m3"] | None = None
     """Format of the decoder's FP8 matrix products; needs transformer-engine and a GPU with FP8."""
@@ -197,11 +212,7 @@ class TrainConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def __post_init__(self) -> None:
-        if self.model.adapter is None and len(set(self.training.freeze)) == len(PART_NAMES):
-            raise ConfigError(
-                "training.freeze names every part and model.adapter is not set, so nothing would learn",
-                fix="leave one part out",
-            )
+        self._check_patterns()
         if bool(self.data.validation) != (self.training.validation_interval is not None):
             raise ConfigError(
                 "only one of data.validation and training.validation_interval is set", fix="set both or neither"
@@ -218,4 +229,16 @@ class TrainConfig:
                 f"adapter {self.model.adapter.type} needs a model to adapt, and checkpoint.load_weights is not set",
                 where="model.adapter",
                 fix="set it to a run folder or checkpoint",
+            )
+
+    def _check_patterns(self) -> None:
+        names, optimizer = tuple(parameter_sizes(self.model)), self.optimizer
+        check_patterns("training.freeze", self.training.freeze, names)
+        names_with_adapter = (*names, *adapter_names(self.model))
+        check_patterns("optimizer.lr_multipliers", tuple(optimizer.lr_multipliers), names_with_adapter)
+        check_patterns("optimizer.no_weight_decay", optimizer.no_weight_decay, names_with_adapter)
+        if self.model.adapter is None and not learning_of(self.model, self.training.freeze).anything:
+            raise ConfigError(
+                "training.freeze matches every parameter and model.adapter is not set, so nothing would learn",
+                fix="leave one part out",
             )

@@ -14,9 +14,11 @@ from megatron_vlm.config.checks import check_heads, check_positive
 from megatron_vlm.config.errors import ConfigError
 from megatron_vlm.config.grid import Grid
 from megatron_vlm.config.operations import Operations
+from megatron_vlm.config.parameter_sizes import linear_sizes, norm_sizes, prefixed
 
 Activation = Literal["quick_gelu", "gelu", "gelu_tanh", "swiglu"]
 """Activation of the MLP; with swiglu, its first layer has a gate beside it."""
+_EMBEDDINGS = ("class_token", "position_embeddings.weight", "registers")
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -130,22 +132,50 @@ class VisionTransformerConfig(ABC):
 
     @property
     def num_parameters(self) -> int:
+        """Parameters of the tower."""
+        return sum(self.parameter_sizes.values())
+
+    @property
+    def parameter_sizes(self) -> dict[str, int]:
         """Parameters of the embeddings, the norms around the layers and the layers that run."""
         hidden, special = self.hidden_size, self.architecture
-        norm = 2 * hidden if special.normalization == "LayerNorm" else hidden
-        layer = (
-            self._weights
-            + (4 if special.add_qkv_bias else 1) * hidden
-            + self._ffn_inputs
-            + hidden
-            + 2 * norm
-            + (2 * hidden if special.qk_layernorm else 0)
-            + (2 * hidden if special.layer_scale is not None else 0)
-        )
-        patches = 3 * self.patch_size**2 * hidden + (hidden if special.patch_bias else 0)
-        positions = (self.position_grid**2 + int(special.class_token)) * hidden
-        norms = (special.pre_norm + special.post_norm) * norm
-        return self.num_layers_run * layer + patches + positions + self.num_prefix_tokens * hidden + norms
+        norm = norm_sizes(hidden, bias=special.normalization == "LayerNorm")
+        sizes = prefixed("conv1", linear_sizes(3 * self.patch_size**2, hidden, bias=special.patch_bias))
+        if special.class_token:
+            sizes["class_token"] = hidden
+        sizes["position_embeddings.weight"] = (self.position_grid**2 + int(special.class_token)) * hidden
+        if special.num_registers:
+            sizes["registers"] = special.num_registers * hidden
+        if special.pre_norm:
+            sizes.update(prefixed("ln_pre", norm))
+        for layer in range(self.num_layers_run):
+            sizes.update(prefixed(f"decoder.layers.{layer}", self._layer_sizes(norm)))
+        if special.post_norm:
+            sizes.update(prefixed("ln_post", norm))
+        return sizes
+
+    def _layer_sizes(self, norm: dict[str, int]) -> dict[str, int]:
+        hidden, special = self.hidden_size, self.architecture
+        head_norms = norm_sizes(hidden, bias=False) if special.qk_layernorm else {}
+        scale = {"weight": hidden} if special.layer_scale is not None else {}
+        qkv = linear_sizes(hidden, 3 * hidden, bias=special.add_qkv_bias)
+        return {
+            **prefixed("input_layernorm", norm),
+            **prefixed("self_attention.linear_qkv", qkv),
+            **prefixed("self_attention.q_layernorm", head_norms),
+            **prefixed("self_attention.k_layernorm", head_norms),
+            **prefixed("self_attention.linear_proj", linear_sizes(hidden, hidden)),
+            **prefixed("self_attn_bda", scale),
+            **prefixed("pre_mlp_layernorm", norm),
+            **prefixed("mlp.linear_fc1", linear_sizes(hidden, self._ffn_inputs)),
+            **prefixed("mlp.linear_fc2", linear_sizes(self.ffn_hidden_size, hidden)),
+            **prefixed("mlp_bda", scale),
+        }
+
+    @property
+    def no_weight_decay(self) -> tuple[str, ...]:
+        """The embeddings, which decay would pull towards zero whatever the images."""
+        return tuple(name for name in _EMBEDDINGS if name in self.parameter_sizes)
 
     def operations(self, patches: Grid) -> Operations:
         """Return the operations for one image with these patches."""

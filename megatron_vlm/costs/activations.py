@@ -1,12 +1,14 @@
 """Activations of a pipeline stage, put together from those of its parts."""
 
+from collections import Counter
 from typing import Literal
 
 from megatron_vlm.config import ParallelConfig, TrainConfig
 from megatron_vlm.config.activations import Activations
 from megatron_vlm.config.language import TensorSplit
+from megatron_vlm.config.learning import learning_of
 from megatron_vlm.costs.flops import Work
-from megatron_vlm.costs.parameters import stage_sizes
+from megatron_vlm.costs.parameters import stage_layers, stage_sizes
 
 Backend = Literal["torch", "transformer_engine"]
 
@@ -23,12 +25,13 @@ def stage_activations(config: TrainConfig, stage: int, work: Work, backend: Back
     Raises:
         ConfigError: the number of patches depends on the image size.
     """
-    parts = [_decoder(config, stage_sizes(config)[stage].num_layers, backend)]
+    parts = _decoder(config, stage, backend)
     if stage == 0:
         parts += _vision(config, work.num_images)
     if stage == config.parallel.pipeline_model_parallel_size - 1:
         language, split = config.model.language, _split(config.parallel)
-        parts.append(language.output_activations(_positions(config), work.num_labels, split))
+        keeps_input = learning_of(config.model, config.training.freeze).input_gradient_of_output
+        parts.append(language.output_activations(_positions(config) * keeps_input, work.num_labels, split))
     parts += _adapters(config, stage, work)
     return Activations(kept=sum(part.kept for part in parts), working=max(part.working for part in parts))
 
@@ -48,19 +51,21 @@ def micro_batches_in_flight(parallel: ParallelConfig, stage: int, num_micro_batc
     return min(warm_up + 1, num_micro_batches * chunks) / chunks
 
 
-def _decoder(config: TrainConfig, num_layers: int, backend: Backend) -> Activations:
+def _decoder(config: TrainConfig, stage: int, backend: Backend) -> list[Activations]:
+    """Return the activations of the layers through which a gradient flows."""
     language, split = config.model.language, _split(config.parallel)
-    num_tokens = _positions(config)
-    layer = language.layer_activations(
-        num_tokens,
-        split,
-        learns="language_model" not in config.training.freeze,
-        rotates_in_place=backend == "torch",
-    )
-    if config.training.recompute == "full":
-        return layer.recomputed(num_layers, num_tokens * language.hidden_size / split.sequence)
-    # Selective recomputation saves nothing here: flash attention keeps no scores.
-    return layer.times(num_layers)
+    num_tokens, learning = _positions(config), learning_of(config.model, config.training.freeze)
+    layers = [learning.layers[layer] for layer in stage_layers(config.model, config.parallel)[stage]]
+    kinds = Counter(layer.matrices for layer in layers if layer.keeps)
+    found = []
+    for matrices, count in kinds.items():
+        layer = language.layer_activations(num_tokens, split, learning=matrices, rotates_in_place=backend == "torch")
+        # Selective recomputation saves nothing here: flash attention keeps no scores.
+        if config.training.recompute == "full":
+            found.append(layer.recomputed(count, num_tokens * language.hidden_size / split.sequence))
+        else:
+            found.append(layer.times(count))
+    return found
 
 
 def _positions(config: TrainConfig) -> int:
@@ -73,19 +78,23 @@ def _split(parallel: ParallelConfig) -> TensorSplit:
 
 def _vision(config: TrainConfig, num_images: float) -> list[Activations]:
     """Return the activations of tower and projection, and of the rows with the image embeddings."""
-    model, freeze, split = config.model, config.training.freeze, _split(config.parallel)
+    model, split = config.model, _split(config.parallel)
+    learning = learning_of(model, config.training.freeze)
     patches, share = model.fixed_patches("the estimate of activations"), -(-num_images // split.size)
     adapted = model.adapter.parts if model.adapter is not None else ()
-    tower_learns, projection_learns = "vision_model" not in freeze, "vision_projection" not in freeze
+    tower_learns, projection_learns, _ = learning.parts
     found = []
     if tower_learns or "vision_model" in adapted:
-        recompute = config.training.recompute == "full"
-        found.append(model.vision.activations(patches, learns=tower_learns, recompute=recompute).times(share))
+        tower = model.vision.activations(patches, learns=tower_learns, recompute=config.training.recompute == "full")
+        # Layers before the first that learns keep nothing.
+        found.append(tower.times(share * (1 if "vision_model" in adapted else learning.shares[0])))
     if found or projection_learns or "vision_projection" in adapted:
         sizes = model.vision.feature_size, model.language.hidden_size
         found.append(model.projection.activations(patches, *sizes, learns=projection_learns).times(share))
     # Every rank keeps the embeddings of all images, and the whole row into which they were written: its part of a
     # sequence is a view. The decoder counts that part as its input.
+    if not learning.layers[0].keeps:
+        return found
     embeddings = share * split.size * model.projection.token_grid(patches).size
     rest_of_rows = _positions(config) * (1 - 1 / split.sequence)
     found.append(Activations(kept=(embeddings + rest_of_rows) * model.language.hidden_size))

@@ -6,7 +6,9 @@ of the backward pass remains if some are frozen.
 
 from dataclasses import asdict, dataclass
 
-from megatron_vlm.config import PART_NAMES, ModelConfig
+from megatron_vlm.config import PART_NAMES, LanguageConfig, ModelConfig
+from megatron_vlm.config.language import LAYER_NAMES, MATRIX_NAMES
+from megatron_vlm.config.learning import LearningLayer, learning_of
 from megatron_vlm.config.operations import Operations
 
 
@@ -33,53 +35,77 @@ class StepFlops:
 
     tower: float
     projection: float
-    decoder: float
-    """The decoder layers."""
+    layers: tuple[float, ...]
+    """Each decoder layer."""
     output: float
     """The output layer."""
 
     @property
     def total(self) -> float:
         """Total operations."""
-        return self.tower + self.projection + self.decoder + self.output
+        return self.tower + self.projection + sum(self.layers) + self.output
 
 
 def step_flops(model: ModelConfig, freeze: tuple[str, ...], work: Work) -> StepFlops:
     """Return the operations of an optimizer step: the forward pass and what is needed of the backward.
 
-    Gradients flow from the loss back to the first part that learns. A frozen part on the way computes the gradient of
-    its input but not of its weights; a frozen part before the first one that learns has no backward pass.
+    Gradients flow from the loss back to the first parameter that learns. What is frozen on the way computes the
+    gradient of its input but not of its weights; what is frozen before it has no backward pass. Inside the decoder this
+    is exact; a tower or projection frozen in part counts as if all its weights behind the first that learns did.
 
     Args:
         model: sizes of the parts.
-        freeze: parts that do not learn.
+        freeze: patterns of parameters that do not learn, as in `training.freeze`.
         work: tokens, images and labels of the step.
 
     Raises:
         ConfigError: the number of patches depends on the image size.
     """
-    adapter, learns_before, counted = model.adapter, False, []
-    for part, forward, num_positions in _forward(model, work):
-        learns, adapted = part not in freeze, adapter is not None and part in adapter.parts
-        flops = forward.training(learns=learns, input_gradient=learns_before, has_adapter=adapted)
-        if adapter is not None and adapted:
-            added = adapter.operations(model, part, num_positions)
-            flops += added.training(learns=True, input_gradient=learns_before)
-        counted.append(flops)
-        learns_before = learns_before or learns or adapted
-    return StepFlops(*counted)
+    learning = learning_of(model, freeze)
+    vision, flows = [], False
+    for position, (part, forward) in enumerate(_vision_forward(model, work)):
+        learns, adapted = learning.parts[position], model.adapter is not None and part in model.adapter.parts
+        flops = forward.training(learns=learns, input_gradient=flows, has_adapter=adapted)
+        if learns and not flows and not adapted:
+            flops = forward.forward + learning.shares[position] * (flops - forward.forward)
+        vision.append(flops + _adapter(model, part, work, input_gradient=flows))
+        flows = flows or learns or adapted
+    tower, projection = vision
+    added = _adapter(model, PART_NAMES[-1], work, input_gradient=flows) / model.language.num_layers
+    layers = tuple(_layer(model.language, layer, work) + added for layer in learning.layers)
+    output = model.language.output_operations(work.num_labels).training(
+        learns=learning.output, input_gradient=learning.input_gradient_of_output
+    )
+    return StepFlops(tower, projection, layers, output)
 
 
-def _forward(model: ModelConfig, work: Work) -> list[tuple[str, Operations, float]]:
-    """Return part, forward operations and positions seen by an adapter, for each field of `StepFlops`."""
+def _vision_forward(model: ModelConfig, work: Work) -> list[tuple[str, Operations]]:
     patches = model.fixed_patches("the count of operations")
     sizes = model.vision.feature_size, model.language.hidden_size
-    layer = model.language.layer_operations(work.num_tokens, work.attention_pairs)
-    vision_model, vision_projection, language_model = PART_NAMES
-    num_patches = work.num_images * patches.size
     return [
-        (vision_model, model.vision.operations(patches).times(work.num_images), num_patches),
-        (vision_projection, model.projection.operations(patches, *sizes).times(work.num_images), num_patches),
-        (language_model, layer.times(model.language.num_layers), work.num_tokens),
-        (language_model, model.language.output_operations(work.num_labels), 0),
+        (PART_NAMES[0], model.vision.operations(patches).times(work.num_images)),
+        (PART_NAMES[1], model.projection.operations(patches, *sizes).times(work.num_images)),
     ]
+
+
+def _adapter(model: ModelConfig, part: str, work: Work, *, input_gradient: bool) -> float:
+    adapter = model.adapter
+    if adapter is None or part not in adapter.parts:
+        return 0.0
+    patches = work.num_images * model.fixed_patches("the count of operations").size
+    added = adapter.operations(model, part, work.num_tokens if part == PART_NAMES[-1] else patches)
+    return added.training(learns=True, input_gradient=input_gradient)
+
+
+def _layer(language: LanguageConfig, layer: LearningLayer, work: Work) -> float:
+    """Return the operations of one decoder layer, following the gradient from its input to its output."""
+    total, flows = 0.0, layer.input_gradient or layer.adapter
+    matrices = dict(zip(MATRIX_NAMES, language.layer_matrices(), strict=True))
+    for name, learns in zip(LAYER_NAMES, layer.weights, strict=True):
+        if name in matrices:
+            inputs, outputs = matrices[name]
+            total += (1 + learns + flows) * 2.0 * work.num_tokens * inputs * outputs
+        flows = flows or learns
+        if name == "self_attention.linear_qkv.weight":
+            total += (1 + 2 * flows) * language.layer_operations(0, work.attention_pairs).attention
+    return total

@@ -63,7 +63,7 @@ def estimate_memory(
         ConfigError: the number of patches depends on the image size.
     """
     size, training, parallel = stage_sizes(config)[stage], config.training, config.parallel
-    learning, number = size.learning(training.freeze), _WEIGHT_BYTES[training.precision]
+    learning, number = size.learning, _WEIGHT_BYTES[training.precision]
     sharded_over = data_parallel_size if parallel.use_distributed_optimizer else 1
     in_flight = micro_batches_in_flight(
         parallel, stage, training.global_batch_size // (training.micro_batch_size * data_parallel_size)

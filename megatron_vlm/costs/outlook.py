@@ -7,7 +7,7 @@ import numpy as np
 
 from megatron_vlm.config import TrainConfig
 from megatron_vlm.costs.flops import StepFlops, Work, step_flops
-from megatron_vlm.costs.parameters import stage_sizes
+from megatron_vlm.costs.parameters import stage_layers
 from megatron_vlm.data.plan.balance_report import Balance, report_balance
 from megatron_vlm.data.plan.plan import PlannedRows, PlanSettings, PlanSummary, plan_rows
 from megatron_vlm.data.shards.dataset import ShardedDataset
@@ -80,8 +80,7 @@ def _count_labels(rows: PlannedRows, datasets: Sequence[ShardedDataset]) -> int:
 
 
 def _stage_fractions(config: TrainConfig, flops: StepFlops) -> tuple[float, ...]:
-    layer = flops.decoder / config.model.language.num_layers
-    stages = [size.num_layers * layer for size in stage_sizes(config)]
+    stages = [sum(flops.layers[layer] for layer in layers) for layers in stage_layers(config.model, config.parallel)]
     stages[0] += flops.tower + flops.projection
     stages[-1] += flops.output
     return tuple(stage / sum(stages) for stage in stages)

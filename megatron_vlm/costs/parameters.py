@@ -2,7 +2,13 @@
 
 from dataclasses import dataclass
 
-from megatron_vlm.config import ModelConfig, ParallelConfig, TrainConfig
+from megatron_vlm.config import PART_NAMES, ModelConfig, ParallelConfig, TrainConfig
+from megatron_vlm.config.language import LAYER_NAMES
+from megatron_vlm.config.learning import learning_of
+from megatron_vlm.config.patterns import parameter_sizes
+
+_LANGUAGE = PART_NAMES[-1]
+_EMBEDDING, _OUTPUT = f"{_LANGUAGE}.embedding.word_embeddings.weight", f"{_LANGUAGE}.output_layer.weight"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -11,6 +17,8 @@ class StageSize:
 
     num_layers: int
     """Decoder layers."""
+    learning: int = 0
+    """Parameters of all parts that learn, with those of the adapter."""
     vision_model: int = 0
     """Parameters of this part on this rank; the same for the next two."""
     vision_projection: int = 0
@@ -23,50 +31,55 @@ class StageSize:
         """Parameters of all parts and the adapter."""
         return self.vision_model + self.vision_projection + self.language_model + self.adapter
 
-    def learning(self, freeze: tuple[str, ...]) -> int:
-        """Return the number of parameters that learn."""
-        parts = ("vision_model", "vision_projection", "language_model")
-        return self.adapter + sum(getattr(self, part) for part in parts if part not in freeze)
-
 
 def stage_sizes(config: TrainConfig) -> tuple[StageSize, ...]:
     """Return the parameters on a rank of each pipeline stage, first stage first."""
     model, parallel = config.model, config.parallel
-    return tuple(
-        StageSize(
-            num_layers=num_layers,
-            vision_model=model.vision.num_parameters if stage == 0 else 0,
-            vision_projection=_projection(model) if stage == 0 else 0,
-            language_model=_language(model, parallel, stage, num_layers),
-            adapter=_adapter(model, parallel, stage, num_layers),
-        )
-        for stage, num_layers in enumerate(_layers_per_stage(model, parallel))
-    )
+    frozen = learning_of(model, config.training.freeze).frozen
+    found = []
+    for stage, layers in enumerate(stage_layers(model, parallel)):
+        sizes = _on_a_rank(model, parallel, stage, layers)
+        parts = {part: sum(size for name, size, _ in sizes if name.startswith(f"{part}.")) for part in PART_NAMES}
+        adapter = _adapter(model, parallel, stage, len(layers))
+        learning = adapter + sum(size for _, size, source in sizes if source not in frozen)
+        found.append(StageSize(num_layers=len(layers), learning=learning, adapter=adapter, **parts))
+    return tuple(found)
 
 
-def _layers_per_stage(model: ModelConfig, parallel: ParallelConfig) -> list[int]:
+def stage_layers(model: ModelConfig, parallel: ParallelConfig) -> tuple[tuple[int, ...], ...]:
+    """Return the decoder layers on each pipeline stage, counted from 0; model chunks go round the stages."""
     pp, layers = parallel.pipeline_model_parallel_size, model.language.num_layers
     first = parallel.num_layers_in_first_pipeline_stage
-    if first is None:
-        return [layers // pp] * pp
-    return [first, *[(layers - first) // (pp - 1)] * (pp - 1)]
+    if first is not None:
+        rest = (layers - first) // (pp - 1)
+        borders = [0, *(first + stage * rest for stage in range(pp))]
+        return tuple(tuple(range(*borders[stage : stage + 2])) for stage in range(pp))
+    size = layers // pp // (parallel.virtual_pipeline_model_parallel_size or 1)
+    return tuple(tuple(layer for layer in range(layers) if layer // size % pp == stage) for stage in range(pp))
 
 
-def _projection(model: ModelConfig) -> int:
-    return model.projection.num_parameters(model.vision.feature_size, model.language.hidden_size)
-
-
-def _language(model: ModelConfig, parallel: ParallelConfig, stage: int, num_layers: int) -> int:
-    language, tp = model.language, parallel.tensor_model_parallel_size
+def _on_a_rank(
+    model: ModelConfig, parallel: ParallelConfig, stage: int, layers: tuple[int, ...]
+) -> list[tuple[str, int, str]]:
+    """Return name and size of the parameters on a rank, and the name of the one whose freezing decides on it."""
+    sizes, tp = parameter_sizes(model), parallel.tensor_model_parallel_size
     is_first, is_last = stage == 0, stage == parallel.pipeline_model_parallel_size - 1
-    embedding = language.embedding_weights // tp
-    size = num_layers * (language.layer_weights // tp + language.layer_norms)
-    size += embedding if is_first else 0
+    found = []
+    if is_first:
+        found += [(name, size, name) for name, size in sizes.items() if not name.startswith(f"{_LANGUAGE}.")]
+        found.append((_EMBEDDING, sizes[_EMBEDDING] // tp, _EMBEDDING))
+    for layer in layers:
+        for inner in LAYER_NAMES:
+            name = f"{_LANGUAGE}.decoder.layers.{layer}.{inner}"
+            found.append((name, sizes[name] // (tp if ".linear_" in inner else 1), name))
     if is_last:
-        size += language.hidden_size  # the final norm
+        norm = f"{_LANGUAGE}.decoder.final_layernorm.weight"
+        found.append((norm, sizes[norm], norm))
         # A tied output layer shares the embedding if it is on the same rank; on another stage it is a copy.
-        size += 0 if is_first and language.share_embeddings_and_output_weights else embedding
-    return size
+        source = _OUTPUT if _OUTPUT in sizes else _EMBEDDING
+        if source == _OUTPUT or not is_first:
+            found.append((_OUTPUT, sizes[source] // tp, source))
+    return found
 
 
 def _adapter(model: ModelConfig, parallel: ParallelConfig, stage: int, num_layers: int) -> int:

@@ -1,11 +1,13 @@
 """Time of one micro-batch on a rank of a pipeline stage, by what it is spent on."""
 
+from collections import Counter
 from dataclasses import astuple, dataclass, fields
 
 from megatron_vlm.config import TrainConfig
+from megatron_vlm.config.learning import learning_of
 from megatron_vlm.costs.cluster import LATENCY, Cluster
 from megatron_vlm.costs.flops import Work
-from megatron_vlm.costs.parameters import StageSize, stage_sizes
+from megatron_vlm.costs.parameters import stage_layers, stage_sizes
 
 _BF16 = 2
 # Numbers that a layer reads and writes for each element of its input: two norms and two residual additions.
@@ -60,9 +62,8 @@ def micro_batch_times(
         world_size: ranks of the job.
     """
     size, pp = stage_sizes(config)[stage], config.parallel.pipeline_model_parallel_size
-    decoder = _decoder(config, work, cluster)
-    forward = decoder[0].times(size.num_layers)
-    backward = decoder[1].times(size.num_layers) + Times(memory=_sums_of_gradients(config, size, cluster))
+    forward, backward = _decoder(config, stage, work, cluster)
+    backward += Times(memory=cluster.memory_seconds(_MAIN_GRADIENT_BYTES * size.learning))
     parts = [_adapter(config, stage, work, cluster)]
     if stage == 0:
         parts.append(_vision(config, work, cluster))
@@ -83,8 +84,20 @@ def _positions(config: TrainConfig) -> int:
     return config.training.micro_batch_size * config.data.seq_length
 
 
-def _decoder(config: TrainConfig, work: Work, cluster: Cluster) -> tuple[Times, Times]:
-    """Return the times of one layer."""
+def _decoder(config: TrainConfig, stage: int, work: Work, cluster: Cluster) -> tuple[Times, Times]:
+    """Return the times of the layers of a stage."""
+    learning = learning_of(config.model, config.training.freeze)
+    layers = [learning.layers[layer] for layer in stage_layers(config.model, config.parallel)[stage]]
+    forward = backward = Times()
+    for (matrices, keeps), count in Counter((layer.matrices, layer.keeps) for layer in layers).items():
+        times = _layer(config, matrices, work, cluster)
+        forward += times[0].times(count)
+        backward += times[1].times(count if keeps else 0)
+    return forward, backward
+
+
+def _layer(config: TrainConfig, learning: tuple[bool, ...], work: Work, cluster: Cluster) -> tuple[Times, Times]:
+    """Return the times of one layer; `learning` says which of its matrices learn."""
     language, parallel, training = config.model.language, config.parallel, config.training
     tp, positions, (query, key_value) = (
         parallel.tensor_model_parallel_size,
@@ -93,8 +106,11 @@ def _decoder(config: TrainConfig, work: Work, cluster: Cluster) -> tuple[Times, 
     )
     matrices = language.layer_matrices(tp)
     products = sum(cluster.product_seconds(positions, inputs, outputs) for inputs, outputs in matrices)
-    weight_gradients = sum(cluster.product_seconds(inputs, positions, outputs) for inputs, outputs in matrices)
-    learns = "language_model" not in training.freeze
+    weight_gradients = sum(
+        cluster.product_seconds(inputs, positions, outputs)
+        for (inputs, outputs), learns in zip(matrices, learning, strict=True)
+        if learns
+    )
     attention = cluster.attention_seconds(language.layer_operations(0, work.attention_pairs).attention / tp)
     between = positions * language.hidden_size / (tp if parallel.sequence_parallel else 1)
     rotary, mlp = positions * (query + key_value) / tp * _ROTARY, positions * language.ffn_hidden_size / tp
@@ -105,11 +121,11 @@ def _decoder(config: TrainConfig, work: Work, cluster: Cluster) -> tuple[Times, 
         tensor_parallel=4 * _exchange(config, cluster),
     )
     backward = Times(
-        products=products + (weight_gradients if learns else 0),
+        products=products + weight_gradients,
         attention=_FLASH_BACKWARD * attention,
         memory=cluster.memory_seconds(_BF16 * (between * _RESIDUAL_BACKWARD + rotary + mlp * _SWIGLU_BACKWARD)),
         # The other half runs while the gradients of the weights are computed.
-        tensor_parallel=(2 if learns else 4) * _exchange(config, cluster),
+        tensor_parallel=(2 if any(learning) else 4) * _exchange(config, cluster),
     )
     if training.recompute == "full":
         backward += forward
@@ -127,18 +143,14 @@ def _exchange(config: TrainConfig, cluster: Cluster) -> float:
     return cluster.exchange_seconds(size, config.parallel.tensor_model_parallel_size, stride=1)
 
 
-def _sums_of_gradients(config: TrainConfig, size: StageSize, cluster: Cluster) -> float:
-    return cluster.memory_seconds(_MAIN_GRADIENT_BYTES * size.learning(config.training.freeze))
-
-
 def _vision(config: TrainConfig, work: Work, cluster: Cluster) -> tuple[Times, Times]:
     """Return the times of tower and projection; each tensor-parallel rank encodes a share of the images."""
-    model, freeze, tp = config.model, config.training.freeze, config.parallel.tensor_model_parallel_size
+    model, tp = config.model, config.parallel.tensor_model_parallel_size
     patches, share = model.fixed_patches("the prediction of step times"), -(-work.num_images // tp)
     adapted = model.adapter.parts if model.adapter is not None else ()
     sizes = model.vision.feature_size, model.language.hidden_size
     tower, projection = model.vision.operations(patches), model.projection.operations(patches, *sizes)
-    tower_learns, projection_learns = "vision_model" not in freeze, "vision_projection" not in freeze
+    tower_learns, projection_learns, _ = learning_of(model, config.training.freeze).parts
     flows = tower_learns or "vision_model" in adapted
     training = tower.training(learns=tower_learns, input_gradient=False, has_adapter=flows) + projection.training(
         learns=projection_learns, input_gradient=flows, has_adapter="vision_projection" in adapted
@@ -159,7 +171,7 @@ def _output(config: TrainConfig, work: Work, cluster: Cluster) -> tuple[Times, T
     language, parallel = config.model.language, config.parallel
     rows = language.padded_vocab_size // parallel.tensor_model_parallel_size
     product = cluster.product_seconds(work.num_labels, language.hidden_size, rows)
-    learns = "language_model" not in config.training.freeze
+    learns = learning_of(config.model, config.training.freeze).output
     memory = cluster.memory_seconds(_LOSS_BYTES / 2 * work.num_labels * rows)
     exchange = _exchange(config, cluster)
     return (

@@ -77,7 +77,7 @@ def _gradients(
 ) -> float:
     """Return the time to reduce gradients and to gather weights that is not hidden."""
     parallel, ranks = config.parallel, layout.data_parallel_size
-    learning = size.learning(config.training.freeze)
+    learning = size.learning
     if not learning or ranks == 1:
         return 0.0
     stride = parallel.tensor_model_parallel_size
@@ -99,6 +99,6 @@ def _gradients(
 
 
 def _optimizer(config: TrainConfig, layout: Layout, cluster: Cluster, size: StageSize) -> float:
-    learning = size.learning(config.training.freeze)
+    learning = size.learning
     shard = learning / (layout.data_parallel_size if config.parallel.use_distributed_optimizer else 1)
     return cluster.memory_seconds(_GRADIENT_BYTES * learning + _OPTIMIZER_BYTES * shard)

@@ -1,4 +1,4 @@
-"""Build the model chunks of this rank, freeze parts and add the adapter."""
+"""Build the model chunks of this rank, freeze parameters and add the adapter."""
 
 from collections.abc import Iterable
 from types import ModuleType
@@ -8,11 +8,15 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_vlm.config import AdapterConfig, ModelConfig, ParallelConfig
+from megatron_vlm.config.learning import learning_of
 from megatron_vlm.config.modules import find_module
+from megatron_vlm.config.patterns import matches_any
 from megatron_vlm.models.computation import Computation
 from megatron_vlm.models.language_model import LanguageModel, language_transformer_config
+from megatron_vlm.models.layers.gradients import RecomputedBlock
 from megatron_vlm.models.layers.replicas import Replicated, mark_replicated, replica_groups
 from megatron_vlm.models.layers.specs import choose_backend
+from megatron_vlm.models.parameter_names import global_parameters
 from megatron_vlm.models.vlm import VisionLanguageModel
 
 
@@ -28,7 +32,7 @@ def build_model(
         model: types and sizes of the parts.
         parallel: how they are distributed over the ranks.
         computation: precision and recomputation.
-        freeze: parts that do not learn, as in `PART_NAMES`; the weights of an adapter always learn.
+        freeze: patterns of parameters that do not learn, as in `training.freeze`; the weights of an adapter always do.
 
     Raises:
         ConfigError: no module builds the type of a part, or the backend is not available.
@@ -39,6 +43,9 @@ def build_model(
         chunk = _build_chunk(model, parallel, computation, vp_stage)
         _freeze(chunk, frozen)
         _adapt(chunk, model)
+        RecomputedBlock.replace_in(chunk)
+        first_layer = chunk.language_model.decoder.layers[0].layer_number - 1
+        chunk.language_model.input_learns = learning_of(model, frozen).layers[first_layer].input_gradient
         if torch.cuda.is_available():
             chunk.cuda(torch.cuda.current_device())
         chunks.append(chunk)
@@ -81,11 +88,10 @@ def _build_vision(model: ModelConfig, computation: Computation) -> tuple[Replica
     return tower, projector
 
 
-def _freeze(chunk: VisionLanguageModel, part_names: Iterable[str]) -> None:
-    for name in part_names:
-        part = getattr(chunk, name, None)  # only the first stage has the vision parts
-        if part is not None:
-            part.requires_grad_(False)
+def _freeze(chunk: VisionLanguageModel, patterns: tuple[str, ...]) -> None:
+    for name, parameter in global_parameters(chunk):
+        if matches_any(patterns, name):
+            parameter.requires_grad_(False)
 
 
 def _adapt(chunk: VisionLanguageModel, model: ModelConfig) -> None:

@@ -14,6 +14,7 @@ from megatron_vlm.config import LanguageConfig, ParallelConfig
 from megatron_vlm.models.computation import Computation
 from megatron_vlm.models.layers.cross_entropy import cross_entropy
 from megatron_vlm.models.layers.embedding import accumulate_in_place
+from megatron_vlm.models.layers.gradients import end_gradient
 from megatron_vlm.models.layers.linear import ColumnLinear
 from megatron_vlm.models.layers.rotary import positions_in_samples, rotary_table
 from megatron_vlm.models.layers.specs import Backend, language_block_spec
@@ -110,6 +111,8 @@ class LanguageModel(GPTModel):
             vp_stage=vp_stage,
         )
         self.backend = backend
+        self.input_learns = True
+        """Whether something before this stage's layers learns."""
         tied = language_config.share_embeddings_and_output_weights
         if pre_process and not tied:
             accumulate_in_place(self.embedding.word_embeddings)
@@ -148,7 +151,9 @@ class LanguageModel(GPTModel):
             float[b, s or k, padded_vocab_size / tp]; with a cache only those of the last position, over the full
             vocabulary. On earlier stages: hidden states.
         """
-        sequence_len_offset = None
+        sequence_len_offset, received = None, self.decoder.input_tensor
+        if not self.pre_process and not self.input_learns:
+            self.decoder.set_input_tensor(received.detach())
         if self.backend == "torch" and inference_context is None:
             rotary_pos_emb = self._rotary_table(decoder_input, packed_seq_params)
         else:
@@ -163,6 +168,8 @@ class LanguageModel(GPTModel):
             packed_seq_params=packed_seq_params,
             sequence_len_offset=sequence_len_offset,
         )
+        if not self.pre_process and not self.input_learns and received.requires_grad:
+            hidden_states = end_gradient(hidden_states, received)
         if self.post_process:
             hidden_states = self._select_positions(hidden_states, label_index)
         return self._postprocess(

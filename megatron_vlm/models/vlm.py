@@ -9,7 +9,6 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_vlm.models.language_model import LanguageModel
-from megatron_vlm.models.layers.gradients import keep_gradient_path
 from megatron_vlm.models.layers.image_parallel import gather_features
 
 
@@ -115,7 +114,6 @@ class VisionLanguageModel(MegatronModule):
         image = self.encode_images(pixel_values, num_images)
         text = self.language_model.embedding(input_ids=input_ids, position_ids=None)  # [s, b, h]
         merged = merge_image_embeddings(text, image, image_token_index)
-        merged = keep_gradient_path(merged, self.language_model.decoder)
         if self.config.sequence_parallel:
             merged = scatter_to_sequence_parallel_region(merged)
         return merged

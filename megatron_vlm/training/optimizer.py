@@ -1,17 +1,28 @@
 """Gradient buffers and AdamW around the model."""
 
+from collections import defaultdict
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import (
+    MegatronOptimizer,
+    ParamGroupOverride,
+    ParamKey,
+    ParamPredicate,
+    get_megatron_optimizer,
+)
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_vlm.checkpoint.adam_state import inner_optimizers
-from megatron_vlm.config import TrainConfig
+from megatron_vlm.config import PART_NAMES, TrainConfig
+from megatron_vlm.config.patterns import matches, matches_any
+from megatron_vlm.models.parameter_names import global_parameters
 from megatron_vlm.models.vlm import VisionLanguageModel
 from megatron_vlm.training.data_parallel import SingleDataParallel
 from megatron_vlm.training.finish_gradients import finish_gradients
@@ -54,7 +65,7 @@ def _accumulate_in_place(chunk: torch.nn.Module) -> None:
 
 
 def build_optimizer(config: TrainConfig, wrapped: Sequence[DistributedDataParallel]) -> MegatronOptimizer:
-    """Build AdamW for all parameters that learn; biases and norms get no weight decay."""
+    """Build AdamW for all parameters that learn, in groups by learning rate and weight decay."""
     settings, parallel = config.optimizer, config.parallel
     model_config: TransformerConfig = wrapped[0].config
     optimizer = get_megatron_optimizer(
@@ -73,11 +84,46 @@ def build_optimizer(config: TrainConfig, wrapped: Sequence[DistributedDataParall
             overlap_param_gather=wrapped[0].ddp_config.overlap_param_gather,
         ),
         list(wrapped),
+        config_overrides=_overrides(config, wrapped),
         use_gloo_process_groups=False,
     )
     _use_fused_adam(optimizer)
     _connect_schedule(model_config, optimizer, wrapped)
     return optimizer
+
+
+def _overrides(config: TrainConfig, wrapped: Sequence[DistributedDataParallel]) -> dict[ParamKey, ParamGroupOverride]:
+    """Return the settings of each group of parameters that differ from those of the optimizer.
+
+    megatron-core leaves it to its scheduler to apply `wd_mult`; here the rate is a function of the iteration and the
+    decay is constant.
+    """
+    settings = config.optimizer
+    of_tower = tuple(f"{PART_NAMES[0]}.{pattern}" for pattern in config.model.vision.no_weight_decay)
+    no_decay = (*settings.no_weight_decay, *of_tower)
+    members: dict[tuple[float, float], set[int]] = defaultdict(set)
+    for chunk in wrapped:
+        for name, parameter in global_parameters(_unwrap(chunk)):
+            factors = [factor for pattern, factor in settings.lr_multipliers.items() if matches(pattern, name)]
+            decays = parameter.dim() > 1 and not matches_any(no_decay, name)
+            members[factors[-1] if factors else 1.0, float(decays)].add(id(parameter))
+    return {
+        ParamKey(predicate=ParamPredicate(f"lr_mult {lr} wd_mult {decay}", partial(_is_one_of, chosen))): {
+            "lr_mult": lr,
+            "wd_mult": decay,
+            "weight_decay": settings.weight_decay * decay,
+        }
+        for (lr, decay), chosen in members.items()
+    }
+
+
+def _is_one_of(chosen: set[int], parameter: torch.nn.Parameter) -> bool:
+    return id(parameter) in chosen
+
+
+def _unwrap(module: Any) -> VisionLanguageModel:
+    """Return the chunk inside megatron-core's wrappers."""
+    return module if isinstance(module, VisionLanguageModel) else _unwrap(module.module)
 
 
 def _use_fused_adam(optimizer: MegatronOptimizer) -> None:

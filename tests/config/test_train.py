@@ -109,6 +109,32 @@ def test_freezing_all_but_one_part_is_accepted():
     assert tiny_run(training={"freeze": PART_NAMES[:2]}).training.freeze == PART_NAMES[:2]
 
 
+def test_freezing_every_parameter_by_patterns_is_refused():
+    with pytest.raises(ConfigError, match=r"training.freeze matches every parameter .*; fix: leave one part out"):
+        tiny_run(training={"freeze": ("vision_*", "language_model.*")})
+
+
+@pytest.mark.parametrize(
+    ("section", "settings"),
+    [
+        ("training", {"freeze": ("vision_modle",)}),
+        ("optimizer", {"lr_multipliers": {"vision_modle": 0.1}}),
+        ("optimizer", {"no_weight_decay": ("vision_modle",)}),
+    ],
+)
+def test_a_pattern_that_matches_nothing_is_refused_before_a_rank_starts(section, settings):
+    (name,) = settings
+    message = rf"{section}.{name}: 'vision_modle' matches no parameter of the model; fix: did you mean vision_model"
+    with pytest.raises(ConfigError, match=message):
+        tiny_run(**{section: settings})
+
+
+@pytest.mark.parametrize("factor", [0, -1])
+def test_a_factor_on_the_learning_rate_is_positive(factor):
+    with pytest.raises(ConfigError, match=r"lr_multipliers: .* for 'vision_model' is not positive; fix: .*freeze"):
+        tiny_run(optimizer={"lr_multipliers": {"vision_model": factor}})
+
+
 @pytest.mark.parametrize("section", ["data", "training"])
 def test_validation_is_configured_as_a_whole(section):
     config = tiny_run()

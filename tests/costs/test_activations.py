@@ -16,6 +16,8 @@ from megatron_vlm.models.computation import Computation
 from tests.support.configs import tiny_model, tiny_run
 from tests.support.micro_batches import make_micro_batch
 
+LAYERS = "language_model.decoder.layers"
+FROZEN_BELOW = ("vision_model", "vision_projection", "language_model.embedding")
 FLOAT = 4
 # Not counted: per token and head the normaliser of attention, per token two numbers of each norm.
 TOLERANCE = 0.03
@@ -74,6 +76,11 @@ def kept_bytes(run, module):
         (2, ("vision_model", "language_model"), "full"),
         (2, (), "none"),
         (2, (), "full"),
+        (2, ("vision_model", "*.mlp.linear_fc1", "*.linear_qkv"), "none"),
+        (2, ("vision_model", f"{LAYERS}.[0-2]"), "none"),
+        (2, (*FROZEN_BELOW, f"{LAYERS}.[0-2]"), "none"),
+        (2, (*FROZEN_BELOW, f"{LAYERS}.[0-1]"), "full"),
+        (2, (*FROZEN_BELOW, LAYERS), "none"),
     ],
 )
 def test_a_stage_keeps_what_autograd_keeps(groups, freeze, recompute, gpu_layers, one_rank):
@@ -112,7 +119,10 @@ def test_a_projection_keeps_what_autograd_keeps(type, learns, one_rank):
 
 def test_queries_and_keys_that_are_rotated_in_place_are_kept_once():
     language, split = wide_model(groups=4).language, TensorSplit(size=2)
-    kept = [language.layer_activations(10, split, learns=True, rotates_in_place=place).kept for place in (False, True)]
+    kept = [
+        language.layer_activations(10, split, learning=(True,) * 4, rotates_in_place=place).kept
+        for place in (False, True)
+    ]
     assert kept[0] - kept[1] == 10 * (256 + 256) / 2
 
 

@@ -60,5 +60,5 @@ def test_padding_costs_nothing_and_images_do():
     flops = step_flops(tiny_model(), (), WORK)
     without = step_flops(tiny_model(), (), dataclasses.replace(WORK, num_images=0))
     assert (without.tower, without.projection) == (0, 0)
-    assert (without.decoder, without.output) == (flops.decoder, flops.output)
-    assert flops.total == flops.tower + flops.projection + flops.decoder + flops.output > without.total
+    assert (without.layers, without.output) == (flops.layers, flops.output)
+    assert flops.total == flops.tower + flops.projection + sum(flops.layers) + flops.output > without.total

@@ -63,5 +63,5 @@ def test_parameters_of_a_linear_projection_are_right_too(play, tmp_path):
 
 
 def test_frozen_parts_do_not_learn():
-    size = stage_sizes(run_of())[0]
-    assert size.learning(("vision_model", "language_model")) == size.vision_projection
+    size = stage_sizes(run_of(training={"freeze": ("vision_model", "language_model")}))[0]
+    assert size.learning == size.vision_projection

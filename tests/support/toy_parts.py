@@ -28,8 +28,8 @@ class Config:
     def token_grid(self, patches):
         return Grid(patches.rows // self.factor, patches.columns // self.factor)
 
-    def num_parameters(self, input_size, output_size):
-        return (self.factor**2 * input_size + 1) * output_size
+    def parameter_sizes(self, input_size, output_size):
+        return {"linear.weight": self.factor**2 * input_size * output_size, "linear.bias": output_size}
 
     def operations(self, patches, input_size, output_size):
         return Operations(entry=2 * self.token_grid(patches).size * self.factor**2 * input_size * output_size)
@@ -72,6 +72,10 @@ class Config:
     type: Literal["beside_mlp"] = "beside_mlp"
     rank: int
     parts: tuple[str, ...] = ("language_model",)
+
+    def parameter_names(self, model, part):
+        layers = range(model.language.num_layers)
+        return tuple(f"decoder.layers.{layer}.{name}.weight" for layer in layers for name in ("down", "up"))
 
     def num_parameters(self, model, part, *, num_layers, tensor_parallel_size):
         return num_layers * 2 * model.language.hidden_size * self.rank

@@ -25,6 +25,9 @@ class AdapterConfig(Protocol):
     def parts(self) -> tuple[str, ...]:
         """Parts that get added weights, as in `PART_NAMES`; these weights learn even if the part is frozen."""
 
+    def parameter_names(self, model: "ModelConfig", part: str) -> tuple[str, ...]:
+        """Return the names of the parameters added to one of `parts`, inside it; decoder layers count from 0."""
+
     def num_parameters(self, model: "ModelConfig", part: str, *, num_layers: int, tensor_parallel_size: int) -> int:
         """Return the number of parameters added on one rank.
 

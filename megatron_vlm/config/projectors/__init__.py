@@ -22,8 +22,13 @@ class ProjectorConfig(Protocol):
     def token_grid(self, patches: Grid) -> Grid:
         """Return the grid of image tokens made from a grid of patches."""
 
-    def num_parameters(self, input_size: int, output_size: int) -> int:
-        """Return the number of parameters for these widths of features and embeddings."""
+    def parameter_sizes(self, input_size: int, output_size: int) -> dict[str, int]:
+        """Return the size of every parameter by its name in the built projection, in the order of the forward pass.
+
+        Args:
+            input_size: width of the features.
+            output_size: width of the embeddings.
+        """
 
     def operations(self, patches: Grid, input_size: int, output_size: int) -> Operations:
         """Return the operations for one image with these patches and widths."""

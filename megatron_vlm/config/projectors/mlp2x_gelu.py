@@ -9,6 +9,7 @@ from typing import Literal
 from megatron_vlm.config.activations import Activations
 from megatron_vlm.config.grid import Grid
 from megatron_vlm.config.operations import Operations
+from megatron_vlm.config.parameter_sizes import linear_sizes, prefixed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,9 +22,12 @@ class Config:
         """Return the grid of patches; each patch becomes one token."""
         return patches
 
-    def num_parameters(self, input_size: int, output_size: int) -> int:
-        """Return the number of parameters."""
-        return (input_size + 1) * output_size + (output_size + 1) * output_size
+    def parameter_sizes(self, input_size: int, output_size: int) -> dict[str, int]:
+        """Return the parameters of both layers."""
+        return {
+            **prefixed("encoder.linear_fc1", linear_sizes(input_size, output_size)),
+            **prefixed("encoder.linear_fc2", linear_sizes(output_size, output_size)),
+        }
 
     def operations(self, patches: Grid, input_size: int, output_size: int) -> Operations:
         """Return the operations for one image with these patches."""

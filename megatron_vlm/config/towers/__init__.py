@@ -46,8 +46,12 @@ class TowerConfig(Protocol):
         """Return the patches of a stored image of this size [pixels]."""
 
     @property
-    def num_parameters(self) -> int:
-        """Parameters of the tower."""
+    def parameter_sizes(self) -> dict[str, int]:
+        """Size of every parameter by its name in the built tower, in the order of the forward pass."""
+
+    @property
+    def no_weight_decay(self) -> tuple[str, ...]:
+        """Names of parameters without weight decay, beside all of one dimension; patterns as in `training.freeze`."""
 
     def operations(self, patches: Grid) -> Operations:
         """Return the operations for one image with these patches."""

@@ -32,11 +32,11 @@ Backend = Literal["torch", "transformer_engine"]
 # From this compute capability on, cuDNN has a kernel for packed samples (transformer-engine's layout "thd").
 _CUDNN_PACKS_FROM = (9, 0)
 
-# The names of the norms in checkpoints of transformer-engine's fused norm + linear modules.
-_NORM_KEYS = {
+NORM_KEYS = {
     "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
     "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
 }
+"""The names of the norms in transformer-engine's fused norm + linear modules, and in checkpoints."""
 
 
 def choose_backend(backend: Literal["auto", "torch", "transformer_engine"]) -> Backend:
@@ -97,7 +97,7 @@ def torch_layer_spec(
             pre_mlp_layernorm=Norm,
             mlp=FusedMLP.of_group(mlp_submodules(), tp_group),
             mlp_bda=get_bias_dropout_add,
-            sharded_state_dict_keys_map=dict(_NORM_KEYS),
+            sharded_state_dict_keys_map=dict(NORM_KEYS),
         ),
     )
 

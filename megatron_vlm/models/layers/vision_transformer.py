@@ -12,7 +12,6 @@ from torch import Tensor
 from megatron_vlm.config.vision_transformer import VisionTransformerConfig
 from megatron_vlm.models.computation import Computation
 from megatron_vlm.models.layers.activations import ACTIVATIONS
-from megatron_vlm.models.layers.gradients import keep_gradient_path
 from megatron_vlm.models.layers.norm import Norm
 from megatron_vlm.models.layers.position_embeddings import PositionEmbeddings
 from megatron_vlm.models.layers.replicas import ReplicaGroups, Replicated
@@ -128,7 +127,6 @@ class VisionTransformer(Replicated):
             kept.
         """
         x = self.embed(pixel_values).transpose(0, 1).contiguous()  # [n, s, h] -> [s, n, h]
-        x = keep_gradient_path(x, self.decoder)
         x = self.decoder(hidden_states=x, attention_mask=None).transpose(0, 1)
         if self.ln_post is not None:
             x = self.ln_post(x)

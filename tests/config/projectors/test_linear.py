@@ -4,7 +4,7 @@ from megatron_vlm.config.projectors.linear import Config
 
 
 def test_one_matrix_with_a_bias_between_the_widths():
-    assert Config().num_parameters(3, 5) == 3 * 5 + 5
+    assert sum(Config().parameter_sizes(3, 5).values()) == 3 * 5 + 5
     assert Config().operations(Grid(2, 4), 3, 5) == Operations(entry=2 * 8 * 3 * 5)
 
 

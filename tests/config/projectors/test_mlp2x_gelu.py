@@ -4,7 +4,7 @@ from megatron_vlm.config.projectors.mlp2x_gelu import Config
 
 
 def test_two_matrices_with_biases_the_second_as_wide_as_the_language_model():
-    assert Config().num_parameters(3, 5) == 3 * 5 + 5 + 5 * 5 + 5
+    assert sum(Config().parameter_sizes(3, 5).values()) == 3 * 5 + 5 + 5 * 5 + 5
     assert Config().operations(Grid(2, 4), 3, 5) == Operations(entry=2 * 8 * 3 * 5, inner=2 * 8 * 5 * 5)
 
 

@@ -51,7 +51,7 @@ def test_what_is_drawn_is_what_the_table_has_and_the_settings_count(name):
     rules = projector.rules(config, **SIZES)
     assert {key: tuple(tensor.shape) for key, tensor in drawn.items()} == {rule.key: rule.shape for rule in rules}
     assert all(key.startswith(KEY_PREFIX) for key in drawn)
-    assert sum(tensor.numel() for tensor in drawn.values()) == config.num_parameters(*SIZES.values())
+    assert sum(tensor.numel() for tensor in drawn.values()) == sum(config.parameter_sizes(*SIZES.values()).values())
 
 
 def test_a_projection_without_a_file_is_refused():
