@@ -58,20 +58,24 @@ def resume(config: TrainConfig, chunks: Sequence[MegatronModule], optimizer: Meg
     return manifest
 
 
-def load_weights(path: str, chunks: Sequence[MegatronModule], *, may_add_adapter: bool = False) -> LoadedWeights:
+def load_weights(
+    path: str, chunks: Sequence[MegatronModule], *, may_add_adapter: bool = False, resizes_positions: bool = False
+) -> LoadedWeights:
     """Verify and load only the weights of a run folder or checkpoint; all ranks call it together.
 
     Args:
         path: run folder or checkpoint.
         chunks: of this rank.
         may_add_adapter: as in `load_model`.
+        resizes_positions: as in `load_model`.
 
     Raises:
         CheckpointError: there is no checkpoint, it or its base is damaged, or it belongs to another model.
     """
     checkpoint = Path(decide_on_main(lambda: str(find_checkpoint(path))))
     _check_whole(with_bases(checkpoint))
-    return LoadedWeights(checkpoint, load_model(checkpoint, chunks, may_add_adapter=may_add_adapter))
+    has_adapter = load_model(checkpoint, chunks, may_add_adapter=may_add_adapter, resizes_positions=resizes_positions)
+    return LoadedWeights(checkpoint, has_adapter)
 
 
 def _check_whole(checkpoints: Sequence[Path]) -> None:

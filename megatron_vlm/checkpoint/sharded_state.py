@@ -23,6 +23,7 @@ from megatron_vlm.checkpoint.base import with_bases
 from megatron_vlm.checkpoint.optimizer_state import STEP, describe_optimizer, fill_optimizer
 from megatron_vlm.checkpoint.parallel_files import read_state
 from megatron_vlm.checkpoint.pickles import check_metadata
+from megatron_vlm.checkpoint.resizing import ask_for_stored, resize_loaded
 from megatron_vlm.config import CheckpointError
 from megatron_vlm.models.build import is_of_adapter
 
@@ -93,13 +94,20 @@ def describe(
     return state
 
 
-def load_model(checkpoint: Path, chunks: Sequence[MegatronModule], *, may_add_adapter: bool = False) -> bool:
+def load_model(
+    checkpoint: Path,
+    chunks: Sequence[MegatronModule],
+    *,
+    may_add_adapter: bool = False,
+    resizes_positions: bool = False,
+) -> bool:
     """Load this rank's weights from a checkpoint saved at any layout, and from its base.
 
     Args:
         checkpoint: its folder.
         chunks: of this rank.
         may_add_adapter: accept a checkpoint without any weight of the adapter; these then stay as they are.
+        resizes_positions: accept position embeddings for images of another size, and interpolate them.
 
     Returns:
         Whether the checkpoint had the weights of the adapter, or the model has no adapter.
@@ -113,8 +121,11 @@ def load_model(checkpoint: Path, chunks: Sequence[MegatronModule], *, may_add_ad
     is_complete = not may_add_adapter or _has_adapter(state, sources.present)
     if not is_complete:
         state = {name: {k: v for k, v in part.items() if not _is_of_adapter(v)} for name, part in state.items()}
+    resized = ask_for_stored(state, chunks, sources.present, MODEL_PREFIX) if resizes_positions else []
     _check_sources(sources, state)
-    _fill_model(chunks, _read_model(sources, state), is_complete=is_complete)
+    loaded = _read_model(sources, state)
+    resize_loaded(loaded, resized)
+    _fill_model(chunks, loaded, is_complete=is_complete)
     return is_complete
 
 

@@ -68,7 +68,8 @@ def _load(state: TrainState) -> None:
     path, adapter = state.config.checkpoint.load_weights, state.config.model.adapter
     if path is None:
         return
-    loaded = load_weights(path, state.chunks, may_add_adapter=True)
+    # The checkpoints of a run with an adapter leave what rests to its base, so it must fit as it is.
+    loaded = load_weights(path, state.chunks, may_add_adapter=True, resizes_positions=adapter is None)
     if adapter is not None:
         state.base = record_base(loaded.checkpoint, state.config.run_dir)
         if not loaded.has_adapter:

@@ -269,3 +269,15 @@ def test_two_nodes_of_a_slurm_job_train_together_and_say_nothing_needless(projec
     lines = [line for text in errors for line in text.splitlines()]
     assert not [line for line in lines if " | " not in line]
     assert not [line for line in lines if "warning" in line.lower()]
+
+
+@pytest.mark.distributed
+def test_training_goes_on_with_larger_images_from_the_weights_of_another_run(project):
+    first = project.run("train", "train.yaml", "run_dir=small_images", "training.train_iters=2")
+    assert first.returncode == 0, first.stderr
+    # 36 patches in place of 16
+    overrides = ("model.vision.image_size=48", "checkpoint.load_weights=small_images", "training.train_iters=2")
+    done = project.run("train", "train.yaml", "run_dir=large_images", *overrides)
+    assert done.returncode == 0, done.stderr
+    assert "position_embeddings.weight is interpolated for another image size, from [17, 36] to [37, 36]" in done.stderr
+    assert len((project.folder / "large_images" / "metrics.jsonl").read_text().splitlines()) == 2

@@ -22,6 +22,8 @@ WORLD_SIZES = {
     "vila_7b/h100/pretrain.yaml": 64,
     "vila_7b/h100/sft.yaml": 64,
     "vila_7b/pretrain.yaml": 128,
+    "vila_7b/resolution/finish_336.yaml": 128,
+    "vila_7b/resolution/pretrain_224.yaml": 128,
     "vila_7b/sft.yaml": 128,
 }
 SEQ_LENGTH = 64
@@ -69,6 +71,16 @@ def test_every_example_has_a_number_of_ranks():
 def test_example_fits_its_ranks(name, world_size):
     layout = derive_layout(load_config(TrainConfig, EXAMPLES / name), world_size)
     assert layout.world_size == world_size
+
+
+def test_larger_images_start_from_the_run_with_small_ones():
+    small, large = (
+        load_config(TrainConfig, EXAMPLES / "vila_7b" / "resolution" / name)
+        for name in ("pretrain_224.yaml", "finish_336.yaml")
+    )
+    assert (small.model.vision.image_size, large.model.vision.image_size) == (224, 336)
+    assert replace(large.model.vision, image_size=224) == small.model.vision
+    assert large.checkpoint.load_weights == small.run_dir != large.run_dir
 
 
 @pytest.mark.parametrize(("name", "world_size"), WORLD_SIZES.items())

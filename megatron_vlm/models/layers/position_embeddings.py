@@ -1,5 +1,8 @@
 """Learned position embeddings of a grid of patches."""
 
+import math
+from typing import Protocol, runtime_checkable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -27,6 +30,19 @@ def resize_positions(table: Tensor, side: int, rows: int, columns: int, *, antia
     return resized.permute(0, 2, 3, 1).reshape(rows * columns, -1).to(table.dtype)
 
 
+@runtime_checkable
+class Resizable(Protocol):
+    """A module with one parameter, `weight`, that can be made from that of a model for images of another size."""
+
+    weight: Tensor
+
+    def can_resize(self, shape: tuple[int, ...]) -> bool:
+        """Return whether a weight of this shape is that of another image size."""
+
+    def resize(self, stored: Tensor) -> Tensor:
+        """Return the weight for this image size, in the dtype of `weight`."""
+
+
 class PositionEmbeddings(torch.nn.Embedding):
     """One embedding for each class token and each patch of a square grid.
 
@@ -48,6 +64,19 @@ class PositionEmbeddings(torch.nn.Embedding):
         """Return float[class tokens + rows * columns, h], interpolated if the grid of the image is another one."""
         if (rows, columns) == (self.grid, self.grid):
             return self.weight
-        table = self.weight[self.num_class_tokens :]
-        resized = resize_positions(table, self.grid, rows, columns, antialias=self.antialias)
-        return torch.cat([self.weight[: self.num_class_tokens], resized])
+        return self._resize(self.weight, self.grid, rows, columns)
+
+    def can_resize(self, shape: tuple[int, ...]) -> bool:
+        """Return whether a weight of this shape is that of another square grid."""
+        num_patches = shape[0] - self.num_class_tokens
+        return num_patches > 0 and math.isqrt(num_patches) ** 2 == num_patches and shape[1:] == self.weight.shape[1:]
+
+    def resize(self, stored: Tensor) -> Tensor:
+        """Return the weight for this grid from that of another one."""
+        side = math.isqrt(stored.size(0) - self.num_class_tokens)
+        return self._resize(stored, side, self.grid, self.grid).to(self.weight.dtype)
+
+    def _resize(self, weight: Tensor, side: int, rows: int, columns: int) -> Tensor:
+        class_tokens, table = weight.tensor_split([self.num_class_tokens])
+        resized = resize_positions(table, side, rows, columns, antialias=self.antialias)
+        return torch.cat([class_tokens, resized])

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from megatron_vlm.models.layers.position_embeddings import PositionEmbeddings, resize_positions
+from megatron_vlm.models.layers.position_embeddings import PositionEmbeddings, Resizable, resize_positions
 
 
 def test_the_table_of_the_same_grid_is_not_touched():
@@ -44,3 +44,32 @@ def test_the_gradient_reaches_the_table():
     embeddings = PositionEmbeddings(4, 1, 8, torch.float32)
     embeddings(3, 3).sum().backward()
     torch.testing.assert_close(embeddings.weight.grad.sum(dim=0), torch.full((8,), 10.0))
+
+
+def test_interpolation_is_that_of_hugging_face():
+    dinov2 = pytest.importorskip("transformers.models.dinov2.modeling_dinov2")
+    config = dinov2.Dinov2Config(hidden_size=8, image_size=32, patch_size=8, num_attention_heads=2)
+    embeddings = dinov2.Dinov2Embeddings(config)
+    table = torch.randn(1, 17, 8)
+    embeddings.position_embeddings.data.copy_(table)
+    theirs = embeddings.interpolate_pos_encoding(torch.zeros(1, 13, 8), 24, 32)
+    assert torch.equal(resize_positions(table[0, 1:], 4, 3, 4), theirs[0, 1:])
+
+
+@pytest.mark.parametrize(
+    ("shape", "fits"),
+    [((10, 8), True), ((2, 8), True), ((11, 8), False), ((1, 8), False), ((0, 8), False), ((10, 9), False)],
+)
+def test_a_table_of_a_square_and_a_class_token_can_be_resized(shape, fits):
+    table = PositionEmbeddings(4, 1, 8, torch.float32)
+    assert isinstance(table, Resizable)
+    assert table.can_resize(shape) is fits
+
+
+def test_a_table_is_resized_in_float32_and_takes_the_type_of_the_model():
+    table = PositionEmbeddings(4, 1, 8, torch.bfloat16)
+    stored = torch.randn(10, 8)
+    resized = table.resize(stored)
+    assert resized.dtype == torch.bfloat16
+    assert torch.equal(resized[0], stored[0].bfloat16())
+    assert torch.equal(resized[1:], resize_positions(stored[1:], 3, 4, 4).bfloat16())
