@@ -16,10 +16,7 @@ from megatron_vlm.config.projectors import make_projector
 from megatron_vlm.convert.files.processor import write_processor
 from megatron_vlm.convert.from_hf import import_model
 from megatron_vlm.convert.to_hf import ExportOptions, export_model
-from megatron_vlm.data.documents import Image, Text
 from megatron_vlm.data.loading.pixels import decode_image
-from megatron_vlm.data.samples import ImageSegment
-from megatron_vlm.data.text.templates import DEFAULT_SYSTEM, TEMPLATES, Turn, encode_prompt
 from megatron_vlm.data.text.tokenizer import load_tokenizer
 from tests.support.configs import tiny_model, tiny_model_with_tower, tiny_run
 from tests.support.sentence_piece import NUM_PIECES
@@ -221,53 +218,6 @@ def test_processor_makes_the_pixels_of_training(aspect, make_run, model_config, 
     assert difference.mean() < 0.05
 
 
-def expanded(segments, model: ModelConfig) -> list[int]:
-    ids: list[int] = []
-    for segment in segments:
-        if isinstance(segment, ImageSegment):
-            ids += [model.language.image_token_id] * model.constant_image_tokens
-        else:
-            ids += segment.input_ids.tolist()
-    return ids
-
-
-@pytest.mark.parametrize(
-    ("template", "system"),
-    [
-        ("vicuna_v1", DEFAULT_SYSTEM),
-        ("vicuna_v1", None),
-        ("vicuna_v1", "It's \\ {a} test."),
-        ("llama_2", DEFAULT_SYSTEM),
-    ],
-)
-def test_chat_template_gives_the_ids_of_training(template, system, make_run, model_config, tokenizer_path, tmp_path):
-    from transformers import AutoProcessor
-
-    run = make_run(model_config)
-    export_model(read_run_settings(run), tmp_path / "hf", ExportOptions(template=template, system=system))
-    data = picture(32, 32)
-    turns = [
-        Turn((Image(data), Text("\nWhat colour is the circle?")), "red, and it's not blue"),
-        Turn((Text("Is there a triangle?"),), "no"),
-        Turn((Image(data), Text("\nHow many shapes? <b>12</b> {x}")), None),
-    ]
-    wanted = expanded(
-        encode_prompt(turns, load_tokenizer(tokenizer_path), template=TEMPLATES[template], system=system), model_config
-    )
-    messages = []
-    for turn in turns:
-        content = [{"type": "image"}] * isinstance(turn.question[0], Image)
-        content.append({"type": "text", "text": turn.question[-1].text.removeprefix("\n")})
-        messages.append({"role": "user", "content": content})
-        if turn.answer is not None:
-            messages.append({"role": "assistant", "content": [{"type": "text", "text": turn.answer}]})
-    processor = AutoProcessor.from_pretrained(tmp_path / "hf")
-    text = processor.apply_chat_template(messages, add_generation_prompt=True)
-    image = PILImage.open(io.BytesIO(data))
-    made = processor(images=[image, image], text=text, add_special_tokens=False)["input_ids"][0]
-    assert made == wanted
-
-
 @pytest.mark.parametrize(
     "text",
     [
@@ -282,9 +232,9 @@ def test_chat_template_gives_the_ids_of_training(template, system, make_run, mod
 def test_tokenizer_json_cuts_text_as_sentencepiece_does(text, exported, tokenizer_path):
     from transformers import AutoTokenizer
 
-    theirs = AutoTokenizer.from_pretrained(exported)
-    ours = load_tokenizer(tokenizer_path).encode(text)
-    assert theirs(text, add_special_tokens=False)["input_ids"] == ours
+    theirs, tokenizer = AutoTokenizer.from_pretrained(exported), load_tokenizer(tokenizer_path)
+    ours = tokenizer.encode(text)
+    assert theirs("<s>" + text)["input_ids"] == [tokenizer.bos_id, *ours]
     assert theirs.decode(ours) == text
 
 

@@ -1,5 +1,6 @@
 """A small SentencePiece model of Llama's kind: BPE, byte fallback, no normalisation."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import sentencepiece
@@ -14,8 +15,13 @@ The photo shows a brown dog and a cat on a bench near the river. A man reads the
 """
 
 
-def train_sentence_piece(folder: Path) -> Path:
-    """Train the model on a few sentences and return its file."""
+def train_sentence_piece(folder: Path, *, symbols: Sequence[str] = ()) -> Path:
+    """Train the model on a few sentences and return its file.
+
+    Args:
+        folder: to write to.
+        symbols: pieces that a text is cut at, such as the markers of a chat template; part of the `NUM_PIECES`.
+    """
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(_TEXT.splitlines() * 3),
         model_prefix=str(folder / "tokenizer"),
@@ -27,6 +33,7 @@ def train_sentence_piece(folder: Path) -> Path:
         remove_extra_whitespaces=False,
         add_dummy_prefix=True,
         character_coverage=1.0,
+        user_defined_symbols=list(symbols),
         minloglevel=2,
     )
     return folder / "tokenizer.model"

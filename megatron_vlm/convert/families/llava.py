@@ -188,7 +188,7 @@ def write_settings(folder: Path, serving: Serving) -> None:
     write_json(folder / "generation_config.json", generation)
     if template.question_text:
         bos, eos = bos_text(tokenizer), tokenizer.piece(tokenizer.eos_id)
-        text = chat_template(template, serving.system, bos=bos, eos=eos, image=added.image)
+        text = chat_template(template, serving.system, start=added.start, bos=bos, eos=eos, image=added.image)
         (folder / "chat_template.jinja").write_text(text)
 
 

@@ -67,7 +67,7 @@ def generation_config(language: LanguageConfig, *, bos_id: int | None, eos_id: i
     }
 
 
-def chat_template(template: Template, system: object, *, bos: str, eos: str, image: str) -> str:
+def chat_template(template: Template, system: object, *, start: str, bos: str, eos: str, image: str) -> str:
     """Return the conversation template as Jinja; the rendered text is tokenized to the ids of training.
 
     Each image of a message is followed by a line break, as in LLaVA.
@@ -75,7 +75,8 @@ def chat_template(template: Template, system: object, *, bos: str, eos: str, ima
     Args:
         template: the template used in training.
         system: system prompt of a conversation without one, as in `render_conversation`.
-        bos: text of the token that starts a sample.
+        start: text with which a sample starts.
+        bos: text of the token that starts a sample, for templates that repeat it.
         eos: text of the token that ends an answer.
         image: text of the placeholder.
     """
@@ -95,8 +96,7 @@ def chat_template(template: Template, system: object, *, bos: str, eos: str, ima
     return "".join(
         (
             _choose_system("none" if system_text is None else _quote(system_text)),
-            # The first text of a sample starts with the word-begin mark; text after <s> would not get one.
-            _literal(bos) + _literal(" "),
+            _literal(start),
             f"{{% if system is none %}}{text(template.no_system)}{{% else %}}",
             text(template.system, "{{ system }}") + "{% endif %}",
             "{% for message in turns %}{% if message['role'] == 'user' %}",

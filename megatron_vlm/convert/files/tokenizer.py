@@ -1,12 +1,8 @@
 """Tokenizer files of an exported model: the SentencePiece model itself and the same vocabulary as tokenizer.json.
 
 transformers 4 and 5 each convert a SentencePiece model in their own way, but both read tokenizer.json unchanged. It
-splits text as training did:
-
-- the first text of a sample starts with the word-begin mark;
-- text after a control token does not;
-- text after an image does; here, only if it starts with a line break, the convention of LLaVA's prompts, because a
-  tokenizer cannot see which added token precedes a text.
+splits text as training did: the first text of a sample and the first one after an image start with the word-begin mark,
+other text does not. `prompt_rules` has how.
 
 Runs of more than 14 blanks may be split differently than by SentencePiece, which gives all of these pieces the same
 score.
@@ -20,24 +16,26 @@ from typing import Any
 from sentencepiece import sentencepiece_model_pb2
 
 from megatron_vlm.config import CheckpointError, LanguageConfig
+from megatron_vlm.convert.files.prompt_rules import WORD_BEGIN, normalizer
 from megatron_vlm.convert.folder import write_json
 from megatron_vlm.data.text.tokenizer import Tokenizer
 from megatron_vlm.data.text.tokenizer_files import MODEL_FILE
 
 logger = logging.getLogger(__name__)
 
-_WORD_BEGIN = "\u2581"
 # Values of the enumerations in sentencepiece_model.proto.
 _BPE = 2
-_NORMAL, _UNKNOWN, _USER_DEFINED = 1, 2, 4
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AddedTokens:
-    """Texts of the two tokens that follow the tokenizer's own."""
+    """Texts of the two tokens that follow the tokenizer's own, and of BOS."""
 
     image: str
     pad: str
+    start: str
+    """Text with which a rendered prompt starts: BOS and, if needed, a blank for the word-begin mark after it."""
 
 
 def write_tokenizer(folder: Path, tokenizer_path: Path, tokenizer: Tokenizer, language: LanguageConfig) -> AddedTokens:
@@ -61,13 +59,18 @@ def write_tokenizer(folder: Path, tokenizer_path: Path, tokenizer: Tokenizer, la
     model.ParseFromString(content)
     (folder / MODEL_FILE).write_bytes(content)
     pieces = {piece.piece for piece in model.pieces}
-    added = AddedTokens(image=_free_name("image", pieces), pad=_free_name("pad", pieces))
-    exact = _can_be_json(model)
+    exact, bos = _can_be_json(model), bos_text(tokenizer)
+    start = bos if exact else bos + " "
+    added = AddedTokens(image=_free_name("image", pieces), pad=_free_name("pad", pieces), start=start)
+    tokens = _added_tokens(model, tokenizer, language, added)
     if exact:
-        write_json(folder / "tokenizer.json", _tokenizer_json(model, tokenizer, language, added))
+        write_json(folder / "tokenizer.json", _tokenizer_json(model, tokenizer, added, tokens))
     else:
-        logger.warning("no tokenizer.json for this kind of SentencePiece model; transformers converts it itself")
-    write_json(folder / "tokenizer_config.json", _tokenizer_config(tokenizer, language, added, exact=exact))
+        logger.warning(
+            "transformers converts this kind of SentencePiece model itself: prompts can get other token ids than in "
+            "training"
+        )
+    write_json(folder / "tokenizer_config.json", _tokenizer_config(tokenizer, language, added, tokens, exact=exact))
     return added
 
 
@@ -91,33 +94,44 @@ def _free_name(word: str, pieces: set[str]) -> str:
 
 
 def _can_be_json(model: Any) -> bool:
-    normalizer = model.normalizer_spec
+    spec = model.normalizer_spec
     return (
         model.trainer_spec.model_type == _BPE
-        and normalizer.add_dummy_prefix
-        and not normalizer.precompiled_charsmap
-        and not normalizer.remove_extra_whitespaces
+        and not spec.precompiled_charsmap
+        and not spec.remove_extra_whitespaces
         and not model.trainer_spec.treat_whitespace_as_suffix
     )
 
 
-def _added_tokens(tokenizer: Tokenizer, language: LanguageConfig, added: AddedTokens) -> list[dict[str, Any]]:
-    tokens = {
-        tokenizer.piece_id(bos_text(tokenizer)): bos_text(tokenizer),
-        tokenizer.eos_id: tokenizer.piece(tokenizer.eos_id),
-        language.image_token_id: added.image,
-        language.pad_token_id: added.pad,
-    }
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    return [{"id": token, "content": content, **flags} for token, content in sorted(tokens.items())]
+def _added_tokens(
+    model: Any, tokenizer: Tokenizer, language: LanguageConfig, added: AddedTokens
+) -> list[dict[str, Any]]:
+    """Return the tokens that are found in a text as a whole: the control and user-defined pieces, and the two new ones.
+
+    They are `normalized`, so that the normalizer sees the whole text, not the stretches between them.
+    """
+    found = {token: (piece.piece, piece.type) for token, piece in enumerate(model.pieces)}
+    # What the folder of the tokenizer adds to its vocabulary.
+    for token in range(len(model.pieces), tokenizer.vocab_size):
+        found[token] = (tokenizer.piece(token), _CONTROL if tokenizer.is_control(token) else _USER_DEFINED)
+    found |= {language.image_token_id: (added.image, _CONTROL), language.pad_token_id: (added.pad, _CONTROL)}
+    ends = (one for one in (tokenizer.bos_id, tokenizer.eos_id) if one is not None)
+    found |= {one: (tokenizer.piece(one), _CONTROL) for one in ends}
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True}
+    return [
+        {"id": token, "content": content, **flags, "special": kind == _CONTROL}
+        for token, (content, kind) in sorted(found.items())
+        if kind in (_CONTROL, _USER_DEFINED)
+    ]
 
 
 def _tokenizer_config(
-    tokenizer: Tokenizer, language: LanguageConfig, added: AddedTokens, *, exact: bool
+    tokenizer: Tokenizer, language: LanguageConfig, added: AddedTokens, tokens: list[dict[str, Any]], *, exact: bool
 ) -> dict[str, Any]:
     decoder = {
         str(entry["id"]): {name: value for name, value in entry.items() if name != "id"}
-        for entry in _added_tokens(tokenizer, language, added)
+        for entry in tokens
+        if entry["special"]
     }
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast" if exact else "LlamaTokenizer",
@@ -137,48 +151,32 @@ def _tokenizer_config(
     return config if exact else {**config, "add_bos_token": True, "add_eos_token": False, "legacy": False}
 
 
-def _tokenizer_json(model: Any, tokenizer: Tokenizer, language: LanguageConfig, added: AddedTokens) -> dict[str, Any]:
-    added_tokens = _added_tokens(tokenizer, language, added)
-    for token, piece in enumerate(model.pieces):
-        if piece.type == _USER_DEFINED:
-            flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
-            added_tokens.append({"id": token, "content": piece.piece, **flags})
-    bos = bos_text(tokenizer)
+def _tokenizer_json(
+    model: Any, tokenizer: Tokenizer, added: AddedTokens, tokens: list[dict[str, Any]]
+) -> dict[str, Any]:
+    has_word_begin = bool(model.normalizer_spec.add_dummy_prefix)
+    rules = normalizer(
+        bos=bos_text(tokenizer),
+        image=added.image,
+        added=[entry["content"] for entry in tokens],
+        word_begin=has_word_begin,
+    )
+    blank = {"type": "Replace", "pattern": {"String": " "}, "content": WORD_BEGIN}
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": sorted(added_tokens, key=lambda entry: entry["id"]),
-        "normalizer": {
-            "type": "Sequence",
-            "normalizers": [
-                {"type": "Replace", "pattern": {"Regex": r"\A\n"}, "content": _WORD_BEGIN + "\n"},
-                {"type": "Replace", "pattern": {"String": " "}, "content": _WORD_BEGIN},
-            ],
-        },
-        "pre_tokenizer": {
-            "type": "Metaspace",
-            "replacement": _WORD_BEGIN,
-            "prepend_scheme": "first",
-            "split": False,
-        },
-        "post_processor": {
-            "type": "TemplateProcessing",
-            "single": [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
-            "pair": [
-                {"SpecialToken": {"id": bos, "type_id": 0}},
-                {"Sequence": {"id": "A", "type_id": 0}},
-                {"Sequence": {"id": "B", "type_id": 1}},
-            ],
-            "special_tokens": {bos: {"id": bos, "ids": [tokenizer.bos_id], "tokens": [bos]}},
-        },
+        "added_tokens": tokens,
+        "normalizer": {"type": "Sequence", "normalizers": [*rules, blank]},
+        "pre_tokenizer": None,
+        "post_processor": None,
         "decoder": {
             "type": "Sequence",
             "decoders": [
-                {"type": "Replace", "pattern": {"String": _WORD_BEGIN}, "content": " "},
+                {"type": "Replace", "pattern": {"String": WORD_BEGIN}, "content": " "},
                 {"type": "ByteFallback"},
                 {"type": "Fuse"},
-                {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+                *([{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if has_word_begin else []),
             ],
         },
         "model": {

@@ -1,0 +1,177 @@
+"""Every door of an exported folder gives the ids of training."""
+
+import functools
+import json
+import os
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron_vlm.checkpoint.run_settings import read_run_settings
+from megatron_vlm.config import ModelConfig
+from megatron_vlm.convert.to_hf import ExportOptions, export_model
+from megatron_vlm.data.documents import Image, Text
+from megatron_vlm.data.samples import ImageSegment
+from megatron_vlm.data.text.templates import DEFAULT_SYSTEM, TEMPLATES, Turn, encode_prompt
+from megatron_vlm.data.text.tokenizer import Tokenizer, load_tokenizer
+from megatron_vlm.evaluation.prompts import Exchange, PromptFormat
+from tests.support import hf_doors
+from tests.support.sentence_piece import train_sentence_piece
+
+TEMPLATES_AND_SYSTEMS = (
+    ("vicuna_v1", DEFAULT_SYSTEM),
+    ("vicuna_v1", None),
+    ("vicuna_v1", "It's \\ {a} test."),
+    ("llama_2", DEFAULT_SYSTEM),
+    ("hermes-2", DEFAULT_SYSTEM),
+    ("llama_3", None),
+)
+ROOT = Path(__file__).parents[3]
+TRANSFORMERS_5 = Path(os.environ.get("VENV_TRANSFORMERS5", ROOT / ".venv-transformers5")) / "bin/python"
+SYMBOLS = ("<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+IMAGE = Image(b"")
+BARE = (
+    "What colour is the circle?",
+    "<image>\nWhat is it?",
+    "Look: <image> and <image>\nA dog",
+    " two blanks",
+    "<s>a cat",
+)
+CHATS = (
+    (Turn((Text("What colour is it?"),), None),),
+    (Turn((IMAGE, Text("\nWhat is it? <b>12</b> {x}")), None),),
+    (
+        Turn((IMAGE, Text("\nWhat colour is the circle?")), "red, and it's not blue"),
+        Turn((Text("Is there a triangle?"),), "no"),
+        Turn((IMAGE, IMAGE, Text("\nHow many shapes?")), None),
+    ),
+)
+
+
+@pytest.fixture(scope="session")
+def chat_tokenizer(tmp_path_factory) -> Path:
+    """A tokenizer with the markers of every template."""
+    return train_sentence_piece(tmp_path_factory.mktemp("tokenizer"), symbols=SYMBOLS)
+
+
+@pytest.fixture(scope="session")
+def export(make_run, model_config, chat_tokenizer, tmp_path_factory):
+    """Return a folder with a template, made once: export(template, system)."""
+
+    @functools.cache
+    def write(template: str, system: object) -> Path:
+        folder = tmp_path_factory.mktemp("doors") / "hf"
+        settings = replace(read_run_settings(make_run(model_config)), tokenizer=chat_tokenizer)
+        export_model(settings, folder, ExportOptions(template=template, system=system))
+        return folder
+
+    return write
+
+
+def message_of(role: str, segments: tuple[Text | Image, ...]) -> dict:
+    """Return a message; the line break after an image is the template's."""
+    content, follows_image = [], False
+    for segment in segments:
+        if isinstance(segment, Image):
+            content.append({"type": "image"})
+        else:
+            content.append({"type": "text", "text": segment.text.removeprefix("\n") if follows_image else segment.text})
+        follows_image = isinstance(segment, Image)
+    return {"role": role, "content": content}
+
+
+def messages_of(turns: tuple[Turn, ...]) -> list[dict]:
+    messages = []
+    for turn in turns:
+        messages.append(message_of("user", turn.question))
+        if turn.answer is not None:
+            messages.append(message_of("assistant", (Text(turn.answer),)))
+    return messages
+
+
+def with_line_breaks(turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
+    """Return the turns as LLaVA has them: a line break after every image."""
+
+    def question(segments):
+        for place, segment in enumerate(segments):
+            yield segment
+            if isinstance(segment, Image) and isinstance(segments[place + 1], Image):
+                yield Text("\n")
+
+    return tuple(replace(turn, question=tuple(question(turn.question))) for turn in turns)
+
+
+def ids_of_chat(turns: tuple[Turn, ...], tokenizer: Tokenizer, model: ModelConfig, template: str, system: object):
+    """Return the ids of training, each image as one placeholder."""
+    ids: list[int] = []
+    for segment in encode_prompt(with_line_breaks(turns), tokenizer, template=TEMPLATES[template], system=system):
+        image = isinstance(segment, ImageSegment)
+        ids += [model.language.image_token_id] if image else segment.input_ids.tolist()
+    return ids
+
+
+def ids_of_bare(text: str, tokenizer: Tokenizer, model: ModelConfig):
+    """Return the ids of `generate` without a template, each image as one placeholder."""
+    prompts = PromptFormat(tokenizer=tokenizer, model=model, template=None, system=None)
+    ids = prompts.encode([Exchange(text.removeprefix("<s>"), text.count("<image>"))]).tolist()
+    image, per_image = model.language.image_token_id, model.constant_image_tokens
+    return [one for place, one in enumerate(ids) if one != image or ids[:place].count(image) % per_image == 0]
+
+
+def requests() -> list:
+    return [*map(messages_of, CHATS), *BARE]
+
+
+def assert_doors_agree(answers: dict, model: ModelConfig, tokenizer: Tokenizer, template: str, system: object) -> None:
+    wanted = [
+        *(ids_of_chat(turns, tokenizer, model, template, system) for turns in CHATS),
+        *(ids_of_bare(text, tokenizer, model) for text in BARE),
+    ]
+    image, per_image = model.language.image_token_id, model.constant_image_tokens
+    for ids, doors in zip(wanted, answers["ids"], strict=True):
+        expanded = [one for token in ids for one in [token] * (per_image if token == image else 1)]
+        for door, found in doors.items():
+            assert found == (expanded if door.startswith("processor") else ids), door
+    # Nothing that `generate` of a Llama rejects.
+    assert answers["inputs"] == ["attention_mask", "input_ids", "pixel_values"]
+    assert answers["num_generated"] > 0
+
+
+@pytest.mark.parametrize(("template", "system"), TEMPLATES_AND_SYSTEMS)
+def test_every_door_of_transformers_4_gives_the_ids_of_training(template, system, export, model_config, chat_tokenizer):
+    answers = hf_doors.answer(export(template, system), requests())
+    assert_doors_agree(answers, model_config, load_tokenizer(chat_tokenizer), template, system)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not TRANSFORMERS_5.exists(), reason="needs bash tests/convert/setup_transformers5.sh")
+def test_so_does_every_door_of_transformers_5(export, model_config, chat_tokenizer):
+    asked = [[str(export(template, system)), requests()] for template, system in TEMPLATES_AND_SYSTEMS]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [TRANSFORMERS_5, hf_doors.__file__]
+    done = subprocess.run(command, input=json.dumps(asked), env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    tokenizer = load_tokenizer(chat_tokenizer)
+    for (template, system), answers in zip(TEMPLATES_AND_SYSTEMS, json.loads(done.stdout), strict=True):
+        assert_doors_agree(answers, model_config, tokenizer, template, system)
+
+
+@pytest.fixture(scope="module")
+def tokenize(export):
+    """Return the ids of a text: tokenize(text, add_special_tokens=True)."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(export("vicuna_v1", DEFAULT_SYSTEM))
+    return lambda text, **options: tokenizer(text, **options)["input_ids"]
+
+
+def test_bos_is_written_once_with_and_without_special_tokens(tokenize):
+    both = [tokenize(text, add_special_tokens=adds) for text in ("a cat", "<s>a cat") for adds in (True, False)]
+    assert all(ids == both[0] and ids.count(1) == 1 for ids in both)
+
+
+@pytest.mark.parametrize("token", ["<s>", "</s>", "<image>", "<|im_start|>"])
+def test_an_added_token_alone_stays_alone(tokenize, token):
+    assert len(tokenize(token)) == 1
