@@ -1,6 +1,7 @@
-"""`megatron-vlm convert {to-hf,from-hf}`."""
+"""`megatron-vlm convert {to-hf,from-hf,verify}`."""
 
 import argparse
+from pathlib import Path
 from typing import get_args
 
 from megatron_vlm.cli.options import add_command
@@ -15,6 +16,7 @@ _FROM_HF = (
     "convert from-hf --language Llama-2-7b-hf --vision clip-vit-large-patch14-336 --output runs/start",
     "convert from-hf --model llava-1.5-7b-hf --output runs/start",
 )
+_VERIFY = "convert verify runs/sft exported"
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -24,6 +26,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     _add_to_hf(actions)
     _add_from_hf(actions)
+    _add_verify(actions)
     parser.set_defaults(run=run)
 
 
@@ -45,6 +48,8 @@ def _add_to_hf(actions: argparse._SubParsersAction) -> None:
     text = "how an image becomes a square (default: as in the run)"
     add("--image-aspect", choices=("pad", "square", "resize"), help=text)
     add("--overwrite", action="store_true", help="replace DIR if it exists")
+    text = "compare the folder with the checkpoint afterwards, as `convert verify` does"
+    add("--verify", action="store_true", help=text)
 
 
 def _add_from_hf(actions: argparse._SubParsersAction) -> None:
@@ -69,6 +74,17 @@ def _add_from_hf(actions: argparse._SubParsersAction) -> None:
     add("--seed", type=seed, default=1234, help="seed of the random projection (default: %(default)s)")
 
 
+def _add_verify(actions: argparse._SubParsersAction) -> None:
+    text = "tell whether two models are the same: every tensor, then logits over 1,000 positions of text and images"
+    notes = (
+        "Each model is a checkpoint, a run folder (its newest checkpoint) or a Hugging Face folder of a whole model."
+    )
+    add = add_command(actions, "verify", text, _VERIFY, notes=notes).add_argument
+    add("models", type=local_path, nargs=2, metavar="MODEL", help="the two models")
+    text = "compare only tensors, which needs little memory"
+    add("--no-logits", dest="with_logits", action="store_false", help=text)
+
+
 def run(args: argparse.Namespace) -> int:
     """Run the verb; returns the exit code."""
     from megatron_vlm.platform.device import prepare_process
@@ -76,10 +92,7 @@ def run(args: argparse.Namespace) -> int:
 
     setup_logging()
     prepare_process()
-    if args.action == "to-hf":
-        _to_hf(args)
-    else:
-        _from_hf(args)
+    {"to-hf": _to_hf, "from-hf": _from_hf, "verify": _verify}[args.action](args)
     return ExitCode.DONE
 
 
@@ -98,6 +111,20 @@ def _to_hf(args: argparse.Namespace) -> None:
     )
     architecture = export_model(settings, args.output, options)
     print(f"{args.output}: {settings.checkpoint} for {architecture}.from_pretrained")
+    if args.verify:
+        _compare(settings.checkpoint, args.output)
+
+
+def _verify(args: argparse.Namespace) -> None:
+    _compare(*args.models, with_logits=args.with_logits)
+
+
+def _compare(first: Path, second: Path, *, with_logits: bool = True) -> None:
+    from megatron_vlm.convert.verify import verify_models
+
+    found = verify_models(first, second, with_logits=with_logits)
+    print("\n".join(found.lines))
+    found.check(first, second)
 
 
 def _from_hf(args: argparse.Namespace) -> None:

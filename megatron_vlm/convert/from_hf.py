@@ -84,7 +84,7 @@ def import_parts(
         projection=make_projector(options.projection),
     )
     model = _agreed(model, found)
-    tensors = {
+    tensors: dict[str, Tensor | LazyTensor] = {
         **_lazy_tensors(decoder, model.language, model.language, num_rows=decoder.folder.config["vocab_size"]),
         **_lazy_tensors(tower, model.vision, model.language),
         **_draw_projection(model, options.seed),
@@ -96,11 +96,25 @@ def import_parts(
 def import_model(folder: Path, run_dir: Path, model: ModelConfig | None = None) -> ModelConfig:
     """Write checkpoint 0 of a new run from a whole model, e.g. LlavaForConditionalGeneration; see `import_parts`."""
     _check_new(run_dir)
+    model, tensors = open_model_folder(folder, model)
+    _write(run_dir, tensors, model, folder)
+    return model
+
+
+def open_model_folder(folder: Path, model: ModelConfig | None = None) -> tuple[ModelConfig, dict[str, LazyTensor]]:
+    """Return settings and tensors of a whole model, by our keys; each tensor is read when it is made.
+
+    Args:
+        folder: as transformers saves it.
+        model: the model that the folder must hold; None: whatever it holds.
+
+    Raises:
+        CheckpointError: the folder holds another kind of model, or differs from `model`.
+    """
     opened = _open(folder, "model")
     found = opened.read_config()
     model = _agreed(model, replace(found, vision=_with_processing(found.vision, folder)))
-    _write(run_dir, _lazy_tensors(opened, model, model.language), model, folder)
-    return model
+    return model, _lazy_tensors(opened, model, model.language)
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +211,7 @@ def _with_processing(vision: Any, folder: Path) -> Any:
 
 def _lazy_tensors(
     opened: _OpenFolder, config: Any, language: LanguageConfig, *, num_rows: int | None = None
-) -> dict[str, Tensor | LazyTensor]:
+) -> dict[str, LazyTensor]:
     """Return our tensors by key, each to be made from those of the folder when it is written.
 
     Args:

@@ -1,0 +1,74 @@
+"""Compare the tensors of two models: names, shapes and values."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from megatron_vlm.convert.differences import describe_differences
+from megatron_vlm.convert.opened_weights import OpenedWeights
+
+_VOCABULARY_KEYS = ("model.language_model.embedding.word_embeddings.weight", "model.language_model.output_layer.weight")
+_SHOWN = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightComparison:
+    """What two models have in common."""
+
+    num_tensors: int
+    """Compared tensors; each layer counts."""
+    num_equal: int
+    """Those with equal bits, or, if the types differ, with values that round to those of the coarser type."""
+    rounded: bool
+    """Whether some were compared after rounding."""
+    faults: tuple[str, ...]
+    """What differs, a line each; empty if the models are the same."""
+
+
+def compare_weights(first: OpenedWeights, second: OpenedWeights) -> WeightComparison:
+    """Compare all tensors, layer by layer; rows of the vocabulary that only round up its size are left out."""
+    shapes = [{key: tensor.shape for key, tensor in one.tensors.items()} for one in (first, second)]
+    names = describe_differences(*shapes)
+    common = [
+        key
+        for key, tensor in first.tensors.items()
+        if key in second.tensors and second.tensors[key].shape == tensor.shape
+    ]
+    pairs = [(key, layer) for key in common for layer in first.tensors[key].layers]
+    different = []
+    for key, layer in tqdm(pairs, "compare", unit="tensor", leave=False, disable=None):
+        values = [_values(one, key, layer) for one in (first, second)]
+        if difference := _difference(*values):
+            different.append(f"{_name(key, layer)} {difference}")
+    faults = [names] if names else []
+    if different:
+        more = f" and {len(different) - _SHOWN} more" if len(different) > _SHOWN else ""
+        faults.append(f"{len(different)} tensors differ: {'; '.join(different[:_SHOWN])}{more}")
+    return WeightComparison(
+        num_tensors=len(pairs),
+        num_equal=len(pairs) - len(different),
+        rounded=any(first.tensors[key].dtype != second.tensors[key].dtype for key in common),
+        faults=tuple(faults),
+    )
+
+
+def _values(weights: OpenedWeights, key: str, layer: int | None) -> Tensor:
+    tensor = weights.tensors[key].make(layer)
+    language = weights.model.language
+    return tensor[: language.pad_token_id + 1] if key in _VOCABULARY_KEYS else tensor
+
+
+def _difference(first: Tensor, second: Tensor) -> str | None:
+    """Return by how much two tensors of one shape differ; None if they do not."""
+    coarse = min((first.dtype, second.dtype), key=lambda dtype: (dtype.itemsize, -torch.finfo(dtype).eps))
+    first, second = first.to(coarse), second.to(coarse)
+    bits = [one.contiguous().view(torch.uint8) for one in (first, second)]
+    if torch.equal(*bits):
+        return None
+    return f"by up to {(first.double() - second.double()).abs().max().item():.3g}"
+
+
+def _name(key: str, layer: int | None) -> str:
+    return key if layer is None else f"{key}[{layer}]"
