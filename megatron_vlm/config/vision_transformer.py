@@ -200,7 +200,7 @@ class VisionTransformerConfig(ABC):
         layers = layer.times(self.num_layers_run)
         if recompute:
             layers = layer.recomputed(self.num_layers_run, tokens * hidden)
-        pixels = patches.num_patches * 3 * self.patch_size**2 if learns else 0
+        pixels = 3 * self.image_size**2 if learns else 0
         outside = (special.pre_norm + special.post_norm) * tokens * hidden
         return Activations(kept=layers.kept + pixels + outside, working=layers.working)
 

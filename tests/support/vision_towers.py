@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_vlm.config import ParallelConfig
+from megatron_vlm.config import ModelConfig, ParallelConfig
 from megatron_vlm.config.vision_transformer import VisionTransformerConfig
 from megatron_vlm.convert.family import Family, find_family
 from megatron_vlm.convert.folder import HFFolder, read_json
 from megatron_vlm.models.build import build_model
 from megatron_vlm.models.computation import Computation
-from tests.support.configs import tiny_model
+from tests.support.configs import tiny_model, tiny_model_with_tower, tiny_run
+from tests.support.jobs import train_steps
 
 # In a tower, the norms have names of their own; in checkpoints, those of the linear modules behind them.
 _NORM_KEYS = {
@@ -38,6 +39,32 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
     "dinov2_with_registers": ("Dinov2WithRegisters", _DINOV2_SIZES),
 }
 """Class in transformers and settings, by name."""
+
+
+TINY: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("clip", {"drop_class_token": False}),
+    ("siglip", {"image_size": 38}),
+    ("internvit", {}),
+    ("internvit", {"normalization": "LayerNorm", "qk_layernorm": False, "add_qkv_bias": True}),
+    ("dinov2", {"position_grid": 7, "feature_layer": -2}),
+    ("dinov2", {"position_grid": 3, "activation": "swiglu", "num_registers": 3}),
+)
+"""Types of ours and settings, for `tiny_model_with_tower`: between them they have everything a tower can have."""
+
+
+def tiny_models() -> list[ModelConfig]:
+    """Return the tiny model with each of the `TINY` towers."""
+    return [tiny_model_with_tower(type, **settings) for type, settings in TINY]
+
+
+def train_every_tower(**sections: Any) -> list[tuple[list[float], list[float]]]:
+    """Train the tiny model with each of the `TINY` towers for two steps; return losses and gradient norms of each."""
+    measured = []
+    for model in tiny_models():
+        config = tiny_run(model=model, **sections)
+        steps = train_steps(config, [[0, 1], [2, 3], [4, 5], [6]] * 2, num_samples=8, num_steps=2, max_images=2)
+        measured.append((steps.losses, steps.grad_norms))
+    return measured
 
 
 def save_published(name: str, folder: Path) -> torch.nn.Module:

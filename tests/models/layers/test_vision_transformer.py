@@ -2,12 +2,15 @@ import dataclasses
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_vlm.config import ParallelConfig
 from megatron_vlm.models.build import build_model
 from megatron_vlm.models.computation import Computation
 from megatron_vlm.parallel.groups import seed_everything
 from tests.support.configs import tiny_model
+from tests.support.vision_towers import tiny_models
 
 
 @pytest.fixture
@@ -74,3 +77,59 @@ def test_a_kept_class_token_stands_before_the_patches(one_rank):
         features.append(built[0].vision_model(pixels))
     assert features[1].shape == (2, 17, 36)
     assert torch.equal(features[0], features[1][:, 1:])
+
+
+def towers(learns=True, **computation):
+    """Yield settings, and tower, of every kind."""
+    for model in tiny_models():
+        freeze = () if learns else ("vision_model",)
+        yield model.vision, build_model(model, ParallelConfig(), Computation(**computation), freeze)[0].vision_model
+
+
+def test_every_tower_has_the_parameters_that_its_settings_count(one_rank):
+    for vision, tower in towers():
+        assert sum(parameter.numel() for parameter in tower.parameters()) == vision.num_parameters, vision.type
+
+
+def test_every_tower_does_the_operations_that_its_settings_count(one_rank):
+    for vision, tower in towers():
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            features = tower(torch.rand(2, 3, vision.image_size, vision.image_size))
+        operations = vision.operations(vision.constant_grid).times(2)
+        assert counter.get_total_flops() == operations.forward, vision.type
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            features.sum().backward()
+        training = operations.training(learns=True, input_gradient=False)
+        assert counter.get_total_flops() == training - operations.forward, vision.type
+
+
+def test_a_frozen_tower_keeps_nothing(one_rank):
+    for vision, tower in towers(learns=False):
+        features = tower(torch.rand(2, 3, vision.image_size, vision.image_size))
+        assert not features.requires_grad, vision.type
+
+
+def test_recomputation_changes_no_gradient_of_any_tower(one_rank):
+    found = []
+    for recompute in ("none", "full"):
+        seed_everything(3)
+        gradients = []
+        for vision, tower in towers(recompute=recompute):
+            features = tower(torch.linspace(-1, 1, 3 * vision.image_size**2).view(1, 3, *2 * [vision.image_size]))
+            features.square().sum().backward()
+            gradients += [parameter.grad for parameter in tower.parameters()]
+        found.append(gradients)
+    for plain, again in zip(*found, strict=True):
+        assert torch.equal(plain, again)
+
+
+@pytest.mark.distributed
+def test_every_tower_is_trained_alike_by_one_rank_and_by_two_that_share_the_images(workers):
+    parallel = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+    job = "tests.support.vision_towers:train_every_tower"
+    (one,) = workers.run(job, 1)
+    for two in workers.run(job, 2, parallel=parallel, training={"recompute": "full"}):
+        for (losses, norms), (other_losses, other_norms) in zip(one, two, strict=True):
+            # float32: sums in another order
+            assert other_losses == pytest.approx(losses, rel=1e-5)
+            assert other_norms == pytest.approx(norms, rel=1e-5)
