@@ -57,15 +57,14 @@ def run(args: argparse.Namespace) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     from megatron_vlm.data.prepare.array_task import ArrayTask
-    from megatron_vlm.data.prepare.chunk import ChunkJob
+    from megatron_vlm.data.prepare.chunk import ChunkJob, load_tokenizer_once
     from megatron_vlm.data.prepare.run import PrepareJob, prepare
-    from megatron_vlm.data.text.tokenizer import load_tokenizer
 
     common = read_options(args, PrepareOptions)
     options: KindOptions = read_options(args, find_module(_KINDS, args.kind, "kind").Options())
     if not options.dataset_name.strip():
         raise UsageError("--source is empty", fix="name the dataset, or leave --source out")
-    tokenizer = load_tokenizer(common.tokenizer)
+    tokenizer = load_tokenizer_once(common.tokenizer)
     inputs = tuple(map(parse_location, common.input))
     chunk = ChunkJob(
         source=importlib.import_module(f"{_SOURCES}.{args.kind}").find_source(inputs, options, tokenizer),

@@ -222,7 +222,7 @@ def test_images_are_a_tar_or_a_pattern_of_tars_too(corpora, tmp_path, monkeypatc
 
 def test_template_that_the_tokenizer_lacks_is_refused_before_reading(corpora, tmp_path, capsys):
     assert run(corpora, "text", tmp_path / "d", "--template", "llama_3") == 78
-    assert "needs the piece <|start_header_id|>" in capsys.readouterr().err
+    assert "needs the token <|start_header_id|>" in capsys.readouterr().err
     assert not (tmp_path / "d").exists()
 
 

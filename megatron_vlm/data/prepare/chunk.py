@@ -101,7 +101,7 @@ def load_chunk(folder: Path) -> ChunkFacts:
 
 def _write_chunk(job: ChunkJob, path: Location, name: str, folder: Path, report: Report) -> ChunkFacts:
     images = ImageReader(job.images.open(job.image_rules.max_bytes), job.image_rules)
-    tokenizer = _load_tokenizer(job.tokenizer)
+    tokenizer = load_tokenizer_once(job.tokenizer)
     shards = _ShardSeries(folder, name, job.max_shard_bytes)
     rejects: Counter[str] = Counter()
     documents = reported_rejects = 0
@@ -163,4 +163,5 @@ class _ShardSeries:
         return self._finished
 
 
-_load_tokenizer = functools.lru_cache(maxsize=1)(load_tokenizer)
+load_tokenizer_once = functools.lru_cache(maxsize=1)(load_tokenizer)
+"""`load_tokenizer`, once per process: Llama 3's takes seconds."""

@@ -20,7 +20,7 @@ from megatron_vlm.config import ConfigError
 from megatron_vlm.data.files.join_index import save_join_index
 from megatron_vlm.data.files.locations import Location, name_files, size_of
 from megatron_vlm.data.prepare.array_task import PART_OPTION, ArrayTask
-from megatron_vlm.data.prepare.chunk import ChunkJob, load_chunk, prepare_chunk
+from megatron_vlm.data.prepare.chunk import ChunkJob, load_chunk, load_tokenizer_once, prepare_chunk
 from megatron_vlm.data.prepare.joining import check_not_empty, join_facts
 from megatron_vlm.data.shards.manifest import (
     MANIFEST_FILE,
@@ -35,7 +35,6 @@ from megatron_vlm.data.shards.manifest import (
 )
 from megatron_vlm.data.sources.image_store import index_tar
 from megatron_vlm.data.tasks.processes import Engine, run_tasks
-from megatron_vlm.data.text.tokenizer import load_tokenizer
 from megatron_vlm.platform.files.durable import discard, folder_once, storage_errors, write_durably
 from megatron_vlm.platform.files.locks import locked
 
@@ -117,7 +116,7 @@ def _bare_manifest(job: PrepareJob, inputs: dict[str, Location]) -> Manifest:
         options[PART_OPTION] = {"index": job.array_task.index, "count": job.array_task.count}
     return Manifest(
         dataset_name=job.dataset_name,
-        tokenizer=load_tokenizer(chunk.tokenizer).facts,
+        tokenizer=load_tokenizer_once(chunk.tokenizer).facts,
         shards=(),
         documents=0,
         options=json.loads(json.dumps(options)),

@@ -24,6 +24,7 @@ from megatron_vlm.data.text.tokenizer import Tokenizer, load_tokenizer
 
 CONTEXT, TRAINED, IMAGE = "context", "trained", "image"
 SPECIAL = ("<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+CONTROL = ("<s>", "</s>", *SPECIAL)
 _PIECE = re.compile(r"</?s>|<0x[0-9A-F]{2}>|" + "|".join(map(re.escape, SPECIAL)) + "|.")
 
 
@@ -319,8 +320,8 @@ def in_colour(sequence: list[tuple[str, str]]) -> list[list[str]]:
     shown: list[list[str]] = []
     is_own = True
     for mask, run in sequence:
-        for part in re.split("(</?s>)", run if mask != IMAGE else ""):
-            if part in ("<s>", "</s>"):
+        for part in re.split(f"({'|'.join(map(re.escape, CONTROL))})", run if mask != IMAGE else ""):
+            if part in CONTROL:
                 shown.append([f"{mask} control", part])
             elif part:
                 text = part.removeprefix("▁") if is_own else part
