@@ -62,7 +62,6 @@ TESTED_ELSEWHERE = {
     "convert/families/internvit.py": "convert/families/test_towers.py",
     "convert/families/siglip.py": "convert/families/test_towers.py",
     "convert/vision_transformer.py": "convert/families/test_towers.py",
-    "convert/families/llama.py": "convert/test_from_hf.py",
     "convert/families/llava.py": "convert/test_to_hf.py",
     "convert/projectors/linear.py": "convert/test_to_hf.py",
     "convert/projectors/mlp2x_gelu.py": "convert/test_to_hf.py",

@@ -47,7 +47,7 @@ class LanguageConfig:
     PRESETS: ClassVar[str] = "megatron_vlm.config.presets.language"
 
     vocab_size: int
-    """Pieces of the tokenizer, not counting the two added tokens."""
+    """Entries of the tokenizer; image and padding come after them."""
     num_layers: int
     hidden_size: int
     ffn_hidden_size: int
@@ -96,10 +96,14 @@ class LanguageConfig:
         return self.vocab_size + 1
 
     @property
+    def num_token_ids(self) -> int:
+        """Ids of the tokenizer, of images and of padding; only those of the tokenizer are predicted."""
+        return self.vocab_size + _NUM_ADDED_TOKENS
+
+    @property
     def padded_vocab_size(self) -> int:
-        """Rows of the embedding; independent of the parallel layout, and so are the losses."""
-        wanted = self.vocab_size + _NUM_ADDED_TOKENS
-        return -(-wanted // _VOCAB_SIZE_DIVISOR) * _VOCAB_SIZE_DIVISOR
+        """Rows of the embedding; independent of the parallel layout. Rows from `num_token_ids` on are zero."""
+        return -(-self.num_token_ids // _VOCAB_SIZE_DIVISOR) * _VOCAB_SIZE_DIVISOR
 
     @property
     def attention_sizes(self) -> tuple[int, int]:

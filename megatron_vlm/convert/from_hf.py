@@ -27,8 +27,8 @@ from megatron_vlm.convert.differences import describe_differences
 from megatron_vlm.convert.family import Family, Part, find_family, find_tower_family
 from megatron_vlm.convert.folder import CONFIG_NAME, HFFolder, read_json
 from megatron_vlm.convert.projector import find_projector
-from megatron_vlm.convert.rules import Rule
-from megatron_vlm.data.text.tokenizer import load_tokenizer
+from megatron_vlm.convert.rules import Rule, Vocabulary
+from megatron_vlm.data.text.tokenizer import Tokenizer, load_tokenizer
 from megatron_vlm.data.text.tokenizer_files import find_tokenizer, read_tokenizer_files
 from megatron_vlm.platform.files.run_folder import hold_run_folder
 
@@ -56,9 +56,8 @@ def import_parts(
 ) -> ModelConfig:
     """Write checkpoint 0 of a new run from a language model and a tower, e.g. LlamaForCausalLM and CLIPVisionModel.
 
-    Rows of the vocabulary beyond those of the language model (image, padding, rounding up) hold the mean of its rows:
-    their embeddings are not used, and their logits are those of an average token. The projection is initialised as in
-    a new model. Memory holds one tensor at a time.
+    Rows of tokens that the language model lacks, image and padding among them, hold the mean of its rows, in embedding
+    and output layer. The projection is initialised as in a new model. Memory holds one tensor at a time.
 
     Args:
         language: folder of the language model; its tokenizer is copied into the run.
@@ -85,8 +84,8 @@ def import_parts(
     )
     model = _agreed(model, found)
     tensors: dict[str, Tensor | LazyTensor] = {
-        **_lazy_tensors(decoder, model.language, model.language, num_rows=decoder.folder.config["vocab_size"]),
-        **_lazy_tensors(tower, model.vision, model.language),
+        **_lazy_tensors(decoder, model.language),
+        **_lazy_tensors(tower, model.vision),
         **_draw_projection(model, options.seed),
     }
     _write(run_dir, tensors, model, language)
@@ -114,7 +113,7 @@ def open_model_folder(folder: Path, model: ModelConfig | None = None) -> tuple[M
     opened = _open(folder, "model")
     found = opened.read_config()
     model = _agreed(model, replace(found, vision=_with_processing(found.vision, folder)))
-    return model, _lazy_tensors(opened, model, model.language)
+    return model, _lazy_tensors(opened, model)
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,14 +179,23 @@ def _check_new(run_dir: Path) -> None:
 def _language_config(opened: _OpenFolder) -> LanguageConfig:
     rows = vocab_size = opened.folder.config["vocab_size"]
     if find_tokenizer(opened.folder.path):
-        vocab_size = load_tokenizer(opened.folder.path).vocab_size
-    if vocab_size > rows:
+        tokenizer = load_tokenizer(opened.folder.path)
+        vocab_size = tokenizer.vocab_size
+        _check_new_tokens(tokenizer, rows, opened.where)
+    return opened.read_config(vocab_size=vocab_size)
+
+
+def _check_new_tokens(tokenizer: Tokenizer, rows: int, where: str) -> None:
+    """Check that the tokens which have no row in the embedding are control tokens: these are added to a tokenizer."""
+    new = range(rows, tokenizer.vocab_size)
+    if not all(map(tokenizer.is_control, new)):
         raise CheckpointError(
-            f"tokenizer has {vocab_size} pieces, the embedding {rows} rows",
-            where=opened.where,
+            f"tokenizer has {tokenizer.vocab_size} pieces, the embedding {rows} rows",
+            where=where,
             fix="use the right tokenizer",
         )
-    return opened.read_config(vocab_size=vocab_size)
+    if new:
+        logger.info("new tokens, which get the mean of the other rows: %s", ", ".join(map(tokenizer.piece, new)))
 
 
 def _with_processing(vision: Any, folder: Path) -> Any:
@@ -209,26 +217,27 @@ def _with_processing(vision: Any, folder: Path) -> Any:
     return replace(vision, **found)
 
 
-def _lazy_tensors(
-    opened: _OpenFolder, config: Any, language: LanguageConfig, *, num_rows: int | None = None
-) -> dict[str, LazyTensor]:
+def _lazy_tensors(opened: _OpenFolder, config: Any) -> dict[str, LazyTensor]:
     """Return our tensors by key, each to be made from those of the folder when it is written.
 
     Args:
         opened: the folder.
         config: settings of the part in it.
-        language: for the size of the vocabulary.
-        num_rows: rows of the vocabulary in the folder; None: as many as ours.
 
     Raises:
         CheckpointError: the folder and its table differ.
     """
-    rules = [
-        replace(rule, shape=(num_rows, *rule.shape[1:])) if num_rows and rule.is_vocabulary else rule
-        for rule in opened.family.rules(config)
-    ]
+    rules = [_with_their_rows(rule, opened.folder.config) for rule in opened.family.rules(config)]
     _check_tensors(opened.folder, rules, opened.family.unused(config))
-    return {rule.key: _lazy_tensor(opened.folder, rule, language) for rule in rules}
+    return {rule.key: _lazy_tensor(opened.folder, rule) for rule in rules}
+
+
+def _with_their_rows(rule: Rule, settings: Mapping[str, Any]) -> Rule:
+    """Return the rule with as many rows of the vocabulary as config.json says."""
+    if not isinstance(rule.transform, Vocabulary):
+        return rule
+    text = settings.get("text_config", settings)  # that of a whole model has a section for its decoder
+    return replace(rule, transform=replace(rule.transform, num_their_rows=text.get("vocab_size", 32000)))
 
 
 def _check_tensors(folder: HFFolder, rules: Sequence[Rule], unused: Sequence[str]) -> None:
@@ -255,38 +264,22 @@ def _check_tensors(folder: HFFolder, rules: Sequence[Rule], unused: Sequence[str
         )
 
 
-def _lazy_tensor(folder: HFFolder, rule: Rule, language: LanguageConfig) -> LazyTensor:
-    shape = (language.padded_vocab_size, *rule.shape[1:]) if rule.is_vocabulary else rule.checkpoint_shape
+def _lazy_tensor(folder: HFFolder, rule: Rule) -> LazyTensor:
     dtype = _common_type(folder, rule)
 
     def make(layer: int | None) -> Tensor:
         try:
-            tensor = rule.transform.join([folder.read(name) for name in rule.names_of(layer)]).to(dtype)
+            return rule.transform.join([folder.read(name) for name in rule.names_of(layer)]).to(dtype)
         except ValueError as error:
             raise CheckpointError(str(error), where=str(folder.path), fix="use another model") from None
-        return pad_vocabulary(tensor, language) if rule.is_vocabulary else tensor
 
-    return LazyTensor(shape=shape, dtype=dtype, is_stacked=rule.num_layers is not None, make=make)
+    return LazyTensor(shape=rule.checkpoint_shape, dtype=dtype, is_stacked=rule.num_layers is not None, make=make)
 
 
 def _common_type(folder: HFFolder, rule: Rule) -> torch.dtype:
     """Return the type that can hold the values of all layers; a folder may mix types."""
     types = {folder.stored[name].dtype for layer in rule.layers for name in rule.names_of(layer)}
     return reduce(torch.promote_types, types)
-
-
-def pad_vocabulary(rows: Tensor, language: LanguageConfig) -> Tensor:
-    """Return the embedding with `padded_vocab_size` rows; rows without a piece hold the mean of the others.
-
-    Args:
-        rows: float[n, h] with n >= vocab_size; a tensor of the full size is returned unchanged.
-        language: for the size of the vocabulary.
-    """
-    if rows.size(0) == language.padded_vocab_size:
-        return rows
-    pieces = rows[: language.vocab_size]
-    mean = pieces.float().mean(0, keepdim=True).to(rows.dtype)
-    return torch.cat([pieces, mean.expand(language.padded_vocab_size - language.vocab_size, -1)])
 
 
 def _draw_projection(model: ModelConfig, seed: int) -> dict[str, Tensor]:

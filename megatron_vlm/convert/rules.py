@@ -105,6 +105,39 @@ class GatedMLP:
         return list(whole.chunk(2))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Vocabulary:
+    """Rows of the vocabulary, of which the two sides have different numbers.
+
+    Both have those of the tokenizer. Rows of other tokens, and those that a tokenizer has and their side lacks, hold
+    the mean of the tokenizer's rows: their logits are those of an average token, which is never the most likely one.
+    The rows behind them, which only our side has, are zero.
+    """
+
+    vocab_size: int
+    """Entries of the tokenizer."""
+    num_token_ids: int
+    """Ids of our batches: those of the tokenizer, image and padding."""
+    num_rows: int
+    """Rows on our side."""
+    num_their_rows: int
+
+    def join(self, theirs: Sequence[Tensor]) -> Tensor:
+        """Return our rows."""
+        (rows,) = theirs
+        tokens = _with_means(rows[: self.vocab_size], self.num_token_ids)
+        return torch.cat([tokens, tokens.new_zeros((self.num_rows - len(tokens), *tokens.shape[1:]))])
+
+    def split(self, whole: Tensor) -> list[Tensor]:
+        """Return their rows."""
+        return [_with_means(whole[: min(self.vocab_size, self.num_their_rows)], self.num_their_rows)]
+
+
+def _with_means(rows: Tensor, size: int) -> Tensor:
+    mean = rows.float().mean(0, keepdim=True).to(rows.dtype)
+    return torch.cat([rows, mean.expand(size - len(rows), *mean.shape[1:])])
+
+
 @dataclass(frozen=True, slots=True)
 class LinearAsMLP:
     """One linear layer on our side; on theirs, it is followed by a second one that is the identity.
@@ -150,8 +183,6 @@ class Rule:
     transform: Transform = field(default_factory=Same)
     num_layers: int | None = None
     """Layers that our checkpoint stacks along the first axis; None if the tensor does not belong to a layer."""
-    is_vocabulary: bool = False
-    """Whether the first axis is the vocabulary, which we pad: their tensor may have fewer rows."""
 
     @property
     def checkpoint_shape(self) -> tuple[int, ...]:

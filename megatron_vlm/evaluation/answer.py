@@ -194,8 +194,7 @@ class Generator:
         logits = self._model.language_model(hidden, inference_context=context)
         context.increment_sequence_len_offset(hidden.size(0))
         context.enable_decode_mode()
-        # Ids beyond the tokenizer's pieces (image, padding) are never generated.
-        return logits[:, -1, : self._config.language.vocab_size]
+        return logits[:, -1]
 
 
 def _choose_rows(context: StaticInferenceContext, rows: Sequence[int]) -> None:

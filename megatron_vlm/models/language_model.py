@@ -18,6 +18,7 @@ from megatron_vlm.models.layers.gradients import end_gradient
 from megatron_vlm.models.layers.linear import ColumnLinear
 from megatron_vlm.models.layers.rotary import positions_in_samples, rotary_table
 from megatron_vlm.models.layers.specs import Backend, language_block_spec
+from megatron_vlm.models.layers.vocabulary import clear_rows, count_rows, exclude_ids
 from megatron_vlm.platform import device
 from megatron_vlm.platform.machine import check_fp8_backend
 
@@ -110,7 +111,7 @@ class LanguageModel(GPTModel):
             scatter_embedding_sequence_parallel=False,
             vp_stage=vp_stage,
         )
-        self.backend = backend
+        self.backend, self.num_predicted_ids = backend, language_config.vocab_size
         self.input_learns = True
         """Whether something before this stage's layers learns."""
         tied = language_config.share_embeddings_and_output_weights
@@ -122,6 +123,14 @@ class LanguageModel(GPTModel):
             # `_select_positions` gathers the full sequence; its backward pass reduce-scatters the partial gradients.
             self.output_layer.sequence_parallel = False
             self.output_layer.disable_grad_reduce = True
+        self._clear_rounding(language_config, tied)
+
+    def _clear_rounding(self, language: LanguageConfig, tied: bool) -> None:
+        """Clear the rows that round the vocabulary up; weight decay would move others."""
+        weights = [self.embedding.word_embeddings.weight] if self.pre_process else []
+        weights += [self.output_layer.weight] if self.post_process and not tied else []
+        for weight in weights:
+            clear_rows(weight, language.num_token_ids, self.pg_collection.tp.rank())
 
     def forward(
         self,
@@ -148,8 +157,8 @@ class LanguageModel(GPTModel):
 
         Returns:
             On the last stage, with labels: the loss of each label, float[1, k]. Without labels: logits,
-            float[b, s or k, padded_vocab_size / tp]; with a cache only those of the last position, over the full
-            vocabulary. On earlier stages: hidden states.
+            float[b, s or k, v], for the ids of the tokenizer among this rank's padded_vocab_size / tp; with a cache
+            only those of the last position, over the full vocabulary. On earlier stages: hidden states.
         """
         sequence_len_offset, received = None, self.decoder.input_tensor
         if not self.pre_process and not self.input_learns:
@@ -172,7 +181,7 @@ class LanguageModel(GPTModel):
             hidden_states = end_gradient(hidden_states, received)
         if self.post_process:
             hidden_states = self._select_positions(hidden_states, label_index)
-        return self._postprocess(
+        output = self._postprocess(
             hidden_states=hidden_states,
             input_ids=None,
             position_ids=None,
@@ -183,6 +192,10 @@ class LanguageModel(GPTModel):
             inference_context=inference_context,
             runtime_gather_output=True if inference_context is not None else None,
         )
+        if not self.post_process or labels is not None:
+            return output
+        tp_rank = self.pg_collection.tp.rank() if inference_context is None else 0
+        return output[..., : count_rows(output.size(-1), self.num_predicted_ids, tp_rank)]
 
     def _rotary_table(self, decoder_input: Tensor | None, packed_seq_params: PackedSeqParams | None) -> Tensor:
         """Return the rotary table of this micro-batch for all layers of this stage."""
@@ -201,8 +214,10 @@ class LanguageModel(GPTModel):
 
         Args:
             labels: int64[1, k].
-            logits: float[k, 1, padded_vocab_size / tp].
+            logits: float[k, 1, padded_vocab_size / tp]; overwritten for ids that are never predicted.
         """
+        # Outside of the graph, where the gradient would be copied: it is zero at these logits anyway.
+        exclude_ids(logits.detach(), self.num_predicted_ids, self.pg_collection.tp.rank())
         if self.pg_collection.tp.size() > 1 or self.config.cross_entropy_loss_fusion:
             return super().compute_language_model_loss(labels, logits)
         return cross_entropy(logits.transpose(0, 1), labels)

@@ -144,7 +144,7 @@ class VisionLanguageModel(MegatronModule):
 
         Returns:
             On the last stage, with labels: the loss of each label, float[1, k]. Without labels: logits,
-            float[b, s, padded_vocab_size / tp] (the full vocabulary with a cache). On earlier stages: hidden states.
+            float[b, s, v], see `LanguageModel.forward`. On earlier stages: hidden states.
         """
         embeddings = None
         if self.pre_process:

@@ -121,10 +121,30 @@ def test_imported_run_exports_and_loads(imported, tmp_path):
     assert not any(info.values())
 
 
-def test_rows_beyond_the_vocabulary_hold_the_mean_of_the_others(imported):
-    rows = read_tensor(read_run_settings(imported).checkpoint, "model.language_model.output_layer.weight")
+@pytest.mark.parametrize("name", ["embedding.word_embeddings", "output_layer"])
+def test_rows_of_image_and_padding_hold_the_mean_of_the_others_and_the_rest_is_zero(imported, name):
+    rows = read_tensor(read_run_settings(imported).checkpoint, f"model.language_model.{name}.weight")
     assert rows.shape[0] == 448
-    assert torch.allclose(rows[NUM_PIECES:], rows[:NUM_PIECES].mean(0), atol=1e-7)
+    assert torch.allclose(rows[NUM_PIECES : NUM_PIECES + 2], rows[:NUM_PIECES].mean(0), atol=1e-7)
+    assert not rows[NUM_PIECES + 2 :].any()
+
+
+def test_rows_that_a_llava_pads_its_vocabulary_with_are_left_out(exported, changed_copy, tmp_path):
+    names = ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight")
+
+    def pad(tensors):
+        return {
+            n: torch.nn.functional.pad(t, (0, 0, 0, 62), value=9.0) if n in names else t for n, t in tensors.items()
+        }
+
+    padded = changed_copy(exported, pad)
+    config = json.loads((padded / "config.json").read_text())
+    config["text_config"]["vocab_size"] += 62
+    (padded / "config.json").write_text(json.dumps(config))
+    for name, folder in (("first", exported), ("second", padded)):
+        import_model(folder, tmp_path / name)
+    first, second = (hash_weights(read_run_settings(tmp_path / name).checkpoint) for name in ("first", "second"))
+    assert first == second
 
 
 def test_the_projection_is_drawn_with_the_scale_of_a_new_model(imported):
@@ -309,6 +329,7 @@ def test_a_folder_of_another_kind_is_refused(llama_dir, tmp_path):
     ("settings", "message"),
     [
         ({"attention_bias": True}, "the language model has attention_bias=True"),
+        ({"rope_interleaved": True}, "the language model has rope_interleaved=True"),
         ({"hidden_act": "gelu"}, "the language model has hidden_act=gelu"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, r"scales its rotary positions \(linear\)"),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, r"scales its rotary positions \(llama3\)"),
@@ -339,7 +360,7 @@ def test_a_tower_with_an_unknown_activation_is_refused(llama_dir, clip_dir, tmp_
     ("settings", "message"),
     [
         ({"vision_feature_layer": [-2, -1]}, r"vision_feature_layer=\[-2, -1\]"),
-        ({"image_token_index": 300}, "448 rows in the vocabulary with the image token 300, not 320"),
+        ({"image_token_index": 300}, r"the image token is 300, padding 401 \(.*; fix: .* image, then padding"),
         ({"projector_hidden_act": "relu"}, "projector_hidden_act=relu"),
         ({"projector_hidden_act": "linear"}, "second layer of a linear projection is not the identity"),
         (

@@ -61,7 +61,7 @@ def load_llava(folder) -> torch.nn.Module:
 def assert_same_logits(run, folder) -> None:
     ids, pixels, ours = our_logits(run)
     with torch.no_grad():
-        theirs = load_llava(folder)(input_ids=ids, pixel_values=pixels).logits
+        theirs = load_llava(folder)(input_ids=ids, pixel_values=pixels).logits[..., : ours.size(-1)]
     assert ours.std() > 0.3, "logits this small would agree by themselves"
     assert (ours - theirs).abs().max() <= LOGIT_TOLERANCE
 

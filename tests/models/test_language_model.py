@@ -70,7 +70,7 @@ def test_logits_of_chosen_positions_are_those_of_all_positions(model):
     with torch.no_grad():
         everywhere = model(**{**arguments, "labels": None, "label_index": None})
         chosen = model(**{**arguments, "labels": None, "label_index": index})
-    assert chosen.shape == (1, 3, MODEL.language.padded_vocab_size)
+    assert chosen.shape == (1, 3, MODEL.language.vocab_size)
     # A product of fewer rows may sum in another order: float32.
     torch.testing.assert_close(chosen, everywhere[:, index], rtol=1e-5, atol=1e-5)
 

@@ -7,6 +7,7 @@ import torch
 from megatron_vlm.checkpoint.tensors import write_weights
 from megatron_vlm.config import ModelConfig, config_to_dict
 from megatron_vlm.convert.families import llava
+from megatron_vlm.convert.rules import Vocabulary
 
 
 def write_random_run(run_dir: Path, model: ModelConfig, tokenizer: Path) -> None:
@@ -22,5 +23,8 @@ def _random_weights(model: ModelConfig) -> dict[str, torch.Tensor]:
         # Biases and norms too: a new model has zeros and ones there, which hide a swap.
         noise = torch.randn(rule.checkpoint_shape, generator=generator)
         is_norm = rule.key.endswith(("norm_weight", "layernorm.weight"))
-        tensors[rule.key] = 1 + 0.1 * noise if is_norm else 0.12 * noise
+        weight = 1 + 0.1 * noise if is_norm else 0.12 * noise
+        if isinstance(rule.transform, Vocabulary):  # rows that no tokenizer has are not random
+            weight = rule.transform.join(rule.transform.split(weight))
+        tensors[rule.key] = weight
     return tensors

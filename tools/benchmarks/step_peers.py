@@ -50,15 +50,18 @@ class Peer:
         self.projection.load_state_dict(weights["projection"])
         self.tower: nn.Module
         self.decoder: Any
+        language = weights["language"]
+        # As ours, no peer predicts the placeholder of images or padding.
+        language["lm_head.weight"] = language["lm_head.weight"][: setting.model.language.vocab_size]
         if kind == "plain":
             self.tower, self.decoder = _PlainTower(setting.model.vision), _PlainDecoder(setting.model)
             self.tower.load_state_dict(_join_projections(weights["vision"], ("q_proj", "k_proj", "v_proj"), "qkv"))
-            joined = _join_projections(weights["language"], ("q_proj", "k_proj", "v_proj"), "qkv")
+            joined = _join_projections(language, ("q_proj", "k_proj", "v_proj"), "qkv")
             self.decoder.load_state_dict(_join_projections(joined, ("gate_proj", "up_proj"), "gate_up"))
         else:
             self.tower, self.decoder = _HuggingFaceTower(setting.model.vision), _hugging_face_decoder(setting.model)
             self.tower.tower.load_state_dict(weights["vision"], strict=False)
-            self.decoder.load_state_dict(weights["language"])
+            self.decoder.load_state_dict(language)
         self.tower.requires_grad_(not setting.freeze_tower)
         self.parameters = [p for part in (self.tower, self.projection, self.decoder) for p in part.parameters()]
         self.parameters = [p for p in self.parameters if p.requires_grad]
@@ -218,8 +221,12 @@ class _HuggingFaceTower(nn.Module):
 def _hugging_face_decoder(model: ModelConfig) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    settings = {**llama.config_to_hf(model.language), "use_cache": False}
-    return LlamaForCausalLM(LlamaConfig(**settings, attn_implementation="sdpa"))
+    language = model.language
+    settings = {**llama.config_to_hf(language), "use_cache": False}
+    decoder = LlamaForCausalLM(LlamaConfig(**settings, attn_implementation="sdpa"))
+    decoder.lm_head = nn.Linear(language.hidden_size, language.vocab_size, bias=False)
+    decoder.config.vocab_size = language.vocab_size
+    return decoder
 
 
 def _join_projections(tensors: dict[str, Tensor], parts: tuple[str, ...], name: str) -> dict[str, Tensor]:
@@ -299,10 +306,10 @@ class _PlainDecoder(nn.Module):
         super().__init__()
         language = model.language
         self.model = nn.Module()
-        self.model.embed_tokens = nn.Embedding(language.padded_vocab_size, language.hidden_size)
+        self.model.embed_tokens = nn.Embedding(language.num_token_ids, language.hidden_size)
         self.model.layers = nn.ModuleList(_PlainDecoderLayer(model) for _ in range(language.num_layers))
         self.model.norm = nn.RMSNorm(language.hidden_size, language.layernorm_epsilon)
-        self.lm_head = nn.Linear(language.hidden_size, language.padded_vocab_size, bias=False)
+        self.lm_head = nn.Linear(language.hidden_size, language.vocab_size, bias=False)
         channels = language.head_channels
         frequencies = language.rotary_base ** -(torch.arange(0, channels, 2).float() / channels)
         angles = torch.outer(torch.arange(language.max_position_embeddings).float(), frequencies).repeat(1, 2)

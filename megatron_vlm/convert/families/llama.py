@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from megatron_vlm.config import CheckpointError, LanguageConfig
-from megatron_vlm.convert.rules import GatedMLP, QueryKeyValue, Rule
+from megatron_vlm.convert.rules import GatedMLP, QueryKeyValue, Rule, Vocabulary
 
 PART = "language"
 MODEL_TYPES = ("llama",)
@@ -23,7 +23,13 @@ def renames(settings: dict[str, Any]) -> tuple[tuple[str, str], ...]:
 
 def rules(language: LanguageConfig) -> list[Rule]:
     """Return the table."""
-    vocabulary = (language.padded_vocab_size, language.hidden_size)
+    shape = (language.padded_vocab_size, language.hidden_size)
+    vocabulary = Vocabulary(
+        vocab_size=language.vocab_size,
+        num_token_ids=language.num_token_ids,
+        num_rows=language.padded_vocab_size,
+        num_their_rows=language.num_token_ids,
+    )
     hidden, ffn, layers = language.hidden_size, language.ffn_hidden_size, language.num_layers
     heads, groups, channels = language.num_attention_heads, language.query_groups, language.head_channels
     qkv = QueryKeyValue(num_attention_heads=heads, num_query_groups=groups, kv_channels=channels)
@@ -31,7 +37,7 @@ def rules(language: LanguageConfig) -> list[Rule]:
     attention, mlp = theirs + "self_attn.", theirs + "mlp."
     rows = (heads + 2 * groups) * channels
     table = [
-        Rule(_PREFIX + "embedding.word_embeddings.weight", vocabulary, (_EMBEDDING_NAME,), is_vocabulary=True),
+        Rule(_PREFIX + "embedding.word_embeddings.weight", shape, (_EMBEDDING_NAME,), vocabulary),
         Rule(_PREFIX + "decoder.final_layernorm.weight", (hidden,), ("model.norm.weight",)),
         Rule(
             ours + "self_attention.linear_qkv.weight",
@@ -61,7 +67,7 @@ def rules(language: LanguageConfig) -> list[Rule]:
     ):
         table.append(Rule(ours + key, (hidden,), (theirs + name,), num_layers=layers))
     if not language.share_embeddings_and_output_weights:
-        table.append(Rule(_PREFIX + "output_layer.weight", vocabulary, (_OUTPUT_NAME,), is_vocabulary=True))
+        table.append(Rule(_PREFIX + "output_layer.weight", shape, (_OUTPUT_NAME,), vocabulary))
     return table
 
 
@@ -80,7 +86,7 @@ def config_to_hf(language: LanguageConfig) -> dict[str, Any]:
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "vocab_size": language.padded_vocab_size,
+        "vocab_size": language.num_token_ids,
         "hidden_size": language.hidden_size,
         "intermediate_size": language.ffn_hidden_size,
         "num_hidden_layers": language.num_layers,
@@ -113,7 +119,8 @@ def config_from_hf(settings: dict[str, Any], *, where: str, **chosen: Any) -> La
     Raises:
         CheckpointError: our model does not support something in the settings.
     """
-    for key, usual in (("attention_bias", False), ("mlp_bias", False), ("hidden_act", "silu")):
+    usual_settings = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu", "rope_interleaved": False}
+    for key, usual in usual_settings.items():
         if settings.get(key, usual) != usual:
             raise CheckpointError(
                 f"the language model has {key}={settings[key]}", where=where, fix=f"use a model with {key}={usual}"

@@ -139,13 +139,12 @@ def config_from_hf(settings: dict[str, Any], *, where: str, **chosen: Any) -> Mo
     language_family = find_family(text.get("model_type"), "language", f"text_config of {where}")
     vision_family = find_family(vision.get("model_type"), "vision", f"vision_config of {where}")
     language = language_family.config_from_hf(text, where=where, vocab_size=settings.get("image_token_index", 32000))
-    rows = text.get("vocab_size", 32000)
-    if rows != language.padded_vocab_size:
+    pad = settings.get("pad_token_id", language.pad_token_id)
+    if pad != language.pad_token_id:
         raise CheckpointError(
-            f"{rows} rows in the vocabulary with the image token {language.image_token_id}, not "
-            f"{language.padded_vocab_size}",
+            f"the image token is {language.image_token_id}, padding {pad}",
             where=where,
-            fix="use a model whose added tokens are image, then padding, padded to a multiple of 64",
+            fix="use a model whose added tokens are image, then padding",
         )
     found = {
         "language": language,

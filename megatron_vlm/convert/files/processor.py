@@ -63,7 +63,7 @@ def generation_config(language: LanguageConfig, *, bos_id: int | None, eos_id: i
         "bos_token_id": bos_id,
         "eos_token_id": eos_id,
         "pad_token_id": language.pad_token_id,
-        "suppress_tokens": list(range(language.vocab_size, language.padded_vocab_size)),
+        "suppress_tokens": list(range(language.vocab_size, language.num_token_ids)),
     }
 
 
