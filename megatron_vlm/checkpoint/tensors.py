@@ -38,6 +38,16 @@ def list_tensors(checkpoint: Path) -> dict[str, tuple[tuple[int, ...], torch.dty
     return {key: found[key] for key in sorted(found) if key.startswith(MODEL_PREFIX)}
 
 
+def keys_beside_base(checkpoint: Path) -> set[str]:
+    """Return the keys of the model tensors that do not come from the last of a checkpoint's bases: what was learned.
+
+    Raises:
+        CheckpointError: as for `list_tensors`.
+    """
+    folders = with_bases(checkpoint)[:-1]
+    return {key for folder in folders for key in _read_index(folder) if key.startswith(MODEL_PREFIX)}
+
+
 def _read_index(folder: Path) -> dict[str, ShardedTensor]:
     check_metadata(folder)
     with single_process():

@@ -12,9 +12,13 @@ from megatron_vlm.config.modules import module_names
 from megatron_vlm.config.prepare import TemplateName
 
 _TO_HF = "convert to-hf runs/sft --format llava --output exported"
+_TO_PEFT = "convert to-hf runs/lora --format peft --output adapter"
+_PEFT = "peft"
+"""The format that holds not a whole model, but what a run with LoRA learned."""
 _FROM_HF = (
     "convert from-hf --language Llama-2-7b-hf --vision clip-vit-large-patch14-336 --output runs/start",
     "convert from-hf --model llava-1.5-7b-hf --output runs/start",
+    "convert from-hf --peft adapter --base runs/start --output runs/adapted",
 )
 _VERIFY = "convert verify runs/sft exported"
 
@@ -32,10 +36,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def _add_to_hf(actions: argparse._SubParsersAction) -> None:
     text = "write a folder that transformers, vLLM and other programs load"
-    add = add_command(actions, "to-hf", text, _TO_HF).add_argument
+    notes = "The weights of an adapter are merged into those of its base, except with --format peft."
+    add = add_command(actions, "to-hf", text, _TO_HF, _TO_PEFT, notes=notes).add_argument
     text = "a checkpoint, or a run folder for its newest checkpoint"
     add("checkpoint", metavar="CHECKPOINT_OR_RUN", help=text)
-    text = "llava: LlavaForConditionalGeneration (default: %(default)s)"
+    text = "llava: LlavaForConditionalGeneration; peft: LoRA alone, for PeftModel (default: %(default)s)"
     add("--format", default="llava", metavar="FAMILY", help=text)
     add("--output", type=new_folder, required=True, metavar="DIR", help="folder to write")
     text = "number format of the weights (default: as in the checkpoint)"
@@ -53,7 +58,7 @@ def _add_to_hf(actions: argparse._SubParsersAction) -> None:
 
 
 def _add_from_hf(actions: argparse._SubParsersAction) -> None:
-    text = "make a starting checkpoint from a language model and a vision tower, or from a whole model"
+    text = "make a starting checkpoint from a language model and a vision tower, a whole model, or a LoRA of PEFT"
     notes = "Train from it with checkpoint.load_weights=runs/start."
     add = add_command(actions, "from-hf", text, *_FROM_HF, notes=notes).add_argument
     add("--language", type=local_path, metavar="DIR", help="folder of a language model: LlamaForCausalLM")
@@ -65,6 +70,9 @@ def _add_from_hf(actions: argparse._SubParsersAction) -> None:
     )
     text = "instead of both: folder of a whole model, LlavaForConditionalGeneration"
     add("--model", "--llava", type=local_path, metavar="DIR", help=text)
+    add("--peft", type=local_path, metavar="DIR", help="or: folder of a LoRA that PEFT saved, with --base")
+    text = "run folder or checkpoint that holds the model which the LoRA adapts"
+    add("--base", type=local_path, metavar="CHECKPOINT_OR_RUN", help=text)
     add("--output", type=new_folder, required=True, metavar="RUN_DIR", help="run folder to write")
     add("--config", metavar="CONFIG", help="training config whose model section must match")
     text = "type of the projection, whose weights are random (default: %(default)s)"
@@ -99,6 +107,7 @@ def run(args: argparse.Namespace) -> int:
 def _to_hf(args: argparse.Namespace) -> None:
     from megatron_vlm.checkpoint.run_settings import read_run_settings
     from megatron_vlm.convert.to_hf import ExportOptions, export_model
+    from megatron_vlm.convert.to_peft import export_adapter
     from megatron_vlm.data.text.templates import find_system
 
     settings = read_run_settings(args.checkpoint, tokenizer=args.tokenizer, image_aspect=args.image_aspect)
@@ -109,7 +118,8 @@ def _to_hf(args: argparse.Namespace) -> None:
         system=find_system(args.system),
         overwrite=args.overwrite,
     )
-    architecture = export_model(settings, args.output, options)
+    export = export_adapter if args.format == _PEFT else export_model
+    architecture = export(settings, args.output, options)
     print(f"{args.output}: {settings.checkpoint} for {architecture}.from_pretrained")
     if args.verify:
         _compare(settings.checkpoint, args.output)
@@ -128,15 +138,22 @@ def _compare(first: Path, second: Path, *, with_logits: bool = True) -> None:
 
 
 def _from_hf(args: argparse.Namespace) -> None:
-    if bool(args.model) == bool(args.language or args.vision) or bool(args.language) != bool(args.vision):
-        raise UsageError("convert from-hf needs --language and --vision, or only --model", fix="see --help")
+    sources = [args.language or args.vision, args.model, args.peft or args.base]
+    pairs = [(args.language, args.vision), (args.peft, args.base)]
+    if sum(map(bool, sources)) != 1 or any(bool(one) != bool(other) for one, other in pairs):
+        raise UsageError(
+            "convert from-hf needs --language and --vision, or only --model, or --peft and --base", fix="see --help"
+        )
     import yaml
 
     from megatron_vlm.config import config_to_dict
     from megatron_vlm.convert.from_hf import ImportOptions, import_model, import_parts
+    from megatron_vlm.convert.from_peft import import_adapter
 
     model = load_section(ModelConfig, args.config, "model") if args.config else None
-    if args.model:
+    if args.peft:
+        model = import_adapter(args.peft, args.base, args.output)
+    elif args.model:
         model = import_model(args.model, args.output, model)
     else:
         options = ImportOptions(projection=args.projection, feature_layer=args.feature_layer, seed=args.seed)

@@ -64,7 +64,7 @@ class HFFolder:
         self.stored: dict[str, Stored] = {}
         for file in self._files():
             for stored in _list_tensors(file):
-                self.stored[_rename(stored.name, renames)] = stored
+                self.stored[rename(stored.name, renames)] = stored
 
     def read(self, name: str) -> Tensor:
         """Read one tensor.
@@ -120,7 +120,8 @@ def write_json(path: Path, record: dict[str, Any]) -> None:
     path.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 
 
-def _rename(name: str, renames: Sequence[tuple[str, str]]) -> str:
+def rename(name: str, renames: Sequence[tuple[str, str]]) -> str:
+    """Apply the first (regular expression, replacement) pair that matches the start of a name."""
     for pattern, replacement in renames:
         if re.match(pattern, name):
             return re.sub(r"\A" + pattern, replacement, name, count=1)

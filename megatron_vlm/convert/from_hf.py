@@ -74,7 +74,7 @@ def import_parts(
         ConfigError: another job uses the run folder.
         CheckpointError: the folders hold other kinds of models, or differ from `model`.
     """
-    _check_new(run_dir)
+    check_new(run_dir)
     decoder, tower = _open(language, "language"), _open(vision, "vision")
     chosen = {} if options.feature_layer is None else {"feature_layer": options.feature_layer}
     found = ModelConfig(
@@ -94,7 +94,7 @@ def import_parts(
 
 def import_model(folder: Path, run_dir: Path, model: ModelConfig | None = None) -> ModelConfig:
     """Write checkpoint 0 of a new run from a whole model, e.g. LlavaForConditionalGeneration; see `import_parts`."""
-    _check_new(run_dir)
+    check_new(run_dir)
     model, tensors = open_model_folder(folder, model)
     _write(run_dir, tensors, model, folder)
     return model
@@ -171,7 +171,8 @@ def _effective(part: Any, name: str) -> Any:
     return getattr(part, derived.get(name, name))
 
 
-def _check_new(run_dir: Path) -> None:
+def check_new(run_dir: Path) -> None:
+    """Raise UsageError if the run has a checkpoint already."""
     if list_iterations(run_dir):
         raise UsageError(f"run {run_dir} already has a checkpoint", fix="name another folder with --output")
 
@@ -299,7 +300,7 @@ def _write(
     config: dict[str, Any] = {"model": config_to_dict(model)}
     total = sum(len(tensor.layers) if isinstance(tensor, LazyTensor) else 1 for tensor in tensors.values())
     with hold_run_folder(run_dir), tqdm(total=total, unit="tensor", desc="import", disable=None) as progress:
-        _check_new(run_dir)
+        check_new(run_dir)
         if find_tokenizer(tokenizer_folder):
             tokenizer = read_tokenizer_files(tokenizer_folder)
             tokenizer.copy_to(run_dir)

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -13,7 +14,8 @@ from tqdm import tqdm
 from megatron_vlm.checkpoint.run_settings import RunSettings
 from megatron_vlm.checkpoint.tensors import list_tensors, read_tensor
 from megatron_vlm.checkpoint.verify import check_whole
-from megatron_vlm.config import CheckpointError, UsageError
+from megatron_vlm.config import AdapterConfig, CheckpointError, ModelConfig, UsageError
+from megatron_vlm.convert.adapter import find_adapter
 from megatron_vlm.convert.differences import describe_differences
 from megatron_vlm.convert.family import Serving, find_format
 from megatron_vlm.convert.rules import Rule
@@ -71,10 +73,10 @@ def export_model(settings: RunSettings, output: Path, options: ExportOptions | N
     if output.exists() and not options.overwrite:
         raise UsageError(f"folder {output} exists", fix="name another one, or add --overwrite")
     family, template = find_format(options.format), find_template(options.template)
-    rules = family.rules(settings.model)
+    rules, added = family.rules(settings.model), adapter_shapes(settings.model)
     # Faults of the checkpoint and the settings show before the long part.
     with single_process(), storage_errors("export not written", output, only=STORAGE_ERRNOS, fix=_FIX):
-        dtype = _choose_dtype(options.dtype, check_checkpoint(settings.checkpoint, rules))
+        dtype = _choose_dtype(options.dtype, check_checkpoint(settings.checkpoint, rules, added))
         serving = Serving(
             model=settings.model,
             dtype=dtype,
@@ -87,7 +89,7 @@ def export_model(settings: RunSettings, output: Path, options: ExportOptions | N
         with folder_beside(output, is_new=not options.overwrite, replaces=True) as unfinished:
             family.write_settings(unfinished, serving)
             constants = family.constants(settings.model)
-            export = _Export(settings.checkpoint, rules, constants, dtype)
+            export = _Export(settings.checkpoint, rules, constants, dtype, settings.model.adapter)
             _write_weights(export, WeightsWriter(unfinished, export.announce(), options.max_shard_bytes))
     return family.ARCHITECTURE
 
@@ -98,19 +100,33 @@ def _choose_dtype(asked: DType | None, stored: set[torch.dtype]) -> torch.dtype:
     return torch.bfloat16 if stored == {torch.bfloat16} else torch.float32
 
 
-def check_checkpoint(checkpoint: Path, rules: Sequence[Rule]) -> set[torch.dtype]:
-    """Compare the files of a checkpoint with its manifest, and its tensors with those of the table.
-
-    Returns:
-        The types of its tensors.
+def adapter_shapes(model: ModelConfig) -> Mapping[str, tuple[int, ...]]:
+    """Return the shapes of the tensors that the adapter adds to a checkpoint, by key; empty without an adapter.
 
     Raises:
-        CheckpointError: a file is damaged; a tensor is missing, not in the table, or has another shape.
+        CheckpointError: the adapter cannot be merged.
+    """
+    return find_adapter(model.adapter).shapes(model.adapter, model) if model.adapter is not None else {}
+
+
+def check_checkpoint(checkpoint: Path, rules: Sequence[Rule], added: Mapping[str, tuple[int, ...]]) -> set[torch.dtype]:
+    """Compare the files of a checkpoint with its manifest, and its tensors with those of the table and the adapter.
+
+    Args:
+        checkpoint: its folder.
+        rules: the table.
+        added: shapes of the tensors of the adapter, by key.
+
+    Returns:
+        The types of the tensors of the table.
+
+    Raises:
+        CheckpointError: a file is damaged; a tensor is missing, unknown, or has another shape.
     """
     check_whole(checkpoint)
     tensors = list_tensors(checkpoint)
     found = {key: shape for key, (shape, _) in tensors.items()}
-    wanted = {rule.key: rule.checkpoint_shape for rule in rules}
+    wanted = {rule.key: rule.checkpoint_shape for rule in rules} | dict(added)
     differences = describe_differences(wanted, found)
     if differences:
         raise CheckpointError(
@@ -118,7 +134,7 @@ def check_checkpoint(checkpoint: Path, rules: Sequence[Rule]) -> set[torch.dtype
             where=str(checkpoint),
             fix="use a complete checkpoint",
         )
-    return {dtype for _, dtype in tensors.values()}
+    return {tensors[rule.key][1] for rule in rules}
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +145,8 @@ class _Export:
     rules: Sequence[Rule]
     constants: Mapping[str, Tensor]
     dtype: torch.dtype
+    adapter: AdapterConfig | None
+    """To be merged."""
 
     def announce(self) -> list[Announced]:
         """Describe every tensor, in the order of `tensors`."""
@@ -145,10 +163,17 @@ class _Export:
         """Yield the tensors of the folder, each made when it is asked for."""
         for rule in self.rules:
             for layer in rule.layers:
-                whole = read_tensor(self.checkpoint, rule.key, layer)
+                whole = self._merged(rule.key, layer)
                 for name, tensor in zip(rule.names_of(layer), rule.transform.split(whole), strict=True):
                     yield name, tensor.to(self.dtype)
         yield from ((name, tensor.to(self.dtype)) for name, tensor in self.constants.items())
+
+    def _merged(self, key: str, layer: int | None) -> Tensor:
+        weight = read_tensor(self.checkpoint, key, layer)
+        if self.adapter is None:
+            return weight
+        read = partial(read_tensor, self.checkpoint, layer=layer)
+        return find_adapter(self.adapter).merge(self.adapter, key, weight, read)
 
 
 def _write_weights(export: _Export, writer: WeightsWriter) -> None:

@@ -43,11 +43,14 @@ class WeightsWriter:
         folder: where the files go.
         announced: every tensor that will be written; all of the same type.
         max_shard_bytes: largest size of a file [bytes]; a larger tensor gets its own file.
+        name: of the file, if one is enough.
     """
 
-    def __init__(self, folder: Path, announced: Sequence[Announced], max_shard_bytes: int) -> None:
+    def __init__(
+        self, folder: Path, announced: Sequence[Announced], max_shard_bytes: int, name: str = WEIGHTS_NAME
+    ) -> None:
         self._folder, self._announced = folder, {entry.name: entry for entry in announced}
-        self._files = _assign_files(announced, max_shard_bytes)
+        self._files = _assign_files(announced, max_shard_bytes, name)
         self._file_of = {entry.name: file for file, entries in self._files.items() for entry in entries}
         self._checksums: dict[str, int] = {}
 
@@ -114,7 +117,7 @@ class WeightsWriter:
                 )
 
 
-def _assign_files(announced: Sequence[Announced], max_shard_bytes: int) -> dict[str, list[Announced]]:
+def _assign_files(announced: Sequence[Announced], max_shard_bytes: int, name: str) -> dict[str, list[Announced]]:
     files: list[list[Announced]] = [[]]
     used = 0
     for entry in announced:
@@ -124,7 +127,7 @@ def _assign_files(announced: Sequence[Announced], max_shard_bytes: int) -> dict[
         files[-1].append(entry)
         used += entry.num_bytes
     if len(files) == 1:
-        return {WEIGHTS_NAME: files[0]}
+        return {name: files[0]}
     return {f"model-{number + 1:05d}-of-{len(files):05d}.safetensors": file for number, file in enumerate(files)}
 
 

@@ -1,3 +1,4 @@
+import dataclasses
 import shutil
 
 import pytest
@@ -5,8 +6,9 @@ import yaml
 
 from megatron_vlm.cli.main import main
 from megatron_vlm.config import ModelConfig, load_section
+from megatron_vlm.config.adapters.lora import Config
 from tests.support.configs import tiny_model
-from tests.support.random_run import write_random_run
+from tests.support.random_run import write_random_adapter, write_random_run
 from tests.support.sentence_piece import NUM_PIECES, train_sentence_piece
 
 MODEL = tiny_model(vocab_size=NUM_PIECES)
@@ -59,13 +61,29 @@ def test_from_hf_prints_the_model_section_for_a_config(run, exported, tmp_path, 
     assert (model.vision.num_layers, model.vision.feature_layer) == (MODEL.vision.num_layers_run, -1)
 
 
+def test_what_lora_learned_goes_to_a_peft_folder_and_comes_back(run, tmp_path, capsys):
+    model = dataclasses.replace(MODEL, adapter=Config(rank=2))
+    write_random_adapter(tmp_path / "adapted", run, model, run.parent / "tokenizer.model")
+    assert (
+        main(["convert", "to-hf", str(tmp_path / "adapted"), "--format", "peft", "--output", str(tmp_path / "x")]) == 0
+    )
+    assert "for PeftModel.from_pretrained" in capsys.readouterr().out
+    command = ["convert", "from-hf", "--peft", str(tmp_path / "x"), "--base", str(run)]
+    assert main([*command, "--output", str(tmp_path / "back")]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["model"]["adapter"]["ranks"] == {"linear_fc1": 4, "linear_qkv": 6}
+    assert main(["checkpoint", "verify", str(tmp_path / "back")]) == 0
+
+
 def test_from_hf_checks_a_given_config(run, exported, tmp_path, capsys):
     arguments = ["convert", "from-hf", "--llava", str(exported), "--output", str(tmp_path / "run"), "--config"]
     assert main([*arguments, str(run / "config.yaml")]) == 65
     assert "model.vision.num_layers=3, the folder has 2" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("parts", [[], ["--language", "a"], ["--llava", "a", "--vision", "b"]])
+@pytest.mark.parametrize(
+    "parts",
+    [[], ["--language", "a"], ["--llava", "a", "--vision", "b"], ["--peft", "a"], ["--llava", "a", "--base", "b"]],
+)
 def test_from_hf_needs_both_parts_or_a_llava(parts, tmp_path, capsys):
     assert main(["convert", "from-hf", *parts, "--output", str(tmp_path / "run")]) == 64
     assert "needs --language and --vision, or only --model" in capsys.readouterr().err

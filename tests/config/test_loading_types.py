@@ -59,12 +59,12 @@ def test_null_is_a_section_without_settings(load):
         ({"projection": {"type": 7}}, r"unknown projection.type '7' \(.*model.yaml:13\)"),
         ({"projection": {"type": "linear.Config"}}, r"unknown projection.type 'linear.Config'"),
         (
-            {"adapter": {"type": "lora"}},
-            r"unknown adapter.type 'lora' \(.*model.yaml:13\); fix: remove it: this version",
+            {"adapter": {"type": "lorra"}},
+            r"unknown adapter.type 'lorra' \(.*model.yaml:13\); fix: choose one of lora",
         ),
         (
             {"adapter": {"rank": 8}},
-            r"missing value adapter.type \(.*model.yaml:12\); fix: set it to one of: none in this",
+            r"missing value adapter.type \(.*model.yaml:12\); fix: set it to one of: lora",
         ),
         ({"projection": "linear"}, r"projection='linear' is not a section \(.*model.yaml:12\)"),
         (
@@ -96,7 +96,7 @@ def test_wrong_type_of_an_override_names_the_override(load):
 def test_a_type_added_from_elsewhere_is_listed_with_the_others(load, toy_parts):
     with pytest.raises(ConfigError, match="choose one of linear, mlp2x_gelu, pixel_shuffle"):
         load(projection={"type": "mlp3x"})
-    with pytest.raises(ConfigError, match="missing value adapter.type .* set it to one of: beside_mlp"):
+    with pytest.raises(ConfigError, match="missing value adapter.type .* set it to one of: beside_mlp, lora"):
         load(adapter={"rank": 8})
     assert load(adapter={"type": "beside_mlp", "rank": 8}).adapter.rank == 8
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 from PIL import Image as PILImage
 
-from megatron_vlm.checkpoint.open_model import open_model
 from megatron_vlm.checkpoint.run_settings import read_run_settings
 from megatron_vlm.checkpoint.tensors import hash_weights, list_tensors
 from megatron_vlm.config import CheckpointError, ConfigError, ModelConfig, StorageError, UsageError
@@ -19,43 +18,12 @@ from megatron_vlm.convert.to_hf import ExportOptions, export_model
 from megatron_vlm.data.loading.pixels import decode_image
 from megatron_vlm.data.text.tokenizer import load_tokenizer
 from tests.support.configs import tiny_model, tiny_model_with_tower, tiny_run
+from tests.support.llava_logits import load_llava, our_logits, random_batch
 from tests.support.sentence_piece import NUM_PIECES
 
 # Same weights, same operations in fp32: what is left is the order of additions inside kernels.
 LOGIT_TOLERANCE = 2e-5
 NAME = "model.safetensors"
-
-
-def random_batch(model: ModelConfig, num_images: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return int64[1, s] with images between the text, and uint8 pixels."""
-    generator = torch.Generator().manual_seed(3)
-    side = model.vision.image_size
-    pixels = torch.randint(0, 256, (num_images, 3, side, side), generator=generator, dtype=torch.uint8)
-    image = torch.full((model.constant_image_tokens,), model.language.image_token_id)
-    parts = [torch.tensor([1])]
-    for _ in range(num_images):
-        parts += [torch.randint(3, model.language.vocab_size, (5,), generator=generator), image]
-    parts.append(torch.randint(3, model.language.vocab_size, (9,), generator=generator))
-    return torch.cat(parts)[None], pixels
-
-
-def our_logits(run) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return ids, normalised pixels and float[1, s, v] logits of a run."""
-    settings = read_run_settings(run)
-    ids, pixels = random_batch(settings.model)
-    index = (ids[0] == settings.model.language.image_token_id).nonzero()[:, 0]
-    with open_model(settings) as model, torch.no_grad():
-        logits = model(ids, pixels, index, num_images=pixels.size(0))
-        return ids, model.vision_model.normalise(pixels), logits
-
-
-def load_llava(folder) -> torch.nn.Module:
-    """Load with transformers, which must not complain about a single tensor."""
-    from transformers import LlavaForConditionalGeneration
-
-    model, info = LlavaForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
-    assert not any(info.values()), info
-    return model.eval()
 
 
 def assert_same_logits(run, folder) -> None:

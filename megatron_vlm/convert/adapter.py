@@ -1,0 +1,44 @@
+"""The functions that a module of `convert/adapters/` offers; it is found by `model.adapter.type`."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, cast
+
+from torch import Tensor
+
+from megatron_vlm.config import AdapterConfig, CheckpointError, ModelConfig
+from megatron_vlm.config.modules import find_module, module_names
+
+ADAPTERS = "megatron_vlm.convert.adapters"
+
+
+class AdapterFamily(Protocol):
+    """The tensors of an adapter, and how they go into those of the base."""
+
+    def shapes(self, config: Any, model: ModelConfig) -> Mapping[str, tuple[int, ...]]:
+        """Return the shapes of the tensors that the adapter adds to a checkpoint, by key."""
+
+    def merge(self, config: Any, key: str, weight: Tensor, read: Callable[[str], Tensor]) -> Tensor:
+        """Return a tensor with which the base alone computes what it computes with the adapter.
+
+        Args:
+            config: settings of the adapter.
+            key: of the tensor.
+            weight: the tensor of the base; that of one layer, if the checkpoint stacks layers.
+            read: returns a tensor of the adapter by its key; that of the same layer.
+        """
+
+
+def find_adapter(adapter: AdapterConfig) -> AdapterFamily:
+    """Return the module of an adapter.
+
+    Raises:
+        CheckpointError: no weights of a base do what this adapter does; lists the adapters that can be merged.
+    """
+    names = module_names(ADAPTERS)
+    if adapter.type not in names:
+        raise CheckpointError(
+            f"adapter {adapter.type} cannot be merged into the weights of its base",
+            where="model.adapter",
+            fix=f"export a model without it, or with one of: {', '.join(names)}",
+        )
+    return cast(AdapterFamily, find_module(ADAPTERS, adapter.type, "adapter"))
