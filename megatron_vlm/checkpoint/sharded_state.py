@@ -25,7 +25,7 @@ from megatron_vlm.checkpoint.parallel_files import read_state
 from megatron_vlm.checkpoint.pickles import check_metadata
 from megatron_vlm.checkpoint.resizing import ask_for_stored, resize_loaded
 from megatron_vlm.config import CheckpointError
-from megatron_vlm.models.build import is_of_adapter
+from megatron_vlm.models.build import is_of_adapter, stays_in_base
 
 SHARDING_METADATA = {"singleton_local_shards": False}
 """How megatron-core names the weights: layers are stacked, the halves of a gated MLP are one tensor."""
@@ -43,7 +43,7 @@ def describe_model(
         present: when loading, the keys of all objects in the checkpoint; other objects are left out. An object is the
             extra state of a module, such as FP8 scales; modules of transformer-engine ask for it, others do not.
             When saving, None: objects that hold nothing are left out.
-        only_learning: leave out weights that do not learn.
+        only_learning: leave out what is in the base: weights that learn in no layer.
     """
     return {f"model{index}": _describe_chunk(chunk, present, only_learning) for index, chunk in enumerate(chunks)}
 
@@ -53,13 +53,12 @@ def _describe_chunk(chunk: MegatronModule, present: Container[str] | None, only_
     return {
         key: value
         for key, value in state.items()
-        if not _is_left_out(value, present) and (_learns(value) or not only_learning)
+        if not _is_left_out(value, present) and not (only_learning and _stays_in_base(value))
     }
 
 
-def _learns(value: Any) -> bool:
-    """Return whether a checkpoint of an adapter run holds it: a weight that learns, or the extra state of a module."""
-    return isinstance(value, ShardedObject) or value.data.requires_grad
+def _stays_in_base(value: Any) -> bool:
+    return not isinstance(value, ShardedObject) and stays_in_base(value.data)
 
 
 def _is_left_out(value: Any, present: Container[str] | None) -> bool:
@@ -206,9 +205,9 @@ def _check_learning(sources: _Sources, state: dict[str, Any]) -> None:
     if len(sources.folders) == 1:
         return
     for value in nested_values(state):
-        if _learns(value) == (sources.holder(value) == 0) or isinstance(value, ShardedObject):
+        if isinstance(value, ShardedObject) or _stays_in_base(value) == (sources.holder(value) > 0):
             continue
-        now = "learns now and did not" if _learns(value) else "does not learn now and did"
+        now = "does not learn now and did" if _stays_in_base(value) else "learns now and did not"
         raise CheckpointError(
             f"tensor {_keys_of(value)[0]} {now} when the checkpoint was saved",
             where=str(sources.folders[0]),

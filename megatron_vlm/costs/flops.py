@@ -51,7 +51,8 @@ def step_flops(model: ModelConfig, freeze: tuple[str, ...], work: Work) -> StepF
 
     Gradients flow from the loss back to the first parameter that learns. What is frozen on the way computes the
     gradient of its input but not of its weights; what is frozen before it has no backward pass. Inside the decoder this
-    is exact; a tower or projection frozen in part counts as if all its weights behind the first that learns did.
+    is exact; a tower or projection frozen in part counts as if all its weights behind the first that learns did, and a
+    decoder layer with an adapter as if the gradient reached its input.
 
     Args:
         model: sizes of the parts.

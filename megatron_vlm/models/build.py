@@ -1,5 +1,6 @@
 """Build the model chunks of this rank, freeze parameters and add the adapter."""
 
+import re
 from collections.abc import Iterable
 from types import ModuleType
 
@@ -10,7 +11,7 @@ from torch import Tensor
 from megatron_vlm.config import AdapterConfig, ModelConfig, ParallelConfig
 from megatron_vlm.config.learning import learning_of
 from megatron_vlm.config.modules import find_module
-from megatron_vlm.config.patterns import matches_any
+from megatron_vlm.config.patterns import matches_any, parameter_sizes
 from megatron_vlm.models.computation import Computation
 from megatron_vlm.models.language_model import LanguageModel, language_transformer_config
 from megatron_vlm.models.layers.gradients import RecomputedBlock
@@ -42,7 +43,7 @@ def build_model(
     for vp_stage in range(virtual) if virtual else (None,):
         chunk = _build_chunk(model, parallel, computation, vp_stage)
         _freeze(chunk, frozen)
-        _adapt(chunk, model)
+        _adapt(chunk, model, frozen)
         RecomputedBlock.replace_in(chunk)
         first_layer = chunk.language_model.decoder.layers[0].layer_number - 1
         chunk.language_model.input_learns = learning_of(model, frozen).layers[first_layer].input_gradient
@@ -94,16 +95,24 @@ def _freeze(chunk: VisionLanguageModel, patterns: tuple[str, ...]) -> None:
             parameter.requires_grad_(False)
 
 
-def _adapt(chunk: VisionLanguageModel, model: ModelConfig) -> None:
-    """Add the weights of the adapter, then mark all weights of the vision parts."""
+def _adapt(chunk: VisionLanguageModel, model: ModelConfig, frozen: tuple[str, ...]) -> None:
+    """Add the weights of the adapter and mark what its checkpoints hold, then mark all weights of the vision parts."""
     if model.adapter is not None:
         there = set(chunk.parameters())
         _find_adapter(model.adapter).apply(model.adapter, chunk)
-        for parameter in chunk.parameters():
-            parameter.of_adapter = parameter not in there  # type: ignore[attr-defined]
+        learning = {_in_any_layer(name) for name in parameter_sizes(model) if not matches_any(frozen, name)}
+        for name, parameter in global_parameters(chunk):
+            is_new = parameter not in there
+            parameter.of_adapter = is_new  # type: ignore[attr-defined]
+            parameter.stays_in_base = not is_new and _in_any_layer(name) not in learning  # type: ignore[attr-defined]
     if chunk.pre_process:
         mark_replicated(chunk.vision_model)
         mark_replicated(chunk.vision_projection)
+
+
+def _in_any_layer(name: str) -> str:
+    """Return the name without the number of its layer: a checkpoint stores all layers as one tensor."""
+    return re.sub(r"\.layers\.\d+\.", ".layers.", name)
 
 
 def _find_adapter(adapter: AdapterConfig) -> ModuleType:
@@ -113,6 +122,11 @@ def _find_adapter(adapter: AdapterConfig) -> ModuleType:
 def is_of_adapter(parameter: Tensor) -> bool:
     """Return whether the adapter added this parameter."""
     return getattr(parameter, "of_adapter", False)
+
+
+def stays_in_base(parameter: Tensor) -> bool:
+    """Return whether checkpoints of a run with an adapter leave it out: it learns in no layer."""
+    return getattr(parameter, "stays_in_base", False)
 
 
 def start_adapter(adapter: AdapterConfig, chunks: Iterable[VisionLanguageModel]) -> None:

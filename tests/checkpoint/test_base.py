@@ -82,6 +82,21 @@ def test_a_resumed_run_goes_on_to_the_bit(trained, base, tmp_path):
     assert train(trained, 1, save=False) == whole[2:]
 
 
+def test_a_tensor_of_which_some_layers_learn_is_saved_whole(base, tmp_path):
+    freeze = ("vision_model", "language_model.[eo]*", "language_model.decoder.layers.[0-1].*")
+    config = starting_from(adapted(tmp_path / "run", freeze), base)
+    whole = train(dataclasses.replace(config, run_dir=str(tmp_path / "whole")), 3, save=False)
+    before = weights(start(config))
+    assert train(config, 2) == whole[:2]
+    assert "model.language_model.decoder.layers.mlp.linear_fc1.weight" in learned_keys(config)
+    assert not any("embedding" in key for key in learned_keys(config))
+    after = weights(start(config))
+    assert {name for name in before if "linear_fc1" in name and torch.equal(before[name], after[name])} == {
+        name for name in before if "layers.0.mlp.linear_fc1" in name or "layers.1.mlp.linear_fc1" in name
+    } | {name for name in before if "linear_fc1" in name and name.startswith("vision_model.")}
+    assert train(config, 1, save=False) == whole[2:]
+
+
 def test_all_weights_are_listed_read_and_hashed(trained, base):
     checkpoint, from_base = find_checkpoint(trained.run_dir), list_tensors(find_checkpoint(base))
     tensors = list_tensors(checkpoint)

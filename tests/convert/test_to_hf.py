@@ -10,7 +10,7 @@ from PIL import Image as PILImage
 
 from megatron_vlm.checkpoint.run_settings import read_run_settings
 from megatron_vlm.checkpoint.tensors import hash_weights, list_tensors
-from megatron_vlm.config import CheckpointError, ConfigError, ModelConfig, StorageError, UsageError
+from megatron_vlm.config import CheckpointError, ConfigError, StorageError, UsageError
 from megatron_vlm.config.projectors import make_projector
 from megatron_vlm.convert.files.processor import write_processor
 from megatron_vlm.convert.from_hf import import_model
