@@ -16,7 +16,9 @@ __all__ = ["toy_parts"]
 PROTOCOLS = {"towers": TowerConfig, "projectors": ProjectorConfig, "adapters": AdapterConfig}
 FUNCTIONS = {
     "towers": {"build": ["config", "computation", "groups"]},
-    "projectors": {"build": ["config", "computation", "groups", "input_size", "output_size", "init_method_std"]},
+    "projectors": {
+        "build": ["config", "computation", "groups", "patches", "input_size", "output_size", "init_method_std"]
+    },
     "adapters": {"apply": ["config", "model"], "start": ["config", "model"]},
 }
 PARTS = [(folder, name) for folder in PROTOCOLS for name in module_names(f"megatron_vlm.config.{folder}")]

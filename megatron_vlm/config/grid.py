@@ -1,8 +1,12 @@
 """The features that an image becomes, in the tower and after the projection."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from megatron_vlm.config.errors import ConfigError
+
+TokenOrder = Literal["row", "column"]
+"""Order of the tokens of merged patches: row by row, or column by column."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,3 +44,7 @@ class Grid:
                 fix="set it to true",
             )
         return self
+
+    def merged(self) -> "Grid":
+        """Return the grid of 2 x 2 neighbouring patches; a side of odd length gets one more row or column."""
+        return Grid((self.rows + 1) // 2, (self.columns + 1) // 2)

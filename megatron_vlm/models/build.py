@@ -9,6 +9,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_vlm.config import AdapterConfig, ModelConfig, ParallelConfig
+from megatron_vlm.config.grid import Grid
 from megatron_vlm.config.learning import learning_of
 from megatron_vlm.config.modules import find_module
 from megatron_vlm.config.patterns import matches_any, parameter_sizes
@@ -57,7 +58,7 @@ def _build_chunk(
     model: ModelConfig, parallel: ParallelConfig, computation: Computation, vp_stage: int | None
 ) -> VisionLanguageModel:
     backend = choose_backend(model.backend)
-    model.fixed_patches("the exchange of image features between ranks")
+    patches = model.fixed_patches("the exchange of image features between ranks")
     language_config = language_transformer_config(model.language, parallel, computation, backend)
     first = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
     last = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
@@ -66,14 +67,14 @@ def _build_chunk(
     )
     return VisionLanguageModel(
         language_config,
-        vision=_build_vision(model, computation) if first else None,
+        vision=_build_vision(model, computation, patches) if first else None,
         language_model=language_model,
         image_size=model.vision.image_size,
         tp_group=parallel_state.get_tensor_model_parallel_group(),
     )
 
 
-def _build_vision(model: ModelConfig, computation: Computation) -> tuple[Replicated, Replicated]:
+def _build_vision(model: ModelConfig, computation: Computation, patches: Grid) -> tuple[Replicated, Replicated]:
     groups, vision, projection = replica_groups(), model.vision, model.projection
     tower_module = find_module("megatron_vlm.models.towers", vision.type, "model.vision.type")
     projector_module = find_module("megatron_vlm.models.projectors", projection.type, "model.projection.type")
@@ -82,6 +83,7 @@ def _build_vision(model: ModelConfig, computation: Computation) -> tuple[Replica
         projection,
         computation,
         groups,
+        patches=patches,
         input_size=vision.feature_size,
         output_size=model.language.hidden_size,
         init_method_std=vision.init_method_std,

@@ -13,3 +13,7 @@ def test_a_class_token_is_refused_where_neighbours_are_merged():
     assert Grid(2, 3).only_patches("the projection x") == Grid(2, 3)
     with pytest.raises(ConfigError, match=r"the projection x merges .* \(model.vision.drop_class_token\); fix: set it"):
         Grid(2, 3, 1).only_patches("the projection x")
+
+
+def test_merged_patches_are_half_as_many_along_each_side_rounded_up():
+    assert Grid(4, 7).merged() == Grid(2, 4)

@@ -9,13 +9,13 @@ import torch.nn.functional as F
 
 from megatron_vlm.config import PART_NAMES
 from megatron_vlm.config.language import LanguageConfig, TensorSplit
-from megatron_vlm.config.projectors import make_projector
 from megatron_vlm.costs.activations import micro_batches_in_flight, stage_activations
 from megatron_vlm.costs.flops import Work
 from megatron_vlm.models.build import build_model
 from megatron_vlm.models.computation import Computation
 from tests.support.configs import tiny_model, tiny_model_with_tower, tiny_run
 from tests.support.micro_batches import make_micro_batch
+from tests.support.parts import PROJECTOR_NAMES, tiny_projector
 from tests.support.vision_towers import TINY
 
 LAYERS = "language_model.decoder.layers"
@@ -113,9 +113,9 @@ def test_a_trained_tower_keeps_what_autograd_keeps(type, settings, recompute, on
 
 
 @pytest.mark.parametrize("learns", [True, False])
-@pytest.mark.parametrize("type", ["linear", "mlp2x_gelu"])
+@pytest.mark.parametrize("type", PROJECTOR_NAMES)
 def test_a_projection_keeps_what_autograd_keeps(type, learns, one_rank):
-    model = dataclasses.replace(wide_model(), projection=make_projector(type))
+    model = dataclasses.replace(wide_model(), projection=tiny_projector(type))
     (chunk,) = build_model(model, tiny_run().parallel, Computation(), () if learns else ("vision_projection",))
     features = torch.rand(4, 16, 128).requires_grad_()
     found = kept_bytes(lambda: chunk.vision_projection(features), chunk.vision_projection)

@@ -8,12 +8,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_vlm.config import PART_NAMES, ParallelConfig
-from megatron_vlm.config.projectors import make_projector
 from megatron_vlm.costs.flops import Work, step_flops
 from megatron_vlm.models.build import build_model
 from megatron_vlm.models.computation import Computation
 from tests.support.configs import tiny_model
 from tests.support.micro_batches import make_micro_batch
+from tests.support.parts import PROJECTOR_NAMES, tiny_projector
 
 FREEZES = [freeze for count in range(len(PART_NAMES)) for freeze in itertools.combinations(PART_NAMES, count)]
 WORK = Work(num_tokens=10, attention_pairs=55, num_labels=5, num_images=2)
@@ -39,10 +39,10 @@ def work_of(batch):
     )
 
 
-@pytest.mark.parametrize("projection", ["linear", "mlp2x_gelu"])
+@pytest.mark.parametrize("projection", PROJECTOR_NAMES)
 @pytest.mark.parametrize("freeze", FREEZES, ids=lambda freeze: "+".join(freeze) or "nothing")
 def test_operations_equal_those_of_a_real_step_whatever_is_frozen(freeze, projection, one_rank):
-    model = dataclasses.replace(tiny_model(), projection=make_projector(projection))
+    model = dataclasses.replace(tiny_model(), projection=tiny_projector(projection))
     batch = make_micro_batch(model, num_images=3, num_text=40, num_labels=20)
     ours = step_flops(model, freeze, work_of(batch)).total
     # Equal but for one product: megatron-core's linear layers compute the gradient of an input that needs none.

@@ -4,13 +4,14 @@ import pytest
 import torch
 
 from megatron_vlm.config import ModelConfig, ParallelConfig
-from megatron_vlm.config.modules import find_module, module_names
+from megatron_vlm.config.modules import find_module
 from megatron_vlm.config.projectors import make_projector
 from megatron_vlm.models.build import build_model
 from megatron_vlm.models.computation import Computation
 from megatron_vlm.models.vlm import merge_image_embeddings
 from tests.support.configs import tiny_model
 from tests.support.micro_batches import make_micro_batch
+from tests.support.parts import PROJECTOR_NAMES, TOWER_NAMES, tiny_model_of
 from tests.support.toy_parts import toy_parts
 
 __all__ = ["toy_parts"]
@@ -77,17 +78,6 @@ def test_a_rank_without_images_of_its_own_encodes_none(model):
     assert model.encode_images(empty, 0).shape == (0, MODEL.language.hidden_size)
 
 
-def tiny_model_with(tower: str, projector: str, adapter: str | None = None) -> ModelConfig:
-    """Return the tiny model with other parts; a tower takes the settings that it shares with the tiny one."""
-    settings = find_module("megatron_vlm.config.towers", tower, "model.vision.type").Config
-    sizes = {field.name: getattr(MODEL.vision, field.name, None) for field in dataclasses.fields(settings)}
-    sizes = {name: value for name, value in sizes.items() if value is not None and name != "type"}
-    added = None
-    if adapter is not None:
-        added = find_module("megatron_vlm.config.adapters", adapter, "model.adapter.type").Config(rank=3)
-    return dataclasses.replace(MODEL, vision=settings(**sizes), projection=make_projector(projector), adapter=added)
-
-
 def let_weights_arrive_late(model: torch.nn.Module) -> None:
     """Take the weights away; each module gets those that it holds when it is called, as megatron-core gathers them."""
     weights = {parameter: parameter.detach().clone() for parameter in model.parameters()}
@@ -112,12 +102,19 @@ def assert_weights_may_arrive_late(config: ModelConfig, num_images: int) -> None
 
 
 @pytest.mark.parametrize("num_images", [0, 2])
-@pytest.mark.parametrize("projector", module_names("megatron_vlm.config.projectors"))
-@pytest.mark.parametrize("tower", module_names("megatron_vlm.config.towers"))
+@pytest.mark.parametrize(
+    ("tower", "projector"),
+    [
+        *((tower, "linear") for tower in TOWER_NAMES),
+        *(("clip", projector) for projector in PROJECTOR_NAMES if projector != "linear"),
+    ],
+)
 def test_every_module_is_called_before_its_weights_are_used(one_rank, tower, projector, num_images):
-    assert_weights_may_arrive_late(tiny_model_with(tower, projector), num_images)
+    assert_weights_may_arrive_late(tiny_model_of(tower, projector), num_images)
 
 
 @pytest.mark.parametrize("num_images", [0, 2])
 def test_so_are_the_modules_of_parts_outside_the_tree(one_rank, toy_parts, num_images):
-    assert_weights_may_arrive_late(tiny_model_with("clip", "pixel_shuffle", "beside_mlp"), num_images)
+    adapter = find_module("megatron_vlm.config.adapters", "beside_mlp", "model.adapter.type").Config(rank=3)
+    model = dataclasses.replace(MODEL, projection=make_projector("pixel_shuffle"), adapter=adapter)
+    assert_weights_may_arrive_late(model, num_images)

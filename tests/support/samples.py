@@ -40,7 +40,7 @@ def _sample(rng: np.random.Generator, num_images: int) -> EncodedSample:
     for _ in range(num_images):
         if rng.random() < 0.6:
             segments.append(TextSegment(_tokens(rng, int(rng.integers(1, 7))), bool(rng.random() < 0.7)))
-        segments.append(ImageSegment(_picture(rng), (32, 32)))
+        segments.append(ImageSegment(random_picture(rng), (32, 32)))
     segments.append(TextSegment(_tokens(rng, int(rng.integers(5, 13))), True))
     return EncodedSample(tuple(segments))
 
@@ -49,7 +49,8 @@ def _tokens(rng: np.random.Generator, count: int) -> np.ndarray:
     return rng.integers(3, VOCAB_SIZE, count).astype(np.int32)
 
 
-def _picture(rng: np.random.Generator) -> bytes:
+def random_picture(rng: np.random.Generator) -> bytes:
+    """Return a PNG of 32 x 32 pixels."""
     stream = io.BytesIO()
     Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(stream, "PNG")
     return stream.getvalue()

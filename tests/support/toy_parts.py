@@ -42,7 +42,7 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_vlm.models.layers.replicas import Replicated
 
-def build(config, computation, groups, *, input_size, output_size, init_method_std):
+def build(config, computation, groups, *, patches, input_size, output_size, init_method_std):
     megatron = TransformerConfig(
         num_layers=1, hidden_size=output_size, num_attention_heads=1, **computation.common_arguments()
     )

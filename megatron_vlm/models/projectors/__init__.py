@@ -3,8 +3,9 @@
 A module defines
 
     build(config: Config, computation: Computation, groups: ReplicaGroups, *,
-          input_size: int, output_size: int, init_method_std: float) -> Replicated
+          patches: Grid, input_size: int, output_size: int, init_method_std: float) -> Replicated
 
-The projection maps features float[n, p, input_size] to embeddings float[n, tokens, output_size]; `token_grid` of the
-settings gives the number of tokens. Every rank holds the whole projection.
+The projection maps features float[n, p, input_size], in the order of the grid `patches`, to embeddings
+float[n, tokens, output_size]; `token_grid` of the settings gives the number of tokens. Every rank holds the whole
+projection.
 """

@@ -1,5 +1,6 @@
 """One linear layer with a bias."""
 
+from megatron_vlm.config.grid import Grid
 from megatron_vlm.config.projectors.linear import Config
 from megatron_vlm.models.computation import Computation
 from megatron_vlm.models.layers.projection import Projection
@@ -11,6 +12,7 @@ def build(
     computation: Computation,
     groups: ReplicaGroups,
     *,
+    patches: Grid,
     input_size: int,
     output_size: int,
     init_method_std: float,

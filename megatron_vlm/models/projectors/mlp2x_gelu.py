@@ -1,5 +1,6 @@
 """Two linear layers with an exact GELU between them."""
 
+from megatron_vlm.config.grid import Grid
 from megatron_vlm.config.projectors.mlp2x_gelu import Config
 from megatron_vlm.models.computation import Computation
 from megatron_vlm.models.layers.projection import Projection
@@ -11,6 +12,7 @@ def build(
     computation: Computation,
     groups: ReplicaGroups,
     *,
+    patches: Grid,
     input_size: int,
     output_size: int,
     init_method_std: float,
