@@ -4,8 +4,9 @@ megatron-core's `fully_reshardable` state gathers the whole optimizer of a pipel
 wrong places if a gradient bucket before the last ends with padding (0.16.1, `DistributedOptimizer`:
 `get_parameter_state_dp_zero` joins the buckets without padding, `sharded_param_state_fully_reshardable` counts it).
 Here, no bucket is involved. A rank owns a range of a flattened parameter; the checkpoint stores it as boxes of a tensor
-with the parameter's own shape. The tensors have the names that megatron-core gives them, `optimizer.state.exp_avg.KEY`,
-and can be loaded at any data-, tensor- and pipeline-parallel size.
+with the parameter's own shape. The tensors have names like those that megatron-core gives them,
+`optimizer.state.exp_avg.KEY`, but each layer has its own, because some layers may be frozen. They can be loaded at any
+data-, tensor- and pipeline-parallel size.
 """
 
 from collections.abc import Iterator
@@ -92,11 +93,23 @@ def _describe_parameter(
         place = part.data.storage_offset() - parameter.storage_offset()
         replica_id = _replica_id(part, parameter) if is_sharded else part.replica_id
         for name, values in values_of(inner.optimizer, main).items():
-            key = f"{STATE_PREFIX}.{name}.{part.key}"
+            key = f"{STATE_PREFIX}.{name}.{_own_key(part)}"
             for box in _boxes_of(part, place, key, values, begin):
                 # Ranges are no regular grid; megatron-core must know it of all ranks alike.
                 grid = None if is_sharded else part.axis_fragmentations
+                if grid is not None:
+                    grid = grid[part.prepend_axis_num :]
                 yield replace(box, replica_id=replica_id, axis_fragmentations=grid)
+
+
+def _own_key(part: ShardedTensor) -> str:
+    """Return the key of a parameter of one layer; that of the weights is shared by all layers, of which some may rest.
+
+    The checkpoint would have no values for those.
+    """
+    number = ".".join(str(index) for index in part.global_offset[: part.prepend_axis_num])
+    before, layers, inside = part.key.rpartition(".layers.")
+    return f"{before}{layers}{number}.{inside}" if number else part.key
 
 
 def _replica_id(part: ShardedTensor, parameter: Tensor) -> tuple[int, ...]:
@@ -123,15 +136,13 @@ def _boxes_of(part: ShardedTensor, place: int, key: str, values: Tensor, begin: 
     last = min(begin + values.numel(), place + prod(part.local_shape))
     num_prepended = part.prepend_axis_num
     for box in split_flat_range(tuple(part.local_shape), first - place, max(first, last) - place):
-        sizes = (1,) * num_prepended + box.sizes
-        inside = (0,) * num_prepended + box.offsets
-        start = place - begin
+        start, offset = place - begin, part.global_offset[num_prepended:]
         yield ShardedTensor(
             key,
-            values[start + box.begin : start + box.end].view(sizes),
+            values[start + box.begin : start + box.end].view(box.sizes),
             values.dtype,
-            sizes,
-            part.global_shape,
-            tuple(whole + own for whole, own in zip(part.global_offset, inside, strict=True)),
+            box.sizes,
+            part.global_shape[num_prepended:],
+            tuple(whole + own for whole, own in zip(offset, box.offsets, strict=True)),
             axis_fragmentations=None,
         )
