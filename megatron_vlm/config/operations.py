@@ -1,6 +1,6 @@
 """Floating-point operations of one part of the model, grouped by the cost of their backward pass."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,6 +17,9 @@ class Operations:
     """Products of activations inside the part with weights."""
     attention: float = 0.0
     """Products of two activations; no weights are involved."""
+    gradient: float = 0.0
+    """Products of gradients and activations for weights whose forward product takes the place of one counted already.
+    """
 
     @property
     def forward(self) -> float:
@@ -25,7 +28,7 @@ class Operations:
 
     def times(self, count: float) -> "Operations":
         """Return the operations for `count` inputs like this one."""
-        return Operations(entry=count * self.entry, inner=count * self.inner, attention=count * self.attention)
+        return Operations(**{name: count * value for name, value in asdict(self).items()})
 
     def training(self, *, learns: bool, input_gradient: bool, has_adapter: bool = False) -> float:
         """Return the operations of a forward and a backward pass, without recomputation.
@@ -40,4 +43,5 @@ class Operations:
             (1 + learns + input_gradient) * self.entry
             + (1 + learns + flows) * self.inner
             + (1 + 2 * flows) * self.attention
+            + learns * self.gradient
         )

@@ -3,12 +3,12 @@
 from collections import Counter
 from typing import Literal
 
-from megatron_vlm.config import ParallelConfig, TrainConfig
+from megatron_vlm.config import PART_NAMES, ParallelConfig, TrainConfig
 from megatron_vlm.config.activations import Activations
 from megatron_vlm.config.language import TensorSplit
 from megatron_vlm.config.learning import learning_of
 from megatron_vlm.costs.flops import Work
-from megatron_vlm.costs.parameters import stage_layers, stage_sizes
+from megatron_vlm.costs.parameters import stage_layers
 
 Backend = Literal["torch", "transformer_engine"]
 
@@ -25,14 +25,13 @@ def stage_activations(config: TrainConfig, stage: int, work: Work, backend: Back
     Raises:
         ConfigError: the number of patches depends on the image size.
     """
-    parts = _decoder(config, stage, backend)
+    parts = _decoder(config, stage, work, backend)
     if stage == 0:
-        parts += _vision(config, work.num_images)
+        parts += _vision(config, work.num_images) + _adapter_of_tower(config, work)
     if stage == config.parallel.pipeline_model_parallel_size - 1:
         language, split = config.model.language, _split(config.parallel)
         keeps_input = learning_of(config.model, config.training.freeze).input_gradient_of_output
         parts.append(language.output_activations(_positions(config) * keeps_input, work.num_labels, split))
-    parts += _adapters(config, stage, work)
     return Activations(kept=sum(part.kept for part in parts), working=max(part.working for part in parts))
 
 
@@ -51,15 +50,16 @@ def micro_batches_in_flight(parallel: ParallelConfig, stage: int, num_micro_batc
     return min(warm_up + 1, num_micro_batches * chunks) / chunks
 
 
-def _decoder(config: TrainConfig, stage: int, backend: Backend) -> list[Activations]:
+def _decoder(config: TrainConfig, stage: int, work: Work, backend: Backend) -> list[Activations]:
     """Return the activations of the layers through which a gradient flows."""
     language, split = config.model.language, _split(config.parallel)
     num_tokens, learning = _positions(config), learning_of(config.model, config.training.freeze)
     layers = [learning.layers[layer] for layer in stage_layers(config.model, config.parallel)[stage]]
     kinds = Counter(layer.matrices for layer in layers if layer.keeps)
-    found = []
+    found, added = [], _adapter(config, PART_NAMES[-1], num_tokens, work, num_layers=1)
     for matrices, count in kinds.items():
         layer = language.layer_activations(num_tokens, split, learning=matrices, rotates_in_place=backend == "torch")
+        layer = Activations(kept=layer.kept + added.kept, working=layer.working + added.working)
         # Selective recomputation saves nothing here: flash attention keeps no scores.
         if config.training.recompute == "full":
             found.append(layer.recomputed(count, num_tokens * language.hidden_size / split.sequence))
@@ -101,19 +101,26 @@ def _vision(config: TrainConfig, num_images: float) -> list[Activations]:
     return found
 
 
-def _adapters(config: TrainConfig, stage: int, work: Work) -> list[Activations]:
-    model, tp = config.model, config.parallel.tensor_model_parallel_size
-    if model.adapter is None:
-        return []
-    parts = model.adapter.parts if stage == 0 else [part for part in model.adapter.parts if part == "language_model"]
-    patches = -(-work.num_images // tp) * model.fixed_patches("the estimate of activations").size
+def _adapter_of_tower(config: TrainConfig, work: Work) -> list[Activations]:
+    model, split = config.model, _split(config.parallel)
+    share = -(-work.num_images // split.size) * model.fixed_patches("the estimate of activations").size
     return [
-        model.adapter.activations(
-            model,
-            part,
-            _positions(config) if part == "language_model" else patches,
-            num_layers=stage_sizes(config)[stage].num_layers,
-            tensor_parallel_size=tp,
-        )
-        for part in parts
+        _adapter(config, part, share, work, num_layers=0)
+        for part in PART_NAMES[:-1]
+        if model.adapter is not None and part in model.adapter.parts
     ]
+
+
+def _adapter(config: TrainConfig, part: str, num_positions: float, work: Work, *, num_layers: int) -> Activations:
+    """Return what the adapter of a part adds, with `num_layers` decoder layers."""
+    model = config.model
+    if model.adapter is None or part not in model.adapter.parts:
+        return Activations()
+    return model.adapter.activations(
+        model,
+        part,
+        num_positions,
+        work.num_images * model.fixed_image_tokens("the estimate of activations"),
+        num_layers=num_layers,
+        tensor_parallel_size=config.parallel.tensor_model_parallel_size,
+    )

@@ -93,8 +93,10 @@ def _adapter(model: ModelConfig, part: str, work: Work, *, input_gradient: bool)
     adapter = model.adapter
     if adapter is None or part not in adapter.parts:
         return 0.0
-    patches = work.num_images * model.fixed_patches("the count of operations").size
-    added = adapter.operations(model, part, work.num_tokens if part == PART_NAMES[-1] else patches)
+    patches = model.fixed_patches("the count of operations")
+    num_positions = work.num_tokens if part == PART_NAMES[-1] else work.num_images * patches.size
+    image_tokens = work.num_images * model.projection.token_grid(patches).size
+    added = adapter.operations(model, part, num_positions, image_tokens)
     return added.training(learns=True, input_gradient=input_gradient)
 
 

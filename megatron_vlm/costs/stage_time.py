@@ -181,18 +181,19 @@ def _output(config: TrainConfig, work: Work, cluster: Cluster) -> tuple[Times, T
 
 
 def _adapter(config: TrainConfig, stage: int, work: Work, cluster: Cluster) -> tuple[Times, Times]:
-    """Return the times of the adapter, which is made of narrow products."""
+    """Return the times of the adapter, at the rate of narrow products."""
     model, tp = config.model, config.parallel.tensor_model_parallel_size
     if model.adapter is None:
         return Times(), Times()
-    patches = -(-work.num_images // tp) * model.fixed_patches("the prediction of step times").size
-    share = stage_sizes(config)[stage].num_layers / model.language.num_layers / tp
+    patches = model.fixed_patches("the prediction of step times")
+    image_tokens, share = work.num_images * model.projection.token_grid(patches).size, -(-work.num_images // tp)
+    layers = stage_sizes(config)[stage].num_layers / model.language.num_layers / tp
     forward = backward = 0.0
     for part in model.adapter.parts:
         if part == "language_model":
-            added = model.adapter.operations(model, part, _positions(config)).times(share)
+            added = model.adapter.operations(model, part, _positions(config), image_tokens).times(layers)
         elif stage == 0:
-            added = model.adapter.operations(model, part, patches)
+            added = model.adapter.operations(model, part, share * patches.size, image_tokens)
         else:
             continue
         forward += added.forward

@@ -119,11 +119,11 @@ class Generator:
     ) -> list[Answer]:
         """Answer prompts of one length and prefix length."""
         uniforms = torch.stack([draw_uniforms(options, number) for number in numbers])
-        context, hidden = self._begin(prompts, features, options.max_new_tokens)
+        context, inputs = self._begin(prompts, features, options.max_new_tokens)
         ids: list[list[int]] = [[] for _ in prompts]
         active = list(range(len(prompts)))
         for step in range(options.max_new_tokens):
-            logits = self._forward(hidden, context)
+            logits = self._forward(inputs, context)
             tokens = choose_tokens(logits, options, uniforms[active, step]).tolist()
             still = []
             for place, (row, token) in enumerate(zip(active, tokens, strict=True)):
@@ -135,13 +135,13 @@ class Generator:
             if len(still) < len(active):
                 _choose_rows(context, still)
             active = [active[place] for place in still]
-            hidden = self._embed_tokens(torch.tensor([[ids[row][-1]] for row in active]))
+            inputs = _Inputs(self._embed_tokens(torch.tensor([[ids[row][-1]] for row in active])))
         return [Answer(number, ids[row]) for row, number in enumerate(numbers)]
 
     def _begin(
         self, prompts: Sequence[Prompt], features: Tensor, max_new_tokens: int
-    ) -> tuple[StaticInferenceContext, Tensor]:
-        """Return a cache and the next input, float[s, b, h].
+    ) -> tuple[StaticInferenceContext, "_Inputs"]:
+        """Return a cache and the next input.
 
         Prompts about the same images begin alike. The model processes each such beginning once, and the prompts
         continue from copies of its cache.
@@ -172,29 +172,41 @@ class Generator:
         # At least one position must be left to process.
         return min(int(placeholders[-1]) + 1, len(prompt.input_ids) - 1) if len(placeholders) else 0
 
-    def _embed(self, prompts: Sequence[Prompt], features: Tensor) -> Tensor:
-        """Return float[s, b, h] of prompts of one length."""
+    def _embed(self, prompts: Sequence[Prompt], features: Tensor) -> "_Inputs":
+        """Return the input of prompts of one length."""
         input_ids = torch.from_numpy(np.stack([prompt.input_ids for prompt in prompts]))
         text = self._embed_tokens(input_ids)
         images = [image for prompt in prompts for image in prompt.images]
         if not images:
-            return text
+            return _Inputs(text)
         # Placeholders row by row, in reading order; the embeddings lie position by position.
         row, position = (input_ids == self._config.language.image_token_id).nonzero(as_tuple=True)
         index = (position * len(prompts) + row).to(self._device)
         chosen = features.index_select(0, torch.tensor(images, device=features.device))
-        return merge_image_embeddings(text, chosen.flatten(0, 1).to(self._device), index)
+        return _Inputs(merge_image_embeddings(text, chosen.flatten(0, 1).to(self._device), index), index)
 
     def _embed_tokens(self, input_ids: Tensor) -> Tensor:
         """Return float[s, b, h] of int64[b, s]."""
         return self._model.language_model.embedding(input_ids=input_ids.to(self._device), position_ids=None)
 
-    def _forward(self, hidden: Tensor, context: StaticInferenceContext) -> Tensor:
+    def _forward(self, inputs: "_Inputs", context: StaticInferenceContext) -> Tensor:
         """Return float[b, vocab_size] logits of the last position, and advance the cache."""
-        logits = self._model.language_model(hidden, inference_context=context)
-        context.increment_sequence_len_offset(hidden.size(0))
+        logits = self._model.language_model(
+            inputs.hidden, image_token_index=inputs.image_token_index, inference_context=context
+        )
+        context.increment_sequence_len_offset(inputs.hidden.size(0))
         context.enable_decode_mode()
         return logits[:, -1]
+
+
+@dataclass(frozen=True, slots=True)
+class _Inputs:
+    """What the decoder processes next."""
+
+    hidden: Tensor
+    """float[s, b, h]."""
+    image_token_index: Tensor | None = None
+    """int64[k]; image positions in the flattened sequence [s * b]; None for no images."""
 
 
 def _choose_rows(context: StaticInferenceContext, rows: Sequence[int]) -> None:

@@ -17,6 +17,7 @@ from megatron_vlm.models.layers.embedding import accumulate_in_place
 from megatron_vlm.models.layers.gradients import end_gradient
 from megatron_vlm.models.layers.linear import ColumnLinear
 from megatron_vlm.models.layers.rotary import positions_in_samples, rotary_table
+from megatron_vlm.models.layers.row_kinds import RowKinds, sort_rows
 from megatron_vlm.models.layers.specs import Backend, language_block_spec
 from megatron_vlm.models.layers.vocabulary import clear_rows, count_rows, exclude_ids
 from megatron_vlm.platform import device
@@ -112,6 +113,8 @@ class LanguageModel(GPTModel):
             vp_stage=vp_stage,
         )
         self.backend, self.num_predicted_ids = backend, language_config.vocab_size
+        self.sorts_rows = False
+        """Whether the layers treat image positions otherwise; an adapter sets it."""
         self.input_learns = True
         """Whether something before this stage's layers learns."""
         tied = language_config.share_embeddings_and_output_weights
@@ -136,6 +139,7 @@ class LanguageModel(GPTModel):
         self,
         decoder_input: Tensor | None,
         *,
+        image_token_index: Tensor | None = None,
         labels: Tensor | None = None,
         label_index: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
@@ -150,6 +154,7 @@ class LanguageModel(GPTModel):
         Args:
             decoder_input: float[s, b, h], the embeddings, on the first stage; None on later stages, which use
                 `set_input_tensor`.
+            image_token_index: int64[m], image positions in the flattened sequence [s * b]; None for no images.
             labels: int64[1, k], one per position in `label_index`; None to get logits.
             label_index: int64[k], the positions to compute logits for; None for all.
             packed_seq_params: boundaries of the samples; None for a batch of samples of equal length.
@@ -160,6 +165,7 @@ class LanguageModel(GPTModel):
             float[b, s or k, v], for the ids of the tokenizer among this rank's padded_vocab_size / tp; with a cache
             only those of the last position, over the full vocabulary. On earlier stages: hidden states.
         """
+        rows = self._sort_rows(decoder_input, image_token_index)
         sequence_len_offset, received = None, self.decoder.input_tensor
         if not self.pre_process and not self.input_learns:
             self.decoder.set_input_tensor(received.detach())
@@ -176,6 +182,7 @@ class LanguageModel(GPTModel):
             rotary_pos_emb=rotary_pos_emb,
             packed_seq_params=packed_seq_params,
             sequence_len_offset=sequence_len_offset,
+            attention_bias=rows,
         )
         if not self.pre_process and not self.input_learns and received.requires_grad:
             hidden_states = end_gradient(hidden_states, received)
@@ -196,6 +203,16 @@ class LanguageModel(GPTModel):
             return output
         tp_rank = self.pg_collection.tp.rank() if inference_context is None else 0
         return output[..., : count_rows(output.size(-1), self.num_predicted_ids, tp_rank)]
+
+    def _sort_rows(self, decoder_input: Tensor | None, image_token_index: Tensor | None) -> RowKinds | None:
+        """Return the kinds of the rows where the layers need them, and there is an image."""
+        if not self.sorts_rows or image_token_index is None or not image_token_index.numel():
+            return None
+        received: Any = decoder_input if self.pre_process else self.decoder.input_tensor
+        length, batch_size = received.shape[:2]
+        if self.config.sequence_parallel:
+            length *= self.pg_collection.tp.size()
+        return sort_rows(image_token_index, length * batch_size)
 
     def _rotary_table(self, decoder_input: Tensor | None, packed_seq_params: PackedSeqParams | None) -> Tensor:
         """Return the rotary table of this micro-batch for all layers of this stage."""

@@ -155,6 +155,7 @@ class VisionLanguageModel(MegatronModule):
             labels = labels.index_select(1, label_index)
         return self.language_model(
             embeddings,
+            image_token_index=image_token_index,
             labels=labels,
             label_index=label_index,
             packed_seq_params=packed_seq_params,

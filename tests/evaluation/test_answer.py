@@ -96,7 +96,7 @@ def test_a_beginning_that_prompts_share_is_seen_once(model, monkeypatch):
     seen = []
     forward = Generator._forward
     monkeypatch.setattr(
-        Generator, "_forward", lambda self, hidden, context: _count(seen, forward, self, hidden, context)
+        Generator, "_forward", lambda self, inputs, context: _count(seen, forward, self, inputs, context)
     )
     shared = answer_all(make_generator(model), prompts, pixels)
     monkeypatch.setattr(Generator, "_shared_length", lambda self, prompt: 0)
@@ -107,9 +107,9 @@ def test_a_beginning_that_prompts_share_is_seen_once(model, monkeypatch):
     assert first_rows
 
 
-def _count(seen, forward, self, hidden, context):
-    seen.append((hidden.size(0), hidden.size(1)))
-    return forward(self, hidden, context)
+def _count(seen, forward, self, inputs, context):
+    seen.append(tuple(inputs.hidden.shape[:2]))
+    return forward(self, inputs, context)
 
 
 def test_images_stand_where_the_prompt_has_them(model):

@@ -25,6 +25,7 @@ WORLD_SIZES = {
     "vila_7b/resolution/finish_336.yaml": 128,
     "vila_7b/resolution/pretrain_224.yaml": 128,
     "vila_7b/sft.yaml": 128,
+    "vila_7b/visual_expert.yaml": 128,
 }
 SEQ_LENGTH = 64
 

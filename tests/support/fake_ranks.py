@@ -6,7 +6,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_vlm.parallel.groups import build_groups, rank_layout, stop_distributed
 from megatron_vlm.training import step as training_step
-from megatron_vlm.training.setup import build_state
+from megatron_vlm.training.setup import build_random_state
 from tests.support.jobs import CPU, DATASETS, FixedPlan, batches_of
 from tests.support.samples import make_samples
 
@@ -21,19 +21,15 @@ def play(monkeypatch):
         with torch.no_grad():
             return empty(*args, **settings).zero_()
 
-    def tell(box, src):
-        box[0] = []  # what the first rank says of the checkpoints in the run folder
-
     monkeypatch.setattr(torch, "empty", zeros)
     # The other ranks consume nothing.
     monkeypatch.setattr(training_step, "check_samples", lambda *arguments, **settings: None)
-    monkeypatch.setattr(torch.distributed, "broadcast_object_list", tell)
 
     def run(config, rank, world_size, *, step=True):
         torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
         try:
             build_groups(config.parallel)
-            state = build_state(config, rank_layout(), FixedPlan.of(config, num_iterations=2), DATASETS)
+            state = build_random_state(config, rank_layout(), FixedPlan.of(config, num_iterations=2), DATASETS)
             if not step:
                 return state
             rows = [[index % 8] for index in range(config.training.global_batch_size)]

@@ -80,12 +80,12 @@ class Config:
     def num_parameters(self, model, part, *, num_layers, tensor_parallel_size):
         return num_layers * 2 * model.language.hidden_size * self.rank
 
-    def operations(self, model, part, num_positions):
+    def operations(self, model, part, num_positions, num_image_tokens):
         return Operations(
             inner=model.language.num_layers * 2 * num_positions * 2 * model.language.hidden_size * self.rank
         )
 
-    def activations(self, model, part, num_positions, *, num_layers, tensor_parallel_size):
+    def activations(self, model, part, num_positions, num_image_tokens, *, num_layers, tensor_parallel_size):
         return Activations(kept=num_layers * num_positions * (model.language.hidden_size + self.rank))
 """
 ADAPTER_MODEL = """

@@ -1,7 +1,6 @@
 """Adapters, one module each, chosen by `model.adapter.type`: small trainable weights added to a built model.
 
 A module defines the frozen dataclass `Config`; the module of the same name in `models/adapters/` adds the weights.
-There are no adapters yet.
 """
 
 from typing import TYPE_CHECKING, Annotated, Protocol
@@ -38,13 +37,27 @@ class AdapterConfig(Protocol):
             tensor_parallel_size: ranks over which a decoder layer is split; the vision parts are never split.
         """
 
-    def operations(self, model: "ModelConfig", part: str, num_positions: float) -> Operations:
-        """Return the operations added to one of `parts` for a number of tokens (decoder) or patches (vision parts)."""
+    def operations(self, model: "ModelConfig", part: str, num_positions: float, num_image_tokens: float) -> Operations:
+        """Return the operations added to one of `parts`.
+
+        Args:
+            model: the model without the adapter.
+            part: one of `parts`.
+            num_positions: tokens (decoder) or patches (vision parts).
+            num_image_tokens: how many of the tokens are image positions.
+        """
 
     def activations(
-        self, model: "ModelConfig", part: str, num_positions: float, *, num_layers: int, tensor_parallel_size: int
+        self,
+        model: "ModelConfig",
+        part: str,
+        num_positions: float,
+        num_image_tokens: float,
+        *,
+        num_layers: int,
+        tensor_parallel_size: int,
     ) -> Activations:
-        """Return the activations added on one rank; `num_positions` as for operations, the rest as for parameters."""
+        """Return the activations added on one rank; positions as for operations, the rest as for parameters."""
 
 
 Adapter = Annotated[AdapterConfig, TypeIn("megatron_vlm.config.adapters")]

@@ -91,13 +91,20 @@ class Config:
             rank * (inputs + outputs) for _, rank, inputs, outputs in self._sizes(model, tensor_parallel_size)
         )
 
-    def operations(self, model: "ModelConfig", part: str, num_positions: float) -> Operations:
+    def operations(self, model: "ModelConfig", part: str, num_positions: float, num_image_tokens: float) -> Operations:
         """Return the operations of A and B in all layers."""
         layer = sum(rank * (inputs + outputs) for _, rank, inputs, outputs in self._sizes(model))
         return Operations(inner=2.0 * num_positions * model.language.num_layers * layer)
 
     def activations(
-        self, model: "ModelConfig", part: str, num_positions: float, *, num_layers: int, tensor_parallel_size: int
+        self,
+        model: "ModelConfig",
+        part: str,
+        num_positions: float,
+        num_image_tokens: float,
+        *,
+        num_layers: int,
+        tensor_parallel_size: int,
     ) -> Activations:
         """Return what A and B keep: their inputs, and the mask of dropout, a byte a number."""
         mask = 0.5 if self.dropout else 0.0

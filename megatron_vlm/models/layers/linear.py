@@ -84,6 +84,44 @@ def _weight_gradient(weight: Tensor, grad: Tensor, x: Tensor) -> Tensor:
     return torch.empty_like(weight)
 
 
+def local_product(x: Tensor, weight: Tensor) -> Tensor:
+    """Return x @ weight.T of this rank, float[t, n], for weights that are used nowhere else; nothing is exchanged.
+
+    Args:
+        x: float[t, k]; t may be 0.
+        weight: float[n, k].
+    """
+    product: Tensor = _Linear.apply(x, weight, None, False, False, None)  # without exchange, no group
+    return product
+
+
+class _WithoutGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *weights: Tensor) -> Tensor:
+        ctx.save_for_backward(*weights)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return grad, *(_no_gradient(weight) for weight in ctx.saved_tensors)
+
+
+def without_gradient(x: Tensor, *weights: Tensor) -> Tensor:
+    """Return `x`; the backward pass gives the weights, which were not used, gradients of zero."""
+    out: Tensor = _WithoutGradient.apply(x, *weights)
+    return out
+
+
+def _no_gradient(weight: Tensor) -> Tensor | None:
+    if not weight.requires_grad:
+        return None
+    if getattr(weight, "main_grad", None) is None:
+        return torch.zeros_like(weight)
+    # As in `_weight_gradient`: megatron-core's hook wants to see a gradient and does not add it.
+    weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+    return torch.empty_like(weight)
+
+
 class ColumnLinear(ColumnParallelLinear):
     """A column-parallel layer; its weight must not be used anywhere else."""
 

@@ -66,7 +66,7 @@ def test_activations_are_the_inputs_of_a_and_their_masks():
     model = replace(tiny_model(), adapter=None)
     settings = {"num_layers": 3, "tensor_parallel_size": 1}
     with_mask, without = (
-        Config(rank=4, dropout=dropout, targets=("linear_fc2",)).activations(model, "language_model", 10, **settings)
+        Config(rank=4, dropout=dropout, targets=("linear_fc2",)).activations(model, "language_model", 10, 0, **settings)
         for dropout in (0.1, 0.0)
     )
     assert without.kept == 3 * 10 * (128 + 4)

@@ -4,7 +4,13 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 
 from megatron_vlm.models.build import build_model
 from megatron_vlm.models.computation import Computation
-from megatron_vlm.models.layers.linear import ColumnLinear, ColumnLinearWithoutBias, RowLinear
+from megatron_vlm.models.layers.linear import (
+    ColumnLinear,
+    ColumnLinearWithoutBias,
+    RowLinear,
+    local_product,
+    without_gradient,
+)
 from megatron_vlm.training.optimizer import wrap_model
 from tests.support.configs import tiny_model, tiny_run
 from tests.support.jobs import start
@@ -108,3 +114,29 @@ def test_a_layer_without_a_bias_stands_between_layers_with_one():
     output, bias = layer(input_of(layer))
     assert bias is None
     assert not output.any()
+
+
+def test_a_local_product_takes_no_rows_and_gives_gradients_of_zero():
+    weight = torch.randn(5, 3, requires_grad=True)
+    x = torch.randn(4, 3)
+    assert torch.equal(local_product(x, weight), x @ weight.t())
+    local_product(x[:0], weight).sum().backward()
+    assert torch.equal(weight.grad, torch.zeros(5, 3))
+
+
+def test_weights_without_use_get_gradients_of_zero():
+    x, learns, rests = torch.ones(3, requires_grad=True), torch.ones(2, requires_grad=True), torch.ones(2)
+    out = without_gradient(x, learns, rests)
+    assert torch.equal(out, x)
+    out.sum().backward()
+    assert torch.equal(x.grad, torch.ones(3))
+    assert torch.equal(learns.grad, torch.zeros(2))
+    assert rests.grad is None
+
+
+def test_their_gradient_buffer_stays_as_it_is():
+    weight = torch.ones(2, requires_grad=True)
+    weight.main_grad, weight.grad_added_to_main_grad = torch.full((2,), 7.0), False
+    without_gradient(torch.ones(3), weight).sum().backward()
+    assert torch.equal(weight.main_grad, torch.full((2,), 7.0))
+    assert weight.grad_added_to_main_grad
