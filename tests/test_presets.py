@@ -24,17 +24,30 @@ LANGUAGE = {
     "smollm2-135m": 134_515_008,
     "tiny": 8_930_432,
 }
-# Of the whole published encoder, and those among them that no feature of ours passes through: the last norm, a head.
+# Of the whole published encoder, and those among them that no feature of ours passes through.
+LAST_NORM, HEAD, MASK_TOKEN = 2, 15_238_352, 1
 VISION = {
-    "clip-l14-224": (303_179_776, 2 * 1024),
-    "clip-l14-336": (303_507_456, 2 * 1024),
+    "clip-l14-224": (303_179_776, LAST_NORM * 1024),
+    "clip-l14-336": (303_507_456, LAST_NORM * 1024),
+    "siglip-so400m-384": (428_225_600, LAST_NORM * 1152 + HEAD),
+    "internvit-6b-448": (5_536_496_000, 0),
+    "internvit-300m-448": (304_012_288, 0),
+    "dinov2-s": (22_056_576, MASK_TOKEN * 384),
+    "dinov2-b": (86_580_480, MASK_TOKEN * 768),
+    "dinov2-l": (304_368_640, MASK_TOKEN * 1024),
 }
 # Decoder, tower up to its feature layer, and the parameters of the projection.
 MODELS = {
     "vila-2.7b": ("sheared-llama-2.7b", "clip-l14-336", 9_180_160),
     "vila-7b": ("llama2-7b", "clip-l14-336", 20_979_712),
     "vila-13b": ("llama2-13b", "clip-l14-336", 31_467_520),
+    "vila1.5-3b": ("sheared-llama-2.7b", "siglip-so400m-384", 18_364_416),
+    "llama3-vila1.5-8b": ("llama3-8b", "siglip-so400m-384", 35_668_992),
+    "vila1.5-13b": ("vicuna-1.5-13b", "siglip-so400m-384", 49_826_816),
+    "vila1.5-40b": ("yi-34b", "internvit-6b-448", 143_170_560),
 }
+TOKENS = {"vila-2.7b": 576, "vila-7b": 576, "vila-13b": 576, "vila1.5-40b": 256}
+"""Tokens of an image; 196 for the others."""
 
 
 def load(tmp_path, **model) -> ModelConfig:
@@ -80,7 +93,7 @@ def test_whole_model_is_its_published_parts(name, tmp_path):
     model = load(tmp_path, preset=name)
     language, vision, projection = MODELS[name]
     tower = load(tmp_path, language={"preset": "tiny"}, vision={"preset": vision}).vision
-    assert model.vision == tower
+    assert model.constant_image_tokens == TOKENS.get(name, 196)
     assert count(model) == {
         "vision_model": tower.num_parameters,
         "vision_projection": projection,

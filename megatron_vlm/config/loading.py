@@ -140,14 +140,17 @@ def _overlay(base: dict[str, Any], top: dict[str, Any]) -> None:
     """Write the values of `top` into `base`; a section of another type replaces the one below it as a whole."""
     for key, value in top.items():
         below = base.get(key)
-        if isinstance(value, dict) and isinstance(below, dict) and not _has_other_type(value, below):
+        if isinstance(value, dict) and isinstance(below, dict) and not _replaces(value, below):
             _overlay(below, value)
         else:
             base[key] = value
 
 
-def _has_other_type(section: dict[str, Any], below: dict[str, Any]) -> bool:
-    return "type" in section and "type" in below and section["type"] != below["type"]
+def _replaces(section: dict[str, Any], below: dict[str, Any]) -> bool:
+    """Tell whether a section has, or may get from its preset, another type than the one below it."""
+    if "type" not in below:
+        return False
+    return section["type"] != below["type"] if "type" in section else section.get(PRESET_KEY) is not None
 
 
 def _with_preset(
@@ -155,21 +158,31 @@ def _with_preset(
 ) -> dict[str, Any]:
     """Return a section with the settings of the preset that it names, if any, under its own.
 
-    A preset of another type than the section's own is of no use to it. Settings of a preset have no line: errors about
-    them name that of the section.
+    Settings of a preset have no line: errors about them name that of the section.
+
+    Raises:
+        ConfigError: there is no such preset, or a file or an override names it beside another type.
     """
     seen: list[object] = []
     while package is not None and PRESET_KEY in section:
         name, what = section[PRESET_KEY], f"{key}.{PRESET_KEY}"
+        section = {field: value for field, value in section.items() if field != PRESET_KEY}
+        if name is None:
+            break
         where = _place_of(what, lines, source)
         if name in seen:
             raise ConfigError(f"the presets {', '.join(map(str, seen))} build on each other", where=where)
         seen.append(name)
         below = read_preset(package, name, what, where=where)
-        section = {field: value for field, value in section.items() if field != PRESET_KEY}
-        if not _has_other_type(section, below):
+        if "type" not in section or section["type"] == below.get("type"):
             _overlay(below, section)
             section = below
+        elif what in lines and f"{key}.type" in lines:
+            raise ConfigError(
+                f"{what} {name} is of type {below['type']}, the section of type {section['type']}",
+                where=where,
+                fix=f"remove one of them, or set {what}: null",
+            )
     return section
 
 

@@ -28,7 +28,7 @@ class WeightComparison:
 
 
 def compare_weights(first: OpenedWeights, second: OpenedWeights) -> WeightComparison:
-    """Compare all tensors, layer by layer; rows of the vocabulary that only round up its size are left out."""
+    """Compare all tensors, layer by layer; rows of the vocabulary that no token of the tokenizer has are left out."""
     shapes = [{key: tensor.shape for key, tensor in one.tensors.items()} for one in (first, second)]
     names = describe_differences(*shapes)
     common = [
@@ -56,8 +56,7 @@ def compare_weights(first: OpenedWeights, second: OpenedWeights) -> WeightCompar
 
 def _values(weights: OpenedWeights, key: str, layer: int | None) -> Tensor:
     tensor = weights.tensors[key].make(layer)
-    language = weights.model.language
-    return tensor[: language.pad_token_id + 1] if key in _VOCABULARY_KEYS else tensor
+    return tensor[: weights.model.language.vocab_size] if key in _VOCABULARY_KEYS else tensor
 
 
 def _difference(first: Tensor, second: Tensor) -> str | None:

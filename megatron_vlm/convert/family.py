@@ -80,6 +80,7 @@ class Serving:
     model: ModelConfig
     dtype: torch.dtype
     """Of the weights."""
+    tokenizer_path: Path
     tokenizer: Tokenizer
     image_aspect: Aspect
     template: Template

@@ -65,7 +65,8 @@ def shrink(config, data_parallel_size, run_dir):
 
 def test_every_example_has_a_number_of_ranks():
     files = {path.relative_to(EXAMPLES).as_posix() for path in EXAMPLES.rglob("*.yaml") if path.name != "base.yaml"}
-    assert files == set(WORLD_SIZES)
+    rehearsed = {name for name in files if name.startswith("presets/")}  # see test_presets.py
+    assert files - rehearsed == set(WORLD_SIZES)
 
 
 @pytest.mark.parametrize(("name", "world_size"), WORLD_SIZES.items())

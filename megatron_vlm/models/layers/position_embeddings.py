@@ -23,24 +23,11 @@ def resize_positions(table: Tensor, side: int, rows: int, columns: int, *, antia
     """
     if (rows, columns) == (side, side):
         return table
-    square = table.float().view(side, side, -1)
-    if table.requires_grad and torch.are_deterministic_algorithms_enabled():
-        # As products: on a GPU, torch has no deterministic gradient of its interpolation.
-        of_rows, of_columns = (_bicubic(side, size, antialias, table.device) for size in (rows, columns))
-        resized = of_columns @ torch.tensordot(of_rows, square, dims=1)
-    else:
-        image = square.permute(2, 0, 1)[None]
-        resized = F.interpolate(
-            image, size=(rows, columns), mode="bicubic", align_corners=False, antialias=antialias
-        ).permute(0, 2, 3, 1)
-    return resized.reshape(rows * columns, -1).to(table.dtype)
-
-
-def _bicubic(side: int, size: int, antialias: bool, device: torch.device) -> Tensor:
-    """Return the filter along one axis as a matrix float[size, side]."""
-    identity = torch.eye(side, device=device)[None, None]
-    filtered = F.interpolate(identity, size=(size, side), mode="bicubic", align_corners=False, antialias=antialias)
-    return filtered[0, 0]
+    square = table.reshape(1, side, side, -1).permute(0, 3, 1, 2)
+    resized = F.interpolate(
+        square.float(), size=(rows, columns), mode="bicubic", align_corners=False, antialias=antialias
+    )
+    return resized.permute(0, 2, 3, 1).reshape(rows * columns, -1).to(table.dtype)
 
 
 @runtime_checkable

@@ -17,6 +17,7 @@ from megatron_vlm.config import (
 )
 from megatron_vlm.config.presets import preset_names
 from megatron_vlm.config.towers import Tower
+from megatron_vlm.config.towers.clip import Config as ClipConfig
 
 PACKAGES = {part: f"megatron_vlm.config.presets.{part}" for part in ("models", "language", "vision")}
 SMALL = {"num_layers": 2, "hidden_size": 32, "ffn_hidden_size": 64, "num_attention_heads": 4}
@@ -50,7 +51,9 @@ def toys(tmp_path, monkeypatch):
                 "language": {"preset": "toy", "rotary_base": 500.0},
                 "vision": {"preset": "toy", "feature_layer": -1},
                 "projection": {"type": "mlp2x_gelu"},
-            }
+            },
+            "typed-below": {"vision": {"preset": "other"}, "language": {"preset": "toy"}},
+            "typed": {"preset": "typed-below", "vision": {"type": "clip", "image_size": 42, **SMALL}},
         },
     }
     for part, presets in write.items():
@@ -110,10 +113,25 @@ def test_file_goes_before_the_preset_of_its_base(tmp_path):
 
 
 def test_section_of_another_type_takes_nothing_from_the_preset(load):
-    model = load("model: {preset: toy, projection: {type: linear}}\n")
-    assert config_to_dict(model.projection) == {"type": "linear"}
-    with pytest.raises(ConfigError, match=r"missing value model.vision.num_layers for type clip \(.*run.yaml:1\)"):
-        load("model: {language: {preset: toy}, vision: {preset: other, type: clip}}\n")
+    model = load("model: {preset: typed, language: {preset: toy}}\n")
+    assert config_to_dict(model.vision) == config_to_dict(ClipConfig(image_size=42, **SMALL))
+    assert config_to_dict(load("model: {preset: toy, projection: {type: linear}}\n").projection) == {"type": "linear"}
+
+
+def test_preset_takes_nothing_from_a_section_below_it_that_has_a_type(load):
+    model = load("model: {preset: typed, vision: {preset: toy}}\n")
+    assert (model.vision.image_size, model.vision.feature_layer) == (28, -2)
+
+
+@pytest.mark.parametrize("override", [[], ["model.vision.preset=other"]])
+def test_preset_beside_another_type_is_refused_unless_it_is_null(override, load):
+    where = "override model" if override else "run.yaml:2"
+    text = "model: {language: {preset: toy}, vision: {type: clip, num_layers: 2,\n preset: other}}\n"
+    message = rf"model.vision.preset other is of type other, the section of type clip \(.*{where}.*vision.preset: null"
+    with pytest.raises(ConfigError, match=message):
+        load(text, *override)
+    with pytest.raises(ConfigError, match="missing value model.vision.hidden_size for type clip"):
+        load(text, "model.vision.preset=null")
 
 
 def test_section_alone_takes_its_preset(tmp_path):
