@@ -64,8 +64,11 @@ TESTED_ELSEWHERE = {
     "convert/families/siglip.py": "convert/families/test_towers.py",
     "convert/vision_transformer.py": "convert/families/test_towers.py",
     "convert/families/llava.py": "convert/test_to_hf.py",
+    "convert/projectors/downsample.py": "convert/projectors/test_protocol.py",
     "convert/projectors/linear.py": "convert/test_to_hf.py",
     "convert/projectors/mlp2x_gelu.py": "convert/test_to_hf.py",
+    "convert/projectors/mlp_downsample.py": "convert/projectors/test_protocol.py",
+    "convert/projectors/transformer_block.py": "convert/projectors/test_protocol.py",
     "data/sources/conversations.py": "data/sources/test_sources.py",
     "data/sources/text.py": "data/sources/test_sources.py",
     # Steps of one path: what they do together is the claim.

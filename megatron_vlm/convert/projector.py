@@ -1,6 +1,7 @@
 """The functions that a module of `convert/projectors/` offers; it is found by `model.projection.type`."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 import torch
@@ -8,26 +9,37 @@ from torch import Tensor
 
 from megatron_vlm.config import CheckpointError
 from megatron_vlm.config.modules import find_module, module_names
+from megatron_vlm.config.projectors import ProjectorConfig, make_projector
 from megatron_vlm.convert.rules import Rule
 
 PROJECTORS = "megatron_vlm.convert.projectors"
 KEY_PREFIX = "model.vision_projection."
 
 
+@dataclass(frozen=True, slots=True)
+class LlavaProjector:
+    """A projection as transformers' Llava has it: two linear layers for each feature, an activation between them."""
+
+    activation: str
+    """Value of `projector_hidden_act`."""
+    rules: list[Rule]
+    """Our keys start with `KEY_PREFIX`, their names are those below `multi_modal_projector.`."""
+
+
 class ProjectorFamily(Protocol):
-    """The names of a projection's tensors in the LLaVA format, and its initial weights."""
+    """The names of a projection's tensors in other formats, and its initial weights.
 
-    ACTIVATION: str
-    """Value of LLaVA's `projector_hidden_act` that stands for this projection."""
+    Each function takes the settings of the projection, the width of the features and that of the embeddings.
+    """
 
-    def rules(self, config: Any, *, input_size: int, output_size: int) -> list[Rule]:
-        """Return the table: our keys start with `KEY_PREFIX`, their names are those below `multi_modal_projector.`.
+    FITS_LLAVA: bool
+    """Whether transformers' Llava can hold it."""
 
-        Args:
-            config: settings of the projection.
-            input_size: width of the features.
-            output_size: width of the embeddings.
-        """
+    def llava(self, config: Any, *, input_size: int, output_size: int) -> LlavaProjector | None:
+        """Return what transformers' Llava makes of it; None if it cannot hold it."""
+
+    def vila_rules(self, config: Any, *, input_size: int, output_size: int) -> list[Rule] | None:
+        """Return the table for VILA's `mm_projector`, with names from `layers.` on; None if VILA cannot hold it."""
 
     def draw(
         self, config: Any, *, input_size: int, output_size: int, std: float, generator: torch.Generator
@@ -57,16 +69,36 @@ def find_projector(type: str) -> ProjectorFamily:
     return cast(ProjectorFamily, find_module(PROJECTORS, type, "projection"))
 
 
-def projector_type_of(activation: str, where: str) -> str:
-    """Return the type of the projection that a LLaVA's `projector_hidden_act` stands for.
+def llava_projector(config: ProjectorConfig, *, input_size: int, output_size: int) -> LlavaProjector:
+    """Return a projection as transformers' Llava has it.
 
     Raises:
-        CheckpointError: no projection has this activation.
+        CheckpointError: it cannot hold this one.
     """
-    types = {find_projector(name).ACTIVATION: name for name in module_names(PROJECTORS)}
-    if activation not in types:
-        raise CheckpointError(f"projector_hidden_act={activation}", where=where, fix=f"use {', '.join(types)}")
-    return types[activation]
+    found = find_projector(config.type).llava(config, input_size=input_size, output_size=output_size)
+    if found is None:
+        fitting = [name for name in module_names(PROJECTORS) if find_projector(name).FITS_LLAVA]
+        raise CheckpointError(
+            f"a projection of type {config.type} does not fit the format llava, which has two linear layers for each "
+            "patch",
+            where="model.projection",
+            fix=f"export a model with {' or '.join(fitting)}",
+        )
+    return found
+
+
+def projector_of(activation: str, *, input_size: int, output_size: int, where: str) -> ProjectorConfig:
+    """Return the projection that a LLaVA's `projector_hidden_act` stands for.
+
+    Raises:
+        CheckpointError: no projection of this size is written with this activation.
+    """
+    fitting = [make_projector(name) for name in module_names(PROJECTORS) if find_projector(name).FITS_LLAVA]
+    sizes = {"input_size": input_size, "output_size": output_size}
+    found = {llava_projector(config, **sizes).activation: config for config in fitting}
+    if activation in found:
+        return found[activation]
+    raise CheckpointError(f"projector_hidden_act={activation}", where=where, fix=f"use {', '.join(found)}")
 
 
 def draw_linear(key: str, sizes: Sequence[int], *, std: float, generator: torch.Generator) -> dict[str, Tensor]:
@@ -74,8 +106,13 @@ def draw_linear(key: str, sizes: Sequence[int], *, std: float, generator: torch.
 
     Args:
         key: prefix of the layer, with the final dot.
-        sizes: output size, input size.
+        sizes: output size, input size; before them the number of layers, if it is a stack.
         std: standard deviation of the weights.
         generator: of the random numbers.
     """
-    return {f"{key}weight": torch.randn(*sizes, generator=generator) * std, f"{key}bias": torch.zeros(sizes[0])}
+    return {f"{key}weight": torch.randn(*sizes, generator=generator) * std, f"{key}bias": torch.zeros(*sizes[:-1])}
+
+
+def draw_norm(key: str, sizes: Sequence[int]) -> dict[str, Tensor]:
+    """Return weight and bias of a norm that changes nothing yet; arguments as in `draw_linear`."""
+    return {f"{key}weight": torch.ones(*sizes), f"{key}bias": torch.zeros(*sizes)}

@@ -171,6 +171,48 @@ class LinearAsMLP:
 
 
 @dataclass(frozen=True, slots=True)
+class LinearAsReluPair:
+    """One linear layer on our side; two on theirs, with a ReLU between them.
+
+    The first makes x and -x, the second multiplies their positive parts by W and -W: W relu(x) - W relu(-x) = W x.
+    """
+
+    input_size: int
+    hidden_size: int
+    of_bias: bool
+
+    def _first(self, like: Tensor) -> Tensor:
+        if self.of_bias:
+            return torch.zeros(self.hidden_size, dtype=like.dtype, device=like.device)
+        first = torch.zeros(self.hidden_size, self.input_size, dtype=like.dtype, device=like.device)
+        identity = torch.eye(self.input_size, dtype=like.dtype, device=like.device)
+        first[: 2 * self.input_size] = torch.cat([identity, -identity])
+        return first
+
+    def _second(self, whole: Tensor) -> Tensor:
+        if self.of_bias:
+            return whole
+        rest = self.hidden_size - 2 * self.input_size
+        return torch.cat([whole, -whole, whole.new_zeros(self.hidden_size, rest)], dim=1)
+
+    def join(self, theirs: Sequence[Tensor]) -> Tensor:
+        """Return the layer.
+
+        Raises:
+            ValueError: the two layers are not such a pair.
+        """
+        first, second = theirs
+        whole = second if self.of_bias else second[:, : self.input_size].contiguous()
+        if not whole.is_meta and not all(map(torch.equal, (first, second), self.split(whole))):
+            raise ValueError("the two layers of the projection with a ReLU are not those of a linear one")
+        return whole
+
+    def split(self, whole: Tensor) -> list[Tensor]:
+        """Return both layers."""
+        return [self._first(whole), self._second(whole)]
+
+
+@dataclass(frozen=True, slots=True)
 class Rule:
     """One of our tensors and its counterparts in the other format."""
 

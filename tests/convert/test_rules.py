@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from megatron_vlm.convert.rules import GatedMLP, LinearAsMLP, QueryKeyValue, Reshaped, Rule, Same
+from megatron_vlm.convert.rules import GatedMLP, LinearAsMLP, LinearAsReluPair, QueryKeyValue, Reshaped, Rule, Same
 
 QKV = QueryKeyValue(num_attention_heads=4, num_query_groups=2, kv_channels=3)
 
@@ -16,6 +16,8 @@ QKV = QueryKeyValue(num_attention_heads=4, num_query_groups=2, kv_channels=3)
         (GatedMLP(), (8, 3)),
         (LinearAsMLP(4, False), (4, 3)),
         (LinearAsMLP(4, True), (4,)),
+        (LinearAsReluPair(3, 8, False), (8, 3)),
+        (LinearAsReluPair(3, 6, True), (6,)),
     ],
 )
 def test_join_undoes_split(transform, shape):
@@ -37,6 +39,25 @@ def test_gated_mlp_has_the_gate_first():
 def test_linear_as_mlp_refuses_a_second_layer_that_changes_something():
     with pytest.raises(ValueError, match="not the identity"):
         LinearAsMLP(2, False).join([torch.ones(2, 3), 2 * torch.eye(2)])
+
+
+def test_linear_as_relu_pair_computes_what_the_layer_does():
+    weight, x = torch.randn(8, 3), torch.randn(5, 3)
+    first, second = LinearAsReluPair(3, 8, False).split(weight)
+    torch.testing.assert_close((x @ first.T).relu() @ second.T, x @ weight.T)
+
+
+@pytest.mark.parametrize("changed", [0, 1])
+@pytest.mark.parametrize("of_bias", [False, True])
+def test_linear_as_relu_pair_refuses_layers_that_are_none(changed, of_bias):
+    pair = LinearAsReluPair(3, 8, of_bias)
+    theirs = pair.split(torch.randn(8) if of_bias else torch.randn(8, 3))
+    theirs[changed][-1] += 1
+    if of_bias and changed:
+        assert torch.equal(pair.join(theirs), theirs[1])  # any bias of the second layer is that of a linear one
+        return
+    with pytest.raises(ValueError, match="with a ReLU are not those of a linear one"):
+        pair.join(theirs)
 
 
 def test_rule_names_each_layer():

@@ -19,6 +19,7 @@ from megatron_vlm.data.loading.pixels import decode_image
 from megatron_vlm.data.text.tokenizer import load_tokenizer
 from tests.support.configs import tiny_model, tiny_model_with_tower, tiny_run
 from tests.support.llava_logits import load_llava, our_logits, random_batch
+from tests.support.parts import tiny_projector
 from tests.support.sentence_piece import NUM_PIECES
 
 # Same weights, same operations in fp32: what is left is the order of additions inside kernels.
@@ -39,6 +40,28 @@ def test_transformers_computes_the_same_logits(projection, make_run, model_confi
     run = make_run(replace(model_config, projection=make_projector(projection)))
     export_model(read_run_settings(run), tmp_path / "hf")
     assert_same_logits(run, tmp_path / "hf")
+
+
+def test_a_narrow_linear_projection_is_exported_as_servers_take_it_and_read_back(
+    make_run, model_config, with_vision, tmp_path
+):
+    narrow = with_vision(replace(model_config, projection=make_projector("linear")), hidden_size=30)
+    run = make_run(narrow)
+    export_model(read_run_settings(run), tmp_path / "hf")
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["projector_hidden_act"] == "relu"
+    assert_same_logits(run, tmp_path / "hf")
+    import_model(tmp_path / "hf", tmp_path / "again")
+    ours, again = (read_run_settings(folder) for folder in (run, tmp_path / "again"))
+    assert again.model.projection == narrow.projection
+    assert hash_weights(again.checkpoint) == hash_weights(ours.checkpoint)
+
+
+@pytest.mark.parametrize("type", ["downsample", "mlp_downsample", "transformer_block"])
+def test_a_projection_that_the_format_cannot_hold_is_refused(type, make_run, model_config, tmp_path):
+    model = replace(model_config, projection=tiny_projector(type))
+    settings = replace(read_run_settings(make_run(model_config)), model=model)
+    with pytest.raises(CheckpointError, match=f"of type {type} does not fit the format llava.*linear or mlp2x_gelu"):
+        export_model(settings, tmp_path / "hf")
 
 
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])

@@ -8,14 +8,13 @@ from typing import Any, cast
 from torch import Tensor
 
 from megatron_vlm.config import CheckpointError, ModelConfig
-from megatron_vlm.config.projectors import make_projector
 from megatron_vlm.config.towers import TowerConfig
 from megatron_vlm.config.vision_transformer import VisionTransformerConfig
 from megatron_vlm.convert.family import Family, Serving, TowerFamily, find_family, find_tower_family
 from megatron_vlm.convert.files.processor import chat_template, generation_config, select_strategy, write_processor
 from megatron_vlm.convert.files.tokenizer import bos_text, write_tokenizer
 from megatron_vlm.convert.folder import CONFIG_NAME, write_json
-from megatron_vlm.convert.projector import find_projector, projector_type_of
+from megatron_vlm.convert.projector import LlavaProjector, llava_projector, projector_of
 from megatron_vlm.convert.rules import Rule
 
 PART = "model"
@@ -67,12 +66,16 @@ def _tower(model: ModelConfig) -> VisionTransformerConfig:
     return cast(VisionTransformerConfig, model.vision)
 
 
+def _projector(model: ModelConfig) -> LlavaProjector:
+    sizes = {"input_size": model.vision.feature_size, "output_size": model.language.hidden_size}
+    return llava_projector(model.projection, **sizes)
+
+
 def rules(model: ModelConfig) -> list[Rule]:
     """Return the table of the whole model."""
-    sizes = {"input_size": model.vision.feature_size, "output_size": model.language.hidden_size}
     tables = {
         _VISION: _tower_family(model.vision).rules(model.vision),
-        _PROJECTOR: find_projector(model.projection.type).rules(model.projection, **sizes),
+        _PROJECTOR: _projector(model).rules,
         _LANGUAGE: _language_family().rules(model.language),
     }
     return [
@@ -106,7 +109,7 @@ def config_to_hf(model: ModelConfig) -> dict[str, Any]:
         "model_type": "llava",
         "image_token_index": model.language.image_token_id,
         "image_seq_length": model.fixed_image_tokens("export to LLaVA"),
-        "projector_hidden_act": find_projector(model.projection.type).ACTIVATION,
+        "projector_hidden_act": _projector(model).activation,
         "multimodal_projector_bias": True,
         "vision_feature_layer": -1,
         "vision_feature_select_strategy": select_strategy(_tower(model)),
@@ -146,15 +149,18 @@ def config_from_hf(settings: dict[str, Any], *, where: str, **chosen: Any) -> Mo
             where=where,
             fix="use a model whose added tokens are image, then padding",
         )
-    found = {
-        "language": language,
-        "vision": _selecting(
-            vision_family.config_from_hf(vision, where=where, feature_layer=feature_layer),
-            settings.get("vision_feature_select_strategy", "default"),
-            where,
-        ),
-        "projection": make_projector(projector_type_of(settings.get("projector_hidden_act", "gelu"), where)),
-    }
+    tower = _selecting(
+        vision_family.config_from_hf(vision, where=where, feature_layer=feature_layer),
+        settings.get("vision_feature_select_strategy", "default"),
+        where,
+    )
+    projection = projector_of(
+        settings.get("projector_hidden_act", "gelu"),
+        input_size=tower.feature_size,
+        output_size=language.hidden_size,
+        where=where,
+    )
+    found = {"language": language, "vision": tower, "projection": projection}
     return ModelConfig(**{**found, **chosen})
 
 

@@ -1,22 +1,44 @@
-"""One linear layer. LLaVA's projector has two, so the second is written as the identity."""
+"""One linear layer, which transformers' Llava holds as two.
+
+With features of at most half the width of the embeddings, the first of the two puts x and -x side by side, and the
+second subtracts what W makes of the negative part from what it makes of the positive one: relu(x) - relu(-x) is x,
+exactly. Servers know this activation; they refuse `linear`, which is left for wider features, where the second layer is
+the identity.
+"""
 
 import torch
 from torch import Tensor
 
 from megatron_vlm.config.projectors.linear import Config
-from megatron_vlm.convert.projector import KEY_PREFIX, draw_linear
-from megatron_vlm.convert.rules import LinearAsMLP, Rule
+from megatron_vlm.convert.projector import KEY_PREFIX, LlavaProjector, draw_linear
+from megatron_vlm.convert.rules import LinearAsMLP, LinearAsReluPair, Rule, Transform
 
-ACTIVATION = "linear"
+FITS_LLAVA = True
 _LAYER = KEY_PREFIX + "encoder."
 
 
-def rules(config: Config, *, input_size: int, output_size: int) -> list[Rule]:
+def llava(config: Config, *, input_size: int, output_size: int) -> LlavaProjector:
+    """Return two layers that do what the one does."""
+    shapes = {"weight": (output_size, input_size), "bias": (output_size,)}
+    activation = "relu" if 2 * input_size <= output_size else "linear"
+
+    def transform(kind: str) -> Transform:
+        if activation == "relu":
+            return LinearAsReluPair(input_size, output_size, of_bias=kind == "bias")
+        return LinearAsMLP(output_size, of_bias=kind == "bias")
+
+    rules = [
+        Rule(_LAYER + kind, shape, (f"linear_1.{kind}", f"linear_2.{kind}"), transform(kind))
+        for kind, shape in shapes.items()
+    ]
+    return LlavaProjector(activation, rules)
+
+
+def vila_rules(config: Config, *, input_size: int, output_size: int) -> list[Rule]:
     """Return the table."""
-    weight, bias = (LinearAsMLP(output_size, of_bias) for of_bias in (False, True))
     return [
-        Rule(_LAYER + "weight", (output_size, input_size), ("linear_1.weight", "linear_2.weight"), weight),
-        Rule(_LAYER + "bias", (output_size,), ("linear_1.bias", "linear_2.bias"), bias),
+        Rule(_LAYER + "weight", (output_size, input_size), ("layers.weight",)),
+        Rule(_LAYER + "bias", (output_size,), ("layers.bias",)),
     ]
 
 

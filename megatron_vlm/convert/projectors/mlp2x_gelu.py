@@ -4,20 +4,29 @@ import torch
 from torch import Tensor
 
 from megatron_vlm.config.projectors.mlp2x_gelu import Config
-from megatron_vlm.convert.projector import KEY_PREFIX, draw_linear
+from megatron_vlm.convert.projector import KEY_PREFIX, LlavaProjector, draw_linear
 from megatron_vlm.convert.rules import Rule
 
-ACTIVATION = "gelu"
+FITS_LLAVA = True
 _FIRST, _SECOND = KEY_PREFIX + "encoder.linear_fc1.", KEY_PREFIX + "encoder.linear_fc2."
 
 
-def rules(config: Config, *, input_size: int, output_size: int) -> list[Rule]:
+def llava(config: Config, *, input_size: int, output_size: int) -> LlavaProjector:
+    """Return the two layers."""
+    return LlavaProjector("gelu", _rules("linear_1.", "linear_2.", input_size, output_size))
+
+
+def vila_rules(config: Config, *, input_size: int, output_size: int) -> list[Rule]:
     """Return the table."""
+    return _rules("layers.0.", "layers.2.", input_size, output_size)
+
+
+def _rules(first: str, second: str, input_size: int, output_size: int) -> list[Rule]:
     return [
-        Rule(_FIRST + "weight", (output_size, input_size), ("linear_1.weight",)),
-        Rule(_FIRST + "bias", (output_size,), ("linear_1.bias",)),
-        Rule(_SECOND + "weight", (output_size, output_size), ("linear_2.weight",)),
-        Rule(_SECOND + "bias", (output_size,), ("linear_2.bias",)),
+        Rule(_FIRST + "weight", (output_size, input_size), (first + "weight",)),
+        Rule(_FIRST + "bias", (output_size,), (first + "bias",)),
+        Rule(_SECOND + "weight", (output_size, output_size), (second + "weight",)),
+        Rule(_SECOND + "bias", (output_size,), (second + "bias",)),
     ]
 
 
