@@ -1,8 +1,11 @@
+from dataclasses import replace
+
 import pytest
 
 from megatron_vlm.training.rehearsal.comparison import compare_ranks
 from megatron_vlm.training.rehearsal.facts import BUILD, STEP
 from tests.support.configs import tiny_model, tiny_run
+from tests.support.parts import PROJECTOR_NAMES, tiny_projector
 from tests.training.rehearsal import programs
 
 MODEL = tiny_model(num_layers=2)
@@ -35,6 +38,13 @@ def test_ranks_with_and_without_images_call_the_same_collectives(fake_process):
         (one.group.name, one.ranks) for one in compared
     }
     assert not differences
+
+
+@pytest.mark.parametrize("type", PROJECTOR_NAMES)
+def test_every_projection_can_be_played(type, fake_process):
+    config = replace(like_sft(), model=replace(MODEL, projection=tiny_projector(type)))
+    played = fake_process.run(programs.play, config, 4, (0, 2), iterations=1)
+    assert not compare_ranks(played)[1]
 
 
 def test_model_that_skips_its_tower_without_images_is_found_out(fake_process):
