@@ -3,9 +3,11 @@
 The module of the same name in `models/projectors/` builds the projection.
 """
 
+from dataclasses import MISSING, fields
 from typing import Annotated, Protocol
 
 from megatron_vlm.config.activations import Activations
+from megatron_vlm.config.errors import ConfigError
 from megatron_vlm.config.grid import Grid
 from megatron_vlm.config.loading import TypeIn
 from megatron_vlm.config.modules import find_module
@@ -45,6 +47,15 @@ def make_projector(type: str, **settings: object) -> ProjectorConfig:
     """Return the settings of a projection of the given type.
 
     Raises:
-        ConfigError: there is no such type.
+        ConfigError: there is no such type, or it needs settings that are not given.
     """
-    return find_module(__name__, type, "model.projection.type").Config(**settings)
+    config = find_module(__name__, type, "model.projection.type").Config
+    required = [field.name for field in fields(config) if field.default is MISSING and field.default_factory is MISSING]
+    missing = [name for name in required if name not in settings]
+    if missing:
+        raise ConfigError(
+            f"a projection of type {type} needs {', '.join(missing)}",
+            where="model.projection",
+            fix="set them in a config, and name it",
+        )
+    return config(**settings)

@@ -2,6 +2,7 @@ import pytest
 
 from megatron_vlm.config import ConfigError
 from megatron_vlm.config.grid import Grid
+from megatron_vlm.config.projectors import make_projector
 from megatron_vlm.config.projectors.transformer_block import Config
 
 
@@ -27,3 +28,8 @@ def test_the_width_of_the_mlp_is_four_times_that_of_the_layers_unless_it_is_set(
 def test_sizes_that_do_not_fit_are_refused(settings, message):
     with pytest.raises(ConfigError, match=message):
         Config(**settings)
+
+
+def test_its_sizes_have_no_default():
+    with pytest.raises(ConfigError, match=r"transformer_block needs hidden_size, num_attention_heads .*fix: set them"):
+        make_projector("transformer_block")
