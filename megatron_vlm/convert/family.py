@@ -25,7 +25,7 @@ class Family(Protocol):
     PART: Part
     """The section of the config that it converts: `model.language`, `model.vision`, or all of `model`."""
     MODEL_TYPES: tuple[str, ...]
-    """Values of `model_type` in config.json."""
+    """Values of `model_type` in config.json; where it has none, of its first architecture."""
 
     def renames(self, settings: dict[str, Any]) -> Sequence[tuple[str, str]]:
         """Return (regular expression, replacement) pairs that turn other versions' names into those of the table.
@@ -102,7 +102,7 @@ def find_family(model_type: str | None, part: Part, where: str) -> Family:
     """Return the family of a folder.
 
     Args:
-        model_type: as its config.json has it.
+        model_type: as its config.json has it; without one, its first architecture.
         part: the kind of family that is wanted.
         where: the file, for messages.
 

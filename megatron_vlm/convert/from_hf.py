@@ -23,6 +23,7 @@ from megatron_vlm.config import (
     config_to_dict,
 )
 from megatron_vlm.config.projectors import make_projector
+from megatron_vlm.config.towers import innermost
 from megatron_vlm.convert.differences import describe_differences
 from megatron_vlm.convert.family import Family, Part, find_family, find_tower_family
 from megatron_vlm.convert.folder import CONFIG_NAME, HFFolder, read_json
@@ -85,7 +86,7 @@ def import_parts(
     model = _agreed(model, found)
     tensors: dict[str, Tensor | LazyTensor] = {
         **_lazy_tensors(decoder, model.language),
-        **_lazy_tensors(tower, model.vision),
+        **_lazy_tensors(tower, innermost(model.vision)),
         **_draw_projection(model, options.seed),
     }
     _write(run_dir, tensors, model, language)
@@ -134,7 +135,8 @@ class _OpenFolder:
 def _open(path: Path, part: Part) -> _OpenFolder:
     where = path / CONFIG_NAME
     settings = read_json(where)
-    family = find_family(settings.get("model_type"), part, str(where))
+    architecture = next(iter(settings.get("architectures") or ()), None)
+    family = find_family(settings.get("model_type") or architecture, part, str(where))
     return _OpenFolder(HFFolder(path, family.renames(settings)), family)
 
 
@@ -149,7 +151,7 @@ def _agreed(wanted: ModelConfig | None, found: ModelConfig) -> ModelConfig:
     free = find_tower_family(found.vision.type).FREE
     differences = [
         *_differences("model.language", wanted.language, found.language, _FREE_LANGUAGE),
-        *_differences("model.vision", wanted.vision, found.vision, free),
+        *_differences("model.vision", innermost(wanted.vision), found.vision, free),
     ]
     if differences:
         raise CheckpointError("; ".join(differences), fix="change the config, or omit --config")
@@ -210,7 +212,7 @@ def _with_processing(vision: Any, folder: Path) -> Any:
     settings = read_json(path)
     found: dict[str, Any] = {}
     for name in ("image_mean", "image_std"):
-        if name in settings:
+        if name in settings and settings.get("do_normalize", True):
             found[name] = tuple(settings[name])
     crop = settings.get("crop_size")
     if isinstance(crop, dict) and "image_size" in find_tower_family(vision.type).FREE:
@@ -253,6 +255,8 @@ def _check_tensors(folder: HFFolder, rules: Sequence[Rule], unused: Sequence[str
         for layer in rule.layers
         for name, shape in zip(rule.names_of(layer), rule.their_shapes(), strict=True)
     }
+    scales = {rule.scale_of(layer): rule.shape[:1] for rule in rules for layer in rule.layers}
+    wanted.update((name, shape) for name, shape in scales.items() if name in folder.stored)
     found = {
         name: stored.shape
         for name, stored in folder.stored.items()
@@ -270,9 +274,13 @@ def _lazy_tensor(folder: HFFolder, rule: Rule) -> LazyTensor:
 
     def make(layer: int | None) -> Tensor:
         try:
-            return rule.transform.join([folder.read(name) for name in rule.names_of(layer)]).to(dtype)
+            tensor = rule.transform.join([folder.read(name) for name in rule.names_of(layer)])
         except ValueError as error:
             raise CheckpointError(str(error), where=str(folder.path), fix="use another model") from None
+        if (scale := rule.scale_of(layer)) in folder.stored:
+            factors = folder.read(scale).float().view(-1, *(1 for _ in rule.shape[1:]))
+            tensor = factors * tensor.float()
+        return tensor.to(dtype)
 
     return LazyTensor(shape=rule.checkpoint_shape, dtype=dtype, is_stacked=rule.num_layers is not None, make=make)
 

@@ -225,6 +225,8 @@ class Rule:
     transform: Transform = field(default_factory=Same)
     num_layers: int | None = None
     """Layers that our checkpoint stacks along the first axis; None if the tensor does not belong to a layer."""
+    scale: str = ""
+    """Their name of factors of our rows; a folder may lack it. We have no place for them: they go into the rows."""
 
     @property
     def checkpoint_shape(self) -> tuple[int, ...]:
@@ -239,6 +241,10 @@ class Rule:
     def names_of(self, layer: int | None) -> tuple[str, ...]:
         """Return their names for one layer."""
         return tuple(name.replace("{layer}", str(layer)) for name in self.names)
+
+    def scale_of(self, layer: int | None) -> str:
+        """Return their name of the factors for one layer; empty if there are none."""
+        return self.scale.replace("{layer}", str(layer))
 
     def their_shapes(self) -> list[tuple[int, ...]]:
         """Return the shapes of their tensors."""

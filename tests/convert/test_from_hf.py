@@ -13,6 +13,7 @@ from megatron_vlm.checkpoint.open_model import open_model
 from megatron_vlm.checkpoint.run_settings import read_run_settings
 from megatron_vlm.checkpoint.tensors import hash_weights, read_tensor, write_weights
 from megatron_vlm.config import CheckpointError, ConfigError, UsageError, load_section
+from megatron_vlm.config.towers.s2 import Config as ScaledConfig
 from megatron_vlm.convert.from_hf import ImportOptions, import_model, import_parts
 from megatron_vlm.convert.to_hf import export_model
 from tests.support.configs import tiny_model_with_tower
@@ -285,6 +286,26 @@ def test_a_config_may_choose_another_feature_layer(llama_dir, clip_dir, imported
     import_parts(llama_dir, clip_dir, tmp_path / "run", ImportOptions(), model)
     key = "model.vision_model.decoder.layers.mlp.linear_fc1.weight"
     assert read_tensor(read_run_settings(tmp_path / "run").checkpoint, key).size(0) == 3
+
+
+def test_a_tower_is_imported_for_several_scales(llama_dir, clip_dir, imported, tmp_path):
+    model = read_run_settings(imported).model
+    model = replace(model, vision=ScaledConfig(scales=(32, 64), tower=model.vision))
+    import_parts(llama_dir, clip_dir, tmp_path / "run", ImportOptions(), model)
+    pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with open_model(read_run_settings(imported)) as plain, torch.no_grad():
+        expected = plain.vision_model(pixels)
+    with open_model(read_run_settings(tmp_path / "run")) as scaled, torch.no_grad():
+        assert torch.equal(scaled.vision_model.tower(pixels), expected)
+        assert scaled.vision_model(torch.randn(1, 3, 64, 64)).shape == (1, 16, 48)
+
+
+def test_settings_of_a_tower_inside_another_are_compared(llama_dir, clip_dir, imported, tmp_path):
+    model = read_run_settings(imported).model
+    tower = replace(model.vision, layernorm_epsilon=1e-6)
+    model = replace(model, vision=ScaledConfig(scales=(32,), tower=tower))
+    with pytest.raises(CheckpointError, match=r"model.vision.layernorm_epsilon=1e-06, the folder has 1e-05"):
+        import_parts(llama_dir, clip_dir, tmp_path / "run", ImportOptions(), model)
 
 
 def test_missing_unexpected_and_misshapen_tensors_are_named(llama_dir, clip_dir, changed_copy, tmp_path):

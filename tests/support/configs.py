@@ -16,6 +16,7 @@ from megatron_vlm.config import (
 from megatron_vlm.config.modules import find_module
 from megatron_vlm.config.projectors import make_projector
 from megatron_vlm.config.towers.clip import Config as ClipConfig
+from megatron_vlm.config.towers.s2 import Config as ScaledConfig
 
 VOCAB_SIZE = 120
 SEQ_LENGTH = 192
@@ -42,8 +43,16 @@ def tiny_model(**language: Any) -> ModelConfig:
 
 
 def tiny_model_with_tower(type: str, **settings: Any) -> ModelConfig:
-    """Return the tiny model with a tower of another type and of about the same size."""
+    """Return the tiny model with a tower of another type and of about the same size.
+
+    Args:
+        type: of the tower; `s2` stands for a clip tower at two scales.
+        settings: of the tower, or of the one that it wraps.
+    """
     model = tiny_model()
+    if type == "s2":
+        inner = tiny_model_with_tower("clip", **settings).vision
+        return replace(model, vision=ScaledConfig(scales=(32, 64), tower=inner))
     sizes = ("image_size", "patch_size", "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
     shared = {name: getattr(model.vision, name) for name in sizes}
     config = find_module("megatron_vlm.config.towers", type, "tower").Config

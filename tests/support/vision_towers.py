@@ -1,6 +1,6 @@
 """Tiny vision towers of every kind: those of transformers with random weights, and ours with the same weights."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,8 @@ TINY: tuple[tuple[str, dict[str, Any]], ...] = (
     ("internvit", {"normalization": "LayerNorm", "qk_layernorm": False, "add_qkv_bias": True}),
     ("dinov2", {"position_grid": 7, "feature_layer": -2}),
     ("dinov2", {"position_grid": 3, "activation": "swiglu", "num_registers": 3}),
+    ("radio", {"position_grid": 6}),
+    ("s2", {}),
 )
 """Types of ours and settings, for `tiny_model_with_tower`: between them they have everything a tower can have."""
 
@@ -57,12 +59,21 @@ def tiny_models() -> list[ModelConfig]:
     return [tiny_model_with_tower(type, **settings) for type, settings in TINY]
 
 
-def train_every_tower(**sections: Any) -> list[tuple[list[float], list[float]]]:
-    """Train the tiny model with each of the `TINY` towers for two steps; return losses and gradient norms of each."""
-    measured = []
+PACKED = ((0, 1), (2, 3), (4, 5), (6,))
+UNPACKED = tuple((index,) for index in range(7))
+
+
+def train_every_tower(rows: Sequence[Sequence[int]] = PACKED, **sections: Any) -> list[tuple[list[float], list[float]]]:
+    """Train the tiny model with each of the `TINY` towers for two steps; return losses and gradient norms of each.
+
+    Args:
+        rows: samples of the rows of each step.
+        sections: of the run.
+    """
+    measured, training = [], {"global_batch_size": len(rows)}
     for model in tiny_models():
-        config = tiny_run(model=model, **sections)
-        steps = train_steps(config, [[0, 1], [2, 3], [4, 5], [6]] * 2, num_samples=8, num_steps=2, max_images=2)
+        config = tiny_run(model=model, **{**sections, "training": {**training, **sections.get("training", {})}})
+        steps = train_steps(config, [*rows, *rows], num_samples=8, num_steps=2, max_images=2)
         measured.append((steps.losses, steps.grad_norms))
     return measured
 

@@ -3,7 +3,7 @@
 The module of the same name in `models/towers/` builds the tower.
 """
 
-from typing import Annotated, Protocol
+from typing import Annotated, Protocol, runtime_checkable
 
 from megatron_vlm.config.activations import Activations
 from megatron_vlm.config.grid import Grid
@@ -64,6 +64,20 @@ class TowerConfig(Protocol):
             learns: whether the weights get gradients; otherwise only those of an adapter inside the tower do.
             recompute: whether the layers are computed again in the backward pass.
         """
+
+
+@runtime_checkable
+class TowerWrapper(Protocol):
+    """A tower around another one, which has all the weights, under the keys that they have without the wrapper."""
+
+    @property
+    def tower(self) -> TowerConfig:
+        """Settings of the inner tower."""
+
+
+def innermost(tower: TowerConfig) -> TowerConfig:
+    """Return the settings of the tower that has the weights: `tower` itself, or the one inside its wrappers."""
+    return innermost(tower.tower) if isinstance(tower, TowerWrapper) else tower
 
 
 Tower = Annotated[

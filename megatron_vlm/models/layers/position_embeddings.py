@@ -1,21 +1,26 @@
 """Learned position embeddings of a grid of patches."""
 
 import math
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+Mode = Literal["bicubic", "bilinear"]
 
-def resize_positions(table: Tensor, side: int, rows: int, columns: int, *, antialias: bool = False) -> Tensor:
-    """Resize the embeddings of a square grid to another one, by bicubic interpolation in two dimensions.
+
+def resize_positions(
+    table: Tensor, side: int, rows: int, columns: int, *, mode: Mode = "bicubic", antialias: bool = False
+) -> Tensor:
+    """Resize the embeddings of a square grid to another one, by interpolation in two dimensions.
 
     Args:
         table: float[side * side, h]; row by row.
         side: rows and columns of the table.
         rows: of the new grid.
         columns: of the new grid.
+        mode: of the interpolation.
         antialias: smooth them first if the new grid is smaller.
 
     Returns:
@@ -23,11 +28,24 @@ def resize_positions(table: Tensor, side: int, rows: int, columns: int, *, antia
     """
     if (rows, columns) == (side, side):
         return table
-    square = table.reshape(1, side, side, -1).permute(0, 3, 1, 2)
-    resized = F.interpolate(
-        square.float(), size=(rows, columns), mode="bicubic", align_corners=False, antialias=antialias
-    )
-    return resized.permute(0, 2, 3, 1).reshape(rows * columns, -1).to(table.dtype)
+    square = table.float().view(side, side, -1)
+    if table.requires_grad and torch.are_deterministic_algorithms_enabled():
+        # As products: on a GPU, torch has no deterministic gradient of its interpolation.
+        of_rows, of_columns = (_filter(side, size, mode, antialias, table.device) for size in (rows, columns))
+        resized = of_columns @ torch.tensordot(of_rows, square, dims=1)
+    else:
+        image = square.permute(2, 0, 1)[None]
+        resized = F.interpolate(
+            image, size=(rows, columns), mode=mode, align_corners=False, antialias=antialias
+        ).permute(0, 2, 3, 1)
+    return resized.reshape(rows * columns, -1).to(table.dtype)
+
+
+def _filter(side: int, size: int, mode: Mode, antialias: bool, device: torch.device) -> Tensor:
+    """Return the filter along one axis as a matrix float[size, side]."""
+    identity = torch.eye(side, device=device)[None, None]
+    filtered = F.interpolate(identity, size=(size, side), mode=mode, align_corners=False, antialias=antialias)
+    return filtered[0, 0]
 
 
 @runtime_checkable

@@ -13,6 +13,7 @@ from megatron_vlm.config.vision_transformer import VisionTransformerConfig
 from megatron_vlm.models.computation import Computation
 from megatron_vlm.models.layers.activations import ACTIVATIONS
 from megatron_vlm.models.layers.norm import Norm
+from megatron_vlm.models.layers.pixels import PixelNormaliser
 from megatron_vlm.models.layers.position_embeddings import PositionEmbeddings
 from megatron_vlm.models.layers.replicas import ReplicaGroups, Replicated
 from megatron_vlm.models.layers.specs import vision_block_spec
@@ -47,6 +48,9 @@ class VisionTransformer(Replicated):
         groups: process groups of the replicas.
     """
 
+    positions: type[PositionEmbeddings] = PositionEmbeddings
+    """How position embeddings become those of an image."""
+
     def __init__(self, vision_config: VisionTransformerConfig, computation: Computation, groups: ReplicaGroups) -> None:
         config = _transformer_config(vision_config, computation)
         super().__init__(config=config)
@@ -55,7 +59,7 @@ class VisionTransformer(Replicated):
         hidden_size, dtype, special = config.hidden_size, config.params_dtype, vision_config.architecture
         patch, epsilon = vision_config.patch_size, config.layernorm_epsilon
         self.conv1 = torch.nn.Conv2d(3, hidden_size, patch, patch, bias=special.patch_bias, dtype=dtype)
-        self.position_embeddings = PositionEmbeddings(
+        self.position_embeddings = self.positions(
             vision_config.position_grid,
             int(special.class_token),
             hidden_size,
@@ -74,8 +78,7 @@ class VisionTransformer(Replicated):
             pg_collection=collection,
         )
         self.ln_post = Norm(config, hidden_size, epsilon) if special.post_norm else None
-        # Not buffers: a bf16 model would round them, the mean of 122.7 by up to half a level.
-        self._mean_and_std: Tensor | None = None
+        self._normalise = PixelNormaliser(vision_config.image_mean, vision_config.image_std)
         self._initialise(vision_config.init_method_std)
 
     def _tokens(self, number: int) -> torch.nn.Parameter:
@@ -93,14 +96,7 @@ class VisionTransformer(Replicated):
 
     def normalise(self, pixel_values: Tensor) -> Tensor:
         """Normalise uint8 pixels to the dtype of the model; float pixels are assumed to be normalised already."""
-        dtype = self.config.params_dtype
-        if pixel_values.dtype != torch.uint8:
-            return pixel_values.to(dtype)
-        if self._mean_and_std is None or self._mean_and_std.device != pixel_values.device:
-            both = [self.vision_config.image_mean, self.vision_config.image_std]
-            self._mean_and_std = torch.tensor(both, device=pixel_values.device).view(2, 1, 3, 1, 1) * 255
-        mean, std = self._mean_and_std
-        return ((pixel_values.float() - mean) / std).to(dtype)
+        return self._normalise(pixel_values).to(self.config.params_dtype)
 
     def embed(self, pixel_values: Tensor) -> Tensor:
         """Return float[n, s, h], the input of the first layer: class token, registers, then patches row by row."""
@@ -115,6 +111,12 @@ class VisionTransformer(Replicated):
             x = torch.cat([x[:, :first], self.registers.expand(x.size(0), -1, -1), x[:, first:]], dim=1)
         return x if self.ln_pre is None else self.ln_pre(x)
 
+    def encode(self, pixel_values: Tensor) -> Tensor:
+        """Return float[n, s, h], all tokens of the chosen hidden state; see `forward`."""
+        x = self.embed(pixel_values).transpose(0, 1).contiguous()  # [n, s, h] -> [s, n, h]
+        x = self.decoder(hidden_states=x, attention_mask=None).transpose(0, 1)
+        return x if self.ln_post is None else self.ln_post(x)
+
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Encode images.
 
@@ -126,10 +128,7 @@ class VisionTransformer(Replicated):
             float[n, p, h], in the order of `constant_grid`: the patches are row by row, after the class token if it is
             kept.
         """
-        x = self.embed(pixel_values).transpose(0, 1).contiguous()  # [n, s, h] -> [s, n, h]
-        x = self.decoder(hidden_states=x, attention_mask=None).transpose(0, 1)
-        if self.ln_post is not None:
-            x = self.ln_post(x)
+        x = self.encode(pixel_values)
         prefix, kept = self.vision_config.num_prefix_tokens, self.vision_config.constant_grid.num_prefix_tokens
         if kept == prefix:
             return x

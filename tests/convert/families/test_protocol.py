@@ -100,7 +100,7 @@ def test_a_folder_of_another_kind_is_refused(model_type):
 def test_a_tower_without_a_family_is_refused():
     with pytest.raises(
         CheckpointError,
-        match=r"a tower of type llama has no conversion \(model.vision\); fix: use clip, dinov2, internvit, siglip$",
+        match=r"type llama has no conversion \(model.vision\); fix: use clip, dinov2, internvit, radio, siglip$",
     ):
         find_tower_family("llama")
 
