@@ -80,7 +80,6 @@ class Serving:
     model: ModelConfig
     dtype: torch.dtype
     """Of the weights."""
-    tokenizer_path: Path
     tokenizer: Tokenizer
     image_aspect: Aspect
     template: Template

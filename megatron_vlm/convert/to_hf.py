@@ -80,7 +80,6 @@ def export_model(settings: RunSettings, output: Path, options: ExportOptions | N
         serving = Serving(
             model=settings.model,
             dtype=dtype,
-            tokenizer_path=settings.tokenizer,
             tokenizer=load_tokenizer(settings.tokenizer),
             image_aspect=settings.image_aspect,
             template=template,

@@ -12,10 +12,11 @@ from megatron_vlm.config.towers import TowerConfig
 from megatron_vlm.config.vision_transformer import VisionTransformerConfig
 from megatron_vlm.convert.family import Family, Serving, TowerFamily, find_family, find_tower_family
 from megatron_vlm.convert.files.processor import chat_template, generation_config, select_strategy, write_processor
-from megatron_vlm.convert.files.tokenizer import bos_text, write_tokenizer
+from megatron_vlm.convert.files.tokenizer import write_tokenizer
 from megatron_vlm.convert.folder import CONFIG_NAME, write_json
 from megatron_vlm.convert.projector import LlavaProjector, llava_projector, projector_of
 from megatron_vlm.convert.rules import Rule
+from megatron_vlm.data.text.templates import stop_ids
 
 PART = "model"
 MODEL_TYPES = ("llava",)
@@ -186,13 +187,15 @@ def _selecting(vision: TowerConfig, strategy: str, where: str) -> TowerConfig:
 def write_settings(folder: Path, serving: Serving) -> None:
     """Write all files except the weights: config.json, tokenizer, processor, chat template."""
     model, tokenizer, template = serving.model, serving.tokenizer, serving.template
-    added = write_tokenizer(folder, serving.tokenizer_path, tokenizer, model.language)
+    added = write_tokenizer(folder, tokenizer, model.language)
     write_processor(folder, _tower(model), serving.image_aspect, added.image)
     write_json(folder / CONFIG_NAME, _whole_config(serving))
-    generation = generation_config(model.language, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id)
+    generation = generation_config(
+        model.language, bos_id=tokenizer.bos_id, eos_ids=sorted(stop_ids(template, tokenizer))
+    )
     write_json(folder / "generation_config.json", generation)
     if template.question_text:
-        bos, eos = bos_text(tokenizer), tokenizer.piece(tokenizer.eos_id)
+        bos, eos = tokenizer.bos, tokenizer.piece(tokenizer.eos_id)
         text = chat_template(template, serving.system, start=added.start, bos=bos, eos=eos, image=added.image)
         (folder / "chat_template.jinja").write_text(text)
 

@@ -57,11 +57,11 @@ def processor_config(vision: VisionTransformerConfig, image_token: str) -> dict[
     }
 
 
-def generation_config(language: LanguageConfig, *, bos_id: int | None, eos_id: int) -> dict[str, Any]:
+def generation_config(language: LanguageConfig, *, bos_id: int | None, eos_ids: list[int]) -> dict[str, Any]:
     """Return generation_config.json; ids without a tokenizer piece are never generated."""
     return {
         "bos_token_id": bos_id,
-        "eos_token_id": eos_id,
+        "eos_token_id": eos_ids if len(eos_ids) > 1 else eos_ids[0],
         "pad_token_id": language.pad_token_id,
         "suppress_tokens": list(range(language.vocab_size, language.num_token_ids)),
     }

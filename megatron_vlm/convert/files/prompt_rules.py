@@ -24,7 +24,7 @@ def normalizer(*, bos: str, image: str, added: Sequence[str], word_begin: bool) 
     """Return the first rules of a normalizer.
 
     Args:
-        bos: text of the token that starts a sample.
+        bos: text of the token that starts a sample; empty if there is none.
         image: text of the placeholder.
         added: texts of all added tokens, `bos` and `image` among them.
         word_begin: whether the first text of a sample, and the first one after an image, starts with the word-begin
@@ -33,7 +33,7 @@ def normalizer(*, bos: str, image: str, added: Sequence[str], word_begin: bool) 
     any_added = "|".join(_escape(text) for text in sorted(added, key=len, reverse=True))
     first, after_image = rf"\A{_escape(bos)}", _escape(image)
     # The library normalizes the text of each added token, too, to find it in a normalized text: these stay as they are.
-    rules = [_replace(rf"(?!{first})\A(?!(?:{any_added})\z)", bos)]
+    rules = [_replace(rf"(?!{first})\A(?!(?:{any_added})\z)", bos)] if bos else []
     if word_begin:
         rules.append(_replace(rf"(?:(?<={first})|(?<={after_image}))(?!{any_added}|\z)", WORD_BEGIN))
     return rules

@@ -42,6 +42,16 @@ class Tokenizer(ABC):
         return self.files.path.name
 
     @property
+    def kind(self) -> str:
+        """Name of its module."""
+        return type(self).__module__.rpartition(".")[2]
+
+    @property
+    def bos(self) -> str:
+        """Text of BOS; empty if there is none."""
+        return "" if self.bos_id is None else self.piece(self.bos_id)
+
+    @property
     def facts(self) -> TokenizerFacts:
         """Facts for a manifest."""
         return TokenizerFacts(**{field.name: getattr(self, field.name) for field in dataclasses.fields(TokenizerFacts)})

@@ -11,33 +11,47 @@ import pytest
 
 from megatron_vlm.checkpoint.run_settings import read_run_settings
 from megatron_vlm.config import ModelConfig
+from megatron_vlm.convert.files.tokenizers.sentence_piece import tokenizer_json
 from megatron_vlm.convert.to_hf import ExportOptions, export_model
 from megatron_vlm.data.documents import Image, Text
 from megatron_vlm.data.samples import ImageSegment
 from megatron_vlm.data.text.templates import DEFAULT_SYSTEM, TEMPLATES, Turn, encode_prompt
 from megatron_vlm.data.text.tokenizer import Tokenizer, load_tokenizer
+from megatron_vlm.data.text.tokenizer_files import find_tokenizer
 from megatron_vlm.evaluation.prompts import Exchange, PromptFormat
 from tests.support import hf_doors
-from tests.support.sentence_piece import train_sentence_piece
+from tests.support.byte_pair import write_llama_3, write_smollm2
+from tests.support.configs import tiny_model
+from tests.support.sentence_piece import NUM_PIECES, train_sentence_piece
 
-TEMPLATES_AND_SYSTEMS = (
-    ("vicuna_v1", DEFAULT_SYSTEM),
-    ("vicuna_v1", None),
-    ("vicuna_v1", "It's \\ {a} test."),
-    ("llama_2", DEFAULT_SYSTEM),
-    ("hermes-2", DEFAULT_SYSTEM),
-    ("llama_3", None),
+CASES = (
+    ("sentence_piece", "vicuna_v1", DEFAULT_SYSTEM),
+    ("sentence_piece", "vicuna_v1", None),
+    ("sentence_piece", "vicuna_v1", "It's \\ {a} test."),
+    ("sentence_piece", "llama_2", DEFAULT_SYSTEM),
+    ("sentence_piece", "hermes-2", DEFAULT_SYSTEM),
+    ("sentence_piece", "llama_3", None),
+    ("yi", "hermes-2", DEFAULT_SYSTEM),
+    ("yi", "vicuna_v1", None),
+    ("llama_2_json", "llama_2", None),
+    ("llama_2_json", "hermes-2", DEFAULT_SYSTEM),
+    ("llama_3", "llama_3", DEFAULT_SYSTEM),
+    ("llama_3", "vicuna_v1", None),
+    ("smollm2", "chatml", DEFAULT_SYSTEM),
 )
+"""Tokenizer, template, system prompt."""
 ROOT = Path(__file__).parents[3]
 TRANSFORMERS_5 = Path(os.environ.get("VENV_TRANSFORMERS5", ROOT / ".venv-transformers5")) / "bin/python"
 SYMBOLS = ("<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 IMAGE = Image(b"")
+BOS = "BOS"
+"""Stands for the text of BOS."""
 BARE = (
     "What colour is the circle?",
     "<image>\nWhat is it?",
     "Look: <image> and <image>\nA dog",
     " two blanks",
-    "<s>a cat",
+    BOS + "a cat",
 )
 CHATS = (
     (Turn((Text("What colour is it?"),), None),),
@@ -51,21 +65,48 @@ CHATS = (
 
 
 @pytest.fixture(scope="session")
-def chat_tokenizer(tmp_path_factory) -> Path:
-    """A tokenizer with the markers of every template."""
-    return train_sentence_piece(tmp_path_factory.mktemp("tokenizer"), symbols=SYMBOLS)
+def tokenizers(tmp_path_factory) -> dict[str, Path]:
+    """Folders of tokenizers by name; all have the markers of the templates that they are tested with."""
+    folders = {name: tmp_path_factory.mktemp(name) for name, *_ in CASES}
+    train_sentence_piece(folders["sentence_piece"], symbols=SYMBOLS)
+    train_sentence_piece(folders["yi"])
+    # Like Nous-Hermes-2-Yi: no BOS, and markers behind the vocabulary, of which one ends a sample.
+    config = {"add_bos_token": False, "eos_token": "<|im_end|>"}
+    (folders["yi"] / "tokenizer_config.json").write_text(json.dumps(config))
+    markers = {text: NUM_PIECES + number for number, text in enumerate(SYMBOLS)}
+    (folders["yi"] / "added_tokens.json").write_text(json.dumps(markers))
+    write_llama_3(folders["llama_3"])
+    write_smollm2(folders["smollm2"])
+    _write_llama_2_json(folders["llama_2_json"], folders["sentence_piece"])
+    return folders
+
+
+def _write_llama_2_json(folder: Path, sentence_piece: Path) -> None:
+    """Write what Hugging Face makes of a SentencePiece model: a word-begin mark after every added token."""
+    source = load_tokenizer(sentence_piece)
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    names = ("<s>", "</s>", *SYMBOLS)
+    tree = tokenizer_json(
+        source, [{"id": source.piece_id(name), "content": name, **flags} for name in names], "<image>"
+    )
+    blank = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    tree["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, blank]}
+    (folder / "tokenizer.json").write_text(json.dumps(tree))
+    config = {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
 @pytest.fixture(scope="session")
-def export(make_run, model_config, chat_tokenizer, tmp_path_factory):
-    """Return a folder with a template, made once: export(template, system)."""
+def export(make_run, tokenizers, tmp_path_factory):
+    """Return a folder and its model, made once: export(tokenizer, template, system)."""
 
     @functools.cache
-    def write(template: str, system: object) -> Path:
+    def write(tokenizer: str, template: str, system: object) -> tuple[Path, ModelConfig]:
         folder = tmp_path_factory.mktemp("doors") / "hf"
-        settings = replace(read_run_settings(make_run(model_config)), tokenizer=chat_tokenizer)
+        model = tiny_model(vocab_size=load_tokenizer(tokenizers[tokenizer]).vocab_size)
+        settings = replace(read_run_settings(make_run(model)), tokenizer=find_tokenizer(tokenizers[tokenizer]))
         export_model(settings, folder, ExportOptions(template=template, system=system))
-        return folder
+        return folder, model
 
     return write
 
@@ -115,13 +156,13 @@ def ids_of_chat(turns: tuple[Turn, ...], tokenizer: Tokenizer, model: ModelConfi
 def ids_of_bare(text: str, tokenizer: Tokenizer, model: ModelConfig):
     """Return the ids of `generate` without a template, each image as one placeholder."""
     prompts = PromptFormat(tokenizer=tokenizer, model=model, template=None, system=None)
-    ids = prompts.encode([Exchange(text.removeprefix("<s>"), text.count("<image>"))]).tolist()
+    ids = prompts.encode([Exchange(text.removeprefix(BOS), text.count("<image>"))]).tolist()
     image, per_image = model.language.image_token_id, model.constant_image_tokens
     return [one for place, one in enumerate(ids) if one != image or ids[:place].count(image) % per_image == 0]
 
 
-def requests() -> list:
-    return [*map(messages_of, CHATS), *BARE]
+def requests(tokenizer: Tokenizer) -> list:
+    return [*map(messages_of, CHATS), *(text.replace(BOS, tokenizer.bos) for text in BARE)]
 
 
 def assert_doors_agree(answers: dict, model: ModelConfig, tokenizer: Tokenizer, template: str, system: object) -> None:
@@ -139,23 +180,24 @@ def assert_doors_agree(answers: dict, model: ModelConfig, tokenizer: Tokenizer, 
     assert answers["num_generated"] > 0
 
 
-@pytest.mark.parametrize(("template", "system"), TEMPLATES_AND_SYSTEMS)
-def test_every_door_of_transformers_4_gives_the_ids_of_training(template, system, export, model_config, chat_tokenizer):
-    answers = hf_doors.answer(export(template, system), requests())
-    assert_doors_agree(answers, model_config, load_tokenizer(chat_tokenizer), template, system)
+@pytest.mark.parametrize(("name", "template", "system"), CASES)
+def test_every_door_of_transformers_4_gives_the_ids_of_training(name, template, system, export, tokenizers):
+    folder, model = export(name, template, system)
+    answers = hf_doors.answer(folder, requests(load_tokenizer(tokenizers[name])))
+    assert_doors_agree(answers, model, load_tokenizer(tokenizers[name]), template, system)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not TRANSFORMERS_5.exists(), reason="needs bash tests/convert/setup_transformers5.sh")
-def test_so_does_every_door_of_transformers_5(export, model_config, chat_tokenizer):
-    asked = [[str(export(template, system)), requests()] for template, system in TEMPLATES_AND_SYSTEMS]
+def test_so_does_every_door_of_transformers_5(export, tokenizers):
+    asked = [[str(export(*case)[0]), requests(load_tokenizer(tokenizers[case[0]]))] for case in CASES]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     command = [TRANSFORMERS_5, hf_doors.__file__]
     done = subprocess.run(command, input=json.dumps(asked), env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    tokenizer = load_tokenizer(chat_tokenizer)
-    for (template, system), answers in zip(TEMPLATES_AND_SYSTEMS, json.loads(done.stdout), strict=True):
-        assert_doors_agree(answers, model_config, tokenizer, template, system)
+    for (name, template, system), answers in zip(CASES, json.loads(done.stdout), strict=True):
+        model = export(name, template, system)[1]
+        assert_doors_agree(answers, model, load_tokenizer(tokenizers[name]), template, system)
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +205,7 @@ def tokenize(export):
     """Return the ids of a text: tokenize(text, add_special_tokens=True)."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(export("vicuna_v1", DEFAULT_SYSTEM))
+    tokenizer = AutoTokenizer.from_pretrained(export(*CASES[0])[0])
     return lambda text, **options: tokenizer(text, **options)["input_ids"]
 
 

@@ -22,7 +22,11 @@ def recognises(files: TokenizerFiles) -> bool:
 
 
 class Tokenizer(interface.Tokenizer):
-    """A tokenizer of the package `tokenizers`, changed so that no text is encoded to a control token."""
+    """A tokenizer of the package `tokenizers`, changed so that no text is encoded to a control token.
+
+    Attributes:
+        plain_json: the changed file.
+    """
 
     def __init__(self, files: TokenizerFiles) -> None:
         self.files, where = files, str(files.path)
@@ -40,11 +44,12 @@ class Tokenizer(interface.Tokenizer):
         self.eos_id = self._find_end("EOS", settings.eos)
         placeholders = {entry["content"] for entry in tree.get("added_tokens") or ()} - self._ids.keys()
         plain = _without(tree, placeholders | {self._texts[token] for token in self._control})
-        continuing, content = _without_prefix(plain), json.dumps(plain)
+        continuing = without_prefix(plain)
+        self.plain_json = json.dumps(plain)
         # Of what it does, not of its bytes: an export of a model adds tokens and rules that have no effect here.
-        self.sha256 = fingerprint(content.encode(), self._facts_beside())
+        self.sha256 = fingerprint(self.plain_json.encode(), self._facts_beside())
         keep_tokenizers_in_one_thread()
-        self._plain = _build(content, where)
+        self._plain = _build(self.plain_json, where)
         self._continuing = self._plain if continuing == plain else _build(json.dumps(continuing), where)
 
     def encode(self, text: str, *, continuation: bool = False) -> list[int]:
@@ -56,7 +61,7 @@ class Tokenizer(interface.Tokenizer):
     def decode(self, ids: Sequence[int], *, continuation: bool = False) -> str:
         """Return the text of ids; control tokens have none."""
         decoder = self._continuing if continuation else self._plain
-        return decoder.decode([int(token) for token in ids if token not in self._control])
+        return decoder.decode([int(token) for token in ids if not self.is_control(token)])
 
     def piece(self, token: int) -> str:
         """Return the name of one token."""
@@ -68,7 +73,7 @@ class Tokenizer(interface.Tokenizer):
 
     def is_control(self, token: int) -> bool:
         """Tell whether no text is encoded to this id."""
-        return token in self._control
+        return token in self._control or token not in self._texts
 
     def _find_end(self, what: str, text: str) -> int:
         if text not in self._ids:
@@ -190,7 +195,7 @@ def _merged(pair: str | Sequence[str]) -> Iterable[str]:
     return left, right, left + right
 
 
-def _without_prefix(tree: dict[str, Any]) -> dict[str, Any]:
+def without_prefix(tree: dict[str, Any]) -> dict[str, Any]:
     """Return the file without the blank or mark that it puts before a text, and takes away from the decoded one."""
     changed = {**tree, **{name: copy.deepcopy(tree.get(name)) for name in _SECTIONS}}
     for section in _SECTIONS:
