@@ -80,7 +80,6 @@ TESTED_ELSEWHERE = {
     "convert/peft_names.py": "convert/test_peft.py",
     "convert/to_peft.py": "convert/test_peft.py",
     "convert/files/processor.py": "convert/test_to_hf.py",
-    "convert/files/tokenizer.py": "convert/test_to_hf.py",
     "convert/files/tokenizers/byte_pair.py": "convert/files/test_prompt_rules.py",
     "convert/files/tokenizers/sentence_piece.py": "convert/files/test_prompt_rules.py",
     "data/prepare/output.py": "data/prepare/test_merge.py",

@@ -112,7 +112,7 @@ def open_model_folder(folder: Path, model: ModelConfig | None = None) -> tuple[M
         CheckpointError: the folder holds another kind of model, or differs from `model`.
     """
     opened = _open(folder, "model")
-    found = opened.read_config()
+    found = opened.read_config(vocab_size=_count_tokens(opened))
     model = _agreed(model, replace(found, vision=_with_processing(found.vision, folder)))
     return model, _lazy_tensors(opened, model)
 
@@ -180,12 +180,22 @@ def check_new(run_dir: Path) -> None:
 
 
 def _language_config(opened: _OpenFolder) -> LanguageConfig:
-    rows = vocab_size = opened.folder.config["vocab_size"]
-    if find_tokenizer(opened.folder.path):
-        tokenizer = load_tokenizer(opened.folder.path)
-        vocab_size = tokenizer.vocab_size
-        _check_new_tokens(tokenizer, rows, opened.where)
-    return opened.read_config(vocab_size=vocab_size)
+    return opened.read_config(vocab_size=_count_tokens(opened) or _num_rows(opened.folder.config))
+
+
+def _num_rows(settings: Mapping[str, Any]) -> int:
+    """Return the rows of the vocabulary that config.json names."""
+    text = settings.get("text_config", settings)  # that of a whole model has a section for its decoder
+    return text.get("vocab_size", 32000)
+
+
+def _count_tokens(opened: _OpenFolder) -> int | None:
+    """Return the size of the folder's tokenizer; None if it has none."""
+    if not find_tokenizer(opened.folder.path):
+        return None
+    tokenizer = load_tokenizer(opened.folder.path)
+    _check_new_tokens(tokenizer, _num_rows(opened.folder.config), opened.where)
+    return tokenizer.vocab_size
 
 
 def _check_new_tokens(tokenizer: Tokenizer, rows: int, where: str) -> None:
@@ -239,8 +249,7 @@ def _with_their_rows(rule: Rule, settings: Mapping[str, Any]) -> Rule:
     """Return the rule with as many rows of the vocabulary as config.json says."""
     if not isinstance(rule.transform, Vocabulary):
         return rule
-    text = settings.get("text_config", settings)  # that of a whole model has a section for its decoder
-    return replace(rule, transform=replace(rule.transform, num_their_rows=text.get("vocab_size", 32000)))
+    return replace(rule, transform=replace(rule.transform, num_their_rows=_num_rows(settings)))
 
 
 def _check_tensors(folder: HFFolder, rules: Sequence[Rule], unused: Sequence[str]) -> None:

@@ -121,12 +121,18 @@ def config_to_hf(model: ModelConfig) -> dict[str, Any]:
     }
 
 
-def config_from_hf(settings: dict[str, Any], *, where: str, **chosen: Any) -> ModelConfig:
+def config_from_hf(
+    settings: dict[str, Any], *, where: str, vocab_size: int | None = None, **chosen: Any
+) -> ModelConfig:
     """Return our settings.
+
+    The rows of image and padding in the folder may stand anywhere: no text has their ids, nothing is computed from
+    them, and the model gets its own behind the tokenizer's.
 
     Args:
         settings: config.json of a LlavaForConditionalGeneration.
         where: the file, for messages.
+        vocab_size: tokens of the tokenizer; None: all ids below the image's.
         chosen: fields that override the file.
 
     Raises:
@@ -142,14 +148,15 @@ def config_from_hf(settings: dict[str, Any], *, where: str, **chosen: Any) -> Mo
     text.setdefault("tie_word_embeddings", settings.get("tie_word_embeddings", False))
     language_family = find_family(text.get("model_type"), "language", f"text_config of {where}")
     vision_family = find_family(vision.get("model_type"), "vision", f"vision_config of {where}")
-    language = language_family.config_from_hf(text, where=where, vocab_size=settings.get("image_token_index", 32000))
-    pad = settings.get("pad_token_id", language.pad_token_id)
-    if pad != language.pad_token_id:
+    image = settings.get("image_token_index", 32000)
+    vocab_size = image if vocab_size is None else vocab_size
+    if image > vocab_size:
         raise CheckpointError(
-            f"the image token is {language.image_token_id}, padding {pad}",
+            f"tokenizer has {vocab_size} tokens, the image token is {image}",
             where=where,
-            fix="use a model whose added tokens are image, then padding",
+            fix="complete the folder with the files of its tokenizer, e.g. added_tokens.json",
         )
+    language = language_family.config_from_hf(text, where=where, vocab_size=vocab_size)
     tower = _selecting(
         vision_family.config_from_hf(vision, where=where, feature_layer=feature_layer),
         settings.get("vision_feature_select_strategy", "default"),

@@ -127,12 +127,13 @@ def _find_tokens(tree: dict[str, Any], settings: TokenizerSettings) -> dict[str,
     added = {entry["content"]: entry["id"] for entry in tree.get("added_tokens") or ()}
     taken = {*vocab.values(), *added.values()}
     added |= {text: token for text, token in settings.tokens.items() if text not in vocab and token not in taken}
-    last_of_model = max(vocab.values())
+    ids = {**vocab, **added}
+    last_of_model = max(token for text, token in vocab.items() if text not in added)
     for text, token in sorted(added.items(), key=lambda entry: -entry[1]):
         if token <= last_of_model or text not in settings.placeholders - {settings.bos, settings.eos}:
             break
-        del added[text]
-    return {**vocab, **added}
+        del ids[text]
+    return ids
 
 
 def _find_control(tree: dict[str, Any], settings: TokenizerSettings, ids: dict[str, int]) -> Iterator[int]:
