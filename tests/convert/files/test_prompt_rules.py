@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import shutil
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from megatron_vlm.data.text.tokenizer import Tokenizer, load_tokenizer
 from megatron_vlm.data.text.tokenizer_files import find_tokenizer
 from megatron_vlm.evaluation.prompts import Exchange, PromptFormat
 from tests.support import hf_doors
-from tests.support.byte_pair import write_llama_3, write_smollm2
+from tests.support.byte_pair import HOSTILE, write_llama_3, write_smollm2
 from tests.support.configs import tiny_model
 from tests.support.sentence_piece import NUM_PIECES, train_sentence_piece
 
@@ -198,6 +199,25 @@ def test_so_does_every_door_of_transformers_5(export, tokenizers):
     for (name, template, system), answers in zip(CASES, json.loads(done.stdout), strict=True):
         model = export(name, template, system)[1]
         assert_doors_agree(answers, model, load_tokenizer(tokenizers[name]), template, system)
+
+
+@pytest.mark.parametrize("name", ["llama_2_json", "llama_3", "smollm2"])
+def test_an_exported_tokenizer_json_is_read_as_the_one_that_it_came_from(name, export, tokenizers):
+    folder, _ = export(*next(case for case in CASES if case[0] == name))
+    found, source = load_tokenizer(folder), load_tokenizer(tokenizers[name])
+    assert found.sha256 == source.sha256
+
+
+@pytest.mark.parametrize("continuation", [True, False])
+def test_that_of_a_sentence_piece_model_does_the_same_without_the_model(continuation, export, tokenizers, tmp_path):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(export(*CASES[0])[0] / name, tmp_path)
+    found, source = load_tokenizer(tmp_path), load_tokenizer(tokenizers["sentence_piece"])
+    assert (found.bos_id, found.eos_id, found.vocab_size) == (source.bos_id, source.eos_id, source.vocab_size)
+    for text in HOSTILE:
+        wanted = source.encode(text, continuation=continuation)
+        assert found.encode(text, continuation=continuation) == wanted
+        assert found.decode(wanted, continuation=continuation) == source.decode(wanted, continuation=continuation)
 
 
 @pytest.fixture(scope="module")

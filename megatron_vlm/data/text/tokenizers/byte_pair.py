@@ -13,6 +13,7 @@ from megatron_vlm.data.text.tokenizer_files import TokenizerFiles, TokenizerSett
 from megatron_vlm.platform.threads import keep_tokenizers_in_one_thread
 
 _SECTIONS = ("normalizer", "pre_tokenizer", "decoder")
+_PREPEND = {"type": "Prepend", "prepend": "▁"}
 _NOT_NEEDED = ("truncation", "padding", "post_processor")
 
 
@@ -107,7 +108,7 @@ def _check_entries(tree: dict[str, Any]) -> None:
     """Touch what is read later without a check."""
     for section in (*_SECTIONS, "post_processor"):
         for part in _inner(tree.get(section)):
-            part["type"].upper(), part["type"] == "Replace" and part["content"].upper()
+            part["type"].upper(), part["type"] == "Replace" and (part["content"].upper(), part["pattern"].get)
     for entry in tree.get("added_tokens") or ():
         entry["content"].upper(), entry["id"] + 1
 
@@ -179,9 +180,21 @@ def _without(tree: dict[str, Any], control: set[str]) -> dict[str, Any]:
     # The library numbers added tokens anew unless the model has them.
     model["vocab"] = {**model["vocab"], **{entry["content"]: entry["id"] for entry in added}}
     rules = [part for part in _inner(tree.get("normalizer")) if part["type"] != "Sequence"]
-    kept = [part for part in rules if not (part["type"] == "Replace" and part["content"] in control)]
+    kept = [
+        _PREPEND if _writes_mark(part) else part
+        for part in rules
+        if not (part["type"] == "Replace" and part["content"] in control)
+    ]
     normalizer = tree.get("normalizer") if kept == rules else _sequence(kept)
     return {**tree, **dict.fromkeys(_NOT_NEEDED), "model": model, "added_tokens": added, "normalizer": normalizer}
+
+
+def _writes_mark(part: dict[str, Any]) -> bool:
+    """Tell whether a rule writes the word-begin mark after BOS and images, as our exports have it.
+
+    Texts come without either, so what is left of the rule is that it writes the mark before every text.
+    """
+    return part["type"] == "Replace" and part["content"] == "▁" and "(?<=" in (part["pattern"].get("Regex") or "")
 
 
 def _sequence(rules: list[dict[str, Any]]) -> dict[str, Any] | None:

