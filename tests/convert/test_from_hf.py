@@ -355,7 +355,7 @@ def test_a_folder_of_another_kind_is_refused(llama_dir, tmp_path):
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, r"scales its rotary positions \(linear\)"),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, r"scales its rotary positions \(llama3\)"),
         ({"rope_theta": 0.5}, "has the rotary base 0.5"),
-        ({"vocab_size": 100}, "tokenizer has 400 tokens, the embedding 100 rows"),
+        ({"vocab_size": 100}, "tokenizer has 400 pieces, the embedding 100 rows"),
     ],
 )
 def test_a_llama_with_a_part_that_ours_has_not_is_refused(settings, message, llama_dir, clip_dir, tmp_path):
