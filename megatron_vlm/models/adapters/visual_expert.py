@@ -69,14 +69,11 @@ class ExpertLayer(TransformerLayer):
     def forward(self, *args: Any, attention_bias: RowKinds | None = None, **kwargs: Any) -> tuple[Tensor, Any]:
         """Run the layer; see megatron-core's `TransformerLayer.forward`."""
         # An argument of this call and no state of the micro-batch: recomputation may run beside another one.
-        self.expert.rows = attention_bias
+        self.expert(attention_bias)
         try:
             hidden_states, context = super().forward(*args, **kwargs)
         finally:
             self.expert.rows = None
-        if attention_bias is None and torch.is_grad_enabled():
-            # Gradients are reduced when all weights of a bucket have one.
-            hidden_states = without_gradient(hidden_states, *self.expert.parameters())
         return hidden_states, context
 
 
@@ -104,6 +101,13 @@ class Expert(MegatronModule):
         ):
             module.forward = partial(forward, module, module.forward)
 
+    def forward(self, rows: RowKinds | None) -> None:
+        """Take the kinds of the rows for the calls that follow; None: all are text.
+
+        It is called, not set: megatron-core gathers the weights of a module when the module is called.
+        """
+        self.rows = rows
+
     @torch.no_grad()
     def copy_from(self, layer: TransformerLayer) -> None:
         """Copy the weights of the original matrices."""
@@ -113,7 +117,7 @@ class Expert(MegatronModule):
     def _column(self, linear: Any, original: Forward, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Queries, keys and values of float[s, b, h]; with sequence parallelism of float[s / tp, b, h]."""
         if self.rows is None:
-            return original(x)
+            return self._unused(original(x), self.linear_qkv)
         text, image = self._enter(linear, x, self.rows)
         joined = self.rows.join(local_product(text, linear.weight), local_product(image, self.linear_qkv))
         return joined.view(-1, x.size(1), joined.size(1)), None
@@ -121,14 +125,14 @@ class Expert(MegatronModule):
     def _row(self, linear: Any, original: Forward, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Output of attention, float[s, b, n * d / tp]."""
         if self.rows is None:
-            return original(x)
+            return self._unused(original(x), self.linear_proj)
         text, image = self.rows.split(x.flatten(0, 1))
         joined = self.rows.join(local_product(text, linear.weight), local_product(image, self.linear_proj))
         return self._leave(joined, x.size(1)), None
 
     def _mlp(self, mlp: Any, original: Forward, x: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
         if self.rows is None:
-            return original(x, **options)
+            return self._unused(original(x, **options), self.linear_fc1, self.linear_fc2)
         text, image = self._enter(mlp.linear_fc1, x, self.rows)
         outputs = (
             local_product(swiglu(local_product(rows, first)), second)
@@ -138,6 +142,17 @@ class Expert(MegatronModule):
             )
         )
         return self._leave(self.rows.join(*outputs), x.size(1)), None
+
+    def _unused(self, result: tuple[Tensor, Tensor | None], *weights: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the result of the original, and give weights gradients of zero in the order in which they get others.
+
+        Each rank must reduce the same gradients in one order, whether or not its rows have an image.
+        """
+        output, bias = result
+        if torch.is_grad_enabled():
+            for weight in weights:
+                output = without_gradient(output, weight)
+        return output, bias
 
     def _enter(self, linear: Any, x: Tensor, rows: RowKinds) -> tuple[Tensor, Tensor]:
         """Return text and image rows of the whole sequence, normed; their gradients will be summed over the ranks."""
