@@ -1,6 +1,6 @@
 """Finish the gradients of a global batch without a decision on the host."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -8,12 +8,15 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from torch import Tensor
 
+_PIECE_SIZE = 1 << 24
+"""Gradients that are averaged together, if they are small [elements]."""
+
 
 def finish_gradients(model: Sequence[DistributedDataParallel], num_labels: Tensor | None, **options: Any) -> None:
     """Reduce the gradients over the ranks and divide them by the labels of the global batch.
 
-    The schedules call it behind the last backward pass. The reductions are megatron-core's; its own division reads on
-    the host whether there are labels, which makes the host wait for the whole batch.
+    The schedules call it behind the last backward pass. The reductions are megatron-core's, but for that of the vision
+    parts; its own division reads on the host whether there are labels, which makes the host wait for the whole batch.
 
     Args:
         model: the chunks of this rank; their gradients change in place. Without a label on any rank they stay as they
@@ -22,6 +25,7 @@ def finish_gradients(model: Sequence[DistributedDataParallel], num_labels: Tenso
         **options: of megatron-core's `finalize_model_grads`.
     """
     finalize_model_grads(list(model), None, **options)
+    average_replicas(model)
     if num_labels is None:
         return
     stages = parallel_state.get_pipeline_model_parallel_group()
@@ -34,3 +38,41 @@ def finish_gradients(model: Sequence[DistributedDataParallel], num_labels: Tenso
     scaling = 1.0 / num_labels.clamp(min=1)
     for chunk in model:
         chunk.scale_gradients(scaling)
+
+
+def average_replicas(model: Sequence[torch.nn.Module]) -> None:
+    """Average the gradients of parts that every tensor-parallel rank holds whole; each saw other images.
+
+    megatron-core copies all of them into one tensor first, which for a tower of six billion parameters takes more
+    memory than the activations. Here they stay where they are, and only small ones are copied together.
+    """
+    group = parallel_state.get_tensor_model_parallel_group()
+    if group.size() == 1:
+        return
+    for piece in _pieces(model):
+        if len(piece) == 1:
+            torch.distributed.all_reduce(piece[0], op=torch.distributed.ReduceOp.AVG, group=group)
+            continue
+        together = torch.cat([grad.flatten() for grad in piece])
+        torch.distributed.all_reduce(together, op=torch.distributed.ReduceOp.AVG, group=group)
+        for grad, average in zip(piece, together.split([grad.numel() for grad in piece]), strict=True):
+            grad.copy_(average.view_as(grad))
+
+
+def _pieces(model: Sequence[torch.nn.Module]) -> Iterator[list[Tensor]]:
+    """Yield the gradients to average: one large one, or small ones up to _PIECE_SIZE; the same on every rank."""
+    small: list[Tensor] = []
+    for chunk in model:
+        for parameter in chunk.parameters():
+            if not parameter.requires_grad or not getattr(parameter, "is_replicated", False):
+                continue
+            grad: Tensor = parameter.main_grad  # type: ignore[attr-defined]
+            if grad.numel() >= _PIECE_SIZE:
+                yield [grad]
+                continue
+            if sum(one.numel() for one in small) + grad.numel() > _PIECE_SIZE:
+                yield small
+                small = []
+            small.append(grad)
+    if small:
+        yield small

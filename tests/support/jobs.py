@@ -39,6 +39,7 @@ from megatron_vlm.training.setup import build_state
 from megatron_vlm.training.state import TrainState
 from megatron_vlm.training.step import StepMetrics, forward_step, train_step
 from megatron_vlm.training.totals import Totals, sum_over_ranks
+from tests.support.configs import tiny_run
 from tests.support.samples import make_samples, pictures_then_text
 
 CPU = torch.device("cpu")
@@ -341,3 +342,23 @@ def sum_counts(parallel: ParallelConfig) -> Totals:
     sums = [torch.tensor([[place.rank + 1.0, 0.0], [1.0, 0.0]], dtype=torch.float64)]
     is_last = place.rank == place.world_size - 1
     return sum_over_ranks(sums, [counts], place, num_datasets=2, stop_requested=is_last, device=CPU)
+
+
+def averaged_replicas(piece_size: int) -> tuple[list[float], list[float]]:
+    """Average gradients of a tower that differ between two tensor-parallel ranks; return them and what they must be."""
+    from megatron_vlm.training import finish_gradients
+
+    run = tiny_run()
+    parallel = replace(run.parallel, tensor_model_parallel_size=2)
+    state = start(replace(run, parallel=parallel))
+    rank, usual = torch.distributed.get_rank(), finish_gradients._PIECE_SIZE
+    parameters = list(state.chunks[0].vision_model.parameters())
+    for number, parameter in enumerate(parameters):
+        parameter.main_grad.fill_(number + rank)  # type: ignore[attr-defined]
+    finish_gradients._PIECE_SIZE = piece_size
+    try:
+        finish_gradients.average_replicas(state.wrapped)
+    finally:
+        finish_gradients._PIECE_SIZE = usual
+    found = [parameter.main_grad.mean().item() for parameter in parameters]  # type: ignore[attr-defined]
+    return found, [number + 0.5 for number in range(len(parameters))]

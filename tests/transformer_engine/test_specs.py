@@ -41,7 +41,7 @@ def marks(chunk):
         place: (
             param_is_not_tensor_parallel_duplicate(parameter),
             getattr(parameter, "sequence_parallel", False),
-            getattr(parameter, "average_gradients_across_tp_domain", False),
+            getattr(parameter, "is_replicated", False),
             getattr(parameter, "allreduce", True),
         )
         for place, parameter in parameters(chunk).items()

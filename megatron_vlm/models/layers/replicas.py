@@ -43,9 +43,10 @@ class Replicated(MegatronModule):
 def mark_replicated(module: torch.nn.Module) -> None:
     """Mark the parameters of a module that is whole on every tensor-parallel rank but sees different images on each.
 
-    megatron-core then averages their gradients over these ranks and counts each parameter once in the gradient norm.
+    `finish_gradients` then averages their gradients over these ranks, and megatron-core counts each parameter once in
+    the gradient norm.
     """
     for parameter in module.parameters():
         parameter.tensor_model_parallel = False  # type: ignore[attr-defined]
         parameter.sequence_parallel = False  # type: ignore[attr-defined]
-        parameter.average_gradients_across_tp_domain = True  # type: ignore[attr-defined]
+        parameter.is_replicated = True  # type: ignore[attr-defined]

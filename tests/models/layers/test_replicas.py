@@ -11,7 +11,7 @@ def test_gradients_of_a_replicated_module_are_averaged_and_counted_once():
     module = torch.nn.Linear(2, 3)
     mark_replicated(module)
     for parameter in module.parameters():
-        assert parameter.average_gradients_across_tp_domain
+        assert parameter.is_replicated
         assert not parameter.tensor_model_parallel
         assert not parameter.sequence_parallel
 
@@ -19,7 +19,7 @@ def test_gradients_of_a_replicated_module_are_averaged_and_counted_once():
 def test_vision_parts_are_replicated_and_the_decoder_is_not(one_rank):
     (chunk,) = build_model(tiny_model(), ParallelConfig(), Computation())
     for name, parameter in chunk.named_parameters():
-        is_marked = hasattr(parameter, "average_gradients_across_tp_domain")
+        is_marked = hasattr(parameter, "is_replicated")
         assert is_marked == name.startswith(("vision_model.", "vision_projection.")), name
 
 
