@@ -1,10 +1,13 @@
 """The functions that a module of `convert/adapters/` offers; it is found by `model.adapter.type`."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
 from typing import Any, Protocol, cast
 
 from torch import Tensor
 
+from megatron_vlm.checkpoint.tensors import read_tensor
 from megatron_vlm.config import AdapterConfig, CheckpointError, ModelConfig
 from megatron_vlm.config.modules import find_module, module_names
 
@@ -42,3 +45,20 @@ def find_adapter(adapter: AdapterConfig) -> AdapterFamily:
             fix=f"export a model without it, or with one of: {', '.join(names)}",
         )
     return cast(AdapterFamily, find_module(ADAPTERS, adapter.type, "adapter"))
+
+
+def adapter_shapes(model: ModelConfig) -> Mapping[str, tuple[int, ...]]:
+    """Return the shapes of the tensors that the adapter adds to a checkpoint, by key; empty without an adapter.
+
+    Raises:
+        CheckpointError: the adapter cannot be merged.
+    """
+    return find_adapter(model.adapter).shapes(model.adapter, model) if model.adapter is not None else {}
+
+
+def read_merged(checkpoint: Path, adapter: AdapterConfig | None, key: str, layer: int | None = None) -> Tensor:
+    """Read a tensor as `read_tensor` does, with the adapter merged into it, in float32 if that changes it."""
+    weight = read_tensor(checkpoint, key, layer)
+    if adapter is None:
+        return weight
+    return find_adapter(adapter).merge(adapter, key, weight, partial(read_tensor, checkpoint, layer=layer))

@@ -5,11 +5,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from megatron_vlm.checkpoint.lazy_tensors import LazyTensor
 from megatron_vlm.checkpoint.run_settings import RunSettings, read_run_settings
-from megatron_vlm.checkpoint.tensors import list_tensors, read_tensor
+from megatron_vlm.checkpoint.tensors import list_tensors
 from megatron_vlm.checkpoint.verify import check_whole
 from megatron_vlm.config import ModelConfig
+from megatron_vlm.convert.adapter import adapter_shapes, read_merged
 from megatron_vlm.convert.folder import CONFIG_NAME
 from megatron_vlm.convert.from_hf import open_model_folder
 
@@ -32,6 +36,8 @@ class OpenedWeights:
 def open_weights(path: Path) -> OpenedWeights:
     """Open a checkpoint, a run folder (its newest checkpoint) or a Hugging Face folder of a whole model.
 
+    The adapter of a checkpoint is merged into its tensors.
+
     Raises:
         CheckpointError: it is none of these, or is damaged, or its tensors are not those of its settings.
     """
@@ -40,13 +46,19 @@ def open_weights(path: Path) -> OpenedWeights:
         return OpenedWeights(path=path, model=model, tensors=tensors, settings=None)
     settings = read_run_settings(path)
     check_whole(settings.checkpoint)
+    added = adapter_shapes(settings.model)
     tensors = {
         key: LazyTensor(
             shape=shape,
             dtype=dtype,
             is_stacked=_LAYERS in key,
-            make=functools.partial(read_tensor, settings.checkpoint, key),
+            make=functools.partial(_read, settings, key, dtype),
         )
         for key, (shape, dtype) in list_tensors(settings.checkpoint).items()
+        if key not in added
     }
     return OpenedWeights(path=settings.checkpoint, model=settings.model, tensors=tensors, settings=settings)
+
+
+def _read(settings: RunSettings, key: str, dtype: torch.dtype, layer: int | None) -> Tensor:
+    return read_merged(settings.checkpoint, settings.model.adapter, key, layer).to(dtype)

@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -12,10 +11,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megatron_vlm.checkpoint.run_settings import RunSettings
-from megatron_vlm.checkpoint.tensors import list_tensors, read_tensor
+from megatron_vlm.checkpoint.tensors import list_tensors
 from megatron_vlm.checkpoint.verify import check_whole
-from megatron_vlm.config import AdapterConfig, CheckpointError, ModelConfig, UsageError
-from megatron_vlm.convert.adapter import find_adapter
+from megatron_vlm.config import AdapterConfig, CheckpointError, UsageError
+from megatron_vlm.convert.adapter import adapter_shapes, read_merged
 from megatron_vlm.convert.differences import describe_differences
 from megatron_vlm.convert.family import Serving, find_format
 from megatron_vlm.convert.rules import Rule
@@ -99,15 +98,6 @@ def _choose_dtype(asked: DType | None, stored: set[torch.dtype]) -> torch.dtype:
     return torch.bfloat16 if stored == {torch.bfloat16} else torch.float32
 
 
-def adapter_shapes(model: ModelConfig) -> Mapping[str, tuple[int, ...]]:
-    """Return the shapes of the tensors that the adapter adds to a checkpoint, by key; empty without an adapter.
-
-    Raises:
-        CheckpointError: the adapter cannot be merged.
-    """
-    return find_adapter(model.adapter).shapes(model.adapter, model) if model.adapter is not None else {}
-
-
 def check_checkpoint(checkpoint: Path, rules: Sequence[Rule], added: Mapping[str, tuple[int, ...]]) -> set[torch.dtype]:
     """Compare the files of a checkpoint with its manifest, and its tensors with those of the table and the adapter.
 
@@ -162,17 +152,10 @@ class _Export:
         """Yield the tensors of the folder, each made when it is asked for."""
         for rule in self.rules:
             for layer in rule.layers:
-                whole = self._merged(rule.key, layer)
+                whole = read_merged(self.checkpoint, self.adapter, rule.key, layer)
                 for name, tensor in zip(rule.names_of(layer), rule.transform.split(whole), strict=True):
                     yield name, tensor.to(self.dtype)
         yield from ((name, tensor.to(self.dtype)) for name, tensor in self.constants.items())
-
-    def _merged(self, key: str, layer: int | None) -> Tensor:
-        weight = read_tensor(self.checkpoint, key, layer)
-        if self.adapter is None:
-            return weight
-        read = partial(read_tensor, self.checkpoint, layer=layer)
-        return find_adapter(self.adapter).merge(self.adapter, key, weight, read)
 
 
 def _write_weights(export: _Export, writer: WeightsWriter) -> None:

@@ -14,13 +14,14 @@ from megatron_vlm.checkpoint.run_settings import RunSettings
 from megatron_vlm.checkpoint.tensors import keys_beside_base, list_tensors, read_tensor
 from megatron_vlm.config import CheckpointError, UsageError
 from megatron_vlm.config.adapters import lora
+from megatron_vlm.convert.adapter import adapter_shapes
 from megatron_vlm.convert.adapters.lora import pair_keys, weight_key
 from megatron_vlm.convert.families import llava
 from megatron_vlm.convert.folder import write_json
 from megatron_vlm.convert.peft_names import PROJECTOR, SETTINGS_NAME, WEIGHTS_NAME, last_module, pair_names, to_peft
 from megatron_vlm.convert.projector import KEY_PREFIX
 from megatron_vlm.convert.rules import Rule
-from megatron_vlm.convert.to_hf import DTYPES, ExportOptions, adapter_shapes, check_checkpoint
+from megatron_vlm.convert.to_hf import DTYPES, ExportOptions, check_checkpoint
 from megatron_vlm.convert.weights_writer import Announced, WeightsWriter
 from megatron_vlm.parallel.groups import single_process
 from megatron_vlm.platform.files.durable import STORAGE_ERRNOS, folder_beside, storage_errors

@@ -1,5 +1,6 @@
 """One optimizer step over one global batch."""
 
+import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from megatron_vlm.config import NumericError
 from megatron_vlm.data.loading.batch import VLMBatch
-from megatron_vlm.parallel.groups import seed_everything
+from megatron_vlm.parallel.groups import RankLayout, seed_everything
 from megatron_vlm.training.batch_counts import BatchCounts, CountedBatches
 from megatron_vlm.training.clipping import clipped_update, ready_gradients
 from megatron_vlm.training.objective import Objective
@@ -21,9 +22,6 @@ from megatron_vlm.training.optimizer import set_learning_rate
 from megatron_vlm.training.schedule import learning_rate
 from megatron_vlm.training.state import TrainState
 from megatron_vlm.training.totals import Totals, check_samples, means, sum_over_ranks
-
-# Any odd constant: neighbouring iterations and neighbouring seeds get different streams.
-_SEED_STRIDE = 1_000_003
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,7 +143,7 @@ def update_weights(
         Sums over the ranks, with the norm of the gradient, and the learning rate.
     """
     config, num_datasets = state.config, len(state.dataset_names)
-    seed_everything((config.training.seed * _SEED_STRIDE + state.iteration) % 2**31)
+    seed_everything(_seed_of_step(config.training.seed, state.iteration, state.rank))
     lr = learning_rate(config.optimizer, state.iteration, state.train_iters)
     set_learning_rate(state.optimizer, lr)
     for chunk in state.wrapped:
@@ -169,6 +167,12 @@ def update_weights(
     # Nothing waits for the update: the host prepares the next step meanwhile.
     clipped_update(state.optimizer, config.optimizer.clip_grad, grad_norm)
     return totals, lr
+
+
+def _seed_of_step(seed: int, iteration: int, rank: RankLayout) -> int:
+    """Return a seed of its own for each step, data-parallel rank and pipeline stage; tensor-parallel ranks share it."""
+    text = f"{seed} {iteration} {rank.dp_rank} {rank.pp_rank}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")
 
 
 def _metrics(totals: Totals, lr: float, seconds: float) -> StepMetrics:

@@ -112,8 +112,11 @@ def test_job_that_does_not_fit_is_refused_with_the_setting_to_change(project):
     assert "rows are made up" in done.stdout
 
 
+WORLD_SIZES = {"h100": 64, "lora": 8}
 EXAMPLES = [
-    (path, 64 if path.parent.name == "h100" else 128) for path in sorted(VILA.rglob("*.yaml")) if path.stem != "base"
+    (path, WORLD_SIZES.get(path.parent.name, WORLD_SIZES.get(path.stem, 128)))
+    for path in sorted(VILA.rglob("*.yaml"))
+    if path.stem != "base"
 ]
 
 

@@ -22,6 +22,7 @@ WORLD_SIZES = {
     "vila_7b/h100/align.yaml": 64,
     "vila_7b/h100/pretrain.yaml": 64,
     "vila_7b/h100/sft.yaml": 64,
+    "vila_7b/lora.yaml": 8,
     "vila_7b/pretrain.yaml": 128,
     "vila_7b/resolution/finish_336.yaml": 128,
     "vila_7b/resolution/pretrain_224.yaml": 128,
