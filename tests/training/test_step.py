@@ -157,3 +157,21 @@ def test_the_run_ends_at_train_iters(state):
     train(state, loaders(state), [stop.Hook()], device=CPU, stop_requested=lambda: False)
     assert state.iteration == 3
     assert state.stop_reason is None
+
+
+def test_steps_replicas_and_stages_draw_other_numbers_and_tensor_parallel_ranks_the_same(state, monkeypatch):
+    class Drawn(Exception):  # noqa: N818
+        pass
+
+    def record(seed):
+        seeds.append(seed)
+        raise Drawn
+
+    seeds, place = [], state.rank
+    monkeypatch.setattr("megatron_vlm.training.step.seed_everything", record)
+    for iteration, changes in ((0, {}), (0, {"tp_rank": 1}), (0, {"dp_rank": 1}), (0, {"pp_rank": 1}), (1, {})):
+        state.iteration, state.rank = iteration, dataclasses.replace(place, **changes)
+        with pytest.raises(Drawn):
+            train_step(state, [], device=CPU, stop_requested=False)
+    assert seeds[0] == seeds[1]
+    assert len(set(seeds)) == 4

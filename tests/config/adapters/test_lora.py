@@ -5,8 +5,10 @@ import yaml
 
 from megatron_vlm.config import ConfigError, ModelConfig, config_to_dict, load_section
 from megatron_vlm.config.adapters.lora import TARGETS, Config
+from megatron_vlm.costs.activations import stage_activations
+from megatron_vlm.costs.flops import Work
 from megatron_vlm.costs.parameters import stage_sizes
-from tests.support.configs import tiny_model, tiny_run
+from tests.support.configs import SEQ_LENGTH, tiny_model, tiny_run
 from tests.support.lora_runs import lora_model
 from tests.support.real_costs import assert_costs_are_real
 
@@ -71,3 +73,16 @@ def test_activations_are_the_inputs_of_a_and_their_masks():
     )
     assert without.kept == 3 * 10 * (128 + 4)
     assert with_mask.kept == without.kept + 3 * 10 * 64
+
+
+@pytest.mark.parametrize(("recompute", "kept", "working"), [("none", 4, 0), ("full", 0, 1)])
+def test_a_recomputed_layer_holds_its_pairs_while_it_is_computed(recompute, kept, working):
+    work = Work(num_tokens=0, attention_pairs=0, num_labels=8, num_images=0)
+    adapter = Config(rank=4, dropout=0.0, targets=("linear_fc2",))
+    frozen = {"freeze": ("language_model.decoder.final_layernorm",), "recompute": recompute}
+    adapted, plain = (
+        stage_activations(tiny_run(model=model, training=frozen), 0, work, "torch")
+        for model in (lora_model(adapter), tiny_model())
+    )
+    of_a_layer = SEQ_LENGTH * (128 + 4)
+    assert (adapted.kept - plain.kept, adapted.working - plain.working) == (kept * of_a_layer, working * of_a_layer)

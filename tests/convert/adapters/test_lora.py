@@ -12,6 +12,7 @@ from megatron_vlm.config.adapters.lora import TARGETS, Config
 from megatron_vlm.convert.adapters.lora import merge, weight_key
 from megatron_vlm.convert.from_hf import import_model
 from megatron_vlm.convert.to_hf import ExportOptions, export_model
+from megatron_vlm.convert.verify import verify_models
 from tests.support.llava_logits import our_logits
 from tests.support.random_run import write_random_adapter
 from tests.support.toy_parts import toy_parts
@@ -39,6 +40,7 @@ def adapted(make_run, model_config, tokenizer_path, tmp_path):
 def test_the_merged_model_has_the_logits_of_the_adapted_one(adapted, make_run, model_config, tmp_path, adapter):
     run = adapted(ADAPTERS[adapter])
     export_model(read_run_settings(run), tmp_path / "merged")
+    verify_models(run, tmp_path / "merged").check(run, tmp_path / "merged")
     import_model(tmp_path / "merged", tmp_path / "back")
     *_, unmerged = our_logits(run)
     *_, merged = our_logits(tmp_path / "back")

@@ -3,12 +3,15 @@
 import dataclasses
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from megatron_vlm.checkpoint.folder import find_checkpoint
 from megatron_vlm.config import ParallelConfig
 from megatron_vlm.config.adapters.lora import TARGETS, Config
+from megatron_vlm.config.inference import SamplingOptions
+from megatron_vlm.evaluation.answer import Generator, Prompt
 from megatron_vlm.models.adapters import lora
 from megatron_vlm.models.build import build_model
 from megatron_vlm.models.computation import Computation
@@ -122,6 +125,23 @@ def test_nothing_is_dropped_in_evaluation(one_rank):
     assert not torch.equal(chunk(**arguments), chunk(**arguments))
     chunk.eval()
     assert torch.equal(chunk(**arguments), chunk(**arguments))
+
+
+@torch.no_grad()
+def test_answers_with_a_cache_are_those_without_one(one_rank):
+    model = lora_model(ADAPTER, init_method_std=0.4)
+    chunk = build(model).eval()
+    for name, weight in chunk.named_parameters():
+        if name.endswith(".b"):
+            torch.nn.init.normal_(weight)
+    ids, pixels = [1, 7, 8], torch.zeros(0, 3, 32, 32, dtype=torch.uint8)
+    generator = Generator(chunk, model, stop_ids=[2])
+    prompt = Prompt(np.array(ids, dtype=np.int64), ())
+    (answer,) = generator.generate([prompt], generator.encode_images(pixels.numpy()), SamplingOptions(max_new_tokens=6))
+    for _ in range(len(answer.ids)):
+        logits = chunk(torch.tensor([ids]), pixels, torch.zeros(0, dtype=torch.int64), num_images=0)
+        ids.append(int(logits[0, -1, : model.language.vocab_size].argmax()))
+    assert list(answer.ids) == ids[3:]
 
 
 def test_a_run_in_bf16_learns_in_bf16(base, tmp_path):
