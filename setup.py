@@ -40,7 +40,8 @@ setup(
         # GPUs of compute capability below 9.0 gain from flash-attn, which builds against the installed torch:
         # pip install flash-attn --no-build-isolation
         "gpu": ["transformer-engine[pytorch]>=2.9"],
-        "hf": ["transformers>=4.57,<6"],
+        # PEFT is for the tests that it loads what is exported.
+        "hf": ["transformers>=4.57,<6", "peft>=0.21"],
         "ray": ["ray>=2.9"],
         "wandb": ["wandb>=0.18"],
         "dev": [
