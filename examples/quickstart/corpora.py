@@ -1,15 +1,15 @@
-"""Download easy-vqa and a tokenizer, and write easy-vqa as three raw corpora in the formats of the large corpora.
+"""Download easy-vqa, write it as three raw corpora in the formats of the large corpora, and train a tokenizer on them.
 
     python -m quickstart.corpora OUTPUT [--smoke]
 
-- `raw/coyo/`: COYO parquet and the tars that img2dataset writes, with captions inferred from each picture's questions
+- `raw/coyo/`: COYO parquet and the tars that img2dataset writes, with captions that name only the shape
 - `raw/mmc4/`: MMC4 `docs_shard_*_v3.jsonl` and `images/`, documents of several pictures, each before its sentence
 - `raw/llava/`: LLaVA `instructions.json` and `images/`, one conversation with all questions about a picture
 - `raw/test.json`: the questions of the test split for `evaluate`; nothing else uses that split
-- `tokenizer.model`: a SentencePiece model of 32,000 pieces
+- `tokenizer.model`: a SentencePiece model with the few words of these corpora
 
-The output depends only on the options and on two packages, whose sha256 is pinned: the same bytes every time. Columns
-that would need CLIP or another model are null.
+Shapes and colors follow from each picture's questions. The corpora depend only on the options and on a package, whose
+sha256 is pinned: the same bytes every time. Columns that would need CLIP or another model are null.
 """
 
 import argparse
@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import sentencepiece
 from PIL import Image
 from wheels import fetch
 
@@ -36,10 +37,9 @@ DOWNLOADS = Path("runs/quickstart/downloads")
 PACKAGES = {
     # 5,000 pictures of 64 x 64 pixels and 48,248 questions with a published split into training and test (MIT).
     "easy_vqa-1.0": "fcb51b309b78c7b00f97b64cdbcbcf5c105f94da1b39c0796cee5a787c4f650f",
-    # Holds a SentencePiece model with the special tokens of Llama 2's (Apache-2.0).
-    "mistral_common-1.13.1": "98b4d0755b8d90bf4691fa8f1b70cb3b4a8cd4dc1653c4ed08ef3d1c7d2c29af",
 }
 """Wheels by name and version, with their sha256."""
+VOCAB_SIZE = 512  # 3 special tokens, 256 bytes, and the words of the questions and their letters
 COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 SHAPES = ("circle", "rectangle", "triangle")
 _INTRODUCTIONS = """\
@@ -177,9 +177,12 @@ def _place(occupied: np.ndarray, draw: random.Random) -> tuple[slice, slice]:
 
 
 def write_pairs(pictures: list[Picture], folder: Path, options: CorpusOptions) -> int:
-    """Write COYO-like pairs: parquet files, each with a tar of `key.png`, `key.txt` and `key.json`."""
+    """Write COYO-like pairs: parquet files, each with a tar of `key.png`, `key.txt` and `key.json`.
+
+    The captions name shapes only: a tower learns colors in a hundred iterations, and is then slow to learn shapes.
+    """
     folder.mkdir(parents=True)
-    pairs = [(picture, view) for view in range(options.pair_views) for picture in pictures if picture.caption]
+    pairs = [(picture, view) for view in range(options.pair_views) for picture in pictures if picture.shape]
     random.Random(f"{options.seed}/pairs").shuffle(pairs)
     for shard, start in enumerate(range(0, len(pairs), options.pairs_per_tar)):
         rows = []
@@ -193,7 +196,7 @@ def write_pairs(pictures: list[Picture], folder: Path, options: CorpusOptions) -
 
 
 def _pair_row(number: int, picture: Picture, view: int) -> dict[str, Any]:
-    caption, url = picture.caption or "", f"https://example.org/easy-vqa/train/{picture.number}-{view}.png"
+    caption, url = f"a {picture.shape}", f"https://example.org/easy-vqa/train/{picture.number}-{view}.png"
     sizes = {"width": 64, "height": 64, "text_length": len(caption), "word_count": len(caption.split())}
     return {"id": number, "url": url, "text": caption, **sizes, "num_faces": 0}
 
@@ -281,6 +284,17 @@ def write_test_questions(split: Path, path: Path, count: int | None) -> int:
     return count
 
 
+def train_tokenizer(pictures: list[Picture], path: Path) -> None:
+    """Train a SentencePiece model like Llama's, but of few pieces, on what is asked and said about the pictures."""
+    draw = random.Random(0)
+    lines = {f"USER: {text} ASSISTANT: {answer}" for picture in pictures for text, answer in picture.questions}
+    lines |= {write_sentence(picture, draw) for picture in pictures if picture.caption} | {*_INTRODUCTIONS}
+    options = {"model_type": "bpe", "byte_fallback": True, "num_threads": 1, "minloglevel": 2}
+    options |= {"normalization_rule_name": "identity", "remove_extra_whitespaces": False, "vocab_size": VOCAB_SIZE}
+    with path.open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(sorted(lines)), model_writer=file, **options)
+
+
 def build_corpora(package: Path, raw: Path, options: CorpusOptions) -> dict[str, int]:
     """Write the three raw corpora and the test questions into an empty folder and return their sizes."""
     data = package / "easy_vqa" / "data"
@@ -299,10 +313,12 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--smoke", action="store_true", help="a tenth of the pictures, one view of each")
     args = parser.parse_args()
-    easy_vqa, mistral = (fetch(package, sha256, DOWNLOADS) for package, sha256 in PACKAGES.items())
-    shutil.copyfile(mistral / "mistral_common" / "data" / "tokenizer.model.v1", args.output / "tokenizer.model")
+    options = SMOKE if args.smoke else CorpusOptions()
+    (easy_vqa,) = (fetch(package, sha256, DOWNLOADS) for package, sha256 in PACKAGES.items())
     shutil.rmtree(args.output / "raw", ignore_errors=True)
-    counts = build_corpora(easy_vqa, args.output / "raw", SMOKE if args.smoke else CorpusOptions())
+    counts = build_corpora(easy_vqa, args.output / "raw", options)
+    pictures = read_pictures(easy_vqa / "easy_vqa" / "data" / "train", options.num_pictures)
+    train_tokenizer(pictures, args.output / "tokenizer.model")
     print("wrote " + ", ".join(f"{count:,} {name}" for name, count in counts.items()))
 
 

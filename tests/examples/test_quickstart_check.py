@@ -28,6 +28,7 @@ def make_resumed() -> list[dict[str, Any]]:
 
 GOOD = {
     "accuracy": 0.9,
+    "shapes": 0.8,
     "blind": 0.6,
     "resume": check_resume(make_run(1, 25), make_run(1, 18), make_resumed()),
     "exit_code": 1,
@@ -62,13 +63,14 @@ def test_second_start_from_the_beginning_is_no_resume() -> None:
 
 
 def test_all_bars_are_met_by_good_findings() -> None:
-    assert [bar["met"] for bar in check_bars(**GOOD, smoke=False)] == [True] * 5
+    assert [bar["met"] for bar in check_bars(**GOOD, smoke=False)] == [True] * 6
 
 
 @pytest.mark.parametrize(
     ("changes", "missed"),
     [
         ({"accuracy": 0.79}, "accuracy on the test split"),
+        ({"shapes": 0.79}, "accuracy of shapes"),
         ({"blind": 0.73}, "accuracy when shown another test picture"),
         ({"resume": check_resume([], [], [])}, "losses of the resumed run equal the uninterrupted run's"),
         ({"exit_code": 0}, "a killed rank ends the whole job with a non-zero exit code"),
@@ -82,7 +84,7 @@ def test_each_missed_bar_is_named(changes: dict[str, Any], missed: str) -> None:
 
 
 def test_smoke_run_is_not_held_against_accuracy() -> None:
-    assert all(bar["met"] for bar in check_bars(**{**GOOD, "accuracy": 0.1, "blind": 0.9}, smoke=True))
+    assert all(bar["met"] for bar in check_bars(**{**GOOD, "accuracy": 0.1, "shapes": 0.1, "blind": 0.9}, smoke=True))
 
 
 def learn(*rows: tuple[str, str]) -> list[tuple[str, str, int]]:
@@ -126,7 +128,7 @@ def output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name, records in {**runs, "pretrain_straight": make_run(1, 25)}.items():
         (folder / name).mkdir(parents=True)
         (folder / name / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    rows = [{"answers": ["yes"], "exact_match": 1.0}]
+    rows = [{"answers": ["circle"], "exact_match": 1.0}]
     files: dict[str, Any] = {
         "pretrain_killed": {"rank": 1, "exit_code": 1, "seconds_to_end": 2.5, "killed": make_run(1, 18)},
         "evaluate": {"exact_match": 0.9, "answers": rows},
@@ -155,7 +157,7 @@ def test_summary_has_what_the_steps_found(output: Path) -> None:
 def test_last_lines_tell_every_bar_and_where_the_reports_are(output: Path) -> None:
     summary = summarise(output, smoke=False)
     text = describe(summary, output)
-    assert text.count("met    ") == 5
+    assert text.count("met    ") == 6
     assert f"report: {output / 'sft' / 'report.html'}" in text
     summary["requirements"][0]["met"] = False
     assert "MISSED accuracy on the test split: 0.9000 (required: >= 0.80)" in describe(summary, output)

@@ -7,14 +7,17 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import sentencepiece
 from PIL import Image, ImageDraw
 from quickstart.corpora import (
+    VOCAB_SIZE,
     CorpusOptions,
     Picture,
     build_corpora,
     describe_scene,
     draw_view,
     read_pictures,
+    train_tokenizer,
     write_sentence,
 )
 
@@ -157,7 +160,8 @@ def test_pairs_of_tar_and_parquet_agree(package: Path, tmp_path: Path) -> None:
             records += [json.load(tar.extractfile(name)) for name in names if name.endswith(".json")]
             texts += [tar.extractfile(name).read().decode() for name in names if name.endswith(".txt")]
             assert len({name.split(".")[0] for name in names}) * 3 == len(names)
-    assert counts["pairs"] == len(rows) == 24
+    assert counts["pairs"] == len(rows) == 16  # the shape of four pictures is unknown
+    assert {row["text"] for row in rows} == {"a rectangle"}
     assert [record["url"] for record in records] == [row["url"] for row in rows]
     assert texts == [row["text"] for row in rows]
 
@@ -220,3 +224,22 @@ def test_test_questions_are_spread_evenly_over_the_split(package: Path, tmp_path
 def test_more_pictures_than_the_split_has_are_refused(package: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="12 pictures with questions, 13 are wanted"):
         build(package, tmp_path / "raw", num_pictures=13)
+
+
+def test_tokenizer_is_the_same_bytes_every_time_and_has_a_piece_for_each_word(tmp_path: Path) -> None:
+    pictures = [
+        Picture(
+            0, b"", (("what shape is in the image?", shape), ("is there a gray shape?", "no")), color, shape, ("gray",)
+        )
+        for color in ("red", "blue", "yellow", "green", "black", "teal", "brown")
+        for shape in ("circle", "triangle", "rectangle")
+    ]
+    for name in ("one", "two"):
+        train_tokenizer(pictures, tmp_path / name)
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+    tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "one"))
+    assert tokenizer.get_piece_size() == VOCAB_SIZE
+    assert (tokenizer.unk_id(), tokenizer.bos_id(), tokenizer.eos_id()) == (0, 1, 2)
+    assert len(tokenizer.encode("USER: is there a red triangle? ASSISTANT: no")) == 11
+    assert tokenizer.decode(tokenizer.encode("two  spaces")) == "two  spaces"
+    assert tokenizer.decode(tokenizer.encode("two\nlines, \u00e9")) == "two\nlines, \u00e9"
