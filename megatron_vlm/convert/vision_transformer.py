@@ -148,6 +148,14 @@ def require_settings(settings: dict[str, Any], wanted: dict[str, Any], *, where:
             raise CheckpointError(f"the tower has {name}={settings[name]}", where=where, fix=f"use one with {value}")
 
 
-def only_side(size: Any) -> Any:
-    """Return the side of a square, which a file may give twice."""
-    return size[0] if isinstance(size, list) and len(set(size)) == 1 else size
+def side_of(size: Any, where: str) -> int:
+    """Return the side of a square, which a file may give once or twice.
+
+    Raises:
+        CheckpointError: it is no square.
+    """
+    sides = set(size) if isinstance(size, list) else {size}
+    if len(sides) != 1:
+        raise CheckpointError(f"images or patches of {size} are no squares", where=where, fix="use another tower")
+    side: int = sides.pop()
+    return side

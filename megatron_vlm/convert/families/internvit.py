@@ -10,9 +10,9 @@ from megatron_vlm.convert import vision_transformer
 from megatron_vlm.convert.rules import Rule
 from megatron_vlm.convert.vision_transformer import (
     Names,
-    only_side,
     read_activation,
     require_settings,
+    side_of,
     unused_layers,
     vision_rules,
 )
@@ -116,8 +116,8 @@ def config_from_hf(settings: dict[str, Any], *, where: str, **chosen: Any) -> Co
     require_settings(settings, {"use_absolute_position_embeddings": True}, where=where)
     found: dict[str, Any] = {
         # The defaults are those of transformers' InternVLVisionConfig; files omit values that equal them.
-        "image_size": only_side(settings.get("image_size", 448)),
-        "patch_size": only_side(settings.get("patch_size", 14)),
+        "image_size": side_of(settings.get("image_size", 448), where),
+        "patch_size": side_of(settings.get("patch_size", 14), where),
         "num_layers": settings.get("num_hidden_layers", 24),
         "hidden_size": settings.get("hidden_size", 1024),
         "ffn_hidden_size": settings.get("intermediate_size", 4096),

@@ -2,6 +2,13 @@ import pytest
 import torch
 
 from megatron_vlm.models.layers.position_embeddings import PositionEmbeddings, Resizable, resize_positions
+from megatron_vlm.platform.device import set_deterministic
+
+
+@pytest.fixture
+def afterwards_as_before():
+    yield
+    set_deterministic(False)
 
 
 def test_the_table_of_the_same_grid_is_not_touched():
@@ -24,6 +31,19 @@ def test_the_position_of_the_class_token_is_not_interpolated():
     embeddings = PositionEmbeddings(4, 1, 8, torch.float32)
     assert torch.equal(embeddings(5, 3)[0], embeddings.weight[0])
     assert embeddings(5, 3).shape == (16, 8)
+
+
+@pytest.mark.parametrize("antialias", [True, False])
+@pytest.mark.parametrize(("rows", "columns"), [(5, 5), (11, 3), (7, 16)])
+def test_deterministic_training_interpolates_alike(rows, columns, antialias, afterwards_as_before):
+    table, direction, found = torch.randn(49, 8, requires_grad=True), torch.randn(rows * columns, 8), []
+    for deterministic in (False, True):
+        set_deterministic(deterministic)
+        resized = resize_positions(table, 7, rows, columns, antialias=antialias)
+        found.append((resized, *torch.autograd.grad(resized, table, direction)))
+    assert not torch.equal(found[0][0], found[1][0])  # two ways
+    # float32: the filter in one step, and in two as products
+    torch.testing.assert_close(*found, rtol=1e-5, atol=2e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
