@@ -14,7 +14,8 @@ RUN python /tmp/build/image_constraints.py /tmp/build/constraints.txt > /tmp/bui
     && export PIP_CONSTRAINT=/tmp/build/merged.txt \
     && python -m pip install --no-cache-dir --no-deps megatron-core \
     && python -m pip install --no-cache-dir \
-        fsspec matplotlib numpy pillow psutil pyarrow pyyaml safetensors scipy sentencepiece simplejpeg tensorboard tqdm transformers
+        fsspec matplotlib numpy pillow psutil pyarrow pyyaml safetensors scipy sentencepiece simplejpeg tensorboard tokenizers tqdm \
+        transformers
 
 COPY . .
 RUN python -m pip install --no-cache-dir --no-deps --no-build-isolation --editable . \

@@ -35,6 +35,7 @@ VISION = {
     "dinov2-s": (22_056_576, MASK_TOKEN * 384),
     "dinov2-b": (86_580_480, MASK_TOKEN * 768),
     "dinov2-l": (304_368_640, MASK_TOKEN * 1024),
+    "radio-h": (651_642_880, 0),
 }
 # Decoder, tower up to its feature layer, and the parameters of the projection.
 MODELS = {
@@ -42,6 +43,7 @@ MODELS = {
     "vila-7b": ("llama2-7b", "clip-l14-336", 20_979_712),
     "vila-13b": ("llama2-13b", "clip-l14-336", 31_467_520),
     "vila1.5-3b": ("sheared-llama-2.7b", "siglip-so400m-384", 18_364_416),
+    "vila1.5-3b-s2": ("sheared-llama-2.7b", "siglip-so400m-384", 30_170_112),
     "llama3-vila1.5-8b": ("llama3-8b", "siglip-so400m-384", 35_668_992),
     "vila1.5-13b": ("vicuna-1.5-13b", "siglip-so400m-384", 49_826_816),
     "vila1.5-40b": ("yi-34b", "internvit-6b-448", 143_170_560),

@@ -21,11 +21,14 @@ FILES = [
     ("align.yaml", "A100", 128, (1, 1, 128, 1)),
     ("pretrain.yaml", "A100", 128, (1, 1, 128, 1)),
     ("sft.yaml", "A100", 128, (4, 1, 32, 1)),
+    ("visual_expert.yaml", "A100", 128, (2, 1, 64, 2)),
     ("lora.yaml", "A100", 8, (1, 1, 8, 1)),
     ("h100/align.yaml", "H100", 64, (1, 1, 64, 2)),
     ("h100/pretrain.yaml", "H100", 64, (1, 1, 64, 1)),
     ("h100/sft.yaml", "H100", 64, (2, 1, 32, 1)),
 ]
+ROOMIER = {"visual_expert.yaml"}
+"""Files with a layout that is at most 3 % slower, because the suggested one leaves less than 5 GB of a GPU."""
 
 
 def predict(config, gpu, world_size):
@@ -39,7 +42,11 @@ def test_the_layout_of_a_file_is_the_simplest_of_the_fastest(name, gpu, world_si
     sizes = config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size
     assert (*sizes, layout.data_parallel_size, config.training.micro_batch_size) == expected
     ranking = rank_layouts(config, world_size, Cluster(gpu_name=gpu), backend="transformer_engine")
-    assert ranking.given.settings == ranking.suggested.settings
+    if name in ROOMIER:
+        assert ranking.given.step.seconds <= 1.03 * ranking.suggested.step.seconds
+        assert ranking.suggested.memory > Cluster(gpu_name=gpu).gpu.memory - 5e9
+    else:
+        assert ranking.given.settings == ranking.suggested.settings
 
 
 @pytest.mark.parametrize(("name", "gpu", "world_size", "expected"), FILES)

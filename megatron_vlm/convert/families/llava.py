@@ -121,9 +121,7 @@ def config_to_hf(model: ModelConfig) -> dict[str, Any]:
     }
 
 
-def config_from_hf(
-    settings: dict[str, Any], *, where: str, vocab_size: int | None = None, **chosen: Any
-) -> ModelConfig:
+def config_from_hf(settings: dict[str, Any], *, where: str, **chosen: Any) -> ModelConfig:
     """Return our settings.
 
     The rows of image and padding in the folder may stand anywhere: no text has their ids, nothing is computed from
@@ -132,8 +130,8 @@ def config_from_hf(
     Args:
         settings: config.json of a LlavaForConditionalGeneration.
         where: the file, for messages.
-        vocab_size: tokens of the tokenizer; None: all ids below the image's.
-        chosen: fields that override the file.
+        chosen: fields that override the file, and `vocab_size`, the tokens of the tokenizer; without it, all ids below
+            the image's.
 
     Raises:
         CheckpointError: our model does not support something in the settings.
@@ -149,7 +147,7 @@ def config_from_hf(
     language_family = find_family(text.get("model_type"), "language", f"text_config of {where}")
     vision_family = find_family(vision.get("model_type"), "vision", f"vision_config of {where}")
     image = settings.get("image_token_index", 32000)
-    vocab_size = image if vocab_size is None else vocab_size
+    vocab_size = chosen.pop("vocab_size", None) or image
     if image > vocab_size:
         raise CheckpointError(
             f"tokenizer has {vocab_size} tokens, the image token is {image}",
