@@ -57,6 +57,9 @@ def run(args: argparse.Namespace) -> int:
     pool = load(args.shots_from, args.images) if args.shots_from else []
     if args.swap_images is not None:
         questions = swap_pictures(questions, args.swap_images)
+    from megatron_vlm.platform.device import prepare_process
+
+    prepare_process()  # before anything that imports megatron-core
     from megatron_vlm.evaluation.run import choose_asked, evaluate
 
     asked = choose_asked(questions, options, pool)
