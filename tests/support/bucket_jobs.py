@@ -78,8 +78,8 @@ def differences(config: TrainConfig, rows: Sequence[Sequence[int]]) -> tuple[int
             for name, values in held.items():
                 place = described[parameter]
                 layer = _layer_of(place)
-                whole = saved[f"optimizer.state.{name}.{place.key}"]
-                whole = (whole if layer is None else whole[layer]).flatten()
+                key = place.key if layer is None else place.key.replace(".layers.", f".layers.{layer}.")
+                whole = saved[f"optimizer.state.{name}.{key}"].flatten()
                 num_compared += 1
                 if not torch.equal(whole[begin : begin + values.numel()], values):
                     wrong.append(f"{name} of {place.key}")
