@@ -94,7 +94,7 @@ def test_checkpoint_and_optimizer_hold_only_them(base, tmp_path):
     train(config, 1, save=True)
     keys = dist_checkpointing.load_tensors_metadata(str(find_checkpoint(config.run_dir)))
     assert all(".lora." in key or ".vision_projection." in key for key in keys)
-    assert "optimizer.state.exp_avg.model.language_model.decoder.layers.lora.linear_fc1.b" in keys
+    assert "optimizer.state.exp_avg.model.language_model.decoder.layers.0.lora.linear_fc1.b" in keys
 
 
 def test_a_resumed_run_drops_the_same_inputs(base, tmp_path):
