@@ -190,7 +190,7 @@ def measure_layers(config: TrainConfig, num_images: int, rounds: int, full_layer
         "forward_backward_ms": 1e3 * seconds["whole"],
         "planned": plan_pass(config, work, _gpu_name(), seconds["whole"]),
         "mfu": _mfu(flops.total, seconds["whole"]),
-        "mfu_of_layers": _mfu(flops.decoder, seconds["layers"]),
+        "mfu_of_layers": _mfu(sum(flops.layers), seconds["layers"]),
         "counted_tflop": flops.total / 1e12,
         "whole_model": {"num_layers": full_layers, "seconds_per_row": full, "tower_share": seconds["tower"] / full},
         "optimizer_step": _measure_step(state, batch),

@@ -244,7 +244,7 @@ def under_their_names(chunk: Any, model: Any) -> dict[str, dict[str, Any]]:
     sizes = {"input_size": model.vision.feature_size, "output_size": model.language.hidden_size}
     tables = {
         "vision": clip.rules(model.vision),
-        "projection": mlp2x_gelu.rules(model.projection, **sizes),
+        "projection": mlp2x_gelu.llava(model.projection, **sizes).rules,
         "language": llama.rules(model.language),
     }
     weights: dict[str, dict[str, Any]] = {part: {} for part in tables}
