@@ -24,6 +24,11 @@ from megatron_vlm.platform.files.run_folder import CONFIG_NAME
 _LAYERS = ".layers."
 
 
+def is_stacked(key: str) -> bool:
+    """Tell whether a tensor stacks the layers of a part along its first axis."""
+    return _LAYERS in key
+
+
 def list_tensors(checkpoint: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Return shape and dtype of every model tensor by key; layers are stacked along the first axis.
 
@@ -122,6 +127,6 @@ def _as_lazy(key: str, tensor: Tensor) -> LazyTensor:
     return LazyTensor(
         shape=tuple(tensor.shape),
         dtype=tensor.dtype,
-        is_stacked=_LAYERS in key,
+        is_stacked=is_stacked(key),
         make=lambda layer: tensor if layer is None else tensor[layer],
     )

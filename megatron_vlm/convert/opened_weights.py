@@ -10,14 +10,12 @@ from torch import Tensor
 
 from megatron_vlm.checkpoint.lazy_tensors import LazyTensor
 from megatron_vlm.checkpoint.run_settings import RunSettings, read_run_settings
-from megatron_vlm.checkpoint.tensors import list_tensors
+from megatron_vlm.checkpoint.tensors import is_stacked, list_tensors
 from megatron_vlm.checkpoint.verify import check_whole
 from megatron_vlm.config import ModelConfig
 from megatron_vlm.convert.adapter import adapter_shapes, read_merged
 from megatron_vlm.convert.folder import CONFIG_NAME
 from megatron_vlm.convert.from_hf import open_model_folder
-
-_LAYERS = ".layers."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +49,7 @@ def open_weights(path: Path) -> OpenedWeights:
         key: LazyTensor(
             shape=shape,
             dtype=dtype,
-            is_stacked=_LAYERS in key,
+            is_stacked=is_stacked(key),
             make=functools.partial(_read, settings, key, dtype),
         )
         for key, (shape, dtype) in list_tensors(settings.checkpoint).items()

@@ -69,6 +69,18 @@ def kept_bytes(run, module):
     return sum({storage._cdata: storage.nbytes() for storage in kept}.values())
 
 
+def assert_a_stage_keeps_what_is_counted(model, freeze, recompute, gpu_layers):
+    config = tiny_run(model=model, training={"freeze": freeze, "recompute": recompute})
+    batch = make_micro_batch(model, num_images=6, num_text=96, num_labels=2)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, seq_length=batch.num_tokens))
+    (chunk,) = build_model(model, config.parallel, Computation(recompute=recompute), freeze)
+    gpu_layers(chunk)
+    work = Work(num_tokens=batch.num_tokens, attention_pairs=0, num_labels=2, num_images=6)
+    expected = FLOAT * stage_activations(config, 0, work, "torch").kept
+    arguments = {**batch.arguments, "packed_seq_params": None}
+    assert kept_bytes(lambda: chunk(**arguments), chunk) == pytest.approx(expected, rel=TOLERANCE)
+
+
 @pytest.mark.parametrize(
     ("groups", "freeze", "recompute"),
     [
@@ -89,29 +101,13 @@ def kept_bytes(run, module):
 )
 def test_a_stage_keeps_what_autograd_keeps(groups, freeze, recompute, gpu_layers, one_rank):
     model = wide_model(groups)
-    config = tiny_run(model=model, training={"freeze": freeze, "recompute": recompute})
-    batch = make_micro_batch(model, num_images=6, num_text=96, num_labels=2)
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, seq_length=batch.num_tokens))
-    (chunk,) = build_model(model, config.parallel, Computation(recompute=recompute), freeze)
-    gpu_layers(chunk)
-    work = Work(num_tokens=batch.num_tokens, attention_pairs=0, num_labels=2, num_images=6)
-    expected = FLOAT * stage_activations(config, 0, work, "torch").kept
-    arguments = {**batch.arguments, "packed_seq_params": None}
-    assert kept_bytes(lambda: chunk(**arguments), chunk) == pytest.approx(expected, rel=TOLERANCE)
+    assert_a_stage_keeps_what_is_counted(model, freeze, recompute, gpu_layers)
 
 
 @pytest.mark.parametrize("recompute", ["none", "full"])
 def test_a_visual_expert_keeps_what_autograd_keeps(recompute, gpu_layers, one_rank):
     model, freeze = dataclasses.replace(wide_model(), adapter=VisualExpert()), ("vision_model", "language_model")
-    config = tiny_run(model=model, training={"freeze": freeze, "recompute": recompute})
-    batch = make_micro_batch(model, num_images=6, num_text=96, num_labels=2)
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, seq_length=batch.num_tokens))
-    (chunk,) = build_model(model, config.parallel, Computation(recompute=recompute), freeze)
-    gpu_layers(chunk)
-    work = Work(num_tokens=batch.num_tokens, attention_pairs=0, num_labels=2, num_images=6)
-    expected = FLOAT * stage_activations(config, 0, work, "torch").kept
-    arguments = {**batch.arguments, "packed_seq_params": None}
-    assert kept_bytes(lambda: chunk(**arguments), chunk) == pytest.approx(expected, rel=TOLERANCE)
+    assert_a_stage_keeps_what_is_counted(model, freeze, recompute, gpu_layers)
 
 
 @pytest.mark.parametrize("recompute", ["none", "full"])
