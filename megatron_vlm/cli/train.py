@@ -121,12 +121,12 @@ def _check(config: TrainConfig, *, num_workers: int, num_gpus: int, num_nodes: i
 
 
 def _node_job(args: argparse.Namespace, config: TrainConfig, slurm: SlurmNode | None, num_workers: int) -> NodeJob:
-    num_threads = str(config.training.num_threads or max(1, count_cores() // num_workers))
-    defaults = {"OMP_NUM_THREADS": num_threads, "MKL_NUM_THREADS": num_threads}
+    environment = dict(os.environ)
     if config.training.num_threads:
-        environment = {**os.environ, **defaults}
-    else:
-        environment = {**defaults, **os.environ}
+        environment["OMP_NUM_THREADS"] = environment["MKL_NUM_THREADS"] = str(config.training.num_threads)
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, count_cores() // num_workers)))
+    # MKL follows: with more threads than cores to run them on, its threads wait for each other by spinning.
+    environment.setdefault("MKL_NUM_THREADS", environment["OMP_NUM_THREADS"])
     # megatron-core relies on this ordering to overlap communication with computation.
     environment["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
     if (slurm is None or slurm.num_nodes == 1) and sys.platform.startswith("linux"):

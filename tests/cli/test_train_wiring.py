@@ -90,7 +90,9 @@ def test_threads_of_a_rank_are_its_share_of_the_cores(launched, monkeypatch):
 
 def test_threads_of_the_environment_go_before_the_share(launched):
     job = launched({"OMP_NUM_THREADS": "3"}, "training.num_threads=null")
-    assert job.environment["OMP_NUM_THREADS"] == "3"
+    assert (job.environment["OMP_NUM_THREADS"], job.environment["MKL_NUM_THREADS"]) == ("3", "3")
+    job = launched({"OMP_NUM_THREADS": "3", "MKL_NUM_THREADS": "2"}, "training.num_threads=null")
+    assert job.environment["MKL_NUM_THREADS"] == "2"
 
 
 def test_threads_of_the_settings_go_before_the_environment(launched):
