@@ -19,13 +19,36 @@ FAMILIES = "megatron_vlm.convert.families"
 Part = Literal["language", "vision", "model"]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """What a folder consists of."""
+
+    settings: dict[str, Any]
+    """config.json, with the settings of parts that have a file of their own."""
+    language: Mapping[str, Any]
+    """Settings of the language model, if there is one."""
+    weights: Mapping[str, Path]
+    """Folders with weights, by the prefix that the names of their tensors get, as in `HFFolder`."""
+    tokenizer: Path
+    """Folder of the tokenizer's files."""
+    processor: Path
+    """Folder of preprocessor_config.json."""
+
+    @classmethod
+    def of_one_folder(cls, path: Path, settings: dict[str, Any]) -> "Parts":
+        """Return those of a folder that has everything in itself."""
+        # That of a whole model has a section for its decoder.
+        language = settings.get("text_config", settings)
+        return cls(settings=settings, language=language, weights={"": path}, tokenizer=path, processor=path)
+
+
 class Family(Protocol):
     """A language model, a tower, or a whole model: the names of its tensors, and its settings in both directions."""
 
     PART: Part
     """The section of the config that it converts: `model.language`, `model.vision`, or all of `model`."""
     MODEL_TYPES: tuple[str, ...]
-    """Values of `model_type` in config.json; where it has none, of its first architecture."""
+    """Values of `model_type` in config.json, or of its first architecture, which counts more."""
 
     def renames(self, settings: dict[str, Any]) -> Sequence[tuple[str, str]]:
         """Return (regular expression, replacement) pairs that turn other versions' names into those of the table.
@@ -35,7 +58,10 @@ class Family(Protocol):
         """
 
     def rules(self, config: Any) -> list[Rule]:
-        """Return the table of tensors for these settings."""
+        """Return the table of tensors for these settings.
+
+        In the format of a whole model, `folder/name` is the tensor `name` in the weights of a sub-folder.
+        """
 
     def unused(self, config: Any) -> tuple[str, ...]:
         """Return regular expressions for tensors that a folder may hold in addition to the table."""
@@ -47,7 +73,7 @@ class Family(Protocol):
         """Return our settings.
 
         Args:
-            settings: config.json, or its section about this part.
+            settings: config.json, or its section about this part; of a whole model, those of its `Parts`.
             where: the file, for messages.
             chosen: fields that override the file, e.g. `vocab_size` from the tokenizer.
 
@@ -91,7 +117,22 @@ class ModelFamily(Family, Protocol):
     """A family of whole models (PART "model"), which is also an export format."""
 
     ARCHITECTURE: str
-    """Class in transformers that loads the folder."""
+    """Class that loads the folder."""
+
+    def find_parts(self, path: Path, settings: dict[str, Any], tower: Path | None) -> Parts:
+        """Return what a folder consists of.
+
+        Args:
+            path: the folder.
+            settings: its config.json.
+            tower: folder of the tower that it names, if that is not in it.
+
+        Raises:
+            CheckpointError: a file is missing or damaged.
+        """
+
+    def reason_against(self, model: ModelConfig) -> str | None:
+        """Return why the format cannot hold a model, as in "a tower of type ... does not fit ..."; None if it can."""
 
     def write_settings(self, folder: Path, serving: Serving) -> None:
         """Write all files except the weights: config.json, tokenizer, processor, chat template."""
@@ -114,6 +155,13 @@ def find_family(model_type: str | None, part: Part, where: str) -> Family:
             f"model_type is {model_type}, not {' or '.join(types)}", where=where, fix="check the path"
         )
     return types[model_type]
+
+
+def family_of(settings: Mapping[str, Any], part: Part, where: str) -> Family:
+    """Return the family of a folder by its config.json; arguments and errors as in `find_family`."""
+    architecture = next(iter(settings.get("architectures") or ()), None)
+    known = [family for family in _families(part).values() if architecture in family.MODEL_TYPES]
+    return known[0] if known else find_family(settings.get("model_type") or architecture, part, where)
 
 
 def find_tower_family(type: str) -> TowerFamily:
@@ -141,6 +189,21 @@ def find_format(name: str) -> ModelFamily:
     if name not in families:
         raise UsageError(f"unknown export format {name!r}", fix=f"choose one of {', '.join(families)}")
     return cast(ModelFamily, families[name])
+
+
+def check_fits(name: str, model: ModelConfig) -> None:
+    """Check that an export format can hold a model.
+
+    Raises:
+        CheckpointError: it cannot; names those that can.
+        UsageError: there is no such format.
+    """
+    reason = find_format(name).reason_against(model)
+    if reason is None:
+        return
+    others = [other for other in _families("model") if find_format(other).reason_against(model) is None]
+    fix = f"export to the format {' or '.join(others)}" if others else "no format holds this model: change its parts"
+    raise CheckpointError(reason, where="model", fix=fix)
 
 
 def _families(part: Part) -> dict[str, Family]:

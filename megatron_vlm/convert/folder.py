@@ -3,7 +3,7 @@
 import json
 import pickle
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,20 +20,20 @@ WEIGHTS_NAME, INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
 _PICKLED = "pytorch_model.bin"
 _SAFETENSORS_SUFFIX = ".safetensors"
 DTYPES = {
+    "I64": torch.int64,
     "F64": torch.float64,
     "F32": torch.float32,
-    "F16": torch.float16,
+    "I32": torch.int32,
     "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "I16": torch.int16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-"""Types by their name in safetensors files."""
+"""Types by their name in safetensors files, in the order in which such a file has its tensors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,23 +48,30 @@ class Stored:
 
 
 class HFFolder:
-    """The weights and settings of a model folder; tensors are read one at a time.
+    """The weights of a model folder; tensors are read one at a time.
 
     Args:
-        path: folder with config.json, and model.safetensors or pytorch_model.bin, as one file or several with an index.
+        path: folder with model.safetensors or pytorch_model.bin, as one file or several with an index.
         renames: (regular expression, replacement) pairs; the first that matches the start of a name is applied.
+        parts: folders with weights, by the prefix that their names get before they are renamed; of two tensors with one
+            name, that of the later folder counts. None: only `path`, without a prefix.
 
     Raises:
         CheckpointError: a file is missing or damaged.
     """
 
-    def __init__(self, path: str | Path, renames: Sequence[tuple[str, str]] = ()) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        renames: Sequence[tuple[str, str]] = (),
+        parts: Mapping[str, Path] | None = None,
+    ) -> None:
         self.path = Path(path)
-        self.config = read_json(self.path / CONFIG_NAME)
         self.stored: dict[str, Stored] = {}
-        for file in self._files():
-            for stored in _list_tensors(file):
-                self.stored[rename(stored.name, renames)] = stored
+        for prefix, folder in (parts or {"": self.path}).items():
+            for file in _list_files(folder):
+                for stored in _list_tensors(file):
+                    self.stored[rename(prefix + stored.name, renames)] = stored
 
     def read(self, name: str) -> Tensor:
         """Read one tensor.
@@ -80,22 +87,25 @@ class HFFolder:
         with safetensors.safe_open(stored.file, "pt") as file:
             return file.get_tensor(stored.name)
 
-    def _files(self) -> list[Path]:
-        for name in (WEIGHTS_NAME, _PICKLED):
-            if (self.path / name).is_file():
-                return [self.path / name]
-            index = self.path / f"{name}.index.json"
-            if index.is_file():
-                names = sorted(set(read_json(index)["weight_map"].values()))
-                return [self._inside(name, index) for name in names]
-        raise CheckpointError(
-            f"no {WEIGHTS_NAME} and no {_PICKLED}", where=str(self.path), fix="name a folder with the weights"
-        )
 
-    def _inside(self, name: str, index: Path) -> Path:
-        if Path(name).name != name or not (self.path / name).is_file():
-            raise CheckpointError(f"file {name} is missing", where=str(index), fix="download the folder again")
-        return self.path / name
+def _list_files(folder: Path) -> list[Path]:
+    for name in (WEIGHTS_NAME, _PICKLED):
+        if (folder / name).is_file():
+            return [folder / name]
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            names = sorted(set(read_json(index)["weight_map"].values()))
+            return [_beside(name, index) for name in names]
+    raise CheckpointError(
+        f"no {WEIGHTS_NAME} and no {_PICKLED}", where=str(folder), fix="name a folder with the weights"
+    )
+
+
+def _beside(name: str, index: Path) -> Path:
+    file = index.parent / name
+    if Path(name).name != name or not file.is_file():
+        raise CheckpointError(f"file {name} is missing", where=str(index), fix="download the folder again")
+    return file
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -23,9 +23,9 @@ from megatron_vlm.config import (
     config_to_dict,
 )
 from megatron_vlm.config.projectors import make_projector
-from megatron_vlm.config.towers import innermost
+from megatron_vlm.config.towers import TowerWrapper, innermost
 from megatron_vlm.convert.differences import describe_differences
-from megatron_vlm.convert.family import Family, Part, find_family, find_tower_family
+from megatron_vlm.convert.family import Family, ModelFamily, Part, Parts, family_of, find_tower_family
 from megatron_vlm.convert.folder import CONFIG_NAME, HFFolder, read_json
 from megatron_vlm.convert.projector import find_projector
 from megatron_vlm.convert.rules import Rule, Vocabulary
@@ -93,27 +93,33 @@ def import_parts(
     return model
 
 
-def import_model(folder: Path, run_dir: Path, model: ModelConfig | None = None) -> ModelConfig:
-    """Write checkpoint 0 of a new run from a whole model, e.g. LlavaForConditionalGeneration; see `import_parts`."""
+def import_model(
+    folder: Path, run_dir: Path, model: ModelConfig | None = None, tower: Path | None = None
+) -> ModelConfig:
+    """Write checkpoint 0 of a new run from a whole model, e.g. LlavaForConditionalGeneration; see `import_parts`.
+
+    Args:
+        folder: of the model.
+        run_dir: the new run.
+        model: the model that the folder must hold; None: whatever it holds.
+        tower: folder of the tower that the model names, if that is not in its folder.
+    """
     check_new(run_dir)
-    model, tensors = open_model_folder(folder, model)
-    _write(run_dir, tensors, model, folder)
+    opened, model = _open_model(folder, model, tower)
+    _write(run_dir, _lazy_tensors(opened, model), model, opened.parts.tokenizer)
     return model
 
 
-def open_model_folder(folder: Path, model: ModelConfig | None = None) -> tuple[ModelConfig, dict[str, LazyTensor]]:
+def open_model_folder(folder: Path) -> tuple[ModelConfig, dict[str, LazyTensor]]:
     """Return settings and tensors of a whole model, by our keys; each tensor is read when it is made.
 
     Args:
         folder: as transformers saves it.
-        model: the model that the folder must hold; None: whatever it holds.
 
     Raises:
-        CheckpointError: the folder holds another kind of model, or differs from `model`.
+        CheckpointError: the folder holds another kind of model.
     """
-    opened = _open(folder, "model")
-    found = opened.read_config(vocab_size=_count_tokens(opened))
-    model = _agreed(model, replace(found, vision=_with_processing(found.vision, folder)))
+    opened, model = _open_model(folder)
     return model, _lazy_tensors(opened, model)
 
 
@@ -123,21 +129,34 @@ class _OpenFolder:
 
     folder: HFFolder
     family: Family
+    parts: Parts
 
     @property
     def where(self) -> str:
         return str(self.folder.path / CONFIG_NAME)
 
     def read_config(self, **chosen: Any) -> Any:
-        return self.family.config_from_hf(self.folder.config, where=self.where, **chosen)
+        return self.family.config_from_hf(self.parts.settings, where=self.where, **chosen)
 
 
-def _open(path: Path, part: Part) -> _OpenFolder:
+def _open_model(
+    folder: Path, model: ModelConfig | None = None, tower: Path | None = None
+) -> tuple[_OpenFolder, ModelConfig]:
+    opened = _open(folder, "model", tower)
+    found = opened.read_config(vocab_size=_count_tokens(opened))
+    return opened, _agreed(model, replace(found, vision=_with_processing(found.vision, opened.parts.processor)))
+
+
+def _open(path: Path, part: Part, tower: Path | None = None) -> _OpenFolder:
     where = path / CONFIG_NAME
     settings = read_json(where)
-    architecture = next(iter(settings.get("architectures") or ()), None)
-    family = find_family(settings.get("model_type") or architecture, part, str(where))
-    return _OpenFolder(HFFolder(path, family.renames(settings)), family)
+    family = family_of(settings, part, str(where))
+    parts = Parts.of_one_folder(path, settings)
+    if part == "model":
+        parts = cast(ModelFamily, family).find_parts(path, settings, tower)
+    if tower is not None and tower not in parts.weights.values():
+        raise UsageError(f"{path} has a tower of its own", fix="name only the folder of the model")
+    return _OpenFolder(HFFolder(path, family.renames(parts.settings), parts.weights), family, parts)
 
 
 def _agreed(wanted: ModelConfig | None, found: ModelConfig) -> ModelConfig:
@@ -148,10 +167,10 @@ def _agreed(wanted: ModelConfig | None, found: ModelConfig) -> ModelConfig:
     """
     if wanted is None:
         return found
-    free = find_tower_family(found.vision.type).FREE
+    tower = innermost(found.vision)
     differences = [
         *_differences("model.language", wanted.language, found.language, _FREE_LANGUAGE),
-        *_differences("model.vision", innermost(wanted.vision), found.vision, free),
+        *_differences("model.vision", innermost(wanted.vision), tower, find_tower_family(tower.type).FREE),
     ]
     if differences:
         raise CheckpointError("; ".join(differences), fix="change the config, or omit --config")
@@ -180,21 +199,20 @@ def check_new(run_dir: Path) -> None:
 
 
 def _language_config(opened: _OpenFolder) -> LanguageConfig:
-    return opened.read_config(vocab_size=_count_tokens(opened) or _num_rows(opened.folder.config))
+    return opened.read_config(vocab_size=_count_tokens(opened) or _num_rows(opened))
 
 
-def _num_rows(settings: Mapping[str, Any]) -> int:
+def _num_rows(opened: _OpenFolder) -> int:
     """Return the rows of the vocabulary that config.json names."""
-    text = settings.get("text_config", settings)  # that of a whole model has a section for its decoder
-    return text.get("vocab_size", 32000)
+    return opened.parts.language.get("vocab_size", 32000)
 
 
 def _count_tokens(opened: _OpenFolder) -> int | None:
     """Return the size of the folder's tokenizer; None if it has none."""
-    if not find_tokenizer(opened.folder.path):
+    if not find_tokenizer(opened.parts.tokenizer):
         return None
-    tokenizer = load_tokenizer(opened.folder.path)
-    _check_new_tokens(tokenizer, _num_rows(opened.folder.config), opened.where)
+    tokenizer = load_tokenizer(opened.parts.tokenizer)
+    _check_new_tokens(tokenizer, _num_rows(opened), opened.where)
     return tokenizer.vocab_size
 
 
@@ -224,6 +242,8 @@ def _with_processing(vision: Any, folder: Path) -> Any:
     for name in ("image_mean", "image_std"):
         if name in settings and settings.get("do_normalize", True):
             found[name] = tuple(settings[name])
+    if isinstance(vision, TowerWrapper):  # the size is that of the whole image, not that of what the tower sees
+        return replace(vision, tower=replace(vision.tower, **found))  # type: ignore[type-var]
     crop = settings.get("crop_size")
     if isinstance(crop, dict) and "image_size" in find_tower_family(vision.type).FREE:
         found["image_size"] = crop["height"]
@@ -240,16 +260,16 @@ def _lazy_tensors(opened: _OpenFolder, config: Any) -> dict[str, LazyTensor]:
     Raises:
         CheckpointError: the folder and its table differ.
     """
-    rules = [_with_their_rows(rule, opened.folder.config) for rule in opened.family.rules(config)]
+    rules = [_with_their_rows(rule, _num_rows(opened)) for rule in opened.family.rules(config)]
     _check_tensors(opened.folder, rules, opened.family.unused(config))
     return {rule.key: _lazy_tensor(opened.folder, rule) for rule in rules}
 
 
-def _with_their_rows(rule: Rule, settings: Mapping[str, Any]) -> Rule:
-    """Return the rule with as many rows of the vocabulary as config.json says."""
+def _with_their_rows(rule: Rule, num_rows: int) -> Rule:
+    """Return the rule with this number of rows of the vocabulary."""
     if not isinstance(rule.transform, Vocabulary):
         return rule
-    return replace(rule, transform=replace(rule.transform, num_their_rows=_num_rows(settings)))
+    return replace(rule, transform=replace(rule.transform, num_their_rows=num_rows))
 
 
 def _check_tensors(folder: HFFolder, rules: Sequence[Rule], unused: Sequence[str]) -> None:

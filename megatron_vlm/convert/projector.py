@@ -80,9 +80,9 @@ def llava_projector(config: ProjectorConfig, *, input_size: int, output_size: in
         fitting = [name for name in module_names(PROJECTORS) if find_projector(name).FITS_LLAVA]
         raise CheckpointError(
             f"a projection of type {config.type} does not fit the format llava, which has two linear layers for each "
-            "patch",
+            f"patch: {' or '.join(fitting)}",
             where="model.projection",
-            fix=f"export a model with {' or '.join(fitting)}",
+            fix="use another projection or format",
         )
     return found
 

@@ -16,7 +16,7 @@ from megatron_vlm.checkpoint.verify import check_whole
 from megatron_vlm.config import AdapterConfig, CheckpointError, UsageError
 from megatron_vlm.convert.adapter import adapter_shapes, read_merged
 from megatron_vlm.convert.differences import describe_differences
-from megatron_vlm.convert.family import Serving, find_format
+from megatron_vlm.convert.family import Serving, check_fits, find_format
 from megatron_vlm.convert.rules import Rule
 from megatron_vlm.convert.weights_writer import Announced, WeightsWriter
 from megatron_vlm.data.text.templates import DEFAULT_SYSTEM, find_template
@@ -59,7 +59,7 @@ def export_model(settings: RunSettings, output: Path, options: ExportOptions | N
         options: None: the defaults.
 
     Returns:
-        The class in transformers that loads the folder.
+        The class that loads the folder.
 
     Raises:
         UsageError: the folder exists, or the format is unknown.
@@ -71,6 +71,7 @@ def export_model(settings: RunSettings, output: Path, options: ExportOptions | N
     options = options or ExportOptions()
     if output.exists() and not options.overwrite:
         raise UsageError(f"folder {output} exists", fix="name another one, or add --overwrite")
+    check_fits(options.format, settings.model)
     family, template = find_format(options.format), find_template(options.template)
     rules, added = family.rules(settings.model), adapter_shapes(settings.model)
     # Faults of the checkpoint and the settings show before the long part.
@@ -145,7 +146,9 @@ class _Export:
             for layer in rule.layers
             for name, shape in zip(rule.names_of(layer), rule.their_shapes(), strict=True)
         ]
-        constants = (Announced(name, tuple(tensor.shape), self.dtype) for name, tensor in self.constants.items())
+        constants = (
+            Announced(name, tuple(tensor.shape), self._type(tensor)) for name, tensor in self.constants.items()
+        )
         return [*announced, *constants]
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -155,7 +158,11 @@ class _Export:
                 whole = read_merged(self.checkpoint, self.adapter, rule.key, layer)
                 for name, tensor in zip(rule.names_of(layer), rule.transform.split(whole), strict=True):
                     yield name, tensor.to(self.dtype)
-        yield from ((name, tensor.to(self.dtype)) for name, tensor in self.constants.items())
+        yield from ((name, tensor.to(self._type(tensor))) for name, tensor in self.constants.items())
+
+    def _type(self, constant: Tensor) -> torch.dtype:
+        """Return that of the weights, except for integers."""
+        return self.dtype if constant.is_floating_point() else constant.dtype
 
 
 def _write_weights(export: _Export, writer: WeightsWriter) -> None:

@@ -1,6 +1,7 @@
 """Write the weights of a model folder as safetensors files, one tensor at a time.
 
-The files are equal to those of `safetensors.torch.save_file`, which takes all tensors of a file at once.
+The files are equal to those of `safetensors.torch.save_file`, which takes all tensors of a file at once. The name
+`llm/norm.weight` stands for the tensor `norm.weight` in the files of the sub-folder `llm`.
 """
 
 import json
@@ -8,7 +9,7 @@ import zlib
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import safetensors
 import torch
@@ -27,8 +28,19 @@ class Announced:
     """A tensor to be written."""
 
     name: str
+    """With the sub-folder of its file, if it is in one."""
     shape: tuple[int, ...]
     dtype: torch.dtype
+
+    @property
+    def name_in_file(self) -> str:
+        """Name without the sub-folder."""
+        return PurePosixPath(self.name).name
+
+    @property
+    def sub_folder(self) -> PurePosixPath:
+        """Folder of the file within that of the model."""
+        return PurePosixPath(self.name).parent
 
     @property
     def num_bytes(self) -> int:
@@ -37,13 +49,13 @@ class Announced:
 
 
 class WeightsWriter:
-    """Write safetensors files of limited size and an index.
+    """Write safetensors files of limited size and, for each folder with several, an index.
 
     Args:
-        folder: where the files go.
-        announced: every tensor that will be written; all of the same type.
+        folder: where the files go; sub-folders are made.
+        announced: every tensor that will be written.
         max_shard_bytes: largest size of a file [bytes]; a larger tensor gets its own file.
-        name: of the file, if one is enough.
+        name: of the file of a folder, if one is enough.
     """
 
     def __init__(
@@ -55,7 +67,7 @@ class WeightsWriter:
         self._checksums: dict[str, int] = {}
 
     def write(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Write all announced tensors, then the index.
+        """Write all announced tensors, then the indexes.
 
         Raises:
             CheckpointError: a tensor differs from what was announced, or is missing.
@@ -64,6 +76,7 @@ class WeightsWriter:
         with ExitStack() as stack:
             streams, offsets = {}, {}
             for file, entries in self._files.items():
+                (self._folder / file).parent.mkdir(parents=True, exist_ok=True)
                 streams[file] = stack.enter_context((self._folder / file).open("wb"))
                 header, starts = _lay_out(entries)
                 streams[file].write(header)
@@ -80,9 +93,16 @@ class WeightsWriter:
         missing = [name for name in self._announced if name not in self._checksums]
         if missing:
             raise CheckpointError(f"{len(missing)} tensors were not written, first {missing[0]}")
-        if len(self._files) > 1:
-            total = sum(entry.num_bytes for entry in self._announced.values())
-            write_json(self._folder / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": self._file_of})
+        for sub_folder in dict.fromkeys(entry.sub_folder for entry in self._announced.values()):
+            self._write_index(sub_folder)
+
+    def _write_index(self, sub_folder: PurePosixPath) -> None:
+        entries = [entry for entry in self._announced.values() if entry.sub_folder == sub_folder]
+        file_of = {entry.name_in_file: PurePosixPath(self._file_of[entry.name]).name for entry in entries}
+        if len(set(file_of.values())) > 1:
+            total = sum(entry.num_bytes for entry in entries)
+            index = {"metadata": {"total_size": total}, "weight_map": file_of}
+            write_json(self._folder / sub_folder / INDEX_NAME, index)
 
     def _check(self, name: str, tensor: Tensor) -> None:
         expected = self._announced[name]
@@ -98,7 +118,11 @@ class WeightsWriter:
         Raises:
             CheckpointError: the files differ from what was written.
         """
-        found = {stored.name: stored for file in self._files for stored in list_safetensors(self._folder / file)}
+        found = {
+            str(PurePosixPath(file).parent / stored.name): stored
+            for file in self._files
+            for stored in list_safetensors(self._folder / file)
+        }
         if set(found) != set(self._announced):
             raise CheckpointError(
                 f"{len(found)} tensors in the files, {len(self._announced)} written",
@@ -107,7 +131,7 @@ class WeightsWriter:
             )
         for name, stored in found.items():
             with safetensors.safe_open(stored.file, "pt") as opened:
-                tensor = opened.get_tensor(name)
+                tensor = opened.get_tensor(stored.name)
             self._check(name, tensor)
             if zlib.crc32(_bytes_of(tensor)) != self._checksums[name]:
                 raise CheckpointError(
@@ -118,9 +142,21 @@ class WeightsWriter:
 
 
 def _assign_files(announced: Sequence[Announced], max_shard_bytes: int, name: str) -> dict[str, list[Announced]]:
+    """Return the tensors of each file; a file has its sub-folder before its name."""
+    by_folder: dict[PurePosixPath, list[Announced]] = {}
+    for entry in announced:
+        by_folder.setdefault(entry.sub_folder, []).append(entry)
+    return {
+        str(sub_folder / file): found
+        for sub_folder, entries in by_folder.items()
+        for file, found in _files_of_folder(entries, max_shard_bytes, name).items()
+    }
+
+
+def _files_of_folder(entries: Sequence[Announced], max_shard_bytes: int, name: str) -> dict[str, list[Announced]]:
     files: list[list[Announced]] = [[]]
     used = 0
-    for entry in announced:
+    for entry in entries:
         if used and used + entry.num_bytes > max_shard_bytes:
             files.append([])
             used = 0
@@ -135,10 +171,11 @@ def _lay_out(entries: Sequence[Announced]) -> tuple[bytes, dict[str, int]]:
     """Return the header of a file, and the offset of each tensor in the file [bytes]."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     starts, end = {}, 0
-    for entry in sorted(entries, key=lambda entry: entry.name):
+    ranks = {dtype: rank for rank, dtype in enumerate(DTYPES.values())}
+    for entry in sorted(entries, key=lambda entry: (ranks[entry.dtype], entry.name_in_file)):
         starts[entry.name], end = end, end + entry.num_bytes
         offsets = [starts[entry.name], end]
-        header[entry.name] = {"dtype": _DTYPE_NAMES[entry.dtype], "shape": entry.shape, "data_offsets": offsets}
+        header[entry.name_in_file] = {"dtype": _DTYPE_NAMES[entry.dtype], "shape": entry.shape, "data_offsets": offsets}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
     begin = 8 + len(text)

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_vlm.config import CheckpointError
-from megatron_vlm.convert.folder import HFFolder
+from megatron_vlm.convert.folder import HFFolder, read_json
 
 TENSORS = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)}
 
@@ -13,7 +13,6 @@ TENSORS = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(4, dtype=torch.bfl
 @pytest.mark.parametrize(("file", "save"), [("model.safetensors", save_file), ("pytorch_model.bin", torch.save)])
 def test_tensors_are_listed_and_read(tmp_path, file, save):
     save(TENSORS, tmp_path / file)
-    (tmp_path / "config.json").write_text("{}")
     folder = HFFolder(tmp_path)
     assert {name: (stored.shape, stored.dtype) for name, stored in folder.stored.items()} == {
         "a": ((2, 3), torch.float32),
@@ -22,20 +21,39 @@ def test_tensors_are_listed_and_read(tmp_path, file, save):
     assert all(torch.equal(folder.read(name), tensor) for name, tensor in TENSORS.items())
 
 
+def test_parts_have_their_prefix_and_the_later_one_counts(tmp_path):
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        save_file({"a": torch.full((2,), float(len(name)))}, tmp_path / name / "model.safetensors")
+    parts = {"llm/": tmp_path / "first", "tower/": tmp_path / "second", "": tmp_path / "first"}
+    folder = HFFolder(tmp_path, [("tower/a", "a")], parts)
+    assert sorted(folder.stored) == ["a", "llm/a"]
+    assert folder.read("llm/a")[0] == folder.read("a")[0] == len("first")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, r"file is missing \(.*config.json\)"),
+        ("{", "file cannot be read"),
+        ("[]", "file holds no JSON object"),
+    ],
+)
+def test_settings_that_cannot_be_read_are_one_line(text, message, tmp_path):
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=message):
+        read_json(tmp_path / "config.json")
+
+
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({}, r"file is missing \(.*config.json\)"),
-        ({"config.json": "{"}, "file cannot be read"),
-        ({"config.json": "[]"}, "file holds no JSON object"),
-        ({"config.json": "{}"}, "no model.safetensors and no pytorch_model.bin"),
-        ({"config.json": "{}", "model.safetensors": "x"}, "weights cannot be read"),
-        ({"config.json": "{}", "pytorch_model.bin": "x"}, "weights cannot be read"),
+        ({}, "no model.safetensors and no pytorch_model.bin"),
+        ({"model.safetensors": "x"}, "weights cannot be read"),
+        ({"pytorch_model.bin": "x"}, "weights cannot be read"),
         (
-            {
-                "config.json": "{}",
-                "model.safetensors.index.json": json.dumps({"weight_map": {"a": "../x.safetensors"}}),
-            },
+            {"model.safetensors.index.json": json.dumps({"weight_map": {"a": "../x.safetensors"}})},
             "file ../x.safetensors is missing",
         ),
     ],
@@ -52,14 +70,12 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path):
         def __reduce__(self):
             return (print, ("this must never be printed",))
 
-    (tmp_path / "config.json").write_text("{}")
     torch.save({"a": Hostile()}, tmp_path / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match="weights cannot be read"):
         HFFolder(tmp_path)
 
 
 def test_a_type_that_torch_cannot_hold_is_named(tmp_path):
-    (tmp_path / "config.json").write_text("{}")
     header = json.dumps({"a": {"dtype": "F8_E8M0", "shape": [8], "data_offsets": [0, 8]}}).encode()
     (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
     with pytest.raises(CheckpointError, match=r"a tensor has the unsupported type F8_E8M0 .*that is not quantised"):

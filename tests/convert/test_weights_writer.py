@@ -6,6 +6,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_vlm.config import CheckpointError
+from megatron_vlm.convert.folder import DTYPES
 from megatron_vlm.convert.weights_writer import Announced, WeightsWriter
 
 TENSORS = {"b": torch.arange(6.0).view(2, 3), "a": torch.ones(4), 'caf\u00e9 "x"': torch.randn(3, 5).t()}
@@ -39,6 +40,29 @@ def test_several_files_have_an_index(tmp_path):
     assert index["metadata"] == {"total_size": sum(tensor.nbytes for tensor in TENSORS.values())}
     found = load_file(tmp_path / files[0]) | load_file(tmp_path / files[1])
     assert all(torch.equal(found[name], tensor) for name, tensor in TENSORS.items())
+
+
+def test_a_file_with_several_types_is_the_one_that_safetensors_writes(tmp_path):
+    tensors = {f"{name}.{first}": torch.ones(3).to(dtype) for name, dtype in DTYPES.items() for first in "ba"}
+    WeightsWriter(tmp_path, announce(tensors), 10**6).write(tensors.items())
+    save_file(tensors, tmp_path / "theirs", metadata={"format": "pt"})
+    assert (tmp_path / "model.safetensors").read_bytes() == (tmp_path / "theirs").read_bytes()
+
+
+def test_a_sub_folder_has_files_and_an_index_of_its_own(tmp_path):
+    tensors = {f"{folder}{name}": tensor for name, tensor in TENSORS.items() for folder in ("", "llm/", "mm/")}
+    several = {name: tensor for name, tensor in tensors.items() if name != "mm/b"}
+    writer = WeightsWriter(tmp_path, announce(several), 50)
+    writer.write(several.items())
+    writer.verify()
+    for folder in (tmp_path, tmp_path / "llm"):
+        index = json.loads((folder / "model.safetensors.index.json").read_text())
+        assert list(index["weight_map"]) == list(TENSORS)
+        assert index["metadata"] == {"total_size": sum(tensor.nbytes for tensor in TENSORS.values())}
+        for name, file in index["weight_map"].items():
+            assert torch.equal(load_file(folder / file)[name], TENSORS[name])
+    found = {path.name for path in (tmp_path / "mm").iterdir()}
+    assert "model-00002-of-00002.safetensors" in found
 
 
 def test_tensors_are_not_kept(tmp_path):

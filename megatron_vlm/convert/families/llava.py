@@ -8,9 +8,9 @@ from typing import Any, cast
 from torch import Tensor
 
 from megatron_vlm.config import CheckpointError, ModelConfig
-from megatron_vlm.config.towers import TowerConfig
+from megatron_vlm.config.towers import TowerConfig, TowerWrapper
 from megatron_vlm.config.vision_transformer import VisionTransformerConfig
-from megatron_vlm.convert.family import Family, Serving, TowerFamily, find_family, find_tower_family
+from megatron_vlm.convert.family import Family, Parts, Serving, TowerFamily, find_family, find_tower_family
 from megatron_vlm.convert.files.processor import chat_template, generation_config, select_strategy, write_processor
 from megatron_vlm.convert.files.tokenizer import write_tokenizer
 from megatron_vlm.convert.folder import CONFIG_NAME, write_json
@@ -40,6 +40,21 @@ def renames(settings: dict[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
+def find_parts(path: Path, settings: dict[str, Any], tower: Path | None) -> Parts:
+    """Return that everything is in one folder."""
+    return Parts.of_one_folder(path, settings)
+
+
+def reason_against(model: ModelConfig) -> str | None:
+    """Return what the class cannot compute."""
+    try:
+        rules(model)
+        config_to_hf(model)
+    except CheckpointError as error:
+        return error.what
+    return None
+
+
 def _language_family() -> Family:
     return find_family("llama", "language", "model.language")
 
@@ -50,8 +65,11 @@ def _tower_family(vision: TowerConfig) -> TowerFamily:
     Raises:
         CheckpointError: it has none, or transformers' class cannot compute with the tower.
     """
-    family = find_tower_family(vision.type)
-    reason = family.reason_against_llava(vision)
+    if isinstance(vision, TowerWrapper):
+        reason: str | None = "transformers' Llava sees an image at one size"
+    else:
+        family = find_tower_family(vision.type)
+        reason = family.reason_against_llava(vision)
     if reason is not None:
         raise CheckpointError(
             f"a tower of type {vision.type} does not fit the format llava: {reason}",

@@ -66,8 +66,9 @@ def test_a_family_named_after_a_tower_converts_it_within_whole_models(name):
 
 @pytest.mark.parametrize("name", [name for name in NAMES if family(name).PART == "model"])
 def test_a_family_of_whole_models_can_be_exported_to(name):
-    offered, wanted = (inspect.signature(owner.write_settings) for owner in (family(name), ModelFamily))
-    assert list(offered.parameters) == list(wanted.parameters)[1:]
+    for function in ("write_settings", "find_parts", "reason_against"):
+        offered, wanted = (inspect.signature(getattr(owner, function)) for owner in (family(name), ModelFamily))
+        assert list(offered.parameters) == list(wanted.parameters)[1:]
     assert find_format(name).ARCHITECTURE
 
 
