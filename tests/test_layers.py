@@ -78,7 +78,7 @@ TESTED_ELSEWHERE = {
     "convert/differences.py": "convert/test_from_hf.py",
     "convert/from_peft.py": "convert/test_peft.py",
     "convert/peft_names.py": "convert/test_peft.py",
-    "convert/to_peft.py": "convert/test_peft.py",
+    "convert/formats/peft.py": "convert/test_peft.py",
     "convert/files/processor.py": "convert/test_to_hf.py",
     "convert/files/tokenizers/byte_pair.py": "convert/files/test_prompt_rules.py",
     "convert/files/tokenizers/sentence_piece.py": "convert/files/test_prompt_rules.py",

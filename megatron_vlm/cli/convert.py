@@ -13,8 +13,6 @@ from megatron_vlm.config.prepare import TemplateName
 
 _TO_HF = "convert to-hf runs/sft --format llava --output exported"
 _TO_PEFT = "convert to-hf runs/lora --format peft --output adapter"
-_PEFT = "peft"
-"""The format that holds not a whole model, but what a run with LoRA learned."""
 _FROM_HF = (
     "convert from-hf --language Llama-2-7b-hf --vision clip-vit-large-patch14-336 --output runs/start",
     "convert from-hf --model llava-1.5-7b-hf --output runs/start",
@@ -106,10 +104,15 @@ def run(args: argparse.Namespace) -> int:
 
 def _to_hf(args: argparse.Namespace) -> None:
     from megatron_vlm.checkpoint.run_settings import read_run_settings
-    from megatron_vlm.convert.to_hf import ExportOptions, export_model
-    from megatron_vlm.convert.to_peft import export_adapter
+    from megatron_vlm.convert.export import export, is_whole_model
+    from megatron_vlm.convert.to_hf import ExportOptions
     from megatron_vlm.data.text.templates import find_system
 
+    if args.verify and not is_whole_model(args.format):
+        raise UsageError(
+            f"--verify does not read the format {args.format}",
+            fix="leave it out: every export is read back as it is written",
+        )
     settings = read_run_settings(args.checkpoint, tokenizer=args.tokenizer, image_aspect=args.image_aspect)
     options = ExportOptions(
         format=args.format,
@@ -118,9 +121,8 @@ def _to_hf(args: argparse.Namespace) -> None:
         system=find_system(args.system),
         overwrite=args.overwrite,
     )
-    export = export_adapter if args.format == _PEFT else export_model
-    architecture = export(settings, args.output, options)
-    print(f"{args.output}: {settings.checkpoint} for {architecture}.from_pretrained")
+    loader = export(settings, args.output, options)
+    print(f"{args.output}: {settings.checkpoint} for {loader}")
     if args.verify:
         _compare(settings.checkpoint, args.output)
 

@@ -206,6 +206,11 @@ def check_fits(name: str, model: ModelConfig) -> None:
     raise CheckpointError(reason, where="model", fix=fix)
 
 
+def format_names() -> tuple[str, ...]:
+    """Return the names of the families of whole models, each of which is an export format."""
+    return tuple(_families("model"))
+
+
 def _families(part: Part) -> dict[str, Family]:
     found = {name: cast(Family, find_module(FAMILIES, name, "family")) for name in module_names(FAMILIES)}
     return {name: family for name, family in found.items() if family.PART == part}

@@ -37,7 +37,7 @@ class ExportOptions:
     """Settings of an export."""
 
     format: str = "llava"
-    """Name of a family of whole models in `convert/families/`."""
+    """Name of a family of whole models in `convert/families/`, or of a module of `convert/formats/`."""
     dtype: DType | None = None
     """Type of the weights; None: bfloat16 if the checkpoint has it, else float32."""
     template: str = "vicuna_v1"

@@ -11,14 +11,15 @@ from megatron_vlm.checkpoint.folder import find_checkpoint
 from megatron_vlm.checkpoint.run_settings import read_run_settings
 from megatron_vlm.config import CheckpointError, UsageError
 from megatron_vlm.config.adapters.lora import Config
+from megatron_vlm.convert.export import export
 from megatron_vlm.convert.from_peft import import_adapter
 from megatron_vlm.convert.to_hf import ExportOptions
-from megatron_vlm.convert.to_peft import export_adapter
 from tests.support.llava_logits import load_llava, our_logits
 from tests.support.random_run import write_random_adapter
 
 # Same weights in fp32: what is left is the order of additions inside kernels.
 TOLERANCE = 2e-5
+PEFT = ExportOptions(format="peft")
 ADAPTER = Config(rank=4, alpha=6.0, dropout=0.1)
 SETTINGS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -43,7 +44,7 @@ def base(make_run, model_config):
 @pytest.fixture
 def folder(adapt, tmp_path):
     """A PEFT folder."""
-    export_adapter(read_run_settings(adapt()), tmp_path / "peft")
+    export(read_run_settings(adapt()), tmp_path / "peft", PEFT)
     return tmp_path / "peft"
 
 
@@ -75,7 +76,7 @@ def peft_logits(model, run):
 def test_peft_computes_the_logits_of_an_exported_adapter(adapt, exported, tmp_path, learned, ranks):
     peft = pytest.importorskip("peft", reason="PEFT is not installed")
     run = adapt(replace(ADAPTER, ranks=ranks), learned=learned)
-    assert export_adapter(read_run_settings(run), tmp_path / "peft") == "PeftModel"
+    assert export(read_run_settings(run), tmp_path / "peft", PEFT) == "PeftModel.from_pretrained"
     theirs, ours = peft_logits(peft.PeftModel.from_pretrained(load_llava(exported), tmp_path / "peft"), run)
     torch.testing.assert_close(theirs, ours, rtol=0, atol=TOLERANCE)
 
@@ -106,7 +107,7 @@ def test_export_and_import_keep_the_logits(adapt, folder, base, tmp_path):
     model = import_adapter(folder, base, tmp_path / "back")
     assert model.adapter == replace(ADAPTER, ranks={"linear_qkv": 12, "linear_fc1": 8})
     assert_same_logits(tmp_path / "adapted", tmp_path / "back")
-    export_adapter(read_run_settings(tmp_path / "back"), tmp_path / "again")
+    export(read_run_settings(tmp_path / "back"), tmp_path / "again", PEFT)
     import_adapter(tmp_path / "again", base, tmp_path / "twice")
     assert_same_logits(tmp_path / "adapted", tmp_path / "twice")
 
@@ -132,17 +133,17 @@ def test_the_folder_names_only_the_decoder_and_the_projection(folder):
 
 
 def test_weights_are_written_in_the_type_that_is_asked_for(adapt, tmp_path):
-    export_adapter(read_run_settings(adapt()), tmp_path / "peft", ExportOptions(dtype="bfloat16"))
+    export(read_run_settings(adapt()), tmp_path / "peft", replace(PEFT, dtype="bfloat16"))
     assert {tensor.dtype for tensor in load_file(tmp_path / "peft" / WEIGHTS).values()} == {torch.bfloat16}
 
 
 def test_what_a_peft_folder_cannot_hold_is_not_exported(adapt, base, folder, tmp_path):
     with pytest.raises(UsageError, match="exists"):
-        export_adapter(read_run_settings(tmp_path / "adapted"), folder)
+        export(read_run_settings(tmp_path / "adapted"), folder, PEFT)
     with pytest.raises(CheckpointError, match="the model has no LoRA"):
-        export_adapter(read_run_settings(base), tmp_path / "x")
+        export(read_run_settings(base), tmp_path / "x", PEFT)
     with pytest.raises(CheckpointError, match=r"model.vision_model.* learned beside LoRA and projection"):
-        export_adapter(read_run_settings(adapt(learned="vision_model")), tmp_path / "x")
+        export(read_run_settings(adapt(learned="vision_model")), tmp_path / "x", PEFT)
     assert not (tmp_path / "x").exists()
 
 
@@ -183,7 +184,7 @@ def test_a_linear_projection_comes_back_and_must_be_whole(make_run, model_config
     model = replace(model_config, projection=make_projector("linear"))
     run = make_run(model)
     write_random_adapter(tmp_path / "adapted", run, replace(model, adapter=ADAPTER), tokenizer_path)
-    export_adapter(read_run_settings(tmp_path / "adapted"), tmp_path / "peft")
+    export(read_run_settings(tmp_path / "adapted"), tmp_path / "peft", PEFT)
     import_adapter(tmp_path / "peft", run, tmp_path / "back")
     assert_same_logits(tmp_path / "adapted", tmp_path / "back")
     change(tmp_path / "peft", tensors=dropped("linear_2.weight"))

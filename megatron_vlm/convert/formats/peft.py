@@ -1,4 +1,4 @@
-"""Export what a run with LoRA learned as a folder that PEFT loads on top of the exported base."""
+"""What a run with LoRA learned, as a folder that PEFT loads on top of the exported base."""
 
 import sys
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ from megatron_vlm.parallel.groups import single_process
 from megatron_vlm.platform.files.durable import STORAGE_ERRNOS, folder_beside, storage_errors
 
 
-def export_adapter(settings: RunSettings, output: Path, options: ExportOptions | None = None) -> str:
+def export(settings: RunSettings, output: Path, options: ExportOptions) -> str:
     """Write adapter_config.json and adapter_model.safetensors.
 
     Each of query, key and value gets the A of their fused matrix and its rows of B, so do gate and up projection. A
@@ -36,23 +36,22 @@ def export_adapter(settings: RunSettings, output: Path, options: ExportOptions |
     Args:
         settings: the checkpoint.
         output: the folder; must not exist unless `options.overwrite`.
-        options: None: the defaults; what concerns whole models is ignored.
+        options: what concerns whole models is ignored.
 
     Returns:
-        The class in peft that loads the folder.
+        What loads the folder, for people.
 
     Raises:
         UsageError: the folder exists.
         CheckpointError: the checkpoint is damaged, has no LoRA, or has learned other weights of decoder and tower.
         StorageError: the disk is full or read-only.
     """
-    options = options or ExportOptions()
     if output.exists() and not options.overwrite:
         raise UsageError(f"folder {output} exists", fix="name another one, or add --overwrite")
     fix = "make room or name another folder"
     with single_process(), storage_errors("export not written", output, only=STORAGE_ERRNOS, fix=fix):
         check_checkpoint(settings.checkpoint, llava.rules(settings.model), adapter_shapes(settings.model))
-        export = _Export(
+        adapter = _Export(
             checkpoint=settings.checkpoint,
             adapter=_lora_of(settings),
             rules=llava.rules(settings.model),
@@ -60,11 +59,11 @@ def export_adapter(settings: RunSettings, output: Path, options: ExportOptions |
             dtype=None if options.dtype is None else DTYPES[options.dtype],
         )
         with folder_beside(output, is_new=not options.overwrite, replaces=True) as unfinished:
-            write_json(unfinished / SETTINGS_NAME, export.settings())
-            writer = WeightsWriter(unfinished, list(export.announce()), sys.maxsize, WEIGHTS_NAME)
-            writer.write(export.tensors())
+            write_json(unfinished / SETTINGS_NAME, adapter.settings())
+            writer = WeightsWriter(unfinished, list(adapter.announce()), sys.maxsize, WEIGHTS_NAME)
+            writer.write(adapter.tensors())
             writer.verify()
-    return "PeftModel"
+    return "PeftModel.from_pretrained"
 
 
 def _lora_of(settings: RunSettings) -> lora.Config:
