@@ -42,12 +42,15 @@ setup(
         "gpu": ["transformer-engine[pytorch]>=2.9"],
         # PEFT is for the tests that it loads what is exported.
         "hf": ["transformers>=4.57,<6", "peft>=0.21"],
+        # For `convert to-hf --format gguf`.
+        "gguf": ["gguf>=0.17"],
         "ray": ["ray>=2.9"],
         "wandb": ["wandb>=0.18"],
         "dev": [
             "pytest>=8",
             "pytest-xdist>=3.6",
             "hypothesis>=6",
+            "gguf>=0.17",
             "aiohttp>=3.9",  # fsspec's driver of http:// and https://
             "ruff>=0.8",
             "mypy>=1.13",

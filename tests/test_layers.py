@@ -79,6 +79,7 @@ TESTED_ELSEWHERE = {
     "convert/from_peft.py": "convert/test_peft.py",
     "convert/peft_names.py": "convert/test_peft.py",
     "convert/formats/peft.py": "convert/test_peft.py",
+    "convert/gguf_file.py": "convert/formats/test_gguf.py",
     "convert/files/processor.py": "convert/test_to_hf.py",
     "convert/files/tokenizers/byte_pair.py": "convert/files/test_prompt_rules.py",
     "convert/files/tokenizers/sentence_piece.py": "convert/files/test_prompt_rules.py",

@@ -38,11 +38,12 @@ def _add_to_hf(actions: argparse._SubParsersAction) -> None:
     add = add_command(actions, "to-hf", text, _TO_HF, _TO_PEFT, notes=notes).add_argument
     text = "a checkpoint, or a run folder for its newest checkpoint"
     add("checkpoint", metavar="CHECKPOINT_OR_RUN", help=text)
-    text = "llava: LlavaForConditionalGeneration; peft: LoRA alone, for PeftModel (default: %(default)s)"
+    kinds = "llava: LlavaForConditionalGeneration; peft: LoRA alone, for PeftModel; gguf: two files for llama.cpp"
+    text = f"{kinds} (default: %(default)s)"
     add("--format", default="llava", metavar="FAMILY", help=text)
     add("--output", type=new_folder, required=True, metavar="DIR", help="folder to write")
     text = "number format of the weights (default: as in the checkpoint)"
-    add("--dtype", choices=("float32", "bfloat16"), help=text)
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help=text)
     add("--tokenizer", metavar="T", help="tokenizer.model, tokenizer.json, or a folder (default: the run's own)")
     text = "conversation template used in training (default: %(default)s)"
     add("--template", choices=get_args(TemplateName), default=ModelOptions().template, help=text)

@@ -201,9 +201,14 @@ def check_fits(name: str, model: ModelConfig) -> None:
     reason = find_format(name).reason_against(model)
     if reason is None:
         return
-    others = [other for other in _families("model") if find_format(other).reason_against(model) is None]
+    others = formats_that_hold(model)
     fix = f"export to the format {' or '.join(others)}" if others else "no format holds this model: change its parts"
     raise CheckpointError(reason, where="model", fix=fix)
+
+
+def formats_that_hold(model: ModelConfig) -> list[str]:
+    """Return the names of the families of whole models that can hold a model."""
+    return [name for name in format_names() if find_format(name).reason_against(model) is None]
 
 
 def format_names() -> tuple[str, ...]:

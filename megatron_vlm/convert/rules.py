@@ -171,14 +171,16 @@ class LinearAsMLP:
 
 
 @dataclass(frozen=True, slots=True)
-class LinearAsReluPair:
-    """One linear layer on our side; two on theirs, with a ReLU between them.
+class LinearAsPair:
+    """One linear layer on our side; two on theirs, with a ReLU or a GELU between them.
 
-    The first makes x and -x, the second multiplies their positive parts by W and -W: W relu(x) - W relu(-x) = W x.
+    The first makes x and -x, the second multiplies what the activation leaves of them by W and -W:
+    W relu(x) - W relu(-x) = W x, and so with gelu, which rounds.
     """
 
     input_size: int
     hidden_size: int
+    """Between the two layers; at least 2 * `input_size`."""
     of_bias: bool
 
     def _first(self, like: Tensor) -> Tensor:
@@ -193,7 +195,7 @@ class LinearAsReluPair:
         if self.of_bias:
             return whole
         rest = self.hidden_size - 2 * self.input_size
-        return torch.cat([whole, -whole, whole.new_zeros(self.hidden_size, rest)], dim=1)
+        return torch.cat([whole, -whole, whole.new_zeros(len(whole), rest)], dim=1)
 
     def join(self, theirs: Sequence[Tensor]) -> Tensor:
         """Return the layer.

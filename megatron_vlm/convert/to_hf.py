@@ -26,8 +26,8 @@ from megatron_vlm.platform.files.durable import STORAGE_ERRNOS, folder_beside, s
 
 logger = logging.getLogger(__name__)
 
-DType = Literal["float32", "bfloat16"]
-DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DType = Literal["float32", "bfloat16", "float16"]
+DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MAX_SHARD_BYTES = 5 * 10**9
 _FIX = "make room or name another folder"
 
@@ -76,7 +76,7 @@ def export_model(settings: RunSettings, output: Path, options: ExportOptions | N
     rules, added = family.rules(settings.model), adapter_shapes(settings.model)
     # Faults of the checkpoint and the settings show before the long part.
     with single_process(), storage_errors("export not written", output, only=STORAGE_ERRNOS, fix=_FIX):
-        dtype = _choose_dtype(options.dtype, check_checkpoint(settings.checkpoint, rules, added))
+        dtype = choose_dtype(options.dtype, check_checkpoint(settings.checkpoint, rules, added))
         serving = Serving(
             model=settings.model,
             dtype=dtype,
@@ -93,10 +93,23 @@ def export_model(settings: RunSettings, output: Path, options: ExportOptions | N
     return family.ARCHITECTURE
 
 
-def _choose_dtype(asked: DType | None, stored: set[torch.dtype]) -> torch.dtype:
+def choose_dtype(asked: DType | None, stored: set[torch.dtype]) -> torch.dtype:
+    """Return the type of an export's weights, from the one that is asked for and those in the checkpoint."""
     if asked is not None:
         return DTYPES[asked]
     return torch.bfloat16 if stored == {torch.bfloat16} else torch.float32
+
+
+def cast_weights(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a tensor in another type.
+
+    Raises:
+        CheckpointError: a value is too large for it.
+    """
+    cast = tensor.to(dtype)
+    if dtype == torch.float16 and not cast.isfinite().all() and tensor.isfinite().all():
+        raise CheckpointError(f"{name} holds values that float16 cannot hold", fix="use --dtype bfloat16")
+    return cast
 
 
 def check_checkpoint(checkpoint: Path, rules: Sequence[Rule], added: Mapping[str, tuple[int, ...]]) -> set[torch.dtype]:
@@ -157,7 +170,7 @@ class _Export:
             for layer in rule.layers:
                 whole = read_merged(self.checkpoint, self.adapter, rule.key, layer)
                 for name, tensor in zip(rule.names_of(layer), rule.transform.split(whole), strict=True):
-                    yield name, tensor.to(self.dtype)
+                    yield name, cast_weights(name, tensor, self.dtype)
         yield from ((name, tensor.to(self._type(tensor))) for name, tensor in self.constants.items())
 
     def _type(self, constant: Tensor) -> torch.dtype:

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from megatron_vlm.convert.rules import GatedMLP, LinearAsMLP, LinearAsReluPair, QueryKeyValue, Reshaped, Rule, Same
+from megatron_vlm.convert.rules import GatedMLP, LinearAsMLP, LinearAsPair, QueryKeyValue, Reshaped, Rule, Same
 
 QKV = QueryKeyValue(num_attention_heads=4, num_query_groups=2, kv_channels=3)
 
@@ -16,8 +16,8 @@ QKV = QueryKeyValue(num_attention_heads=4, num_query_groups=2, kv_channels=3)
         (GatedMLP(), (8, 3)),
         (LinearAsMLP(4, False), (4, 3)),
         (LinearAsMLP(4, True), (4,)),
-        (LinearAsReluPair(3, 8, False), (8, 3)),
-        (LinearAsReluPair(3, 6, True), (6,)),
+        (LinearAsPair(3, 8, False), (8, 3)),
+        (LinearAsPair(3, 6, True), (6,)),
     ],
 )
 def test_join_undoes_split(transform, shape):
@@ -43,14 +43,14 @@ def test_linear_as_mlp_refuses_a_second_layer_that_changes_something():
 
 def test_linear_as_relu_pair_computes_what_the_layer_does():
     weight, x = torch.randn(8, 3), torch.randn(5, 3)
-    first, second = LinearAsReluPair(3, 8, False).split(weight)
+    first, second = LinearAsPair(3, 8, False).split(weight)
     torch.testing.assert_close((x @ first.T).relu() @ second.T, x @ weight.T)
 
 
 @pytest.mark.parametrize("changed", [0, 1])
 @pytest.mark.parametrize("of_bias", [False, True])
 def test_linear_as_relu_pair_refuses_layers_that_are_none(changed, of_bias):
-    pair = LinearAsReluPair(3, 8, of_bias)
+    pair = LinearAsPair(3, 8, of_bias)
     theirs = pair.split(torch.randn(8) if of_bias else torch.randn(8, 3))
     theirs[changed][-1] += 1
     if of_bias and changed:

@@ -20,10 +20,10 @@ def random_batch(model: ModelConfig, num_images: int = 3) -> tuple[torch.Tensor,
     return torch.cat(parts)[None], pixels
 
 
-def our_logits(run) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def our_logits(run, num_images: int = 3) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return ids, normalised pixels and float[1, s, v] logits of a run."""
     settings = read_run_settings(run)
-    ids, pixels = random_batch(settings.model)
+    ids, pixels = random_batch(settings.model, num_images)
     index = (ids[0] == settings.model.language.image_token_id).nonzero()[:, 0]
     with open_model(settings) as model, torch.no_grad():
         logits = model(ids, pixels, index, num_images=pixels.size(0))

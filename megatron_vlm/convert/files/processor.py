@@ -67,7 +67,7 @@ def generation_config(language: LanguageConfig, *, bos_id: int | None, eos_ids: 
     }
 
 
-def chat_template(template: Template, system: object, *, start: str, bos: str, eos: str, image: str) -> str:
+def chat_template(template: Template, system: object, *, start: str, bos: str, eos: str, image: str | None) -> str:
     """Return the conversation template as Jinja; the rendered text is tokenized to the ids of training.
 
     Each image of a message is followed by a line break, as in LLaVA.
@@ -78,7 +78,8 @@ def chat_template(template: Template, system: object, *, start: str, bos: str, e
         start: text with which a sample starts.
         bos: text of the token that starts a sample, for templates that repeat it.
         eos: text of the token that ends an answer.
-        image: text of the placeholder.
+        image: text of the placeholder; None where the item of an image has the type "media_marker" and a text for it,
+            as llama.cpp makes them.
     """
     system_text = template.choose_system(system)
     marks = {Control.BOS: bos, Control.EOS: eos}
@@ -122,13 +123,14 @@ def _choose_system(default: str) -> str:
     )
 
 
-def _question(image: str) -> str:
+def _question(image: str | None) -> str:
     """Return Jinja that writes a question with its images in place."""
+    kind, placeholder = ("image", _literal(image)) if image is not None else ("media_marker", "{{ item['text'] }}")
     return "".join(
         (
             "{% if message['content'] is string %}{{ message['content'] }}{% else %}",
-            "{% for item in message['content'] %}{% if item['type'] == 'image' %}",
-            _literal(image + "\n"),
+            "{% for item in message['content'] %}",
+            f"{{% if item['type'] == '{kind}' %}}" + placeholder + _literal("\n"),
             "{% elif item['type'] == 'text' %}{{ item['text'] }}{% endif %}{% endfor %}{% endif %}",
         )
     )

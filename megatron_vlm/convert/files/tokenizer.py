@@ -18,7 +18,8 @@ from megatron_vlm.data.text.tokenizer_files import JSON_FILE
 
 logger = logging.getLogger(__name__)
 
-_KINDS = "megatron_vlm.convert.files.tokenizers"
+KINDS = "megatron_vlm.convert.files.tokenizers"
+"""Package of the kinds of tokenizers, each with the functions that its docstring lists."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,9 +44,8 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, language: LanguageConfig
             where=str(tokenizer.files.path),
             fix="name the tokenizer of the training with --tokenizer",
         )
-    kind = find_module(_KINDS, tokenizer.kind, "kind of tokenizer")
-    texts = {tokenizer.piece(token) for token in range(tokenizer.vocab_size)}
-    image, pad = _free_name("image", texts), _free_name("pad", texts)
+    kind = find_module(KINDS, tokenizer.kind, "kind of tokenizer")
+    image, pad = placeholder_names(tokenizer)
     tokens = _added_tokens(tokenizer, kind.found_in_text(tokenizer))
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True, "special": True}
     tokens += [
@@ -68,6 +68,12 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, language: LanguageConfig
         folder / "tokenizer_config.json", _tokenizer_config(tokenizer, language, added, tokens, exact=tree is not None)
     )
     return added
+
+
+def placeholder_names(tokenizer: Tokenizer) -> tuple[str, str]:
+    """Return texts for the tokens of image and padding."""
+    texts = {tokenizer.piece(token) for token in range(tokenizer.vocab_size)}
+    return _free_name("image", texts), _free_name("pad", texts)
 
 
 def _free_name(word: str, pieces: Collection[str]) -> str:

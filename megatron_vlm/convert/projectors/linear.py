@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_vlm.config.projectors.linear import Config
 from megatron_vlm.convert.projector import KEY_PREFIX, LlavaProjector, draw_linear
-from megatron_vlm.convert.rules import LinearAsMLP, LinearAsReluPair, Rule, Transform
+from megatron_vlm.convert.rules import LinearAsMLP, LinearAsPair, Rule, Transform
 
 FITS_LLAVA = True
 _LAYER = KEY_PREFIX + "encoder."
@@ -24,7 +24,7 @@ def llava(config: Config, *, input_size: int, output_size: int) -> LlavaProjecto
 
     def transform(kind: str) -> Transform:
         if activation == "relu":
-            return LinearAsReluPair(input_size, output_size, of_bias=kind == "bias")
+            return LinearAsPair(input_size, output_size, of_bias=kind == "bias")
         return LinearAsMLP(output_size, of_bias=kind == "bias")
 
     rules = [

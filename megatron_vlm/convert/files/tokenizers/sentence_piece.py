@@ -4,16 +4,18 @@ transformers 4 and 5 each convert a SentencePiece model in their own way, but bo
 of more than 14 blanks may be split differently than by SentencePiece, which gives all of these pieces the same score.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from sentencepiece import sentencepiece_model_pb2
 
+from megatron_vlm.config import CheckpointError
 from megatron_vlm.convert.files.prompt_rules import WORD_BEGIN, normalizer
 from megatron_vlm.data.text.tokenizer import Tokenizer
 
 # Values of the enumerations in sentencepiece_model.proto.
 _BPE = 2
-_NORMAL, _UNKNOWN, _USER_DEFINED = 1, 2, 4
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
 
 
 def found_in_text(tokenizer: Tokenizer) -> dict[int, dict[str, bool]]:
@@ -38,7 +40,7 @@ def tokenizer_json(tokenizer: Tokenizer, tokens: list[dict[str, Any]], image: st
         image: text of the placeholder.
     """
     model = _read_model(tokenizer)
-    if not _can_be_json(model):
+    if not _is_plain_bpe(model):
         return None
     has_word_begin = bool(model.normalizer_spec.add_dummy_prefix)
     texts = [entry["content"] for entry in tokens]
@@ -76,7 +78,36 @@ def tokenizer_json(tokenizer: Tokenizer, tokens: list[dict[str, Any]], image: st
     }
 
 
-def _can_be_json(model: Any) -> bool:
+def ggml_vocabulary(tokenizer: Tokenizer, placeholders: Mapping[int, str]) -> dict[str, Any]:
+    """Return pieces, scores and types, whose numbers llama.cpp has from SentencePiece.
+
+    Raises:
+        CheckpointError: llama.cpp cannot split text as the model does.
+    """
+    model = _read_model(tokenizer)
+    if not _is_plain_bpe(model):
+        raise CheckpointError(
+            "llama.cpp knows SentencePiece only as BPE without a normalization",
+            where=str(tokenizer.files.path),
+            fix="use --format llava",
+        )
+    ids = range(tokenizer.vocab_size + len(placeholders))
+    own = {token: (piece.piece, piece.score, piece.type) for token, piece in enumerate(model.pieces)}
+    added = {
+        token: (placeholders.get(token) or tokenizer.piece(token), 0.0, _CONTROL) for token in ids if token not in own
+    }
+    pieces = {**own, **added}
+    return {
+        "model": "llama",
+        "tokens": [pieces[token][0] for token in ids],
+        "scores": [pieces[token][1] for token in ids],
+        "token_type": [_CONTROL if tokenizer.is_control(token) else pieces[token][2] for token in ids],
+        "unknown_token_id": next(token for token, piece in own.items() if piece[2] == _UNKNOWN),
+        "add_space_prefix": bool(model.normalizer_spec.add_dummy_prefix),
+    }
+
+
+def _is_plain_bpe(model: Any) -> bool:
     spec = model.normalizer_spec
     return (
         model.trainer_spec.model_type == _BPE
