@@ -40,6 +40,7 @@ DATA_ROOMS = {
 TESTED_ELSEWHERE = {
     # Facts and protocols: every test that uses them holds them.
     "__main__.py": "cli/test_main.py",
+    "checkpoint/differences.py": "cli/test_checkpoint.py",
     "config/activations.py": "costs/test_activations.py",
     "config/checks.py": "config/test_train.py",
     "config/options.py": "cli/test_options.py",

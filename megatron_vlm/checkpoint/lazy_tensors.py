@@ -14,16 +14,12 @@ from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
 from torch import Tensor
 from torch.distributed.checkpoint import ChunkStorageMetadata, FileSystemWriter, SavePlan
 from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
-from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 
+from megatron_vlm.checkpoint.item_files import checksummed, split_items, write_item
 from megatron_vlm.config import CheckpointError
-from megatron_vlm.platform.files.durable import flush_to_disk
-
-_NUM_FILES = 2
-"""The default of megatron-core's writer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,19 +72,15 @@ class _LazyStrategy(SaveShardedStrategy):
         items = [item for key, tensor in self._tensors.items() for item in _write_items(key, tensor)]
         (plan,), metadata = create_default_global_save_plan([SavePlan(items)])
         results: list[WriteResult] = []
-        for number, bucket in enumerate(_split(plan.items)):
+        for number, bucket in enumerate(split_items(plan)):
             results += self._write_file(Path(checkpoint_dir) / f"__0_{number}.distcp", bucket)
         FileSystemWriter(checkpoint_dir).finish(metadata, [results])
 
     def _write_file(self, path: Path, items: list[WriteItem]) -> Iterator[WriteResult]:
-        with path.open("wb") as stream:
+        with checksummed(path) as stream:
             for item in items:
-                begin = stream.tell()
-                torch.save(self._make(item), stream)
-                length = stream.tell() - begin
-                yield WriteResult(item.index, length, _StorageInfo(path.name, begin, length))
+                yield write_item(stream, path.name, item, self._make(item))
                 self._report()
-            flush_to_disk(stream)
 
     def _make(self, item: WriteItem) -> Tensor:
         key, data = item.index.fqn, item.tensor_data
@@ -99,26 +91,7 @@ class _LazyStrategy(SaveShardedStrategy):
             raise CheckpointError(
                 f"tensor {key} is {list(made.shape)} {made.dtype}, announced as {list(data.chunk.sizes)} {lazy.dtype}"
             )
-        values = made.detach().contiguous()
-        # torch.save writes the whole storage behind a view.
-        return values if values.untyped_storage().nbytes() == values.nbytes else values.clone()
-
-
-def _split(items: list[WriteItem]) -> list[list[WriteItem]]:
-    """Distribute the tensors over files of about the same size, largest first."""
-    buckets: list[list[WriteItem]] = [[] for _ in range(_NUM_FILES)]
-    sizes = [0] * _NUM_FILES
-    for item in sorted(items, key=_num_bytes, reverse=True):
-        smallest = sizes.index(min(sizes))
-        buckets[smallest].append(item)
-        sizes[smallest] += _num_bytes(item)
-    return [bucket for bucket in buckets if bucket]
-
-
-def _num_bytes(item: WriteItem) -> int:
-    data = item.tensor_data
-    assert data is not None
-    return data.chunk.sizes.numel() * data.properties.dtype.itemsize
+        return made.contiguous()
 
 
 def _write_items(key: str, tensor: LazyTensor) -> Iterator[WriteItem]:

@@ -5,71 +5,129 @@ loading, they pass each other what they have read.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedObject, is_main_replica
+from megatron.core.dist_checkpointing.exchange_utils import determine_main_replica_uniform_distribution
+from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedObject, ShardedTensor, is_main_replica
 from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
-from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelLoadStrategyWrapper,
-    FullyParallelSaveStrategyWrapper,
+    distribute_main_replicas_with_precomputed_distribution,
 )
 from megatron.core.dist_checkpointing.strategies.torch import MCoreSavePlanner, mcore_to_pyt_state_dict
-from torch.distributed.checkpoint import FileSystemWriter
-from torch.distributed.checkpoint import save as write_together
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemWriter, SavePlan
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.storage import WriteResult
 
+from megatron_vlm.checkpoint.item_files import NUM_FILES, checksummed, split_items, write_items
+from megatron_vlm.checkpoint.manifest import FileRecord
 from megatron_vlm.config import CheckpointError
 
-_NUM_THREADS = 2
-"""Threads of a rank that write, each to its own file."""
 STATE_PREFIX = "optimizer.state"
 """Of the names of the optimizer's tensors."""
 STATE_BYTES = 12
 """Of a parameter that learns: its value and both moments in float32."""
 
 
-class DirectWriter(SaveShardedStrategy):
-    """Writes this rank's part from its own process.
+@dataclass(frozen=True, slots=True)
+class WrittenPart:
+    """What a rank has written."""
 
-    megatron-core's writer forks processes and waits for them: for ever, if one is killed. The files are the same.
+    plan: SavePlan
+    results: list[WriteResult]
+    files: dict[str, FileRecord]
+
+
+class RankPart:
+    """What this rank writes of a checkpoint, for which no other rank is asked any more.
+
+    megatron-core's writer forks processes and waits for them: for ever, if one is killed. torch's loses the errors of
+    its second thread, and with them tensors. The files are the same.
     """
 
-    def __init__(self) -> None:
-        super().__init__("torch_dist", 1)
+    def __init__(self, mine: dict[str, list[ShardedBase]], common: dict[str, Any]) -> None:
+        self._common = common
+        self._tensors = [value for values in mine.values() for value in values if isinstance(value, ShardedTensor)]
+        self._planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
+        self._planner.set_up_planner(mcore_to_pyt_state_dict(mine), is_coordinator=torch.distributed.get_rank() == 0)
+        self._plan = self._planner.create_local_plan()
 
     @property
-    def can_handle_sharded_objects(self) -> bool:
-        """They are written to the same files."""
-        return True
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors by key; of a key with several, such as layers, by key and place."""
+        return {f"{value.key} {list(value.global_offset)}": value.data for value in self._tensors}
 
-    def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | Path) -> None:
-        """Write the tensors and objects whose main copy this rank has; all ranks call it together."""
-        mine: dict[str, list[ShardedBase]] = defaultdict(list)
-        for value in nested_values(sharded_state_dict):
-            if is_main_replica(value.replica_id):
-                mine[value.unique_key if isinstance(value, ShardedObject) else value.key].append(value)
-        write_together(
-            mcore_to_pyt_state_dict(mine),
-            storage_writer=FileSystemWriter(checkpoint_dir, thread_count=_NUM_THREADS),
-            planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
-        )
+    @property
+    def num_bytes(self) -> int:
+        """Of the tensors."""
+        return sum(value.data.nbytes for value in self._tensors)
+
+    def write(self, folder: Path) -> WrittenPart:
+        """Write the files of this rank.
+
+        Raises:
+            OSError: names the file that cannot be written.
+        """
+        rank = torch.distributed.get_rank()
+        buckets = {f"__{rank}_{number}.distcp": items for number, items in enumerate(split_items(self._plan))}
+        with ThreadPoolExecutor(NUM_FILES) as threads:
+            written = list(
+                threads.map(lambda name: write_items(folder / name, buckets[name], self._planner.resolve_data), buckets)
+            )
+        files = {name: record for name, (_, record) in zip(buckets, written, strict=True)}
+        return WrittenPart(self._plan, [result for results, _ in written for result in results], files)
+
+    def complete(self, folder: Path, parts: Sequence[WrittenPart]) -> None:
+        """Write what megatron-core reads first: the index of all tensors, and what is no tensor; on one rank.
+
+        Args:
+            folder: of the checkpoint.
+            parts: of all ranks, in their order.
+
+        Raises:
+            OSError: names the file that cannot be written.
+        """
+        _, metadata = self._planner.create_global_plan([part.plan for part in parts])
+        FileSystemWriter(folder).finish(metadata, [part.results for part in parts])
+        with checksummed(folder / COMMON_STATE_FNAME) as stream:
+            torch.save(self._common, cast(BinaryIO, stream))
+        save_config(CheckpointingConfig("torch_dist", 1), str(folder))
 
 
-def write_state(state: dict[str, Any], folder: Path, metadata: dict[str, Any]) -> None:
-    """Write the sharded state of all ranks to an empty folder; all ranks call it together.
+def plan_part(
+    state: dict[str, Any],
+    metadata: dict[str, Any],
+    stage: Callable[[list[ShardedTensor]], object] = lambda tensors: None,
+) -> RankPart:
+    """Deal out the sharded state of all ranks among them; all ranks call it together.
 
-    Raises:
-        torch.distributed.checkpoint.api.CheckpointException: a rank failed; every rank raises it.
+    Args:
+        state: as `describe` returns it.
+        metadata: how megatron-core named the tensors.
+        stage: called with the tensors that this rank will write; may replace their data by copies.
     """
-    strategy = FullyParallelSaveStrategyWrapper(DirectWriter(), _data_parallel_group())
-    dist_checkpointing.save(state, str(folder), strategy, content_metadata=metadata)
+    sharded, common = save_preprocess({**state, "content_metadata": metadata})
+    group = _data_parallel_group()
+    distribution = determine_main_replica_uniform_distribution(sharded, group)
+    distribute_main_replicas_with_precomputed_distribution(sharded, group, distribution)
+    mine: dict[str, list[ShardedBase]] = defaultdict(list)
+    for value in nested_values(sharded):
+        if is_main_replica(value.replica_id):
+            mine[value.unique_key if isinstance(value, ShardedObject) else value.key].append(value)
+    stage([value for values in mine.values() for value in values if isinstance(value, ShardedTensor)])
+    return RankPart(mine, common)
 
 
 def read_state(state: dict[str, Any], checkpoint: Path) -> dict[str, Any]:

@@ -1,30 +1,58 @@
-"""Save a checkpoint of a running job: written next to its final place, manifest last, then renamed."""
+"""Save a checkpoint of a running job: written next to its final place, manifest last, then renamed.
 
+A save has two halves. `prepare_save` deals out what each rank writes. `write_save` writes it, and may do so in another
+thread with process groups of its own while the run goes on, if the values were copied: `checkpoint/background.py`.
+"""
+
+import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer.module import MegatronModule
-from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_vlm.checkpoint.finite import check_finite
 from megatron_vlm.checkpoint.folder import checkpoint_path, prune, write_latest
-from megatron_vlm.checkpoint.manifest import Base, FileRecord, Manifest, checksum_file, list_files, write_manifest
+from megatron_vlm.checkpoint.manifest import Base, Manifest, checksum_file, list_files, write_manifest
 from megatron_vlm.checkpoint.optimizer_state import STEP
-from megatron_vlm.checkpoint.parallel_files import write_state
+from megatron_vlm.checkpoint.parallel_files import RankPart, WrittenPart, plan_part
 from megatron_vlm.checkpoint.sharded_state import OPTIMIZER_KEY, SHARDING_METADATA, describe
-from megatron_vlm.config import StorageError, TrainConfig, save_config
-from megatron_vlm.platform.files.durable import (
-    STORAGE_ERRNOS,
-    UNFINISHED,
-    replace_folder,
-    settle_folder,
-    storage_errors,
-)
+from megatron_vlm.config import StorageError, TrainConfig, UserError, save_config
+from megatron_vlm.parallel.collective import together
+from megatron_vlm.platform.files.durable import UNFINISHED, remove, replace_folder, settle_folder
 from megatron_vlm.platform.files.run_folder import CONFIG_NAME
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+_FIX = "make room or name another run_dir"
+_SMALL_FILES = 1 << 24
+"""Room for what is not tensors: index, settings, manifest [bytes]."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreparedSave:
+    """A save that no longer needs the model; its tensors may still be the run's own."""
+
+    config: TrainConfig
+    progress: dict[str, Any]
+    base: Base | None
+    part: RankPart
+
+    @property
+    def final(self) -> Path:
+        """The folder of the finished checkpoint."""
+        return checkpoint_path(self.config.run_dir, self.progress["iteration"])
+
+    @property
+    def temporary(self) -> Path:
+        """The folder while it is written."""
+        return self.final.with_name(self.final.name + UNFINISHED)
 
 
 def save_checkpoint(
@@ -51,61 +79,131 @@ def save_checkpoint(
         The folder of the checkpoint, complete when the call returns.
 
     Raises:
-        StorageError: the disk is full or read-only; earlier checkpoints are unchanged.
-        NumericError: weights or moments are not finite; nothing is written or removed.
+        StorageError: a rank could not write, or the disk has no room; every rank raises it. Earlier checkpoints are
+            unchanged.
+        NumericError: weights or moments are not finite; every rank raises it. Nothing is written or removed.
     """
-    check_finite(chunks, optimizer, progress["iteration"])
-    final = checkpoint_path(config.run_dir, progress["iteration"])
-    temporary = final.with_name(final.name + UNFINISHED)
-    is_main = torch.distributed.get_rank() == 0
-    fix = "make room or name another run_dir"
-    with storage_errors("checkpoint not saved", temporary, only=STORAGE_ERRNOS, fix=fix):
-        if is_main:
-            settle_folder(final)
-        try:
-            _write(describe(chunks, optimizer, only_learning=base is not None), temporary)
-            _complete(config, progress, base, temporary)
-        except CheckpointException as error:  # a BaseException
-            raise _error_of_ranks(error, temporary, fix) from error
-        if is_main:
-            replace_folder(final)
-            write_latest(config.run_dir, progress["iteration"])
-            prune(config.run_dir, config.checkpoint.keep_last, progress["iteration"])
-    torch.distributed.barrier()
-    return final
+    return write_save(prepare_save(config, chunks, optimizer, progress, base))
 
 
-def _error_of_ranks(error: CheckpointException, folder: Path, fix: str) -> Exception:
-    """Return the error of the storage that kept a rank from writing, or else an error of ours."""
-    causes = [cause for cause, _ in error.failures.values()]
-    for cause in causes:
-        # torch's writer of a tensor turns the disk's error into a RuntimeError of its own.
-        if not isinstance(cause, (OSError, RuntimeError)):
-            return RuntimeError(f"checkpoint not saved: {cause!r}")
-    known = [cause.strerror for cause in causes if isinstance(cause, OSError) and cause.strerror]
-    what = known[0] if known else "a file was not written"
-    return StorageError(f"checkpoint not saved: {what}", where=str(folder), fix=fix)
+def prepare_save(
+    config: TrainConfig,
+    chunks: Sequence[MegatronModule],
+    optimizer: MegatronOptimizer,
+    progress: dict[str, Any],
+    base: Base | None = None,
+    stage: Callable[[list[ShardedTensor]], object] = lambda tensors: None,
+) -> PreparedSave:
+    """Deal out what each rank writes; all ranks call it together.
 
-
-def _write(state: dict[str, Any], folder: Path) -> None:
-    if torch.distributed.get_rank() == 0:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-    torch.distributed.barrier()
+    Args:
+        config: as in `save_checkpoint`.
+        chunks: likewise.
+        optimizer: likewise.
+        progress: likewise.
+        base: likewise.
+        stage: as in `plan_part`.
+    """
+    state = describe(chunks, optimizer, only_learning=base is not None)
     # The first rank writes it for all, and its stage may train nothing.
     state[OPTIMIZER_KEY][STEP] = _largest(state[OPTIMIZER_KEY][STEP])
-    write_state(state, folder, dict(SHARDING_METADATA))
+    part = plan_part(state, dict(SHARDING_METADATA), stage)
+    return PreparedSave(config=config, progress=progress, base=base, part=part)
 
 
-def _complete(config: TrainConfig, progress: dict[str, Any], base: Base | None, folder: Path) -> None:
-    """Add the settings, and the manifest last."""
+def write_save(save: PreparedSave, group: torch.distributed.ProcessGroup | None = None) -> Path:
+    """Write a prepared save; all ranks call it together.
+
+    Args:
+        save: what this rank writes.
+        group: of all ranks, over which they talk; None: the default group.
+
+    Returns:
+        The folder of the checkpoint, complete when the call returns.
+
+    Raises:
+        StorageError: as for `save_checkpoint`.
+        NumericError: as for `save_checkpoint`.
+    """
     is_main = torch.distributed.get_rank() == 0
+    try:
+        together(lambda: _look_at(save), lambda sizes: _as_storage(save, lambda: _begin(save, sum(sizes))), group)
+        together(
+            lambda: _as_storage(save, lambda: _write(save)),
+            lambda parts: _as_storage(save, lambda: _complete(save, parts)),
+            group,
+        )
+    except StorageError:
+        if is_main:
+            with suppress(OSError):
+                remove(save.temporary)  # other checkpoints may need the room
+        raise
     if is_main:
-        save_config(config, folder / CONFIG_NAME)
-    torch.distributed.barrier()
-    files = _checksum_together(folder)
-    if is_main:
-        write_manifest(folder, Manifest(iteration=progress["iteration"], progress=progress, files=files, base=base))
+        _prune(save)
+    return save.final
+
+
+def _as_storage(save: PreparedSave, work: Callable[[], T]) -> T:
+    """Turn whatever keeps a rank from writing into a StorageError, which all ranks will raise: no save ends the run."""
+    try:
+        return work()
+    except UserError:
+        raise
+    except OSError as error:
+        where = str(error.filename or save.temporary)
+        raise StorageError(f"checkpoint not saved: {error.strerror or error}", where=where, fix=_FIX) from error
+    except Exception as error:
+        logger.exception("checkpoint not saved")
+        reason = next(iter(str(error).splitlines()), "")[:120]
+        where = f"{save.temporary}, rank {torch.distributed.get_rank()}"
+        raise StorageError(f"checkpoint not saved: {type(error).__name__}: {reason}", where=where, fix=_FIX) from error
+
+
+def _look_at(save: PreparedSave) -> int:
+    """Return the bytes that this rank writes, if all values are finite."""
+    check_finite(save.part.tensors, save.progress["iteration"])
+    return save.part.num_bytes
+
+
+def _begin(save: PreparedSave, num_bytes: int) -> None:
+    settle_folder(save.final)
+    remove(save.temporary)
+    save.temporary.mkdir(parents=True)
+    disk, needed = shutil.disk_usage(save.temporary), num_bytes + _SMALL_FILES
+    # Some network file systems do not say what they have.
+    if disk.total and disk.free < needed:
+        raise StorageError(
+            f"checkpoint not saved: it needs {needed / 1e9:.3f} GB, the disk has {disk.free / 1e9:.3f} GB free",
+            where=str(save.temporary),
+            fix=_FIX,
+        )
+
+
+def _write(save: PreparedSave) -> WrittenPart:
+    # On a network file system, another host may not see the new folder yet.
+    save.temporary.mkdir(parents=True, exist_ok=True)
+    return save.part.write(save.temporary)
+
+
+def _complete(save: PreparedSave, parts: Sequence[WrittenPart]) -> None:
+    """Add index and settings, the manifest last, and put the checkpoint in its place."""
+    folder, iteration = save.temporary, save.progress["iteration"]
+    save.part.complete(folder, parts)
+    save_config(save.config, folder / CONFIG_NAME)
+    files = {name: record for part in parts for name, record in part.files.items()}
+    files |= {name: checksum_file(folder / name) for name in list_files(folder) if name not in files}
+    files = dict(sorted(files.items()))
+    write_manifest(folder, Manifest(iteration=iteration, progress=save.progress, files=files, base=save.base))
+    replace_folder(save.final)
+    write_latest(save.config.run_dir, iteration)
+
+
+def _prune(save: PreparedSave) -> None:
+    """Remove old checkpoints; the new one is safe whatever happens here."""
+    try:
+        prune(save.config.run_dir, save.config.checkpoint.keep_last, save.progress["iteration"])
+    except OSError as error:
+        logger.warning("an old checkpoint was not removed: %s (%s)", error.strerror or error, error.filename)
 
 
 def _largest(number: int) -> int:
@@ -113,12 +211,3 @@ def _largest(number: int) -> int:
     largest = torch.tensor(number, dtype=torch.int64, device=torch.cuda.current_device())
     torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
     return int(largest)
-
-
-def _checksum_together(folder: Path) -> dict[str, FileRecord]:
-    """Checksum all files; each is read by one rank."""
-    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    mine = {name: checksum_file(folder / name) for name in list_files(folder)[rank::world_size]}
-    gathered: list[dict[str, FileRecord]] = [{} for _ in range(world_size)]
-    torch.distributed.all_gather_object(gathered, mine)
-    return {name: record for records in gathered for name, record in sorted(records.items())}

@@ -14,7 +14,7 @@ from megatron_vlm.checkpoint.base import record_base, with_bases
 from megatron_vlm.checkpoint.folder import checkpoint_path, write_latest
 from megatron_vlm.checkpoint.lazy_tensors import LazyTensor, save_lazily
 from megatron_vlm.checkpoint.manifest import Manifest, checksum_file, list_files, write_manifest
-from megatron_vlm.checkpoint.parallel_files import readable
+from megatron_vlm.checkpoint.parallel_files import STATE_PREFIX, readable
 from megatron_vlm.checkpoint.pickles import check_metadata
 from megatron_vlm.checkpoint.sharded_state import MODEL_PREFIX
 from megatron_vlm.parallel.groups import single_process
@@ -26,21 +26,26 @@ _LAYERS = ".layers."
 
 def is_stacked(key: str) -> bool:
     """Tell whether a tensor stacks the layers of a part along its first axis."""
-    return _LAYERS in key
+    return _LAYERS in key and not key.startswith(STATE_PREFIX)
 
 
-def list_tensors(checkpoint: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+def list_tensors(checkpoint: Path, *, with_optimizer: bool = False) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Return shape and dtype of every model tensor by key; layers are stacked along the first axis.
 
     Of a checkpoint that holds only what learns, these are its tensors and those of its base.
+
+    Args:
+        checkpoint: its folder.
+        with_optimizer: include the optimizer's state, which each layer has for itself.
 
     Raises:
         CheckpointError: an index is damaged; the base is missing or another one.
     """
     found: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    prefixes = (MODEL_PREFIX, STATE_PREFIX) if with_optimizer else (MODEL_PREFIX,)
     for folder in reversed(with_bases(checkpoint)):
         found |= {key: (tuple(value.global_shape), value.dtype) for key, value in _read_index(folder).items()}
-    return {key: found[key] for key in sorted(found) if key.startswith(MODEL_PREFIX)}
+    return {key: found[key] for key in sorted(found) if key.startswith(prefixes)}
 
 
 def keys_beside_base(checkpoint: Path) -> set[str]:

@@ -1,4 +1,4 @@
-"""`megatron-vlm checkpoint {list,verify,hash}`."""
+"""`megatron-vlm checkpoint {list,verify,hash,diff}`."""
 
 import argparse
 from pathlib import Path
@@ -15,23 +15,37 @@ _ACTIONS = {
     ),
     "hash": ("sha256 of the gathered weights, the same for every parallel layout", "checkpoint hash runs/pretrain"),
 }
+_DIFF = "checkpoint diff runs/a runs/b/checkpoints/iter_0001000"
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Add the verb to the command line."""
-    text = "list and verify checkpoints; hash their weights"
-    parser = add_command(subparsers, "checkpoint", text, *(example for _, example in _ACTIONS.values()))
+    text = "list and verify checkpoints; hash and compare their tensors"
+    parser = add_command(subparsers, "checkpoint", text, *(example for _, example in _ACTIONS.values()), _DIFF)
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     for name, (text, example) in _ACTIONS.items():
         action = add_command(actions, name, text, example)
         action.add_argument("folder", type=local_path, metavar="RUN", help="run folder, or one checkpoint")
+    _add_diff(actions)
     parser.set_defaults(run=run)
+
+
+def _add_diff(actions: argparse._SubParsersAction) -> None:
+    text = "which tensors of two checkpoints differ, and by how much"
+    notes = f"Exit code 0: all bits are equal; {ExitCode.BAD_DATA}: a tensor differs, or a checkpoint is damaged."
+    add = add_command(actions, "diff", text, _DIFF, notes=notes).add_argument
+    add(
+        "folders", type=local_path, nargs=2, metavar="RUN", help="run folder (its newest checkpoint), or one checkpoint"
+    )
+    add("--optimizer", action="store_true", help="compare the optimizer's state, too")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the verb; returns the exit code."""
     if args.action == "hash":
         return _hash(args.folder)
+    if args.action == "diff":
+        return _diff(*args.folders, with_optimizer=args.optimizer)
     from megatron_vlm.checkpoint.verify import bases_of, checkpoint_folders, inspect_checkpoint
 
     all_valid, folders = True, checkpoint_folders(args.folder)
@@ -43,15 +57,36 @@ def run(args: argparse.Namespace) -> int:
     return ExitCode.DONE if all_valid else ExitCode.BAD_DATA
 
 
-def _hash(folder: Path) -> int:
+def _find_whole(folder: Path) -> Path:
+    """Return the checkpoint that is meant; every byte of it was compared with its manifest."""
     from megatron_vlm.platform.device import prepare_process
 
     prepare_process()
     from megatron_vlm.checkpoint.folder import find_checkpoint
-    from megatron_vlm.checkpoint.tensors import hash_weights
     from megatron_vlm.checkpoint.verify import check_whole
 
     checkpoint = find_checkpoint(folder)
     check_whole(checkpoint)
+    return checkpoint
+
+
+def _diff(first: Path, second: Path, *, with_optimizer: bool) -> int:
+    whole = [_find_whole(folder) for folder in (first, second)]
+    from megatron_vlm.checkpoint.differences import compare_checkpoints
+
+    num_tensors = num_different = 0
+    for found in compare_checkpoints(*whole, with_optimizer=with_optimizer):
+        num_tensors += 1
+        if found.difference is not None:
+            num_different += 1
+            print(f"{found.name} {found.difference}")
+    print(f"{num_different} of {num_tensors} tensors differ: {whole[0]} and {whole[1]}")
+    return ExitCode.BAD_DATA if num_different else ExitCode.DONE
+
+
+def _hash(folder: Path) -> int:
+    checkpoint = _find_whole(folder)
+    from megatron_vlm.checkpoint.tensors import hash_weights
+
     print(f"{hash_weights(checkpoint)}  {checkpoint}")
     return ExitCode.DONE

@@ -191,9 +191,15 @@ class CheckpointConfig:
     """Iterations between checkpoints; the last iteration is always saved."""
     keep_last: int = 2
     """Number of checkpoints to keep; 0 keeps all."""
+    async_save: bool = False
+    """Copy what is saved and write the copy while the run goes on; takes as much host memory as a rank writes. The save
+    at the end of a run is waited for."""
+    max_failed_saves: int = 3
+    """Failed saves in a row that end the run. After a failure, the next try comes a tenth of `save_interval` later, or
+    at once where the run is about to end."""
 
     def __post_init__(self) -> None:
-        check_positive("checkpoint", self, "save_interval")
+        check_positive("checkpoint", self, "save_interval", "max_failed_saves")
         check_not_negative("checkpoint", self, "keep_last")
 
 

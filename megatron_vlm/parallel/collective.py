@@ -1,7 +1,7 @@
 """Let the first rank act or decide for all."""
 
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TypeVar
@@ -12,6 +12,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 from megatron_vlm.config import UserError
 
 T = TypeVar("T")
+R = TypeVar("R")
 _FIRST_RANK_TIMEOUT = timedelta(hours=4)
 
 
@@ -21,16 +22,44 @@ def decide_on_main(look: Callable[[], T]) -> T:
     Raises:
         UserError: `look` raised it; every rank raises it.
     """
-    answer: list = [None, None]
-    if torch.distributed.get_rank() == 0:
-        try:
-            answer[0] = look()
-        except UserError as error:
-            answer[1] = error
+    answer: list = list(_outcome(look)) if torch.distributed.get_rank() == 0 else [None, None]
     torch.distributed.broadcast_object_list(answer, src=0)
     if answer[1] is not None:
         raise answer[1]
     return answer[0]
+
+
+def together(
+    work: Callable[[], T], finish: Callable[[Sequence[T]], R], group: torch.distributed.ProcessGroup | None = None
+) -> R:
+    """Call `work` on every rank, then `finish` on rank 0 with what all ranks returned; return its answer on every rank.
+
+    Args:
+        work: of each rank.
+        finish: is not called if the work of a rank failed.
+        group: of all ranks; None: the default group.
+
+    Raises:
+        UserError: the work of a rank or `finish` raised it; every rank raises it, so that none waits for the others.
+    """
+    is_main = torch.distributed.get_rank() == 0
+    gathered: list | None = [None] * torch.distributed.get_world_size() if is_main else None
+    torch.distributed.gather_object(_outcome(work), gathered, dst=0, group=group)
+    answer: list = [None, None]
+    if gathered is not None:
+        error = next((error for _, error in gathered if error is not None), None)
+        answer = list(_outcome(lambda: finish([value for value, _ in gathered]))) if error is None else [None, error]
+    torch.distributed.broadcast_object_list(answer, src=0, group=group)
+    if answer[1] is not None:
+        raise answer[1]
+    return answer[0]
+
+
+def _outcome(call: Callable[[], T]) -> tuple[T | None, UserError | None]:
+    try:
+        return call(), None
+    except UserError as error:
+        return None, error
 
 
 @contextmanager

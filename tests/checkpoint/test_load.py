@@ -12,7 +12,7 @@ from megatron_vlm.checkpoint.adam_state import adams, create_state
 from megatron_vlm.checkpoint.folder import checkpoint_path, list_iterations
 from megatron_vlm.checkpoint.load import resume
 from megatron_vlm.checkpoint.manifest import read_manifest, write_manifest
-from megatron_vlm.checkpoint.parallel_files import write_state
+from megatron_vlm.checkpoint.parallel_files import plan_part
 from megatron_vlm.checkpoint.save import save_checkpoint
 from megatron_vlm.checkpoint.tensors import hash_weights, write_weights
 from megatron_vlm.config import CheckpointConfig, CheckpointError, ConfigError
@@ -42,14 +42,14 @@ def save_as_before(config, monkeypatch):
     for adam in adams(state.optimizer):
         create_state(adam)
 
-    def write(described, folder, metadata):
+    def plan(described, metadata, stage):
         model = {name: part for name, part in described.items() if name != "optimizer"}
         way = {**metadata, "distrib_optim_sharding_type": "fully_reshardable"}
         optimizer = state.optimizer.sharded_state_dict(model, is_loading=False, metadata=way)
-        write_state({**model, "optimizer": optimizer}, folder, metadata)
+        return plan_part({**model, "optimizer": optimizer}, metadata, stage)
 
     with monkeypatch.context() as patch:
-        patch.setattr("megatron_vlm.checkpoint.save.write_state", write)
+        patch.setattr("megatron_vlm.checkpoint.save.plan_part", plan)
         save_checkpoint(config, state.chunks, state.optimizer, state.progress())
 
 

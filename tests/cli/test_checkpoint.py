@@ -2,8 +2,10 @@ import dataclasses
 import shutil
 
 import pytest
+import yaml
 
 from megatron_vlm.checkpoint.manifest import read_manifest, write_manifest
+from megatron_vlm.checkpoint.tensors import is_stacked, list_tensors, read_tensor, write_weights
 from megatron_vlm.cli.main import main
 from tests.support.configs import tiny_model
 from tests.support.random_run import write_random_run
@@ -60,6 +62,45 @@ def test_hash_is_that_of_the_weights(run, capsys):
 def test_hash_of_damaged_weights_is_refused(run, capsys):
     name = flip_a_bit(run)
     assert main(["checkpoint", "hash", str(run)]) == 65
+    assert name in capsys.readouterr().err
+
+
+def test_diff_of_a_checkpoint_with_itself_finds_nothing(run, capsys):
+    folder = run / "checkpoints" / "iter_0000000"
+    assert main(["checkpoint", "diff", str(run), str(folder)]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("0 of ")
+
+
+def test_diff_names_each_tensor_that_differs_and_by_how_much(run, tmp_path, capsys):
+    source = run / "checkpoints" / "iter_0000000"
+    tensors = {key: read_tensor(source, key) for key in list_tensors(source)}
+    changed = dict(tensors)
+    stacked = next(key for key in tensors if is_stacked(key))
+    plain, gone, other = [key for key in tensors if not is_stacked(key)][:3]
+    changed[stacked] = tensors[stacked].clone()
+    changed[stacked][1].view(-1)[:2] += 0.5
+    changed[plain] = tensors[plain].clone()
+    changed[plain].view(-1)[0] = float("nan")
+    changed[other] = tensors[other][:-1].clone()
+    del changed[gone]
+    second = write_weights(tmp_path / "second", changed, yaml.safe_load((run / "config.yaml").read_text()))
+    assert main(["checkpoint", "diff", str(run), str(second)]) == 65
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert last.startswith("4 of ")
+    found = {line.split()[0]: line for line in lines}
+    assert set(found) == {f"{stacked}[1]", plain, gone, other}
+    size = tensors[stacked][1].numel()
+    assert f"differs in 2 of {size} values, by up to 0.5 of values up to" in found[f"{stacked}[1]"]
+    assert "differs in 1 of" in found[plain]
+    assert "by up to nan" in found[plain]
+    assert found[gone] == f"{gone} is only in {source}"
+    assert f"is {list(tensors[other].shape)} float32 and {list(changed[other].shape)} float32" in found[other]
+
+
+def test_diff_of_a_damaged_checkpoint_is_refused(run, whole, capsys):
+    name = flip_a_bit(run)
+    assert main(["checkpoint", "diff", str(whole), str(run)]) == 65
     assert name in capsys.readouterr().err
 
 

@@ -1,8 +1,11 @@
 """A whole run on prepared shards: what it leaves in its folder, and that stopping and going on changes nothing."""
 
+import shutil
+
 import pytest
 import torch
 
+from megatron_vlm.checkpoint.folder import checkpoint_path, list_iterations
 from megatron_vlm.config import ConfigError
 from megatron_vlm.config.hooks import profiler
 from megatron_vlm.training import run as run_module
@@ -41,6 +44,24 @@ def test_a_run_that_stops_and_goes_on_equals_one_that_does_not(workers, shards, 
     for name in ("iteration", "loss_hex", "grad_norm_hex", "sample_ids_sha", "learning_rate", "tokens", "images"):
         assert [line[name] for line in parts] == [line[name] for line in whole], name
     check_folder(tmp_path / "parts", whole)
+
+
+def test_a_run_that_goes_on_from_an_asynchronous_save_equals_one_that_does_not(workers, shards, tmp_path):
+    config = shard_run(
+        shards,
+        tmp_path,
+        parallel={"overlap_grad_reduce": True, "overlap_param_gather": True},
+        checkpoint={"save_interval": 2, "keep_last": 0, "async_save": True},
+    )
+    workers.run("megatron_vlm.training.run:run_training", 2, config=config)
+    whole = read_metrics(tmp_path)
+    assert list_iterations(tmp_path) == [6, 4, 2]
+    for iteration in (6, 4):  # 2 was written while 3 and 4 were computed
+        shutil.rmtree(checkpoint_path(tmp_path, iteration))
+    workers.run("megatron_vlm.training.run:run_training", 2, config=config)
+    again = read_metrics(tmp_path)
+    for name in ("iteration", "loss_hex", "grad_norm_hex", "sample_ids_sha"):
+        assert [line[name] for line in again] == [line[name] for line in whole], name
 
 
 def check_folder(run_dir, lines):

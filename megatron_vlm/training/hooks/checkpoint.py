@@ -1,28 +1,84 @@
-"""Saves checkpoints at their interval and before the run ends."""
+"""Saves checkpoints at their interval and before the run ends, and tries again where a save fails."""
 
 import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
 
+from megatron_vlm.checkpoint.background import BackgroundSaves
 from megatron_vlm.checkpoint.save import save_checkpoint
+from megatron_vlm.config import StorageError
 from megatron_vlm.training.state import TrainState
 from megatron_vlm.training.step import StepMetrics
 
 logger = logging.getLogger(__name__)
+_SECONDS_BEFORE_RETRY = 2.0
+"""At the end of the run, where no step passes the time."""
 
 
 class Hook:
     """Saves on all ranks together; comes after the hooks that set `state.stop_reason`, to save an early end."""
 
+    def __init__(self) -> None:
+        self._background: BackgroundSaves | None = None
+        self._num_failed = 0
+        """Saves in a row; the same on every rank."""
+        self._retry_at: int | None = None
+        """Iteration after which a failed save is repeated."""
+
     def start(self, state: TrainState) -> None:
-        """Nothing to prepare."""
+        """Prepare for asynchronous saves."""
+        if state.config.checkpoint.async_save:
+            self._background = BackgroundSaves()
 
     def step(self, state: TrainState, metrics: StepMetrics) -> None:
-        """Save a checkpoint if one is due."""
-        due = state.iteration % state.config.checkpoint.save_interval == 0
-        if due or state.stop_reason is not None or state.iteration == state.train_iters:
-            state.gather_parameters()
-            path = save_checkpoint(state.config, state.chunks, state.optimizer, state.progress(), state.base)
-            if state.is_reporter:
-                logger.info("saved checkpoint %s", path)
+        """Save a checkpoint if one is due, and look after the one in flight.
+
+        Raises:
+            StorageError: `checkpoint.max_failed_saves` saves in a row have failed.
+            NumericError: weights or moments are not finite.
+        """
+        ends = state.stop_reason is not None or state.iteration == state.train_iters
+        due = ends or state.iteration == self._retry_at or state.iteration % state.config.checkpoint.save_interval == 0
+        if self._background is not None:
+            self._attempt(state, self._background.wait if due else self._background.poll)
+        if not due:
+            return
+        state.gather_parameters()
+        what = (state.config, state.chunks, state.optimizer, state.progress(), state.base)
+        if self._background is not None and not ends:
+            self._background.start(*what)
+            return
+        while not self._attempt(state, lambda: save_checkpoint(*what)) and ends:
+            time.sleep(_SECONDS_BEFORE_RETRY)
 
     def close(self, state: TrainState) -> None:
-        """Nothing to release: after an error, the last checkpoint is the newest valid state."""
+        """Let the save in flight finish: after an error of the run, it is the newest valid state."""
+        if self._background is not None:
+            path = self._background.wait()
+            if path is not None and state.is_reporter:
+                logger.info("saved checkpoint %s", path)
+
+    def _attempt(self, state: TrainState, save: Callable[[], Path | None]) -> bool:
+        """Save, or learn how a save has ended; return whether none failed."""
+        try:
+            path = save()
+        except StorageError as error:
+            self._note_failure(state, error)
+            return False
+        if path is not None:
+            self._num_failed, self._retry_at = 0, None
+            if state.is_reporter:
+                logger.info("saved checkpoint %s", path)
+        return True
+
+    def _note_failure(self, state: TrainState, error: StorageError) -> None:
+        settings = state.config.checkpoint
+        self._num_failed += 1
+        if self._num_failed >= settings.max_failed_saves:
+            what = f"{self._num_failed} saves in a row failed, the last: " if self._num_failed > 1 else ""
+            raise StorageError(what + error.what, where=error.where, fix=error.fix) from error
+        self._retry_at = state.iteration + max(1, settings.save_interval // 10)
+        if state.is_reporter:
+            left = settings.max_failed_saves - self._num_failed
+            logger.warning("%s; the run goes on, and ends if the next %d saves fail, too", error, left)

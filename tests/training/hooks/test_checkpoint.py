@@ -1,8 +1,11 @@
+import dataclasses
+
 import pytest
 import torch
 
 from megatron_vlm.checkpoint.folder import find_checkpoint
 from megatron_vlm.checkpoint.tensors import list_tensors, read_tensor
+from megatron_vlm.config import CheckpointConfig, StorageError
 from megatron_vlm.training.hooks import checkpoint
 from tests.support.configs import tiny_run
 from tests.support.overlap import OVERLAP
@@ -11,17 +14,132 @@ from tests.support.states import METRICS, make_state
 LAYOUTS = {"plain": {}, "overlapped": OVERLAP}
 
 
+def make_run(iteration=0, stop_reason=None, **settings):
+    """Return a run of 100 iterations that saves after every 20th."""
+    state = make_state(
+        iteration=iteration, train_iters=100, stop_reason=stop_reason, chunks=[], optimizer=None, base=None
+    )
+    settings = {"save_interval": 20, **settings}
+    state.config = dataclasses.replace(state.config, checkpoint=CheckpointConfig(**settings))
+    state.progress, state.gather_parameters = dict, lambda: None
+    return state
+
+
+@pytest.fixture
+def saves(monkeypatch):
+    """Outcomes of the next saves: a path, or an error."""
+    outcomes: list = []
+
+    def save(*arguments):
+        outcome = outcomes.pop(0)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    monkeypatch.setattr(checkpoint, "save_checkpoint", save)
+    monkeypatch.setattr(checkpoint, "_SECONDS_BEFORE_RETRY", 0.0)
+    return outcomes
+
+
+def steps_that_save(hook, state, saves, last):
+    """Do steps up to `last` and return the iterations after which a save was tried."""
+    tried = []
+    for iteration in range(state.iteration + 1, last + 1):
+        state.iteration, before = iteration, len(saves)
+        hook.step(state, METRICS)
+        tried += [iteration] * (before - len(saves))
+    return tried
+
+
+def failure(reason="No space left on device"):
+    return StorageError(f"checkpoint not saved: {reason}", where="iter.tmp", fix="make room")
+
+
 @pytest.mark.parametrize(
     ("iteration", "stop_reason", "is_saved"),
-    [(499, None, False), (500, None, True), (1000, None, True), (7, "signalled", True), (10, None, True)],
+    [(19, None, False), (20, None, True), (40, None, True), (7, "signalled", True), (100, None, True)],
 )
-def test_checkpoints_come_at_the_interval_and_before_the_run_ends(monkeypatch, iteration, stop_reason, is_saved):
-    calls = []
-    monkeypatch.setattr(checkpoint, "save_checkpoint", lambda *arguments: calls.append("saved"))
-    state = make_state(iteration=iteration, stop_reason=stop_reason, chunks=[], optimizer=None, base=None)
-    state.progress, state.gather_parameters = dict, lambda: calls.append("gathered")
+def test_checkpoints_come_at_the_interval_and_before_the_run_ends(saves, iteration, stop_reason, is_saved):
+    saves.append("path")
+    state, calls = make_run(iteration, stop_reason), []
+    state.gather_parameters = lambda: calls.append(len(saves))
     checkpoint.Hook().step(state, METRICS)
-    assert calls == (["gathered", "saved"] if is_saved else [])
+    assert calls == ([1] if is_saved else [])  # before the save
+    assert len(saves) == (0 if is_saved else 1)
+
+
+def test_a_failed_save_is_repeated_soon_said_in_one_line_and_forgotten_once_one_succeeds(saves, caplog):
+    saves += [failure(), failure(), "path", failure(), failure(), "path", "path"]
+    tried = steps_that_save(checkpoint.Hook(), make_run(), saves, 62)
+    assert tried == [20, 22, 24, 40, 42, 44, 60]
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 4
+    assert lines[0] == (
+        "checkpoint not saved: No space left on device (iter.tmp); fix: make room; the run goes on, and ends if the "
+        "next 2 saves fail, too"
+    )
+
+
+@pytest.mark.parametrize("limit", [1, 3])
+def test_the_run_ends_after_as_many_failed_saves_in_a_row_as_the_config_allows(saves, limit):
+    saves += [failure(str(number)) for number in range(limit)]
+    with pytest.raises(StorageError, match=f"checkpoint not saved: {limit - 1}") as found:
+        steps_that_save(checkpoint.Hook(), make_run(max_failed_saves=limit), saves, 100)
+    assert not saves
+    assert found.value.what.startswith("3 saves in a row failed, the last: " if limit == 3 else "checkpoint")
+
+
+def test_the_save_at_the_end_is_repeated_at_once(saves):
+    saves += [failure(), failure(), "path"]
+    checkpoint.Hook().step(make_run(7, "signalled"), METRICS)
+    assert not saves
+
+
+class LateSaves:
+    """Stands for `BackgroundSaves`: a save ends at the second poll, or when it is waited for."""
+
+    def __init__(self, outcomes):
+        self.outcomes, self.polls, self.events = outcomes, None, []
+
+    def start(self, *what):
+        assert self.polls is None
+        self.polls = 0
+        self.events.append("start")
+
+    def poll(self):
+        if self.polls is None:
+            return None
+        self.polls += 1
+        return self.wait() if self.polls == 2 else None
+
+    def wait(self):
+        if self.polls is None:
+            return None
+        self.polls = None
+        self.events.append("end")
+        outcome = self.outcomes.pop(0)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+
+def test_an_asynchronous_save_that_fails_is_repeated_and_the_last_is_waited_for(saves, monkeypatch):
+    late = LateSaves([failure(), failure(), "path", "path"])
+    monkeypatch.setattr(checkpoint, "BackgroundSaves", lambda: late)
+    hook, state = checkpoint.Hook(), make_run(async_save=True)
+    hook.start(state)
+    saves.append("path")
+    started = {}
+    for iteration in range(1, 42):
+        state.iteration = iteration
+        state.stop_reason = "signalled" if iteration == 41 else None
+        hook.step(state, METRICS)
+        started.setdefault(late.events.count("start"), iteration)
+    # Each failure was found two steps after its save began.
+    assert [started[number] for number in (1, 2, 3, 4)] == [20, 24, 28, 40]
+    assert late.events == ["start", "end"] * 4  # the one of iteration 40 was waited for at 41
+    assert not saves  # and that of 41 was not left to the background
+    hook.close(state)
 
 
 @pytest.mark.distributed
