@@ -27,6 +27,8 @@ FILES = [
     ("h100/pretrain.yaml", "H100", 64, (1, 1, 64, 1)),
     ("h100/sft.yaml", "H100", 64, (2, 1, 32, 1)),
 ]
+RANKED_EACH_TIME = {"sft.yaml", "lora.yaml", "h100/pretrain.yaml"}
+"""Files whose layouts are ranked without `-m slow`; each takes seconds."""
 ROOMIER = {"visual_expert.yaml"}
 """Files with a layout that is at most 3 % slower, because the suggested one leaves less than 5 GB of a GPU."""
 
@@ -35,7 +37,10 @@ def predict(config, gpu, world_size):
     return predict_step(config, derive_layout(config, world_size), pairs(config), Cluster(gpu_name=gpu))
 
 
-@pytest.mark.parametrize(("name", "gpu", "world_size", "expected"), FILES)
+@pytest.mark.parametrize(
+    ("name", "gpu", "world_size", "expected"),
+    [file if file[0] in RANKED_EACH_TIME else pytest.param(*file, marks=pytest.mark.slow) for file in FILES],
+)
 def test_the_layout_of_a_file_is_the_simplest_of_the_fastest(name, gpu, world_size, expected):
     config = load_config(TrainConfig, FOLDER / name)
     layout = derive_layout(config, world_size)

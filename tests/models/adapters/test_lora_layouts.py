@@ -39,7 +39,7 @@ def steps(workers, config, world_size, num_steps, save=True):
     )[-1]
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
+@pytest.fixture(scope="module", params=[False, pytest.param(True, marks=pytest.mark.slow)], ids=["untied", "tied"])
 def reference(request, workers, tmp_path_factory):
     """Folder, model and steps of a run of one rank, saved after its third step."""
     folder = tmp_path_factory.mktemp("lora")

@@ -187,7 +187,7 @@ def test_weights_that_are_gathered_while_ranks_compute_are_there_in_time(workers
 @pytest.mark.parametrize(
     ("parallel", "world_size", "recompute"),
     [
-        ({"tensor_model_parallel_size": 2}, 2, "none"),
+        pytest.param({"tensor_model_parallel_size": 2}, 2, "none", marks=pytest.mark.slow),
         ({**TP2_SP, **PP2}, 4, "full"),
         (TP2_SP, 4, "none"),
         ({**PP2, "virtual_pipeline_model_parallel_size": 2, "overlap_p2p_comm": True}, 2, "full"),
