@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from megatron_vlm.checkpoint.safe_pickle import UNREADABLE, check_object, unpickle_index
+from megatron_vlm.checkpoint.safe_pickle import UNREADABLE, Record, check_object, unpickle_index
 from megatron_vlm.config import CheckpointError
 
 METADATA_NAME = ".metadata"
@@ -26,14 +26,17 @@ _OBJECT_KEY = re.compile(r".+/shard_[\d.]+_[\d.]+", re.DOTALL)
 """The place of an object in a grid of objects ends its key; no key of a tensor looks so."""
 
 
-def check_metadata(checkpoint: Path) -> None:
+def check_metadata(checkpoint: Path) -> Record:
     """Reject a checkpoint whose small files are damaged, could run code, or point out of its folder.
+
+    Returns:
+        The index, as `unpickle_index` does; the same object as long as the files are the same.
 
     Raises:
         CheckpointError: names the file.
     """
     # A conversion reads thousands of tensors from one checkpoint, and checks it before each of them.
-    _check_once(checkpoint.absolute(), tuple(map(_stamp, (checkpoint / name for name in _NAMES))))
+    return _check_once(checkpoint.absolute(), tuple(map(_stamp, (checkpoint / name for name in _NAMES))))
 
 
 def _stamp(path: Path) -> tuple[int, int, int] | None:
@@ -44,7 +47,7 @@ def _stamp(path: Path) -> tuple[int, int, int] | None:
 
 
 @lru_cache(maxsize=8)
-def _check_once(checkpoint: Path, _stamps: tuple) -> None:
+def _check_once(checkpoint: Path, _stamps: tuple) -> Record:
     path = checkpoint / METADATA_NAME
     try:
         with path.open("rb") as stream:
@@ -61,6 +64,7 @@ def _check_once(checkpoint: Path, _stamps: tuple) -> None:
         _check_object(checkpoint / name, begin, length)
     _check_backend(checkpoint / _BACKEND_NAME)
     _check_common(checkpoint / _COMMON_NAME)
+    return index
 
 
 def _check_backend(path: Path) -> None:

@@ -6,17 +6,15 @@ from pathlib import Path
 
 import torch
 import yaml
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import Tensor
 
 from megatron_vlm.checkpoint.base import record_base, with_bases
 from megatron_vlm.checkpoint.folder import checkpoint_path, write_latest
 from megatron_vlm.checkpoint.lazy_tensors import LazyTensor, save_lazily
 from megatron_vlm.checkpoint.manifest import Manifest, checksum_file, list_files, write_manifest
-from megatron_vlm.checkpoint.parallel_files import STATE_PREFIX, readable
-from megatron_vlm.checkpoint.pickles import check_metadata
+from megatron_vlm.checkpoint.parallel_files import STATE_PREFIX
 from megatron_vlm.checkpoint.sharded_state import MODEL_PREFIX
+from megatron_vlm.checkpoint.stored_values import list_stored, read_stored
 from megatron_vlm.parallel.groups import single_process
 from megatron_vlm.platform.files.durable import folder_beside
 from megatron_vlm.platform.files.run_folder import CONFIG_NAME
@@ -44,7 +42,7 @@ def list_tensors(checkpoint: Path, *, with_optimizer: bool = False) -> dict[str,
     found: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     prefixes = (MODEL_PREFIX, STATE_PREFIX) if with_optimizer else (MODEL_PREFIX,)
     for folder in reversed(with_bases(checkpoint)):
-        found |= {key: (tuple(value.global_shape), value.dtype) for key, value in _read_index(folder).items()}
+        found |= {key: (stored.shape, stored.dtype) for key, stored in list_stored(folder).items()}
     return {key: found[key] for key in sorted(found) if key.startswith(prefixes)}
 
 
@@ -55,13 +53,7 @@ def keys_beside_base(checkpoint: Path) -> set[str]:
         CheckpointError: as for `list_tensors`.
     """
     folders = with_bases(checkpoint)[:-1]
-    return {key for folder in folders for key in _read_index(folder) if key.startswith(MODEL_PREFIX)}
-
-
-def _read_index(folder: Path) -> dict[str, ShardedTensor]:
-    check_metadata(folder)
-    with single_process():
-        return dist_checkpointing.load_tensors_metadata(str(folder))
+    return {key for folder in folders for key in list_stored(folder) if key.startswith(MODEL_PREFIX)}
 
 
 def read_tensor(checkpoint: Path, key: str, layer: int | None = None) -> Tensor:
@@ -72,17 +64,8 @@ def read_tensor(checkpoint: Path, key: str, layer: int | None = None) -> Tensor:
         key: as `list_tensors` names it.
         layer: read only this layer of a tensor that stacks layers; the result has no layer axis.
     """
-    indexes = ((folder, _read_index(folder)) for folder in with_bases(checkpoint))
-    folder, index = next((folder, index) for folder, index in indexes if key in index)
-    with single_process():
-        wanted = index[key]
-        if layer is not None:
-            num_layers, *shape = wanted.global_shape
-            empty = torch.empty((1, *shape), dtype=wanted.dtype)
-            wanted = ShardedTensor.from_rank_offsets(key, empty, (0, layer, num_layers))
-        with readable(folder):
-            loaded = dist_checkpointing.load({key: wanted}, str(folder), validate_access_integrity=False)
-    return loaded[key] if layer is None else loaded[key][0]
+    found = (list_stored(folder) for folder in with_bases(checkpoint))
+    return read_stored(next(stored for stored in found if key in stored)[key], layer)
 
 
 def hash_weights(checkpoint: Path) -> str:

@@ -7,6 +7,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+_MEAN_COLUMNS = 512
+"""Converted to float32 at a time for the mean of the vocabulary's rows, which are the largest tensors of a model."""
+
 
 class Transform(Protocol):
     """A lossless rearrangement in both directions; it also works on tensors without values (device "meta")."""
@@ -125,17 +128,27 @@ class Vocabulary:
     def join(self, theirs: Sequence[Tensor]) -> Tensor:
         """Return our rows."""
         (rows,) = theirs
-        tokens = _with_means(rows[: self.vocab_size], self.num_token_ids)
-        return torch.cat([tokens, tokens.new_zeros((self.num_rows - len(tokens), *tokens.shape[1:]))])
+        return _with_means(rows[: self.vocab_size], self.num_token_ids, self.num_rows)
 
     def split(self, whole: Tensor) -> list[Tensor]:
         """Return their rows."""
-        return [_with_means(whole[: min(self.vocab_size, self.num_their_rows)], self.num_their_rows)]
+        size = self.num_their_rows
+        return [_with_means(whole[: min(self.vocab_size, size)], size, size)]
 
 
-def _with_means(rows: Tensor, size: int) -> Tensor:
-    mean = rows.float().mean(0, keepdim=True).to(rows.dtype)
-    return torch.cat([rows, mean.expand(size - len(rows), *mean.shape[1:])])
+def _with_means(rows: Tensor, size: int, num_rows: int) -> Tensor:
+    """Return `num_rows` rows: these, their mean up to `size`, and zeros."""
+    whole = rows.new_empty((num_rows, *rows.shape[1:]))
+    whole[: len(rows)] = rows
+    if size > len(rows):
+        whole[len(rows) : size] = _mean(rows)
+    whole[size:] = 0
+    return whole
+
+
+def _mean(rows: Tensor) -> Tensor:
+    """Return the mean of the rows, summed in float32; only a part of the columns is converted at a time."""
+    return torch.cat([columns.float().mean(0).to(rows.dtype) for columns in rows.split(_MEAN_COLUMNS, dim=1)])
 
 
 @dataclass(frozen=True, slots=True)

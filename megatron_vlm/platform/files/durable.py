@@ -19,7 +19,7 @@ SET_ASIDE = ".being_replaced"
 """Suffix of a folder that is being replaced; long enough that no user's own folder has it."""
 _SECONDS_TO_WRITE = 3600.0
 STORAGE_ERRNOS = frozenset(
-    (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR)
+    (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR, errno.EFBIG)
 )
 """Errors of the disk, its quota or its permissions, which the user can fix."""
 
