@@ -1,7 +1,9 @@
 """Whole tensors of a checkpoint, one at a time and without a model: for conversion and comparison."""
 
 import hashlib
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -15,11 +17,15 @@ from megatron_vlm.checkpoint.manifest import Manifest, checksum_file, list_files
 from megatron_vlm.checkpoint.parallel_files import STATE_PREFIX
 from megatron_vlm.checkpoint.sharded_state import MODEL_PREFIX
 from megatron_vlm.checkpoint.stored_values import list_stored, read_stored
+from megatron_vlm.config import StorageError
 from megatron_vlm.parallel.groups import single_process
-from megatron_vlm.platform.files.durable import folder_beside
+from megatron_vlm.platform.files.durable import STORAGE_ERRNOS, folder_beside, storage_errors
 from megatron_vlm.platform.files.run_folder import CONFIG_NAME
 
 _LAYERS = ".layers."
+_FIX = "make room or name another folder"
+_TORCH_WRITER = re.compile("iostream|inline_container|PytorchStreamWriter")
+"""In errors of torch.save on a full disk, which name neither errno nor file."""
 
 
 def is_stacked(key: str) -> bool:
@@ -95,11 +101,16 @@ def write_weights(
 
     Returns:
         The folder of the checkpoint.
+
+    Raises:
+        CheckpointError: a tensor does not have the announced shape or type.
+        ConfigError: another process writes this checkpoint.
+        StorageError: the disk is full or read-only.
     """
     path = checkpoint_path(run_dir, 0)
     text = yaml.safe_dump(dict(config), sort_keys=False)
     lazy = {key: value if isinstance(value, LazyTensor) else _as_lazy(key, value) for key, value in tensors.items()}
-    with folder_beside(path, replaces=True) as unfinished:
+    with _storage(path), folder_beside(path, replaces=True) as unfinished:
         with single_process():
             save_lazily(lazy, unfinished, report)
         (unfinished / CONFIG_NAME).write_text(text)
@@ -109,6 +120,18 @@ def write_weights(
         write_manifest(unfinished, Manifest(iteration=0, progress={}, files=files, base=record))
     write_latest(run_dir, 0)
     return path
+
+
+@contextmanager
+def _storage(path: Path) -> Iterator[None]:
+    """Say in one line that a disk is full or fails."""
+    try:
+        with storage_errors("checkpoint not written", path, only=STORAGE_ERRNOS, fix=_FIX):
+            yield
+    except RuntimeError as error:
+        if not _TORCH_WRITER.search(str(error)):
+            raise
+        raise StorageError(f"checkpoint not written: {str(error).splitlines()[0]}", where=str(path), fix=_FIX) from None
 
 
 def _as_lazy(key: str, tensor: Tensor) -> LazyTensor:

@@ -68,8 +68,8 @@ def _difference(first: Tensor, second: Tensor) -> str | None:
     differing = [pair for pair in parts if not _same_bits(*(one.to(coarse) for one in pair))]
     if not differing:
         return None
-    largest = max(_largest_difference(*(one.to(coarse) for one in pair)) for pair in differing)
-    return f"by up to {largest:.3g}"
+    largest = torch.tensor([_largest_difference(*(one.to(coarse) for one in pair)) for pair in differing])
+    return f"by up to {largest.max().item():.3g}"  # NaN, if there is one
 
 
 def _largest_difference(first: Tensor, second: Tensor) -> float:

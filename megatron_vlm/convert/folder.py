@@ -3,8 +3,9 @@
 import json
 import pickle
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -178,3 +179,21 @@ def list_safetensors(file: Path) -> list[Stored]:
         raise CheckpointError(
             f"weights cannot be read: {error}", where=str(file), fix="download the file again"
         ) from None
+
+
+def common_type(tensors: Iterable[Stored]) -> torch.dtype:
+    """Return the type that can hold the values of all these weights; a folder may mix types.
+
+    Raises:
+        CheckpointError: one of them holds no floating-point numbers.
+    """
+    types = set()
+    for stored in tensors:
+        types.add(stored.dtype)
+        if not stored.dtype.is_floating_point:
+            raise CheckpointError(
+                f"tensor {stored.name} has the type {str(stored.dtype).removeprefix('torch.')}, which holds no weights",
+                where=str(stored.file),
+                fix="use a model that is not quantised",
+            )
+    return reduce(torch.promote_types, types)

@@ -4,7 +4,6 @@ import logging
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import reduce
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,6 +16,7 @@ from megatron_vlm.checkpoint.lazy_tensors import LazyTensor
 from megatron_vlm.checkpoint.tensors import write_weights
 from megatron_vlm.config import (
     CheckpointError,
+    ConfigError,
     LanguageConfig,
     ModelConfig,
     UsageError,
@@ -26,7 +26,7 @@ from megatron_vlm.config.projectors import make_projector
 from megatron_vlm.config.towers import TowerWrapper, innermost
 from megatron_vlm.convert.differences import describe_differences
 from megatron_vlm.convert.family import Family, ModelFamily, Part, Parts, family_of, find_tower_family
-from megatron_vlm.convert.folder import CONFIG_NAME, HFFolder, read_json
+from megatron_vlm.convert.folder import CONFIG_NAME, HFFolder, common_type, read_json
 from megatron_vlm.convert.projector import find_projector
 from megatron_vlm.convert.rules import Rule, Vocabulary
 from megatron_vlm.data.text.tokenizer import Tokenizer, load_tokenizer
@@ -136,7 +136,10 @@ class _OpenFolder:
         return str(self.folder.path / CONFIG_NAME)
 
     def read_config(self, **chosen: Any) -> Any:
-        return self.family.config_from_hf(self.parts.settings, where=self.where, **chosen)
+        try:
+            return self.family.config_from_hf(self.parts.settings, where=self.where, **chosen)
+        except ConfigError as error:  # sizes that do not fit each other
+            raise CheckpointError(error.what, where=self.where, fix="use a complete folder") from None
 
 
 def _open_model(
@@ -299,7 +302,7 @@ def _check_tensors(folder: HFFolder, rules: Sequence[Rule], unused: Sequence[str
 
 
 def _lazy_tensor(folder: HFFolder, rule: Rule) -> LazyTensor:
-    dtype = _common_type(folder, rule)
+    dtype = common_type(folder.stored[name] for layer in rule.layers for name in rule.names_of(layer))
 
     def make(layer: int | None) -> Tensor:
         try:
@@ -312,12 +315,6 @@ def _lazy_tensor(folder: HFFolder, rule: Rule) -> LazyTensor:
         return tensor.to(dtype)
 
     return LazyTensor(shape=rule.checkpoint_shape, dtype=dtype, is_stacked=rule.num_layers is not None, make=make)
-
-
-def _common_type(folder: HFFolder, rule: Rule) -> torch.dtype:
-    """Return the type that can hold the values of all layers; a folder may mix types."""
-    types = {folder.stored[name].dtype for layer in rule.layers for name in rule.names_of(layer)}
-    return reduce(torch.promote_types, types)
 
 
 def _draw_projection(model: ModelConfig, seed: int) -> dict[str, Tensor]:

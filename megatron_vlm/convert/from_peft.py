@@ -18,7 +18,7 @@ from megatron_vlm.config import CheckpointError, ModelConfig, config_to_dict
 from megatron_vlm.config.adapters import lora
 from megatron_vlm.convert.adapters.lora import pair_keys, weight_key
 from megatron_vlm.convert.families import llava
-from megatron_vlm.convert.folder import list_safetensors, read_json
+from megatron_vlm.convert.folder import common_type, list_safetensors, read_json
 from megatron_vlm.convert.from_hf import check_new
 from megatron_vlm.convert.peft_names import (
     LORA_A,
@@ -126,8 +126,10 @@ class _PeftFolder:
                 fix="use a folder with LoRA",
             )
         file, rules = path / WEIGHTS_NAME, tuple(llava.rules(model))
-        names = {_kind_and_name(stored.name): stored.name for stored in list_safetensors(file)}
+        stored = list_safetensors(file)
+        names = {_kind_and_name(entry.name): entry.name for entry in stored}
         _check_known(names, rules, file)
+        common_type(stored)
         with safetensors.safe_open(file, "pt") as opened:
             tensors = {name: opened.get_tensor(name) for name in names.values()}
         return cls(path=path, settings=settings, tensors=tensors, names=names, rules=rules)
@@ -188,7 +190,15 @@ class _PeftFolder:
                     raise CheckpointError(
                         "the projection is incomplete", where=str(self.path), fix="use a complete folder"
                     )
-                found[rule.key] = rule.transform.join([self.tensors[str(name)] for name in names])
+                theirs = [self.tensors[str(name)] for name in names]
+                shapes = [tuple(tensor.shape) for tensor in theirs]
+                if shapes != rule.their_shapes():
+                    raise CheckpointError(
+                        f"the projection has the shapes {shapes}, the base {rule.their_shapes()}",
+                        where=str(self.path),
+                        fix="name the base that was adapted",
+                    )
+                found[rule.key] = rule.transform.join(theirs)
         return found
 
 

@@ -18,10 +18,8 @@ from safetensors.torch import load_file, save_file
 
 from megatron_vlm.checkpoint.folder import find_checkpoint, list_iterations
 from megatron_vlm.checkpoint.manifest import checksum_file, read_manifest, write_manifest
-from megatron_vlm.checkpoint.run_settings import read_run_settings
 from megatron_vlm.cli.main import main
 from megatron_vlm.config.adapters.lora import Config
-from megatron_vlm.convert.to_peft import export_adapter
 from megatron_vlm.platform.files import durable
 from megatron_vlm.platform.files.locks import locked
 from tests.support.random_run import write_random_adapter
@@ -53,7 +51,7 @@ def sources(make_run, model_config, exported, tokenizer_path, tmp_path_factory) 
     shutil.copyfile(tokenizer_path, place / "language" / "tokenizer.model")
     model = replace(model_config, adapter=Config(rank=2))
     write_random_adapter(place / "adapted", place / "run", model, tokenizer_path)
-    export_adapter(read_run_settings(place / "adapted"), place / "peft")
+    assert main(["convert", "to-hf", str(place / "adapted"), "--format", "peft", "--output", str(place / "peft")]) == 0
     return place
 
 
@@ -233,28 +231,39 @@ def test_a_damaged_source_is_one_line_and_leaves_nothing(name, source, fault, do
     found.assert_nothing_is_made()
 
 
-def run_forked(command: list[str], errors: Path, prepare: Callable[[], object] = lambda: None) -> int:
-    """Start a command in a copy of this process, which has imported everything, and return the process."""
-    process = os.fork()
-    if process:
-        return process
-    code = 1
-    try:
-        stream = os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(stream, 1)
-        os.dup2(stream, 2)
-        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
-        prepare()
-        code = main(command)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stderr.flush()
-        os._exit(code)
+@dataclass(frozen=True)
+class Forked:
+    """A command in a copy of this process, which has imported everything."""
 
+    process: int
+    errors: int
+    """The end of a pipe that reads what it prints; a file would count as one that it writes."""
 
-def exit_code(process: int) -> int:
-    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    @classmethod
+    def start(cls, command: list[str], prepare: Callable[[], object] = lambda: None) -> "Forked":
+        reading, writing = os.pipe()
+        process = os.fork()
+        if process:
+            os.close(writing)
+            return cls(process, reading)
+        code = 1
+        try:
+            os.dup2(writing, 1)
+            os.dup2(writing, 2)
+            sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+            prepare()
+            code = main(command)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(code)
+
+    def wait(self) -> tuple[int, str]:
+        """Return the exit code and what it printed."""
+        with open(self.errors) as stream:
+            text = stream.read()
+        return os.waitstatus_to_exitcode(os.waitpid(self.process, 0)[1]), text
 
 
 def limit_files(size: int) -> None:
@@ -266,17 +275,16 @@ def limit_files(size: int) -> None:
 
 @pytest.mark.parametrize("size", [300, 60_000])
 @pytest.mark.parametrize("name", ["parts", "adapter", "llava", "peft"])
-def test_a_full_disk_is_one_line_and_leaves_what_was_there(name, size, door, tmp_path):
+def test_a_full_disk_is_one_line_and_leaves_what_was_there(name, size, door):
     found = door(name)
     options = []
     if name in ("llava", "peft"):
         found.out.mkdir()
         (found.out / "before").write_text("kept")
         options = ["--overwrite"]
-    errors = tmp_path / "errors"
-    code = exit_code(run_forked(found.command(*options), errors, lambda: limit_files(size)))
-    assert code == 74, errors.read_text()
-    assert_one_line(errors.read_text())
+    code, errors = Forked.start(found.command(*options), lambda: limit_files(size)).wait()
+    assert code == 74, errors
+    assert_one_line(errors)
     if options:
         assert found.made() == {"before": b"kept"}
         shutil.rmtree(found.out)
@@ -348,30 +356,30 @@ def prepare_kill(found: Door) -> tuple[dict[str, bytes], dict[str, bytes], list[
 
 @pytest.mark.parametrize("number", [1, 2, 3, 4])
 @pytest.mark.parametrize("name", ["parts", "llava"])
-def test_a_kill_where_something_reaches_the_disk_loses_nothing(name, number, door, tmp_path):
+def test_a_kill_where_something_reaches_the_disk_loses_nothing(name, number, door):
     found = door(name)
     before, whole, options = prepare_kill(found)
-    code = exit_code(run_forked(found.command(*options), tmp_path / "errors", Killer(number).prepare))
-    assert code == -signal.SIGKILL, (tmp_path / "errors").read_text()
+    code, errors = Forked.start(found.command(*options), Killer(number).prepare).wait()
+    assert code == -signal.SIGKILL, errors
     assert_harmless(found, before, whole, options)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["parts", "model", "adapter", "llava", "peft"])
-def test_kills_at_random_moments_lose_nothing(name, door, tmp_path):
+def test_kills_at_random_moments_lose_nothing(name, door):
     found = door(name)
     before, whole, options = prepare_kill(found)
     started = time.perf_counter()
-    assert exit_code(run_forked(found.command(*options), tmp_path / "errors")) == 0
+    assert Forked.start(found.command(*options)).wait()[0] == 0
     seconds, moments, kills = time.perf_counter() - started, random.Random(name), 0
     for _ in range(10):
         shutil.rmtree(found.out)
         if options:
             found.out.mkdir()
             (found.out / "before").write_text("kept")
-        process = run_forked(found.command(*options), tmp_path / "errors")
+        conversion = Forked.start(found.command(*options))
         time.sleep(seconds * moments.random())
-        os.kill(process, signal.SIGKILL)
-        kills += exit_code(process) == -signal.SIGKILL
+        os.kill(conversion.process, signal.SIGKILL)
+        kills += conversion.wait()[0] == -signal.SIGKILL
         assert_harmless(found, before, whole, options)
     assert kills >= 5, "the conversion ended before it was killed"

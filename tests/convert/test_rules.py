@@ -1,7 +1,16 @@
 import pytest
 import torch
 
-from megatron_vlm.convert.rules import GatedMLP, LinearAsMLP, LinearAsPair, QueryKeyValue, Reshaped, Rule, Same
+from megatron_vlm.convert.rules import (
+    GatedMLP,
+    LinearAsMLP,
+    LinearAsPair,
+    QueryKeyValue,
+    Reshaped,
+    Rule,
+    Same,
+    Vocabulary,
+)
 
 QKV = QueryKeyValue(num_attention_heads=4, num_query_groups=2, kv_channels=3)
 
@@ -68,3 +77,12 @@ def test_rule_names_each_layer():
 
 def test_rule_knows_their_shapes_without_values():
     assert Rule("model.x", (24, 5), ("q", "k", "v"), QKV).their_shapes() == [(12, 5), (6, 5), (6, 5)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_mean_of_the_rows_is_that_of_the_whole_table_at_once(dtype):
+    rows = torch.randn(1000, 1100).to(dtype)
+    ours = Vocabulary(vocab_size=1000, num_token_ids=1003, num_rows=1024, num_their_rows=1000).join([rows])
+    assert torch.equal(ours[:1000], rows)
+    assert torch.equal(ours[1000:1003], rows.float().mean(0).to(dtype).expand(3, -1))
+    assert not ours[1003:].any()

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_vlm.cli.main import main
 from megatron_vlm.training.state import TrainState
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "tools" / "benchmarks"
@@ -54,6 +55,7 @@ def follows(row) -> bool:
         (["open", "--documents", "2000", "--reads", "200", "--rounds", "1"], 3),
         (["train_step", "--rows", "1", "--rounds", "1", "--tower", "frozen", "--peers", "plain"], 1),
         pytest.param(["train_step", "--rows", "1", "--rounds", "1"], 10, marks=pytest.mark.slow),
+        pytest.param(["convert", "--tiny"], 7, marks=pytest.mark.slow),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -113,6 +115,32 @@ def test_a_peer_that_computes_something_else_ends_the_comparison(theirs, what, m
         list(steps(workers, 0))
     workers["plain"] = _FixedWorker(2.00001, 1.00005)
     assert list(steps(workers, 0)) == [("ours", 1.0), ("plain", 1.0)]
+
+
+def test_models_of_the_benchmark_are_converted_in_and_out(tmp_path, monkeypatch):
+    """The steps of the slow test, in this process, which has imported everything."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    benchmark = runpy.run_path(str(BENCHMARKS / "convert.py"))
+    taken, verbs = benchmark["Taken"](seconds=2.0, cpu_seconds=1.0, gibibytes=0.5), []
+
+    def run(python, script, *arguments):
+        if script == "-m":
+            verbs.append(arguments[2])
+            assert main(list(map(str, arguments[1:]))) == 0
+        elif arguments[0] == "--write":
+            part, settings, folder = arguments[1:]
+            folder.parent.mkdir(exist_ok=True)
+            benchmark[f"write_{part}"](folder, json.loads(settings))
+        else:
+            benchmark["copy_and_hash"](*arguments[1:])
+        return taken
+
+    benchmark["measure"].__globals__["_run"] = run
+    rows = benchmark["measure"](tmp_path, {**benchmark["_TINY"], "num_hidden_layers": 2}, benchmark["_TINY_TOWER"])
+    assert verbs == ["from-hf", "to-hf", "verify"]
+    assert [row.unit for row in rows] == 2 * ["MB a second", "MB per CPU second"] + 3 * ["GiB"]
+    assert all(row.met for row in rows)
+    assert all(row.ratio == 1 for row in rows[:4])
 
 
 def test_state_that_grows_with_the_position_is_told(tmp_path, monkeypatch):

@@ -2,11 +2,12 @@
 
     python tools/benchmarks/convert.py --folder /big/disk --json convert.json
 
-Needs 60 GB of disk and takes as long as writing 85 GB; everything is deleted again. Peer: copying the same bytes in
-blocks, flushing them to the disk, and hashing the copy with sha256 as it is read back, which is what a conversion does,
-too. It takes its turn before, between and after the conversions; each is compared with the mean of the copies next to
-it, by the clock and by CPU seconds. The page cache is asked to forget the input before each turn. Memory is the largest resident set, including the
-pages of mapped files. `--layers` makes a smaller Llama of the same widths, `--tiny` a model for a test of this script.
+Needs 60 GB of disk and writes 85 GB in all; everything is deleted again. Peer: copying the same bytes in blocks,
+flushing them to the disk, and reading the copy back for its sha256, which a conversion does, too. It takes its turn
+before, between and after the conversions; each is compared with the mean of the copies next to it, by the clock and by
+CPU seconds. The page cache is asked to forget the input before each turn. Memory is the largest resident set, including
+the pages of mapped files. `--layers` makes a smaller Llama of the same widths, `--tiny` a model for the test of this
+script.
 """
 
 import argparse
