@@ -101,19 +101,21 @@ def read_manifest(folder: Path) -> Manifest:
         manifest = Manifest(iteration=record["iteration"], progress=dict(record["progress"]), files=files, base=base)
     except FileNotFoundError:
         raise CheckpointError(
-            "checkpoint has no manifest", where=str(folder), fix="use a complete checkpoint"
+            "checkpoint has no manifest.json", where=str(folder), fix="use a complete checkpoint"
         ) from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"manifest is damaged: {error}", where=str(path), fix="use another checkpoint") from None
+        raise CheckpointError(
+            f"manifest.json is damaged: {error}", where=str(path), fix="use another checkpoint"
+        ) from None
     if version not in (1, FORMAT_VERSION):
         raise CheckpointError(
-            f"manifest has format version {version}, this program reads 1 and {FORMAT_VERSION}",
+            f"manifest.json has format version {version}, this program reads 1 and {FORMAT_VERSION}",
             where=str(path),
             fix="use the program that wrote it",
         )
     if version == FORMAT_VERSION and own != _checksum_of(record):
         raise CheckpointError(
-            "manifest is damaged: it has the wrong checksum", where=str(path), fix="use another checkpoint"
+            "manifest.json is damaged: it has the wrong checksum", where=str(path), fix="use another checkpoint"
         )
     _check_iterations(manifest, folder)
     return manifest
@@ -123,7 +125,7 @@ def _check_iterations(manifest: Manifest, folder: Path) -> None:
     """Compare what folder, manifest and progress say; one of them alone must not move the run."""
     name = _FOLDER_NAME.fullmatch(folder.resolve().name)
     said = {
-        "manifest": manifest.iteration,
+        MANIFEST_NAME: manifest.iteration,
         "progress": manifest.progress.get("iteration", manifest.iteration),
         "folder": int(name[1]) if name else manifest.iteration,
     }

@@ -51,14 +51,14 @@ def test_a_missing_file_is_found(checkpoint):
 
 
 def test_a_missing_manifest_is_named(tmp_path):
-    with pytest.raises(CheckpointError, match="has no manifest"):
+    with pytest.raises(CheckpointError, match="has no manifest.json"):
         read_manifest(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"format_version": 1}'])
 def test_a_damaged_manifest_is_named(tmp_path, text):
     (tmp_path / "manifest.json").write_text(text)
-    with pytest.raises(CheckpointError, match="manifest is damaged"):
+    with pytest.raises(CheckpointError, match="manifest.json is damaged"):
         read_manifest(tmp_path)
 
 
@@ -95,7 +95,7 @@ def test_folder_manifest_and_progress_have_one_iteration(tmp_path, folder, progr
     path = tmp_path / folder
     path.mkdir()
     write_manifest(path, Manifest(iteration=7, progress={"iteration": progress}, files={}))
-    with pytest.raises(CheckpointError, match=r"iterations differ: manifest 7, progress \d, folder \d"):
+    with pytest.raises(CheckpointError, match=r"iterations differ: manifest.json 7, progress \d, folder \d"):
         read_manifest(path)
 
 

@@ -22,6 +22,8 @@ DUPLICATES_NOTE = "duplicate_samples"
 WORK_FOLDER = ".prepare"
 """Where `prepare` keeps its unfinished parts, inside the output folder."""
 
+_OWN_CHECKSUM = "crc32"
+"""Of everything else in the manifest; those of earlier versions have none."""
 _CHUNK_BYTES = 1 << 18  # larger chunks are no faster and would show up in the memory of every reader
 
 
@@ -138,6 +140,7 @@ def save_manifest(manifest: Manifest, folder: Path) -> None:
     """Write `manifest.json`, the last file of a dataset: its presence means that the dataset is complete."""
     tree = {"format": FORMAT_NAME, "format_version": FORMAT_VERSION}
     tree |= dataclasses.asdict(manifest) | {"counts": dataclasses.asdict(manifest.counts)}
+    tree[_OWN_CHECKSUM] = _checksum_of(tree)
     write_durably(folder / MANIFEST_FILE, (json.dumps(tree, indent=1) + "\n").encode())
 
 
@@ -176,9 +179,26 @@ def load_manifest(folder: Path) -> Manifest:
     if missing:
         what = f"manifest lists no {missing[0]}: an older version of this program prepared the dataset"
         raise DataError(what, where=str(path), fix="prepare the dataset again")
-    if dataclasses.asdict(manifest.counts) != tree["counts"]:
+    if dataclasses.asdict(manifest.counts) != tree.get("counts"):
         raise DataError("counts in the manifest are not the sums over its shards", where=str(path), fix="prepare again")
+    _check_itself(tree, path)
     return manifest
+
+
+def _checksum_of(tree: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(tree, sort_keys=True).encode())
+
+
+def _check_itself(tree: dict[str, Any], path: Path) -> None:
+    content = {name: value for name, value in tree.items() if name != _OWN_CHECKSUM}
+    known = {"format", "format_version", "counts", *(entry.name for entry in dataclasses.fields(Manifest))}
+    for name in content:
+        if name not in known:
+            raise DataError(f"manifest has an unknown field {name!r}", where=str(path), fix="prepare the dataset again")
+    if tree.get(_OWN_CHECKSUM, _checksum_of(content)) != _checksum_of(content):
+        raise DataError(
+            "manifest is damaged: it has the wrong checksum", where=str(path), fix="copy or prepare the dataset again"
+        )
 
 
 def _missing(folder: Path) -> DataError:

@@ -154,17 +154,35 @@ def test_index_that_does_not_fit_the_data_is_found(dataset, where, message):
     assert any(message in fault for fault in faults(dataset))
 
 
-def test_manifest_whose_sum_does_not_hold_is_found(dataset):
+def change_manifest(dataset, **changes):
+    save_manifest(dataclasses.replace(load_manifest(dataset), **changes), dataset)
+
+
+def test_manifest_without_a_checksum_of_itself_is_read(dataset):
     tree = json.loads((dataset / MANIFEST_FILE).read_text())
-    tree["documents"] += 1
+    del tree["crc32"]
     (dataset / MANIFEST_FILE).write_text(json.dumps(tree))
+    assert faults(dataset) == []
+
+
+def test_every_flipped_bit_of_the_manifest_is_found(dataset):
+    path = dataset / MANIFEST_FILE
+    content = path.read_bytes()
+    for position in range(0, len(content), 7):
+        damaged = bytearray(content)
+        damaged[position] ^= 1 << position % 8
+        path.write_bytes(damaged)
+        with pytest.raises(DataError, match=r"manifest.json"):
+            load_manifest(dataset)
+
+
+def test_manifest_whose_sum_does_not_hold_is_found(dataset):
+    change_manifest(dataset, documents=13)
     assert faults(dataset) == ["manifest: 13 documents were used, but there are 12 samples"]
 
 
 def test_list_of_rejects_is_held_against_the_manifest(dataset):
-    tree = json.loads((dataset / MANIFEST_FILE).read_text())
-    tree |= {"documents": 13, "rejects": {"json_type": 1}, "rejects_file": {"bytes": 3, "crc32": 0}}
-    (dataset / MANIFEST_FILE).write_text(json.dumps(tree))
+    change_manifest(dataset, documents=13, rejects={"json_type": 1}, rejects_file=FileFacts(bytes=3, crc32=0))
     assert faults(dataset) == ["rejects.jsonl: file is missing"]
     (dataset / "rejects.jsonl").write_text("{}\n")
     assert faults(dataset) == ["rejects.jsonl: checksum differs from the manifest"]
