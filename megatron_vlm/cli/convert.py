@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import get_args
 
 from megatron_vlm.cli.options import add_command
-from megatron_vlm.cli.values import local_path, new_folder, seed
+from megatron_vlm.cli.values import local_path, new_folder, seed, whole_number
 from megatron_vlm.config import ExitCode, ModelConfig, UsageError, load_section
 from megatron_vlm.config.inference import ModelOptions
 from megatron_vlm.config.modules import module_names
@@ -78,6 +78,8 @@ def _add_from_hf(actions: argparse._SubParsersAction) -> None:
     add("--projection", choices=module_names("megatron_vlm.convert.projectors"), default="linear", help=text)
     text = "hidden state of the tower that the projection receives (default: set by the tower, -2 for CLIP)"
     add("--feature-layer", type=int, metavar="N", help=text)
+    text = "side of the images in pixels; position embeddings are interpolated to it (default: that of the folder)"
+    add("--image-size", type=whole_number(1), metavar="N", help=text)
     add("--seed", type=seed, default=1234, help="seed of the random projection (default: %(default)s)")
 
 
@@ -153,13 +155,17 @@ def _from_hf(args: argparse.Namespace) -> None:
     from megatron_vlm.convert.from_hf import ImportOptions, import_model, import_parts
     from megatron_vlm.convert.from_peft import import_adapter
 
+    if args.peft and args.image_size:
+        raise UsageError("--image-size and --peft exclude each other", fix="omit --image-size")
     model = load_section(ModelConfig, args.config, "model") if args.config else None
     if args.peft:
         model = import_adapter(args.peft, args.base, args.output)
     elif args.model:
-        model = import_model(args.model, args.output, model)
+        model = import_model(args.model, args.output, model, image_size=args.image_size)
     else:
-        options = ImportOptions(projection=args.projection, feature_layer=args.feature_layer, seed=args.seed)
+        options = ImportOptions(
+            projection=args.projection, feature_layer=args.feature_layer, image_size=args.image_size, seed=args.seed
+        )
         model = import_parts(args.language, args.vision, args.output, options, model)
     print(f"# {args.output}: the model section for a training config; start with checkpoint.load_weights={args.output}")
     print(yaml.safe_dump({"model": config_to_dict(model)}, sort_keys=False), end="")

@@ -1,8 +1,10 @@
 """Read model folders as Hugging Face lays them out."""
 
+import functools
 import json
 import pickle
 import re
+import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -95,18 +97,23 @@ def _list_files(folder: Path) -> list[Path]:
             return [folder / name]
         index = folder / f"{name}.index.json"
         if index.is_file():
-            names = sorted(set(read_json(index)["weight_map"].values()))
-            return [_beside(name, index) for name in names]
+            return _indexed(index)
     raise CheckpointError(
         f"no {WEIGHTS_NAME} and no {_PICKLED}", where=str(folder), fix="name a folder with the weights"
     )
 
 
-def _beside(name: str, index: Path) -> Path:
-    file = index.parent / name
-    if Path(name).name != name or not file.is_file():
-        raise CheckpointError(f"file {name} is missing", where=str(index), fix="download the folder again")
-    return file
+def _indexed(index: Path) -> list[Path]:
+    """Return the files that an index names."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError("index names no files", where=str(index), fix="download the folder again")
+    names = sorted(set(map(str, weight_map.values())))
+    missing = [name for name in names if Path(name).name != name or not (index.parent / name).is_file()]
+    if missing:
+        what = f"{len(missing)} of {len(names)} files are missing, first {missing[0]}"
+        raise CheckpointError(what, where=str(index), fix="download the folder again")
+    return [index.parent / name for name in names]
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -124,6 +131,23 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise CheckpointError("file holds no JSON object", where=str(path), fix="download it again")
     return record
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Read a JSON object of settings without those that are null, which stand for a default like those left out.
+
+    Raises:
+        CheckpointError: as in `read_json`.
+    """
+    return _without_nulls(read_json(path))
+
+
+def _without_nulls(settings: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: _without_nulls(value) if isinstance(value, dict) else value
+        for name, value in settings.items()
+        if value is not None
+    }
 
 
 def write_json(path: Path, record: dict[str, Any]) -> None:
@@ -148,12 +172,24 @@ def _list_tensors(file: Path) -> list[Stored]:
 def _load_pickle(file: Path) -> dict[str, Tensor]:
     """Return the tensors of a file; their values stay on the disk until they are used."""
     try:
+        if not zipfile.is_zipfile(file):
+            return _load_old_pickle(file)
         tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise CheckpointError(
             f"weights cannot be read: {str(error).splitlines()[0]}", where=str(file), fix="download the file again"
         ) from None
-    return {name: value for name, value in tensors.items() if isinstance(value, Tensor)}
+    return _only_tensors(tensors)
+
+
+@functools.lru_cache(maxsize=1)
+def _load_old_pickle(file: Path) -> dict[str, Tensor]:
+    """Return the tensors of a file of torch before 1.6, which can only be read as a whole."""
+    return _only_tensors(torch.load(file, map_location="cpu", weights_only=True))
+
+
+def _only_tensors(record: Any) -> dict[str, Tensor]:
+    return {name: value for name, value in record.items() if isinstance(value, Tensor)}
 
 
 def list_safetensors(file: Path) -> list[Stored]:

@@ -23,10 +23,11 @@ from megatron_vlm.config import (
     config_to_dict,
 )
 from megatron_vlm.config.projectors import make_projector
-from megatron_vlm.config.towers import TowerWrapper, innermost
+from megatron_vlm.config.towers import innermost
 from megatron_vlm.convert.differences import describe_differences
 from megatron_vlm.convert.family import Family, ModelFamily, Part, Parts, family_of, find_tower_family
-from megatron_vlm.convert.folder import CONFIG_NAME, HFFolder, common_type, read_json
+from megatron_vlm.convert.folder import CONFIG_NAME, HFFolder, common_type, read_settings
+from megatron_vlm.convert.processing import at_image_size, resize_positions, with_processing
 from megatron_vlm.convert.projector import find_projector
 from megatron_vlm.convert.rules import Rule, Vocabulary
 from megatron_vlm.data.text.tokenizer import Tokenizer, load_tokenizer
@@ -35,7 +36,6 @@ from megatron_vlm.platform.files.run_folder import hold_run_folder
 
 logger = logging.getLogger(__name__)
 
-_PROCESSOR_NAME = "preprocessor_config.json"
 # Fields that a training may choose freely: they affect neither a tensor nor what the imported weights compute.
 _FREE_LANGUAGE = {"init_method_std", "max_position_embeddings"}
 
@@ -48,6 +48,8 @@ class ImportOptions:
     """Type of the projection, which starts with random weights; a whole model brings its own."""
     feature_layer: int | None = None
     """Hidden state of the tower that the projection gets; None: the default of our tower."""
+    image_size: int | None = None
+    """Side of the images [pixels], to which the position embeddings of the tower are interpolated; None: its own."""
     seed: int = 1234
     """Seed of the random projection."""
 
@@ -80,13 +82,15 @@ def import_parts(
     chosen = {} if options.feature_layer is None else {"feature_layer": options.feature_layer}
     found = ModelConfig(
         language=_language_config(decoder),
-        vision=_with_processing(tower.read_config(**chosen), vision),
+        vision=with_processing(tower.read_config(**chosen), vision),
         projection=make_projector(options.projection),
     )
-    model = _agreed(model, found)
+    model = _agreed(model, at_image_size(found, options.image_size))
+    wanted = innermost(model.vision)
+    stored = replace(wanted, image_size=found.vision.image_size)  # type: ignore[type-var]
     tensors: dict[str, Tensor | LazyTensor] = {
         **_lazy_tensors(decoder, model.language),
-        **_lazy_tensors(tower, innermost(model.vision)),
+        **resize_positions(_lazy_tensors(tower, stored), stored, wanted),
         **_draw_projection(model, options.seed),
     }
     _write(run_dir, tensors, model, language)
@@ -94,7 +98,11 @@ def import_parts(
 
 
 def import_model(
-    folder: Path, run_dir: Path, model: ModelConfig | None = None, tower: Path | None = None
+    folder: Path,
+    run_dir: Path,
+    model: ModelConfig | None = None,
+    tower: Path | None = None,
+    image_size: int | None = None,
 ) -> ModelConfig:
     """Write checkpoint 0 of a new run from a whole model, e.g. LlavaForConditionalGeneration; see `import_parts`.
 
@@ -103,10 +111,15 @@ def import_model(
         run_dir: the new run.
         model: the model that the folder must hold; None: whatever it holds.
         tower: folder of the tower that the model names, if that is not in its folder.
+        image_size: as in `ImportOptions`.
     """
     check_new(run_dir)
-    opened, model = _open_model(folder, model, tower)
-    _write(run_dir, _lazy_tensors(opened, model), model, opened.parts.tokenizer)
+    opened, found = _open_model(folder, tower)
+    model = _agreed(model, at_image_size(found, image_size))
+    stored = model if image_size is None else at_image_size(model, found.vision.image_size)
+    tensors = _lazy_tensors(opened, stored)
+    tensors = resize_positions(tensors, innermost(stored.vision), innermost(model.vision))
+    _write(run_dir, tensors, model, opened.parts.tokenizer)
     return model
 
 
@@ -142,17 +155,15 @@ class _OpenFolder:
             raise CheckpointError(error.what, where=self.where, fix="use a complete folder") from None
 
 
-def _open_model(
-    folder: Path, model: ModelConfig | None = None, tower: Path | None = None
-) -> tuple[_OpenFolder, ModelConfig]:
+def _open_model(folder: Path, tower: Path | None = None) -> tuple[_OpenFolder, ModelConfig]:
     opened = _open(folder, "model", tower)
     found = opened.read_config(vocab_size=_count_tokens(opened))
-    return opened, _agreed(model, replace(found, vision=_with_processing(found.vision, opened.parts.processor)))
+    return opened, replace(found, vision=with_processing(found.vision, opened.parts.processor))
 
 
 def _open(path: Path, part: Part, tower: Path | None = None) -> _OpenFolder:
     where = path / CONFIG_NAME
-    settings = read_json(where)
+    settings = read_settings(where)
     family = family_of(settings, part, str(where))
     parts = Parts.of_one_folder(path, settings)
     if part == "model":
@@ -176,7 +187,8 @@ def _agreed(wanted: ModelConfig | None, found: ModelConfig) -> ModelConfig:
         *_differences("model.vision", innermost(wanted.vision), tower, find_tower_family(tower.type).FREE),
     ]
     if differences:
-        raise CheckpointError("; ".join(differences), fix="change the config, or omit --config")
+        resize = ", or name its image size with --image-size" if "vision.image_size=" in "".join(differences) else ""
+        raise CheckpointError("; ".join(differences), fix=f"change the config, or omit --config{resize}")
     return wanted
 
 
@@ -230,27 +242,6 @@ def _check_new_tokens(tokenizer: Tokenizer, rows: int, where: str) -> None:
         )
     if new:
         logger.info("new tokens, which get the mean of the other rows: %s", ", ".join(map(tokenizer.piece, new)))
-
-
-def _with_processing(vision: Any, folder: Path) -> Any:
-    """Take mean and standard deviation of the colours from the folder, if it has them, and the size of an image.
-
-    The size is that of config.json if the table of positions depends on it.
-    """
-    path = folder / _PROCESSOR_NAME
-    if not path.is_file():
-        return vision
-    settings = read_json(path)
-    found: dict[str, Any] = {}
-    for name in ("image_mean", "image_std"):
-        if name in settings and settings.get("do_normalize", True):
-            found[name] = tuple(settings[name])
-    if isinstance(vision, TowerWrapper):  # the size is that of the whole image, not that of what the tower sees
-        return replace(vision, tower=replace(vision.tower, **found))  # type: ignore[type-var]
-    crop = settings.get("crop_size")
-    if isinstance(crop, dict) and "image_size" in find_tower_family(vision.type).FREE:
-        found["image_size"] = crop["height"]
-    return replace(vision, **found)
 
 
 def _lazy_tensors(opened: _OpenFolder, config: Any) -> dict[str, LazyTensor]:

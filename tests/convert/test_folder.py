@@ -5,12 +5,23 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_vlm.config import CheckpointError
-from megatron_vlm.convert.folder import HFFolder, read_json
+from megatron_vlm.convert.folder import HFFolder, read_json, read_settings
 
 TENSORS = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)}
 
 
-@pytest.mark.parametrize(("file", "save"), [("model.safetensors", save_file), ("pytorch_model.bin", torch.save)])
+def save_as_old_torch(tensors, path):
+    torch.save(tensors, path, _use_new_zipfile_serialization=False)
+
+
+@pytest.mark.parametrize(
+    ("file", "save"),
+    [
+        ("model.safetensors", save_file),
+        ("pytorch_model.bin", torch.save),
+        ("pytorch_model.bin", save_as_old_torch),
+    ],
+)
 def test_tensors_are_listed_and_read(tmp_path, file, save):
     save(TENSORS, tmp_path / file)
     folder = HFFolder(tmp_path)
@@ -54,8 +65,9 @@ def test_settings_that_cannot_be_read_are_one_line(text, message, tmp_path):
         ({"pytorch_model.bin": "x"}, "weights cannot be read"),
         (
             {"model.safetensors.index.json": json.dumps({"weight_map": {"a": "../x.safetensors"}})},
-            "file ../x.safetensors is missing",
+            "1 of 1 files are missing, first ../x.safetensors",
         ),
+        ({"pytorch_model.bin.index.json": "{}"}, "index names no files"),
     ],
 )
 def test_a_folder_that_is_not_whole_is_one_line(files, message, tmp_path):
@@ -65,12 +77,27 @@ def test_a_folder_that_is_not_whole_is_one_line(files, message, tmp_path):
         HFFolder(tmp_path)
 
 
-def test_a_pickle_that_would_run_code_is_refused(tmp_path):
+def test_nulls_stand_for_defaults(tmp_path):
+    (tmp_path / "config.json").write_text('{"a": null, "text_config": {"b": null, "c": 0}, "d": [null]}')
+    assert read_settings(tmp_path / "config.json") == {"text_config": {"c": 0}, "d": [None]}
+
+
+def test_files_that_an_index_does_not_name_are_left_alone(tmp_path):
+    """A folder that was saved twice, the second time in fewer files."""
+    save_file(TENSORS, tmp_path / "model-00001-of-00001.safetensors")
+    (tmp_path / "model-00002-of-00003.safetensors").write_text("cut off")
+    index = {"weight_map": dict.fromkeys(TENSORS, "model-00001-of-00001.safetensors")}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert set(HFFolder(tmp_path).stored) == set(TENSORS)
+
+
+@pytest.mark.parametrize("old", [True, False])
+def test_a_pickle_that_would_run_code_is_refused(tmp_path, old):
     class Hostile:
         def __reduce__(self):
             return (print, ("this must never be printed",))
 
-    torch.save({"a": Hostile()}, tmp_path / "pytorch_model.bin")
+    torch.save({"a": Hostile()}, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=not old)
     with pytest.raises(CheckpointError, match="weights cannot be read"):
         HFFolder(tmp_path)
 

@@ -17,60 +17,11 @@ from megatron_vlm.config.towers.s2 import Config as ScaledConfig
 from megatron_vlm.convert.from_hf import ImportOptions, import_model, import_parts
 from megatron_vlm.convert.to_hf import export_model
 from tests.support.configs import tiny_model_with_tower
+from tests.support.llama_folders import copy_with_config, save_llama
 from tests.support.sentence_piece import NUM_PIECES
 
 WEIGHTS = "model.safetensors"
 TOLERANCE = 2e-5
-
-
-@pytest.fixture(scope="session")
-def llama_dir(tmp_path_factory, tokenizer_path):
-    """A Llama with grouped queries, heads wider than hidden_size / heads, and a rotary base of its own."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    return save_llama(tmp_path_factory.mktemp("llama"), tokenizer_path, LlamaConfig, LlamaForCausalLM)
-
-
-def save_llama(folder, tokenizer_path, config_class, model_class, **settings):
-    torch.manual_seed(0)
-    config = config_class(
-        **{
-            "vocab_size": NUM_PIECES,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 12,
-            "rope_theta": 5000.0,
-            "initializer_range": 0.3,
-            "max_position_embeddings": 512,
-            **settings,
-        }
-    )
-    model_class(config).save_pretrained(folder)
-    shutil.copyfile(tokenizer_path, folder / "tokenizer.model")
-    return folder
-
-
-@pytest.fixture(scope="session")
-def clip_dir(tmp_path_factory):
-    from transformers import CLIPVisionConfig, CLIPVisionModel
-
-    torch.manual_seed(1)
-    folder = tmp_path_factory.mktemp("clip")
-    sizes = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 2}
-    config = CLIPVisionConfig(**sizes, image_size=32, patch_size=8, initializer_factor=8.0)
-    CLIPVisionModel(config).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def imported(llama_dir, clip_dir, tmp_path_factory):
-    """The run of both folders, only to be read."""
-    run = tmp_path_factory.mktemp("imported")
-    import_parts(llama_dir, clip_dir, run, ImportOptions(projection="mlp2x_gelu"))
-    return run
 
 
 @pytest.fixture
@@ -235,19 +186,17 @@ def test_pytorch_model_bin_and_several_files_are_read(llama_dir, clip_dir, impor
 
 
 def test_tied_embeddings_are_read(clip_dir, tokenizer_path, tmp_path):
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     llama_dir = tmp_path / "llama"
-    save_llama(llama_dir, tokenizer_path, LlamaConfig, LlamaForCausalLM, tie_word_embeddings=True)
+    save_llama(llama_dir, tokenizer_path, tie_word_embeddings=True)
     import_parts(llama_dir, clip_dir, tmp_path / "run", ImportOptions())
     assert_logits_of_llama(tmp_path / "run", llama_dir)
 
 
 def test_half_precision_weights_load_into_a_model_of_full_precision(clip_dir, tokenizer_path, tmp_path):
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
     llama_dir = tmp_path / "llama"
-    save_llama(llama_dir, tokenizer_path, LlamaConfig, LlamaForCausalLM)
+    save_llama(llama_dir, tokenizer_path)
     LlamaForCausalLM.from_pretrained(llama_dir, dtype=torch.float16).save_pretrained(llama_dir)
     import_parts(llama_dir, clip_dir, tmp_path / "run", ImportOptions())
     LlamaForCausalLM.from_pretrained(llama_dir).float().save_pretrained(llama_dir)
@@ -362,13 +311,6 @@ def test_a_llama_with_a_part_that_ours_has_not_is_refused(settings, message, lla
     folder = copy_with_config(llama_dir, tmp_path / "llama", settings)
     with pytest.raises(CheckpointError, match=message):
         import_parts(folder, clip_dir, tmp_path / "run", ImportOptions())
-
-
-def copy_with_config(folder, target, settings):
-    shutil.copytree(folder, target)
-    config = json.loads((target / "config.json").read_text())
-    (target / "config.json").write_text(json.dumps({**config, **settings}))
-    return target
 
 
 def test_a_tower_with_an_unknown_activation_is_refused(llama_dir, clip_dir, tmp_path):

@@ -11,7 +11,7 @@ from megatron_vlm.convert.rules import Rule
 from megatron_vlm.convert.vision_transformer import ACTIVATIONS, Names, read_activation, unused_layers, vision_rules
 
 PART = "vision"
-MODEL_TYPES = ("clip_vision_model", "clip")
+MODEL_TYPES = ("clip_vision_model", "clip", "CLIPVisionModel", "CLIPModel")
 FREE = vision_transformer.FREE
 NAMES = Names(
     patches="vision_model.embeddings.patch_embedding.",

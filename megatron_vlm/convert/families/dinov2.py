@@ -18,7 +18,7 @@ from megatron_vlm.convert.vision_transformer import (
 )
 
 PART = "vision"
-MODEL_TYPES = ("dinov2", "dinov2_with_registers")
+MODEL_TYPES = ("dinov2", "dinov2_with_registers", "Dinov2Model", "Dinov2WithRegistersModel")
 FREE = vision_transformer.FREE | {"image_size", "post_norm"}
 _MASK_TOKEN, _POST_NORM = "embeddings.mask_token", "layernorm."
 
@@ -131,7 +131,7 @@ def config_from_hf(settings: dict[str, Any], *, where: str, **chosen: Any) -> Co
     require_settings(settings, {"qkv_bias": True}, where=where)
     swiglu, hidden = settings.get("use_swiglu_ffn", False), settings.get("hidden_size", 768)
     # The defaults are those of transformers' configs; files omit values that equal them.
-    with_registers = settings.get("model_type") == "dinov2_with_registers"
+    with_registers = "num_register_tokens" in settings or settings.get("model_type") == "dinov2_with_registers"
     image_size = settings.get("image_size", 224)
     patch_size = settings.get("patch_size", 16 if with_registers else 14)
     found: dict[str, Any] = {

@@ -10,7 +10,7 @@ from megatron_vlm.convert.rules import Rule
 from megatron_vlm.convert.vision_transformer import Names, read_activation, unused_layers, vision_rules
 
 PART = "vision"
-MODEL_TYPES = ("intern_vit_6b",)
+MODEL_TYPES = ("intern_vit_6b", "InternVisionModel")
 _NAMES = Names(
     patches="embeddings.patch_embedding.",
     positions="embeddings.position_embedding",

@@ -18,7 +18,7 @@ from megatron_vlm.convert.vision_transformer import (
 )
 
 PART = "vision"
-MODEL_TYPES = ("internvl_vision",)
+MODEL_TYPES = ("internvl_vision", "InternVLVisionModel")
 FREE = vision_transformer.FREE
 NORMS = {"RMSNorm": "rms_norm", "LayerNorm": "layer_norm"}
 """Our names of the norms, and those in config.json."""

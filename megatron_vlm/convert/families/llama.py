@@ -8,7 +8,7 @@ from megatron_vlm.config import CheckpointError, LanguageConfig
 from megatron_vlm.convert.rules import GatedMLP, QueryKeyValue, Rule, Vocabulary
 
 PART = "language"
-MODEL_TYPES = ("llama",)
+MODEL_TYPES = ("llama", "LlamaForCausalLM", "LLaMAForCausalLM")
 
 _PREFIX = "model.language_model."
 _UNUSED = (r".*\.rotary_emb\.inv_freq",)
@@ -126,14 +126,14 @@ def config_from_hf(settings: dict[str, Any], *, where: str, **chosen: Any) -> La
                 f"the language model has {key}={settings[key]}", where=where, fix=f"use a model with {key}={usual}"
             )
     found: dict[str, Any] = {
-        "vocab_size": settings["vocab_size"],
-        "num_layers": settings["num_hidden_layers"],
-        "hidden_size": settings["hidden_size"],
-        "ffn_hidden_size": settings["intermediate_size"],
-        "num_attention_heads": settings["num_attention_heads"],
+        # The defaults are those of transformers' LlamaConfig; files omit values that equal them.
+        "vocab_size": settings.get("vocab_size", 32000),
+        "num_layers": settings.get("num_hidden_layers", 32),
+        "hidden_size": settings.get("hidden_size", 4096),
+        "ffn_hidden_size": settings.get("intermediate_size", 11008),
+        "num_attention_heads": settings.get("num_attention_heads", 32),
         "num_query_groups": settings.get("num_key_value_heads"),
         "kv_channels": settings.get("head_dim"),
-        # The defaults are those of transformers' LlamaConfig; older files omit them.
         "max_position_embeddings": settings.get("max_position_embeddings", 2048),
         "rotary_base": _rotary_base(settings, where),
         "layernorm_epsilon": float(settings.get("rms_norm_eps", 1e-6)),

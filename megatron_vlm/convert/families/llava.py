@@ -19,21 +19,31 @@ from megatron_vlm.convert.rules import Rule
 from megatron_vlm.data.text.templates import stop_ids
 
 PART = "model"
-MODEL_TYPES = ("llava",)
+MODEL_TYPES = ("llava", "LlavaForConditionalGeneration")
 ARCHITECTURE = "LlavaForConditionalGeneration"
+_DEFAULT_VISION = {
+    "model_type": "clip_vision_model",
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+}
 _LANGUAGE, _VISION, _PROJECTOR = "language_model.", "vision_tower.", "multi_modal_projector."
 
 
 def renames(settings: dict[str, Any]) -> list[tuple[str, str]]:
     """Return renames to the names of transformers 4; in memory, the names of other versions start with `model.`."""
-    tower = find_family(settings.get("vision_config", {}).get("model_type"), "vision", "vision_config of config.json")
+    vision = _vision_settings(settings)
+    tower = find_family(vision["model_type"], "vision", "vision_config of config.json")
     return [
         (r"(model\.)?language_model\.model\.", "language_model.model."),
         (r"model\.language_model\.", "language_model.model."),
         (r"lm_head\.", "language_model.lm_head."),
         *(
             (rf"(?:model\.)?vision_tower\.{pattern}", f"vision_tower.{replacement}")
-            for pattern, replacement in tower.renames(settings["vision_config"])
+            for pattern, replacement in tower.renames(vision)
         ),
         (r"model\.vision_tower\.", "vision_tower."),
         (r"model\.multi_modal_projector\.", "multi_modal_projector."),
@@ -53,6 +63,12 @@ def reason_against(model: ModelConfig) -> str | None:
     except CheckpointError as error:
         return error.what
     return None
+
+
+def _vision_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the section of the tower, or what transformers' LlavaConfig has in its place: CLIP ViT-L/14 at 336."""
+    section: dict[str, Any] | None = settings.get("vision_config")
+    return _DEFAULT_VISION if section is None else {"model_type": _DEFAULT_VISION["model_type"], **section}
 
 
 def _language_family() -> Family:
@@ -160,10 +176,11 @@ def config_from_hf(settings: dict[str, Any], *, where: str, **chosen: Any) -> Mo
             f"vision_feature_layer={feature_layer}", where=where, fix="use a model with one layer counted from the end"
         )
     # transformers' LlavaConfig omits values that equal its defaults.
-    text, vision = {**settings["text_config"]}, settings["vision_config"]
-    text.setdefault("tie_word_embeddings", settings.get("tie_word_embeddings", False))
-    language_family = find_family(text.get("model_type"), "language", f"text_config of {where}")
-    vision_family = find_family(vision.get("model_type"), "vision", f"vision_config of {where}")
+    text = {"model_type": "llama", "tie_word_embeddings": settings.get("tie_word_embeddings", False)}
+    text |= settings.get("text_config", {})
+    vision = _vision_settings(settings)
+    language_family = find_family(text["model_type"], "language", f"text_config of {where}")
+    vision_family = find_family(vision["model_type"], "vision", f"vision_config of {where}")
     image = settings.get("image_token_index", 32000)
     vocab_size = chosen.pop("vocab_size", None) or image
     if image > vocab_size:

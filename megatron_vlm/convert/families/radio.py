@@ -22,7 +22,7 @@ from megatron_vlm.convert.vision_transformer import (
 )
 
 PART = "vision"
-MODEL_TYPES = ("radio",)
+MODEL_TYPES = ("radio", "RadioModel")
 # The table of positions does not depend on the image size.
 FREE = vision_transformer.FREE | {"image_size"}
 _PREFIX = "radio_model.model."

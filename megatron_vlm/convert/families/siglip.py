@@ -12,7 +12,7 @@ from megatron_vlm.convert.rules import Rule
 from megatron_vlm.convert.vision_transformer import read_activation, unused_layers, vision_rules
 
 PART = "vision"
-MODEL_TYPES = ("siglip_vision_model", "siglip")
+MODEL_TYPES = ("siglip_vision_model", "siglip", "SiglipVisionModel", "SiglipModel")
 FREE = vision_transformer.FREE
 NAMES = replace(clip.NAMES, class_token="", pre_norm="")
 # SiglipModel also holds the text tower. The last norm and the attention pool after it make one vector of an image.
