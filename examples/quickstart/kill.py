@@ -16,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-from megatron_vlm.training.run_records import read_metrics
+from megatron_vlm.platform.files.metrics import read_metrics
 
 _SECONDS_TO_DIE = 120.0
 

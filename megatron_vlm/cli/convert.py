@@ -108,6 +108,7 @@ def run(args: argparse.Namespace) -> int:
 def _to_hf(args: argparse.Namespace) -> None:
     from megatron_vlm.checkpoint.run_settings import read_run_settings
     from megatron_vlm.convert.export import export, is_whole_model
+    from megatron_vlm.convert.files.model_card import record_checks
     from megatron_vlm.convert.to_hf import ExportOptions
     from megatron_vlm.data.text.templates import find_system
 
@@ -127,19 +128,20 @@ def _to_hf(args: argparse.Namespace) -> None:
     loader = export(settings, args.output, options)
     print(f"{args.output}: {settings.checkpoint} for {loader}")
     if args.verify:
-        _compare(settings.checkpoint, args.output)
+        record_checks(args.output, _compare(settings.checkpoint, args.output))
 
 
 def _verify(args: argparse.Namespace) -> None:
     _compare(*args.models, with_logits=args.with_logits)
 
 
-def _compare(first: Path, second: Path, *, with_logits: bool = True) -> None:
+def _compare(first: Path, second: Path, *, with_logits: bool = True) -> list[str]:
     from megatron_vlm.convert.verify import verify_models
 
     found = verify_models(first, second, with_logits=with_logits)
     print("\n".join(found.lines))
     found.check(first, second)
+    return found.lines
 
 
 def _from_hf(args: argparse.Namespace) -> None:

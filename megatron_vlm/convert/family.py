@@ -1,7 +1,7 @@
 """The functions that a module of `convert/families/` offers; it is found by the `model_type` of a folder."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megatron_vlm.config import CheckpointError, ModelConfig, UsageError
 from megatron_vlm.config.modules import find_module, module_names
+from megatron_vlm.convert.history import History
 from megatron_vlm.convert.rules import Rule
 from megatron_vlm.data.loading.pixels import Aspect
 from megatron_vlm.data.text.templates import Template
@@ -111,6 +112,8 @@ class Serving:
     template: Template
     system: object
     """System prompt, as in `render_conversation`."""
+    history: History = field(default_factory=History)
+    """How the model was trained, for its card."""
 
 
 class ModelFamily(Family, Protocol):
@@ -135,7 +138,7 @@ class ModelFamily(Family, Protocol):
         """Return why the format cannot hold a model, as in "a tower of type ... does not fit ..."; None if it can."""
 
     def write_settings(self, folder: Path, serving: Serving) -> None:
-        """Write all files except the weights: config.json, tokenizer, processor, chat template."""
+        """Write all files except the weights: config.json, tokenizer, processor, chat template, model card."""
 
 
 def find_family(model_type: str | None, part: Part, where: str) -> Family:

@@ -17,6 +17,7 @@ from megatron_vlm.config import AdapterConfig, CheckpointError, UsageError
 from megatron_vlm.convert.adapter import adapter_shapes, read_merged
 from megatron_vlm.convert.differences import describe_differences
 from megatron_vlm.convert.family import Serving, check_fits, find_format
+from megatron_vlm.convert.history import read_history
 from megatron_vlm.convert.rules import Rule
 from megatron_vlm.convert.weights_writer import Announced, WeightsWriter
 from megatron_vlm.data.text.templates import DEFAULT_SYSTEM, find_template
@@ -84,6 +85,7 @@ def export_model(settings: RunSettings, output: Path, options: ExportOptions | N
             image_aspect=settings.image_aspect,
             template=template,
             system=options.system,
+            history=read_history(settings.checkpoint),
         )
         with folder_beside(output, is_new=not options.overwrite, replaces=True) as unfinished:
             family.write_settings(unfinished, serving)

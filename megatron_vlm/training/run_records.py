@@ -3,10 +3,9 @@
 Only files are read, so this works on any machine, during the run, and after a kill.
 """
 
-import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,10 @@ import yaml
 from megatron_vlm.checkpoint.folder import checkpoint_path, list_iterations
 from megatron_vlm.checkpoint.manifest import MANIFEST_NAME
 from megatron_vlm.config import DataError
+from megatron_vlm.platform.files.metrics import Record, last_of_each_iteration, read_records
 from megatron_vlm.platform.files.run_folder import CONFIG_NAME, EXIT_STATUS_NAME, METRICS_NAME
 from megatron_vlm.platform.launch.exit_status import ExitStatus, read_exit_status
 
-Record = dict[str, Any]
 _EVENT_FILE = re.compile(r"events\.out\.tfevents\.(\d+)\..*")
 
 
@@ -94,12 +93,12 @@ def read_run(run_dir: Path) -> RunRecords:
             where=str(run_dir),
             fix="name the run_dir of a training run",
         )
-    records, unreadable_lines = _read_records(run_dir)
+    records, unreadable_lines = read_records(run_dir)
     end = read_exit_status(run_dir / EXIT_STATUS_NAME)
     events = [*_starts(run_dir), *_repetitions(records), *_checkpoints(run_dir), *_ends(end)]
     return RunRecords(
         run_dir=run_dir,
-        metrics=_last_of_each_iteration(records),
+        metrics=last_of_each_iteration(records),
         unreadable_lines=unreadable_lines,
         config_text=_read_text(run_dir / CONFIG_NAME),
         events=sorted(events, key=_place_in_time),
@@ -107,39 +106,11 @@ def read_run(run_dir: Path) -> RunRecords:
     )
 
 
-def read_metrics(run_dir: Path) -> list[Record]:
-    """Return one record per iteration of a run, in order; empty before the first iteration."""
-    return _last_of_each_iteration(_read_records(run_dir)[0])
-
-
-def _read_records(run_dir: Path) -> tuple[list[Record], int]:
-    """Return the records in the order of the file, and the number of lines that are not complete records."""
-    lines = _read_text(run_dir / METRICS_NAME).splitlines()
-    records = [record for record in map(_parse, lines) if record is not None]
-    return records, len(lines) - len(records)
-
-
 def _read_text(path: Path) -> str:
     try:
         return path.read_text(errors="replace")
     except FileNotFoundError:
         return ""
-
-
-def _parse(line: str) -> Record | None:
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    return record if isinstance(record, dict) and isinstance(record.get("iteration"), int) else None
-
-
-def _last_of_each_iteration(records: Iterable[Record]) -> list[Record]:
-    by_iteration: dict[int, Record] = {}
-    for record in records:
-        # Validation losses may be on a line of their own.
-        by_iteration.setdefault(record["iteration"], {}).update(record)
-    return [by_iteration[iteration] for iteration in sorted(by_iteration)]
 
 
 def _is_number(value: Any) -> bool:

@@ -88,7 +88,9 @@ def test_logits_that_differ_by_more_than_rounding_are_refused(make_run, model_co
 def test_the_command_line_verifies_two_models_and_an_export(make_run, model_config, changed, tmp_path, capsys):
     run = str(make_run(model_config))
     assert main(["convert", "to-hf", run, "--output", str(tmp_path / "hf"), "--verify"]) == 0
-    assert "equal to the bit" in capsys.readouterr().out
+    figures = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("tensors:", "logits:"))]
+    assert "equal to the bit" in figures[0]
+    assert all(f"- {line}\n" in (tmp_path / "hf" / "README.md").read_text() for line in figures)
     folder = changed({"multi_modal_projector.linear_1.bias": lambda tensor: tensor + 1})
     assert main(["convert", "verify", run, str(folder), "--no-logits"]) == 65
     captured = capsys.readouterr()

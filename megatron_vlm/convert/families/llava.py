@@ -11,6 +11,7 @@ from megatron_vlm.config import CheckpointError, ModelConfig
 from megatron_vlm.config.towers import TowerConfig, TowerWrapper
 from megatron_vlm.config.vision_transformer import VisionTransformerConfig
 from megatron_vlm.convert.family import Family, Parts, Serving, TowerFamily, find_family, find_tower_family
+from megatron_vlm.convert.files.model_card import write_card
 from megatron_vlm.convert.files.processor import chat_template, generation_config, select_strategy, write_processor
 from megatron_vlm.convert.files.tokenizer import write_tokenizer
 from megatron_vlm.convert.folder import CONFIG_NAME, write_json
@@ -21,6 +22,23 @@ from megatron_vlm.data.text.templates import stop_ids
 PART = "model"
 MODEL_TYPES = ("llava", "LlavaForConditionalGeneration")
 ARCHITECTURE = "LlavaForConditionalGeneration"
+_USAGE = """
+With transformers 4.57 or later, where `FOLDER` is the folder of this file:
+
+```python
+from PIL import Image
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+processor = AutoProcessor.from_pretrained(FOLDER)
+model = LlavaForConditionalGeneration.from_pretrained(FOLDER)
+content = [{"type": "image"}, {"type": "text", "text": "What is in the picture?"}]
+prompt = processor.apply_chat_template([{"role": "user", "content": content}])
+inputs = processor(images=Image.open("picture.jpg"), text=prompt, return_tensors="pt")
+print(processor.decode(model.generate(**inputs, max_new_tokens=64)[0], skip_special_tokens=True))
+```
+
+With vLLM: `vllm serve FOLDER`, then OpenAI's chat endpoint. Folders without `chat_template.jinja` take plain prompts.
+"""
 _DEFAULT_VISION = {
     "model_type": "clip_vision_model",
     "hidden_size": 1024,
@@ -225,7 +243,7 @@ def _selecting(vision: TowerConfig, strategy: str, where: str) -> TowerConfig:
 
 
 def write_settings(folder: Path, serving: Serving) -> None:
-    """Write all files except the weights: config.json, tokenizer, processor, chat template."""
+    """Write all files except the weights: config.json, tokenizer, processor, chat template, model card."""
     model, tokenizer, template = serving.model, serving.tokenizer, serving.template
     added = write_tokenizer(folder, tokenizer, model.language)
     write_processor(folder, _tower(model), serving.image_aspect, added.image)
@@ -238,6 +256,7 @@ def write_settings(folder: Path, serving: Serving) -> None:
         bos, eos = tokenizer.bos, tokenizer.piece(tokenizer.eos_id)
         text = chat_template(template, serving.system, start=added.start, bos=bos, eos=eos, image=added.image)
         (folder / "chat_template.jinja").write_text(text)
+    write_card(folder, serving, architecture=ARCHITECTURE, usage=_USAGE)
 
 
 def _whole_config(serving: Serving) -> dict[str, Any]:

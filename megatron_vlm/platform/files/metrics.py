@@ -1,0 +1,42 @@
+"""Read metrics.jsonl of a run folder, during the run and after a kill as well."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from megatron_vlm.platform.files.run_folder import METRICS_NAME
+
+Record = dict[str, Any]
+
+
+def read_metrics(run_dir: Path) -> list[Record]:
+    """Return one record per iteration of a run, in order; empty before the first iteration."""
+    return last_of_each_iteration(read_records(run_dir)[0])
+
+
+def read_records(run_dir: Path) -> tuple[list[Record], int]:
+    """Return the records in the order of the file, and the number of lines that are not complete records."""
+    try:
+        lines = (run_dir / METRICS_NAME).read_text(errors="replace").splitlines()
+    except FileNotFoundError:
+        return [], 0
+    records = [record for record in map(_parse, lines) if record is not None]
+    return records, len(lines) - len(records)
+
+
+def last_of_each_iteration(records: Iterable[Record]) -> list[Record]:
+    """Return one record per iteration, in order; the last one if an iteration was repeated."""
+    by_iteration: dict[int, Record] = {}
+    for record in records:
+        # Validation losses may be on a line of their own.
+        by_iteration.setdefault(record["iteration"], {}).update(record)
+    return [by_iteration[iteration] for iteration in sorted(by_iteration)]
+
+
+def _parse(line: str) -> Record | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("iteration"), int) else None
