@@ -38,6 +38,9 @@ DATA_ROOMS = {
 }
 # Files that have no test at the mirrored path, and where they are tested instead, by reason.
 TESTED_ELSEWHERE = {
+    "convert/quantize/layouts/compressed_tensors.py": "convert/quantize/test_layout.py",
+    "convert/quantize/layouts/gemm.py": "convert/quantize/test_layout.py",
+    "convert/quantize/layouts/tinychat.py": "convert/quantize/test_layout.py",
     # Facts and protocols: every test that uses them holds them.
     "__main__.py": "cli/test_main.py",
     "checkpoint/differences.py": "cli/test_checkpoint.py",

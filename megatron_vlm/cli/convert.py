@@ -1,8 +1,9 @@
 """`megatron-vlm convert {to-hf,from-hf,verify}`."""
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 from megatron_vlm.cli.options import add_command
 from megatron_vlm.cli.values import local_path, new_folder, seed, whole_number
@@ -11,8 +12,12 @@ from megatron_vlm.config.inference import ModelOptions
 from megatron_vlm.config.modules import module_names
 from megatron_vlm.config.prepare import TemplateName
 
+if TYPE_CHECKING:
+    from megatron_vlm.convert.quantize.export import QuantizeOptions
+
 _TO_HF = "convert to-hf runs/sft --format llava --output exported"
 _TO_PEFT = "convert to-hf runs/lora --format peft --output adapter"
+_TO_AWQ = "convert to-hf runs/sft --quantize awq --calibration text.txt --output exported-awq"
 _FROM_HF = (
     "convert from-hf --language Llama-2-7b-hf --vision clip-vit-large-patch14-336 --output runs/start",
     "convert from-hf --model llava-1.5-7b-hf --output runs/start",
@@ -35,7 +40,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 def _add_to_hf(actions: argparse._SubParsersAction) -> None:
     text = "write a folder that transformers, vLLM and other programs load"
     notes = "The weights of an adapter are merged into those of its base, except with --format peft."
-    add = add_command(actions, "to-hf", text, _TO_HF, _TO_PEFT, notes=notes).add_argument
+    add = add_command(actions, "to-hf", text, _TO_HF, _TO_PEFT, _TO_AWQ, notes=notes).add_argument
     text = "a checkpoint, or a run folder for its newest checkpoint"
     add("checkpoint", metavar="CHECKPOINT_OR_RUN", help=text)
     kinds = "llava: LlavaForConditionalGeneration; peft: LoRA alone, for PeftModel; gguf: two files for llama.cpp"
@@ -54,6 +59,20 @@ def _add_to_hf(actions: argparse._SubParsersAction) -> None:
     add("--overwrite", action="store_true", help="replace DIR if it exists")
     text = "compare the folder with the checkpoint afterwards, as `convert verify` does"
     add("--verify", action="store_true", help=text)
+    _add_quantize(add)
+
+
+def _add_quantize(add: Callable[..., object]) -> None:
+    text = "store the decoder's matrices in 4 bits: awq, in float16, or compressed-tensors, symmetric"
+    add("--quantize", metavar="METHOD", help=text)
+    text = (
+        "of awq: gemm for transformers and vLLM, tinychat for a language model in a folder of its own (default: gemm)"
+    )
+    add("--layout", metavar="NAME", help=text)
+    text = "text like those that the model will see, in UTF-8; up to 65,000 tokens of it are used"
+    add("--calibration", type=local_path, metavar="TEXT", help=text)
+    text = "inputs that share a scale (default: 128)"
+    add("--group-size", type=int, choices=(128, 64, 32), help=text)
 
 
 def _add_from_hf(actions: argparse._SubParsersAction) -> None:
@@ -117,8 +136,10 @@ def _to_hf(args: argparse.Namespace) -> None:
             f"--verify does not read the format {args.format}",
             fix="leave it out: every export is read back as it is written",
         )
+    quantize = _quantize_options(args)
     settings = read_run_settings(args.checkpoint, tokenizer=args.tokenizer, image_aspect=args.image_aspect)
     options = ExportOptions(
+        quantize=quantize,
         format=args.format,
         dtype=args.dtype,
         template=args.template,
@@ -129,6 +150,26 @@ def _to_hf(args: argparse.Namespace) -> None:
     print(f"{args.output}: {settings.checkpoint} for {loader}")
     if args.verify:
         record_checks(args.output, _compare(settings.checkpoint, args.output))
+
+
+def _quantize_options(args: argparse.Namespace) -> "QuantizeOptions | None":
+    from megatron_vlm.convert.export import is_whole_model
+    from megatron_vlm.convert.quantize.export import QuantizeOptions
+    from megatron_vlm.platform.device import prepare_process
+
+    chosen = {"layout": args.layout, "calibration": args.calibration, "group_size": args.group_size}
+    given = {name: value for name, value in chosen.items() if value is not None}
+    if args.quantize is None:
+        if given:
+            option = next(iter(given)).replace("_", "-")
+            raise UsageError(f"--{option} says how to quantise", fix="add --quantize awq, or omit it")
+        return None
+    if args.calibration is None:
+        raise UsageError(f"--quantize {args.quantize} needs a text", fix="name a file with --calibration")
+    for name, is_given in ((f"--format {args.format}", not is_whole_model(args.format)), ("--verify", args.verify)):
+        if is_given:
+            raise UsageError(f"{name} is for weights that are not quantised", fix="omit it, or --quantize")
+    return QuantizeOptions(method=args.quantize, device=prepare_process(), **given)
 
 
 def _verify(args: argparse.Namespace) -> None:

@@ -18,6 +18,7 @@ from megatron_vlm.convert.adapter import adapter_shapes, read_merged
 from megatron_vlm.convert.differences import describe_differences
 from megatron_vlm.convert.family import Serving, check_fits, find_format
 from megatron_vlm.convert.history import read_history
+from megatron_vlm.convert.quantize.export import QuantizedExport, QuantizeOptions, Quantizer, Writer
 from megatron_vlm.convert.rules import Rule
 from megatron_vlm.convert.weights_writer import Announced, WeightsWriter
 from megatron_vlm.data.text.templates import DEFAULT_SYSTEM, find_template
@@ -49,6 +50,8 @@ class ExportOptions:
     """Largest file of weights [bytes]."""
     overwrite: bool = False
     """Replace a folder that exists."""
+    quantize: QuantizeOptions | None = None
+    """How the decoder is quantised; None: it is not."""
 
 
 def export_model(settings: RunSettings, output: Path, options: ExportOptions | None = None) -> str:
@@ -75,13 +78,18 @@ def export_model(settings: RunSettings, output: Path, options: ExportOptions | N
     check_fits(options.format, settings.model)
     family, template = find_format(options.format), find_template(options.template)
     rules, added = family.rules(settings.model), adapter_shapes(settings.model)
+    tokenizer, quantizer = load_tokenizer(settings.tokenizer), None
+    if options.quantize is not None:
+        quantizer = Quantizer(options.quantize, settings.model.language, rules, tokenizer)
     # Faults of the checkpoint and the settings show before the long part.
     with single_process(), storage_errors("export not written", output, only=STORAGE_ERRNOS, fix=_FIX):
         dtype = choose_dtype(options.dtype, check_checkpoint(settings.checkpoint, rules, added))
+        if quantizer is not None:
+            dtype = quantizer.choose_dtype(dtype, is_asked=options.dtype is not None)
         serving = Serving(
             model=settings.model,
             dtype=dtype,
-            tokenizer=load_tokenizer(settings.tokenizer),
+            tokenizer=tokenizer,
             image_aspect=settings.image_aspect,
             template=template,
             system=options.system,
@@ -90,8 +98,12 @@ def export_model(settings: RunSettings, output: Path, options: ExportOptions | N
         with folder_beside(output, is_new=not options.overwrite, replaces=True) as unfinished:
             family.write_settings(unfinished, serving)
             constants = family.constants(settings.model)
+            export: _Export | QuantizedExport
             export = _Export(settings.checkpoint, rules, constants, dtype, settings.model.adapter)
-            _write_weights(export, WeightsWriter(unfinished, export.announce(), options.max_shard_bytes))
+            if quantizer is not None:
+                quantizer.write_settings(unfinished)
+                export = QuantizedExport(quantizer, export, dtype)
+            _write_weights(export, export.writer(unfinished, options.max_shard_bytes))
     return family.ARCHITECTURE
 
 
@@ -166,13 +178,20 @@ class _Export:
         )
         return [*announced, *constants]
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the tensors of the folder, each made when it is asked for."""
-        for rule in self.rules:
+    def writer(self, folder: Path, max_shard_bytes: int) -> WeightsWriter:
+        """Return what writes the tensors."""
+        return WeightsWriter(folder, self.announce(), max_shard_bytes)
+
+    def read(self, rule: Rule, layer: int | None) -> Iterator[tuple[str, Tensor]]:
+        """Return the tensors of a rule as the checkpoint has them, by their names."""
+        whole = read_merged(self.checkpoint, self.adapter, rule.key, layer)
+        return zip(rule.names_of(layer), rule.transform.split(whole), strict=True)
+
+    def tensors(self, rules: Sequence[Rule] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Yield the tensors of some rules or all, and the constants, each made when it is asked for."""
+        for rule in self.rules if rules is None else rules:
             for layer in rule.layers:
-                whole = read_merged(self.checkpoint, self.adapter, rule.key, layer)
-                for name, tensor in zip(rule.names_of(layer), rule.transform.split(whole), strict=True):
-                    yield name, cast_weights(name, tensor, self.dtype)
+                yield from ((name, cast_weights(name, tensor, self.dtype)) for name, tensor in self.read(rule, layer))
         yield from ((name, tensor.to(self._type(tensor))) for name, tensor in self.constants.items())
 
     def _type(self, constant: Tensor) -> torch.dtype:
@@ -180,7 +199,7 @@ class _Export:
         return self.dtype if constant.is_floating_point() else constant.dtype
 
 
-def _write_weights(export: _Export, writer: WeightsWriter) -> None:
+def _write_weights(export: _Export | QuantizedExport, writer: Writer) -> None:
     announced = export.announce()
     with tqdm(total=len(announced), unit="tensor", desc="export", disable=None) as progress:
         writer.write(_counted(export.tensors(), progress))

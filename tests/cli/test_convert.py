@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import shutil
 
 import pytest
@@ -50,6 +51,44 @@ def test_to_hf_without_a_tokenizer_names_the_option(run, tmp_path, capsys):
     assert main(["convert", "to-hf", str(tmp_path / "run"), "--output", str(tmp_path / "x")]) == 78
     assert "gone.model does not exist" in (error := capsys.readouterr().err)
     assert "name it with --tokenizer" in error
+
+
+def test_to_hf_quantises(run, tmp_path, capsys):
+    (tmp_path / "text.txt").write_text("Is the blue circle left of 3 red squares? Yes. " * 150)
+    command = ["convert", "to-hf", str(run), "--output", str(tmp_path / "x"), "--quantize", "awq", "--group-size", "64"]
+    assert main([*command, "--calibration", str(tmp_path / "text.txt")]) == 0
+    assert "for LlavaForConditionalGeneration.from_pretrained" in capsys.readouterr().out
+    settings = json.loads((tmp_path / "x" / "config.json").read_text())["quantization_config"]
+    assert (settings["quant_method"], settings["group_size"]) == ("awq", 64)
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (["--quantize", "awq"], 64, "--quantize awq needs a text; fix: name a file with --calibration"),
+        (["--calibration", "gone.txt"], 64, "--calibration says how to quantise; fix: add --quantize awq"),
+        (["--group-size", "64"], 64, "--group-size says how to quantise"),
+        (
+            ["--quantize", "awq", "--calibration", "gone.txt", "--verify"],
+            64,
+            "--verify is for weights that are not qua",
+        ),
+        (["--quantize", "awq", "--calibration", "gone.txt", "--format", "peft"], 64, "--format peft is for weights"),
+        (["--quantize", "gptq", "--calibration", "gone.txt"], 64, "unknown method of quantisation 'gptq'"),
+        (["--quantize", "awq", "--calibration", "gone.txt"], 64, "has 64 inputs, not a multiple of the group size 128"),
+        (
+            ["--quantize", "awq", "--calibration", "gone.txt", "--group-size", "32"],
+            65,
+            "calibration text cannot be read",
+        ),
+    ],
+)
+def test_to_hf_says_in_one_line_why_it_cannot_quantise(options, code, message, run, tmp_path, capsys):
+    assert main(["convert", "to-hf", str(run), "--output", str(tmp_path / "x"), *options]) == code
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "x").exists()
 
 
 def test_from_hf_prints_the_model_section_for_a_config(run, exported, tmp_path, capsys):

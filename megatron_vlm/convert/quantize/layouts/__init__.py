@@ -1,0 +1,1 @@
+"""How quantised weights lie in files, a module each; see `convert/quantize/layout.py` for what it offers."""
