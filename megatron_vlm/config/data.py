@@ -49,9 +49,8 @@ class DataConfig:
     a cut, and the first token after it has no loss. drop: leave the sample out and count it. fail: refuse to start."""
     sample_multiple: int = 1
     """Every sample starts at a multiple of this in its row; the padding between two samples belongs to the segment of
-    the first and has no loss [tokens]. Context parallelism needs 2 * context_parallel_size. FP8 needs 16 (32 with
-    MXFP8), but for the whole micro-batch, so a suitable seq_length is enough unless kernels process samples one by
-    one."""
+    the first and has no loss [tokens]. FP8 and context parallelism ask for multiples of the whole micro-batch only, so
+    a suitable seq_length is enough for them unless kernels process samples one by one."""
     length_clustering: bool = False
     """Without packing: put samples of similar length into the same global batch, and make its rows only as long as the
     longest of them, rounded up to `length_multiple`."""

@@ -30,14 +30,20 @@ def derive_layout(config: TrainConfig, world_size: int) -> Layout:
         ConfigError: one size does not divide another; names the settings and the nearest value that fits.
     """
     parallel, training, language = config.parallel, config.training, config.model.language
-    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    if world_size % (tp * pp):
+    tp, pp, cp = (
+        parallel.tensor_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+        parallel.context_parallel_size,
+    )
+    if world_size % (tp * pp * cp):
+        names, sizes = "parallel.tensor_model_parallel_size * pipeline_model_parallel_size", f"{tp} * {pp}"
+        if cp > 1:
+            names, sizes = f"{names} * context_parallel_size", f"{sizes} * {cp}"
         raise ConfigError(
-            f"{world_size} ranks are not a multiple of parallel.tensor_model_parallel_size * "
-            f"pipeline_model_parallel_size = {tp} * {pp}",
-            fix=f"start {-(-world_size // (tp * pp)) * tp * pp} ranks, or change the layout",
+            f"{world_size} ranks are not a multiple of {names} = {sizes}",
+            fix=f"start {-(-world_size // (tp * pp * cp)) * tp * pp * cp} ranks, or change the layout",
         )
-    data_parallel_size = world_size // (tp * pp)
+    data_parallel_size = world_size // (tp * pp * cp)
     rows = training.micro_batch_size * data_parallel_size
     if training.global_batch_size % rows:
         nearest = max(1, (training.global_batch_size + rows // 2) // rows) * rows
@@ -70,18 +76,27 @@ def derive_layout(config: TrainConfig, world_size: int) -> Layout:
 
 def _check_tokens(config: TrainConfig) -> None:
     """Check that the positions of a micro-batch divide evenly for every possible row length."""
-    rows, tp = config.training.micro_batch_size, config.parallel.tensor_model_parallel_size
-    names = {"seq_length": config.data.seq_length}
+    rows, names = config.training.micro_batch_size, {"seq_length": config.data.seq_length}
     if config.data.length_clustering:
         names["length_multiple"] = config.data.length_multiple
     for name, length in names.items():
-        if config.parallel.sequence_parallel:
-            _check_divides(f"micro_batch_size * {name}", rows * length, "tensor parallel size", tp)
-        if config.training.fp8 is not None:
-            share, multiple = tp if config.parallel.sequence_parallel else 1, _FP8_MULTIPLES[config.training.fp8_recipe]
-            _check_divides(
-                f"micro_batch_size * {name}", rows * length, f"{multiple} tokens a rank for FP8", multiple * share
-            )
+        for by_name, by in _position_multiples(config).items():
+            _check_divides(f"micro_batch_size * {name}", rows * length, by_name, by)
+
+
+def _position_multiples(config: TrainConfig) -> dict[str, int]:
+    """Return what the positions of a micro-batch must be a multiple of, under the name of what asks for it."""
+    parallel, training = config.parallel, config.training
+    context, multiples = parallel.context_parallel_size, {}
+    ranks = context * (parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1)
+    if context > 1:
+        multiples["2 * context parallel size"] = 2 * context  # see `parallel.slicing.ContextShare`
+    if parallel.sequence_parallel:
+        multiples["tensor parallel size" if context == 1 else "tensor * context parallel size"] = ranks
+    if training.fp8 is not None:
+        multiple = _FP8_MULTIPLES[training.fp8_recipe]
+        multiples[f"{multiple} tokens a rank for FP8"] = multiple * ranks
+    return multiples
 
 
 def position_multiple(config: TrainConfig) -> int | None:
@@ -90,12 +105,9 @@ def position_multiple(config: TrainConfig) -> int | None:
     Returns:
         None if every row keeps all its positions: the stages of a pipeline exchange activations of one length.
     """
-    parallel, training = config.parallel, config.training
-    if parallel.pipeline_model_parallel_size > 1:
+    if config.parallel.pipeline_model_parallel_size > 1:
         return None
-    ranks = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
-    of_a_rank = 1 if training.fp8 is None else _FP8_MULTIPLES[training.fp8_recipe]
-    return math.lcm(ranks * of_a_rank, config.data.sample_multiple)
+    return math.lcm(*_position_multiples(config).values(), config.data.sample_multiple)
 
 
 def _check_pipeline(config: TrainConfig, pp: int) -> None:

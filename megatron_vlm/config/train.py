@@ -22,6 +22,8 @@ class ParallelConfig:
     pipeline_model_parallel_size: int = 1
     virtual_pipeline_model_parallel_size: int | None = None
     """Model chunks per pipeline rank (interleaved schedule)."""
+    context_parallel_size: int = 1
+    """Ranks that share the positions of every row; keys and values are gathered for attention."""
     sequence_parallel: bool = False
     """Split the activations between tensor-parallel regions along the sequence."""
     num_layers_in_first_pipeline_stage: int | None = None
@@ -38,6 +40,7 @@ class ParallelConfig:
 
     def __post_init__(self) -> None:
         check_positive("parallel", self, "tensor_model_parallel_size", "pipeline_model_parallel_size")
+        check_positive("parallel", self, "context_parallel_size")
         check_positive("parallel", self, "virtual_pipeline_model_parallel_size", "distributed_timeout_minutes")
         check_positive("parallel", self, "ddp_bucket_size")
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:

@@ -16,6 +16,7 @@ from megatron_vlm.config.patterns import matches_any, parameter_sizes
 from megatron_vlm.models.computation import Computation
 from megatron_vlm.models.language_model import LanguageModel, language_transformer_config
 from megatron_vlm.models.layers.gradients import RecomputedBlock
+from megatron_vlm.models.layers.image_parallel import ImageGroups
 from megatron_vlm.models.layers.replicas import Replicated, mark_replicated, replica_groups
 from megatron_vlm.models.layers.specs import choose_backend
 from megatron_vlm.models.parameter_names import global_parameters
@@ -70,7 +71,7 @@ def _build_chunk(
         vision=_build_vision(model, computation, patches) if first else None,
         language_model=language_model,
         image_size=model.vision.image_size,
-        tp_group=parallel_state.get_tensor_model_parallel_group(),
+        image_groups=ImageGroups.of_this_rank(),
     )
 
 

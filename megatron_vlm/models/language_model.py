@@ -12,13 +12,14 @@ from torch import Tensor
 
 from megatron_vlm.config import LanguageConfig, ParallelConfig
 from megatron_vlm.models.computation import Computation
+from megatron_vlm.models.layers.context_parallel import ContextParams
 from megatron_vlm.models.layers.cross_entropy import cross_entropy
 from megatron_vlm.models.layers.embedding import accumulate_in_place
 from megatron_vlm.models.layers.gradients import end_gradient
 from megatron_vlm.models.layers.linear import ColumnLinear
 from megatron_vlm.models.layers.rotary import positions_in_samples, rotary_table
 from megatron_vlm.models.layers.row_kinds import RowKinds, sort_rows
-from megatron_vlm.models.layers.specs import Backend, language_block_spec
+from megatron_vlm.models.layers.specs import Backend, language_block_spec, rotates_by_table
 from megatron_vlm.models.layers.vocabulary import clear_rows, count_rows, exclude_ids
 from megatron_vlm.platform import device
 from megatron_vlm.platform.machine import check_fp8_backend
@@ -68,6 +69,7 @@ def _parallel_arguments(parallel: ParallelConfig) -> dict[str, Any]:
         "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
         "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
         "virtual_pipeline_model_parallel_size": virtual,
+        "context_parallel_size": parallel.context_parallel_size,
         "num_layers_in_first_pipeline_stage": parallel.num_layers_in_first_pipeline_stage,
         "sequence_parallel": parallel.sequence_parallel,
         "overlap_p2p_comm": parallel.overlap_p2p_comm,
@@ -112,7 +114,8 @@ class LanguageModel(GPTModel):
             scatter_embedding_sequence_parallel=False,
             vp_stage=vp_stage,
         )
-        self.backend, self.num_predicted_ids = backend, language_config.vocab_size
+        self.num_predicted_ids = language_config.vocab_size
+        self.rotates_by_table = rotates_by_table(config, backend)
         self.sorts_rows = False
         """Whether the layers treat image positions otherwise; an adapter sets it."""
         self.input_learns = True
@@ -169,7 +172,7 @@ class LanguageModel(GPTModel):
         sequence_len_offset, received = None, self.decoder.input_tensor
         if not self.pre_process and not self.input_learns:
             self.decoder.set_input_tensor(received.detach())
-        if self.backend == "torch" and inference_context is None:
+        if self.rotates_by_table and inference_context is None:
             rotary_pos_emb = self._rotary_table(decoder_input, packed_seq_params)
         else:
             decoder_input, rotary_pos_emb, _, _, sequence_len_offset, _ = self._preprocess(
@@ -218,7 +221,9 @@ class LanguageModel(GPTModel):
         """Return the rotary table of this micro-batch for all layers of this stage."""
         rotary = self.rotary_pos_emb
         num_positions = rotary.get_rotary_seq_len(None, self.decoder, decoder_input, self.config)
-        if packed_seq_params is None:
+        if isinstance(packed_seq_params, ContextParams):
+            positions = packed_seq_params.position_ids
+        elif packed_seq_params is None:
             positions = torch.arange(num_positions, dtype=torch.int32, device=torch.cuda.current_device())
         else:
             positions = positions_in_samples(num_positions, packed_seq_params.cu_seqlens_q)

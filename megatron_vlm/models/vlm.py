@@ -9,7 +9,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_vlm.models.language_model import LanguageModel
-from megatron_vlm.models.layers.image_parallel import gather_features
+from megatron_vlm.models.layers.image_parallel import ImageGroups, gather_features
 
 
 def merge_image_embeddings(text: Tensor, image: Tensor, image_token_index: Tensor) -> Tensor:
@@ -48,7 +48,7 @@ class VisionLanguageModel(MegatronModule):
         vision: tower and projection; None on later stages.
         language_model: the decoder layers of this stage.
         image_size: side of the square input image of the tower [pixels].
-        tp_group: the tensor-parallel ranks, which divide the images of a micro-batch among them.
+        image_groups: the ranks that divide the images of a micro-batch among them.
     """
 
     vision_model: MegatronModule
@@ -61,13 +61,13 @@ class VisionLanguageModel(MegatronModule):
         vision: tuple[MegatronModule, MegatronModule] | None,
         language_model: LanguageModel,
         image_size: int,
-        tp_group: torch.distributed.ProcessGroup,
+        image_groups: ImageGroups,
     ) -> None:
         super().__init__(config=config)
         if vision is not None:
             self.vision_model, self.vision_projection = vision
         self.language_model = language_model
-        self.image_size, self.tp_group = image_size, tp_group
+        self.image_size, self.image_groups, self.tp_group = image_size, image_groups, image_groups.tensor
         # megatron-core's schedules, gradient reduction and checkpoints read these from the outermost module.
         self.model_type = ModelType.encoder_or_decoder
         self.pre_process, self.post_process = language_model.pre_process, language_model.post_process
@@ -93,7 +93,7 @@ class VisionLanguageModel(MegatronModule):
             float[num_images * p, h]; in reading order.
         """
         local = self._encode_share(pixel_values)
-        return gather_features(local, num_images, self.tp_group).flatten(0, 1)
+        return gather_features(local, num_images, self.image_groups).flatten(0, 1)
 
     def _encode_share(self, pixel_values: Tensor) -> Tensor:
         """Return float[share, p, h]; an empty share comes from a blank image of which nothing is kept.
@@ -105,13 +105,22 @@ class VisionLanguageModel(MegatronModule):
         blank = pixel_values.new_zeros((1, 3, self.image_size, self.image_size))
         return self.vision_projection(self.vision_model(blank))[:0]
 
-    def embed(self, input_ids: Tensor, pixel_values: Tensor, image_token_index: Tensor, num_images: int) -> Tensor:
-        """Embed text and images.
+    def embed(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor,
+        image_token_index: Tensor,
+        num_images: int,
+        image_index: Tensor | None = None,
+    ) -> Tensor:
+        """Embed text and images; the arguments are those of `forward`.
 
         Returns:
             float[s, b, h]; with sequence parallelism the slice of this rank, float[s / tp, b, h].
         """
         image = self.encode_images(pixel_values, num_images)
+        if image_index is not None:
+            image = image.index_select(0, image_index)
         text = self.language_model.embedding(input_ids=input_ids, position_ids=None)  # [s, b, h]
         merged = merge_image_embeddings(text, image, image_token_index)
         if self.config.sequence_parallel:
@@ -128,18 +137,20 @@ class VisionLanguageModel(MegatronModule):
         labels: Tensor | None = None,
         label_index: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
+        image_index: Tensor | None = None,
         inference_context: object | None = None,
     ) -> Tensor:
         """Run this stage on one micro-batch.
 
         Args:
             input_ids: int64[b, s]; b is 1 for packed rows.
-            pixel_values: uint8[share, 3, H, W]; images of this tensor-parallel rank; used on the first stage only.
-            image_token_index: int64[num_images * p]; positions of the placeholders in the flattened sequence [s * b].
+            pixel_values: uint8[share, 3, H, W]; this rank's share of the images; used on the first stage only.
+            image_token_index: int64[m]; positions of the placeholders in the flattened sequence [s * b].
             num_images: images of the whole micro-batch.
             labels: int64[1, s], IGNORE_INDEX where there is no loss; None to get logits.
             label_index: int64[k]; positions with a loss; required with labels.
             packed_seq_params: boundaries of the samples; None for a batch of samples of equal length.
+            image_index: int64[m]; which rows of the embeddings of all images stand there; None for all num_images * p.
             inference_context: megatron-core's key/value cache.
 
         Returns:
@@ -148,7 +159,7 @@ class VisionLanguageModel(MegatronModule):
         """
         embeddings = None
         if self.pre_process:
-            embeddings = self.embed(input_ids, pixel_values, image_token_index, num_images)
+            embeddings = self.embed(input_ids, pixel_values, image_token_index, num_images, image_index)
         if not self.post_process:
             labels = None
         elif labels is not None and label_index is not None:

@@ -10,6 +10,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megatron_vlm.config import ParallelConfig
+from megatron_vlm.parallel.slicing import ContextShare, ImageShare
 from megatron_vlm.platform.device import distributed_backend
 
 
@@ -21,10 +22,26 @@ class RankLayout:
     world_size: int
     tp_rank: int
     tp_size: int
+    cp_rank: int
+    cp_size: int
     pp_rank: int
     pp_size: int
     dp_rank: int
     dp_size: int
+    """Data-parallel ranks have different rows; context-parallel ranks share theirs and do not count as such."""
+
+    @property
+    def image_share(self) -> ImageShare:
+        """The images of a micro-batch that this rank encodes, if it holds the tower.
+
+        Ranks count along the tensor-parallel group first, as in megatron-core's tensor- and context-parallel group.
+        """
+        return ImageShare(self.cp_rank * self.tp_size + self.tp_rank, self.tp_size * self.cp_size)
+
+    @property
+    def context_share(self) -> ContextShare:
+        """The positions of a micro-batch that this rank computes."""
+        return ContextShare(self.cp_rank, self.cp_size)
 
     @property
     def is_first_stage(self) -> bool:
@@ -38,7 +55,8 @@ class RankLayout:
 
     def describe(self) -> str:
         """Return a short name for messages."""
-        return f"rank {self.rank}: dp {self.dp_rank}, pp {self.pp_rank}, tp {self.tp_rank}"
+        context = f", cp {self.cp_rank}" if self.cp_size > 1 else ""
+        return f"rank {self.rank}: dp {self.dp_rank}, pp {self.pp_rank}, tp {self.tp_rank}{context}"
 
 
 def start_distributed(parallel: ParallelConfig, device: torch.device, backend: str | None = None) -> RankLayout:
@@ -66,6 +84,7 @@ def build_groups(parallel: ParallelConfig) -> None:
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
         distributed_timeout_minutes=max(1, int(parallel.distributed_timeout_minutes)),
         # A second set of gloo groups is only needed for checkpoints that gather the optimizer on one rank.
         create_gloo_process_groups=False,
@@ -79,6 +98,8 @@ def rank_layout() -> RankLayout:
         world_size=torch.distributed.get_world_size(),
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
         tp_size=parallel_state.get_tensor_model_parallel_world_size(),
+        cp_rank=parallel_state.get_context_parallel_rank(),
+        cp_size=parallel_state.get_context_parallel_world_size(),
         pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
         pp_size=parallel_state.get_pipeline_model_parallel_world_size(),
         dp_rank=parallel_state.get_data_parallel_rank(),

@@ -15,7 +15,6 @@ from megatron_vlm.parallel.slicing import RankSlice
 class BatchCounts:
     """Contents of the micro-batches that this rank has seen in one step."""
 
-    pad_token_id: int
     rank_slice: RankSlice
     num_micro_batches: int = 0
     num_tokens: int = 0
@@ -30,13 +29,10 @@ class BatchCounts:
 
     def add(self, batch: VLMBatch) -> None:
         """Count the next micro-batch, which is still on the host."""
-        # A segment may end with padding; one that is nothing else counts as 0 tokens.
-        filled = (batch.input_ids[0] != self.pad_token_id).cumsum(0)
-        lengths = torch.cat([filled.new_zeros(1), filled[batch.cu_seqlens[1:].long() - 1]]).diff().double()
         self.num_tokens += batch.num_tokens
         self.num_positions += batch.num_positions
         self.num_images += batch.num_images
-        self.attention_pairs += int((lengths * (lengths + 1) / 2).sum())
+        self.attention_pairs += batch.attention_pairs
         rows = self.rank_slice.rows(self.num_micro_batches)
         self.sample_hash += hash_rows(batch.sample_ids.numpy(), batch.samples_per_row.numpy(), rows)
         self.sample_hash %= 1 << HASH_BITS

@@ -8,6 +8,7 @@ from torch import Tensor
 from megatron_vlm.config.modules import find_module
 from megatron_vlm.config.objectives import ObjectiveConfig
 from megatron_vlm.data.loading.batch import VLMBatch
+from megatron_vlm.models.layers.context_parallel import ContextParams
 
 
 class Objective(Protocol):
@@ -45,12 +46,23 @@ def run_model(model: Any, batch: VLMBatch) -> Tensor:
         labels=batch.labels,
         label_index=batch.label_index,
         packed_seq_params=packed_seq_params(batch),
+        image_index=None if batch.context is None else batch.context.image_index,
     )
 
 
 def packed_seq_params(batch: VLMBatch) -> PackedSeqParams:
     """Return the sample borders of a batch as megatron-core wants them."""
     borders, longest = batch.cu_seqlens, batch.max_seqlen
+    if batch.context is not None:
+        return ContextParams(
+            qkv_format="thd",
+            cu_seqlens_q=borders,
+            cu_seqlens_kv=batch.context.key_cu_seqlens,
+            max_seqlen_q=longest,
+            max_seqlen_kv=batch.context.max_keys,
+            position_ids=batch.context.position_ids,
+            key_index=batch.context.key_index,
+        )
     return PackedSeqParams(
         qkv_format="thd", cu_seqlens_q=borders, cu_seqlens_kv=borders, max_seqlen_q=longest, max_seqlen_kv=longest
     )

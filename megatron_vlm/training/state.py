@@ -12,7 +12,7 @@ from megatron_vlm.config import Layout, TrainConfig
 from megatron_vlm.data.plan.plan import Plan
 from megatron_vlm.models.vlm import VisionLanguageModel
 from megatron_vlm.parallel.groups import RankLayout
-from megatron_vlm.parallel.slicing import ImageShare, RankSlice
+from megatron_vlm.parallel.slicing import RankSlice
 from megatron_vlm.training.objective import Objective
 
 SIGNALLED = "signalled"
@@ -56,7 +56,8 @@ class TrainState:
             data_parallel_rank=self.rank.dp_rank,
             data_parallel_size=self.rank.dp_size,
             micro_batch_size=self.config.training.micro_batch_size,
-            image_share=ImageShare(self.rank.tp_rank, self.rank.tp_size) if has_tower else None,
+            image_share=self.rank.image_share if has_tower else None,
+            context_share=self.rank.context_share,
         )
 
     def gather_parameters(self) -> None:
@@ -83,4 +84,4 @@ class TrainState:
     @property
     def is_reporter(self) -> bool:
         """Whether this rank writes logs and metrics: the first rank of the last stage, where the loss is."""
-        return self.rank.is_last_stage and self.rank.dp_rank == 0 and self.rank.tp_rank == 0
+        return self.rank.is_last_stage and self.rank.dp_rank == self.rank.cp_rank == self.rank.tp_rank == 0

@@ -81,8 +81,7 @@ def run_micro_batches(
         The sums that the objective logs for each micro-batch, on ranks of the last stage; and for each chunk, what its
         micro-batches contained.
     """
-    pad_token_id = state.config.model.language.pad_token_id
-    counts = [BatchCounts(pad_token_id, state.rank_slice()) for _ in loaders]
+    counts = [BatchCounts(state.rank_slice()) for _ in loaders]
     iterators = [CountedBatches(batches, count, device) for batches, count in zip(loaders, counts, strict=True)]
     sums = get_forward_backward_func()(
         forward_step_func=partial(forward_step, objective=state.objective, num_datasets=num_datasets),
@@ -170,8 +169,11 @@ def update_weights(
 
 
 def _seed_of_step(seed: int, iteration: int, rank: RankLayout) -> int:
-    """Return a seed of its own for each step, data-parallel rank and pipeline stage; tensor-parallel ranks share it."""
-    text = f"{seed} {iteration} {rank.dp_rank} {rank.pp_rank}"
+    """Return a seed of its own for each step, pipeline stage and rank with positions of its own.
+
+    Tensor-parallel ranks share it.
+    """
+    text = f"{seed} {iteration} {rank.dp_rank * rank.cp_size + rank.cp_rank} {rank.pp_rank}"
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")
 
 

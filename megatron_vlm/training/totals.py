@@ -63,10 +63,13 @@ def sum_over_ranks(
     if rank.is_last_stage and rank.tp_rank == 0:
         for part in sums:
             losses += part.flatten()
+    # Context-parallel ranks have labels of their own, and all counts of the same rows.
+    if rank.is_last_stage and rank.tp_rank == rank.cp_rank == 0:
         last = counts[-1]
         counted = [last.num_tokens, last.num_positions, last.num_images, last.attention_pairs]
         sample_hash = last.sample_hash
-    data_wait = counts[-1].data_wait / rank.dp_size if rank.is_first_stage and rank.tp_rank == 0 else 0.0
+    waits = rank.is_first_stage and rank.tp_rank == rank.cp_rank == 0
+    data_wait = counts[-1].data_wait / rank.dp_size if waits else 0.0
     hash_of_all = sum(count.sample_hash for count in counts) % (1 << HASH_BITS)
     measured = [*counted, data_wait, stop_requested, *_halves(sample_hash), *_halves(hash_of_all)]
     # Filled on the device: a copy from the host would wait for everything before it.
@@ -117,7 +120,7 @@ def check_samples(totals: Totals, plan: Plan, index: int, rank: RankLayout, *, n
     """
     sample_ids, samples_per_row = plan.rows(index)
     planned = hash_rows(sample_ids, samples_per_row, range(len(samples_per_row)))
-    planned_of_all = planned * rank.tp_size * rank.pp_size * num_chunks % (1 << HASH_BITS)
+    planned_of_all = planned * rank.tp_size * rank.cp_size * rank.pp_size * num_chunks % (1 << HASH_BITS)
     if (totals.sample_hash, totals.sample_hash_of_all) == (planned, planned_of_all):
         return
     is_loss = totals.sample_hash != planned

@@ -30,7 +30,7 @@ from megatron_vlm.models.build import build_model
 from megatron_vlm.models.computation import Computation
 from megatron_vlm.parallel.collective import decide_on_main, main_rank_first
 from megatron_vlm.parallel.groups import RankLayout, build_groups, rank_layout, seed_everything
-from megatron_vlm.parallel.slicing import ImageShare, RankSlice
+from megatron_vlm.parallel.slicing import RankSlice
 from megatron_vlm.training.batch_counts import BatchCounts, CountedBatches
 from megatron_vlm.training.hooks import checkpoint
 from megatron_vlm.training.objective import build_objective
@@ -109,13 +109,14 @@ def batches_of(
     """Yield this rank's micro-batches of every global batch from iteration `first` on."""
     plan = plan or FixedPlan.of(config)
     size, micro = config.training.global_batch_size, config.training.micro_batch_size
-    share = ImageShare(rank.tp_rank, rank.tp_size) if rank.is_first_stage else None
+    share = rank.image_share if rank.is_first_stage else None
     collation = Collation.from_config(config.model, config.data, position_multiple(config))
     for begin in range(first * size, len(rows), size):
         mine = list(rows[begin : begin + size])[rank.dp_rank :: rank.dp_size]
         collation = replace(collation, seq_length=plan.seq_length(begin // size))
         for index in range(0, len(mine), micro):
-            yield collate([[samples[i] for i in row] for row in mine[index : index + micro]], collation, share)
+            picked = [[samples[i] for i in row] for row in mine[index : index + micro]]
+            yield collate(picked, collation, share, rank.context_share)
 
 
 def train_steps(
@@ -261,7 +262,7 @@ def _forward_and_backward(
     objective = build_objective(config.training.objective)
     get_forward_backward_func()(
         forward_step_func=partial(forward_step, objective=objective, num_datasets=len(DATASETS)),
-        data_iterator=CountedBatches(batches, BatchCounts(config.model.language.pad_token_id, RankSlice()), CPU),
+        data_iterator=CountedBatches(batches, BatchCounts(RankSlice()), CPU),
         model=wrapped,
         num_microbatches=len(rows) // rank.dp_size,
         seq_length=config.data.seq_length,
@@ -330,7 +331,6 @@ def sum_counts(parallel: ParallelConfig) -> Totals:
     build_groups(parallel)
     place = rank_layout()
     counts = BatchCounts(
-        0,
         RankSlice(),
         num_tokens=10,
         num_positions=20,

@@ -28,11 +28,12 @@ def make_batch(sample_ids=(4, 7)) -> VLMBatch:
         samples_per_row=torch.tensor([1, 1]),
         num_tokens=7,
         num_positions=12,
+        attention_pairs=4 * 5 // 2 + 3 * 4 // 2,
     )
 
 
 def counts_of(*batches, **place) -> BatchCounts:
-    counts = BatchCounts(PAD, RankSlice(micro_batch_size=2, **place))
+    counts = BatchCounts(RankSlice(micro_batch_size=2, **place))
     for batch in batches:
         counts.add(batch)
     return counts
@@ -63,7 +64,7 @@ def test_waiting_for_batches_is_timed(monkeypatch, waits):
             now[0] += wait
             yield make_batch()
 
-    counts = BatchCounts(PAD, RankSlice(micro_batch_size=2))
+    counts = BatchCounts(RankSlice(micro_batch_size=2))
     counted = CountedBatches(batches(), counts, torch.device("cpu"))
     for _ in waits:
         next(counted)

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from megatron_vlm.parallel.slicing import ContextShare
 from tests.support.configs import SEQ_LENGTH, tiny_model, tiny_run
 from tests.support.jobs import batches_of, starting_from
 from tests.support.overlap import OVERLAP
@@ -24,6 +25,11 @@ LAYOUTS = {
         4,
         {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "sequence_parallel": True},
     ),
+    "cp2": (2, {"context_parallel_size": 2}),
+    "cp4": (4, {"context_parallel_size": 4}),
+    "cp2_tp2_sp": (4, {"context_parallel_size": 2, "tensor_model_parallel_size": 2, "sequence_parallel": True}),
+    "cp2_pp2": (4, {"context_parallel_size": 2, "pipeline_model_parallel_size": 2}),
+    "cp2_dp2": (4, {"context_parallel_size": 2}),
     "dp2": (2, {}),
     "dp2_plain_optimizer": (2, {"use_distributed_optimizer": False}),
     "dp2_overlap": (2, OVERLAP),
@@ -155,7 +161,8 @@ def test_recomputing_activations_changes_nothing(workers, initial, reference):
 
 
 def test_loss_is_the_mean_of_the_datasets_weighted_by_their_labels(reference):
-    config, rank = tiny_run(), SimpleNamespace(is_first_stage=False, dp_rank=0, dp_size=1)
+    context_share = ContextShare()
+    config, rank = tiny_run(), SimpleNamespace(is_first_stage=False, dp_rank=0, dp_size=1, context_share=context_share)
     batches = list(batches_of(config, rank, packed_rows(), make_samples(NUM_SAMPLES), 0))
     for index, (loss, by_dataset) in enumerate(zip(reference.losses, reference.dataset_losses, strict=True)):
         mine = batches[index * ROWS_PER_STEP : (index + 1) * ROWS_PER_STEP]

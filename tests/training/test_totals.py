@@ -55,7 +55,7 @@ def test_batch_without_labels_has_a_loss_of_zero():
 
 
 def test_the_norm_of_the_gradient_is_read_with_the_sums(one_rank):
-    rank, counts = rank_layout(), BatchCounts(0, RankSlice())
+    rank, counts = rank_layout(), BatchCounts(RankSlice())
     options = {"num_datasets": 1, "stop_requested": False, "device": torch.device("cpu")}
     norm = torch.tensor(0.1, dtype=torch.float64)
     assert sum_over_ranks([], [counts], rank, **options, grad_norm=norm).grad_norm == 0.1

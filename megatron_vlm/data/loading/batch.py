@@ -3,10 +3,28 @@
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+Part = TypeVar("Part", "ContextBatch", "VLMBatch")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ContextBatch:
+    """What a context-parallel rank needs to know of the whole micro-batch; see `parallel.slicing.ContextSlice`."""
+
+    position_ids: Tensor
+    """int32[t]."""
+    key_index: Tensor
+    """int64[u]."""
+    key_cu_seqlens: Tensor
+    """int32[n + 1]."""
+    max_keys: int
+    """At least the most keys of a segment, rounded up. [tokens]"""
+    image_index: Tensor
+    """int64[k]; one row of the image embeddings for each entry of `image_token_index`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -16,6 +34,8 @@ class VLMBatch:
     Each sample is an attention segment, and so is padding behind samples: the segments cover all t positions. t is
     micro_batch_size * seq_length, or less where positions behind the last sample of each row are left out. With
     `sample_multiple`, a sample's segment ends with padding up to the next multiple.
+
+    A context-parallel rank has only its own positions of them; fields that speak of the whole micro-batch still do.
     """
 
     input_ids: Tensor
@@ -44,9 +64,13 @@ class VLMBatch:
     samples_per_row: Tensor
     """int64[micro_batch_size]; how many of `sample_ids` each row holds."""
     num_tokens: int
-    """Positions that are not padding."""
+    """Positions of the whole micro-batch that are not padding."""
     num_positions: int
-    """Positions of its rows, micro_batch_size * seq_length, also if some of them are left out."""
+    """Positions of the rows of the whole micro-batch, micro_batch_size * seq_length, also if some are left out."""
+    attention_pairs: int
+    """Query-key pairs of causal attention inside the samples of the whole micro-batch, without padding."""
+    context: ContextBatch | None = None
+    """Where context-parallel ranks share the positions."""
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "VLMBatch":
         """Return the batch with its tensors on `device`."""
@@ -57,6 +81,11 @@ class VLMBatch:
         return self._map(Tensor.pin_memory)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "VLMBatch":
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        changed: dict[str, Any] = {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
-        return dataclasses.replace(self, **changed)
+        context = None if self.context is None else _map_tensors(self.context, change)
+        return dataclasses.replace(_map_tensors(self, change), context=context)
+
+
+def _map_tensors(part: Part, change: Callable[[Tensor], Tensor]) -> Part:
+    values = {field.name: getattr(part, field.name) for field in dataclasses.fields(part)}
+    changed: dict[str, Any] = {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
+    return dataclasses.replace(part, **changed)

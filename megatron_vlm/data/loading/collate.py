@@ -8,13 +8,14 @@ import torch
 
 from megatron_vlm.config import IGNORE_INDEX, DataConfig, DataError, ModelConfig
 from megatron_vlm.config.prepare import ImageLimits
-from megatron_vlm.data.loading.batch import VLMBatch
+from megatron_vlm.data.loading.batch import ContextBatch, VLMBatch
 from megatron_vlm.data.loading.pixels import Aspect, decode_image
 from megatron_vlm.data.plan.fragments import take_fragment
 from megatron_vlm.data.plan.image_tokens import ImageTokens
 from megatron_vlm.data.samples import EncodedSample, ImageSegment
-from megatron_vlm.parallel.slicing import ImageShare, PackedBatch, slice_batch
+from megatron_vlm.parallel.slicing import ContextShare, ContextSlice, ImageShare, PackedBatch, slice_batch
 
+_ALL_POSITIONS = ContextShare()
 _MAX_SEQLEN_MULTIPLE = 64
 # `prepare` applies the user's limits; an image that it accepted must not end a run.
 _NO_LIMITS = ImageLimits(max_pixels=1 << 40, min_side=1, max_aspect_ratio=float("inf"))
@@ -72,7 +73,12 @@ class PlacedSample:
     """Dataset, shard and sample, for error messages."""
 
 
-def collate(rows: Sequence[Sequence[PlacedSample]], collation: Collation, image_share: ImageShare | None) -> VLMBatch:
+def collate(
+    rows: Sequence[Sequence[PlacedSample]],
+    collation: Collation,
+    image_share: ImageShare | None,
+    context_share: ContextShare = _ALL_POSITIONS,
+) -> VLMBatch:
     """Concatenate rows to one packed sequence, with all positions of each row or without those behind its last sample.
 
     A sample longer than a row is cut after the last whole image and the last token that fit. The padding up to the next
@@ -83,6 +89,7 @@ def collate(rows: Sequence[Sequence[PlacedSample]], collation: Collation, image_
         rows: the samples of each row, in order; a row may be empty.
         collation: sizes and ids.
         image_share: which images are decoded; None: none, and pixel_values is None.
+        context_share: whose positions the batch has.
 
     Raises:
         DataError: a sample has a token outside the vocabulary or an image that cannot be decoded, or a row is too
@@ -91,7 +98,7 @@ def collate(rows: Sequence[Sequence[PlacedSample]], collation: Collation, image_
     packed = _PackedRows(collation)
     for row in rows:
         packed.add_row(row)
-    mine = slice_batch(packed.close(), image_share)
+    mine = slice_batch(packed.close(), image_share, context_share)
     return VLMBatch(
         input_ids=torch.from_numpy(mine.input_ids)[None],
         labels=torch.from_numpy(mine.labels)[None],
@@ -107,6 +114,18 @@ def collate(rows: Sequence[Sequence[PlacedSample]], collation: Collation, image_
         samples_per_row=torch.tensor([len(row) for row in rows], dtype=torch.int64),
         num_tokens=packed.num_tokens,
         num_positions=len(rows) * collation.seq_length,
+        attention_pairs=packed.attention_pairs,
+        context=None if mine.context is None else _context_batch(mine.context),
+    )
+
+
+def _context_batch(context: ContextSlice) -> ContextBatch:
+    return ContextBatch(
+        position_ids=torch.from_numpy(context.position_ids),
+        key_index=torch.from_numpy(context.key_index),
+        key_cu_seqlens=torch.from_numpy(context.key_cu_seqlens),
+        max_keys=_choose_max_seqlen(np.diff(context.key_cu_seqlens)),
+        image_index=torch.from_numpy(context.image_index),
     )
 
 
@@ -133,6 +152,7 @@ class _PackedRows:
         self.sample_ids: list[int] = []
         self.images: list[tuple[bytes, str]] = []
         self.num_tokens = 0
+        self.attention_pairs = 0
         self.image_lengths: list[int] = []
 
     def add_row(self, row: Sequence[PlacedSample]) -> None:
@@ -151,6 +171,7 @@ class _PackedRows:
             left -= padding
             self.sample_ids.append(placed.sample_id)
             self.num_tokens += size
+            self.attention_pairs += size * (size + 1) // 2
         if self.collation.position_multiple is None:
             self._close_segment(0, left, dataset=0)
 

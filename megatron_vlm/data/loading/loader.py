@@ -50,7 +50,7 @@ class BatchLoader:
         plan: rows of samples.
         collation: sizes and ids of the model.
         start_iteration: global batches already consumed.
-        rank_slice: rows and images of this rank; by default all.
+        rank_slice: rows, images and positions of this rank; by default all.
         workers: processes that decode ahead; by default none.
 
     Raises:
@@ -214,7 +214,7 @@ class _MicroBatches(Dataset):
                 rows.append([self.reader.read(sample_id := int(value)) for value in self.plan.row(row)])
             seq_length = self.plan.seq_length(position // self.num_micro_batches)
             collation = dataclasses.replace(self.collation, seq_length=seq_length)
-            return collate(rows, collation, self.rank_slice.image_share)
+            return collate(rows, collation, self.rank_slice.image_share, self.rank_slice.context_share)
         except UserError as error:
             return error
         except OSError as error:

@@ -4,17 +4,20 @@ import functools
 import inspect
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_vlm.models.layers.block_attention import attend_by_blocks
+from megatron_vlm.models.layers.context_parallel import attend_to_gathered
 
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16)
 # In half precision, scores need more bits than the inputs; torch's own kernel keeps them.
@@ -28,6 +31,8 @@ class PackedAttention(MegatronModule):
     On a GPU, torch's variable-length kernel processes all samples at once. It takes half precision only, so on the CPU
     and in float32 the samples are processed one by one, and there is never a sequence x sequence matrix. A plain
     [s, b, n, d] input is a batch of samples of equal length.
+
+    With context parallelism, the keys and values are gathered first; see `context_parallel.py`.
     """
 
     def __init__(
@@ -38,15 +43,15 @@ class PackedAttention(MegatronModule):
         attention_type: str,
         attention_dropout: float | None = None,
         softmax_scale: float | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
         **unused: Any,
     ) -> None:
         super().__init__(config=config)
         dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         if dropout:
             raise ValueError(f"attention_dropout={dropout}: the torch backend has no attention dropout; set it to 0")
-        if config.context_parallel_size > 1:
-            raise ValueError("context parallelism needs the transformer_engine backend")
         self.causal = attn_mask_type in _CAUSAL
+        self.cp_group = None if config.context_parallel_size == 1 else _context_group(pg_collection, self.causal)
         self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
 
     def forward(
@@ -68,7 +73,8 @@ class PackedAttention(MegatronModule):
             attention_mask: must be None; `packed_seq_params` separates the samples.
             attn_mask_type: ignored; set at construction.
             attention_bias: must be None.
-            packed_seq_params: boundaries of the packed samples; None in plain form.
+            packed_seq_params: boundaries of the packed samples, `ContextParams` with context parallelism; None in
+                plain form.
 
         Returns:
             float[t, n * d] packed, float[s, b, n * d] plain.
@@ -80,9 +86,16 @@ class PackedAttention(MegatronModule):
             raise ValueError("PackedAttention takes sample boundaries (packed_seq_params), not masks or biases")
         if packed_seq_params is None:
             return self._attend_plain(query, key, value)
+        if self.cp_group is None:
+            return self._attend_packed(query, key, value, packed_seq_params)
+        attend = partial(self._attend_packed, params=packed_seq_params)
+        key_index = packed_seq_params.key_index  # type: ignore[attr-defined]
+        return attend_to_gathered(attend, query, key, value, key_index=key_index, group=self.cp_group)
+
+    def _attend_packed(self, query: Tensor, key: Tensor, value: Tensor, params: PackedSeqParams) -> Tensor:
         if query.is_cuda and query.dtype in _KERNEL_DTYPES:
-            return self._attend_at_once(query, key, value, packed_seq_params)
-        return self._attend_sample_by_sample(query, key, value, packed_seq_params)
+            return self._attend_at_once(query, key, value, params)
+        return self._attend_sample_by_sample(query, key, value, params)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attend in the layout float[b, n, s, d]; the last query is at the position of the last key."""
@@ -107,11 +120,14 @@ class PackedAttention(MegatronModule):
         lengths = params.cu_seqlens_q.diff().tolist()  # on a GPU the host waits here
         if sum(lengths) != query.size(0):
             raise ValueError(f"sample boundaries cover {sum(lengths)} of {query.size(0)} tokens")
+        num_keys = lengths if self.cp_group is None else params.cu_seqlens_kv.diff().tolist()
         if query.is_cpu and query.dtype in _BLOCK_DTYPES:
-            out = attend_by_blocks(query, key, value, lengths, scale=self.softmax_scale, causal=self.causal)
+            out = attend_by_blocks(
+                query, key, value, lengths, num_keys=num_keys, scale=self.softmax_scale, causal=self.causal
+            )
             return out.flatten(1)
         outputs = []
-        for sample in zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True):
+        for sample in zip(query.split(lengths), key.split(num_keys), value.split(num_keys), strict=True):
             by_head = [x.transpose(0, 1).unsqueeze(0) for x in sample]  # [s, n, d] -> [1, n, s, d]
             outputs.append(self._attend(*by_head).squeeze(0).transpose(0, 1))
         return torch.cat(outputs).reshape(query.size(0), -1)
@@ -134,6 +150,12 @@ class PackedAttention(MegatronModule):
             query, key, value, *borders, **{name: x for name, x in options.items() if name in accepted}
         )
         return out.reshape(out.size(0), -1)
+
+
+def _context_group(pg_collection: ProcessGroupCollection | None, causal: bool) -> torch.distributed.ProcessGroup:
+    if pg_collection is None or not causal:
+        raise ValueError("context parallelism needs causal attention and megatron-core's process groups")
+    return pg_collection.cp
 
 
 @functools.cache

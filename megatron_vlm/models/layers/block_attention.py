@@ -15,29 +15,40 @@ _BLOCK = 64
 # Weights of at most so many keys are kept for the backward pass, so memory stays proportional to the tokens.
 _MAX_KEPT = 1024
 
+_Sizes = tuple[Sequence[int], Sequence[int]]
+"""Queries and keys of each sample."""
+
 
 def attend_by_blocks(
-    query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], *, scale: float, causal: bool
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: Sequence[int],
+    *,
+    scale: float,
+    causal: bool,
+    num_keys: Sequence[int] | None = None,
 ) -> Tensor:
     """Attend inside each sample.
 
     Args:
         query: float[t, n, d].
-        key: float[t, g, d]; n is a multiple of g, and heads of a group follow each other.
-        value: float[t, g, d].
+        key: float[u, g, d]; n is a multiple of g, and heads of a group follow each other.
+        value: float[u, g, d].
         lengths: of the samples; their sum is t [tokens].
         scale: of the scores.
         causal: whether a token attends only to those before it and itself.
+        num_keys: of each sample, if there are more than queries: these stand at its end. Their sum is u [tokens].
 
     Returns:
         float[t, n, d], contiguous.
     """
-    out: Tensor = _BlockAttention.apply(query, key, value, tuple(lengths), scale, causal)
+    out: Tensor = _BlockAttention.apply(query, key, value, (lengths, lengths if num_keys is None else num_keys), scale, causal)
     return out
 
 
 class _Block(NamedTuple):
-    """Queries [first, last) of the packed sequence, and the keys that they see, from `start` to `end`."""
+    """Queries [first, last) of the packed sequence, and the keys that they see, [start, end) of the packed keys."""
 
     first: int
     last: int
@@ -45,14 +56,14 @@ class _Block(NamedTuple):
     end: int
 
 
-def _blocks(lengths: Sequence[int], causal: bool) -> list[_Block]:
-    blocks, start = [], 0
-    for length in lengths:
-        stop = start + length
-        for first in range(start, stop, _BLOCK):
+def _blocks(sizes: _Sizes, causal: bool) -> list[_Block]:
+    blocks, begin, start = [], 0, 0
+    for length, num_keys in zip(*sizes, strict=True):
+        stop, end = begin + length, start + num_keys
+        for first in range(begin, stop, _BLOCK):
             last = min(first + _BLOCK, stop)
-            blocks.append(_Block(first, last, start, last if causal else stop))
-        start = stop
+            blocks.append(_Block(first, last, start, end - (stop - last) if causal else end))
+        begin, start = stop, end
     return blocks
 
 
@@ -61,19 +72,19 @@ class _BlockAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scale: float, causal: bool
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, sizes: _Sizes, scale: float, causal: bool
     ) -> Tensor:
         by_group = _by_group(query, key.size(1), scale)
         keys, values, out = _by_head(key), _by_head(value), torch.empty_like(by_group)
         heads = query.size(1) // key.size(1)
         mask, kept = _later(heads) if causal else None, []
-        for first, last, start, end in _blocks(lengths, causal):
+        for first, last, start, end in _blocks(sizes, causal):
             weights = _weights(by_group[:, first * heads : last * heads], keys[:, start:end], mask)
             out[:, first * heads : last * heads] = torch.bmm(weights, values[:, start:end])
             kept.append(weights if end - start <= _MAX_KEPT else None)
         out = _by_token(out, query.shape)
         ctx.save_for_backward(query, key, value, out, *kept)
-        ctx.lengths, ctx.scale, ctx.causal = lengths, scale, causal
+        ctx.sizes, ctx.scale, ctx.causal = sizes, scale, causal
         return out
 
     @staticmethod
@@ -86,7 +97,7 @@ class _BlockAttention(torch.autograd.Function):
         keys, values, query_grads = _by_head(key), _by_head(value), torch.empty_like(queries)
         key_grads, value_grads = torch.zeros_like(keys), torch.zeros_like(values)
         mask = _later(heads) if ctx.causal else None
-        for (first, last, start, end), weights in zip(_blocks(ctx.lengths, ctx.causal), kept, strict=True):
+        for (first, last, start, end), weights in zip(_blocks(ctx.sizes, ctx.causal), kept, strict=True):
             rows, seen = slice(first * heads, last * heads), slice(start, end)
             block, block_grad, seen_keys = queries[:, rows], grads[:, rows], keys[:, seen]
             if weights is None:

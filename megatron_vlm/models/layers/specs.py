@@ -102,13 +102,24 @@ def torch_layer_spec(
     )
 
 
-def transformer_engine_layer_spec() -> ModuleSpec:
-    """Return a causal transformer layer of transformer-engine's modules, with an attention core that fits this GPU."""
+def rotates_by_table(config: TransformerConfig, backend: Backend) -> bool:
+    """Return whether the decoder's layers take a `rotary_table`: megatron-core's rotation is left out."""
+    return backend == "torch" or config.context_parallel_size > 1
+
+
+def transformer_engine_layer_spec(context_parallel_size: int = 1) -> ModuleSpec:
+    """Return a causal transformer layer of transformer-engine's modules, with an attention core that fits this GPU.
+
+    With context parallelism, rotation and attention core are ours: transformer-engine's cut each sample into chunks.
+    """
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
     layer = get_gpt_layer_with_transformer_engine_spec()
-    if needs_packed_attention():
-        layer.submodules.self_attention.submodules.core_attention = PackedAttention
+    attention = layer.submodules.self_attention
+    if context_parallel_size > 1:
+        attention.module = RotarySelfAttention
+    if context_parallel_size > 1 or needs_packed_attention():
+        attention.submodules.core_attention = PackedAttention
     return layer
 
 
@@ -138,7 +149,7 @@ def language_block_spec(
     else:
         from megatron.core.extensions.transformer_engine import TENorm
 
-        layer, norm = transformer_engine_layer_spec(), TENorm
+        layer, norm = transformer_engine_layer_spec(config.context_parallel_size), TENorm
         if needs_packed_attention() and not vp_stage:
             logger.info(
                 "this GPU needs the package flash-attn for transformer-engine's attention: torch's takes its place"

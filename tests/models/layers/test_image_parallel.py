@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from megatron_vlm.models.layers.image_parallel import gather_features
+from megatron_vlm.models.layers.image_parallel import ImageGroups, gather_features
 
 pytestmark = pytest.mark.distributed
 
@@ -12,7 +12,8 @@ def gathered(num_images: int) -> tuple[list[float], list[float]]:
     share = -(-num_images // size)
     first, last = min(rank * share, num_images), min((rank + 1) * share, num_images)
     local = torch.arange(first, last, dtype=torch.float32).view(-1, 1, 1).expand(-1, 2, 3).clone().requires_grad_()
-    features = gather_features(local, num_images, group)
+    own = torch.distributed.new_group([rank], use_local_synchronization=True)
+    features = gather_features(local, num_images, ImageGroups(group, own, group))
     assert features.shape == (num_images, 2, 3)
     # Every rank computes the same loss of all images, as the decoder does.
     (features * torch.arange(1, num_images + 1).view(-1, 1, 1)).sum().backward()
