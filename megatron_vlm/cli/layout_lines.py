@@ -15,6 +15,7 @@ _SPENT = {
     "memory": "memory bandwidth",
     "tower": "vision tower",
     "tensor_parallel": "tensor-parallel exchange",
+    "context_parallel": "context-parallel exchange",
     "pipeline_parallel": "messages between stages",
     "bubble": "pipeline bubble",
     "data_parallel": "data-parallel exchange",
@@ -23,8 +24,8 @@ _SPENT = {
 _NOTES = (
     "every rank's rows are as full as the mean row; TP stays inside a node; in the backward pass half of the TP "
     "exchange is hidden, and gradients and weights are exchanged while the last and the first micro-batch compute",
-    "context parallelism is not supported yet, and selective recomputation saves nothing beside flash attention: both "
-    "are left out",
+    "parallel.context_parallel_size stays as it is; selective recomputation, which saves nothing beside flash "
+    "attention, is left out",
 )
 
 

@@ -94,7 +94,8 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _replica(config: TrainConfig) -> int:
-    return config.parallel.tensor_model_parallel_size * config.parallel.pipeline_model_parallel_size
+    parallel = config.parallel
+    return parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
 
 
 def _backend(config: TrainConfig) -> "Backend":
@@ -143,6 +144,8 @@ def _memory(config: TrainConfig, world_size: int) -> dict[str, Any]:
         **asdict(layout),
         "tensor_model_parallel_size": config.parallel.tensor_model_parallel_size,
         "pipeline_model_parallel_size": config.parallel.pipeline_model_parallel_size,
+        "context_parallel_size": config.parallel.context_parallel_size,
+        "layout": config.parallel.describe(layout.data_parallel_size),
         "bubble": pipeline_bubble(config.parallel, layout),
         "backend": _backend(config),
         "libraries": LIBRARIES,
@@ -199,8 +202,7 @@ def _row_lengths(config: TrainConfig, datasets: Sequence[Any]) -> dict[str, Any]
 
 def _lines(facts: dict[str, Any], machine: str) -> list[str]:
     lines = [
-        f"{facts['world_size']} ranks = TP {facts['tensor_model_parallel_size']} x PP "
-        f"{facts['pipeline_model_parallel_size']} x DP {facts['data_parallel_size']}; {facts['num_micro_batches']} "
+        f"{facts['world_size']} ranks = {facts['layout']}; {facts['num_micro_batches']} "
         f"micro-batches of {facts['tokens_per_micro_batch']} tokens a step, {facts['bubble']:.1%} pipeline bubble",
         "",
         "stage  layers  parameters  learning   weights  gradients  optimizer  activations      peak   (a rank)",

@@ -29,10 +29,8 @@ def outcome_text(facts: dict[str, Any], config: TrainConfig, gpu_name: str) -> s
 
 
 def _heading(facts: dict[str, Any], config: TrainConfig) -> Iterator[str]:
-    parallel = config.parallel
     yield (
-        f"{facts['world_size']} ranks = TP {parallel.tensor_model_parallel_size} x PP "
-        f"{parallel.pipeline_model_parallel_size} x DP {facts['data_parallel_size']}; played: rank "
+        f"{facts['world_size']} ranks = {config.parallel.describe(facts['data_parallel_size'])}; played: rank "
         f"{', '.join(map(str, facts['played_ranks']))}, {facts['iterations']} steps, "
         f"{facts['played_micro_batches']} of {facts['num_micro_batches']} micro-batches"
     )

@@ -58,6 +58,13 @@ class ParallelConfig:
             )
         self._check_virtual_pipeline()
 
+    def describe(self, data_parallel_size: int) -> str:
+        """Return the sizes in a few words, such as `TP 4 x PP 2 x DP 8`."""
+        sizes = [("TP", self.tensor_model_parallel_size), ("PP", self.pipeline_model_parallel_size)]
+        if self.context_parallel_size > 1:
+            sizes.append(("CP", self.context_parallel_size))
+        return " x ".join(f"{name} {size}" for name, size in (*sizes, ("DP", data_parallel_size)))
+
     def _check_virtual_pipeline(self) -> None:
         if self.virtual_pipeline_model_parallel_size is None:
             if self.overlap_p2p_comm:

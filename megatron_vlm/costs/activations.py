@@ -25,13 +25,15 @@ def stage_activations(config: TrainConfig, stage: int, work: Work, backend: Back
     Raises:
         ConfigError: the number of patches depends on the image size.
     """
-    parts = _decoder(config, stage, work, backend)
+    # Context-parallel ranks share positions and images; labels are spread about evenly over the positions.
+    mine = work.times(1 / config.parallel.context_parallel_size)
+    parts = _decoder(config, stage, mine, backend)
     if stage == 0:
         parts += _vision(config, work.num_images) + _adapter_of_tower(config, work)
     if stage == config.parallel.pipeline_model_parallel_size - 1:
         language, split = config.model.language, _split(config.parallel)
         keeps_input = learning_of(config.model, config.training.freeze).input_gradient_of_output
-        parts.append(language.output_activations(_positions(config) * keeps_input, work.num_labels, split))
+        parts.append(language.output_activations(_positions(config) * keeps_input, mine.num_labels, split))
     return Activations(kept=sum(part.kept for part in parts), working=max(part.working for part in parts))
 
 
@@ -59,7 +61,8 @@ def _decoder(config: TrainConfig, stage: int, work: Work, backend: Backend) -> l
     found, added = [], _adapter(config, PART_NAMES[-1], num_tokens, work, num_layers=1)
     for matrices, count in kinds.items():
         layer = language.layer_activations(num_tokens, split, learning=matrices, rotates_in_place=backend == "torch")
-        layer = Activations(kept=layer.kept + added.kept, working=layer.working + added.working)
+        working = max(layer.working, _attention_to_gathered(config))
+        layer = Activations(kept=layer.kept + added.kept, working=working + added.working)
         # Selective recomputation saves nothing here: flash attention keeps no scores.
         if config.training.recompute == "full":
             found.append(layer.recomputed(count, num_tokens * language.hidden_size / split.sequence))
@@ -68,8 +71,23 @@ def _decoder(config: TrainConfig, stage: int, work: Work, backend: Backend) -> l
     return found
 
 
+def _attention_to_gathered(config: TrainConfig) -> float:
+    """Return what the backward pass of attention works on where keys and values are those of all positions.
+
+    Keys and values, or their gradients before and after they are added up by position, and those of queries and output.
+    """
+    context, (query, key_value) = config.parallel.context_parallel_size, config.model.language.attention_sizes
+    if context == 1:
+        return 0.0
+    positions = _positions(config)
+    # The later of a rank's two chunks sees what the earlier one sees once more: half a share, at most.
+    seen = positions * (context + 0.5)
+    return (4 * seen * key_value + 2 * positions * query) / config.parallel.tensor_model_parallel_size
+
+
 def _positions(config: TrainConfig) -> int:
-    return config.training.micro_batch_size * config.data.seq_length
+    """Return the positions of a micro-batch on one rank."""
+    return config.training.micro_batch_size * config.data.seq_length // config.parallel.context_parallel_size
 
 
 def _split(parallel: ParallelConfig) -> TensorSplit:
@@ -80,7 +98,7 @@ def _vision(config: TrainConfig, num_images: float) -> list[Activations]:
     """Return the activations of tower and projection, and of the rows with the image embeddings."""
     model, split = config.model, _split(config.parallel)
     learning = learning_of(model, config.training.freeze)
-    patches, share = model.fixed_patches("the estimate of activations"), -(-num_images // split.size)
+    patches, share = model.fixed_patches("the estimate of activations"), _image_share(config.parallel, num_images)
     adapted = model.adapter.parts if model.adapter is not None else ()
     tower_learns, projection_learns, _ = learning.parts
     found = []
@@ -91,8 +109,8 @@ def _vision(config: TrainConfig, num_images: float) -> list[Activations]:
     if found or projection_learns or "vision_projection" in adapted:
         sizes = model.vision.feature_size, model.language.hidden_size
         found.append(model.projection.activations(patches, *sizes, learns=projection_learns).times(share))
-    # Every rank keeps the embeddings of all images, and the whole row into which they were written: its part of a
-    # sequence is a view. The decoder counts that part as its input.
+    # Every rank keeps the embeddings of all images at its positions, and the whole row into which they were written:
+    # its part of a sequence is a view. The decoder counts that part as its input.
     if not learning.layers[0].keeps:
         return found
     embeddings = share * split.size * model.projection.token_grid(patches).size
@@ -101,9 +119,14 @@ def _vision(config: TrainConfig, num_images: float) -> list[Activations]:
     return found
 
 
+def _image_share(parallel: ParallelConfig, num_images: float) -> float:
+    """Return the images that a rank encodes, at most."""
+    return -(-num_images // (parallel.tensor_model_parallel_size * parallel.context_parallel_size))
+
+
 def _adapter_of_tower(config: TrainConfig, work: Work) -> list[Activations]:
-    model, split = config.model, _split(config.parallel)
-    share = -(-work.num_images // split.size) * model.fixed_patches("the estimate of activations").size
+    model = config.model
+    share = _image_share(config.parallel, work.num_images) * model.fixed_patches("the estimate of activations").size
     return [
         _adapter(config, part, share, work, num_layers=0)
         for part in PART_NAMES[:-1]

@@ -141,6 +141,7 @@ def _settings_of(config: TrainConfig) -> dict[str, Any]:
 
 def _settings(config: TrainConfig, world_size: int, gpus_per_node: int) -> Iterator[dict[str, Any]]:
     layers = config.model.language.num_layers
+    world_size = max(1, world_size // config.parallel.context_parallel_size)
     for tp in _divisors(min(gpus_per_node, world_size)):
         for pp in (pp for pp in _divisors(world_size // tp) if pp <= layers):
             for split in _splits(layers, pp):

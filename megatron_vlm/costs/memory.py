@@ -54,7 +54,8 @@ def estimate_memory(
     Args:
         config: settings of the run.
         stage: pipeline stage, from 0.
-        data_parallel_size: ranks that share the optimizer's state.
+        data_parallel_size: ranks with rows of their own; with their context-parallel peers they share the optimizer's
+            state.
         backend: layers of the decoder.
         work: images and labels of the fullest micro-batch; None: rows full of image-text pairs, or of text with a loss
             at every position, whichever takes more.
@@ -64,7 +65,7 @@ def estimate_memory(
     """
     size, training, parallel = stage_sizes(config)[stage], config.training, config.parallel
     learning, number = size.learning, _WEIGHT_BYTES[training.precision]
-    sharded_over = data_parallel_size if parallel.use_distributed_optimizer else 1
+    sharded_over = data_parallel_size * parallel.context_parallel_size if parallel.use_distributed_optimizer else 1
     in_flight = micro_batches_in_flight(
         parallel, stage, training.global_batch_size // (training.micro_batch_size * data_parallel_size)
     )

@@ -32,7 +32,9 @@ class Times:
     tower: float = 0.0
     """Vision tower and projection."""
     tensor_parallel: float = 0.0
-    """Exchanges between tensor-parallel ranks that no computation hides."""
+    """Exchanges between tensor-parallel ranks that no computation hides, and of image features."""
+    context_parallel: float = 0.0
+    """Exchanges of keys and values between context-parallel ranks, which nothing hides."""
     pipeline_parallel: float = 0.0
     """Messages between stages that no computation hides."""
 
@@ -62,13 +64,14 @@ def micro_batch_times(
         world_size: ranks of the job.
     """
     size, pp = stage_sizes(config)[stage], config.parallel.pipeline_model_parallel_size
-    forward, backward = _decoder(config, stage, work, cluster)
+    mine = work.times(1 / config.parallel.context_parallel_size)
+    forward, backward = _decoder(config, stage, mine, cluster)
     backward += Times(memory=cluster.memory_seconds(_MAIN_GRADIENT_BYTES * size.learning))
     parts = [_adapter(config, stage, work, cluster)]
     if stage == 0:
         parts.append(_vision(config, work, cluster))
     if stage == pp - 1:
-        parts.append(_output(config, work, cluster))
+        parts.append(_output(config, mine, cluster))
     for part in parts:
         forward, backward = forward + part[0], backward + part[1]
     if pp == 1:
@@ -81,7 +84,8 @@ def micro_batch_times(
 
 
 def _positions(config: TrainConfig) -> int:
-    return config.training.micro_batch_size * config.data.seq_length
+    """Return the positions of a micro-batch on one rank."""
+    return config.training.micro_batch_size * config.data.seq_length // config.parallel.context_parallel_size
 
 
 def _decoder(config: TrainConfig, stage: int, work: Work, cluster: Cluster) -> tuple[Times, Times]:
@@ -119,6 +123,7 @@ def _layer(config: TrainConfig, learning: tuple[bool, ...], work: Work, cluster:
         attention=attention,
         memory=cluster.memory_seconds(_BF16 * (between * _RESIDUAL_FORWARD + rotary + mlp * _SWIGLU_FORWARD)),
         tensor_parallel=4 * _exchange(config, cluster),
+        context_parallel=_exchange_of_keys(config, cluster),
     )
     backward = Times(
         products=products + weight_gradients,
@@ -126,11 +131,13 @@ def _layer(config: TrainConfig, learning: tuple[bool, ...], work: Work, cluster:
         memory=cluster.memory_seconds(_BF16 * (between * _RESIDUAL_BACKWARD + rotary + mlp * _SWIGLU_BACKWARD)),
         # The other half runs while the gradients of the weights are computed.
         tensor_parallel=(2 if any(learning) else 4) * _exchange(config, cluster),
+        # Keys and values are gathered again, and their gradients summed.
+        context_parallel=2 * _exchange_of_keys(config, cluster),
     )
     if training.recompute == "full":
         backward += forward
     elif training.recompute == "selective":
-        backward += Times(attention=attention)
+        backward += Times(attention=attention, context_parallel=forward.context_parallel)
     return forward, backward
 
 
@@ -143,10 +150,17 @@ def _exchange(config: TrainConfig, cluster: Cluster) -> float:
     return cluster.exchange_seconds(size, config.parallel.tensor_model_parallel_size, stride=1)
 
 
+def _exchange_of_keys(config: TrainConfig, cluster: Cluster) -> float:
+    """Return the time to gather the keys and values of a layer from the context-parallel ranks."""
+    parallel, (_, key_value) = config.parallel, config.model.language.attention_sizes
+    tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
+    return cluster.exchange_seconds(_BF16 * cp * _positions(config) * 2 * key_value / tp, cp, stride=tp)
+
+
 def _vision(config: TrainConfig, work: Work, cluster: Cluster) -> tuple[Times, Times]:
-    """Return the times of tower and projection; each tensor-parallel rank encodes a share of the images."""
-    model, tp = config.model, config.parallel.tensor_model_parallel_size
-    patches, share = model.fixed_patches("the prediction of step times"), -(-work.num_images // tp)
+    """Return the times of tower and projection; each rank with the same rows encodes a share of the images."""
+    model, ranks = config.model, _ranks_with_the_same_rows(config)
+    patches, share = model.fixed_patches("the prediction of step times"), -(-work.num_images // ranks)
     adapted = model.adapter.parts if model.adapter is not None else ()
     sizes = model.vision.feature_size, model.language.hidden_size
     tower, projection = model.vision.operations(patches), model.projection.operations(patches, *sizes)
@@ -158,12 +172,16 @@ def _vision(config: TrainConfig, work: Work, cluster: Cluster) -> tuple[Times, T
     forward, again = tower.forward + projection.forward, 0.0
     if flows and config.training.recompute == "full":
         again = tower.forward
-    embeddings = _BF16 * share * tp * model.projection.token_grid(patches).size * model.language.hidden_size
-    gather = cluster.exchange_seconds(embeddings, tp, stride=1)
+    embeddings = _BF16 * share * ranks * model.projection.token_grid(patches).size * model.language.hidden_size
+    gather = cluster.exchange_seconds(embeddings, ranks, stride=1)
     return (
         Times(tower=cluster.tower_seconds(share * forward), tensor_parallel=gather if share else 0.0),
         Times(tower=cluster.tower_seconds(share * (training - forward + again))),
     )
+
+
+def _ranks_with_the_same_rows(config: TrainConfig) -> int:
+    return config.parallel.tensor_model_parallel_size * config.parallel.context_parallel_size
 
 
 def _output(config: TrainConfig, work: Work, cluster: Cluster) -> tuple[Times, Times]:
@@ -186,7 +204,8 @@ def _adapter(config: TrainConfig, stage: int, work: Work, cluster: Cluster) -> t
     if model.adapter is None:
         return Times(), Times()
     patches = model.fixed_patches("the prediction of step times")
-    image_tokens, share = work.num_images * model.projection.token_grid(patches).size, -(-work.num_images // tp)
+    image_tokens = work.num_images * model.projection.token_grid(patches).size / config.parallel.context_parallel_size
+    share = -(-work.num_images // _ranks_with_the_same_rows(config))
     layers = stage_sizes(config)[stage].num_layers / model.language.num_layers / tp
     forward = backward = 0.0
     for part in model.adapter.parts:

@@ -76,7 +76,7 @@ def _gradients(
     config: TrainConfig, layout: Layout, cluster: Cluster, stage: int, size: StageSize, passes: tuple[Times, Times]
 ) -> float:
     """Return the time to reduce gradients and to gather weights that is not hidden."""
-    parallel, ranks = config.parallel, layout.data_parallel_size
+    parallel, ranks = config.parallel, layout.data_parallel_size * config.parallel.context_parallel_size
     learning = size.learning
     if not learning or ranks == 1:
         return 0.0
@@ -100,5 +100,7 @@ def _gradients(
 
 def _optimizer(config: TrainConfig, layout: Layout, cluster: Cluster, size: StageSize) -> float:
     learning = size.learning
-    shard = learning / (layout.data_parallel_size if config.parallel.use_distributed_optimizer else 1)
+    parallel = config.parallel
+    ranks = layout.data_parallel_size * parallel.context_parallel_size if parallel.use_distributed_optimizer else 1
+    shard = learning / ranks
     return cluster.memory_seconds(_GRADIENT_BYTES * learning + _OPTIMIZER_BYTES * shard)

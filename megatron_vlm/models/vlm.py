@@ -1,6 +1,5 @@
 """The vision-language model: tower, projection and decoder; image embeddings replace their placeholders."""
 
-import torch
 from megatron.core.enums import ModelType
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region

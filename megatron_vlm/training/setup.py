@@ -125,13 +125,10 @@ def _log_parameters(state: TrainState) -> None:
     learning = sum(p.numel() for p in parameters if p.requires_grad)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     logger.info(
-        "%d ranks (%s): TP %d x PP %d x %sDP %d; this rank holds %.2fM parameters, %.2fM learn; %d iterations",
+        "%d ranks (%s): %s; this rank holds %.2fM parameters, %.2fM learn; %d iterations",
         state.rank.world_size,
         device,
-        state.rank.tp_size,
-        state.rank.pp_size,
-        f"CP {state.rank.cp_size} x " if state.rank.cp_size > 1 else "",
-        state.rank.dp_size,
+        state.config.parallel.describe(state.rank.dp_size),
         sum(p.numel() for p in parameters) / 1e6,
         learning / 1e6,
         state.train_iters,

@@ -78,5 +78,5 @@ def test_where_nothing_fits_the_smallest_are_named(config, monkeypatch):
 
 def test_what_is_assumed_is_said(config):
     text = "\n".join(lines_of(config)[1])
-    for words in ("assumed, not measured", "context parallelism is not supported yet", "TP stays inside a node"):
+    for words in ("assumed, not measured", "context_parallel_size stays as it is", "TP stays inside a node"):
         assert words in text

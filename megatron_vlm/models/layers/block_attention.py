@@ -43,7 +43,9 @@ def attend_by_blocks(
     Returns:
         float[t, n, d], contiguous.
     """
-    out: Tensor = _BlockAttention.apply(query, key, value, (lengths, lengths if num_keys is None else num_keys), scale, causal)
+    out: Tensor = _BlockAttention.apply(
+        query, key, value, (lengths, lengths if num_keys is None else num_keys), scale, causal
+    )
     return out
 
 

@@ -9,7 +9,8 @@ parts as there are chunks: samples would have to be padded, and the plan of a ru
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,11 @@ from torch import Tensor
 ProcessGroup = torch.distributed.ProcessGroup
 
 
+def _missing() -> Tensor:
+    """megatron-core's fields have defaults, so that those of a subclass must have one as well."""
+    raise ValueError("ContextParams needs position_ids and key_index")
+
+
 @dataclass
 class ContextParams(PackedSeqParams):
     """Segments of the positions of a context-parallel rank; see `parallel.slicing.ContextSlice`.
@@ -26,9 +32,9 @@ class ContextParams(PackedSeqParams):
     `cu_seqlens_q` are borders among its positions, `cu_seqlens_kv` borders in `key_index`.
     """
 
-    position_ids: Tensor | None = None
+    position_ids: Tensor = field(default_factory=_missing)
     """int32[t / size]; positions inside the samples."""
-    key_index: Tensor | None = None
+    key_index: Tensor = field(default_factory=_missing)
     """int64[u]; rows of the gathered keys that the segments see."""
 
 
@@ -54,10 +60,10 @@ def attend_to_gathered(
     Returns:
         What `attend` returns.
     """
-    seen = _Gather.apply(key, value, key_index, group)
-    kept = _GatheredAgain(seen, lambda: _gather(key.detach(), value.detach(), key_index, group))
+    seen_keys, seen_values = _Gather.apply(key, value, key_index, group)
+    kept = _GatheredAgain(seen_keys, partial(_gather, key.detach(), value.detach(), key_index, group))
     with torch.autograd.graph.saved_tensors_hooks(kept.pack, kept.unpack):
-        return attend(query, *seen.chunk(2, dim=-1))
+        return attend(query, seen_keys, seen_values)
 
 
 def _gather(key: Tensor, value: Tensor, key_index: Tensor, group: ProcessGroup) -> Tensor:
@@ -69,19 +75,22 @@ def _gather(key: Tensor, value: Tensor, key_index: Tensor, group: ProcessGroup) 
 
 
 class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, key: Tensor, value: Tensor, key_index: Tensor, group: ProcessGroup) -> Tensor:
-        ctx.save_for_backward(key_index)
-        ctx.num_keys, ctx.group = key.size(0), group
-        return _gather(key, value, key_index, group)
+    """Returns keys and values, each a view of what `_gather` returns."""
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        (key_index,) = ctx.saved_tensors
-        of_all = grad.new_zeros((ctx.group.size() * ctx.num_keys, *grad.shape[1:]))
-        # A key is seen by at most two segments of a rank, so that the sum does not depend on an order.
-        of_all.index_add_(0, key_index, grad)
-        mine = grad.new_empty((ctx.num_keys, *grad.shape[1:]))
+    def forward(ctx: Any, key: Tensor, value: Tensor, key_index: Tensor, group: ProcessGroup) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(key_index)
+        ctx.num_keys, ctx.group = key.size(0), group
+        return _gather(key, value, key_index, group).chunk(2, dim=-1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (key_index,), num_keys, channels = ctx.saved_tensors, ctx.num_keys, grads[0].size(-1)
+        of_all = grads[0].new_zeros((ctx.group.size() * num_keys, grads[0].size(1), 2 * channels))
+        for target, grad in zip(of_all.chunk(2, dim=-1), grads, strict=True):
+            # At most two segments of a rank see a key, so that the sum does not depend on an order.
+            target.index_add_(0, key_index, grad)
+        mine = of_all.new_empty((num_keys, *of_all.shape[1:]))
         torch.distributed.reduce_scatter_tensor(mine, of_all, group=ctx.group)
         return *mine.chunk(2, dim=-1), None, None
 
@@ -90,14 +99,14 @@ class _GatheredAgain:
     """Keeps views of a tensor for the backward pass by their shape only; it is computed again when one is asked for.
 
     Args:
-        tensor: which is not kept.
-        compute: returns it again.
+        view: of the tensor.
+        compute: returns the tensor again.
     """
 
-    def __init__(self, tensor: Tensor, compute: Callable[[], Tensor]) -> None:
-        self._storage, self._compute = tensor.untyped_storage()._cdata, compute
-        self._num_views = 0
-        self._left, self._again = 0, None
+    def __init__(self, view: Tensor, compute: Callable[[], Tensor]) -> None:
+        self._storage, self._compute = view.untyped_storage()._cdata, compute
+        self._num_views = self._left = 0
+        self._again: Tensor | None = None
 
     def pack(self, x: Tensor) -> Any:
         """Return what is kept of a tensor."""

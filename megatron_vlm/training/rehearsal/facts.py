@@ -17,6 +17,7 @@ class RankFacts:
     rank: int
     pp_rank: int
     tp_rank: int
+    cp_rank: int
     dp_rank: int
     parameters: int
     learning: int

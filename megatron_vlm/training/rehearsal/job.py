@@ -49,12 +49,13 @@ def most_in_flight(parallel: ParallelConfig) -> int:
 
 
 def ranks_to_play(config: TrainConfig, layout: Layout) -> tuple[int, ...]:
-    """Return, for each pipeline stage, its first rank, and one more of its tensor- and of its data-parallel group."""
-    tp, dp = config.parallel.tensor_model_parallel_size, layout.data_parallel_size
+    """Return each pipeline stage's first rank, and one more of its tensor-, context- and data-parallel group."""
+    parallel = config.parallel
+    tp, cp, dp = parallel.tensor_model_parallel_size, parallel.context_parallel_size, layout.data_parallel_size
     stages = range(config.parallel.pipeline_model_parallel_size)
-    # Ranks count along the tensor-parallel group first, then data parallel, then the stages.
-    places = {0, tp - 1, tp if dp > 1 else 0}
-    return tuple(sorted(stage * tp * dp + place for stage in stages for place in places))
+    # Ranks count along the tensor-parallel group first, then context parallel, then data parallel, then the stages.
+    places = {0, tp - 1, tp if cp > 1 else 0, tp * cp if dp > 1 else 0}
+    return tuple(sorted(stage * tp * cp * dp + place for stage in stages for place in places))
 
 
 def play_rank(rehearsal: Rehearsal, rank: int) -> RankFacts:

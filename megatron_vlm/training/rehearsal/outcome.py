@@ -69,6 +69,7 @@ def _rank(facts: RankFacts) -> dict[str, Any]:
         "rank": facts.rank,
         "stage": facts.pp_rank,
         "tensor_parallel_rank": facts.tp_rank,
+        "context_parallel_rank": facts.cp_rank,
         "data_parallel_rank": facts.dp_rank,
         "parameters": facts.parameters,
         "learning": facts.learning,

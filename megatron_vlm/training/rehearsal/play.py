@@ -144,6 +144,7 @@ def _facts(rehearsal: Rehearsal, state: TrainState, watch: DeviceWatch, fed: _Fe
         rank=place.rank,
         pp_rank=place.pp_rank,
         tp_rank=place.tp_rank,
+        cp_rank=place.cp_rank,
         dp_rank=place.dp_rank,
         parameters=sum(p.numel() for p in parameters),
         learning=sum(p.numel() for p in parameters if p.requires_grad),

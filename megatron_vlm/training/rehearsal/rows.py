@@ -40,7 +40,7 @@ class MadeUpRows:
 
     def __init__(self, config: TrainConfig, rank_slice: RankSlice, num_micro_batches: int) -> None:
         self.collation = Collation.from_config(config.model, config.data)
-        self.image_share, self.num_rows = rank_slice.image_share, config.training.micro_batch_size
+        self.rank_slice, self.num_rows = rank_slice, config.training.micro_batch_size
         self.pair_size = config.model.fixed_image_tokens("a rehearsal with made-up rows") + TEXT_OF_PAIR
         most, num_full = config.data.seq_length // self.pair_size, most_in_flight(config.parallel)
         counts = image_counts(most, num_full, num_micro_batches, rank_slice.data_parallel_rank)
@@ -56,7 +56,8 @@ class MadeUpRows:
     def _endless(self, counts: list[int]) -> Iterator[VLMBatch]:
         while True:
             for count in counts:
-                yield collate([self._row(count)] * self.num_rows, self.collation, self.image_share)
+                rows, mine = [self._row(count)] * self.num_rows, self.rank_slice
+                yield collate(rows, self.collation, mine.image_share, mine.context_share)
 
     def _row(self, num_images: int) -> list[PlacedSample]:
         """Return pairs of an image and a caption, then text up to the end of the row."""

@@ -30,6 +30,7 @@ def make_batch(**changes) -> VLMBatch:
         samples_per_row=torch.tensor([1]),
         num_tokens=5,
         num_positions=8,
+        attention_pairs=0,
     )
     return dataclasses.replace(batch, **changes)
 

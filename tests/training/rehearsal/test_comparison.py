@@ -16,6 +16,7 @@ def rank(number, *calls):
         rank=number,
         pp_rank=number // 2,
         tp_rank=0,
+        cp_rank=0,
         dp_rank=number % 2,
         parameters=1,
         learning=1,
