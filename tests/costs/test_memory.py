@@ -25,6 +25,13 @@ def test_plain_optimizer_keeps_its_whole_state():
     assert memory[0].optimizer == memory[1].optimizer
 
 
+def test_context_parallel_ranks_share_activations_and_the_state_of_the_optimizer():
+    # Rows that hold images and labels on both ranks alike.
+    one, two = (estimate_memory(run_of(dp=2, context_parallel_size=size), 0, 2) for size in (1, 2))
+    assert 1.8 < one.activations / two.activations <= 2
+    assert (one.weights, one.gradients, one.optimizer) == (two.weights, two.gradients, 2 * two.optimizer)
+
+
 def test_weights_in_bf16_take_half_and_their_optimizer_half_as_much_again():
     full, half = (estimate_memory(run_of(training={"precision": name}), 0, 1) for name in ("fp32", "bf16"))
     assert full.weights == 2 * half.weights
