@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_vlm.checkpoint.item_files import checksummed, split_items, write_item
+from megatron_vlm.checkpoint.manifest import FileRecord, checksum_file
 from megatron_vlm.config import CheckpointError
 
 
@@ -40,7 +41,9 @@ class LazyTensor:
         return tuple(range(self.shape[0])) if self.is_stacked else (None,)
 
 
-def save_lazily(tensors: Mapping[str, LazyTensor], folder: Path, report: Callable[[], object] = lambda: None) -> None:
+def save_lazily(
+    tensors: Mapping[str, LazyTensor], folder: Path, report: Callable[[], object] = lambda: None
+) -> dict[str, FileRecord]:
     """Write tensors into an empty folder that megatron-core can load; this process is a job of one rank.
 
     Args:
@@ -48,11 +51,16 @@ def save_lazily(tensors: Mapping[str, LazyTensor], folder: Path, report: Callabl
         folder: exists and is empty.
         report: called after each tensor; for a tensor that stacks layers, after each layer.
 
+    Returns:
+        Size and checksum of each file of values, by its name.
+
     Raises:
-        CheckpointError: a tensor does not have the announced shape or type.
+        CheckpointError: a tensor does not have the announced shape or type, or a file reads back differently.
         OSError: a file cannot be written.
     """
-    dist_checkpointing.save({}, str(folder), sharded_strategy=_LazyStrategy(tensors, report))
+    strategy = _LazyStrategy(tensors, report)
+    dist_checkpointing.save({}, str(folder), sharded_strategy=strategy)
+    return strategy.records
 
 
 class _LazyStrategy(SaveShardedStrategy):
@@ -61,6 +69,7 @@ class _LazyStrategy(SaveShardedStrategy):
     def __init__(self, tensors: Mapping[str, LazyTensor], report: Callable[[], object]) -> None:
         super().__init__("torch_dist", 1)
         self._tensors, self._report = tensors, report
+        self.records: dict[str, FileRecord] = {}
 
     @property
     def can_handle_sharded_objects(self) -> bool:
@@ -74,13 +83,23 @@ class _LazyStrategy(SaveShardedStrategy):
         results: list[WriteResult] = []
         for number, bucket in enumerate(split_items(plan)):
             results += self._write_file(Path(checkpoint_dir) / f"__0_{number}.distcp", bucket)
-        FileSystemWriter(checkpoint_dir).finish(metadata, [results])
+        writer = FileSystemWriter(checkpoint_dir)
+        writer.save_id = ""  # a random number: the same tensors would not give the same files
+        writer.finish(metadata, [results])
 
     def _write_file(self, path: Path, items: list[WriteItem]) -> Iterator[WriteResult]:
         with checksummed(path) as stream:
             for item in items:
                 yield write_item(stream, path.name, item, self._make(item))
                 self._report()
+        # Before the next file is written: the system still has its pages.
+        if checksum_file(path) != stream.record:
+            raise CheckpointError(
+                "file reads back with other bytes than were written",
+                where=str(path),
+                fix="check the disk, then try again",
+            )
+        self.records[path.name] = stream.record
 
     def _make(self, item: WriteItem) -> Tensor:
         key, data = item.index.fqn, item.tensor_data

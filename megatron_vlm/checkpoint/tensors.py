@@ -103,7 +103,7 @@ def write_weights(
         The folder of the checkpoint.
 
     Raises:
-        CheckpointError: a tensor does not have the announced shape or type.
+        CheckpointError: a tensor does not have the announced shape or type, or a file reads back differently.
         ConfigError: another process writes this checkpoint.
         StorageError: the disk is full or read-only.
     """
@@ -112,10 +112,10 @@ def write_weights(
     lazy = {key: value if isinstance(value, LazyTensor) else _as_lazy(key, value) for key, value in tensors.items()}
     with _storage(path), folder_beside(path, replaces=True) as unfinished:
         with single_process():
-            save_lazily(lazy, unfinished, report)
+            written = save_lazily(lazy, unfinished, report)
         (unfinished / CONFIG_NAME).write_text(text)
         (Path(run_dir) / CONFIG_NAME).write_text(text)
-        files = {name: checksum_file(unfinished / name) for name in list_files(unfinished)}
+        files = {name: written.get(name) or checksum_file(unfinished / name) for name in list_files(unfinished)}
         record = None if base is None else record_base(base, run_dir)
         write_manifest(unfinished, Manifest(iteration=0, progress={}, files=files, base=record))
     write_latest(run_dir, 0)

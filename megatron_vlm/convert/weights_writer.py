@@ -120,7 +120,7 @@ class WeightsWriter:
         """
         found = {
             str(PurePosixPath(file).parent / stored.name): stored
-            for file in self._files
+            for file in reversed(self._files)  # the system still has the pages of the last ones
             for stored in list_safetensors(self._folder / file)
         }
         if set(found) != set(self._announced):

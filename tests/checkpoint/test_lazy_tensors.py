@@ -6,7 +6,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 from megatron_vlm.checkpoint.lazy_tensors import LazyTensor, save_lazily
-from megatron_vlm.checkpoint.manifest import Manifest, write_manifest
+from megatron_vlm.checkpoint.manifest import FileRecord, Manifest, checksum_file, write_manifest
 from megatron_vlm.checkpoint.pickles import check_metadata
 from megatron_vlm.checkpoint.tensors import list_tensors, read_tensor
 from megatron_vlm.config import CheckpointError
@@ -109,3 +109,17 @@ def test_a_tensor_that_is_not_as_announced_is_refused(tmp_path, made, message):
     wrong = LazyTensor(shape=(2,), dtype=torch.float32, is_stacked=False, make=lambda layer: made)
     with pytest.raises(CheckpointError, match=message):
         write(tmp_path / "ours", {"model.a": wrong})
+
+
+def test_a_file_that_reads_back_differently_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("megatron_vlm.checkpoint.lazy_tensors.checksum_file", lambda path: FileRecord(1, 2))
+    with pytest.raises(CheckpointError, match=r"reads back with other bytes than were written \(.*__0_0.distcp\)"):
+        write(tmp_path / "ours", {key: lazy(key, tensor) for key, tensor in TENSORS.items()})
+
+
+def test_the_checksums_of_the_values_are_those_of_the_files(tmp_path):
+    folder = tmp_path / "ours"
+    folder.mkdir()
+    with single_process():
+        found = save_lazily({key: lazy(key, tensor) for key, tensor in TENSORS.items()}, folder)
+    assert found == {path.name: checksum_file(path) for path in folder.glob("*.distcp")}

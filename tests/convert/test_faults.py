@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_vlm.checkpoint.folder import find_checkpoint, list_iterations
+from megatron_vlm.checkpoint.folder import LATEST_NAME, find_checkpoint, list_iterations
 from megatron_vlm.checkpoint.manifest import checksum_file, read_manifest, write_manifest
 from megatron_vlm.cli.main import main
 from megatron_vlm.config.adapters.lora import Config
@@ -71,11 +71,11 @@ class Door:
         return ["convert", *COMMANDS[self.name].format(out=self.out, **places).split(), *options]
 
     def made(self) -> dict[str, bytes]:
-        """Return the content of the folder, without what is random or names places."""
+        """Return the content of the folder, without the name of the process, and what people alone read."""
         return {
             str(path.relative_to(self.out)): path.read_bytes()
             for path in self.out.rglob("*")
-            if path.is_file() and path.name not in (".metadata", "manifest.json", "config.yaml", ".lock")
+            if path.is_file() and path.name not in (".lock", LATEST_NAME, LATEST_NAME + durable.UNFINISHED)
         }
 
     def assert_nothing_is_made(self) -> None:
