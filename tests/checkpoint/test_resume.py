@@ -87,6 +87,21 @@ def test_another_layout_goes_on_with_the_same_losses(workers, interrupted, targe
     assert resumed.grad_norms == pytest.approx(whole.grad_norms[STEPS_BEFORE:], rel=TOLERANCE)
 
 
+@pytest.mark.parametrize(("saved", "resumed"), [("cp2", "tp2_pp2_sp"), ("dp3_overlap", "cp2")])
+def test_the_size_of_the_context_may_change(workers, tmp_path, saved, resumed):
+    layouts = {**LAYOUTS, "cp2": (2, {"context_parallel_size": 2})}
+    results = []
+    for name, steps_of_run in ((saved, STEPS_BEFORE), (resumed, 1)):
+        world_size, parallel = layouts[name]
+        config = run_of(tmp_path / "run", parallel=parallel)
+        results.append(steps(workers, config, world_size, steps_of_run, save=name == saved))
+    whole = steps(workers, run_of(tmp_path / "whole", parallel={}), 1, STEPS_BEFORE + 1)
+    for field in ("losses", "grad_norms"):
+        found = [*getattr(results[0], field), *getattr(results[1], field)]
+        assert found == pytest.approx(getattr(whole, field), rel=TOLERANCE)
+    assert [*results[0].sample_ids_shas, *results[1].sample_ids_shas] == whole.sample_ids_shas
+
+
 def assert_resumes_bit_equal(workers, config, world_size):
     whole = steps(workers, replace(config, run_dir=config.run_dir + "_whole"), world_size, STEPS_BEFORE + STEPS_AFTER)
     steps(workers, config, world_size, STEPS_BEFORE, save=True)

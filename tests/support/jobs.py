@@ -1,5 +1,6 @@
 """What the ranks of distributed tests run; `WorkerPool.run` names these functions."""
 
+import hashlib
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -37,7 +38,7 @@ from megatron_vlm.training.objective import build_objective
 from megatron_vlm.training.optimizer import build_optimizer, wrap_model
 from megatron_vlm.training.setup import build_state
 from megatron_vlm.training.state import TrainState
-from megatron_vlm.training.step import StepMetrics, forward_step, train_step
+from megatron_vlm.training.step import StepMetrics, forward_step, run_micro_batches, train_step
 from megatron_vlm.training.totals import Totals, sum_over_ranks
 from tests.support.configs import tiny_run
 from tests.support.samples import make_samples, pictures_then_text
@@ -144,6 +145,36 @@ def train_steps(
         sample_ids_shas=[metrics.sample_ids_sha for metrics in measured],
         adam_steps=_adam_steps(state),
     )
+
+
+def gradients_with_padding(
+    config: TrainConfig, rows: Sequence[Sequence[int]], *, num_samples: int, token: int | None
+) -> dict[str, str]:
+    """Return hashes of the losses and of every gradient of a global batch, with `token` in the place of padding."""
+    state = start(config, FixedPlan.of(config, rows))
+    padding, filled = config.model.language.pad_token_id, 0
+
+    def batches() -> Iterator[VLMBatch]:
+        nonlocal filled
+        for batch in batches_of(config, state.rank, rows, make_samples(num_samples), 0):
+            is_padding = batch.input_ids == padding
+            filled += int(is_padding.sum())
+            yield batch if token is None else replace(batch, input_ids=batch.input_ids.masked_fill(is_padding, token))
+
+    for chunk in state.wrapped:
+        chunk.zero_grad_buffer()
+    sums, _ = run_micro_batches(
+        state,
+        [batches()],
+        seq_length=config.data.seq_length,
+        num_datasets=len(DATASETS),
+        device=CPU,
+        forward_only=False,
+    )
+    assert filled
+    values = {name: weight.main_grad for name, weight in state.chunks[0].named_parameters()}  # type: ignore[attr-defined]
+    values["losses"] = torch.stack(sums)
+    return {name: hashlib.sha256(value.numpy().tobytes()).hexdigest() for name, value in values.items()}
 
 
 def step_with_a_wrong_rank(config: TrainConfig, rows: Sequence[Sequence[int]], wrong_rank: int) -> str:

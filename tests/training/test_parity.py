@@ -120,6 +120,20 @@ def test_aligned_samples_equal_the_others(workers, initial, multiple):
     assert steps[multiple].grad_norms == pytest.approx(steps[1].grad_norms, rel=TOLERANCE)
 
 
+@pytest.mark.parametrize("name", ["one_rank", "cp2"])
+def test_what_stands_at_padding_changes_nothing(workers, initial, name):
+    world_size, parallel = LAYOUTS.get(name, (1, {}))
+    config = tiny_run(parallel=parallel, training={"recompute": "full"})
+    config = starting_from(config, initial)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, sample_multiple=32))
+    lengths = [-(-sample_length(placed.sample, 16) // 32) * 32 for placed in make_samples(24)]
+    rows = pack_in_order(lengths, SEQ_LENGTH)[: 2 * ROWS_PER_STEP]
+    job, settings = "tests.support.jobs:gradients_with_padding", {"config": config, "rows": rows, "num_samples": 24}
+    gradients = [workers.run(job, world_size, token=token, **settings)[0] for token in (None, 7)]
+    assert gradients[0].keys() == gradients[1].keys()
+    assert gradients[0] == gradients[1]
+
+
 def clustered_rows():
     """Single samples, sorted, and the row length of each batch: its longest sample in steps of 8."""
     samples = make_samples(NUM_STEPS * ROWS_PER_STEP)
