@@ -125,11 +125,17 @@ def _choose_system(default: str) -> str:
 
 def _question(image: str | None) -> str:
     """Return Jinja that writes a question with its images in place."""
-    kind, placeholder = ("image", _literal(image)) if image is not None else ("media_marker", "{{ item['text'] }}")
+    kind, placeholder, text = "image", _literal(image or ""), "{{ message['content'] }}"
+    if image is None:
+        kind, placeholder = "media_marker", "{{ item['text'] }}"
+        # Many versions of llama.cpp make one text of the items, with markers like <__media__>.
+        text = (
+            "{% for part in message['content'].split('<__media') %}"
+            "{{ part if loop.first else '<__media' + part | replace('__>', '__>\\n') }}{% endfor %}"
+        )
     return "".join(
         (
-            "{% if message['content'] is string %}{{ message['content'] }}{% else %}",
-            "{% for item in message['content'] %}",
+            "{% if message['content'] is string %}" + text + "{% else %}{% for item in message['content'] %}",
             f"{{% if item['type'] == '{kind}' %}}" + placeholder + _literal("\n"),
             "{% elif item['type'] == 'text' %}{{ item['text'] }}{% endif %}{% endfor %}{% endif %}",
         )

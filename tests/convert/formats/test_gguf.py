@@ -137,6 +137,20 @@ def test_a_tower_whose_matrices_look_alike_is_refused():
         check_model(replace(model, vision=square))
 
 
+def test_the_chat_template_has_the_text_of_training_with_the_markers_of_llama_cpp(exported):
+    jinja2 = pytest.importorskip("jinja2")
+    _, reader = read(exported / "model.gguf")
+    template = jinja2.Template(reader.fields["tokenizer.chat_template"].contents())
+    picture, text = {"type": "media_marker", "text": "<__media__>"}, {"type": "text", "text": "Which one?"}
+    for content, wanted in (
+        ([picture, picture, text], "USER: <__media__>\n<__media__>\nWhich one? ASSISTANT:"),
+        ([text], "USER: Which one? ASSISTANT:"),
+        ("Which __> one?", "USER: Which __> one? ASSISTANT:"),
+        ("<__media_1__><__media_1__>Which one?", "USER: <__media_1__>\n<__media_1__>\nWhich one? ASSISTANT:"),
+    ):
+        assert template.render(messages=[{"role": "user", "content": content}]).endswith(wanted)
+
+
 @pytest.mark.parametrize(("write", "name"), [(write_llama_3, "llama-bpe"), (write_smollm2, "smollm")])
 def test_a_byte_pair_tokenizer_is_named_by_its_rules(write, name, make_run, siglip, tmp_path):
     write(tmp_path / "source")
