@@ -118,3 +118,11 @@ def test_the_real_language_model_knows_something(start):
     with torch.inference_mode():
         best = AutoModelForCausalLM.from_pretrained(folder / "smollm2")(ids).logits[0, -1].argmax()
     assert tokenizer.decode(best) == " Paris"
+
+
+@pytest.mark.slow
+def test_awq_loses_at_most_half_of_what_rounding_to_nearest_loses(start):
+    folder, _ = start
+    command = [sys.executable, str(ROOT / "tools" / "benchmarks" / "quantize.py"), str(folder / "smollm2")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -121,7 +121,7 @@ class Quantizer:
     def write_settings(self, folder: Path) -> None:
         """Tell config.json of the decoder how it is quantised."""
         outside = (name for rule in self.rest if not rule.key.startswith(_LANGUAGE) for name in rule.names)
-        others = dict.fromkeys(name.split(".")[0] for name in outside if "/" not in name)
+        others = dict.fromkeys(name.removeprefix("model.").split(".")[0] for name in outside if "/" not in name)
         settings = self.layout.settings(self.options.group_size, ["lm_head", *others])
         path = folder / self.folder / CONFIG_NAME
         if settings:
