@@ -21,6 +21,7 @@ _TO_AWQ = "convert to-hf runs/sft --quantize awq --calibration text.txt --output
 _FROM_HF = (
     "convert from-hf --language Llama-2-7b-hf --vision clip-vit-large-patch14-336 --output runs/start",
     "convert from-hf --model llava-1.5-7b-hf --output runs/start",
+    "convert from-hf --model VILA-7b --vision clip-vit-large-patch14-336 --output runs/start",
     "convert from-hf --peft adapter --base runs/start --output runs/adapted",
 )
 _VERIFY = "convert verify runs/sft exported"
@@ -43,7 +44,10 @@ def _add_to_hf(actions: argparse._SubParsersAction) -> None:
     add = add_command(actions, "to-hf", text, _TO_HF, _TO_PEFT, _TO_AWQ, notes=notes).add_argument
     text = "a checkpoint, or a run folder for its newest checkpoint"
     add("checkpoint", metavar="CHECKPOINT_OR_RUN", help=text)
-    kinds = "llava: LlavaForConditionalGeneration; peft: LoRA alone, for PeftModel; gguf: two files for llama.cpp"
+    kinds = (
+        "llava: LlavaForConditionalGeneration; vila: three folders, as VILA-1.5; vila-flat: LlavaLlamaForCausalLM, as "
+        "VILA-1.0 and LLaVA-1.5; peft: LoRA alone, for PeftModel; gguf: two files for llama.cpp"
+    )
     text = f"{kinds} (default: %(default)s)"
     add("--format", default="llava", metavar="FAMILY", help=text)
     add("--output", type=new_folder, required=True, metavar="DIR", help="folder to write")
@@ -86,7 +90,7 @@ def _add_from_hf(actions: argparse._SubParsersAction) -> None:
         metavar="DIR",
         help="folder of a vision tower: CLIPVisionModel, SiglipVisionModel, ...",
     )
-    text = "instead of both: folder of a whole model, LlavaForConditionalGeneration"
+    text = "instead of both: folder of a whole model, LLaVA or VILA; add --vision if it only names its tower"
     add("--model", "--llava", type=local_path, metavar="DIR", help=text)
     add("--peft", type=local_path, metavar="DIR", help="or: folder of a LoRA that PEFT saved, with --base")
     text = "run folder or checkpoint that holds the model which the LoRA adapts"
@@ -186,11 +190,11 @@ def _compare(first: Path, second: Path, *, with_logits: bool = True) -> list[str
 
 
 def _from_hf(args: argparse.Namespace) -> None:
-    sources = [args.language or args.vision, args.model, args.peft or args.base]
-    pairs = [(args.language, args.vision), (args.peft, args.base)]
-    if sum(map(bool, sources)) != 1 or any(bool(one) != bool(other) for one, other in pairs):
+    given = {name for name in ("language", "vision", "model", "peft", "base") if getattr(args, name)}
+    if given not in ({"language", "vision"}, {"model"}, {"model", "vision"}, {"peft", "base"}):
         raise UsageError(
-            "convert from-hf needs --language and --vision, or only --model, or --peft and --base", fix="see --help"
+            "convert from-hf needs --language and --vision, or --model with or without --vision, or --peft and --base",
+            fix="see --help",
         )
     import yaml
 
@@ -204,7 +208,7 @@ def _from_hf(args: argparse.Namespace) -> None:
     if args.peft:
         model = import_adapter(args.peft, args.base, args.output)
     elif args.model:
-        model = import_model(args.model, args.output, model, image_size=args.image_size)
+        model = import_model(args.model, args.output, model, tower=args.vision, image_size=args.image_size)
     else:
         options = ImportOptions(
             projection=args.projection, feature_layer=args.feature_layer, image_size=args.image_size, seed=args.seed

@@ -14,7 +14,7 @@ from megatron_vlm.config.errors import (
 )
 from megatron_vlm.config.language import LanguageConfig
 from megatron_vlm.config.layout import Layout, derive_layout, position_multiple
-from megatron_vlm.config.loading import config_to_dict, load_config, load_section, save_config
+from megatron_vlm.config.loading import config_to_dict, load_config, load_preset, load_section, save_config
 from megatron_vlm.config.model import IGNORE_INDEX, PART_NAMES, ModelConfig
 from megatron_vlm.config.projectors import ProjectorConfig
 from megatron_vlm.config.towers import TowerConfig
@@ -53,6 +53,7 @@ __all__ = [
     "config_to_dict",
     "derive_layout",
     "load_config",
+    "load_preset",
     "load_section",
     "position_multiple",
     "save_config",

@@ -70,6 +70,19 @@ def load_section(cls: type[T], path: str | Path, key: str) -> T:
     return _build(cls, tree[key], key=key, lines=lines, source=str(path))
 
 
+def load_preset(kind: Any, name: str) -> Any:
+    """Return the settings of a preset.
+
+    Args:
+        kind: annotation of the section that may name it, e.g. `Tower`.
+        name: of the preset.
+
+    Raises:
+        ConfigError: there is no such preset; lists the existing ones.
+    """
+    return _build(kind, {PRESET_KEY: name}, key="section", lines={}, source=f"preset {name}")
+
+
 def config_to_dict(config: Any) -> dict[str, Any]:
     """Return a config as nested dicts with lists for tuples, ready for YAML."""
 

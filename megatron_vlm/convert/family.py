@@ -95,6 +95,8 @@ class TowerFamily(Family, Protocol):
 
     FREE: frozenset[str]
     """Fields that a training may choose freely: they affect neither a tensor nor what the imported weights compute."""
+    VILA_TYPE: str
+    """`model_type` of the tower's folder within a VILA, whose family may be another one than this."""
 
     def reason_against_llava(self, config: Any) -> str | None:
         """Return why transformers' Llava cannot compute with this tower; None if it can."""
@@ -183,15 +185,20 @@ def find_tower_family(type: str) -> TowerFamily:
 
 
 def find_format(name: str) -> ModelFamily:
-    """Return the family of an export format.
+    """Return the family of an export format, whose name has a dash for every underscore of the module's.
 
     Raises:
         UsageError: no family of whole models has this name; lists those that exist.
     """
-    families = _families("model")
-    if name not in families:
-        raise UsageError(f"unknown export format {name!r}", fix=f"choose one of {', '.join(families)}")
-    return cast(ModelFamily, families[name])
+    if name not in format_names():
+        raise UsageError(f"unknown export format {name!r}", fix=f"choose one of {', '.join(format_names())}")
+    return cast(ModelFamily, _families("model")[name.replace("-", "_")])
+
+
+def refuse_tower(path: Path, tower: Path | None) -> None:
+    """Raise UsageError if a tower is named beside a folder that has one of its own."""
+    if tower is not None:
+        raise UsageError(f"{path} has a tower of its own", fix=f"leave out {tower}")
 
 
 def check_fits(name: str, model: ModelConfig) -> None:
@@ -216,7 +223,7 @@ def formats_that_hold(model: ModelConfig) -> list[str]:
 
 def format_names() -> tuple[str, ...]:
     """Return the names of the families of whole models, each of which is an export format."""
-    return tuple(_families("model"))
+    return tuple(module.replace("_", "-") for module in _families("model"))
 
 
 def _families(part: Part) -> dict[str, Family]:

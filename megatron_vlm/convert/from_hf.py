@@ -168,8 +168,6 @@ def _open(path: Path, part: Part, tower: Path | None = None) -> _OpenFolder:
     parts = Parts.of_one_folder(path, settings)
     if part == "model":
         parts = cast(ModelFamily, family).find_parts(path, settings, tower)
-    if tower is not None and tower not in parts.weights.values():
-        raise UsageError(f"{path} has a tower of its own", fix="name only the folder of the model")
     return _OpenFolder(HFFolder(path, family.renames(parts.settings), parts.weights), family, parts)
 
 

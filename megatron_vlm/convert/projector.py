@@ -1,6 +1,6 @@
 """The functions that a module of `convert/projectors/` offers; it is found by `model.projection.type`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -26,6 +26,16 @@ class LlavaProjector:
     """Our keys start with `KEY_PREFIX`, their names are those below `multi_modal_projector.`."""
 
 
+@dataclass(frozen=True, slots=True)
+class VilaProjector:
+    """A projection as VILA has it."""
+
+    type: str
+    """Value of `mm_projector_type`."""
+    rules: list[Rule]
+    """Our keys start with `KEY_PREFIX`, their names with `layers.`."""
+
+
 class ProjectorFamily(Protocol):
     """The names of a projection's tensors in other formats, and its initial weights.
 
@@ -34,6 +44,9 @@ class ProjectorFamily(Protocol):
 
     FITS_LLAVA: bool
     """Whether transformers' Llava can hold it."""
+    VILA_TYPES: Mapping[str, Mapping[str, Any]]
+    """Values of VILA's `mm_projector_type` that stand for it, and the settings that each means; none if VILA's code
+    does not have it."""
 
     def llava(self, config: Any, *, input_size: int, output_size: int) -> LlavaProjector | None:
         """Return what transformers' Llava makes of it; None if it cannot hold it."""
@@ -99,6 +112,43 @@ def projector_of(activation: str, *, input_size: int, output_size: int, where: s
     if activation in found:
         return found[activation]
     raise CheckpointError(f"projector_hidden_act={activation}", where=where, fix=f"use {', '.join(found)}")
+
+
+def vila_projector(config: ProjectorConfig, *, input_size: int, output_size: int) -> VilaProjector:
+    """Return a projection as VILA has it.
+
+    Raises:
+        CheckpointError: it cannot hold this one.
+    """
+    projector = find_projector(config.type)
+    rules = projector.vila_rules(config, input_size=input_size, output_size=output_size)
+    if rules is None:
+        fitting = [name for name in module_names(PROJECTORS) if find_projector(name).VILA_TYPES]
+        raise CheckpointError(
+            f"a projection of type {config.type} does not fit VILA's formats, which have only {', '.join(fitting)}",
+            where="model.projection",
+            fix="use another projection or format",
+        )
+    types = (
+        theirs for theirs, settings in projector.VILA_TYPES.items() if config == make_projector(config.type, **settings)
+    )
+    return VilaProjector(next(types), rules)
+
+
+def projector_of_vila(type: str, where: str) -> ProjectorConfig:
+    """Return the projection that a VILA's `mm_projector_type` stands for.
+
+    Raises:
+        CheckpointError: it stands for none of ours.
+    """
+    known = {
+        theirs: make_projector(name, **settings)
+        for name in module_names(PROJECTORS)
+        for theirs, settings in find_projector(name).VILA_TYPES.items()
+    }
+    if type in known:
+        return known[type]
+    raise CheckpointError(f"mm_projector_type={type}", where=where, fix=f"use a model with {', '.join(known)}")
 
 
 def draw_linear(key: str, sizes: Sequence[int], *, std: float, generator: torch.Generator) -> dict[str, Tensor]:

@@ -121,8 +121,8 @@ def test_from_hf_checks_a_given_config(run, exported, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "parts",
-    [[], ["--language", "a"], ["--llava", "a", "--vision", "b"], ["--peft", "a"], ["--llava", "a", "--base", "b"]],
+    [[], ["--language", "a"], ["--llava", "a", "--language", "b"], ["--peft", "a"], ["--llava", "a", "--base", "b"]],
 )
 def test_from_hf_needs_both_parts_or_a_llava(parts, tmp_path, capsys):
     assert main(["convert", "from-hf", *parts, "--output", str(tmp_path / "run")]) == 64
-    assert "needs --language and --vision, or only --model" in capsys.readouterr().err
+    assert "needs --language and --vision, or --model with or without --vision" in capsys.readouterr().err

@@ -135,8 +135,39 @@ def test_a_checkpoint_of_two_by_two_ranks_exports_like_one_of_one(
     layout = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "sequence_parallel": True}
     sharded = tiny_run(str(tmp_path / "sharded"), parallel=layout, model=model_config)
     workers.run("tests.convert.jobs:save_again", 4, config=sharded, weights=str(run))
-    export_model(read_run_settings(tmp_path / "sharded", tokenizer=str(tokenizer_path)), tmp_path / "hf")
+    settings = read_run_settings(tmp_path / "sharded", tokenizer=str(tokenizer_path))
+    export_model(settings, tmp_path / "hf")
     assert (tmp_path / "hf" / NAME).read_bytes() == (exported / NAME).read_bytes()
+    for format in ("vila", "vila-flat"):
+        of_one, of_four = tmp_path / f"{format}-1", tmp_path / f"{format}-4"
+        export_model(read_run_settings(run), of_one, ExportOptions(format=format))
+        export_model(settings, of_four, ExportOptions(format=format))
+        assert_same_files(of_one, of_four)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("format", ["llava", "vila", "vila-flat"])
+def test_a_checkpoint_of_three_stages_exports_the_same_files(format, make_run, tmp_path, workers, tokenizer_path):
+    model = tiny_model(vocab_size=NUM_PIECES, num_layers=6)
+    run, options = make_run(model), ExportOptions(format=format)
+    sharded = tiny_run(str(tmp_path / "sharded"), parallel={"pipeline_model_parallel_size": 3}, model=model)
+    workers.run("tests.convert.jobs:save_again", 3, config=sharded, weights=str(run))
+    export_model(read_run_settings(run), tmp_path / "of_one", options)
+    settings = read_run_settings(tmp_path / "sharded", tokenizer=str(tokenizer_path))
+    export_model(settings, tmp_path / "of_three", options)
+    assert_same_files(tmp_path / "of_one", tmp_path / "of_three")
+
+
+def assert_same_files(first, second) -> None:
+    content = [
+        {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        for folder in (first, second)
+    ]
+    for files in content:
+        del files["README.md"]  # tells of the run, which is another one
+    assert content[0] == content[1]
+    assert any(name.endswith(".safetensors") for name in content[0])
 
 
 def test_a_large_model_is_written_in_several_files(make_run, model_config, tmp_path):

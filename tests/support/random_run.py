@@ -8,7 +8,7 @@ from megatron_vlm.checkpoint.folder import find_checkpoint
 from megatron_vlm.checkpoint.tensors import read_tensor, write_weights
 from megatron_vlm.config import ModelConfig, config_to_dict
 from megatron_vlm.convert.adapter import find_adapter
-from megatron_vlm.convert.families import llava
+from megatron_vlm.convert.families import vila
 from megatron_vlm.convert.rules import Vocabulary
 
 
@@ -25,7 +25,7 @@ def write_random_adapter(
     generator = torch.Generator().manual_seed(6)
     shapes = dict(find_adapter(model.adapter).shapes(model.adapter, model))
     tensors = {key: 0.1 * torch.randn(shape, generator=generator) for key, shape in shapes.items()}
-    for rule in llava.rules(model):
+    for rule in vila.rules(model):
         if learned and rule.key.startswith(f"model.{learned}."):
             tensors[rule.key] = 1.1 * read_tensor(find_checkpoint(base), rule.key)
     data = {"tokenizer": str(tokenizer), "image_aspect": "pad"}
@@ -35,7 +35,7 @@ def write_random_adapter(
 def _random_weights(model: ModelConfig) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(5)
     tensors = {}
-    for rule in llava.rules(model):
+    for rule in vila.rules(model):
         # Biases and norms too: a new model has zeros and ones there, which hide a swap.
         noise = torch.randn(rule.checkpoint_shape, generator=generator)
         is_norm = rule.key.endswith(("norm_weight", "layernorm.weight"))

@@ -13,6 +13,7 @@ from megatron_vlm.convert.vision_transformer import ACTIVATIONS, Names, read_act
 PART = "vision"
 MODEL_TYPES = ("clip_vision_model", "clip", "CLIPVisionModel", "CLIPModel")
 FREE = vision_transformer.FREE
+VILA_TYPE = "clip_vision_model"
 NAMES = Names(
     patches="vision_model.embeddings.patch_embedding.",
     positions="vision_model.embeddings.position_embedding.weight",

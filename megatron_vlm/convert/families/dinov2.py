@@ -20,6 +20,7 @@ from megatron_vlm.convert.vision_transformer import (
 PART = "vision"
 MODEL_TYPES = ("dinov2", "dinov2_with_registers", "Dinov2Model", "Dinov2WithRegistersModel")
 FREE = vision_transformer.FREE | {"image_size", "post_norm"}
+VILA_TYPE = "dinov2"
 _MASK_TOKEN, _POST_NORM = "embeddings.mask_token", "layernorm."
 
 

@@ -20,6 +20,7 @@ from megatron_vlm.convert.vision_transformer import (
 PART = "vision"
 MODEL_TYPES = ("internvl_vision", "InternVLVisionModel")
 FREE = vision_transformer.FREE
+VILA_TYPE = "intern_vit_6b"
 NORMS = {"RMSNorm": "rms_norm", "LayerNorm": "layer_norm"}
 """Our names of the norms, and those in config.json."""
 _NAMES = Names(

@@ -10,14 +10,22 @@ from torch import Tensor
 from megatron_vlm.config import CheckpointError, ModelConfig
 from megatron_vlm.config.towers import TowerConfig, TowerWrapper
 from megatron_vlm.config.vision_transformer import VisionTransformerConfig
-from megatron_vlm.convert.family import Family, Parts, Serving, TowerFamily, find_family, find_tower_family
+from megatron_vlm.convert.family import (
+    Family,
+    Parts,
+    Serving,
+    TowerFamily,
+    find_family,
+    find_tower_family,
+    refuse_tower,
+)
+from megatron_vlm.convert.files.language import write_language_files
 from megatron_vlm.convert.files.model_card import write_card
-from megatron_vlm.convert.files.processor import chat_template, generation_config, select_strategy, write_processor
-from megatron_vlm.convert.files.tokenizer import write_tokenizer
+from megatron_vlm.convert.files.processor import select_strategy, write_processor
 from megatron_vlm.convert.folder import CONFIG_NAME, write_json
 from megatron_vlm.convert.projector import LlavaProjector, llava_projector, projector_of
 from megatron_vlm.convert.rules import Rule
-from megatron_vlm.data.text.templates import stop_ids
+from megatron_vlm.convert.whole_model import join_patterns, join_rules, prefixed
 
 PART = "model"
 MODEL_TYPES = ("llava", "LlavaForConditionalGeneration")
@@ -70,6 +78,7 @@ def renames(settings: dict[str, Any]) -> list[tuple[str, str]]:
 
 def find_parts(path: Path, settings: dict[str, Any], tower: Path | None) -> Parts:
     """Return that everything is in one folder."""
+    refuse_tower(path, tower)
     return Parts.of_one_folder(path, settings)
 
 
@@ -126,30 +135,28 @@ def _projector(model: ModelConfig) -> LlavaProjector:
 
 def rules(model: ModelConfig) -> list[Rule]:
     """Return the table of the whole model."""
-    tables = {
-        _VISION: _tower_family(model.vision).rules(model.vision),
-        _PROJECTOR: _projector(model).rules,
-        _LANGUAGE: _language_family().rules(model.language),
-    }
-    return [
-        replace(rule, names=tuple(prefix + name for name in rule.names))
-        for prefix, table in tables.items()
-        for rule in table
-    ]
+    return join_rules(
+        {
+            _VISION: _tower_family(model.vision).rules(model.vision),
+            _PROJECTOR: _projector(model).rules,
+            _LANGUAGE: _language_family().rules(model.language),
+        }
+    )
 
 
 def unused(model: ModelConfig) -> tuple[str, ...]:
     """Return regular expressions for tensors that a folder may hold in addition to the table."""
-    return (
-        *(rf"vision_tower\.{pattern}" for pattern in _tower_family(model.vision).unused(model.vision)),
-        *(rf"language_model\.{pattern}" for pattern in _language_family().unused(model.language)),
+    return join_patterns(
+        {
+            _VISION: _tower_family(model.vision).unused(model.vision),
+            _LANGUAGE: _language_family().unused(model.language),
+        }
     )
 
 
 def constants(model: ModelConfig) -> Mapping[str, Tensor]:
     """Return tensors that a folder must have and our model lacks, with values that have no effect."""
-    tower = _tower_family(model.vision).constants(model.vision)
-    return {_VISION + name: tensor for name, tensor in tower.items()}
+    return prefixed(_VISION, _tower_family(model.vision).constants(model.vision))
 
 
 def config_to_hf(model: ModelConfig) -> dict[str, Any]:
@@ -244,18 +251,9 @@ def _selecting(vision: TowerConfig, strategy: str, where: str) -> TowerConfig:
 
 def write_settings(folder: Path, serving: Serving) -> None:
     """Write all files except the weights: config.json, tokenizer, processor, chat template, model card."""
-    model, tokenizer, template = serving.model, serving.tokenizer, serving.template
-    added = write_tokenizer(folder, tokenizer, model.language)
-    write_processor(folder, _tower(model), serving.image_aspect, added.image)
+    added = write_language_files(folder, serving)
+    write_processor(folder, _tower(serving.model), serving.image_aspect, added.image)
     write_json(folder / CONFIG_NAME, _whole_config(serving))
-    generation = generation_config(
-        model.language, bos_id=tokenizer.bos_id, eos_ids=sorted(stop_ids(template, tokenizer))
-    )
-    write_json(folder / "generation_config.json", generation)
-    if template.question_text:
-        bos, eos = tokenizer.bos, tokenizer.piece(tokenizer.eos_id)
-        text = chat_template(template, serving.system, start=added.start, bos=bos, eos=eos, image=added.image)
-        (folder / "chat_template.jinja").write_text(text)
     write_card(folder, serving, architecture=ARCHITECTURE, usage=_USAGE)
 
 

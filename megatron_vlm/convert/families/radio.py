@@ -25,6 +25,7 @@ PART = "vision"
 MODEL_TYPES = ("radio", "RadioModel")
 # The table of positions does not depend on the image size.
 FREE = vision_transformer.FREE | {"image_size"}
+VILA_TYPE = "radio"
 _PREFIX = "radio_model.model."
 _NAMES = Names(
     patches=_PREFIX + "patch_generator.embedder.",

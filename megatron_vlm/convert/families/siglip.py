@@ -14,6 +14,7 @@ from megatron_vlm.convert.vision_transformer import read_activation, unused_laye
 PART = "vision"
 MODEL_TYPES = ("siglip_vision_model", "siglip", "SiglipVisionModel", "SiglipModel")
 FREE = vision_transformer.FREE
+VILA_TYPE = "siglip_vision_model"
 NAMES = replace(clip.NAMES, class_token="", pre_norm="")
 # SiglipModel also holds the text tower. The last norm and the attention pool after it make one vector of an image.
 _UNUSED = (

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vlm.config import LanguageConfig
+from megatron_vlm.config.towers import TowerConfig
 from megatron_vlm.config.vision_transformer import VisionTransformerConfig
 from megatron_vlm.convert.folder import write_json
 from megatron_vlm.data.documents import Control, Special
@@ -17,7 +18,7 @@ _SET_ANSWER = (
 )
 
 
-def image_processor_config(vision: VisionTransformerConfig, aspect: Aspect) -> dict[str, Any]:
+def image_processor_config(vision: TowerConfig, aspect: Aspect) -> dict[str, Any]:
     """Return preprocessor_config.json: the pixels of training, up to the rounding of the resampling filter."""
     side = {"height": vision.image_size, "width": vision.image_size}
     return {

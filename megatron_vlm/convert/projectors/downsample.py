@@ -7,6 +7,7 @@ from megatron_vlm.config.projectors.downsample import Config
 from megatron_vlm.convert.projector import KEY_PREFIX, draw_linear
 
 FITS_LLAVA = False
+VILA_TYPES: dict[str, dict[str, str]] = {}
 _LAYER = KEY_PREFIX + "encoder."
 
 

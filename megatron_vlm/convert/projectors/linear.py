@@ -14,6 +14,7 @@ from megatron_vlm.convert.projector import KEY_PREFIX, LlavaProjector, draw_line
 from megatron_vlm.convert.rules import LinearAsMLP, LinearAsPair, Rule, Transform
 
 FITS_LLAVA = True
+VILA_TYPES: dict[str, dict[str, str]] = {"linear": {}}
 _LAYER = KEY_PREFIX + "encoder."
 
 

@@ -8,6 +8,7 @@ from megatron_vlm.convert.projector import KEY_PREFIX, LlavaProjector, draw_line
 from megatron_vlm.convert.rules import Rule
 
 FITS_LLAVA = True
+VILA_TYPES: dict[str, dict[str, str]] = {"mlp2x_gelu": {}}
 _FIRST, _SECOND = KEY_PREFIX + "encoder.linear_fc1.", KEY_PREFIX + "encoder.linear_fc2."
 
 

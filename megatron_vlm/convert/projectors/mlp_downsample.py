@@ -8,6 +8,12 @@ from megatron_vlm.convert.projector import KEY_PREFIX, draw_linear, draw_norm
 from megatron_vlm.convert.rules import Rule
 
 FITS_LLAVA = False
+# The code of VILA-1.5 gives the tokens column by column; later code has the second name for those that give them row by
+# row, and reads the first one so, too.
+VILA_TYPES = {
+    "mlp_downsample": {"token_order": "column"},
+    "mlp_downsample_2x2_fix": {"token_order": "row"},
+}
 _NORM, _FIRST, _SECOND = (KEY_PREFIX + name for name in ("norm.", "mlp.encoder.linear_fc1.", "mlp.encoder.linear_fc2."))
 
 

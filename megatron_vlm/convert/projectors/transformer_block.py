@@ -9,6 +9,7 @@ from megatron_vlm.config.projectors.transformer_block import Config
 from megatron_vlm.convert.projector import KEY_PREFIX, draw_linear, draw_norm
 
 FITS_LLAVA = False
+VILA_TYPES: dict[str, dict[str, str]] = {}
 _LAYERS = KEY_PREFIX + "decoder.layers."
 
 

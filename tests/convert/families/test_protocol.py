@@ -59,6 +59,7 @@ def test_every_file_says_what_it_is(name):
 def test_a_family_named_after_a_tower_converts_it_within_whole_models(name):
     if name in module_names("megatron_vlm.config.towers"):
         assert isinstance(family(name).FREE, frozenset)
+        assert find_family(family(name).VILA_TYPE, "vision", "").PART == "vision"
         offered, wanted = (inspect.signature(owner.reason_against_llava) for owner in (family(name), TowerFamily))
         assert len(offered.parameters) == len(wanted.parameters) - 1
     assert find_family(family(name).MODEL_TYPES[0], "vision", "config.json") is family(name)
@@ -69,7 +70,7 @@ def test_a_family_of_whole_models_can_be_exported_to(name):
     for function in ("write_settings", "find_parts", "reason_against"):
         offered, wanted = (inspect.signature(getattr(owner, function)) for owner in (family(name), ModelFamily))
         assert list(offered.parameters) == list(wanted.parameters)[1:]
-    assert find_format(name).ARCHITECTURE
+    assert find_format(name.replace("_", "-")).ARCHITECTURE
 
 
 def test_no_two_families_of_a_part_read_the_same_type():

@@ -10,6 +10,7 @@ import torch
 from megatron_vlm.checkpoint.tensors import list_tensors
 from megatron_vlm.config import CheckpointError
 from megatron_vlm.config.modules import module_names
+from megatron_vlm.config.projectors import make_projector
 from megatron_vlm.convert import projectors
 from megatron_vlm.convert.projector import (
     KEY_PREFIX,
@@ -18,6 +19,8 @@ from megatron_vlm.convert.projector import (
     find_projector,
     llava_projector,
     projector_of,
+    projector_of_vila,
+    vila_projector,
 )
 from tests.support.configs import tiny_run
 from tests.support.jobs import save_initial
@@ -27,6 +30,7 @@ NAMES = module_names(PROJECTORS)
 NARROW, WIDE = {"input_size": 6, "output_size": 12}, {"input_size": 6, "output_size": 10}
 TOY = """
 FITS_LLAVA = False
+VILA_TYPES = {}
 
 def llava(config, *, input_size, output_size): return None
 def vila_rules(config, *, input_size, output_size): return None
@@ -68,6 +72,7 @@ def test_tables_have_every_tensor_with_its_shape(name, sizes):
     wanted = {key: tuple(tensor.shape) for key, tensor in drawn(name, **sizes).items()}
     llava, vila = projector.llava(config, **sizes), projector.vila_rules(config, **sizes)
     assert (llava is not None) == projector.FITS_LLAVA
+    assert (vila is not None) == bool(projector.VILA_TYPES)
     for rules in (llava and llava.rules, vila):
         assert rules is None or {rule.key: rule.checkpoint_shape for rule in rules} == wanted
 
@@ -78,6 +83,19 @@ def test_a_folder_says_which_projection_it_holds(sizes):
         if find_projector(name).FITS_LLAVA:
             activation = llava_projector(tiny_projector(name), **sizes).activation
             assert projector_of(activation, **sizes, where="config.json") == tiny_projector(name)
+
+
+def test_a_vila_says_which_projection_it_holds():
+    for name in NAMES:
+        for theirs, settings in find_projector(name).VILA_TYPES.items():
+            config = make_projector(name, **settings)
+            assert vila_projector(config, **NARROW).type == theirs
+            assert projector_of_vila(theirs, "config.json") == config
+
+
+def test_an_unknown_projection_of_a_vila_is_refused():
+    with pytest.raises(CheckpointError, match=r"mm_projector_type=dsresampler \(config.json\); fix: .*mlp_downsample"):
+        projector_of_vila("dsresampler", "config.json")
 
 
 def test_servers_know_the_activation_of_a_narrow_linear_projection():
