@@ -34,10 +34,11 @@ from PIL import Image
 from wheels import fetch
 
 DOWNLOADS = Path("runs/quickstart/downloads")
-PACKAGES = {  # wheels by name and version, with their sha256
+PACKAGES = {
     # 5,000 pictures of 64 x 64 pixels and 48,248 questions with a published split into training and test (MIT).
     "easy_vqa-1.0": "fcb51b309b78c7b00f97b64cdbcbcf5c105f94da1b39c0796cee5a787c4f650f",
 }
+"""Wheels by name and version, with their sha256."""
 VOCAB_SIZE = 512  # 3 special tokens, 256 bytes, and the words of the questions and their letters
 COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 SHAPES = ("circle", "rectangle", "triangle")
@@ -46,7 +47,6 @@ Shapes on plain paper.
 A page from a picture book.
 What was drawn today:
 Some shapes and their colors.""".splitlines()
-_CONFIRMING = ("is there a {}?", "is there a {} in the image?", "is a {} present?", "does the image contain a {}?")
 _INTEGERS = "id width height text_length word_count num_faces num_tokens_bert num_tokens_gpt".split()
 _FLOATS = "clip_similarity_vitb32 clip_similarity_vitl14 nsfw_score_opennsfw2 nsfw_score_gantman".split()
 _COYO_SCHEMA = pa.schema(
@@ -119,9 +119,13 @@ def describe_scene(questions: Iterable[tuple[str, str]]) -> tuple[str | None, st
     present: set[str] = set()
     absent: set[str] = set()
     for text, answer in questions:
-        named = {word for word in (*re.findall(r"[a-z]+", text), answer) if word in COLORS or word in SHAPES}
-        denied = answer == ("yes" if {"no", "not"} & {*text.split()} else "no")
-        (absent if denied else present).update(named)
+        words = re.findall(r"[a-z]+", text)
+        named = {word for word in words if word in COLORS or word in SHAPES}
+        if answer not in ("yes", "no"):
+            present |= named | {answer}
+        else:
+            negated = "not" in words or "no" in words
+            (present if (answer == "yes") != negated else absent).update(named)
     color, shape = (_conclude(values, present, absent) for values in (COLORS, SHAPES))
     return color, shape, tuple(sorted(absent))
 
@@ -249,23 +253,19 @@ def write_sentence(picture: Picture, draw: random.Random) -> str:
 
 
 def write_conversations(pictures: list[Picture], folder: Path, options: CorpusOptions) -> int:
-    """Write LLaVA-like conversations: `<image>`, all questions about the picture and more that ask what it shows.
-
-    Published yes/no questions mostly name what is not in the picture, so a guess from the text is right too often.
-    """
+    """Write LLaVA-like conversations: all questions about a picture, with `<image>` before the first."""
     (folder / "images").mkdir(parents=True)
     records = []
     for view in range(options.conversation_views):
         for picture in pictures:
             name, seed = f"train-{picture.number}-{view}", f"{options.seed}/conversations/{picture.number}"
             (folder / "images" / f"{name}.png").write_bytes(draw_view(picture.encoded, view, seed))
-            draw = random.Random(f"{seed}/{view}")
-            shown = 3 * [picture.color and f"{picture.color} shape"] + [picture.shape]
-            added = [(draw.choice(_CONFIRMING).format(value), "yes") for value in shown if value]
+            questions = list(picture.questions)
+            random.Random(f"{seed}/{view}").shuffle(questions)
             turns = []
-            for text, answer in draw.sample([*picture.questions, *added], len(picture.questions) + len(added)):
-                turns += [{"from": "human", "value": text}, {"from": "gpt", "value": answer}]
-            turns[0]["value"] = f"<image>\n{turns[0]['value']}"
+            for position, (text, answer) in enumerate(questions):
+                turns.append({"from": "human", "value": text if position else f"<image>\n{text}"})
+                turns.append({"from": "gpt", "value": answer})
             records.append({"id": name, "image": f"images/{name}.png", "conversations": turns})
     (folder / "instructions.json").write_text(json.dumps(records))
     return len(records)

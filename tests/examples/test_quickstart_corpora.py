@@ -2,7 +2,6 @@ import io
 import json
 import random
 import tarfile
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -188,9 +187,7 @@ def test_documents_have_two_to_six_pictures_each_before_its_sentence(package: Pa
         assert all((folder / "images" / info["image_name"]).exists() for info in document["image_info"])
 
 
-def test_conversations_hold_all_questions_of_a_picture_and_more_about_what_it_shows(
-    package: Path, tmp_path: Path
-) -> None:
+def test_conversations_hold_all_questions_of_a_picture(package: Path, tmp_path: Path) -> None:
     build(package, tmp_path / "raw", conversation_views=2)
     folder = tmp_path / "raw" / "llava"
     records = json.loads((folder / "instructions.json").read_text())
@@ -199,13 +196,8 @@ def test_conversations_hold_all_questions_of_a_picture_and_more_about_what_it_sh
     for record in records:
         number = int(record["id"].split("-")[1])
         turns = [turn["value"].removeprefix("<image>\n") for turn in record["conversations"]]
-        asked = Counter(zip(turns[::2], turns[1::2], strict=True))
-        published = Counter(pictures[number].questions)
-        assert asked >= published
-        added = list((asked - published).elements())
-        assert {answer for _, answer in added} == {"yes"}
-        assert sum("blue shape" in text for text, _ in added) == 3
-        assert sum("rectangle" in text for text, _ in added) == (pictures[number].shape is not None)
+        asked = set(zip(turns[::2], turns[1::2], strict=True))
+        assert asked == {*pictures[number].questions}
         assert record["conversations"][0]["value"].startswith("<image>\n")
         assert (folder / record["image"]).exists()
 
