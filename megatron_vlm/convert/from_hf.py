@@ -168,6 +168,11 @@ def _open(path: Path, part: Part, tower: Path | None = None) -> _OpenFolder:
     parts = Parts.of_one_folder(path, settings)
     if part == "model":
         parts = cast(ModelFamily, family).find_parts(path, settings, tower)
+    for one in (settings, parts.language):
+        if method := (one.get("quantization_config") or {}).get("quant_method"):
+            raise CheckpointError(
+                f"the weights are quantised ({method})", where=str(where), fix="use the model that they were made from"
+            )
     return _OpenFolder(HFFolder(path, family.renames(parts.settings), parts.weights), family, parts)
 
 

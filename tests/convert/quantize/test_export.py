@@ -1,10 +1,8 @@
 """Quantised folders, by the tensors in them."""
 
 import json
-import re
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +12,7 @@ from megatron_vlm.checkpoint.run_settings import read_run_settings
 from megatron_vlm.checkpoint.tensors import read_tensor, write_weights
 from megatron_vlm.config import CheckpointError, UsageError, config_to_dict
 from megatron_vlm.convert.families import llava
+from megatron_vlm.convert.from_hf import import_model
 from megatron_vlm.convert.quantize.export import QuantizeOptions
 from megatron_vlm.convert.quantize.layout import find_layout
 from megatron_vlm.convert.to_hf import ExportOptions, export_model
@@ -103,26 +102,24 @@ def test_bfloat16_is_kept_where_the_layout_can_store_it(make_run, model_config, 
         export_model(settings, tmp_path / "other", options("awq", dtype="bfloat16"))
 
 
-def test_tinychat_is_a_pickle_in_the_folder_of_the_language_model(
-    make_run, model_config, options, plain, monkeypatch, tmp_path
-):
-    def rules(model):
-        prefix = re.compile(r"^language_model\.")
-        return [
-            replace(rule, names=tuple(prefix.sub("llm/", name) for name in rule.names)) for rule in llava.rules(model)
-        ]
+def test_a_quantised_folder_is_not_imported(export, tmp_path):
+    with pytest.raises(
+        CheckpointError, match=r"the weights are quantised \(awq\) .*; fix: use the model that they were"
+    ):
+        import_model(export("awq"), tmp_path / "run")
 
-    family = SimpleNamespace(**{**vars(llava), "rules": rules})
-    monkeypatch.setattr("megatron_vlm.convert.to_hf.find_format", lambda name: family)
-    asked = options("awq", layout="tinychat", group_size=64)
+
+def test_tinychat_is_a_pickle_in_the_folder_of_the_language_model(make_run, model_config, options, plain, tmp_path):
+    asked = replace(options("awq", layout="tinychat", group_size=64), format="vila")
     export_model(read_run_settings(make_run(model_config)), tmp_path / "hf", asked)
-    assert [path.name for path in (tmp_path / "hf" / "llm").iterdir()] == ["llm-w4-g64-awq-v2.pt"]
+    assert not list((tmp_path / "hf" / "llm").glob("*.safetensors"))
     pickled = torch.load(tmp_path / "hf" / "llm" / "llm-w4-g64-awq-v2.pt", weights_only=True)
     found = dequantised(pickled, find_layout("awq", "tinychat"), 64)
-    rest = load_file(tmp_path / "hf" / "model.safetensors")
-    assert {name.replace("language_model.", "") for name in plain} == found.keys() | rest.keys()
-    assert not found.keys() & rest.keys()
-    assert "quantization_config" not in json.loads((tmp_path / "hf" / "config.json").read_text())
+    language = "language_model."
+    assert found.keys() == {name.removeprefix(language) for name in plain if name.startswith(language)}
+    for part in ("vision_tower", "mm_projector"):
+        types = {tensor.dtype for tensor in load_file(tmp_path / "hf" / part / "model.safetensors").values()}
+        assert types <= {torch.float16, torch.int64}
     weight = plain["language_model.model.layers.1.self_attn.q_proj.weight"]
     factors = (
         plain["language_model.model.layers.1.input_layernorm.weight"] / found["model.layers.1.input_layernorm.weight"]
@@ -130,6 +127,17 @@ def test_tinychat_is_a_pickle_in_the_folder_of_the_language_model(
     error = (found["model.layers.1.self_attn.q_proj.weight"] / factors - weight).abs()
     # The step is a third of the standard deviation: a quarter of it is lost, on average, and more where levels are cut.
     assert error.mean() < 0.15 * weight.abs().mean()
+
+
+def test_gemm_in_the_format_vila_is_named_in_the_config_of_the_language_model(
+    make_run, model_config, options, plain, tmp_path
+):
+    export_model(read_run_settings(make_run(model_config)), tmp_path / "hf", replace(options("awq"), format="vila"))
+    settings = json.loads((tmp_path / "hf" / "llm" / "config.json").read_text())["quantization_config"]
+    assert settings["modules_to_not_convert"] == ["lm_head", "model.lm_head"]
+    found = dequantised(load_file(tmp_path / "hf" / "llm" / "model.safetensors"), find_layout("awq", "gemm"), 32)
+    language = "language_model."
+    assert found.keys() == {name.removeprefix(language) for name in plain if name.startswith(language)}
 
 
 @pytest.mark.parametrize(
