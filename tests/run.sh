@@ -3,6 +3,7 @@
 #   bash tests/run.sh                    everything that needs no GPU and no minutes, two files at a time
 #   bash tests/run.sh tests/data -x      one folder, stop at the first failure
 #   bash tests/run.sh -m faults          every file damaged in every way, and other faults; minutes
+#   bash tests/run.sh -m matrix          every layout against one process
 #   bash tests/run.sh -m gpu             the tests that need a GPU; all others do not see it
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
