@@ -56,6 +56,9 @@ def follows(row) -> bool:
         (["train_step", "--rows", "1", "--rounds", "1", "--tower", "frozen", "--peers", "plain"], 1),
         pytest.param(["train_step", "--rows", "1", "--rounds", "1"], 10, marks=pytest.mark.slow),
         pytest.param(["convert", "--tiny"], 7, marks=pytest.mark.slow),
+        pytest.param(
+            ["checkpoint", "--hidden-size", "64", "--layers", "2", "--rounds", "1"], 2, marks=pytest.mark.slow
+        ),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
