@@ -40,12 +40,14 @@ def questions(tmp_path_factory) -> Path:
     return folder / "test.json"
 
 
-def test_the_adapter_gives_the_answers_of_evaluate(make_run, quickstart_model, python_of, questions, tmp_path):
+def test_the_adapter_gives_the_answers_of_evaluate(python_of, questions, tmp_path):
     python = python_of("lmms_eval")
     trained = Path(os.environ.get("QUICKSTART", ROOT / "runs" / "quickstart")) / "sft"
-    run = trained if trained.is_dir() else make_run(quickstart_model)
-    export_model(read_run_settings(run), tmp_path / "hf", ExportOptions(system=find_system("none")))
-    command = ["evaluate", str(run), "--task", "vqa", "--questions", str(questions), "--system", "none"]
+    if not trained.is_dir():
+        # A random one answers in bytes that are no text, which transformers and SentencePiece write in different ways.
+        pytest.skip(f"needs a trained model: {trained} does not exist; run examples/quickstart, or use --quickstart")
+    export_model(read_run_settings(trained), tmp_path / "hf", ExportOptions(system=find_system("none")))
+    command = ["evaluate", str(trained), "--task", "vqa", "--questions", str(questions), "--system", "none"]
     assert main([*command, "--max-new-tokens", str(NUM_TOKENS), "--output", str(tmp_path / "ours.json")]) == 0
     ours = json.loads((tmp_path / "ours.json").read_text())["answers"]
     asked = [{"text": one["question"], "images": one["images"], "max_new_tokens": NUM_TOKENS} for one in ours]
