@@ -330,7 +330,7 @@ def test_a_tower_with_an_unknown_activation_is_refused(llama_dir, clip_dir, tmp_
             {"vision_config": {"model_type": "vit_mae"}},
             r"model_type is vit_mae, not .* \(vision_config of .*config.json\)",
         ),
-        ({"model_type": "llama"}, "model_type is llama, not llava"),
+        ({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}, "model_type is llama, not llava"),
     ],
 )
 def test_a_llava_that_ours_cannot_be_is_refused(settings, message, exported, tmp_path):
