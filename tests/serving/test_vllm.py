@@ -82,7 +82,8 @@ def test_the_chat_endpoint_gives_the_ids_the_text_and_the_probabilities_of_our_g
         assert found["prompt_token_ids"] == ours.prompt_ids
         ids = choice["token_ids"][: len(ours.ids)]
         assert ids == ours.ids
-        assert choice["message"]["content"].strip() == ours.text.strip()
+        if "\ufffd" not in ours.text:  # bytes that are no text are written in different ways
+            assert choice["message"]["content"].strip() == ours.text.strip()
         theirs = [entry["logprob"] for entry in choice["logprobs"]["content"]][: len(ours.ids)]
         worst = max([worst, *(abs(one - other) for one, other in zip(ours.chosen.tolist(), theirs, strict=True))])
     print(f"largest difference of {sum(len(one.ids) for one in answers)} log-probabilities: {worst:.1e}")
