@@ -79,6 +79,10 @@ def measure(folder: Path, group_size: int, *, is_symmetric: bool) -> tuple[float
 def make_rows(exact: float, found: dict[str, float]) -> list[Row]:
     """Return what is lost, relative to what rounding to nearest loses."""
     nearest = found["rounding to nearest"] - exact
+    if not nearest > 0:
+        raise ValueError(
+            f"rounding to nearest loses nothing on this text ({nearest:+.3f}), so the ways cannot be compared"
+        )
     bounds = {"scales": 1.0, "scales and bounds": 0.5}
     return [
         Row(
