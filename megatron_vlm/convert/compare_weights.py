@@ -1,4 +1,4 @@
-"""Compare the tensors of two models: names, shapes and values."""
+"""Compare two models: settings, and names, shapes and values of their tensors."""
 
 from dataclasses import dataclass
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from megatron_vlm.convert.differences import describe_differences
+from megatron_vlm.convert.differences import describe_differences, different_settings
 from megatron_vlm.convert.opened_weights import OpenedWeights
 
 _VOCABULARY_KEYS = ("model.language_model.embedding.word_embeddings.weight", "model.language_model.output_layer.weight")
@@ -29,7 +29,10 @@ class WeightComparison:
 
 
 def compare_weights(first: OpenedWeights, second: OpenedWeights) -> WeightComparison:
-    """Compare all tensors, layer by layer; rows of the vocabulary that no token of the tokenizer has are left out."""
+    """Compare the settings, then all tensors, layer by layer.
+
+    Rows of the vocabulary that no token of the tokenizer has are left out.
+    """
     shapes = [{key: tensor.shape for key, tensor in one.tensors.items()} for one in (first, second)]
     names = describe_differences(*shapes)
     common = [
@@ -43,7 +46,9 @@ def compare_weights(first: OpenedWeights, second: OpenedWeights) -> WeightCompar
         values = [_values(one, key, layer) for one in (first, second)]
         if difference := _difference(*values):
             different.append(f"{_name(key, layer)} {difference}")
-    faults = [names] if names else []
+    settings = different_settings(first.model, second.model, only_what_runs=True)
+    faults = [f"{key} is {value} and {other}" for key, value, other in settings]
+    faults += [names] if names else []
     if different:
         more = f" and {len(different) - _SHOWN} more" if len(different) > _SHOWN else ""
         faults.append(f"{len(different)} tensors differ: {'; '.join(different[:_SHOWN])}{more}")

@@ -2,8 +2,8 @@
 
 import logging
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,8 +24,8 @@ from megatron_vlm.config import (
 )
 from megatron_vlm.config.projectors import make_projector
 from megatron_vlm.config.towers import innermost
-from megatron_vlm.convert.differences import describe_differences
-from megatron_vlm.convert.family import Family, ModelFamily, Part, Parts, family_of, find_tower_family
+from megatron_vlm.convert.differences import describe_differences, different_settings
+from megatron_vlm.convert.family import Family, ModelFamily, Part, Parts, family_of
 from megatron_vlm.convert.folder import CONFIG_NAME, HFFolder, common_type, read_settings
 from megatron_vlm.convert.processing import at_image_size, resize_positions, with_processing
 from megatron_vlm.convert.projector import find_projector
@@ -35,9 +35,6 @@ from megatron_vlm.data.text.tokenizer_files import find_tokenizer, read_tokenize
 from megatron_vlm.platform.files.run_folder import hold_run_folder
 
 logger = logging.getLogger(__name__)
-
-# Fields that a training may choose freely: they affect neither a tensor nor what the imported weights compute.
-_FREE_LANGUAGE = {"init_method_std", "max_position_embeddings"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,30 +181,12 @@ def _agreed(wanted: ModelConfig | None, found: ModelConfig) -> ModelConfig:
     """
     if wanted is None:
         return found
-    tower = innermost(found.vision)
-    differences = [
-        *_differences("model.language", wanted.language, found.language, _FREE_LANGUAGE),
-        *_differences("model.vision", innermost(wanted.vision), tower, find_tower_family(tower.type).FREE),
-    ]
+    differences = {key: values for key, *values in different_settings(wanted, found)}
     if differences:
-        resize = ", or name its image size with --image-size" if "vision.image_size=" in "".join(differences) else ""
-        raise CheckpointError("; ".join(differences), fix=f"change the config, or omit --config{resize}")
+        resize = ", or name its image size with --image-size" if "model.vision.image_size" in differences else ""
+        text = "; ".join(f"{key}={value}, the folder has {other}" for key, (value, other) in differences.items())
+        raise CheckpointError(text, fix=f"change the config, or omit --config{resize}")
     return wanted
-
-
-def _differences(section: str, wanted: Any, found: Any, free: Collection[str]) -> Iterator[str]:
-    if type(wanted) is not type(found):
-        yield f"{section}.type={wanted.type}, the folder has {found.type}"
-        return
-    for field in fields(wanted):
-        value, other = _effective(wanted, field.name), _effective(found, field.name)
-        if field.name not in free and value != other:
-            yield f"{section}.{field.name}={value}, the folder has {other}"
-
-
-def _effective(part: Any, name: str) -> Any:
-    derived = {"num_query_groups": "query_groups", "kv_channels": "head_channels"}
-    return getattr(part, derived.get(name, name))
 
 
 def check_new(run_dir: Path) -> None:

@@ -39,6 +39,14 @@ def test_one_other_value_in_every_layer_is_found(weights, value):
     assert key in found.faults[0]
 
 
+def test_settings_that_no_tensor_shows_are_compared(weights):
+    model = weights.model
+    other = replace(model, language=replace(model.language, rotary_base=2 * model.language.rotary_base))
+    assert compare_weights(weights, replace(weights, model=other)).faults == (
+        f"model.language.rotary_base is {model.language.rotary_base} and {other.language.rotary_base}",
+    )
+
+
 def test_the_sign_of_zero_is_a_bit(weights):
     key = next(key for key in weights.tensors if key.endswith("bias"))
     zeros, signed = (edited(weights, key, lambda tensor, sign=sign: tensor.zero_() * sign) for sign in (1.0, -1.0))

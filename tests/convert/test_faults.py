@@ -211,8 +211,7 @@ CASES = [
     *((name, source, fault) for name, source in (("llava", "run"), ("peft", "adapted")) for fault in CHECKPOINT_FAULTS),
     *(pytest.param("parts", "vision", fault, marks=pytest.mark.slow) for fault in FOLDER_FAULTS),
     *(pytest.param("verify", "model", fault, marks=pytest.mark.slow) for fault in FOLDER_FAULTS),
-    # Of settings, `verify` judges what the logits show, not the names of the tensors.
-    *(pytest.param("verify", "run", fault, marks=pytest.mark.slow) for fault in CHECKPOINT_FAULTS if fault != "config"),
+    *(pytest.param("verify", "run", fault, marks=pytest.mark.slow) for fault in CHECKPOINT_FAULTS),
     *(pytest.param("adapter", "run", fault, marks=pytest.mark.slow) for fault in CHECKPOINT_FAULTS),
 ]
 
