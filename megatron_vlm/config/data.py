@@ -47,6 +47,9 @@ class DataConfig:
     """What happens to a sample longer than a row. truncate: cut after the last whole image or token that fits. split:
     make several samples, each as long as possible; images stay whole and no token is lost, but attention does not cross
     a cut, and the first token after it has no loss. drop: leave the sample out and count it. fail: refuse to start."""
+    max_images_per_row: int | None = None
+    """Most images of a row, which bounds the activations of the tower; null: as many as fit. A sample with more images
+    is too long, and `overflow` decides about it: truncate and split cut before the first image too many."""
     sample_multiple: int = 1
     """Every sample starts at a multiple of this in its row; the padding between two samples belongs to the segment of
     the first and has no loss [tokens]. FP8 and context parallelism ask for multiples of the whole micro-batch only, so
@@ -70,6 +73,8 @@ class DataConfig:
         _check_proportions("data.blend", self.blend)
         _check_proportions("data.validation", self.validation)
         check_positive("data", self, "seq_length", "prefetch_factor", "sample_multiple", "length_multiple")
+        if self.max_images_per_row is not None:
+            check_positive("data", self, "max_images_per_row")
         check_not_negative("data", self, "num_workers")
         self._check_multiples()
 

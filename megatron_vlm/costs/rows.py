@@ -1,6 +1,6 @@
 """Rows that stand for those of a run whose shards do not exist yet."""
 
-from megatron_vlm.config import TrainConfig
+from megatron_vlm.config import DataConfig, TrainConfig
 from megatron_vlm.costs.flops import Work
 
 TEXT_OF_PAIR = 24
@@ -9,13 +9,14 @@ table 2."""
 
 
 def pairs(config: TrainConfig) -> Work:
-    """Return a micro-batch whose rows hold as many image-text pairs as fit, and text up to their end.
+    """Return a micro-batch whose rows hold as many image-text pairs as fit or are allowed, and text up to their end.
 
     Raises:
         ConfigError: the number of tokens depends on the image size.
     """
     pair = config.model.fixed_image_tokens("a row of image-text pairs") + TEXT_OF_PAIR
-    number, rest = divmod(config.data.seq_length, pair)
+    number = most_pairs(config.data, pair)
+    rest = config.data.seq_length - number * pair
     rows = config.training.micro_batch_size
     return Work(
         num_tokens=rows * config.data.seq_length,
@@ -23,6 +24,12 @@ def pairs(config: TrainConfig) -> Work:
         num_labels=rows * (number * (TEXT_OF_PAIR - 1) + max(0, rest - 1)),
         num_images=rows * number,
     )
+
+
+def most_pairs(data: DataConfig, pair: int) -> int:
+    """Return how many image-text pairs of `pair` tokens a row holds."""
+    fitting = data.seq_length // pair
+    return fitting if data.max_images_per_row is None else min(fitting, data.max_images_per_row)
 
 
 def text(config: TrainConfig) -> Work:

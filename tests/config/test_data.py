@@ -53,6 +53,7 @@ def test_negative_number_of_loader_processes_is_refused():
     ("settings", "message"),
     [
         ({"sample_multiple": 0}, "data.sample_multiple=0 is not positive"),
+        ({"max_images_per_row": 0}, "data.max_images_per_row=0 is not positive"),
         ({"sample_multiple": 24}, r"seq_length=4096 is not a multiple of .*=24; fix: set data.seq_length=4080"),
         ({"seq_length": 8, "sample_multiple": 16}, "fix: set data.seq_length=16"),
         ({"length_clustering": True}, "but data.packing puts several into a row; fix: turn one of them off"),

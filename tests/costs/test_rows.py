@@ -21,6 +21,13 @@ def test_a_row_holds_as_many_pairs_as_fit_and_text_up_to_its_end():
     assert row.attention_pairs == 3 * PAIR * (PAIR + 1) / 2 + 5 * 6 / 2
 
 
+def test_a_row_holds_no_more_pairs_than_allowed():
+    run = run_of(3 * PAIR + 5)
+    row = pairs(dataclasses.replace(run, data=dataclasses.replace(run.data, max_images_per_row=2)))
+    assert (row.num_images, row.num_tokens) == (2, 3 * PAIR + 5)
+    assert row.num_labels == 2 * (TEXT_OF_PAIR - 1) + PAIR + 4
+
+
 def test_a_row_without_a_rest_ends_with_a_pair():
     row = pairs(run_of(3 * PAIR))
     assert (row.num_images, row.num_labels) == (3, 3 * (TEXT_OF_PAIR - 1))

@@ -7,6 +7,7 @@ much longer a run takes because ranks wait for each other.
 """
 
 import sys
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,6 +56,8 @@ def main() -> int:
             "--images", type=int, default=4_000_000, help="in both datasets together (default: %(default)s)"
         )
 
+        parser.add_argument("--max-images-per-row", type=int, help="data.max_images_per_row (default: none)")
+
     arguments = parse_arguments(__doc__, add)
     rng = np.random.default_rng(0)
     images, text = documents(arguments.images // 8, rng)
@@ -70,8 +73,11 @@ def main() -> int:
         global_batch_size=_GLOBAL_BATCH_SIZE,
         train_iters=None,
         train_epochs=1.0,
+        max_images_per_row=arguments.max_images_per_row,
     )
+    started = time.process_time()
     rows = plan_rows(settings, datasets)
+    seconds = time.process_time() - started
     found = report_balance(settings, rows, list(_REQUIRED))
     results = [
         Row(
@@ -84,7 +90,10 @@ def main() -> int:
         )
         for balance in found
     ]
-    notes = [f"{rows.summary.num_rows} rows of {settings.seq_length} in global batches of {_GLOBAL_BATCH_SIZE}"]
+    notes = [
+        f"{rows.summary.num_rows} rows of {settings.seq_length} in global batches of {_GLOBAL_BATCH_SIZE}, "
+        f"utilisation {rows.summary.utilisation:.4f}; planned in {seconds:.1f} s of CPU time"
+    ]
     notes += [
         f"{balance.load}, {balance.data_parallel_size} ranks: no order can go below {balance.lower_bound:.4f}; "
         f"the worst batch has {balance.worst:.3f}, in random order {balance.random_worst:.3f}"

@@ -37,6 +37,8 @@ class Collation:
     """Side of the decoded images [pixels]."""
     image_aspect: Aspect
     image_mean: tuple[float, float, float]
+    max_images_per_row: int | None = None
+    """Most images of a row; None: any number."""
     sample_multiple: int = 1
     """Every sample starts at a multiple of it within its row; seq_length is a multiple of it [tokens]."""
     position_multiple: int | None = None
@@ -55,6 +57,7 @@ class Collation:
             image_size=model.vision.image_size,
             image_aspect=data.image_aspect,
             image_mean=model.vision.image_mean,
+            max_images_per_row=data.max_images_per_row,
             sample_multiple=data.sample_multiple,
             position_multiple=position_multiple,
         )
@@ -81,9 +84,9 @@ def collate(
 ) -> VLMBatch:
     """Concatenate rows to one packed sequence, with all positions of each row or without those behind its last sample.
 
-    A sample longer than a row is cut after the last whole image and the last token that fit. The padding up to the next
-    multiple belongs to the sample's own segment, so that all borders are multiples: attention is causal, so it changes
-    nothing before it.
+    A sample longer than a row, or with more images, is cut after the last whole image and the last token that fit.
+    The padding up to the next multiple belongs to the sample's own segment, so that all borders are multiples:
+    attention is causal, so it changes nothing before it.
 
     Args:
         rows: the samples of each row, in order; a row may be empty.
@@ -129,13 +132,17 @@ def _context_batch(context: ContextSlice) -> ContextBatch:
     )
 
 
-def cut_sample(sample: EncodedSample, max_tokens: int, image_tokens: ImageTokens) -> EncodedSample:
+def cut_sample(
+    sample: EncodedSample, max_tokens: int, image_tokens: ImageTokens, max_images: int | None = None
+) -> EncodedSample:
     """Return the beginning of a sample: whole images and as many tokens as fit, up to the first image that does not."""
-    end = 0
+    end = num_images = 0
     for segment in sample.segments:
         size = image_tokens.of_segment(segment)
-        if isinstance(segment, ImageSegment) and end + size > max_tokens:
-            break
+        if isinstance(segment, ImageSegment):
+            if end + size > max_tokens or num_images == max_images:
+                break
+            num_images += 1
         end = min(end + size, max_tokens)
     return take_fragment(sample, 0, end, image_tokens)
 
@@ -203,7 +210,8 @@ class _PackedRows:
 
     def _add_sample(self, placed: PlacedSample) -> int:
         collation, size = self.collation, 0
-        for segment in cut_sample(placed.sample, collation.seq_length, collation.image_tokens).segments:
+        cut = cut_sample(placed.sample, collation.seq_length, collation.image_tokens, collation.max_images_per_row)
+        for segment in cut.segments:
             if isinstance(segment, ImageSegment):
                 self.image_lengths.append(collation.image_tokens.of_image(segment.size))
                 self._add(np.full(self.image_lengths[-1], collation.image_token_id), trained=False)

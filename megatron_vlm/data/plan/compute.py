@@ -11,7 +11,7 @@ from megatron_vlm.data.plan.balance import balance_ranks, deal_rows
 from megatron_vlm.data.plan.blend import read_in_epochs, samples_per_pass
 from megatron_vlm.data.plan.clustering import cluster_by_length, clustered_row_lengths
 from megatron_vlm.data.plan.image_tokens import ImageTokens
-from megatron_vlm.data.plan.packing import pack_samples
+from megatron_vlm.data.plan.packing import ImageBudget, pack_samples
 from megatron_vlm.data.plan.sample_lengths import SampleLengths
 from megatron_vlm.data.plan.sample_pool import Overflow, SamplePool, collect_samples
 
@@ -32,6 +32,7 @@ class PlanSettings:
     sample_multiple: int = 1
     length_clustering: bool = False
     length_multiple: int = 64
+    max_images_per_row: int | None = None
 
     @classmethod
     def from_config(cls, config: TrainConfig) -> "PlanSettings":
@@ -49,6 +50,7 @@ class PlanSettings:
             sample_multiple=config.data.sample_multiple,
             length_clustering=config.data.length_clustering,
             length_multiple=config.data.length_multiple,
+            max_images_per_row=config.data.max_images_per_row,
         )
 
 
@@ -106,7 +108,8 @@ def plan_rows(settings: PlanSettings, datasets: Sequence[SampleLengths]) -> Plan
 
     Raises:
         ConfigError: the blend cannot be made from these datasets, or a pass over it has too few samples.
-        DataError: with overflow "fail", a sample is longer than a row; with "split", an image is.
+        DataError: with overflow "fail", a sample is longer than a row or has too many images; with "split", an image is
+            longer than a row.
     """
     pool = collect_samples(
         settings.blend,
@@ -114,6 +117,7 @@ def plan_rows(settings: PlanSettings, datasets: Sequence[SampleLengths]) -> Plan
         seq_length=settings.seq_length,
         image_tokens=settings.image_tokens,
         overflow=settings.overflow,
+        max_images=settings.max_images_per_row,
     )
     sizes = [len(ids) for ids in pool.usable]
     images = [int(pool.num_images[ids].sum(dtype=np.int64)) for ids in pool.usable]
@@ -232,7 +236,9 @@ def _rows_of_pass(
         # Counted in multiples: a sample fills up its last one.
         multiple = settings.sample_multiple
         lengths = pool.lengths[samples] if multiple == 1 else -(-pool.lengths[samples] // multiple)
-        packed = pack_samples(lengths, settings.seq_length // multiple, rng)
+        most = settings.max_images_per_row
+        budget = None if most is None else ImageBudget(pool.num_images[samples], most)
+        packed = pack_samples(lengths, settings.seq_length // multiple, rng, budget)
         samples, borders = samples[packed.order], packed.borders
     else:
         borders = np.arange(len(samples) + 1)

@@ -1,4 +1,4 @@
-"""Split samples longer than a row into fragments, never inside an image, so that no token is lost or repeated.
+"""Split samples that are too long, or have too many images, never inside an image; no token is lost or repeated.
 
 A fragment takes as many tokens as fit and ends where an image that does not fit begins. The first fragment of a sample
 keeps the sample's id; the others have ids of their own after those of all samples of all datasets, in the order of
@@ -31,14 +31,15 @@ class Cuts:
     """int64[fragments]; tokens of these images."""
 
 
-def find_cuts(outlines: Outlines, max_tokens: int, *, first_only: bool = False) -> Cuts:
-    """Split samples into fragments of at most `max_tokens` tokens.
+def find_cuts(outlines: Outlines, max_tokens: int, *, first_only: bool = False, max_images: int | None = None) -> Cuts:
+    """Split samples into fragments of at most `max_tokens` tokens and `max_images` images.
 
     Args:
         outlines: the segments of the samples.
         max_tokens: longest fragment.
         first_only: return only the first fragment of each sample; it is empty if the sample begins with an image that
             is too long.
+        max_images: most images of a fragment; it ends where the next one begins. None: any number.
 
     Raises:
         ValueError: an image is longer than a fragment; not with `first_only`.
@@ -48,11 +49,11 @@ def find_cuts(outlines: Outlines, max_tokens: int, *, first_only: bool = False) 
     sample_borders = np.concatenate([[0], ends])[outlines.borders]
     if first_only:
         owner, first = np.arange(len(sample_borders) - 1), sample_borders[:-1]
-        last = _end_fragments(outlines, ends, np.minimum(first + max_tokens, sample_borders[1:]))
+        last = _end_fragments(outlines, ends, first, sample_borders[1:], max_tokens, max_images)
     else:
         if (longest := int(lengths[is_image].max(initial=0))) > max_tokens:
             raise ValueError(f"an image of {longest} tokens does not fit in a fragment of {max_tokens}")
-        owner, first = _fragment_starts(outlines, sample_borders, ends, max_tokens)
+        owner, first = _fragment_starts(outlines, sample_borders, ends, max_tokens, max_images)
         last = np.append(first[1:], sample_borders[-1])
     # No fragment ends inside an image, so images can be counted as whole segments.
     segments = np.stack([np.searchsorted(ends, first, "right"), np.searchsorted(ends, last, "right")])
@@ -63,25 +64,41 @@ def find_cuts(outlines: Outlines, max_tokens: int, *, first_only: bool = False) 
 
 
 def _fragment_starts(
-    outlines: Outlines, sample_borders: np.ndarray, ends: np.ndarray, max_tokens: int
+    outlines: Outlines, sample_borders: np.ndarray, ends: np.ndarray, max_tokens: int, max_images: int | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the sample and the first token of every fragment, with tokens numbered over all samples."""
     position, stop = sample_borders[:-1].copy(), sample_borders[1:]
     owners, firsts = [np.arange(len(position))], [position.copy()]
-    left = np.flatnonzero(stop - position > max_tokens)
+    left = np.arange(len(position))
     # Each round cuts one fragment off every sample that is still too long.
     while left.size:
-        position[left] = cut = _end_fragments(outlines, ends, position[left] + max_tokens)
+        cut = _end_fragments(outlines, ends, position[left], stop[left], max_tokens, max_images)
+        goes_on = cut < stop[left]
+        left, cut = left[goes_on], cut[goes_on]
+        position[left] = cut
         owners.append(left)
         firsts.append(cut)
-        left = left[stop[left] - cut > max_tokens]
     owner, first = np.concatenate(owners), np.concatenate(firsts)
     order = np.argsort(first, kind="stable")
     return owner[order], first[order]
 
 
-def _end_fragments(outlines: Outlines, ends: np.ndarray, cut: np.ndarray) -> np.ndarray:
-    """Move ends of fragments that are inside an image to the beginning of the image."""
+def _end_fragments(
+    outlines: Outlines,
+    ends: np.ndarray,
+    first: np.ndarray,
+    stop: np.ndarray,
+    max_tokens: int,
+    max_images: int | None,
+) -> np.ndarray:
+    """Return the ends of the longest fragments from `first` on, in samples that end at `stop`."""
+    cut = np.minimum(first + max_tokens, stop)
+    if max_images is not None:
+        # No fragment reaches behind all images, so the last entry limits none.
+        starts = np.append((ends - outlines.lengths)[outlines.is_image], ends[-1])
+        next_image = np.searchsorted(starts[:-1], first) + max_images
+        cut = np.minimum(cut, starts[np.minimum(next_image, len(starts) - 1)])
+    # An end inside an image moves to the image's beginning.
     segment = np.searchsorted(ends, cut)
     inside_image = outlines.is_image[segment] & (ends[segment] > cut)
     return np.where(inside_image, ends[segment] - outlines.lengths[segment], cut)

@@ -7,9 +7,19 @@ from typing import Any
 import numpy as np
 
 from megatron_vlm.data.plan.row_patterns import RowPatterns, find_patterns
+from megatron_vlm.data.plan.two_budgets import find_kind_patterns
 
 # Longer rows are measured in cells of several tokens, because the search for patterns costs cells x lengths.
 _MAX_CELLS = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class ImageBudget:
+    """The images of some samples, and how many a row may have."""
+
+    of_samples: np.ndarray
+    """int[n]."""
+    per_row: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,44 +32,89 @@ class PackedRows:
     """int64[rows + 1]; row i is order[borders[i] : borders[i + 1]]."""
 
 
-def pack_samples(lengths: np.ndarray, seq_length: int, rng: np.random.Generator) -> PackedRows:
+def pack_samples(
+    lengths: np.ndarray, seq_length: int, rng: np.random.Generator, images: ImageBudget | None = None
+) -> PackedRows:
     """Put every sample into exactly one row.
 
     The histogram of lengths decides which lengths go into a row together. Which samples of a length go where is random,
     and so is the order of the samples in a row, so rows are random mixtures.
 
+    With a budget of images, the rows are formed as without it. Those with too many images are opened, and with them as
+    many of those with the fewest images as have room for the excess; their samples are packed again under both budgets.
+
     Args:
         lengths: int[n], 1 to seq_length [tokens].
         seq_length: length of a row [tokens].
         rng: source of randomness.
+        images: the images of the samples, and how many a row may have; None: any number.
 
     Raises:
-        ValueError: a length is outside 1 to seq_length.
+        ValueError: a length is outside 1 to seq_length, or a sample has more images than a row may have.
     """
-    cells, patterns = _choose_patterns(lengths, seq_length)
+    cells, row, patterns = _choose_patterns(lengths, seq_length)
+    packed = _place(cells, patterns, rng)
+    return packed if images is None or not len(cells) else _hold_images(packed, cells, row, images, rng)
+
+
+def _place(kinds: np.ndarray, patterns: RowPatterns, rng: np.random.Generator) -> PackedRows:
+    """Put samples into the rows of patterns of their kinds."""
     sizes = np.diff(patterns.borders)
     borders = np.concatenate([[0], np.cumsum(np.repeat(sizes, patterns.uses))])
-    slots = _shuffled_slots(patterns, sizes, rng, cells.dtype)
-    # Both sorts are stable, so the i-th slot of a length meets the i-th sample of that length in random order.
-    shuffled = rng.permutation(len(cells))
-    order = np.empty(len(cells), dtype=np.int64)
-    order[np.argsort(slots, kind="stable")] = shuffled[np.argsort(cells[shuffled], kind="stable")]
+    slots = _shuffled_slots(patterns, sizes, rng, kinds.dtype)
+    # Both sorts are stable, so the i-th slot of a kind meets the i-th sample of that kind in random order.
+    shuffled = rng.permutation(len(kinds))
+    order = np.empty(len(kinds), dtype=np.int64)
+    order[np.argsort(slots, kind="stable")] = shuffled[np.argsort(kinds[shuffled], kind="stable")]
     return PackedRows(order, borders)
 
 
-def packed_utilisation(lengths: np.ndarray, seq_length: int, multiple: int = 1) -> float:
+def _hold_images(
+    packed: PackedRows, cells: np.ndarray, row: int, images: ImageBudget, rng: np.random.Generator
+) -> PackedRows:
+    """Pack the samples of rows with too many images again, with those of rows with few; other rows stay."""
+    most, of_samples = images.per_row, images.of_samples
+    if int(of_samples.max()) > most:
+        raise ValueError(f"a sample has {of_samples.max()} images, a row has at most {most}")
+    spare = most - np.add.reduceat(of_samples[packed.order].astype(np.int64), packed.borders[:-1])
+    opened = spare < 0
+    if not opened.any():
+        return packed
+    fewest_first = np.argsort(-spare, kind="stable")
+    opened[fewest_first[: np.searchsorted(np.cumsum(spare[fewest_first]), -spare[opened].sum()) + 1]] = True
+    sizes = np.diff(packed.borders)
+    is_opened = np.repeat(opened, sizes)
+    again = packed.order[is_opened]
+    codes, kinds, counts = np.unique(
+        cells[again].astype(np.int64) * (most + 1) + of_samples[again], return_inverse=True, return_counts=True
+    )
+    repacked = _place(kinds, find_kind_patterns(np.stack(np.divmod(codes, most + 1), 1), counts, (row, most)), rng)
+    return PackedRows(
+        np.concatenate([packed.order[~is_opened], again[repacked.order]]),
+        np.concatenate([[0], np.cumsum(np.concatenate([sizes[~opened], np.diff(repacked.borders)]))]),
+    )
+
+
+def packed_utilisation(
+    lengths: np.ndarray, seq_length: int, multiple: int = 1, images: ImageBudget | None = None
+) -> float:
     """Return the fraction of positions that hold a token if samples are packed into rows of `seq_length`.
 
     Args:
         lengths: int[n], n > 0, each 1 to seq_length [tokens].
         seq_length: length of a row, a multiple of `multiple` [tokens].
         multiple: every sample starts at a multiple of it [tokens].
+        images: as in `pack_samples`.
 
     Raises:
-        ValueError: a length is outside 1 to seq_length.
+        ValueError: as `pack_samples`.
     """
-    _, patterns = _choose_patterns(-(-lengths // multiple), seq_length // multiple)
-    return int(lengths.sum(dtype=np.int64)) / (patterns.num_rows * seq_length)
+    multiples, row = -(-lengths // multiple), seq_length // multiple
+    if images is None:
+        num_rows = _choose_patterns(multiples, row)[2].num_rows
+    else:
+        num_rows = len(pack_samples(multiples, row, np.random.default_rng(0), images).borders) - 1
+    return int(lengths.sum(dtype=np.int64)) / (num_rows * seq_length)
 
 
 @functools.lru_cache(maxsize=2)
@@ -69,8 +124,8 @@ def _patterns_of(counts: bytes) -> RowPatterns:
     return find_patterns(histogram, len(histogram) - 1)
 
 
-def _choose_patterns(lengths: np.ndarray, seq_length: int) -> tuple[np.ndarray, RowPatterns]:
-    """Return the lengths in cells, rounded up so that samples that fit in cells fit in tokens, and their patterns."""
+def _choose_patterns(lengths: np.ndarray, seq_length: int) -> tuple[np.ndarray, int, RowPatterns]:
+    """Return the lengths in cells, rounded up so that what fits in cells fits in tokens; the row; the patterns."""
     if lengths.size and not 1 <= int(lengths.min()) <= int(lengths.max()) <= seq_length:
         raise ValueError(f"lengths reach from {lengths.min()} to {lengths.max()}, a row has 1 to {seq_length} tokens")
     tokens_per_cell = -(-seq_length // _MAX_CELLS)
@@ -79,7 +134,7 @@ def _choose_patterns(lengths: np.ndarray, seq_length: int) -> tuple[np.ndarray, 
     cells = np.minimum((lengths + (tokens_per_cell - 1)) // tokens_per_cell, row)
     # numpy sorts 16-bit integers by radix: ten times faster than a comparison sort.
     cells = cells.astype(np.uint16)
-    return cells, _patterns_of(np.bincount(cells, minlength=row + 1).tobytes())
+    return cells, row, _patterns_of(np.bincount(cells, minlength=row + 1).tobytes())
 
 
 def _shuffled_slots(patterns: RowPatterns, sizes: np.ndarray, rng: np.random.Generator, dtype: Any) -> np.ndarray:

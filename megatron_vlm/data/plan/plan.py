@@ -123,8 +123,8 @@ def build_plan(settings: PlanSettings, datasets: Sequence[SampleLengths], folder
 
     Raises:
         ConfigError: the blend cannot be made from these datasets.
-        DataError: with overflow "fail", a sample is longer than a row; with "split", an image is. Or an existing plan
-            is damaged.
+        DataError: with overflow "fail", a sample is longer than a row or has too many images; with "split", an image is
+            longer than a row. Or an existing plan is damaged.
         StorageError: the plan cannot be written.
     """
     name = hash_plan(settings, datasets)
@@ -194,7 +194,11 @@ def _hash(settings: PlanSettings, datasets: Sequence[SampleLengths], without: Se
 
 
 def _describe(settings: PlanSettings) -> dict[str, Any]:
-    return config_to_dict(settings) | {"image_tokens": settings.image_tokens.describe()}
+    tree = config_to_dict(settings) | {"image_tokens": settings.image_tokens.describe()}
+    if settings.max_images_per_row is None:
+        # As plans were before the setting, so that they stay valid.
+        del tree["max_images_per_row"]
+    return tree
 
 
 def _array_names(settings: PlanSettings) -> tuple[str, ...]:

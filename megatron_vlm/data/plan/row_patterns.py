@@ -162,7 +162,7 @@ def _search_learning(counts: np.ndarray, prices: np.ndarray) -> Iterator[RowPatt
 def _search(counts: np.ndarray, prices: np.ndarray) -> RowPatterns:
     """Use up all lengths, forming the rows of the highest price first."""
     search = _PatternSearch(counts, prices)
-    collected = _Collector()
+    collected = PatternCollector()
     while search.available.size:
         collected.add(*search.take())
     return collected.patterns()
@@ -170,7 +170,7 @@ def _search(counts: np.ndarray, prices: np.ndarray) -> RowPatterns:
 
 def _pack_by_length(counts: np.ndarray, seq_length: int) -> RowPatterns:
     """Fill every row with the longest sample that fits, again and again."""
-    counts, collected = counts.copy(), _Collector()
+    counts, collected = counts.copy(), PatternCollector()
     available = np.flatnonzero(counts)
     while available.size:
         pattern: dict[int, int] = {}
@@ -188,20 +188,22 @@ def _pack_by_length(counts: np.ndarray, seq_length: int) -> RowPatterns:
     return collected.patterns()
 
 
-class _Collector:
-    """Collects the patterns found so far."""
+class PatternCollector:
+    """Collects the patterns found so far; their items are lengths, or kinds of samples."""
 
     def __init__(self) -> None:
         self._lengths: list[int] = []
         self._borders, self._uses = [0], list[int]()
 
     def add(self, pattern: dict[int, int], times: int) -> None:
+        """Add a pattern, the number of samples of each item, that is used `times` times."""
         for length, number in pattern.items():
             self._lengths += [length] * number
         self._borders.append(len(self._lengths))
         self._uses.append(times)
 
     def patterns(self) -> RowPatterns:
+        """Return all of them, in order."""
         arrays = (np.array(values, dtype=np.int64) for values in (self._lengths, self._borders, self._uses))
         return RowPatterns(*arrays)
 

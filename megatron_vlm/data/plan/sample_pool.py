@@ -58,14 +58,16 @@ def collect_samples(
     seq_length: int,
     image_tokens: ImageTokens,
     overflow: Overflow,
+    max_images: int | None = None,
 ) -> SamplePool:
-    """Number the samples of all datasets and decide what happens to those longer than a row.
+    """Number the samples of all datasets and decide what happens to those longer than a row, or with more images.
 
     Raises:
-        DataError: with overflow "fail", a sample is longer than a row; with "split", an image is.
+        DataError: with overflow "fail", a sample is longer than a row or has more than `max_images`; with "split", an
+            image is longer than a row.
     """
     settled = [
-        _settle(entry, dataset, seq_length, image_tokens, overflow)
+        _settle(entry, dataset, seq_length, image_tokens, overflow, max_images)
         for entry, dataset in zip(blend, datasets, strict=True)
     ]
     usable, tables = [], []
@@ -120,7 +122,12 @@ class _Settled:
 
 
 def _settle(
-    entry: BlendEntry, dataset: SampleLengths, seq_length: int, image_tokens: ImageTokens, overflow: Overflow
+    entry: BlendEntry,
+    dataset: SampleLengths,
+    seq_length: int,
+    image_tokens: ImageTokens,
+    overflow: Overflow,
+    max_images: int | None,
 ) -> _Settled:
     images = measure_images(dataset, image_tokens)
     whole = _Settled(
@@ -130,17 +137,24 @@ def _settle(
         image_lengths=images.lengths if image_tokens.constant is None else None,
         tokens_per_image=images.tokens_per_image,
     )
-    longer = np.flatnonzero(whole.lengths > seq_length)
+    is_longer = whole.lengths > seq_length
+    if overflow == "fail" and is_longer.any():
+        raise _too_long(entry, seq_length, whole.lengths, int(is_longer.sum()))
+    if max_images is not None:
+        too_many = whole.num_images > max_images
+        if overflow == "fail" and too_many.any():
+            raise _too_many_images(entry, max_images, whole.num_images, int(too_many.sum()))
+        is_longer |= too_many
+    longer = np.flatnonzero(is_longer)
     if not len(longer):
         return whole
-    if overflow == "fail":
-        raise _too_long(entry, seq_length, whole.lengths, len(longer))
     if overflow == "drop":
         return replace(whole, kept=np.delete(whole.kept, longer), dropped=len(longer))
     outlines = read_outlines(dataset, longer, image_tokens)
     if overflow == "split":
         _check_images_fit(entry, outlines, longer, seq_length)
-    return _shorten(whole, longer, find_cuts(outlines, seq_length, first_only=overflow == "truncate"), overflow)
+    cuts = find_cuts(outlines, seq_length, first_only=overflow == "truncate", max_images=max_images)
+    return _shorten(whole, longer, cuts, overflow)
 
 
 def _shorten(whole: _Settled, longer: np.ndarray, cuts: Cuts, overflow: Overflow) -> _Settled:
@@ -184,4 +198,14 @@ def _too_long(entry: BlendEntry, seq_length: int, lengths: np.ndarray, number: i
         f"{number} samples are longer than data.seq_length={seq_length}; the longest has {int(lengths[worst])} tokens",
         where=f"{entry.path} sample {worst}",
         fix="raise data.seq_length, or set data.overflow to truncate, split or drop",
+    )
+
+
+def _too_many_images(entry: BlendEntry, max_images: int, num_images: np.ndarray, number: int) -> DataError:
+    worst = int(num_images.argmax())
+    return DataError(
+        f"{number} samples have more images than data.max_images_per_row={max_images}; "
+        f"the most are {int(num_images[worst])}",
+        where=f"{entry.path} sample {worst}",
+        fix="raise data.max_images_per_row, or set data.overflow to truncate, split or drop",
     )

@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from megatron_vlm.config import TrainConfig
-from megatron_vlm.costs.rows import TEXT_OF_PAIR
+from megatron_vlm.costs.rows import TEXT_OF_PAIR, most_pairs
 from megatron_vlm.data.loading.batch import VLMBatch
 from megatron_vlm.data.loading.collate import Collation, PlacedSample, collate
 from megatron_vlm.data.samples import EncodedSample, ImageSegment, TextSegment
@@ -42,7 +42,7 @@ class MadeUpRows:
         self.collation = Collation.from_config(config.model, config.data)
         self.rank_slice, self.num_rows = rank_slice, config.training.micro_batch_size
         self.pair_size = config.model.fixed_image_tokens("a rehearsal with made-up rows") + TEXT_OF_PAIR
-        most, num_full = config.data.seq_length // self.pair_size, most_in_flight(config.parallel)
+        most, num_full = most_pairs(config.data, self.pair_size), most_in_flight(config.parallel)
         counts = image_counts(most, num_full, num_micro_batches, rank_slice.data_parallel_rank)
         self._picture = _encode_picture(config.model.vision.image_size)
         self._batches = self._endless(counts)

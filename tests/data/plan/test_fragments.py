@@ -47,9 +47,14 @@ def length(sample: EncodedSample, image_tokens: ImageTokens) -> int:
 
 
 @both
-@given(batch=st.lists(samples, min_size=1, max_size=4), limit=st.integers(IMAGE_TOKENS, 120))
-def test_fragments_one_after_the_other_are_the_sample(image_tokens, batch, limit):
-    cuts = find_cuts(outline(batch, image_tokens), limit)
+@given(
+    batch=st.lists(samples, min_size=1, max_size=4),
+    limit=st.integers(IMAGE_TOKENS, 120),
+    most=st.none() | st.integers(1, 4),
+)
+def test_fragments_one_after_the_other_are_the_sample(image_tokens, batch, limit, most):
+    cuts = find_cuts(outline(batch, image_tokens), limit, max_images=most)
+    assert most is None or cuts.num_images.max() <= most
     for number, sample in enumerate(batch):
         own = np.flatnonzero(cuts.owner == number)
         fragments = [take_fragment(sample, cuts.first[i], cuts.last[i], image_tokens) for i in own]

@@ -22,11 +22,12 @@ texts = st.integers(1, 40).map(lambda size: TextSegment(np.zeros(size, dtype=np.
 @given(
     samples=st.lists(st.lists(st.one_of(images, texts), min_size=1, max_size=8), min_size=1, max_size=5),
     limit=st.integers(0, 120),
+    most=st.none() | st.integers(1, 3),
 )
-def test_plan_cuts_where_the_batch_is_cut(image_tokens, samples, limit):
+def test_plan_cuts_where_the_batch_is_cut(image_tokens, samples, limit, most):
     expected = []
     for sample in samples:
-        kept = cut_sample(EncodedSample(tuple(sample)), limit, image_tokens).segments
+        kept = cut_sample(EncodedSample(tuple(sample)), limit, image_tokens, most).segments
         image_lengths = [image_tokens.of_image(one.size) for one in kept if isinstance(one, ImageSegment)]
         tokens = sum(len(segment.input_ids) for segment in kept if isinstance(segment, TextSegment))
         expected.append((sum(image_lengths) + tokens, len(image_lengths), sum(image_lengths)))
@@ -38,7 +39,7 @@ def test_plan_cuts_where_the_batch_is_cut(image_tokens, samples, limit):
             [image_tokens.of_image(one.size) if isinstance(one, ImageSegment) else len(one.input_ids) for one in flat]
         ),
     )
-    found = find_cuts(outlines, limit, first_only=True)
+    found = find_cuts(outlines, limit, first_only=True, max_images=most)
     columns = (found.last, found.num_images, found.image_lengths)
     assert list(zip(*(values.tolist() for values in columns), strict=True)) == expected
 

@@ -101,6 +101,7 @@ def test_pickled_plan_carries_no_arrays(datasets, tmp_path):
         {"image_tokens": ImageTokens(8)},
         {"image_tokens": ImageTokens(function=max, identity="max")},
         {"sample_multiple": 2},
+        {"max_images_per_row": 3},
         {"packing": False, "length_clustering": True},
         {"blend": (BlendEntry(path="a"), BlendEntry(path="b", epochs=2))},
     ],
@@ -115,6 +116,16 @@ def test_data_hash_depends_on_everything_but_the_length_of_the_training(datasets
         for changes in ({}, {"train_epochs": None, "train_iters": 3}, {"seed": 4})
     )
     assert first == longer != other
+
+
+def test_data_hash_depends_on_the_images_of_a_row_so_that_resume_refuses_another_number(datasets, tmp_path):
+    hashes = {build_plan(make_settings(max_images_per_row=most), datasets, tmp_path).data_hash for most in (None, 3, 4)}
+    assert len(hashes) == 3
+
+
+def test_hash_without_new_settings_is_that_of_earlier_versions(datasets):
+    # Computed at commit ed91503, before max_images_per_row.
+    assert hash_plan(make_settings(), datasets) == "23d09bfa83390b19"
 
 
 def test_row_multiple_matters_with_clustering_alone(datasets):
