@@ -3,8 +3,15 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_vlm.config.checks import check_not_negative, check_positive
+from megatron_vlm.config.checks import check_at_most, check_not_negative, check_path, check_positive
 from megatron_vlm.config.errors import ConfigError
+
+MAX_SEQ_LENGTH = 2**24
+"""Longest row [tokens]."""
+MAX_EPOCHS = 1_000_000
+"""Most passes over a dataset, and largest proportion of it in a blend."""
+_MAX_WORKERS = 1024
+"""Most decoding processes of a rank, and micro-batches that each prepares ahead."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,11 +28,16 @@ class BlendEntry:
     """Proportion of the images in the blend, relative to the other entries (1:1 in the paper)."""
 
     def __post_init__(self) -> None:
+        check_path("path of a blend entry", self.path)
         given = [name for name in ("weight", "epochs", "images") if getattr(self, name) is not None]
         if len(given) > 1:
             raise ConfigError(f"blend entry {self.path} sets {' and '.join(given)}", fix="keep one of them")
         if given and getattr(self, given[0]) <= 0:
             raise ConfigError(f"blend entry {self.path} has {given[0]} <= 0", fix="give a positive number")
+        if given and getattr(self, given[0]) > MAX_EPOCHS:
+            raise ConfigError(
+                f"blend entry {self.path} has {given[0]} above {MAX_EPOCHS:,}", fix="give a smaller number"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +88,9 @@ class DataConfig:
         if self.max_images_per_row is not None:
             check_positive("data", self, "max_images_per_row")
         check_not_negative("data", self, "num_workers")
+        check_path("data.tokenizer", self.tokenizer)
+        check_at_most("data", self, MAX_SEQ_LENGTH, "seq_length", "sample_multiple", "length_multiple")
+        check_at_most("data", self, _MAX_WORKERS, "num_workers", "prefetch_factor")
         self._check_multiples()
 
     def _check_multiples(self) -> None:

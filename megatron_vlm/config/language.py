@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from megatron_vlm.config.activations import Activations
-from megatron_vlm.config.checks import check_heads, check_positive
+from megatron_vlm.config.checks import check_heads, check_positive, check_sizes
 from megatron_vlm.config.errors import ConfigError
 from megatron_vlm.config.operations import Operations
 from megatron_vlm.config.parameter_sizes import norm_sizes, prefixed
@@ -67,6 +67,7 @@ class LanguageConfig:
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
         check_positive("model.language", self, *sizes, "num_query_groups", "kv_channels", "max_position_embeddings")
+        check_sizes("model.language", self)
         check_heads("model.language", self.hidden_size, self.num_attention_heads, self.kv_channels)
         if self.num_attention_heads % self.query_groups:
             raise ConfigError(

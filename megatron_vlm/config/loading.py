@@ -13,9 +13,12 @@ import yaml
 from megatron_vlm.config.errors import ConfigError
 from megatron_vlm.config.modules import find_module, module_names
 from megatron_vlm.config.presets import PRESET_KEY, read_preset
+from megatron_vlm.config.yaml_text import MAX_CHARACTERS, read_yaml
 
 T = TypeVar("T")
 _BASE_KEY = "base"
+_MAX_SHOWN = 100
+_INT64 = 2**63
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -46,15 +49,16 @@ def load_config(cls: type[T], path: str | Path, overrides: typing.Sequence[str] 
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator or not key:
-            raise ConfigError(f"override {override!r} is not section.key=value", fix="write it as optimizer.lr=1e-4")
+            raise ConfigError(f"override {_shown(override)} is not section.key=value", fix="write optimizer.lr=1e-4")
         try:
-            value = yaml.safe_load(text)
+            value, _ = read_yaml(text)
         except yaml.YAMLError as error:
-            raise ConfigError(f"override {override!r} is not valid YAML", fix="quote the value") from error
+            what = f"override {_shown(override)} is not valid YAML: {_problem(error)}"
+            raise ConfigError(what, fix="quote the value") from error
         _set_dotted(tree, key, value)
         for below in [name for name in lines if name.startswith((f"{key}.", f"{key}["))]:
             del lines[below]  # these values no longer come from the file
-        lines[key] = f"override {override}"
+        lines[key] = f"override {override if len(override) <= _MAX_SHOWN else f'{key}=...'}"
     return _build(cls, tree, key="", lines=lines, source=str(path))
 
 
@@ -108,18 +112,19 @@ def _read_tree(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], dict
             "config files extend each other in a circle", where=str(path), fix="remove one of the `base` keys"
         )
     try:
-        text = path.read_text()
+        with path.open() as file:
+            text = file.read(MAX_CHARACTERS + 1)  # a device has no end
     except FileNotFoundError as error:
         raise ConfigError("config file does not exist", where=str(path), fix="check the path") from error
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"config file cannot be read: {error}", where=str(path), fix="check the file") from error
     try:
-        tree = yaml.safe_load(text)
-        node = yaml.compose(text)
+        tree, node = read_yaml(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise ConfigError("config file is not valid YAML", where=where, fix="check indentation and quotes") from error
+        what = f"config file is not valid YAML: {_problem(error)}"
+        raise ConfigError(what, where=where, fix="check indentation, quotes and values") from error
     if tree is None:
         return {}, {}
     if not isinstance(tree, dict):
@@ -129,7 +134,9 @@ def _read_tree(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], dict
     base = tree.pop(_BASE_KEY, None)
     if base is None:
         return tree, lines
-    base_tree, base_lines = _read_tree(path.parent / str(base), (*seen, path.resolve()))
+    if not isinstance(base, str) or "\0" in base:
+        raise _wrong(_BASE_KEY, base, "the path of a file", lines[_BASE_KEY])
+    base_tree, base_lines = _read_tree(path.parent / base, (*seen, path.resolve()))
     _overlay(base_tree, tree)
     return base_tree, {**base_lines, **lines}
 
@@ -267,11 +274,15 @@ def _build_scalar(kind: type, value: Any, *, key: str, where: str) -> Any:
     if kind is float:
         return _build_float(value, key=key, where=where)
     if kind is int and isinstance(value, float) and value.is_integer():
-        return int(value)
+        value = int(value)
     if kind is not bool and isinstance(value, bool):
         raise _wrong(key, value, kind.__name__, where)
     if not isinstance(value, kind):
         raise _wrong(key, value, kind.__name__, where)
+    if kind is int and not -_INT64 <= value < _INT64:
+        raise _wrong(key, value, "an integer of at most 64 bits", where)
+    if kind is str and ("\0" in value or any("\ud800" <= letter <= "\udfff" for letter in value)):
+        raise _wrong(key, value, "text without NUL and surrogates", where)
     return value
 
 
@@ -329,4 +340,18 @@ def _build_dataclass(
 
 
 def _wrong(key: str, value: Any, expected: str, where: str) -> ConfigError:
-    return ConfigError(f"{key}={value!r} is not {expected}", where=where, fix=f"give {key} as {expected}")
+    return ConfigError(f"{key}={_shown(value)} is not {expected}", where=where, fix=f"give {key} as {expected}")
+
+
+def _shown(value: Any) -> str:
+    """Return a value as Python writes it, shortened for one line."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no integers of more than 4,300 digits
+        return "a huge number"
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
+
+
+def _problem(error: yaml.YAMLError) -> str:
+    """Return what is wrong, without the place and the copy of the text that yaml adds."""
+    return str(getattr(error, "problem", None) or str(error).splitlines()[0])

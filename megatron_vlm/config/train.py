@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from megatron_vlm.config.checks import check_not_negative, check_positive
-from megatron_vlm.config.data import DataConfig
+from megatron_vlm.config.checks import check_at_most, check_not_negative, check_path, check_positive
+from megatron_vlm.config.data import MAX_EPOCHS, DataConfig
 from megatron_vlm.config.errors import ConfigError
 from megatron_vlm.config.hooks import HookSettings
 from megatron_vlm.config.learning import learning_of
@@ -12,6 +12,13 @@ from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.config.objectives import Objective
 from megatron_vlm.config.objectives.language_modelling import Config as LanguageModelling
 from megatron_vlm.config.patterns import adapter_names, check_patterns, parameter_sizes
+
+_MIN_TIMEOUT, _MAX_TIMEOUT = 0.01, 100_000.0
+"""Of collectives [minutes]."""
+_MAX_THREADS = 4096
+_MAX_BATCH = 2**20
+_MAX_ROWS = 2**31
+"""Most rows of a run; each has its place in the plan."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +50,12 @@ class ParallelConfig:
         check_positive("parallel", self, "context_parallel_size")
         check_positive("parallel", self, "virtual_pipeline_model_parallel_size", "distributed_timeout_minutes")
         check_positive("parallel", self, "ddp_bucket_size")
+        if not _MIN_TIMEOUT <= self.distributed_timeout_minutes <= _MAX_TIMEOUT:
+            raise ConfigError(
+                f"parallel.distributed_timeout_minutes={self.distributed_timeout_minutes} is not between "
+                f"{_MIN_TIMEOUT} and {_MAX_TIMEOUT}",
+                fix="use minutes, such as 10",
+            )
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
             raise ConfigError(
                 "parallel.sequence_parallel needs tensor_model_parallel_size > 1", fix="turn it off, or raise the size"
@@ -113,7 +126,16 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         check_not_negative("optimizer", self, "lr", "min_lr", "lr_warmup_fraction", "lr_warmup_iters")
-        check_not_negative("optimizer", self, "weight_decay", "clip_grad")
+        check_not_negative("optimizer", self, "weight_decay", "clip_grad", "adam_beta1", "adam_beta2")
+        check_positive("optimizer", self, "adam_eps")
+        for name in ("adam_beta1", "adam_beta2"):
+            if getattr(self, name) >= 1:
+                raise ConfigError(f"optimizer.{name}={getattr(self, name)} is not below 1", fix="use a number below 1")
+        check_at_most("optimizer", self, 1, "lr_warmup_fraction")
+        if self.min_lr > self.lr:
+            raise ConfigError(
+                f"optimizer.min_lr={self.min_lr} is above optimizer.lr={self.lr}", fix="lower one or raise the other"
+            )
         for pattern, factor in self.lr_multipliers.items():
             if factor <= 0:
                 raise ConfigError(
@@ -170,6 +192,17 @@ class TrainingConfig:
         check_positive("training", self, "global_batch_size", "micro_batch_size", "train_iters", "train_epochs")
         check_positive("training", self, "log_interval", "num_threads", "exit_iteration")
         check_positive("training", self, "validation_interval", "validation_iters")
+        check_not_negative("training", self, "seed")
+        check_at_most("training", self, MAX_EPOCHS, "train_epochs")
+        check_at_most("training", self, _MAX_THREADS, "num_threads")
+        check_at_most("training", self, _MAX_ROWS, "train_iters", "validation_iters")
+        check_at_most("training", self, _MAX_BATCH, "global_batch_size", "micro_batch_size")
+        if self.train_iters is not None and self.train_iters * self.global_batch_size > _MAX_ROWS:
+            raise ConfigError(
+                f"training.train_iters={self.train_iters} of training.global_batch_size={self.global_batch_size} are "
+                f"above {_MAX_ROWS} rows",
+                fix="lower one of them",
+            )
         if (self.train_iters is None) == (self.train_epochs is None):
             raise ConfigError(
                 "exactly one of training.train_iters and training.train_epochs must be set", fix="set one"
@@ -228,6 +261,8 @@ class TrainConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def __post_init__(self) -> None:
+        check_path("run_dir", self.run_dir)
+        check_path("checkpoint.load_weights", self.checkpoint.load_weights)
         self._check_patterns()
         if bool(self.data.validation) != (self.training.validation_interval is not None):
             raise ConfigError(

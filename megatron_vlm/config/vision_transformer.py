@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_vlm.config.activations import Activations
-from megatron_vlm.config.checks import check_heads, check_positive
+from megatron_vlm.config.checks import check_heads, check_positive, check_sizes
 from megatron_vlm.config.errors import ConfigError
 from megatron_vlm.config.grid import Grid
 from megatron_vlm.config.operations import Operations
@@ -75,6 +75,7 @@ class VisionTransformerConfig(ABC):
     def __post_init__(self) -> None:
         sizes = ("image_size", "patch_size", "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
         check_positive("model.vision", self, *sizes)
+        check_sizes("model.vision", self)
         check_heads("model.vision", self.hidden_size, self.num_attention_heads, None)
         self.check_image_size()
         if not 1 <= self.num_layers_run <= self.num_layers:

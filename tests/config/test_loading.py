@@ -295,3 +295,35 @@ def test_plain_dict_has_lists_for_tuples():
 def test_loaded_config_cannot_change(load):
     with pytest.raises(dataclasses.FrozenInstanceError):
         load(WHOLE).name = "other"
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("name: run\ninner: {lr: 1}\nitems: &a [*a]\n", r"a contains itself \(.*outer.yaml:3\)"),
+        (f"name: run\ninner:\n  lr: 1\n  steps: {'9' * 5000}\n", r"inner.steps='9+\.\.\. is not int .*outer.yaml:4"),
+        (f"name: run\ninner: {{lr: {'9' * 5000}}}\n", r"inner.lr='9+\.\.\. is not a finite number"),
+        (f"name: run\ninner: {{lr: 1, steps: 0x{'f' * 5000}}}\n", "inner.steps=a huge number is not an integer of at"),
+        ("name: run\ninner: {lr: 1, steps: 1e30}\n", "inner.steps=1.*0 is not an integer of at most 64 bits"),
+        ('name: "a\\0b"\ninner: {lr: 1}\n', r"name='a\\x00b' is not text without NUL"),
+        ('name: "\\ud800"\ninner: {lr: 1}\n', "is not text without NUL and surrogates"),
+        ('base: "a\\0b"\n', r"base='a\\x00b' is not the path of a file \(.*outer.yaml:1\)"),
+        ("base: [1]\n", "is not the path of a file"),
+    ],
+)
+def test_a_hostile_value_is_named_by_its_key_in_a_short_line(load, text, line):
+    with pytest.raises(ConfigError, match=line) as caught:
+        load(text)
+    assert len(str(caught.value)) < 600  # with the path of the test's folder
+
+
+@pytest.mark.parametrize("text", ["[" * 10_000, "&a [*a]", f"0x{'f' * 5000}"])
+def test_a_hostile_override_is_refused_in_a_short_line(load, text):
+    with pytest.raises(ConfigError, match=r"inner.steps") as caught:
+        load(WHOLE, f"inner.steps={text}")
+    assert len(str(caught.value)) < 400
+
+
+def test_a_config_without_an_end_is_not_read_to_it():
+    with pytest.raises(ConfigError, match="characters"):
+        load_config(Outer, "/dev/zero")

@@ -163,3 +163,70 @@ def test_layers_in_bf16_without_an_fp8_that_allows_them_are_refused(settings, me
         tiny_run(training={"num_layers_at_end_in_bf16": 1, **settings})
     with pytest.raises(ConfigError, match="num_layers_at_end_in_bf16=-1 is negative"):
         tiny_run(training={"fp8": "hybrid", "num_layers_at_end_in_bf16": -1})
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "value"),
+    [
+        ("training", "seed", -1),
+        ("training", "global_batch_size", 10**12),
+        ("training", "micro_batch_size", 10**12),
+        ("training", "train_iters", 10**12),
+        ("training", "num_threads", 10**9),
+        ("training", "validation_iters", 10**12),
+        ("optimizer", "adam_beta1", 1.0),
+        ("optimizer", "adam_beta2", 2.0),
+        ("optimizer", "adam_beta2", -0.1),
+        ("optimizer", "adam_eps", -1.0),
+        ("optimizer", "adam_eps", 0.0),
+        ("optimizer", "lr_warmup_fraction", 1.5),
+        ("optimizer", "min_lr", 1.0),
+        ("parallel", "distributed_timeout_minutes", 1e300),
+        ("parallel", "distributed_timeout_minutes", 1e-9),
+        ("data", "seq_length", 2**31),
+        ("data", "length_multiple", 2**31),
+        ("data", "num_workers", 10**6),
+        ("data", "prefetch_factor", 10**6),
+        ("data", "tokenizer", ""),
+        ("language", "num_layers", 10**9),
+        ("language", "hidden_size", 10**9),
+        ("language", "ffn_hidden_size", 10**12),
+        ("language", "vocab_size", 10**12),
+        ("language", "max_position_embeddings", 10**12),
+        ("vision", "num_layers", 10**9),
+        ("vision", "image_size", 8 * 10**9),
+        ("checkpoint", "load_weights", ""),
+    ],
+)
+def test_a_value_that_no_rank_could_start_with_is_refused_with_its_key(section, name, value):
+    run = tiny_run()
+    parts = {part: getattr(run.model, part) for part in ("language", "vision")}
+
+    def change():
+        changed = dataclasses.replace(parts.get(section) or getattr(run, section), **{name: value})
+        dataclasses.replace(run, **{section: changed})
+
+    with pytest.raises(ConfigError, match=rf"{section}\.{name}(=| is)"):
+        change()
+
+
+def test_a_plan_of_more_rows_than_it_can_count_is_refused():
+    with pytest.raises(ConfigError, match="train_iters=3000000 of training.global_batch_size=1024"):
+        TrainingConfig(train_iters=3_000_000, global_batch_size=1024)
+
+
+@pytest.mark.parametrize("name", ["weight", "epochs", "images"])
+def test_an_endless_blend_entry_is_refused(name):
+    with pytest.raises(ConfigError, match=f"{name} above 1,000,000"):
+        BlendEntry(path="a", **{name: 1e300})
+
+
+@pytest.mark.parametrize("path", ["", "  ", "a" * 256, "a/" * 2500, "é" * 128])
+def test_a_path_that_cannot_exist_is_refused(path):
+    with pytest.raises(ConfigError, match="run_dir"):
+        tiny_run(path)
+
+
+@pytest.mark.parametrize("path", ["a" * 255, "a/" * 2000, "é" * 127])
+def test_a_long_path_is_taken(path):
+    assert tiny_run(path).run_dir == path

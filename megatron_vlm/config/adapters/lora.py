@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from megatron_vlm.config.activations import Activations
-from megatron_vlm.config.checks import check_not_negative, check_positive
+from megatron_vlm.config.checks import check_at_most, check_not_negative, check_positive
 from megatron_vlm.config.errors import ConfigError
 from megatron_vlm.config.operations import Operations
 
@@ -20,6 +20,7 @@ TARGETS: tuple[Target, ...] = ("linear_qkv", "linear_proj", "linear_fc1", "linea
 COLUMN_PARALLEL: tuple[Target, ...] = ("linear_qkv", "linear_fc1")
 """Tensor parallelism splits their outputs; it splits the inputs of the others."""
 _SECTION = "model.adapter"
+_MAX_RANK = 2**14
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +41,7 @@ class Config:
 
     def __post_init__(self) -> None:
         check_positive(_SECTION, self, "rank", "alpha")
+        check_at_most(_SECTION, self, _MAX_RANK, "rank")
         check_not_negative(_SECTION, self, "dropout")
         if self.dropout >= 1:
             raise ConfigError(f"{_SECTION}.dropout={self.dropout} leaves nothing", fix="use a share below 1")
@@ -49,9 +51,9 @@ class Config:
                 fix=f"choose from {', '.join(TARGETS)}",
             )
         for target, rank in self.ranks.items():
-            if target not in self.targets or rank <= 0:
+            if target not in self.targets or not 0 < rank <= _MAX_RANK:
                 raise ConfigError(
-                    f"{_SECTION}.ranks.{target}={rank} is not a positive rank of one of the targets",
+                    f"{_SECTION}.ranks.{target}={rank} is not a rank from 1 to {_MAX_RANK} of one of the targets",
                     fix="remove it, or name a target",
                 )
 

@@ -37,7 +37,7 @@ def read_preset(package: str, name: object, what: str, *, where: str | None = No
         ConfigError: there is no such preset; lists the existing ones.
     """
     files = _files(package)
-    if name not in files:
+    if str(name) not in files:
         raise ConfigError(f"unknown {what} {name!r}", where=where, fix=f"choose one of {', '.join(sorted(files))}")
     settings: dict[str, Any] = yaml.safe_load(files[str(name)].read_text())
     return settings

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_vlm.config.activations import Activations
-from megatron_vlm.config.checks import check_heads, check_positive
+from megatron_vlm.config.checks import check_heads, check_positive, check_sizes
 from megatron_vlm.config.grid import Grid
 from megatron_vlm.config.operations import Operations
 from megatron_vlm.config.parameter_sizes import linear_sizes, norm_sizes, prefixed
@@ -31,6 +31,7 @@ class Config:
     def __post_init__(self) -> None:
         section = "model.projection"
         check_positive(section, self, "num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size")
+        check_sizes(section, self)
         check_heads(section, self.hidden_size, self.num_attention_heads, None)
 
     @property
