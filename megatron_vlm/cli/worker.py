@@ -6,16 +6,15 @@ that a rank spawns import this file again, so it must not import anything heavy 
 
 import argparse
 import faulthandler
-import json
 import os
 import signal
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 from megatron_vlm.config import ExitCode, TrainConfig, load_config
+from megatron_vlm.platform.files.metrics import parse_record
 from megatron_vlm.platform.files.run_folder import EXIT_STATUS_NAME, METRICS_NAME
 from megatron_vlm.platform.launch.environment import library_environment
 from megatron_vlm.platform.launch.exit_status import (
@@ -93,8 +92,9 @@ def _last_iteration(config: TrainConfig | None) -> int | None:
     except OSError:  # the run has not begun
         return None
     for line in reversed(lines):
-        with suppress(ValueError, KeyError, TypeError):  # a line that a kill cut short
-            return json.loads(line)["iteration"]
+        record = parse_record(line.decode(errors="replace"))
+        if record is not None:
+            return record["iteration"]
     return None
 
 

@@ -21,7 +21,7 @@ def read_records(run_dir: Path) -> tuple[list[Record], int]:
         lines = (run_dir / METRICS_NAME).read_text(errors="replace").splitlines()
     except FileNotFoundError:
         return [], 0
-    records = [record for record in map(_parse, lines) if record is not None]
+    records = [record for record in map(parse_record, lines) if record is not None]
     return records, len(lines) - len(records)
 
 
@@ -34,9 +34,10 @@ def last_of_each_iteration(records: Iterable[Record]) -> list[Record]:
     return [by_iteration[iteration] for iteration in sorted(by_iteration)]
 
 
-def _parse(line: str) -> Record | None:
+def parse_record(line: str) -> Record | None:
+    """Return the record of a line; None if a kill or a damaged disk left something else."""
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    return record if isinstance(record, dict) and isinstance(record.get("iteration"), int) else None
+    return record if isinstance(record, dict) and type(record.get("iteration")) is int else None

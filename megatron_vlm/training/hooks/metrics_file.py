@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TextIO
 
 from megatron_vlm.platform.files.durable import write_durably
+from megatron_vlm.platform.files.metrics import parse_record
 from megatron_vlm.platform.files.run_folder import METRICS_NAME
 from megatron_vlm.training.metrics import metrics_record
 from megatron_vlm.training.state import TrainState
@@ -39,15 +40,9 @@ class Hook:
 
 
 def _drop_after(path: Path, iteration: int) -> None:
-    """Remove the lines after an iteration, and a line that a kill cut short."""
+    """Remove the lines after an iteration, and what is no record: a line that a kill cut short or a disk damaged."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if record["iteration"] <= iteration:
-            kept.append(line + "\n")
-    write_durably(path, "".join(kept).encode())
+    lines = path.read_text(errors="replace").splitlines()
+    kept = [line for line in lines if (record := parse_record(line)) is not None and record["iteration"] <= iteration]
+    write_durably(path, "".join(f"{line}\n" for line in kept).encode())

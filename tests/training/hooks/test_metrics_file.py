@@ -1,5 +1,7 @@
 import json
 
+import pytest
+
 from megatron_vlm.training.hooks.metrics_file import Hook
 from tests.support.states import METRICS, make_state
 
@@ -29,6 +31,28 @@ def test_a_line_cut_short_by_a_kill_goes(tmp_path):
         stream.write('{"iteration": 4, "lo')
     write(tmp_path, 3, [4])
     assert [line["iteration"] for line in lines(tmp_path)] == [1, 2, 3, 4]
+
+
+DAMAGED = [
+    b"[]",
+    b"5",
+    b"null",
+    b'{"iteration": null}',
+    b'{"loss": 1}',
+    b"\xff\xfe\x80{",
+    b"\0" * 64,
+    b"[" * 100_000,
+    b"9" * 5000,
+]
+
+
+@pytest.mark.parametrize("line", DAMAGED, ids=range(len(DAMAGED)))
+def test_a_damaged_line_goes_and_the_others_stay(tmp_path, line):
+    write(tmp_path, 0, range(1, 3))
+    with (tmp_path / "metrics.jsonl").open("ab") as stream:
+        stream.write(line + b"\n")
+    write(tmp_path, 2, [3])
+    assert [line["iteration"] for line in lines(tmp_path)] == [1, 2, 3]
 
 
 def test_other_ranks_write_nothing(tmp_path):
