@@ -49,7 +49,9 @@ def load_config(cls: type[T], path: str | Path, overrides: typing.Sequence[str] 
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator or not key:
-            raise ConfigError(f"override {_shown(override)} is not section.key=value", fix="write optimizer.lr=1e-4")
+            raise ConfigError(
+                f"override {_shown(override)} is not section.key=value", fix="write it as optimizer.lr=1e-4"
+            )
         try:
             value, _ = read_yaml(text)
         except yaml.YAMLError as error:
@@ -279,9 +281,9 @@ def _build_scalar(kind: type, value: Any, *, key: str, where: str) -> Any:
         raise _wrong(key, value, kind.__name__, where)
     if not isinstance(value, kind):
         raise _wrong(key, value, kind.__name__, where)
-    if kind is int and not -_INT64 <= value < _INT64:
+    if isinstance(value, int) and not -_INT64 <= value < _INT64:
         raise _wrong(key, value, "an integer of at most 64 bits", where)
-    if kind is str and ("\0" in value or any("\ud800" <= letter <= "\udfff" for letter in value)):
+    if isinstance(value, str) and ("\0" in value or any("\ud800" <= letter <= "\udfff" for letter in value)):
         raise _wrong(key, value, "text without NUL and surrogates", where)
     return value
 

@@ -65,7 +65,7 @@ def _check_size(text: str) -> None:
         elif isinstance(event, yaml.AliasEvent):
             if event.anchor in (anchor for anchor, _, _ in inside):
                 raise _refusal(f"{event.anchor} contains itself", event)
-            size, depth = known.get(event.anchor, (1, 0))
+            size, depth = known.get(event.anchor or "", (1, 0))
             total += size
         elif isinstance(event, yaml.ScalarEvent):
             total += 1
@@ -79,4 +79,5 @@ def _check_size(text: str) -> None:
 
 
 def _refusal(what: str, event: yaml.Event) -> yaml.MarkedYAMLError:
-    return yaml.MarkedYAMLError(problem=what, problem_mark=event.start_mark)
+    mark: Any = event.start_mark
+    return yaml.MarkedYAMLError(problem=what, problem_mark=mark)

@@ -36,8 +36,14 @@ def test_settings_are_read_from_yaml(tmp_path):
         ({"dropout": 1.0}, "model.adapter.dropout=1.0 leaves nothing"),
         ({"targets": ()}, r"model.adapter.targets=\[\] does not name each target once"),
         ({"targets": ("linear_qkv", "linear_qkv")}, "does not name each target once; fix: choose from linear_qkv"),
-        ({"ranks": {"linear_fc1": 0}}, "model.adapter.ranks.linear_fc1=0 is not a rank from 1 to 16384 of one of the targets"),
-        ({"targets": ("linear_qkv",), "ranks": {"linear_fc1": 2}}, "is not a rank from 1 to 16384 of one of the targets"),
+        (
+            {"ranks": {"linear_fc1": 0}},
+            "model.adapter.ranks.linear_fc1=0 is not a rank from 1 to 16384 of one of the targets",
+        ),
+        (
+            {"targets": ("linear_qkv",), "ranks": {"linear_fc1": 2}},
+            "is not a rank from 1 to 16384 of one of the targets",
+        ),
     ],
 )
 def test_a_wrong_setting_is_refused(settings, message):
