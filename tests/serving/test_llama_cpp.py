@@ -1,5 +1,6 @@
 """llama.cpp serves GGUF files through its OpenAI endpoint as this project computes the checkpoint."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,11 +38,10 @@ def served(request, make_run, quickstart_model, python_of, start, tmp_path_facto
     return server, run, questions, answer(run, questions)
 
 
-@pytest.mark.xfail(reason="a token was another one where ours led by 0.8: not explained yet", strict=False)
 def test_the_chat_endpoint_gives_the_probabilities_of_our_generate(served):
     """Of text alone and of 1 to 3 pictures; after a token that float16 chooses otherwise the texts differ."""
-    server, _, questions, answers = served
-    worst, compared = 0.0, 0
+    server, run, questions, answers = served
+    tokenizer, worst, compared = load_tokenizer(read_run_settings(run).tokenizer), 0.0, 0
     for question, ours in zip(questions, answers, strict=True):
         message = {"role": "user", "content": question.content if question.pictures else question.text}
         found = server.post(
@@ -54,6 +54,8 @@ def test_the_chat_endpoint_gives_the_probabilities_of_our_generate(served):
         )
         assert found["usage"]["prompt_tokens"] == len(ours.prompt_ids)
         for place, entry in enumerate(found["choices"][0]["logprobs"]["content"][: len(ours.ids)]):
+            if _begins_a_character(tokenizer.piece(ours.ids[place])):
+                break
             theirs = {one["id"]: one["logprob"] for one in entry["top_logprobs"]}
             for token, logprob in theirs.items():
                 worst = max(worst, abs(logprob - ours.logprobs[place, token].item()))
@@ -62,8 +64,34 @@ def test_the_chat_endpoint_gives_the_probabilities_of_our_generate(served):
                 assert ours.margins[place] <= 2 * TOLERANCE
                 break
     print(f"largest difference of {compared} log-probabilities: {worst:.1e}")
-    assert compared >= 5 * len(questions)
+    assert compared >= 2 * 5 * len(questions)
     assert worst <= TOLERANCE
+
+
+def test_the_probabilities_of_text_at_every_place(served):
+    """Each of our tokens again, after those before it; of half a character the server gives the id alone."""
+    server, _, questions, answers = served
+    worst, compared = 0.0, 0
+    for ours in (one for question, one in zip(questions, answers, strict=True) if not question.pictures):
+        for place, token in enumerate(ours.ids):
+            prompt = ours.prompt_ids + ours.ids[:place]
+            found = server.post(
+                "/completion", prompt=prompt, n_predict=1, temperature=0, n_probs=10, return_tokens=True
+            )
+            assert found["tokens"] == [token] or ours.margins[place] <= 2 * TOLERANCE
+            for entry in found.get("completion_probabilities", [])[:1]:
+                differences = [
+                    abs(one["logprob"] - ours.logprobs[place, one["id"]].item()) for one in entry["top_logprobs"]
+                ]
+                worst, compared = max([worst, *differences]), compared + len(differences)
+    print(f"largest difference of {compared} log-probabilities of text: {worst:.1e}")
+    assert compared >= 500
+    assert worst <= TOLERANCE
+
+
+def _begins_a_character(piece: str) -> bool:
+    """Tell whether a piece is the first byte of several: the server's list has no place for half a character."""
+    return re.fullmatch("<0x[C-F].>", piece) is not None
 
 
 def test_text_is_cut_as_in_training(served):
