@@ -85,7 +85,7 @@ def build_groups(parallel: ParallelConfig) -> None:
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
         context_parallel_size=parallel.context_parallel_size,
-        distributed_timeout_minutes=max(1, int(parallel.distributed_timeout_minutes)),
+        distributed_timeout_minutes=parallel.distributed_timeout_minutes,
         # A second set of gloo groups is only needed for checkpoints that gather the optimizer on one rank.
         create_gloo_process_groups=False,
     )
