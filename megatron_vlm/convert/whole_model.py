@@ -1,11 +1,25 @@
 """What the formats of whole models have in common: the tables of the parts side by side, each with its prefix."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 from torch import Tensor
 
+from megatron_vlm.config import CheckpointError
 from megatron_vlm.convert.rules import Rule
+
+_Config = TypeVar("_Config")
+
+
+def refusal(config: _Config, *functions: Callable[[_Config], object]) -> str | None:
+    """Return what the first function that refuses the settings says; None if they all take them."""
+    try:
+        for function in functions:
+            function(config)
+    except CheckpointError as error:
+        return error.what
+    return None
 
 
 def join_rules(tables: Mapping[str, Sequence[Rule]]) -> list[Rule]:

@@ -25,7 +25,7 @@ from megatron_vlm.convert.files.processor import select_strategy, write_processo
 from megatron_vlm.convert.folder import CONFIG_NAME, write_json
 from megatron_vlm.convert.projector import LlavaProjector, llava_projector, projector_of
 from megatron_vlm.convert.rules import Rule
-from megatron_vlm.convert.whole_model import join_patterns, join_rules, prefixed
+from megatron_vlm.convert.whole_model import join_patterns, join_rules, prefixed, refusal
 
 PART = "model"
 MODEL_TYPES = ("llava", "LlavaForConditionalGeneration")
@@ -84,12 +84,7 @@ def find_parts(path: Path, settings: dict[str, Any], tower: Path | None) -> Part
 
 def reason_against(model: ModelConfig) -> str | None:
     """Return what the class cannot compute."""
-    try:
-        rules(model)
-        config_to_hf(model)
-    except CheckpointError as error:
-        return error.what
-    return None
+    return refusal(model, rules, config_to_hf)
 
 
 def _vision_settings(settings: dict[str, Any]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from megatron_vlm.convert.vila_settings import (
     tower_family,
     tower_settings,
 )
-from megatron_vlm.convert.whole_model import join_patterns, join_renames, join_rules, prefixed
+from megatron_vlm.convert.whole_model import join_patterns, join_renames, join_rules, prefixed, refusal
 
 PART = "model"
 MODEL_TYPES = ("LlavaLlamaModel",)
@@ -77,12 +77,7 @@ def _projector(model: ModelConfig) -> VilaProjector:
 
 def reason_against(model: ModelConfig) -> str | None:
     """Return what has no place in the folders."""
-    try:
-        rules(model)
-        config_to_hf(model)
-    except CheckpointError as error:
-        return error.what
-    return None
+    return refusal(model, rules, config_to_hf)
 
 
 def rules(model: ModelConfig) -> list[Rule]:

@@ -30,7 +30,7 @@ from megatron_vlm.convert.vila_settings import (
     tower_family,
     tower_settings,
 )
-from megatron_vlm.convert.whole_model import join_patterns, join_rules, prefixed
+from megatron_vlm.convert.whole_model import join_patterns, join_rules, prefixed, refusal
 
 PART = "model"
 MODEL_TYPES = ("LlavaLlamaForCausalLM", "llava_llama")
@@ -112,11 +112,7 @@ def reason_against(model: ModelConfig) -> str | None:
             f"a projection of type {model.projection.type} does not fit the format vila-flat, whose code has linear "
             "and mlp2x_gelu only"
         )
-    try:
-        tower_family(model.vision)
-    except CheckpointError as error:
-        return error.what
-    return None
+    return refusal(model.vision, tower_family)
 
 
 def _projector(model: ModelConfig) -> VilaProjector:
