@@ -60,7 +60,7 @@ def _add_to_hf(actions: argparse._SubParsersAction) -> None:
     add("--system", default=ModelOptions().system, metavar="TEXT", help=text)
     text = "how an image becomes a square (default: as in the run)"
     add("--image-aspect", choices=("pad", "square", "resize"), help=text)
-    add("--overwrite", action="store_true", help="replace DIR if it exists")
+    add("--overwrite", action="store_true", help="replace DIR if it is an earlier export")
     text = "compare the folder with the checkpoint afterwards, as `convert verify` does"
     add("--verify", action="store_true", help=text)
     _add_quantize(add)

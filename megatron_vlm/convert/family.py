@@ -103,6 +103,15 @@ class TowerFamily(Family, Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Quantization:
+    """How the decoder of an export is quantised, for its card."""
+
+    what: str
+    loaded_by: str
+    """The programs that load it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Serving:
     """What a folder needs in addition to its weights to be served."""
 
@@ -116,6 +125,7 @@ class Serving:
     """System prompt, as in `render_conversation`."""
     history: History = field(default_factory=History)
     """How the model was trained, for its card."""
+    quantization: Quantization | None = None
 
 
 class ModelFamily(Family, Protocol):

@@ -27,6 +27,7 @@ from megatron_vlm.config.towers import innermost
 from megatron_vlm.convert.differences import describe_differences, different_settings
 from megatron_vlm.convert.family import Family, ModelFamily, Part, Parts, family_of
 from megatron_vlm.convert.folder import CONFIG_NAME, HFFolder, common_type, read_settings
+from megatron_vlm.convert.output import is_model_folder
 from megatron_vlm.convert.processing import at_image_size, resize_positions, with_processing
 from megatron_vlm.convert.projector import find_projector
 from megatron_vlm.convert.rules import Rule, Vocabulary
@@ -190,7 +191,9 @@ def _agreed(wanted: ModelConfig | None, found: ModelConfig) -> ModelConfig:
 
 
 def check_new(run_dir: Path) -> None:
-    """Raise UsageError if the run has a checkpoint already."""
+    """Raise UsageError if the folder has a checkpoint already, or is no run but a model folder."""
+    if is_model_folder(run_dir):
+        raise UsageError(f"{run_dir} is a model folder, not a run", fix="name another folder with --output")
     if list_iterations(run_dir):
         raise UsageError(f"run {run_dir} already has a checkpoint", fix="name another folder with --output")
 

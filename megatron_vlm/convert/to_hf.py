@@ -13,11 +13,12 @@ from tqdm import tqdm
 from megatron_vlm.checkpoint.run_settings import RunSettings
 from megatron_vlm.checkpoint.tensors import list_tensors
 from megatron_vlm.checkpoint.verify import check_whole
-from megatron_vlm.config import AdapterConfig, CheckpointError, UsageError
+from megatron_vlm.config import AdapterConfig, CheckpointError
 from megatron_vlm.convert.adapter import adapter_shapes, read_merged
 from megatron_vlm.convert.differences import describe_differences
 from megatron_vlm.convert.family import Serving, check_fits, find_format
 from megatron_vlm.convert.history import read_history
+from megatron_vlm.convert.output import check_output
 from megatron_vlm.convert.quantize.export import QuantizedExport, QuantizeOptions, Quantizer, Writer
 from megatron_vlm.convert.rules import Rule
 from megatron_vlm.convert.weights_writer import Announced, WeightsWriter
@@ -73,8 +74,7 @@ def export_model(settings: RunSettings, output: Path, options: ExportOptions | N
         StorageError: the disk is full or read-only.
     """
     options = options or ExportOptions()
-    if output.exists() and not options.overwrite:
-        raise UsageError(f"folder {output} exists", fix="name another one, or add --overwrite")
+    check_output(output, settings.checkpoint, overwrite=options.overwrite)
     check_fits(options.format, settings.model)
     family, template = find_format(options.format), find_template(options.template)
     rules, added = family.rules(settings.model), adapter_shapes(settings.model)
@@ -94,6 +94,7 @@ def export_model(settings: RunSettings, output: Path, options: ExportOptions | N
             template=template,
             system=options.system,
             history=read_history(settings.checkpoint),
+            quantization=None if quantizer is None else quantizer.quantization,
         )
         with folder_beside(output, is_new=not options.overwrite, replaces=True) as unfinished:
             family.write_settings(unfinished, serving)

@@ -280,13 +280,13 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_there(name, size, door):
     options = []
     if name in ("llava", "peft"):
         found.out.mkdir()
-        (found.out / "before").write_text("kept")
+        (found.out / CONFIG).write_text("kept")
         options = ["--overwrite"]
     code, errors = Forked.start(found.command(*options), lambda: limit_files(size)).wait()
     assert code == 74, errors
     assert_one_line(errors)
     if options:
-        assert found.made() == {"before": b"kept"}
+        assert found.made() == {CONFIG: b"kept"}
         shutil.rmtree(found.out)
     found.assert_nothing_is_made()
     assert main(found.command()) == 0
@@ -350,7 +350,7 @@ def prepare_kill(found: Door) -> tuple[dict[str, bytes], dict[str, bytes], list[
     if "from-hf" in found.command():
         return {}, whole, []
     found.out.mkdir()
-    (found.out / "before").write_text("kept")
+    (found.out / CONFIG).write_text("kept")
     return found.made(), whole, ["--overwrite"]
 
 
@@ -376,7 +376,7 @@ def test_kills_at_random_moments_lose_nothing(name, door):
         shutil.rmtree(found.out)
         if options:
             found.out.mkdir()
-            (found.out / "before").write_text("kept")
+            (found.out / CONFIG).write_text("kept")
         conversion = Forked.start(found.command(*options))
         time.sleep(seconds * moments.random())
         os.kill(conversion.process, signal.SIGKILL)

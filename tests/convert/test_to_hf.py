@@ -283,7 +283,8 @@ def test_an_existing_folder_is_refused(make_run, model_config, tmp_path):
 
 def test_overwrite_replaces_an_existing_folder(make_run, model_config, tmp_path):
     (tmp_path / "hf").mkdir()
-    (tmp_path / "hf" / "old").write_text("old")
+    for name in ("config.json", "old"):
+        (tmp_path / "hf" / name).write_text("{}")
     export_model(read_run_settings(make_run(model_config)), tmp_path / "hf", ExportOptions(overwrite=True))
     assert not (tmp_path / "hf" / "old").exists()
     assert (tmp_path / "hf" / "model.safetensors").exists()

@@ -21,6 +21,10 @@ _UNCHECKED = (
     "Every file was read back after it was written. Logits were not compared (`convert to-hf --verify` does it)."
 )
 
+_ROUNDED = (
+    "Every file was read back after it was written. The decoder is rounded, so its logits are not those of training."
+)
+
 
 def write_card(folder: Path, serving: Serving, *, architecture: str, usage: str) -> None:
     """Write the card.
@@ -40,6 +44,7 @@ def write_card(folder: Path, serving: Serving, *, architecture: str, usage: str)
     }
     if names := dict.fromkeys(dataset.name for stage in stages for dataset in stage.datasets):
         front["datasets"] = list(names)
+    quantization = serving.quantization
     sections = (
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
         f"# A vision-language model for `{architecture}`",
@@ -50,8 +55,9 @@ def write_card(folder: Path, serving: Serving, *, architecture: str, usage: str)
         "## Training",
         *_training(serving),
         _CHECKS,
-        _UNCHECKED,
+        _ROUNDED if quantization else _UNCHECKED,
         "## Use",
+        *([f"The decoder is quantised: this folder needs {quantization.loaded_by}."] if quantization else []),
         usage.strip(),
         "## Licence",
         "Unknown: it follows from the licences of the weights that the training started from and of its data.",
@@ -91,7 +97,8 @@ def _model_rows(serving: Serving) -> Iterator[tuple[str, str]]:
     yield "parameters", f"{sum(parameter_sizes(model).values()):,}"
     if model.adapter is not None:
         yield "adapter", f"{model.adapter.type}, merged into the weights"
-    yield "weights", str(serving.dtype).removeprefix("torch.")
+    rounded = f"; {serving.quantization.what}" if serving.quantization else ""
+    yield "weights", str(serving.dtype).removeprefix("torch.") + rounded
 
 
 def _image_tokens(model: ModelConfig) -> str:

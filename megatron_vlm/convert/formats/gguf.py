@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_vlm.checkpoint.run_settings import RunSettings
-from megatron_vlm.config import CheckpointError, LanguageConfig, ModelConfig, UsageError
+from megatron_vlm.config import CheckpointError, LanguageConfig, ModelConfig
 from megatron_vlm.config.modules import find_module
 from megatron_vlm.config.towers import TowerConfig, siglip
 from megatron_vlm.convert.adapter import adapter_shapes, read_merged
@@ -25,6 +25,7 @@ from megatron_vlm.convert.family import find_family, find_tower_family, formats_
 from megatron_vlm.convert.files.processor import chat_template
 from megatron_vlm.convert.files.tokenizer import KINDS, placeholder_names
 from megatron_vlm.convert.gguf_file import require_gguf, tensor_names, write_gguf
+from megatron_vlm.convert.output import check_output
 from megatron_vlm.convert.projector import find_projector
 from megatron_vlm.convert.rules import LinearAsPair, Rule
 from megatron_vlm.convert.to_hf import ExportOptions, cast_weights, check_checkpoint, choose_dtype
@@ -62,8 +63,7 @@ def export(settings: RunSettings, output: Path, options: ExportOptions) -> str:
             tokenizer.
         StorageError: the disk is full or read-only.
     """
-    if output.exists() and not options.overwrite:
-        raise UsageError(f"folder {output} exists", fix="name another one, or add --overwrite")
+    check_output(output, settings.checkpoint, overwrite=options.overwrite)
     check_model(settings.model)
     require_gguf()
     fix, model = "make room or name another folder", settings.model

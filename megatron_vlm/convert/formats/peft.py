@@ -12,12 +12,13 @@ from torch import Tensor
 from megatron_vlm.checkpoint.base import with_bases
 from megatron_vlm.checkpoint.run_settings import RunSettings
 from megatron_vlm.checkpoint.tensors import keys_beside_base, list_tensors, read_tensor
-from megatron_vlm.config import CheckpointError, UsageError
+from megatron_vlm.config import CheckpointError
 from megatron_vlm.config.adapters import lora
 from megatron_vlm.convert.adapter import adapter_shapes
 from megatron_vlm.convert.adapters.lora import pair_keys, weight_key
 from megatron_vlm.convert.families import llava
 from megatron_vlm.convert.folder import write_json
+from megatron_vlm.convert.output import check_output
 from megatron_vlm.convert.peft_names import PROJECTOR, SETTINGS_NAME, WEIGHTS_NAME, last_module, pair_names, to_peft
 from megatron_vlm.convert.projector import KEY_PREFIX
 from megatron_vlm.convert.rules import Rule
@@ -46,8 +47,7 @@ def export(settings: RunSettings, output: Path, options: ExportOptions) -> str:
         CheckpointError: the checkpoint is damaged, has no LoRA, or has learned other weights of decoder and tower.
         StorageError: the disk is full or read-only.
     """
-    if output.exists() and not options.overwrite:
-        raise UsageError(f"folder {output} exists", fix="name another one, or add --overwrite")
+    check_output(output, settings.checkpoint, overwrite=options.overwrite)
     fix = "make room or name another folder"
     with single_process(), storage_errors("export not written", output, only=STORAGE_ERRNOS, fix=fix):
         check_checkpoint(settings.checkpoint, llava.rules(settings.model), adapter_shapes(settings.model))

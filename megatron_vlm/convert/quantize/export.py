@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_vlm.config import CheckpointError, LanguageConfig, UsageError
+from megatron_vlm.convert.family import Quantization
 from megatron_vlm.convert.folder import CONFIG_NAME, read_json, write_json
 from megatron_vlm.convert.quantize.calibration import read_calibration
 from megatron_vlm.convert.quantize.decoder_layer import LINEARS, DecoderLayer
@@ -117,6 +118,12 @@ class Quantizer:
             names = [str(one).removeprefix("torch.") for one in (needed, usual)]
             raise UsageError(f"a folder quantised by {self.options.method} is {names[0]}, not {names[1]}")
         return needed
+
+    @property
+    def quantization(self) -> Quantization:
+        """What the card says."""
+        how = f"{self.options.method}, groups of {self.options.group_size}, {self.ids.numel():,} tokens of calibration"
+        return Quantization(what=f"matrices of the decoder in 4 bits ({how})", loaded_by=self.layout.LOADED_BY)
 
     def write_settings(self, folder: Path) -> None:
         """Tell config.json of the decoder how it is quantised."""

@@ -24,6 +24,8 @@ class Layout(Protocol):
     """Of scales, and of all tensors that are not quantised; None: any."""
     FILE: str | None
     """Name of the pickle that holds the whole language model, in its sub-folder; None: its safetensors files do."""
+    LOADED_BY: str
+    """The programs that load it, for people."""
     INPUTS: int
     OUTPUTS: int
     """Numbers of inputs and outputs of a matrix are multiples of these."""

@@ -54,6 +54,14 @@ def plain(make_run, model_config, tmp_path_factory):
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_the_card_says_how_it_is_rounded_and_what_loads_it(method, export):
+    card = (export(method) / "README.md").read_text()
+    assert f"matrices of the decoder in 4 bits ({method}, groups of 32, " in card
+    assert f"this folder needs {find_layout(method, None).LOADED_BY}." in card
+    assert "--verify" not in card
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_only_the_matrices_of_the_decoder_are_quantised(method, export, plain):
     layout, tensors = find_layout(method, None), load_file(export(method) / "model.safetensors")
     found = dequantised(tensors, layout, 32)

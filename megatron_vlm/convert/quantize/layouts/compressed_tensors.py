@@ -13,6 +13,7 @@ METHOD = "compressed-tensors"
 GRID = Grid(is_symmetric=True)
 DTYPE: torch.dtype | None = None
 FILE: str | None = None
+LOADED_BY = "transformers with the package `compressed-tensors`"
 INPUTS, OUTPUTS = 8, 1
 
 

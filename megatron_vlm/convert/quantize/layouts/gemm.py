@@ -16,6 +16,7 @@ METHOD = "awq"
 GRID = Grid(is_symmetric=False)
 DTYPE: torch.dtype | None = torch.float16
 FILE: str | None = None
+LOADED_BY = "transformers 5 with the package `gptqmodel`, or another program that reads AutoAWQ's GEMM"
 INPUTS, OUTPUTS = 8, 8
 _ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
 """Nibble k of an integer holds this one of its 8 columns."""

@@ -16,6 +16,7 @@ METHOD = "awq"
 GRID = Grid(is_symmetric=False)
 DTYPE: torch.dtype | None = torch.float16
 FILE: str | None = "llm-w{bits}-g{group_size}-awq-v2.pt"
+LOADED_BY = "TinyChat of llm-awq"
 INPUTS, OUTPUTS = 64, 4
 _ROWS, _RUN = 4, 64
 _ORDER = [8 * (position % 4) + position // 4 for position in range(32)]
