@@ -148,7 +148,7 @@ def test_file_that_is_missing_or_no_yaml_is_named(tmp_path):
     with pytest.raises(ConfigError, match="config file does not exist .*none.yaml"):
         load_prompt_set("mine", tmp_path / "none.yaml")
     (tmp_path / "bad.yaml").write_text("mine: {")
-    with pytest.raises(ConfigError, match="not valid YAML .*bad.yaml"):
+    with pytest.raises(ConfigError, match="not valid YAML: .*bad.yaml"):
         load_prompt_set("mine", tmp_path / "bad.yaml")
 
 
