@@ -179,6 +179,11 @@ def family_of(settings: Mapping[str, Any], part: Part, where: str) -> Family:
     return known[0] if known else find_family(settings.get("model_type") or architecture, part, where)
 
 
+def decoder_family() -> Family:
+    """Return the family of all decoders."""
+    return find_family("llama", "language", "model.language")
+
+
 def find_tower_family(type: str) -> TowerFamily:
     """Return the family that converts towers of this type; its module has the same name.
 

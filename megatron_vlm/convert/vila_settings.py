@@ -6,12 +6,13 @@ Source: https://github.com/NVlabs/VILA, llava/model/configuration_llava.py.
 from dataclasses import replace
 from typing import Any, cast
 
-from megatron_vlm.config import CheckpointError
+from megatron_vlm.config import CheckpointError, ModelConfig
 from megatron_vlm.config.towers import TowerConfig, TowerWrapper, innermost
 from megatron_vlm.config.towers.s2 import Config as ScaledConfig
 from megatron_vlm.config.vision_transformer import VisionTransformerConfig
 from megatron_vlm.convert.family import Family, Serving, find_family, find_tower_family
 from megatron_vlm.convert.files.processor import image_processor_config, select_strategy
+from megatron_vlm.convert.projector import VilaProjector, vila_projector
 from megatron_vlm.data.loading.pixels import Aspect
 
 _POST_NORM = "mm_vision_post_norm"
@@ -29,6 +30,16 @@ def tower_family(vision: TowerConfig) -> Family:
     if isinstance(vision, ScaledConfig) and vision.constant_grid.num_prefix_tokens:
         raise _misfit(vision, "VILA's s2 keeps no class token (model.vision.tower.drop_class_token)")
     return find_family(find_tower_family(innermost(vision).type).VILA_TYPE, "vision", "model.vision")
+
+
+def model_projector(model: ModelConfig) -> VilaProjector:
+    """Return the projection of a model as VILA has it.
+
+    Raises:
+        CheckpointError: VILA cannot hold it.
+    """
+    sizes = {"input_size": model.vision.feature_size, "output_size": model.language.hidden_size}
+    return vila_projector(model.projection, **sizes)
 
 
 def _misfit(vision: TowerConfig, reason: str) -> CheckpointError:

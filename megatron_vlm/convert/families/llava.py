@@ -11,10 +11,10 @@ from megatron_vlm.config import CheckpointError, ModelConfig
 from megatron_vlm.config.towers import TowerConfig, TowerWrapper
 from megatron_vlm.config.vision_transformer import VisionTransformerConfig
 from megatron_vlm.convert.family import (
-    Family,
     Parts,
     Serving,
     TowerFamily,
+    decoder_family,
     find_family,
     find_tower_family,
     refuse_tower,
@@ -93,10 +93,6 @@ def _vision_settings(settings: dict[str, Any]) -> dict[str, Any]:
     return _DEFAULT_VISION if section is None else {"model_type": _DEFAULT_VISION["model_type"], **section}
 
 
-def _language_family() -> Family:
-    return find_family("llama", "language", "model.language")
-
-
 def _tower_family(vision: TowerConfig) -> TowerFamily:
     """Return the family of the tower.
 
@@ -134,7 +130,7 @@ def rules(model: ModelConfig) -> list[Rule]:
         {
             _VISION: _tower_family(model.vision).rules(model.vision),
             _PROJECTOR: _projector(model).rules,
-            _LANGUAGE: _language_family().rules(model.language),
+            _LANGUAGE: decoder_family().rules(model.language),
         }
     )
 
@@ -144,7 +140,7 @@ def unused(model: ModelConfig) -> tuple[str, ...]:
     return join_patterns(
         {
             _VISION: _tower_family(model.vision).unused(model.vision),
-            _LANGUAGE: _language_family().unused(model.language),
+            _LANGUAGE: decoder_family().unused(model.language),
         }
     )
 
@@ -170,7 +166,7 @@ def config_to_hf(model: ModelConfig) -> dict[str, Any]:
         "vision_feature_select_strategy": select_strategy(_tower(model)),
         "pad_token_id": model.language.pad_token_id,
         "tie_word_embeddings": model.language.share_embeddings_and_output_weights,
-        "text_config": _language_family().config_to_hf(model.language),
+        "text_config": decoder_family().config_to_hf(model.language),
         "vision_config": _tower_family(model.vision).config_to_hf(model.vision),
     }
 

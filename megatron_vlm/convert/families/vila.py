@@ -11,13 +11,14 @@ from torch import Tensor
 
 from megatron_vlm.config import CheckpointError, ModelConfig
 from megatron_vlm.config.towers import innermost
-from megatron_vlm.convert.family import Family, Parts, Serving, family_of, find_family, refuse_tower
+from megatron_vlm.convert.family import Parts, Serving, decoder_family, family_of, find_family, refuse_tower
 from megatron_vlm.convert.files.language import write_language_files
 from megatron_vlm.convert.files.model_card import write_card
 from megatron_vlm.convert.folder import CONFIG_NAME, read_json, write_json
-from megatron_vlm.convert.projector import VilaProjector, projector_of_vila, vila_projector
+from megatron_vlm.convert.projector import projector_of_vila
 from megatron_vlm.convert.rules import Rule
 from megatron_vlm.convert.vila_settings import (
+    model_projector,
     processor_settings,
     read_tower,
     serving_settings,
@@ -66,15 +67,6 @@ def renames(settings: dict[str, Any]) -> list[tuple[str, str]]:
     return join_renames(f"{_VISION}/", family_of(tower, "vision", f"{_VISION}/{CONFIG_NAME}").renames(tower))
 
 
-def _language_family() -> Family:
-    return find_family("llama", "language", "model.language")
-
-
-def _projector(model: ModelConfig) -> VilaProjector:
-    sizes = {"input_size": model.vision.feature_size, "output_size": model.language.hidden_size}
-    return vila_projector(model.projection, **sizes)
-
-
 def reason_against(model: ModelConfig) -> str | None:
     """Return what has no place in the folders."""
     return refusal(model, rules, config_to_hf)
@@ -85,8 +77,8 @@ def rules(model: ModelConfig) -> list[Rule]:
     return join_rules(
         {
             f"{_VISION}/": tower_family(model.vision).rules(innermost(model.vision)),
-            f"{_PROJECTOR}/": _projector(model).rules,
-            f"{_LANGUAGE}/": _language_family().rules(model.language),
+            f"{_PROJECTOR}/": model_projector(model).rules,
+            f"{_LANGUAGE}/": decoder_family().rules(model.language),
         }
     )
 
@@ -96,7 +88,7 @@ def unused(model: ModelConfig) -> tuple[str, ...]:
     return join_patterns(
         {
             f"{_VISION}/": tower_family(model.vision).unused(innermost(model.vision)),
-            f"{_LANGUAGE}/": _language_family().unused(model.language),
+            f"{_LANGUAGE}/": decoder_family().unused(model.language),
         }
     )
 
@@ -113,12 +105,12 @@ def config_to_hf(model: ModelConfig) -> dict[str, Any]:
     paths of the parts are relative; programs take their last component for the name of a folder.
     """
     parts = {
-        _LANGUAGE: _language_family().config_to_hf(model.language),
+        _LANGUAGE: decoder_family().config_to_hf(model.language),
         _VISION: tower_family(model.vision).config_to_hf(innermost(model.vision)),
         _PROJECTOR: {
             "architectures": ["MultimodalProjector"],
             "model_type": "v2l_projector",
-            "mm_projector_type": _projector(model).type,
+            "mm_projector_type": model_projector(model).type,
         },
     }
     return {

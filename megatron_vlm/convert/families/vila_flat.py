@@ -16,13 +16,22 @@ from torch import Tensor
 from megatron_vlm.config import CheckpointError, ModelConfig, load_preset
 from megatron_vlm.config.towers import Tower, TowerConfig, innermost
 from megatron_vlm.config.towers.clip import Config as ClipConfig
-from megatron_vlm.convert.family import Family, Parts, Serving, family_of, find_family, find_tower_family
+from megatron_vlm.convert.family import (
+    Family,
+    Parts,
+    Serving,
+    decoder_family,
+    family_of,
+    find_family,
+    find_tower_family,
+)
 from megatron_vlm.convert.files.language import write_language_files
 from megatron_vlm.convert.files.model_card import write_card
 from megatron_vlm.convert.folder import CONFIG_NAME, HFFolder, read_json, write_json
-from megatron_vlm.convert.projector import VilaProjector, find_projector, projector_of_vila, vila_projector
+from megatron_vlm.convert.projector import find_projector, projector_of_vila
 from megatron_vlm.convert.rules import Rule
 from megatron_vlm.convert.vila_settings import (
+    model_projector,
     processor_settings,
     read_tower,
     serving_settings,
@@ -93,10 +102,6 @@ def renames(settings: dict[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def _language_family() -> Family:
-    return find_family("llama", "language", "model.language")
-
-
 def _clip() -> Family:
     return find_family("clip", "vision", "model.vision")
 
@@ -115,22 +120,17 @@ def reason_against(model: ModelConfig) -> str | None:
     return refusal(model.vision, tower_family)
 
 
-def _projector(model: ModelConfig) -> VilaProjector:
-    sizes = {"input_size": model.vision.feature_size, "output_size": model.language.hidden_size}
-    return vila_projector(model.projection, **sizes)
-
-
 def rules(model: ModelConfig) -> list[Rule]:
     """Return the table of the whole model."""
     projector = [
         replace(rule, names=tuple(name.removeprefix("layers.") for name in rule.names))
-        for rule in _projector(model).rules
+        for rule in model_projector(model).rules
     ]
     return join_rules(
         {
             _VISION: tower_family(model.vision).rules(innermost(model.vision)),
             _PROJECTOR: projector,
-            "": _language_family().rules(model.language),
+            "": decoder_family().rules(model.language),
         }
     )
 
@@ -140,7 +140,7 @@ def unused(model: ModelConfig) -> tuple[str, ...]:
     return join_patterns(
         {
             _VISION: tower_family(model.vision).unused(innermost(model.vision)),
-            "": _language_family().unused(model.language),
+            "": decoder_family().unused(model.language),
         }
     )
 
@@ -173,13 +173,13 @@ def config_to_hf(model: ModelConfig) -> dict[str, Any]:
     inner = cast(ClipConfig, innermost(model.vision))
     name = _published_name(inner)
     return {
-        **_language_family().config_to_hf(model.language),
+        **decoder_family().config_to_hf(model.language),
         "architectures": [ARCHITECTURE],
         "model_type": "llava_llama",
         "mm_vision_tower": name or _TOWER_FOLDER,
         # The code then makes the tower before it reads the weights, which replace those of the published one.
         "unfreeze_mm_vision_tower": True,
-        "mm_projector_type": _projector(model).type,
+        "mm_projector_type": model_projector(model).type,
         **tower_settings(model.vision, inner.feature_layer if name else -1),
         "use_mm_proj": True,
         "tune_mm_mlp_adapter": False,
@@ -202,7 +202,7 @@ def config_from_hf(settings: dict[str, Any], *, where: str, **chosen: Any) -> Mo
     sizes = {} if (vocab_size := chosen.pop("vocab_size", None)) is None else {"vocab_size": vocab_size}
     tower = settings["vision_config"]
     found = {
-        "language": _language_family().config_from_hf(settings, where=where, **sizes),
+        "language": decoder_family().config_from_hf(settings, where=where, **sizes),
         "vision": read_tower(settings, family_of(tower, "vision", f"the {CONFIG_NAME} of the tower"), tower, where),
         "projection": projector_of_vila(settings.get("mm_projector_type", "linear"), where),
     }

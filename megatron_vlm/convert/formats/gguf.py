@@ -21,7 +21,7 @@ from megatron_vlm.config import CheckpointError, LanguageConfig, ModelConfig
 from megatron_vlm.config.modules import find_module
 from megatron_vlm.config.towers import TowerConfig, siglip
 from megatron_vlm.convert.adapter import adapter_shapes, read_merged
-from megatron_vlm.convert.family import find_family, find_tower_family, formats_that_hold
+from megatron_vlm.convert.family import decoder_family, find_tower_family, formats_that_hold
 from megatron_vlm.convert.files.processor import chat_template
 from megatron_vlm.convert.files.tokenizer import KINDS, placeholder_names
 from megatron_vlm.convert.gguf_file import require_gguf, tensor_names, write_gguf
@@ -122,7 +122,7 @@ class _Table:
 
 
 def _text_table(language: LanguageConfig) -> _Table:
-    rules = find_family("llama", "language", "model.language").rules(language)
+    rules = decoder_family().rules(language)
     heads = {"attn_q.weight": language.num_attention_heads, "attn_k.weight": language.query_groups}
     return _Table(rules, tensor_names("LLAMA", language.num_layers), heads)
 
