@@ -8,10 +8,9 @@ import sys
 import tempfile
 import time
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
 
 from megatron_vlm.cli.values import positive
 from megatron_vlm.config import ExitCode, TrainConfig, derive_layout, load_config
@@ -24,7 +23,7 @@ from megatron_vlm.platform.launch.exit_status import (
     record_exit_status,
 )
 from megatron_vlm.platform.launch.job_end import Patience, explain_end, read_reports
-from megatron_vlm.platform.launch.launch import NodeJob, find_free_port, run_node
+from megatron_vlm.platform.launch.launch import STOP_SIGNALS, NodeJob, find_free_port, run_node
 from megatron_vlm.platform.launch.slurm import SlurmNode, read_slurm_node
 from megatron_vlm.platform.log_format import setup_logging
 from megatron_vlm.platform.machine import check_requirements, count_cores, count_visible_gpus
@@ -60,28 +59,41 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 
 class _StoppedEarlyError(BaseException):
-    """A scheduler's signal arrived before any rank was running."""
+    """A signal that stops the job arrived before any rank was running."""
+
+
+@dataclass(slots=True)
+class _EarlyStop:
+    """What a signal means before the ranks run, and after: then it must not keep their outcome from being recorded."""
+
+    is_over: bool = False
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        """Handle a signal."""
+        if not self.is_over:
+            raise _StoppedEarlyError(signal.Signals(number).name)
 
 
 def run(args: argparse.Namespace) -> int:
     """Check the settings, start the ranks, wait for them, and report the outcome in one line."""
     setup_logging()
-    previous = {number: signal.signal(number, _stop_early) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    stop = _EarlyStop()
+    previous = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    # What the shell has this process ignore, such as SIGINT in the background, stays ignored.
+    previous = {number: handler for number, handler in previous.items() if handler is not signal.SIG_IGN}
+    for number in previous:
+        signal.signal(number, stop)
     try:
-        return _run(args)
-    except _StoppedEarlyError as stop:
-        logger.info("stopped by %s before any rank was started", stop)
-        return ExitCode.REQUEUE
+        return _run(args, stop)
+    except _StoppedEarlyError as stopped:
+        logger.info("stopped by %s before any rank was started", stopped)
+        return ExitCode.INTERRUPTED if str(stopped) == signal.SIGINT.name else ExitCode.REQUEUE
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
 
 
-def _stop_early(number: int, frame: FrameType | None) -> NoReturn:
-    raise _StoppedEarlyError(signal.Signals(number).name)
-
-
-def _run(args: argparse.Namespace) -> int:
+def _run(args: argparse.Namespace, stop: _EarlyStop) -> int:
     config = load_config(TrainConfig, args.config, args.overrides)
     slurm = read_slurm_node(os.environ)
     num_gpus = count_visible_gpus(os.environ)
@@ -90,12 +102,12 @@ def _run(args: argparse.Namespace) -> int:
     launch_id = slurm.launch_id if slurm else f"local-{os.getpid()}"
     is_first_node = slurm is None or slurm.node_rank == 0
     # Other nodes see the same folder, or one of their own that nobody else uses.
-    with hold_run_folder(Path(config.run_dir)) if is_first_node else nullcontext():
+    with hold_run_folder(Path(config.run_dir), launch_id) if is_first_node else nullcontext():
         if is_first_node:
             forget_exit_status(status_path, launch_id)
         try:
             _check(config, num_workers=num_workers, num_gpus=num_gpus, num_nodes=slurm.num_nodes if slurm else 1)
-            status = _launch(config, _node_job(args, config, slurm, num_workers))
+            status = _launch(config, _node_job(args, config, slurm, num_workers), stop)
         except Exception as error:
             _record(status_path, replace(describe_error(error), launch_id=launch_id))
             raise
@@ -143,7 +155,7 @@ def _node_job(args: argparse.Namespace, config: TrainConfig, slurm: SlurmNode | 
     )
 
 
-def _launch(config: TrainConfig, job: NodeJob) -> ExitStatus:
+def _launch(config: TrainConfig, job: NodeJob, stop: _EarlyStop) -> ExitStatus:
     """Run the ranks of this node and return their combined exit status."""
     first = job.node_rank * job.num_workers
     if job.num_nodes > 1:
@@ -160,6 +172,7 @@ def _launch(config: TrainConfig, job: NodeJob) -> ExitStatus:
         options = ("--report-folder", folder, "--launcher-pid", str(os.getpid()))
         start = time.time()
         end = run_node(replace(job, command=(*job.command, *options)))
+        stop.is_over = True
         patience = Patience(
             seconds=60 * config.parallel.distributed_timeout_minutes,
             last_progress=max(start, _last_written(Path(config.run_dir) / METRICS_NAME)),

@@ -25,6 +25,7 @@ from megatron_vlm.platform.launch.exit_status import (
     write_exit_status,
 )
 from megatron_vlm.platform.launch.job_end import report_path
+from megatron_vlm.platform.launch.launch import STOP_SIGNALS
 from megatron_vlm.platform.launch.parent import die_with_parent
 from megatron_vlm.platform.log_format import setup_logging
 
@@ -43,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = load_config(TrainConfig, args.config, args.overrides)
         setup_logging(rank, world_size, speaking_ranks=_speaking_ranks(config, world_size))
         status = _train(config)
+        for number in STOP_SIGNALS:  # all is saved: a repeated signal must not make this a failure
+            signal.signal(number, signal.SIG_IGN)
     except (Exception, KeyboardInterrupt) as error:
         status = describe_error(error)
     status = replace(status, rank=rank, iteration=_last_iteration(config))

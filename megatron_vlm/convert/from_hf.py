@@ -309,7 +309,10 @@ def _write(
 ) -> None:
     config: dict[str, Any] = {"model": config_to_dict(model)}
     total = sum(len(tensor.layers) if isinstance(tensor, LazyTensor) else 1 for tensor in tensors.values())
-    with hold_run_folder(run_dir), tqdm(total=total, unit="tensor", desc="import", disable=None) as progress:
+    with (
+        hold_run_folder(run_dir, "convert from-hf"),
+        tqdm(total=total, unit="tensor", desc="import", disable=None) as progress,
+    ):
         check_new(run_dir)
         if find_tokenizer(tokenizer_folder):
             tokenizer = read_tokenizer_files(tokenizer_folder)

@@ -86,7 +86,7 @@ def import_adapter(folder: Path, base: Path, run_dir: Path) -> ModelConfig:
 
 def _write(run_dir: Path, tensors: Mapping[str, Tensor], model: ModelConfig, settings: RunSettings) -> None:
     data = {"tokenizer": str(settings.tokenizer), "image_aspect": settings.image_aspect}
-    with hold_run_folder(run_dir):
+    with hold_run_folder(run_dir, "convert from-hf --peft"):
         check_new(run_dir)
         config = {"model": config_to_dict(model), "data": data}
         write_weights(run_dir, tensors, config, base=settings.checkpoint)

@@ -13,14 +13,13 @@ from megatron_vlm.data.text.tokenizer_files import read_tokenizer_files
 from megatron_vlm.parallel.groups import RankLayout, start_distributed, stop_distributed
 from megatron_vlm.platform.device import prepare_process, set_deterministic
 from megatron_vlm.platform.files.run_folder import CONFIG_NAME
+from megatron_vlm.platform.launch.launch import STOP_SIGNALS
 from megatron_vlm.platform.machine import check_capability
 from megatron_vlm.training.blend import open_training_blend, open_validation_blend
 from megatron_vlm.training.hook import Hook, build_hooks
 from megatron_vlm.training.hooks import checkpoint, ledger, log, metrics_file, stop, tensorboard, validation
 from megatron_vlm.training.loop import train
 from megatron_vlm.training.setup import build_state
-
-_STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 def run_training(config: TrainConfig) -> str | None:
@@ -76,13 +75,13 @@ def _run(config: TrainConfig, rank: RankLayout, device: torch.device, stop_reque
 
 @contextmanager
 def _stop_signals() -> Iterator[Callable[[], bool]]:
-    """Turn SIGTERM and SIGUSR1 into a flag that is checked between steps."""
+    """Turn the signals that stop a run into a flag that is checked between steps."""
     received: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
         received.append(number)
 
-    previous = {number: signal.signal(number, note) for number in _STOP_SIGNALS}
+    previous = {number: signal.signal(number, note) for number in STOP_SIGNALS}
     try:
         yield lambda: bool(received)
     finally:

@@ -1,7 +1,6 @@
 import json
 import os
 import signal
-import subprocess
 import time
 
 import psutil
@@ -10,48 +9,17 @@ import pytest
 from megatron_vlm.data.samples import TokenizerFacts
 from megatron_vlm.data.shards.writer import write_dataset
 from tests.support.samples import make_samples
+from tests.support.training_jobs import LONG, errors_of, exit_status, ranks_of, started_jobs, wait_for_iteration
 
 PIPELINE = "parallel.pipeline_model_parallel_size=2"
 TWO_BY_TWO = ("parallel.tensor_model_parallel_size=2", PIPELINE)
-LONG = ("training.train_iters=400", "optimizer.lr=1e-5")
 
 
 @pytest.fixture
 def start(project):
     """Start `megatron-vlm train` and return the process; it is ended after the test."""
-    started = []
-
-    def start_process(run_dir, *arguments, **variables):
-        process = subprocess.Popen(
-            project.command("train", "train.yaml", f"run_dir={run_dir}", *arguments),
-            cwd=project.folder,
-            env=project.environment(**variables),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        started.append(process)
-        return process
-
-    yield start_process
-    for process in started:
-        process.kill()
-        process.communicate()
-
-
-def wait_for_iteration(project, run_dir, iteration, timeout=90):
-    path, deadline = project.folder / run_dir / "metrics.jsonl", time.monotonic() + timeout
-    while not path.exists() or len(path.read_text().splitlines()) < iteration:
-        assert time.monotonic() < deadline, "training did not get that far"
-        time.sleep(0.05)
-
-
-def errors_of(text):
-    return [line for line in text.splitlines() if "megatron-vlm: error:" in line]
-
-
-def exit_status(project, run_dir):
-    return json.loads((project.folder / run_dir / "exit_status.json").read_text())
+    with started_jobs(project) as start_process:
+        yield start_process
 
 
 @pytest.mark.parametrize(
@@ -104,6 +72,7 @@ def test_error_before_the_start_is_written_for_job_scripts(project):
     status = exit_status(project, "early")
     assert (status["exit_code"], status["iteration"]) == (65, None)
     assert status["message"] in done.stderr
+    assert [path.name for path in (project.folder / "early").iterdir()] == ["exit_status.json"]
 
 
 def test_several_launchers_on_a_node_are_refused(project):
@@ -170,8 +139,8 @@ def test_run_whose_loader_swaps_two_rows_on_one_rank_ends_before_the_step_is_sav
 def test_killed_rank_ends_the_job_within_five_seconds_and_is_named(project, start):
     process = start("killed", *LONG, "--nproc-per-node", "2")
     wait_for_iteration(project, "killed", 2)
-    ranks = {child.environ()["RANK"]: child for child in psutil.Process(process.pid).children()}
-    ranks["1"].kill()
+    ranks = ranks_of(process)
+    ranks[1].kill()
     killed = time.monotonic()
     _, errors = process.communicate(timeout=20)
     assert time.monotonic() - killed < 5
@@ -187,8 +156,8 @@ def test_killed_rank_ends_the_job_within_five_seconds_and_is_named(project, star
 def test_rank_that_hangs_ends_the_job_after_the_timeout_and_is_named(project, start):
     process = start("hung", *LONG, "--nproc-per-node", "2", "parallel.distributed_timeout_minutes=0.5")
     wait_for_iteration(project, "hung", 2)
-    ranks = {child.environ()["RANK"]: child for child in psutil.Process(process.pid).children()}
-    ranks["1"].suspend()
+    ranks = ranks_of(process)
+    ranks[1].suspend()
     _, errors = process.communicate(timeout=90)
     assert process.returncode == exit_status(project, "hung")["exit_code"] == 71
     (line,) = errors_of(errors)
@@ -248,7 +217,9 @@ def test_second_job_on_the_folder_is_refused(project, start):
     wait_for_iteration(project, "taken", 1)
     done = project.run("train", "train.yaml", "run_dir=taken")
     assert done.returncode == 78
-    assert "another job uses this run folder" in done.stderr
+    (line,) = errors_of(done.stderr)
+    assert "another job uses this run folder: host " in line
+    assert ", attempt 1 (taken)" in line
 
 
 @pytest.mark.distributed

@@ -22,6 +22,7 @@ from megatron_vlm.cli.main import main
 from megatron_vlm.config.adapters.lora import Config
 from megatron_vlm.platform.files import durable
 from megatron_vlm.platform.files.locks import locked
+from megatron_vlm.platform.files.run_folder import LOCK_NAME
 from tests.support.random_run import write_random_adapter
 
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
@@ -75,7 +76,7 @@ class Door:
         return {
             str(path.relative_to(self.out)): path.read_bytes()
             for path in self.out.rglob("*")
-            if path.is_file() and path.name not in (".lock", LATEST_NAME, LATEST_NAME + durable.UNFINISHED)
+            if path.is_file() and path.name not in (LOCK_NAME, LATEST_NAME, LATEST_NAME + durable.UNFINISHED)
         }
 
     def assert_nothing_is_made(self) -> None:
@@ -296,7 +297,7 @@ def test_a_second_conversion_to_the_same_place_is_refused_in_one_line(door, caps
     for name, what in (("llava", "another process writes this folder"), ("parts", "another job uses this run folder")):
         found = door(name)
         found.out.parent.joinpath("out" if name == "parts" else "").mkdir(exist_ok=True)
-        lock = found.out / ".lock" if name == "parts" else found.out.with_name("out.lock")
+        lock = found.out / LOCK_NAME if name == "parts" else found.out.with_name("out.lock")
         with locked(lock):
             assert main(found.command()) == 78
         errors = capsys.readouterr().err

@@ -23,6 +23,7 @@ from megatron_vlm.data.plan.image_tokens import ImageTokens
 from megatron_vlm.data.plan.plan import Plan
 from megatron_vlm.data.shards.dataset import ShardedDataset
 from megatron_vlm.parallel.slicing import RankSlice
+from megatron_vlm.platform.launch.launch import STOP_SIGNALS
 from megatron_vlm.platform.launch.parent import die_with_parent
 
 _WHOLE_BATCH = RankSlice()
@@ -240,9 +241,8 @@ class _MicroBatches(Dataset):
 
 
 def _prepare_worker(parent: int, worker: int) -> None:
-    # The scheduler's SIGTERM and SIGUSR1 and the terminal's SIGINT reach every process of the job, but the trainer
-    # needs batches for one more step before it saves.
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    # They may reach every process of the job, but the trainer needs batches for one more step before it saves.
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     die_with_parent(parent)
 

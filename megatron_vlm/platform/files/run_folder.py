@@ -1,10 +1,12 @@
 """The folder of a run: names of its files, and a lock that admits one job at a time."""
 
 import os
+import re
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from megatron_vlm.config import ConfigError
 from megatron_vlm.platform.files.locks import locked
@@ -13,30 +15,64 @@ CONFIG_NAME = "config.yaml"
 EXIT_STATUS_NAME = "exit_status.json"
 METRICS_NAME = "metrics.jsonl"
 PLAN_FOLDER = "plan"
-_LOCK_NAME = ".lock"
+LOCK_NAME = "run.lock"
+_ATTEMPT = re.compile(rb"attempt (\d{1,9})")
 
 
 @contextmanager
-def hold_run_folder(run_dir: Path) -> Iterator[None]:
+def hold_run_folder(run_dir: Path, job: str) -> Iterator[None]:
     """Create `run_dir` and lock it; the kernel releases the lock however this process ends.
+
+    The lock names this host and process, the job, and its attempt: how often the folder was held before, plus one. A
+    folder in which no run began has no lock afterwards, and is removed if it is new and empty.
+
+    Args:
+        run_dir: the folder.
+        job: what holds it, for the message to a second job.
 
     Raises:
         ConfigError: another job has locked it, or its path is a file.
         OSError: it cannot be created or written.
     """
+    made = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         raise ConfigError("run_dir is a file, not a folder", where=str(run_dir), fix="choose another run_dir") from None
-    path = run_dir / _LOCK_NAME
+    path = run_dir / LOCK_NAME
     with locked(path) as lock:
         if lock is None:
             raise ConfigError(
-                f"another job uses this run folder: {path.read_text().strip() or 'unknown'}",
+                f"another job uses this run folder: {_holder(path)}",
                 where=str(run_dir),
                 fix="wait for it, stop it, or choose another run_dir",
             )
-        lock.truncate(0)
-        lock.write(f"{socket.gethostname()} process {os.getpid()}\n".encode())
-        lock.flush()
-        yield
+        _sign(lock, job)
+        try:
+            yield
+        finally:
+            if not (run_dir / CONFIG_NAME).exists():
+                _leave(path, made)
+
+
+def _sign(lock: BinaryIO, job: str) -> None:
+    lock.seek(0)
+    earlier = _ATTEMPT.search(lock.read(1000))
+    attempt = int(earlier[1]) + 1 if earlier else 1
+    lock.truncate(0)
+    lock.write(f"host {socket.gethostname()}, process {os.getpid()}, job {job}, attempt {attempt}\n".encode())
+    lock.flush()
+
+
+def _holder(path: Path) -> str:
+    with suppress(OSError):
+        return path.read_bytes()[:200].decode(errors="replace").strip() or "unknown"
+    return "unknown"
+
+
+def _leave(lock: Path, made: list[Path]) -> None:
+    """Remove the lock, and those of the folders `made` that are empty, the deepest first."""
+    with suppress(OSError):
+        lock.unlink(missing_ok=True)
+        for folder in made:
+            folder.rmdir()

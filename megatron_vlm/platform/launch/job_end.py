@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megatron_vlm.config import ExitCode
 from megatron_vlm.platform.launch.exit_status import ExitStatus, read_exit_status
-from megatron_vlm.platform.launch.launch import FORWARDED_AS, NodeEnd, WorkerEnd
+from megatron_vlm.platform.launch.launch import STOP_SIGNALS, NodeEnd, WorkerEnd
 
 _CONSEQUENCES = (ExitCode.CRASH, ExitCode.TIMEOUT)
 _ORDERLY_STOP = (ExitCode.DONE, ExitCode.REQUEUE, ExitCode.INTERRUPTED)
@@ -90,10 +90,10 @@ def _foreseen(failures: Sequence[WorkerEnd], reports: Mapping[int, ExitStatus]) 
 def _all_stopped(end: NodeEnd, failures: Sequence[WorkerEnd]) -> bool:
     """Return whether the ranks ended because they were asked to, and not because of an error.
 
-    A rank that is asked before its handler is installed dies of the signal; the others may lose their connection to it.
+    A rank that is asked before its handler is installed dies of the signal, whoever sent it; the others may lose their
+    connection to it.
     """
-    forwarded = FORWARDED_AS[end.stop_signal] if end.stop_signal else 0
-    died_of_it = {worker.rank for worker in failures if worker.exit_code == -forwarded}
+    died_of_it = {worker.rank for worker in failures if -worker.exit_code in STOP_SIGNALS}
     killed_otherwise = any(worker.exit_code < 0 and worker.rank not in died_of_it for worker in failures)
     return not killed_otherwise and (bool(died_of_it) or not failures)
 

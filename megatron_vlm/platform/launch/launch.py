@@ -23,8 +23,12 @@ logger = logging.getLogger(__name__)
 
 GRACE_SECONDS = 3.0
 """Time for the other ranks to report why they ended, once one has failed."""
+INTERRUPTS_TO_KILL = 3
+"""SIGINTs after which the ranks are killed in the middle of whatever they do."""
 _POLL_SECONDS = 0.05
 _DEATH_SECONDS = 10.0
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+"""What asks a rank to save and end; a scheduler or `kill` may send them to every process of the job."""
 FORWARDED_AS = {
     signal.SIGTERM: signal.SIGTERM,
     signal.SIGUSR1: signal.SIGUSR1,
@@ -107,6 +111,7 @@ class _Supervisor:
     stop_signal: signal.Signals | None = None
     kill_at: float | None = None
     is_stop_announced: bool = False
+    num_interrupts: int = 0
 
     def start(self) -> None:
         for local_rank in range(self.job.num_workers):
@@ -128,8 +133,10 @@ class _Supervisor:
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         received = signal.Signals(number)
-        if received == signal.SIGINT and self.stop_signal == signal.SIGINT:
-            self.kill_at = time.monotonic()  # the second Ctrl-C means: now
+        # Two in a row are one decision, and some programs send two; the third means: now.
+        self.num_interrupts += received == signal.SIGINT
+        if self.num_interrupts >= INTERRUPTS_TO_KILL:
+            self.kill_at = time.monotonic()
             return
         self.stop_signal = self.stop_signal or received
         self.send(FORWARDED_AS[received])
@@ -138,7 +145,7 @@ class _Supervisor:
         """Collect the ranks that have ended; return whether any is still running."""
         if self.stop_signal is not None and not self.is_stop_announced:
             self.is_stop_announced = True
-            again = "; press Ctrl-C again to end them at once" if self.stop_signal == signal.SIGINT else ""
+            again = "; press Ctrl-C twice more to end them at once" if self.stop_signal == signal.SIGINT else ""
             logger.info("%s: the ranks finish their step and save%s", self.stop_signal.name, again)
         for rank, process in list(self.live()):
             exit_code = process.poll()

@@ -96,6 +96,11 @@ def test_interrupt_is_not_to_be_requeued():
     assert explained(end(-15, -15, stop=signal.SIGINT))[0] == ExitCode.INTERRUPTED
 
 
+def test_ranks_that_the_interrupt_itself_reached_before_they_listened_were_stopped():
+    crash = report(1, 1, "RuntimeError: connection closed")
+    assert explained(end(-2, 1, stop=signal.SIGINT), crash) == (ExitCode.INTERRUPTED, "stopped by SIGINT")
+
+
 def test_run_that_was_done_when_the_signal_came_is_done():
     assert explained(end(0, 0, stop=signal.SIGTERM))[0] == 0
 
