@@ -281,6 +281,7 @@ def read_config(arguments: argparse.Namespace) -> tuple[TrainConfig, int]:
         pipeline_model_parallel_size=1,
         virtual_pipeline_model_parallel_size=None,
         num_layers_in_first_pipeline_stage=None,
+        pipeline_model_parallel_layout=None,
         sequence_parallel=False,
         overlap_p2p_comm=False,
         overlap_grad_reduce=False,

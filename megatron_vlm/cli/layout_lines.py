@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
+from megatron_vlm.config.pipeline import count_chunks, count_layers
 from megatron_vlm.costs.cluster import Cluster
 from megatron_vlm.costs.flops import Work
 from megatron_vlm.costs.layouts import TIE, LeftOut, RankedLayout, Ranking
@@ -67,14 +68,18 @@ def _left_out(one: LeftOut, num_layers: int) -> dict[str, Any]:
 def _name(settings: dict[str, Any], data_parallel_size: int | None, num_layers: int) -> str:
     values = {name.split(".")[1]: value for name, value in settings.items()}
     pp, first = values["pipeline_model_parallel_size"], values["num_layers_in_first_pipeline_stage"]
+    layout = values["pipeline_model_parallel_layout"]
     parts = [f"TP {values['tensor_model_parallel_size']}", f"PP {pp}"]
-    if values["virtual_pipeline_model_parallel_size"]:
-        parts.append(f"VPP {values['virtual_pipeline_model_parallel_size']}")
+    chunks = count_chunks(layout, pp) if layout else values["virtual_pipeline_model_parallel_size"]
+    if chunks:
+        parts.append(f"VPP {chunks}")
     if data_parallel_size:
         parts.append(f"DP {data_parallel_size}")
     name = f"{' x '.join(parts)}, micro-batch {values['micro_batch_size']}"
     if first:
         name += f", {first} layers on the first stage and {(num_layers - first) // (pp - 1)} on the others"
+    if layout:
+        name += f", layers {' + '.join(map(str, count_layers(layout)))}"
     return name if values["recompute"] == "none" else f"{name}, recompute {values['recompute']}"
 
 

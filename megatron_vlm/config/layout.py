@@ -64,7 +64,7 @@ def derive_layout(config: TrainConfig, world_size: int) -> Layout:
     tokens = training.micro_batch_size * config.data.seq_length
     _check_tokens(config)
     num_micro_batches = training.global_batch_size // rows
-    if parallel.virtual_pipeline_model_parallel_size:
+    if parallel.num_model_chunks:
         _check_divides("the number of micro-batches", num_micro_batches, "pipeline size", pp)
     return Layout(
         world_size=world_size,
@@ -118,8 +118,11 @@ def _check_pipeline(config: TrainConfig, pp: int) -> None:
                 f"training.{name}={getattr(config.training, name)} is more than the {layers // pp} layers of a stage",
                 fix="choose a smaller number",
             )
+    if config.parallel.pipeline_model_parallel_layout is not None:
+        _check_layers(config.parallel.chunk_layers(layers), layers)
+        return
     if first is None:
-        chunks = pp * (config.parallel.virtual_pipeline_model_parallel_size or 1)
+        chunks = pp * (config.parallel.num_model_chunks or 1)
         _check_divides("model.language.num_layers", layers, "number of pipeline chunks", chunks)
         return
     if pp == 1 or not 0 < first < layers:
@@ -128,6 +131,15 @@ def _check_pipeline(config: TrainConfig, pp: int) -> None:
             fix="leave at least one layer for every stage",
         )
     _check_divides("the layers after the first stage", layers - first, "stages after it", pp - 1)
+
+
+def _check_layers(placed: tuple[tuple[range, ...], ...], layers: int) -> None:
+    found = sum(len(chunk) for stage in placed for chunk in stage)
+    if found != layers:
+        raise ConfigError(
+            f"parallel.pipeline_model_parallel_layout has {found} decoder layers, model.language.num_layers={layers}",
+            fix=f"let it have {layers}",
+        )
 
 
 def _check_divides(name: str, value: int, by_name: str, by: int) -> None:

@@ -48,6 +48,10 @@ class Learning:
     input_gradient_of_output: bool
     """Whether something before the output layer learns."""
 
+    def before_layer(self, layer: int) -> bool:
+        """Return whether something before a decoder layer learns, or with `len(layers)`, before the final norm."""
+        return self.layers[layer].input_gradient if layer < len(self.layers) else self.layers[-1].keeps
+
     @property
     def anything(self) -> bool:
         """Whether a parameter of the parts learns."""

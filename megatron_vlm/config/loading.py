@@ -230,7 +230,7 @@ def _build(kind: Any, value: Any, *, key: str, lines: dict[str, str], source: st
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in arguments:
             return None
-        (kind,) = [argument for argument in arguments if argument is not type(None)]
+        kind = _fitting(value, [argument for argument in arguments if argument is not type(None)])
         return _build(kind, value, key=key, lines=lines, source=source)
     if dataclasses.is_dataclass(kind):
         return _build_dataclass(kind, value, key=key, lines=lines, source=source)
@@ -256,6 +256,12 @@ def _build(kind: Any, value: Any, *, key: str, lines: dict[str, str], source: st
             for name, item in value.items()
         }
     return _build_scalar(kind, value, key=key, where=where)
+
+
+def _fitting(value: Any, kinds: list[Any]) -> Any:
+    """Return the only kind, or of several the one for lists if the value is a list, and the first other one if not."""
+    is_list = isinstance(value, (list, tuple))
+    return next((kind for kind in kinds if (typing.get_origin(kind) is tuple) == is_list), kinds[0])
 
 
 def _build_typed(type_in: TypeIn, value: Any, *, key: str, lines: dict[str, str], source: str) -> Any:

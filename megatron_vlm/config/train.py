@@ -12,6 +12,7 @@ from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.config.objectives import Objective
 from megatron_vlm.config.objectives.language_modelling import Config as LanguageModelling
 from megatron_vlm.config.patterns import adapter_names, check_patterns, parameter_sizes
+from megatron_vlm.config.pipeline import Spelling, check_layout, count_chunks, count_layers, place_layers
 
 _MIN_TIMEOUT, _MAX_TIMEOUT = 0.01, 100_000.0
 """Of collectives [minutes]."""
@@ -28,13 +29,17 @@ class ParallelConfig:
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
     virtual_pipeline_model_parallel_size: int | None = None
-    """Model chunks per pipeline rank (interleaved schedule)."""
+    """Model chunks per pipeline rank (interleaved schedule); a layout says it by itself."""
     context_parallel_size: int = 1
     """Ranks that share the positions of every row; keys and values are gathered for attention."""
     sequence_parallel: bool = False
     """Split the activations between tensor-parallel regions along the sequence."""
     num_layers_in_first_pipeline_stage: int | None = None
     """Decoder layers on the stage that also holds the vision tower; None for an even split."""
+    pipeline_model_parallel_layout: Spelling | None = None
+    """What each model chunk holds, spelled as in megatron-core: `Et*3|t*4|t*3L` is 3, 4 and 3 decoder layers; E is the
+    embedding with tower and projection, L final norm and output layer. Chunks go round the stages: with 2 stages,
+    `Et|t*2|t|L` is a virtual pipeline. Or a list of `embedding`, `decoder` and `loss` for each chunk."""
     use_distributed_optimizer: bool = True
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
@@ -69,7 +74,31 @@ class ParallelConfig:
             raise ConfigError(
                 "parallel.ddp_bucket_size needs overlap_grad_reduce", fix="turn it on, or remove the size"
             )
+        self._check_layout()
         self._check_virtual_pipeline()
+
+    @property
+    def num_model_chunks(self) -> int | None:
+        """Model chunks per pipeline rank, as set or as the layout has them; None without a virtual pipeline."""
+        if self.pipeline_model_parallel_layout is None:
+            return self.virtual_pipeline_model_parallel_size
+        return count_chunks(self.pipeline_model_parallel_layout, self.pipeline_model_parallel_size)
+
+    def chunk_layers(self, num_layers: int) -> tuple[tuple[range, ...], ...]:
+        """Return the decoder layers, counted from 0, of each stage's model chunks in order.
+
+        Args:
+            num_layers: of the whole decoder; `derive_layout` checks that they fit.
+        """
+        pp, first = self.pipeline_model_parallel_size, self.num_layers_in_first_pipeline_stage
+        if self.pipeline_model_parallel_layout is not None:
+            counts = count_layers(self.pipeline_model_parallel_layout)
+        elif first is not None:
+            counts = (first, *[(num_layers - first) // (pp - 1)] * (pp - 1))
+        else:
+            num_chunks = pp * (self.num_model_chunks or 1)
+            counts = (num_layers // num_chunks,) * num_chunks
+        return place_layers(counts, pp)
 
     def describe(self, data_parallel_size: int) -> str:
         """Return the sizes in a few words, such as `TP 4 x PP 2 x DP 8`."""
@@ -78,11 +107,23 @@ class ParallelConfig:
             sizes.append(("CP", self.context_parallel_size))
         return " x ".join(f"{name} {size}" for name, size in (*sizes, ("DP", data_parallel_size)))
 
+    def _check_layout(self) -> None:
+        layout = self.pipeline_model_parallel_layout
+        if layout is None:
+            return
+        check_layout(layout, self.pipeline_model_parallel_size, self.virtual_pipeline_model_parallel_size)
+        if self.num_layers_in_first_pipeline_stage is not None:
+            raise ConfigError(
+                "parallel.pipeline_model_parallel_layout and num_layers_in_first_pipeline_stage are both set",
+                fix="remove one of them",
+            )
+
     def _check_virtual_pipeline(self) -> None:
-        if self.virtual_pipeline_model_parallel_size is None:
+        if self.num_model_chunks is None:
             if self.overlap_p2p_comm:
                 raise ConfigError(
-                    "parallel.overlap_p2p_comm needs virtual_pipeline_model_parallel_size", fix="turn it off"
+                    "parallel.overlap_p2p_comm needs virtual_pipeline_model_parallel_size or such a layout",
+                    fix="turn it off",
                 )
             return
         if self.pipeline_model_parallel_size == 1:

@@ -8,55 +8,80 @@ from megatron_vlm.config.activations import Activations
 from megatron_vlm.config.language import TensorSplit
 from megatron_vlm.config.learning import learning_of
 from megatron_vlm.costs.flops import Work
-from megatron_vlm.costs.parameters import stage_layers
 
 Backend = Literal["torch", "transformer_engine"]
 
 
-def stage_activations(config: TrainConfig, stage: int, work: Work, backend: Backend) -> Activations:
-    """Return the activations of one micro-batch on a rank of a pipeline stage.
+def stage_activations(
+    config: TrainConfig, stage: int, work: Work, backend: Backend, num_micro_batches: int = 1
+) -> Activations:
+    """Return the most that a rank of a pipeline stage keeps of all micro-batches in flight, and what it works on.
 
     Args:
         config: settings of the run.
         stage: pipeline stage, from 0.
-        work: images and labels of the micro-batch.
+        work: images and labels of a micro-batch.
         backend: layers of the decoder; torch's rotate queries and keys in place.
+        num_micro_batches: of a step, for each data-parallel rank.
 
     Raises:
         ConfigError: the number of patches depends on the image size.
     """
+    placed = config.parallel.chunk_layers(config.model.language.num_layers)[stage]
+    chunks = [_of_chunk(config, stage, number, work, backend) for number in range(len(placed))]
+    moments = chunks_in_flight(config.parallel, stage, num_micro_batches)
+    return Activations(
+        kept=max(sum(count * chunk.kept for count, chunk in zip(counts, chunks, strict=True)) for counts in moments),
+        working=max(chunk.working for chunk in chunks),
+    )
+
+
+def _of_chunk(config: TrainConfig, stage: int, chunk: int, work: Work, backend: Backend) -> Activations:
+    """Return the activations of one micro-batch in a model chunk."""
+    placed = config.parallel.chunk_layers(config.model.language.num_layers)[stage]
     # Context-parallel ranks share positions and images; labels are spread about evenly over the positions.
     mine = work.times(1 / config.parallel.context_parallel_size)
-    parts = _decoder(config, stage, mine, backend)
-    if stage == 0:
+    parts = _decoder(config, placed[chunk], mine, backend)
+    if stage == chunk == 0:
         parts += _vision(config, work.num_images) + _adapter_of_tower(config, work)
-    if stage == config.parallel.pipeline_model_parallel_size - 1:
+    if stage == config.parallel.pipeline_model_parallel_size - 1 and chunk == len(placed) - 1:
         language, split = config.model.language, _split(config.parallel)
         keeps_input = learning_of(config.model, config.training.freeze).input_gradient_of_output
         parts.append(language.output_activations(_positions(config) * keeps_input, mine.num_labels, split))
-    return Activations(kept=sum(part.kept for part in parts), working=max(part.working for part in parts))
+    return Activations(
+        kept=sum(part.kept for part in parts), working=max((part.working for part in parts), default=0.0)
+    )
 
 
-def micro_batches_in_flight(parallel: ParallelConfig, stage: int, num_micro_batches: int) -> float:
-    """Return for how many micro-batches a rank of this stage keeps activations, at most.
+def chunks_in_flight(parallel: ParallelConfig, stage: int, num_micro_batches: int) -> frozenset[tuple[int, ...]]:
+    """Return of how many micro-batches each model chunk of a rank keeps activations, at the fullest moments of a step.
 
-    With model chunks on every rank, micro-batches count by the share of the rank's layers that they have passed.
+    These are the moments behind the last forward pass before the first backward pass, and behind each that follows.
 
-    Source: Narayanan et al., arXiv:2104.04473, sections 2.2 and 2.3; megatron-core's
-    `get_pp_rank_microbatches` has the same numbers.
+    Source: Narayanan et al., arXiv:2104.04473, sections 2.2 and 2.3; megatron-core's `get_pp_rank_microbatches` has the
+    same numbers, its `get_schedule_table` the same order.
     """
-    pp, chunks = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size or 1
+    pp, chunks = parallel.pipeline_model_parallel_size, parallel.num_model_chunks or 1
     if chunks == 1:
-        return min(pp - stage, num_micro_batches)
-    warm_up = 2 * (pp - stage - 1) + (chunks - 1) * pp
-    return min(warm_up + 1, num_micro_batches * chunks) / chunks
+        return frozenset({(min(pp - stage, num_micro_batches),)})
+    played = min(num_micro_batches, 4 * pp)  # the order repeats itself with each group of `pp` micro-batches
+    groups = [min(pp, played - first) for first in range(0, played, pp)]
+    passes = [chunk for size in groups for chunk in range(chunks) for _ in range(size)]
+    in_flight = min(2 * (pp - stage - 1) + (chunks - 1) * pp + 1, len(passes))
+    counts = Counter(passes[:in_flight])
+    moments = {tuple(counts[chunk] for chunk in range(chunks))}
+    for done, started in zip(passes, passes[in_flight:], strict=False):
+        counts[chunks - 1 - done] -= 1
+        counts[started] += 1
+        moments.add(tuple(counts[chunk] for chunk in range(chunks)))
+    return frozenset(moments)
 
 
-def _decoder(config: TrainConfig, stage: int, work: Work, backend: Backend) -> list[Activations]:
-    """Return the activations of the layers through which a gradient flows."""
+def _decoder(config: TrainConfig, placed: range, work: Work, backend: Backend) -> list[Activations]:
+    """Return the activations of those of a chunk's layers through which a gradient flows."""
     language, split = config.model.language, _split(config.parallel)
     num_tokens, learning = _positions(config), learning_of(config.model, config.training.freeze)
-    layers = [learning.layers[layer] for layer in stage_layers(config.model, config.parallel)[stage]]
+    layers = [learning.layers[layer] for layer in placed]
     kinds = Counter(layer.matrices for layer in layers if layer.keeps)
     found, added = [], _adapter(config, PART_NAMES[-1], num_tokens, work, num_layers=1)
     for matrices, count in kinds.items():

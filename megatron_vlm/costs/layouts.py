@@ -18,6 +18,7 @@ _MICRO_BATCH_SIZES = (1, 2, 4)
 _RECOMPUTE = ("none", "full")
 TIE = 0.03
 """Two predictions that differ by less are equal."""
+_LAYOUT = "parallel.pipeline_model_parallel_layout"
 _MAX_SHIFT = 3
 """Layers that each later stage may take over from the first."""
 
@@ -167,6 +168,7 @@ def _splits(layers: int, pp: int) -> Iterator[dict[str, Any]]:
         "parallel.virtual_pipeline_model_parallel_size": None,
         "parallel.overlap_p2p_comm": False,
         "parallel.num_layers_in_first_pipeline_stage": None,
+        _LAYOUT: None,
     }
     yield even
     if pp == 1:
@@ -194,7 +196,7 @@ def _with(config: TrainConfig, settings: dict[str, Any]) -> TrainConfig:
 
 
 def _key(settings: dict[str, Any]) -> tuple:
-    free = ("training.recompute", "parallel.num_layers_in_first_pipeline_stage")
+    free = ("training.recompute", "parallel.num_layers_in_first_pipeline_stage", _LAYOUT)
     return tuple(value for name, value in settings.items() if name not in free)
 
 

@@ -1,11 +1,12 @@
 """Memory per rank, estimated from the settings."""
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 from megatron_vlm.config import LanguageConfig, TrainConfig
-from megatron_vlm.costs.activations import Backend, micro_batches_in_flight, stage_activations
+from megatron_vlm.costs.activations import Backend, stage_activations
 from megatron_vlm.costs.flops import Work
-from megatron_vlm.costs.parameters import stage_sizes
+from megatron_vlm.costs.parameters import StageSize, stage_sizes
 from megatron_vlm.costs.rows import pairs, text
 
 LIBRARIES = 4 * 2**30
@@ -66,21 +67,26 @@ def estimate_memory(
     size, training, parallel = stage_sizes(config)[stage], config.training, config.parallel
     learning, number = size.learning, _WEIGHT_BYTES[training.precision]
     sharded_over = data_parallel_size * parallel.context_parallel_size if parallel.use_distributed_optimizer else 1
-    in_flight = micro_batches_in_flight(
-        parallel, stage, training.global_batch_size // (training.micro_batch_size * data_parallel_size)
-    )
+    num_micro_batches = training.global_batch_size // (training.micro_batch_size * data_parallel_size)
     rows = [pairs(config), text(config)] if work is None else [work]
-    activations = [stage_activations(config, stage, row, backend) for row in rows]
+    activations = [stage_activations(config, stage, row, backend, num_micro_batches) for row in rows]
     weights, gradients = size.parameters * number, learning * _GRADIENT_BYTES
-    # The buffers of the distributed optimizer take the place of the weights, one model chunk after the other.
-    copied = learning * number // (parallel.virtual_pipeline_model_parallel_size or 1)
     return MemoryEstimate(
         weights=weights,
         gradients=gradients,
         optimizer=learning * _OPTIMIZER_BYTES[training.precision] // sharded_over,
-        activations=int(number * max(in_flight * held.kept + held.working for held in activations)),
-        start=weights + gradients + (copied if parallel.use_distributed_optimizer else 0),
+        activations=int(number * max(held.kept + held.working for held in activations)),
+        start=weights + _held_at_start(size, number if parallel.use_distributed_optimizer else 0),
     )
+
+
+def _held_at_start(size: StageSize, copied_bytes: int) -> int:
+    """Return the most that the gradients and the copies of weights take while the buffers are made [bytes].
+
+    The buffers of the distributed optimizer take the place of the weights, one model chunk after the other.
+    """
+    gradients = accumulate(_GRADIENT_BYTES * learning for learning in size.learning_by_chunk)
+    return max(held + copied_bytes * learning for held, learning in zip(gradients, size.learning_by_chunk, strict=True))
 
 
 def cache_bytes(language: LanguageConfig, itemsize: int) -> int:

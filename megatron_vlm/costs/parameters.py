@@ -1,6 +1,7 @@
 """Parameters per rank, computed from the settings."""
 
 from dataclasses import dataclass
+from itertools import chain
 
 from megatron_vlm.config import PART_NAMES, ModelConfig, ParallelConfig, TrainConfig
 from megatron_vlm.config.language import LAYER_NAMES
@@ -19,6 +20,8 @@ class StageSize:
     """Decoder layers."""
     learning: int = 0
     """Parameters of all parts that learn, with those of the adapter."""
+    learning_by_chunk: tuple[int, ...] = (0,)
+    """Those of each model chunk."""
     vision_model: int = 0
     """Parameters of this part on this rank; the same for the next two."""
     vision_projection: int = 0
@@ -34,36 +37,41 @@ class StageSize:
 
 def stage_sizes(config: TrainConfig) -> tuple[StageSize, ...]:
     """Return the parameters on a rank of each pipeline stage, first stage first."""
-    model, parallel = config.model, config.parallel
+    placed = config.parallel.chunk_layers(config.model.language.num_layers)
+    return tuple(_stage_size(config, stage, chunks) for stage, chunks in enumerate(placed))
+
+
+def _stage_size(config: TrainConfig, stage: int, chunks: tuple[range, ...]) -> StageSize:
+    model, pp = config.model, config.parallel.pipeline_model_parallel_size
     frozen = learning_of(model, config.training.freeze).frozen
-    found = []
-    for stage, layers in enumerate(stage_layers(model, parallel)):
-        sizes = _on_a_rank(model, parallel, stage, layers)
-        parts = {part: sum(size for name, size, _ in sizes if name.startswith(f"{part}.")) for part in PART_NAMES}
-        adapter = _adapter(model, parallel, stage, len(layers))
-        learning = adapter + sum(size for _, size, source in sizes if source not in frozen)
-        found.append(StageSize(num_layers=len(layers), learning=learning, adapter=adapter, **parts))
-    return tuple(found)
+    parts, adapter, learning = dict.fromkeys(PART_NAMES, 0), 0, []
+    for number, layers in enumerate(chunks):
+        is_first, is_last = stage == number == 0, stage == pp - 1 and number == len(chunks) - 1
+        sizes = _of_chunk(model, config.parallel, layers, is_first=is_first, is_last=is_last)
+        for part in PART_NAMES:
+            parts[part] += sum(size for name, size, _ in sizes if name.startswith(f"{part}."))
+        added = _adapter(model, config.parallel, len(layers), is_first=is_first)
+        adapter += added
+        learning.append(added + sum(size for _, size, source in sizes if source not in frozen))
+    return StageSize(
+        num_layers=sum(map(len, chunks)),
+        learning=sum(learning),
+        learning_by_chunk=tuple(learning),
+        adapter=adapter,
+        **parts,
+    )
 
 
 def stage_layers(model: ModelConfig, parallel: ParallelConfig) -> tuple[tuple[int, ...], ...]:
-    """Return the decoder layers on each pipeline stage, counted from 0; model chunks go round the stages."""
-    pp, layers = parallel.pipeline_model_parallel_size, model.language.num_layers
-    first = parallel.num_layers_in_first_pipeline_stage
-    if first is not None:
-        rest = (layers - first) // (pp - 1)
-        borders = [0, *(first + stage * rest for stage in range(pp))]
-        return tuple(tuple(range(*borders[stage : stage + 2])) for stage in range(pp))
-    size = layers // pp // (parallel.virtual_pipeline_model_parallel_size or 1)
-    return tuple(tuple(layer for layer in range(layers) if layer // size % pp == stage) for stage in range(pp))
+    """Return the decoder layers on each pipeline stage, counted from 0, of all its model chunks."""
+    return tuple(tuple(chain(*chunks)) for chunks in parallel.chunk_layers(model.language.num_layers))
 
 
-def _on_a_rank(
-    model: ModelConfig, parallel: ParallelConfig, stage: int, layers: tuple[int, ...]
+def _of_chunk(
+    model: ModelConfig, parallel: ParallelConfig, layers: range, *, is_first: bool, is_last: bool
 ) -> list[tuple[str, int, str]]:
-    """Return name and size of the parameters on a rank, and the name of the one whose freezing decides on it."""
+    """Return name and size of a chunk's parameters on a rank, and the name of the one whose freezing decides on it."""
     sizes, tp = parameter_sizes(model), parallel.tensor_model_parallel_size
-    is_first, is_last = stage == 0, stage == parallel.pipeline_model_parallel_size - 1
     found = []
     if is_first:
         found += [(name, size, name) for name, size in sizes.items() if not name.startswith(f"{_LANGUAGE}.")]
@@ -82,11 +90,11 @@ def _on_a_rank(
     return found
 
 
-def _adapter(model: ModelConfig, parallel: ParallelConfig, stage: int, num_layers: int) -> int:
+def _adapter(model: ModelConfig, parallel: ParallelConfig, num_layers: int, *, is_first: bool) -> int:
     adapter = model.adapter
     if adapter is None:
         return 0
-    parts = adapter.parts if stage == 0 else [part for part in adapter.parts if part == "language_model"]
+    parts = adapter.parts if is_first else [part for part in adapter.parts if part == "language_model"]
     return sum(
         adapter.num_parameters(
             model, part, num_layers=num_layers, tensor_parallel_size=parallel.tensor_model_parallel_size

@@ -228,7 +228,7 @@ def _messages(config: TrainConfig, cluster: Cluster, seconds: float, stride: int
     parallel = config.parallel
     split = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
     size = _BF16 * _positions(config) * config.model.language.hidden_size / split
-    chunks = parallel.virtual_pipeline_model_parallel_size or 1
+    chunks = parallel.num_model_chunks or 1
     wait = cluster.message_seconds(size, stride=stride)
     if parallel.overlap_p2p_comm:
         wait = max(LATENCY, wait - seconds / chunks)

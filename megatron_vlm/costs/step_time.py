@@ -59,7 +59,7 @@ def predict_step(config: TrainConfig, layout: Layout, work: Work, cluster: Clust
     slowest = stages.index(max(stages))
     in_steps = (passes[slowest][0] + passes[slowest][1]).times(layout.num_micro_batches)
     # The first micro-batch of a step reaches the slowest stage, and the last one leaves it, through all other stages.
-    bubble = (sum(stages) - stages[slowest]) / (parallel.virtual_pipeline_model_parallel_size or 1)
+    bubble = (sum(stages) - stages[slowest]) / (parallel.num_model_chunks or 1)
     exchanges = [_gradients(config, layout, cluster, stage, size, passes[stage]) for stage, size in enumerate(sizes)]
     updates = [_optimizer(config, layout, cluster, size) for size in sizes]
     spent = {**asdict(in_steps), "bubble": bubble, "data_parallel": max(exchanges), "optimizer": max(updates)}

@@ -13,7 +13,7 @@ def pipeline_bubble(parallel: ParallelConfig, layout: Layout) -> float:
 
     Source: Narayanan et al., arXiv:2104.04473, section 2.2.
     """
-    pp, chunks = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size or 1
+    pp, chunks = parallel.pipeline_model_parallel_size, parallel.num_model_chunks or 1
     return (pp - 1) / (layout.num_micro_batches * chunks + pp - 1)
 
 

@@ -40,15 +40,17 @@ def build_model(
     Raises:
         ConfigError: no module builds the type of a part, or the backend is not available.
     """
-    virtual, frozen = parallel.virtual_pipeline_model_parallel_size, tuple(freeze)
+    frozen = tuple(freeze)
+    learning = learning_of(model, frozen)
+    placed = parallel.chunk_layers(model.language.num_layers)[parallel_state.get_pipeline_model_parallel_rank()]
     chunks = []
-    for vp_stage in range(virtual) if virtual else (None,):
+    for number, layers in enumerate(placed):
+        vp_stage = number if parallel.num_model_chunks else None
         chunk = _build_chunk(model, parallel, computation, vp_stage)
         _freeze(chunk, frozen)
         _adapt(chunk, model, frozen)
         RecomputedBlock.replace_in(chunk)
-        first_layer = chunk.language_model.decoder.layers[0].layer_number - 1
-        chunk.language_model.input_learns = learning_of(model, frozen).layers[first_layer].input_gradient
+        chunk.language_model.input_learns = learning.before_layer(layers.start)
         if torch.cuda.is_available():
             chunk.cuda(torch.cuda.current_device())
         chunks.append(chunk)

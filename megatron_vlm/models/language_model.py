@@ -11,6 +11,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_vlm.config import LanguageConfig, ParallelConfig
+from megatron_vlm.config.pipeline import parse_layout
 from megatron_vlm.models.computation import Computation
 from megatron_vlm.models.layers.context_parallel import ContextParams
 from megatron_vlm.models.layers.cross_entropy import cross_entropy
@@ -64,13 +65,15 @@ def can_fuse_swiglu() -> bool:
 
 
 def _parallel_arguments(parallel: ParallelConfig) -> dict[str, Any]:
-    virtual = parallel.virtual_pipeline_model_parallel_size
+    virtual, layout = parallel.num_model_chunks, parallel.pipeline_model_parallel_layout
     return {
         "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
         "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
         "virtual_pipeline_model_parallel_size": virtual,
         "context_parallel_size": parallel.context_parallel_size,
         "num_layers_in_first_pipeline_stage": parallel.num_layers_in_first_pipeline_stage,
+        # As lists: megatron-core logs a string.
+        "pipeline_model_parallel_layout": layout and [list(chunk) for chunk in parse_layout(layout)],
         "sequence_parallel": parallel.sequence_parallel,
         "overlap_p2p_comm": parallel.overlap_p2p_comm,
         "batch_p2p_comm": not parallel.overlap_p2p_comm,

@@ -40,6 +40,24 @@ def test_names_say_what_a_layout_is(config):
     assert "TP 1 x PP 2 x VPP 2 x DP 2, micro-batch 1" in names
 
 
+@pytest.mark.parametrize(
+    ("layout", "name"),
+    [
+        ("Et*3|tL", "TP 1 x PP 2 x DP 2, micro-batch 1, layers 3 + 1"),
+        ("E|t*2|t|tL", "TP 1 x PP 2 x VPP 2 x DP 2, micro-batch 1, layers 0 + 2 + 1 + 1"),
+    ],
+)
+def test_a_layout_of_the_file_is_named_by_its_layers(layout, name):
+    parallel = {"pipeline_model_parallel_size": 2, "pipeline_model_parallel_layout": layout}
+    config = tiny_run(
+        training={"global_batch_size": 8}, parallel={**parallel, "overlap_p2p_comm": layout.count("|") > 1}
+    )
+    facts, lines = lines_of(config)
+    assert facts["given"]["name"] == name
+    assert all(one["settings"]["parallel.pipeline_model_parallel_layout"] is None for one in facts["fits"])
+    assert "  parallel.pipeline_model_parallel_layout=null" in lines
+
+
 def test_the_layout_of_the_file_is_compared_with_the_first(config):
     facts, lines = lines_of(config)
     (line,) = [line for line in lines if "the layout of the file" in line]

@@ -106,6 +106,23 @@ def test_uneven_first_stage_that_fits_is_accepted():
     assert derive_layout(run_of(pp=4, num_layers_in_first_pipeline_stage=1), 4).num_micro_batches == 4
 
 
+def test_a_layout_of_another_number_of_layers_is_refused():
+    with pytest.raises(
+        ConfigError, match=r"layout has 5 decoder layers, model.language.num_layers=4; fix: let it have 4"
+    ):
+        derive_layout(run_of(pp=2, pipeline_model_parallel_layout="Et*4|tL"), 2)
+
+
+def test_a_layout_that_no_even_split_has_is_accepted():
+    assert derive_layout(run_of(pp=3, pipeline_model_parallel_layout="E|t*3|tL"), 3).num_micro_batches == 4
+
+
+def test_micro_batches_that_a_layout_with_several_chunks_does_not_divide_are_refused():
+    parallel = {"pipeline_model_parallel_layout": "Et|t|t|tL", "overlap_p2p_comm": True}
+    with pytest.raises(ConfigError, match=r"number of micro-batches \(3\) is not a multiple of pipeline size \(2\)"):
+        derive_layout(run_of(pp=2, global_batch_size=3, **parallel), 2)
+
+
 def test_row_that_sequence_parallelism_does_not_divide_is_refused():
     model = tiny_model(num_attention_heads=5, num_query_groups=5, hidden_size=65, ffn_hidden_size=130, vocab_size=318)
     config = run_of(tp=5, sequence_parallel=True, model=model, global_batch_size=1)

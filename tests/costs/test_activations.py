@@ -2,19 +2,21 @@
 
 import dataclasses
 import weakref
+from collections import Counter
 
 import pytest
 import torch
 import torch.nn.functional as F
+from megatron.core.pipeline_parallel.schedules import get_schedule_table
 
-from megatron_vlm.config import PART_NAMES
+from megatron_vlm.config import PART_NAMES, ParallelConfig
 from megatron_vlm.config.adapters.visual_expert import Config as VisualExpert
 from megatron_vlm.config.language import LanguageConfig, TensorSplit
-from megatron_vlm.costs.activations import micro_batches_in_flight, stage_activations
+from megatron_vlm.costs.activations import chunks_in_flight, stage_activations
 from megatron_vlm.costs.flops import Work
 from megatron_vlm.models.build import build_model
 from megatron_vlm.models.computation import Computation
-from tests.support.configs import tiny_model, tiny_model_with_tower, tiny_run
+from tests.support.configs import SEQ_LENGTH, tiny_model, tiny_model_with_tower, tiny_run
 from tests.support.micro_batches import make_micro_batch
 from tests.support.parts import PROJECTOR_NAMES, tiny_projector
 from tests.support.vision_towers import TINY
@@ -156,18 +158,57 @@ def test_the_output_layer_holds_logits_in_bf16_and_fp32():
         (4, None, 0, 4),
         (4, None, 3, 1),
         # 2 * 3 + 4 passes to warm up, and one more
-        (4, 2, 0, 11 / 2),
-        (4, 2, 3, 5 / 2),
+        (4, 2, 0, 11),
+        (4, 2, 3, 5),
     ],
 )
-def test_micro_batches_in_flight_are_those_of_the_schedule(pp, chunks, stage, expected):
+def test_passes_in_flight_are_those_of_the_schedule(pp, chunks, stage, expected):
     parallel = {"pipeline_model_parallel_size": pp, "virtual_pipeline_model_parallel_size": chunks}
-    assert micro_batches_in_flight(tiny_run(parallel=parallel).parallel, stage, 100) == expected
+    moments = chunks_in_flight(tiny_run(parallel=parallel).parallel, stage, 100)
+    assert {sum(counts) for counts in moments} == {expected}
 
 
-def test_no_more_micro_batches_are_in_flight_than_there_are():
-    parallel = tiny_run(parallel={"pipeline_model_parallel_size": 4}).parallel
-    assert micro_batches_in_flight(parallel, 0, 2) == 2
+@pytest.mark.parametrize(("chunks", "expected"), [(None, (2,)), (2, (2, 2))])
+def test_no_more_micro_batches_are_in_flight_than_there_are(chunks, expected):
+    parallel = {"pipeline_model_parallel_size": 4, "virtual_pipeline_model_parallel_size": chunks}
+    assert chunks_in_flight(tiny_run(parallel=parallel).parallel, 0, 2) == {expected}
+
+
+@pytest.mark.parametrize(("pp", "chunks"), [(2, 2), (4, 2), (3, 3)])
+@pytest.mark.parametrize("num_groups", [1, 2, 5, 9])
+def test_chunks_in_flight_are_those_of_megatron_cores_order(pp, chunks, num_groups):
+    """Played pass by pass: a forward pass of the table, and behind the warm-up a backward pass after each."""
+    parallel = ParallelConfig(
+        pipeline_model_parallel_size=pp, virtual_pipeline_model_parallel_size=chunks, overlap_p2p_comm=True
+    )
+    table = get_schedule_table(num_groups * pp, chunks, pp)
+    for stage in range(pp):
+        warm_up = min(2 * (pp - stage - 1) + (chunks - 1) * pp, len(table))
+        held, fullest, begun = Counter(), set(), len(table) == warm_up
+        for number, (_, chunk) in enumerate(table):
+            held[chunk] += 1
+            if number >= warm_up or (begun and number == len(table) - 1):
+                fullest.add(tuple(held[chunk] for chunk in range(chunks)))
+            if number >= warm_up:
+                held[chunks - 1 - table[number - warm_up][1]] -= 1
+        assert chunks_in_flight(parallel, stage, num_groups * pp) == fullest
+
+
+def test_a_stage_with_most_layers_in_its_first_chunk_keeps_more():
+    def kept(layout):
+        parallel = {
+            "pipeline_model_parallel_size": 2,
+            "pipeline_model_parallel_layout": layout,
+            "overlap_p2p_comm": True,
+        }
+        config = tiny_run(parallel=parallel, model=tiny_model(num_layers=8), training={"freeze": PART_NAMES[:2]})
+        work = Work(num_tokens=SEQ_LENGTH, attention_pairs=0, num_labels=0, num_images=0)
+        return stage_activations(config, 0, work, "torch", num_micro_batches=8).kept
+
+    # 4 passes of the first chunk and 1 of the second, or the other way round 3 and 2, all through layers of one kind.
+    first, last = kept("Et*3|t*2|t|t*2L"), kept("Et|t*2|t*3|t*2L")
+    one = kept("Et|t*3|t|t*3L") / 5
+    assert (first, last) == pytest.approx((13 * one, 9 * one))
 
 
 def test_vision_parts_that_rest_keep_only_the_embeddings_in_their_rows():

@@ -79,6 +79,14 @@ def test_weights_stand_twice_while_the_buffers_of_the_distributed_optimizer_are_
     assert memory.start == copies * memory.weights + memory.gradients
 
 
+def test_buffers_are_made_one_chunk_after_the_other():
+    layout = {"pipeline_model_parallel_layout": "E|t|t*2|tL", "overlap_p2p_comm": True}
+    config = run_of(pp=2, **layout)
+    memory, first = estimate_memory(config, 0, 1), stage_sizes(config)[0].learning_by_chunk[0]
+    # Weights of the second chunk stand twice when all gradients are there.
+    assert memory.start == 2 * memory.weights - 4 * first + memory.gradients
+
+
 def test_the_start_is_the_peak_where_a_step_keeps_little():
     memory = estimate_memory(run_of(dp=64, training={"recompute": "full", "precision": "bf16"}), 0, 64)
     little = dataclasses.replace(memory, activations=0)

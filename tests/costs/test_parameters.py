@@ -2,6 +2,7 @@ import dataclasses
 
 import pytest
 
+from megatron_vlm.config.adapters.lora import Config as LoRA
 from megatron_vlm.config.projectors import make_projector
 from megatron_vlm.costs.parameters import stage_sizes
 from tests.support.configs import tiny_model, tiny_run
@@ -45,6 +46,25 @@ def test_parameters_are_those_that_each_rank_builds(tp, pp, first, changes, play
         size = stage_sizes(config)[state.rank.pp_rank]
         expected = {name: getattr(size, name) for name in ("vision_model", "vision_projection", "language_model")}
         assert counted(state) == {name: value for name, value in expected.items() if value}
+
+
+@pytest.mark.parametrize(
+    ("layout", "parallel"),
+    [("Et*3|tL", {}), ("E|t*4|L", {"pp": 3}), ("E|t*2|t|tL", {"overlap_p2p_comm": True, "tp": 2})],
+)
+@pytest.mark.parametrize("adapter", [None, LoRA(rank=2)])
+def test_parameters_are_those_of_each_chunk_of_a_layout(layout, parallel, adapter, play, tmp_path):
+    model = dataclasses.replace(tiny_model(), adapter=adapter)
+    freeze = () if adapter is None else ("language_model", "vision_model")
+    parallel = {"pp": 2, **parallel, "pipeline_model_parallel_layout": layout}
+    config = run_of(model=model, training={"freeze": freeze}, **parallel)
+    config = dataclasses.replace(config, run_dir=str(tmp_path))
+    tp = config.parallel.tensor_model_parallel_size
+    for stage, size in enumerate(stage_sizes(config)):
+        chunks = play(config, stage * tp, len(stage_sizes(config)) * tp, step=False).chunks
+        learning = [sum(p.numel() for p in chunk.parameters() if p.requires_grad) for chunk in chunks]
+        assert (list(size.learning_by_chunk), size.learning) == (learning, sum(learning))
+        assert size.parameters == sum(p.numel() for chunk in chunks for p in chunk.parameters())
 
 
 @pytest.mark.parametrize("changes", [{"drop_class_token": False}, {"feature_layer": -1}])

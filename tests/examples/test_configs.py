@@ -36,7 +36,7 @@ SEQ_LENGTH = 64
 def shrink(config, data_parallel_size, run_dir):
     """Return the same run with two layers, tiny widths, short rows and one micro-batch a pipeline stage."""
     parallel = config.parallel
-    num_chunks = parallel.pipeline_model_parallel_size * (parallel.virtual_pipeline_model_parallel_size or 1)
+    num_chunks = parallel.pipeline_model_parallel_size * (parallel.num_model_chunks or 1)
     num_heads = 2 * parallel.tensor_model_parallel_size
     language = replace(
         config.model.language,

@@ -44,13 +44,21 @@ LAYOUTS = (
     "pp2",
     "pp4",
     "pp2_uneven",
+    "pp2_layers31",
     "pp2_full",
+    "pp3_layers121",
+    "pp2_vpp2_layers1201",
     "pp2_vpp2",
+    "pp3_layers022",
     "pp2_dp2_overlap",
+    "pp4_layers0220_full",
+    "pp2_dp2_layers31_overlap",
     "pp2_dp3",
     "pp2_vpp2_dp3_overlap",
+    "pp2_vpp2_dp2_layers2101_overlap",
     "tp2_pp2",
     "tp2_sp_pp2",
+    "tp2_sp_pp2_layers13",
     "tp2_sp_pp2_full",
     "dp2",
     "dp3",
@@ -70,14 +78,17 @@ LAYOUTS = (
     "cp2_tp2_sp",
     "cp2_pp2",
     "cp2_pp2_uneven",
+    "cp2_pp2_layers31_selective",
     "cp2_pp2_vpp2",
     "cp4_tp2_sp",
     "cp2_tp2_sp_pp2",
     "cp2_tp2_pp2_full",
+    "pp2_vpp2_layers1210_full",
     "cp2_tp2_sp_dp2_overlap",
     "cp2_pp2_dp2_overlap",
     "tp2_sp_lora",
     "pp2_lora",
+    "pp3_layers022_lora",
     "dp3_overlap_lora",
     "cp2_lora",
     "cp2_tp2_sp_pp2_lora",
@@ -86,6 +97,7 @@ LAYOUTS = (
     "cp2_expert",
     "cp2_tp2_sp_dp2_overlap_expert",
     "cp2_pp2_vpp2_expert",
+    "pp2_vpp2_layers1201_expert",
 )
 
 
@@ -112,6 +124,10 @@ class Layout:
                 world_size *= int(size)
             elif kind == "vpp":
                 parallel["overlap_p2p_comm"] = True
+            elif kind == "layers":
+                # The layers of each model chunk; the layout also says how many of them a stage has.
+                parallel["pipeline_model_parallel_layout"] = f"E{'|'.join(f't*{count}' for count in size)}L"
+                parallel.pop("virtual_pipeline_model_parallel_size", None)
             elif kind == "micro":
                 training["micro_batch_size"] = int(size)
             elif word in ("full", "selective"):

@@ -41,6 +41,18 @@ LAYOUTS = {
             "overlap_p2p_comm": True,
         },
     ),
+    "pp3_embedding_and_loss_alone": (
+        3,
+        {"pipeline_model_parallel_size": 3, "pipeline_model_parallel_layout": "E|t*4|L"},
+    ),
+    "pp2_virtual2_layout": (
+        2,
+        {
+            "pipeline_model_parallel_size": 2,
+            "pipeline_model_parallel_layout": "Et|t*2||tL",
+            "overlap_p2p_comm": True,
+        },
+    ),
 }
 
 
@@ -194,7 +206,8 @@ def test_tied_embeddings_are_the_same_at_every_layout(workers, tmp_path):
             str(tmp_path),
             n,
         )
-        for n, p in ((1, {}), LAYOUTS["tp2_pp2_sp"])
+        for n, p in ((1, {}), LAYOUTS["tp2_pp2_sp"], LAYOUTS["pp3_embedding_and_loss_alone"])
     ]
-    assert results[1].losses == pytest.approx(results[0].losses, rel=TOLERANCE)
-    assert results[1].grad_norms == pytest.approx(results[0].grad_norms, rel=TOLERANCE)
+    for result in results[1:]:
+        assert result.losses == pytest.approx(results[0].losses, rel=TOLERANCE)
+        assert result.grad_norms == pytest.approx(results[0].grad_norms, rel=TOLERANCE)

@@ -38,14 +38,14 @@ def playable(config: TrainConfig, run_dir: str) -> TrainConfig:
 def micro_batches_to_play(config: TrainConfig, layout: Layout) -> int:
     """Return how many micro-batches show all of a step: they fill the pipeline, reach its steady part, and mix rows."""
     enough, stages = most_in_flight(config.parallel) + len(FEW_IMAGES), config.parallel.pipeline_model_parallel_size
-    if config.parallel.virtual_pipeline_model_parallel_size:
+    if config.parallel.num_model_chunks:
         enough = -(-enough // stages) * stages  # megatron-core's interleaved schedule takes multiples only
     return min(enough, layout.num_micro_batches)
 
 
 def most_in_flight(parallel: ParallelConfig) -> int:
     """Return how many micro-batches a stage may hold activations of, at most."""
-    return parallel.pipeline_model_parallel_size * (2 if parallel.virtual_pipeline_model_parallel_size else 1)
+    return parallel.pipeline_model_parallel_size * (2 if parallel.num_model_chunks else 1)
 
 
 def ranks_to_play(config: TrainConfig, layout: Layout) -> tuple[int, ...]:

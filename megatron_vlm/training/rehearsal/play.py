@@ -174,7 +174,7 @@ def _optimizer_tensors(state: TrainState) -> Iterator[torch.Tensor]:
 def _waits_of_a_step(rehearsal: Rehearsal, watch: DeviceWatch, num_fed: int) -> Counter[HostWait]:
     """Return the waits of a step with all its micro-batches: those that are not played are like the last ones."""
     parallel = rehearsal.config.parallel
-    virtual = parallel.virtual_pipeline_model_parallel_size
+    virtual = parallel.num_model_chunks
     period = parallel.pipeline_model_parallel_size if virtual else 1
     repeats, window = rehearsal.layout.num_micro_batches - rehearsal.num_micro_batches, period * (virtual or 1)
     waits: Counter[HostWait] = Counter()
