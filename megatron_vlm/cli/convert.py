@@ -107,13 +107,13 @@ def _add_from_hf(actions: argparse._SubParsersAction) -> None:
 
 
 def _add_verify(actions: argparse._SubParsersAction) -> None:
-    text = "tell whether two models are the same: every tensor, then logits over 1,000 positions of text and images"
+    text = "tell whether two models are the same: every tensor, the tokenizer, then logits over 1,000 positions"
     notes = (
         "Each model is a checkpoint, a run folder (its newest checkpoint) or a Hugging Face folder of a whole model."
     )
     add = add_command(actions, "verify", text, _VERIFY, notes=notes).add_argument
     add("models", type=local_path, nargs=2, metavar="MODEL", help="the two models")
-    text = "compare only tensors, which needs little memory"
+    text = "compare only tensors and tokenizers, which needs little memory"
     add("--no-logits", dest="with_logits", action="store_false", help=text)
 
 
@@ -153,7 +153,7 @@ def _to_hf(args: argparse.Namespace) -> None:
     loader = export(settings, args.output, options)
     print(f"{args.output}: {settings.checkpoint} for {loader}")
     if args.verify:
-        record_checks(args.output, _compare(settings.checkpoint, args.output))
+        record_checks(args.output, _compare(settings.checkpoint, args.output, tokenizer=args.tokenizer))
 
 
 def _quantize_options(args: argparse.Namespace) -> "QuantizeOptions | None":
@@ -180,10 +180,10 @@ def _verify(args: argparse.Namespace) -> None:
     _compare(*args.models, with_logits=args.with_logits)
 
 
-def _compare(first: Path, second: Path, *, with_logits: bool = True) -> list[str]:
+def _compare(first: Path, second: Path, *, with_logits: bool = True, tokenizer: str | None = None) -> list[str]:
     from megatron_vlm.convert.verify import verify_models
 
-    found = verify_models(first, second, with_logits=with_logits)
+    found = verify_models(first, second, with_logits=with_logits, tokenizer=tokenizer)
     print("\n".join(found.lines))
     found.check(first, second)
     return found.lines

@@ -112,20 +112,26 @@ class Quantization:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Serving:
-    """What a folder needs in addition to its weights to be served."""
+class Described:
+    """What the card of an export tells."""
 
     model: ModelConfig
     dtype: torch.dtype
     """Of the weights."""
-    tokenizer: Tokenizer
     image_aspect: Aspect
+    history: History = field(default_factory=History)
+    """How the model was trained."""
+    quantization: Quantization | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Serving(Described):
+    """What a folder needs in addition to its weights to be served."""
+
+    tokenizer: Tokenizer
     template: Template
     system: object
     """System prompt, as in `render_conversation`."""
-    history: History = field(default_factory=History)
-    """How the model was trained, for its card."""
-    quantization: Quantization | None = None
 
 
 class ModelFamily(Family, Protocol):

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from megatron_vlm.config import CheckpointError
+from megatron_vlm.convert.foreign import explain
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME, INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
@@ -71,8 +72,12 @@ class HFFolder:
     ) -> None:
         self.path = Path(path)
         self.stored: dict[str, Stored] = {}
+        self.missing: list[Path] = []
+        """Files that an index names and the folder lacks; whether they are needed shows in the tensors."""
         for prefix, folder in (parts or {"": self.path}).items():
-            for file in _list_files(folder):
+            files = _list_files(folder)
+            self.missing += files.missing
+            for file in files.there:
                 for stored in _list_tensors(file):
                     self.stored[rename(prefix + stored.name, renames)] = stored
 
@@ -91,29 +96,56 @@ class HFFolder:
             return file.get_tensor(stored.name)
 
 
-def _list_files(folder: Path) -> list[Path]:
+@dataclass(frozen=True, slots=True)
+class _Files:
+    """Files with the weights of a folder."""
+
+    there: list[Path]
+    missing: list[Path]
+    """Those that the index names, too."""
+
+
+def _list_files(folder: Path) -> _Files:
+    """Return the files of the first kind of weights that is complete, otherwise what is there of the first one."""
+    partial: list[_Files] = []
     for name in (WEIGHTS_NAME, _PICKLED):
         if (folder / name).is_file():
-            return [folder / name]
+            return _Files([folder / name], [])
         index = folder / f"{name}.index.json"
         if index.is_file():
-            return _indexed(index)
-    raise CheckpointError(
+            found = _indexed(index)
+            if not found.missing:
+                return found
+            partial.append(found)
+    for found in partial:
+        if found.there:
+            return found
+        raise missing_files(found.missing, len(found.missing))
+    raise explain(folder) or CheckpointError(
         f"no {WEIGHTS_NAME} and no {_PICKLED}", where=str(folder), fix="name a folder with the weights"
     )
 
 
-def _indexed(index: Path) -> list[Path]:
+def missing_files(missing: Sequence[Path], count: int | None = None) -> CheckpointError:
+    """Return the error for files that an index names and the folder lacks.
+
+    Args:
+        missing: the files.
+        count: files that the index names; None: unknown here.
+    """
+    of = "" if count is None else f" of {count}"
+    what = f"{len(missing)}{of} files that the index names are missing, first {missing[0].name}"
+    return CheckpointError(what, where=str(missing[0].parent), fix="download the folder again")
+
+
+def _indexed(index: Path) -> _Files:
     """Return the files that an index names."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError("index names no files", where=str(index), fix="download the folder again")
     names = sorted(set(map(str, weight_map.values())))
-    missing = [name for name in names if Path(name).name != name or not (index.parent / name).is_file()]
-    if missing:
-        what = f"{len(missing)} of {len(names)} files are missing, first {missing[0]}"
-        raise CheckpointError(what, where=str(index), fix="download the folder again")
-    return [index.parent / name for name in names]
+    there = [name for name in names if Path(name).name == name and (index.parent / name).is_file()]
+    return _Files(*([index.parent / name for name in some] for some in (there, [n for n in names if n not in there])))
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,7 +27,8 @@ from megatron_vlm.config.projectors import make_projector
 from megatron_vlm.config.towers import innermost
 from megatron_vlm.convert.differences import describe_differences, different_settings
 from megatron_vlm.convert.family import Family, ModelFamily, Part, Parts, family_of
-from megatron_vlm.convert.folder import CONFIG_NAME, HFFolder, common_type, read_settings
+from megatron_vlm.convert.folder import CONFIG_NAME, HFFolder, common_type, missing_files, read_settings
+from megatron_vlm.convert.foreign import check_plain, explain
 from megatron_vlm.convert.output import is_model_folder
 from megatron_vlm.convert.processing import at_image_size, resize_positions, with_processing
 from megatron_vlm.convert.projector import find_projector
@@ -58,7 +60,8 @@ def import_parts(
     """Write checkpoint 0 of a new run from a language model and a tower, e.g. LlamaForCausalLM and CLIPVisionModel.
 
     Rows of tokens that the language model lacks, image and padding among them, hold the mean of its rows, in embedding
-    and output layer. The projection is initialised as in a new model. Memory holds one tensor at a time.
+    and output layer. The projection is initialised as in a new model, in the type of the other weights. Memory holds
+    one tensor at a time.
 
     Args:
         language: folder of the language model; its tokenizer is copied into the run.
@@ -86,12 +89,12 @@ def import_parts(
     model = _agreed(model, at_image_size(found, options.image_size))
     wanted = innermost(model.vision)
     stored = replace(wanted, image_size=found.vision.image_size)  # type: ignore[type-var]
-    tensors: dict[str, Tensor | LazyTensor] = {
+    imported: dict[str, LazyTensor] = {
         **_lazy_tensors(decoder, model.language),
         **resize_positions(_lazy_tensors(tower, stored), stored, wanted),
-        **_draw_projection(model, options.seed),
     }
-    _write(run_dir, tensors, model, language)
+    dtype = reduce(torch.promote_types, (tensor.dtype for tensor in imported.values()))
+    _write(run_dir, {**imported, **_draw_projection(model, options.seed, dtype)}, model, language)
     return model
 
 
@@ -121,8 +124,10 @@ def import_model(
     return model
 
 
-def open_model_folder(folder: Path) -> tuple[ModelConfig, dict[str, LazyTensor]]:
-    """Return settings and tensors of a whole model, by our keys; each tensor is read when it is made.
+def open_model_folder(folder: Path) -> tuple[ModelConfig, dict[str, LazyTensor], Path | None]:
+    """Return settings of a whole model, its tensors by our keys, and the file of its tokenizer, if it has one.
+
+    Each tensor is read when it is made.
 
     Args:
         folder: as transformers saves it.
@@ -131,7 +136,7 @@ def open_model_folder(folder: Path) -> tuple[ModelConfig, dict[str, LazyTensor]]
         CheckpointError: the folder holds another kind of model.
     """
     opened, model = _open_model(folder)
-    return model, _lazy_tensors(opened, model)
+    return model, _lazy_tensors(opened, model), find_tokenizer(opened.parts.tokenizer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +166,8 @@ def _open_model(folder: Path, tower: Path | None = None) -> tuple[_OpenFolder, M
 
 def _open(path: Path, part: Part, tower: Path | None = None) -> _OpenFolder:
     where = path / CONFIG_NAME
+    if not where.is_file() and (error := explain(path)):
+        raise error
     settings = read_settings(where)
     family = family_of(settings, part, str(where))
     parts = Parts.of_one_folder(path, settings)
@@ -270,7 +277,10 @@ def _check_tensors(folder: HFFolder, rules: Sequence[Rule], unused: Sequence[str
         for name, stored in folder.stored.items()
         if name in wanted or not any(re.fullmatch(pattern, name) for pattern in unused)
     }
+    check_plain(found.keys() - wanted.keys(), folder.path)
     differences = describe_differences(wanted, found)
+    if differences and folder.missing and wanted.keys() - found.keys():
+        raise missing_files(folder.missing)
     if differences:
         raise CheckpointError(
             f"weights and config.json differ: {differences}", where=str(folder.path), fix="use a complete folder"
@@ -293,15 +303,16 @@ def _lazy_tensor(folder: HFFolder, rule: Rule) -> LazyTensor:
     return LazyTensor(shape=rule.checkpoint_shape, dtype=dtype, is_stacked=rule.num_layers is not None, make=make)
 
 
-def _draw_projection(model: ModelConfig, seed: int) -> dict[str, Tensor]:
+def _draw_projection(model: ModelConfig, seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
     """Draw the weights of the projection as in a new model."""
-    return find_projector(model.projection.type).draw(
+    drawn = find_projector(model.projection.type).draw(
         model.projection,
         input_size=model.vision.feature_size,
         output_size=model.language.hidden_size,
         std=model.vision.init_method_std,
         generator=torch.Generator().manual_seed(seed),
     )
+    return {key: tensor.to(dtype) for key, tensor in drawn.items()}
 
 
 def _write(

@@ -39,8 +39,8 @@ class Stage:
 
     name: str
     iterations: int
-    samples: int | None
-    """Consumed samples; None: the checkpoint does not say."""
+    rows: int | None
+    """Consumed rows, each with one sample or several; None: the checkpoint does not say."""
     tokens: int | None
     """Of text and images, repetitions included; None: the run folder has no metrics.jsonl."""
     images: int | None
@@ -119,7 +119,7 @@ def _read_stage(checkpoint: Path, settings: dict[str, Any]) -> Stage:
     return Stage(
         name=str(settings["stage"]),
         iterations=manifest.iteration,
-        samples=manifest.progress.get("consumed_samples"),
+        rows=manifest.progress.get("consumed_samples"),
         tokens=_total(records, "tokens"),
         images=_total(records, "images"),
         learned=f"all but {', '.join(map(str, frozen))}" if frozen else "all",

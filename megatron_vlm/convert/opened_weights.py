@@ -29,20 +29,26 @@ class OpenedWeights:
     """By our key."""
     settings: RunSettings | None
     """Of a checkpoint; None for a Hugging Face folder."""
+    tokenizer: Path | None
+    """Its model file; None for a folder without one."""
 
 
-def open_weights(path: Path) -> OpenedWeights:
+def open_weights(path: Path, tokenizer: str | None = None) -> OpenedWeights:
     """Open a checkpoint, a run folder (its newest checkpoint) or a Hugging Face folder of a whole model.
 
     The adapter of a checkpoint is merged into its tensors.
+
+    Args:
+        path: the place.
+        tokenizer: overrides that of a checkpoint.
 
     Raises:
         CheckpointError: it is none of these, or is damaged, or its tensors are not those of its settings.
     """
     if (path / CONFIG_NAME).is_file():
-        model, tensors = open_model_folder(path)
-        return OpenedWeights(path=path, model=model, tensors=tensors, settings=None)
-    settings = read_run_settings(path)
+        model, tensors, found = open_model_folder(path)
+        return OpenedWeights(path=path, model=model, tensors=tensors, settings=None, tokenizer=found)
+    settings = read_run_settings(path, tokenizer=tokenizer)
     check_whole(settings.checkpoint)
     added = adapter_shapes(settings.model)
     tensors = {
@@ -55,7 +61,13 @@ def open_weights(path: Path) -> OpenedWeights:
         for key, (shape, dtype) in list_tensors(settings.checkpoint).items()
         if key not in added
     }
-    return OpenedWeights(path=settings.checkpoint, model=settings.model, tensors=tensors, settings=settings)
+    return OpenedWeights(
+        path=settings.checkpoint,
+        model=settings.model,
+        tensors=tensors,
+        settings=settings,
+        tokenizer=settings.tokenizer,
+    )
 
 
 def _read(settings: RunSettings, key: str, dtype: torch.dtype, layer: int | None) -> Tensor:

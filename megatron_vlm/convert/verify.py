@@ -5,6 +5,7 @@ from pathlib import Path
 
 from megatron_vlm.config import CheckpointError
 from megatron_vlm.convert.compare_logits import LogitComparison, compare_logits, reason_without_logits
+from megatron_vlm.convert.compare_tokenizers import TokenizerComparison, compare_tokenizers
 from megatron_vlm.convert.compare_weights import WeightComparison, compare_weights
 from megatron_vlm.convert.opened_weights import open_weights
 
@@ -19,6 +20,7 @@ class Verification:
     """What two models have in common."""
 
     weights: WeightComparison
+    tokenizers: TokenizerComparison
     logits: LogitComparison | None
     skipped: str | None
     """Why logits were not compared."""
@@ -34,6 +36,7 @@ class Verification:
         weights = self.weights
         how = "equal after rounding to the coarser type" if weights.rounded else "equal to the bit"
         lines = [f"tensors: {weights.num_equal} of {weights.num_tensors} {how}", *weights.faults]
+        lines += [f"tokenizers: {self.tokenizers.summary}", *self.tokenizers.faults]
         if self.logits is None:
             return [*lines, f"logits: not compared, {self.skipped}"]
         found = self.logits
@@ -45,9 +48,9 @@ class Verification:
         """Check that the models are the same.
 
         Raises:
-            CheckpointError: tensors differ, or the logits do by more than rounding explains.
+            CheckpointError: tensors or tokenizers differ, or the logits do by more than rounding explains.
         """
-        faults = list(self.weights.faults)
+        faults = [*self.weights.faults, *self.tokenizers.faults]
         if self.logits is not None and not self.logits.mean_kl <= self.max_kl:
             faults.append(f"logits differ: KL {self.logits.mean_kl:.1e}, at most {self.max_kl:.0e} is accepted")
         if faults:
@@ -56,23 +59,24 @@ class Verification:
             )
 
 
-def verify_models(first: Path, second: Path, *, with_logits: bool = True) -> Verification:
-    """Compare the tensors of two models, then their logits, if the tensors have the same names and shapes.
+def verify_models(first: Path, second: Path, *, with_logits: bool = True, tokenizer: str | None = None) -> Verification:
+    """Compare tensors and tokenizers of two models, then their logits, if the tensors are the same.
 
     Args:
         first: a checkpoint, a run folder or a Hugging Face folder of a whole model.
         second: another one.
-        with_logits: False to compare only tensors, which needs the memory of a few.
+        with_logits: False to leave out logits, which needs the memory of a few.
+        tokenizer: overrides that of the first model, if it is a checkpoint.
 
     Raises:
         CheckpointError: one of them cannot be read.
-        ConfigError: the models have other vocabularies or image sizes.
+        ConfigError: the models have other vocabularies or image sizes, or a tokenizer is damaged.
     """
-    opened = open_weights(first), open_weights(second)
-    weights = compare_weights(*opened)
+    opened = open_weights(first, tokenizer), open_weights(second)
+    weights, tokenizers = compare_weights(*opened), compare_tokenizers(*opened)
     reasons = (reason for one in opened if (reason := reason_without_logits(one)))
     skipped = next(reasons, None) if with_logits else "as asked"
     if skipped is None and weights.faults:
         skipped = "the tensors differ"
     logits = None if skipped else compare_logits(*opened)
-    return Verification(weights=weights, logits=logits, skipped=skipped)
+    return Verification(weights=weights, tokenizers=tokenizers, logits=logits, skipped=skipped)

@@ -5,6 +5,7 @@ import pytest
 from megatron_vlm.checkpoint.folder import checkpoint_path, clean_up, find_checkpoint, list_iterations, prune
 from megatron_vlm.checkpoint.manifest import Manifest, checksum_file, write_manifest
 from megatron_vlm.config import CheckpointError
+from megatron_vlm.platform.files.durable import SET_ASIDE, UNFINISHED
 
 
 def make(run_dir, *iterations):
@@ -50,7 +51,7 @@ def test_a_folder_without_checkpoints_is_named(tmp_path):
 
 def test_unfinished_and_foreign_folders_are_no_checkpoints(tmp_path):
     make(tmp_path, 5)
-    (tmp_path / "checkpoints" / "iter_0000006.tmp").mkdir()
+    (tmp_path / "checkpoints" / f"iter_0000006{UNFINISHED}").mkdir()
     (tmp_path / "checkpoints" / "notes").mkdir()
     assert list_iterations(tmp_path) == [5]
 
@@ -95,13 +96,13 @@ def test_old_checkpoints_are_removed_whether_valid_or_not(tmp_path):
 def test_clean_up_finishes_what_is_complete_and_removes_the_rest(tmp_path):
     make(tmp_path, 1, 2, 3)
     folder = tmp_path / "checkpoints"
-    (folder / "iter_0000001").rename(folder / "iter_0000001.being_replaced")
-    (folder / "iter_0000002").rename(folder / "iter_0000002.tmp")
-    shutil.copytree(folder / "iter_0000003", folder / "iter_0000003.tmp")
+    (folder / "iter_0000001").rename(folder / f"iter_0000001{SET_ASIDE}")
+    (folder / "iter_0000002").rename(folder / f"iter_0000002{UNFINISHED}")
+    shutil.copytree(folder / "iter_0000003", folder / f"iter_0000003{UNFINISHED}")
+    (folder / f"iter_0000004{UNFINISHED}").mkdir()
     (folder / "iter_0000004.tmp").mkdir()
-    (folder / "notes.tmp").mkdir()
     clean_up(tmp_path)
-    left = ["iter_0000001", "iter_0000002", "iter_0000003", "notes.tmp"]
+    left = ["iter_0000001", "iter_0000002", "iter_0000003", "iter_0000004.tmp"]
     assert sorted(path.name for path in folder.iterdir()) == left
 
 

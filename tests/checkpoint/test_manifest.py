@@ -12,6 +12,7 @@ from megatron_vlm.checkpoint.manifest import (
     write_manifest,
 )
 from megatron_vlm.config import CheckpointError
+from megatron_vlm.platform.files.durable import UNFINISHED
 
 
 @pytest.fixture
@@ -90,7 +91,9 @@ def test_every_flipped_bit_of_the_manifest_is_found_or_changes_nothing(checkpoin
         assert found == whole
 
 
-@pytest.mark.parametrize(("folder", "progress"), [("iter_0000008", 7), ("iter_0000007", 8), ("iter_0000008.tmp", 7)])
+@pytest.mark.parametrize(
+    ("folder", "progress"), [("iter_0000008", 7), ("iter_0000007", 8), (f"iter_0000008{UNFINISHED}", 7)]
+)
 def test_folder_manifest_and_progress_have_one_iteration(tmp_path, folder, progress):
     path = tmp_path / folder
     path.mkdir()

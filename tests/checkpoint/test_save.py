@@ -10,6 +10,7 @@ from megatron_vlm.checkpoint.folder import list_iterations
 from megatron_vlm.checkpoint.save import save_checkpoint
 from megatron_vlm.checkpoint.verify import check_whole, checkpoint_folders, inspect_checkpoint
 from megatron_vlm.config import CheckpointConfig, CheckpointError, StorageError
+from megatron_vlm.platform.files.durable import UNFINISHED
 from tests.support.configs import tiny_run
 from tests.support.jobs import start
 from tests.support.small_disk import files_of_at_most
@@ -45,7 +46,7 @@ def test_a_disk_that_fills_up_at_any_byte_leaves_the_previous_checkpoint_as_it_w
         pytest.raises(StorageError, match="not saved: File too large") as found,
     ):
         save(state, 2)
-    assert found.value.where.startswith(str(tmp_path / "checkpoints" / "iter_0000002.tmp"))
+    assert found.value.where.startswith(str(tmp_path / "checkpoints" / f"iter_0000002{UNFINISHED}"))
     assert [path.name for path in (tmp_path / "checkpoints").iterdir() if path.is_dir()] == ["iter_0000001"]
     assert (tmp_path / "checkpoints" / "latest_checkpointed_iteration.txt").read_text() == "1\n"
     assert inspect_checkpoint(before, read_files=True).is_valid
@@ -56,7 +57,9 @@ def test_a_disk_that_fills_up_at_any_byte_leaves_the_previous_checkpoint_as_it_w
 def test_what_a_save_needs_and_the_disk_has_is_said_before_anything_is_written(state, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1_000_000))
-    message = r"not saved: it needs 0\.0\d\d GB, the disk has 0\.001 GB free .*iter_0000001.tmp.*; fix: make room"
+    message = (
+        r"not saved: it needs 0\.0\d\d GB, the disk has 0\.001 GB free .*iter_0000001\.megatron_vlm.*; fix: make room"
+    )
     with pytest.raises(StorageError, match=message):
         save(state, 1)
     assert not list((tmp_path / "checkpoints").iterdir())

@@ -2,6 +2,7 @@ import json
 
 from megatron_vlm.cli.main import main
 from megatron_vlm.config import ExitCode
+from megatron_vlm.platform.files.durable import UNFINISHED
 
 
 def test_report_is_written_into_the_run_folder(tmp_path, capsys):
@@ -26,6 +27,6 @@ def test_folder_that_is_no_run_is_one_line(tmp_path, capsys):
 
 def test_page_that_cannot_be_written_is_one_line(tmp_path, capsys):
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"iteration": 1, "loss": 2.0}) + "\n")
-    (tmp_path / "report.html.tmp").mkdir()
+    (tmp_path / f"report.html{UNFINISHED}").mkdir()
     assert main(["report", str(tmp_path)]) == ExitCode.STORAGE
     assert "report cannot be written" in capsys.readouterr().err

@@ -297,7 +297,7 @@ def test_a_second_conversion_to_the_same_place_is_refused_in_one_line(door, caps
     for name, what in (("llava", "another process writes this folder"), ("parts", "another job uses this run folder")):
         found = door(name)
         found.out.parent.joinpath("out" if name == "parts" else "").mkdir(exist_ok=True)
-        lock = found.out / LOCK_NAME if name == "parts" else found.out.with_name("out.lock")
+        lock = found.out / LOCK_NAME if name == "parts" else found.out.with_name("out" + durable.LOCK)
         with locked(lock):
             assert main(found.command()) == 78
         errors = capsys.readouterr().err
@@ -340,7 +340,7 @@ def assert_harmless(found: Door, before: dict[str, bytes], whole: dict[str, byte
     assert set(found.made()) == set(whole)
     assert [path.name for path in found.out.parent.iterdir()] == ["out"]
     if is_run:
-        assert not list(found.out.glob("checkpoints/*.tmp"))
+        assert not list(found.out.glob(f"checkpoints/*{durable.UNFINISHED}"))
 
 
 def prepare_kill(found: Door) -> tuple[dict[str, bytes], dict[str, bytes], list[str]]:

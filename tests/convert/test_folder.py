@@ -65,7 +65,7 @@ def test_settings_that_cannot_be_read_are_one_line(text, message, tmp_path):
         ({"pytorch_model.bin": "x"}, "weights cannot be read"),
         (
             {"model.safetensors.index.json": json.dumps({"weight_map": {"a": "../x.safetensors"}})},
-            "1 of 1 files are missing, first ../x.safetensors",
+            "1 of 1 files that the index names are missing, first x.safetensors",
         ),
         ({"pytorch_model.bin.index.json": "{}"}, "index names no files"),
     ],
@@ -75,6 +75,25 @@ def test_a_folder_that_is_not_whole_is_one_line(files, message, tmp_path):
         (tmp_path / name).write_text(text)
     with pytest.raises(CheckpointError, match=message):
         HFFolder(tmp_path)
+
+
+def test_a_complete_kind_of_weights_goes_before_one_that_is_not(tmp_path):
+    torch.save({"a": torch.ones(2)}, tmp_path / "pytorch_model.bin")
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    folder = HFFolder(tmp_path)
+    assert folder.missing == []
+    assert folder.read("a").tolist() == [1, 1]
+
+
+def test_files_that_an_index_names_without_need_may_be_missing(tmp_path):
+    save_file({"a": torch.ones(2)}, tmp_path / "there.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"a": "there.safetensors", "b": "x"}})
+    )
+    folder = HFFolder(tmp_path)
+    assert [path.name for path in folder.missing] == ["x"]
+    assert list(folder.stored) == ["a"]
 
 
 def test_nulls_stand_for_defaults(tmp_path):

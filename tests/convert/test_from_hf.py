@@ -9,9 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_vlm.checkpoint.folder import find_checkpoint
 from megatron_vlm.checkpoint.open_model import open_model
 from megatron_vlm.checkpoint.run_settings import read_run_settings
-from megatron_vlm.checkpoint.tensors import hash_weights, read_tensor, write_weights
+from megatron_vlm.checkpoint.tensors import hash_weights, list_tensors, read_tensor, write_weights
 from megatron_vlm.config import CheckpointError, ConfigError, UsageError, load_section
 from megatron_vlm.config.towers.s2 import Config as ScaledConfig
 from megatron_vlm.convert.from_hf import ImportOptions, import_model, import_parts
@@ -204,6 +205,15 @@ def test_half_precision_weights_load_into_a_model_of_full_precision(clip_dir, to
 
 
 @pytest.mark.distributed
+def test_a_new_projection_has_the_type_of_the_weights(llama_dir, clip_dir, changed_copy, tmp_path):
+    halves = [
+        changed_copy(folder, lambda tensors: {name: one.bfloat16() for name, one in tensors.items()})
+        for folder in (llama_dir, clip_dir)
+    ]
+    import_parts(*halves, tmp_path / "run", ImportOptions())
+    assert {dtype for _, dtype in list_tensors(find_checkpoint(tmp_path / "run")).values()} == {torch.bfloat16}
+
+
 def test_imported_weights_load_at_another_layout(imported, workers, tmp_path):
     from tests.support.configs import tiny_run
 

@@ -70,6 +70,6 @@ def test_a_whole_model_needs_only_one_of_its_names(without, exported, tmp_path):
     for section in ("text_config", "vision_config"):
         del config[section]["model_type"]
     (folder / "config.json").write_text(json.dumps(config))
-    (found, tensors), (expected, theirs) = map(open_model_folder, (folder, exported))
+    (found, tensors, _), (expected, theirs, _) = map(open_model_folder, (folder, exported))
     assert found == expected
     assert tensors.keys() == theirs.keys()

@@ -24,7 +24,7 @@ def test_the_history_goes_back_to_the_first_stage_up_to_each_checkpoint(runs):
     assert history.is_complete
     assert [stage.name for stage in history.stages] == list(STAGES)
     first, _, last = history.stages
-    assert (last.iterations, last.samples, last.tokens, last.images) == (25, 100, 250, 75)
+    assert (last.iterations, last.rows, last.tokens, last.images) == (25, 100, 250, 75)
     assert last.losses == {"loss": 17.5, "loss/coyo": 2.0, "validation_loss": 1.25}
     assert (first.learned, last.learned) == ("all but vision_model, language_model", "all")
     coyo, mmc4 = last.datasets

@@ -12,6 +12,7 @@ from megatron_vlm.checkpoint.run_settings import read_run_settings
 from megatron_vlm.config import CheckpointError, UsageError
 from megatron_vlm.config.adapters.lora import Config
 from megatron_vlm.convert.export import export
+from megatron_vlm.convert.files.model_card import CARD_NAME
 from megatron_vlm.convert.from_peft import import_adapter
 from megatron_vlm.convert.to_hf import ExportOptions
 from tests.support.llava_logits import load_llava, our_logits
@@ -69,6 +70,15 @@ def peft_logits(model, run):
     with torch.no_grad():
         theirs = model.eval()(input_ids=ids, pixel_values=pixels).logits
     return theirs[..., : ours.size(-1)], ours  # theirs also has those of image and padding
+
+
+def test_the_card_of_an_adapter_counts_what_is_in_the_folder(folder):
+    card = (folder / CARD_NAME).read_text()
+    num_values = sum(tensor.numel() for tensor in load_file(folder / WEIGHTS).values())
+    assert f"; {num_values:,} are in this folder |" in card
+    assert "library_name: peft" in card
+    assert "| adapter | lora |" in card
+    assert "--verify" not in card
 
 
 @pytest.mark.parametrize("learned", ["vision_projection", ""])

@@ -1,5 +1,6 @@
 """Two models are told to be the same only where their tensors and what they compute are."""
 
+import json
 import shutil
 from dataclasses import replace
 
@@ -85,10 +86,22 @@ def test_logits_that_differ_by_more_than_rounding_are_refused(make_run, model_co
         worse.check(exported, exported)
 
 
+def test_a_folder_with_another_tokenizer_is_refused(make_run, model_config, exported, tmp_path):
+    folder = shutil.copytree(exported, tmp_path / "copy")
+    tree = json.loads((folder / "tokenizer.json").read_text())
+    tree["model"]["merges"] = tree["model"]["merges"][20:]
+    (folder / "tokenizer.json").write_text(json.dumps(tree))
+    found = verify_models(make_run(model_config), folder, with_logits=False)
+    with pytest.raises(CheckpointError, match=r"tokenizer.json differs from tokenizer.model: the text"):
+        found.check(make_run(model_config), folder)
+
+
 def test_the_command_line_verifies_two_models_and_an_export(make_run, model_config, changed, tmp_path, capsys):
     run = str(make_run(model_config))
     assert main(["convert", "to-hf", run, "--output", str(tmp_path / "hf"), "--verify"]) == 0
-    figures = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("tensors:", "logits:"))]
+    figures = [
+        line for line in capsys.readouterr().out.splitlines() if line.startswith(("tensors:", "tokenizers:", "logits:"))
+    ]
     assert "equal to the bit" in figures[0]
     assert all(f"- {line}\n" in (tmp_path / "hf" / "README.md").read_text() for line in figures)
     folder = changed({"multi_modal_projector.linear_1.bias": lambda tensor: tensor + 1})

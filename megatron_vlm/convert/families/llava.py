@@ -20,7 +20,7 @@ from megatron_vlm.convert.family import (
     refuse_tower,
 )
 from megatron_vlm.convert.files.language import write_language_files
-from megatron_vlm.convert.files.model_card import write_card
+from megatron_vlm.convert.files.model_card import CardFormat, write_card
 from megatron_vlm.convert.files.processor import select_strategy, write_processor
 from megatron_vlm.convert.folder import CONFIG_NAME, write_json
 from megatron_vlm.convert.projector import LlavaProjector, llava_projector, projector_of
@@ -30,7 +30,10 @@ from megatron_vlm.convert.whole_model import join_patterns, join_rules, prefixed
 PART = "model"
 MODEL_TYPES = ("llava", "LlavaForConditionalGeneration")
 ARCHITECTURE = "LlavaForConditionalGeneration"
-_USAGE = """
+_CARD = CardFormat(
+    title=f"A vision-language model for `{ARCHITECTURE}`",
+    library="transformers",
+    usage="""
 With transformers 4.57 or later, where `FOLDER` is the folder of this file:
 
 ```python
@@ -46,7 +49,8 @@ print(processor.decode(model.generate(**inputs, max_new_tokens=64)[0], skip_spec
 ```
 
 With vLLM: `vllm serve FOLDER`, then OpenAI's chat endpoint. Folders without `chat_template.jinja` take plain prompts.
-"""
+""",
+)
 _DEFAULT_VISION = {
     "model_type": "clip_vision_model",
     "hidden_size": 1024,
@@ -245,7 +249,7 @@ def write_settings(folder: Path, serving: Serving) -> None:
     added = write_language_files(folder, serving)
     write_processor(folder, _tower(serving.model), serving.image_aspect, added.image)
     write_json(folder / CONFIG_NAME, _whole_config(serving))
-    write_card(folder, serving, architecture=ARCHITECTURE, usage=_USAGE)
+    write_card(folder, serving, _CARD)
 
 
 def _whole_config(serving: Serving) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from megatron_vlm.config import CheckpointError, ModelConfig
 from megatron_vlm.config.towers import innermost
 from megatron_vlm.convert.family import Parts, Serving, decoder_family, family_of, find_family, refuse_tower
 from megatron_vlm.convert.files.language import write_language_files
-from megatron_vlm.convert.files.model_card import write_card
+from megatron_vlm.convert.files.model_card import CardFormat, write_card
 from megatron_vlm.convert.folder import CONFIG_NAME, read_json, write_json
 from megatron_vlm.convert.projector import projector_of_vila
 from megatron_vlm.convert.rules import Rule
@@ -32,10 +32,13 @@ PART = "model"
 MODEL_TYPES = ("LlavaLlamaModel",)
 ARCHITECTURE = "LlavaLlamaModel"
 _LANGUAGE, _VISION, _PROJECTOR = "llm", "vision_tower", "mm_projector"
-_USAGE = """
+_CARD = CardFormat(
+    title=f"A vision-language model for `{ARCHITECTURE}`",
+    usage="""
 The folder has the layout of VILA-1.5, for TensorRT-LLM, TinyChat and VILA's own code; its path must not contain a dot.
 `llm/` and `vision_tower/` are folders of transformers. Every image is followed by a line break.
-"""
+""",
+)
 
 
 def find_parts(path: Path, settings: dict[str, Any], tower: Path | None) -> Parts:
@@ -168,4 +171,4 @@ def write_settings(folder: Path, serving: Serving) -> None:
     write_language_files(folder / _LANGUAGE, serving)
     write_json(folder / _VISION / "preprocessor_config.json", processor_settings(serving))
     write_json(folder / CONFIG_NAME, config)
-    write_card(folder, serving, architecture=ARCHITECTURE, usage=_USAGE)
+    write_card(folder, serving, _CARD)

@@ -26,7 +26,7 @@ from megatron_vlm.convert.family import (
     find_tower_family,
 )
 from megatron_vlm.convert.files.language import write_language_files
-from megatron_vlm.convert.files.model_card import write_card
+from megatron_vlm.convert.files.model_card import CardFormat, write_card
 from megatron_vlm.convert.folder import CONFIG_NAME, HFFolder, read_json, write_json
 from megatron_vlm.convert.projector import find_projector, projector_of_vila
 from megatron_vlm.convert.rules import Rule
@@ -53,10 +53,13 @@ _PUBLISHED = {
     "openai/clip-vit-large-patch14": "clip-l14-224",
 }
 """Names of towers, and our presets of them."""
-_USAGE = """
+_CARD = CardFormat(
+    title=f"A vision-language model for `{ARCHITECTURE}`",
+    usage="""
 The folder has the layout of VILA-1.0 and LLaVA-1.5, for their code. `mm_vision_tower` in config.json names the tower;
 its weights are here. Every image is followed by a line break.
-"""
+""",
+)
 
 
 def find_parts(path: Path, settings: dict[str, Any], tower: Path | None) -> Parts:
@@ -219,4 +222,4 @@ def write_settings(folder: Path, serving: Serving) -> None:
         write_json(folder / _TOWER_FOLDER / CONFIG_NAME, tower)
         write_json(folder / _TOWER_FOLDER / "preprocessor_config.json", processor_settings(serving))
     write_json(folder / CONFIG_NAME, {**config, **serving_settings(serving), **tokenizer_settings(serving)})
-    write_card(folder, serving, architecture=ARCHITECTURE, usage=_USAGE)
+    write_card(folder, serving, _CARD)

@@ -21,10 +21,12 @@ from megatron_vlm.config import CheckpointError, LanguageConfig, ModelConfig
 from megatron_vlm.config.modules import find_module
 from megatron_vlm.config.towers import TowerConfig, siglip
 from megatron_vlm.convert.adapter import adapter_shapes, read_merged
-from megatron_vlm.convert.family import decoder_family, find_tower_family, formats_that_hold
+from megatron_vlm.convert.family import Described, decoder_family, find_tower_family, formats_that_hold
+from megatron_vlm.convert.files.model_card import CardFormat, write_card
 from megatron_vlm.convert.files.processor import chat_template
 from megatron_vlm.convert.files.tokenizer import KINDS, placeholder_names
 from megatron_vlm.convert.gguf_file import require_gguf, tensor_names, write_gguf
+from megatron_vlm.convert.history import read_history
 from megatron_vlm.convert.output import check_output
 from megatron_vlm.convert.projector import find_projector
 from megatron_vlm.convert.rules import LinearAsPair, Rule
@@ -41,6 +43,14 @@ TEXT_NAME, VISION_NAME = "model.gguf", "mmproj.gguf"
 _CLIP = (
     "llama.cpp puts the class token of a CLIP tower behind the patches, where its positions are wrong "
     "(ggml-org/llama.cpp#25814)"
+)
+_CARD = CardFormat(
+    title="A vision-language model for llama.cpp",
+    usage="""
+`llama-server --model model.gguf --mmproj mmproj.gguf`, then OpenAI's chat endpoint. Programs built on llama.cpp, like
+Ollama, take the two files as well. Images are padded to squares.
+""",
+    can_verify=False,
 )
 _PROJECTOR_NAMES = {"linear_1": "mm.0", "linear_2": "mm.2"}
 _POSITIONS, _PATCHES = "v.position_embd.weight", "v.patch_embd.weight"
@@ -77,10 +87,13 @@ def export(settings: RunSettings, output: Path, options: ExportOptions) -> str:
                 "training made images square with image_aspect=%s, llama.cpp pads them: give it square images",
                 settings.image_aspect,
             )
+        history = read_history(settings.checkpoint)
+        described = Described(model=model, dtype=dtype, image_aspect=settings.image_aspect, history=history)
         with folder_beside(output, is_new=not options.overwrite, replaces=True) as unfinished:
             for name, table in tables.items():
                 file = _File(settings, table, dtype)
                 write_gguf(unfinished / name, keys[name], list(file.announce()), file.tensors(), dtype=dtype)
+            write_card(unfinished, described, _CARD)
     return f"llama-server --model {output / TEXT_NAME} --mmproj {output / VISION_NAME}"
 
 

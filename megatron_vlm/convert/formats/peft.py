@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,10 @@ from megatron_vlm.config.adapters import lora
 from megatron_vlm.convert.adapter import adapter_shapes
 from megatron_vlm.convert.adapters.lora import pair_keys, weight_key
 from megatron_vlm.convert.families import llava
+from megatron_vlm.convert.family import Described
+from megatron_vlm.convert.files.model_card import CardFormat, write_card
 from megatron_vlm.convert.folder import write_json
+from megatron_vlm.convert.history import read_history
 from megatron_vlm.convert.output import check_output
 from megatron_vlm.convert.peft_names import PROJECTOR, SETTINGS_NAME, WEIGHTS_NAME, last_module, pair_names, to_peft
 from megatron_vlm.convert.projector import KEY_PREFIX
@@ -26,6 +30,26 @@ from megatron_vlm.convert.to_hf import DTYPES, ExportOptions, check_checkpoint
 from megatron_vlm.convert.weights_writer import Announced, WeightsWriter
 from megatron_vlm.parallel.groups import single_process
 from megatron_vlm.platform.files.durable import STORAGE_ERRNOS, folder_beside, storage_errors
+
+_CARD = CardFormat(
+    title="A LoRA for `PeftModel`",
+    library="peft",
+    usage="""
+With PEFT, where `BASE` is the export of the checkpoint that the adapter was trained on (`convert to-hf --format llava`)
+and `FOLDER` is the folder of this file:
+
+```python
+from peft import PeftModel
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+processor = AutoProcessor.from_pretrained(BASE)
+model = PeftModel.from_pretrained(LlavaForConditionalGeneration.from_pretrained(BASE), FOLDER)
+```
+
+Prompts are those of the base, whose card has an example.
+""",
+    can_verify=False,
+)
 
 
 def export(settings: RunSettings, output: Path, options: ExportOptions) -> str:
@@ -60,9 +84,17 @@ def export(settings: RunSettings, output: Path, options: ExportOptions) -> str:
         )
         with folder_beside(output, is_new=not options.overwrite, replaces=True) as unfinished:
             write_json(unfinished / SETTINGS_NAME, adapter.settings())
-            writer = WeightsWriter(unfinished, list(adapter.announce()), sys.maxsize, WEIGHTS_NAME)
+            announced = list(adapter.announce())
+            writer = WeightsWriter(unfinished, announced, sys.maxsize, WEIGHTS_NAME)
             writer.write(adapter.tensors())
             writer.verify()
+            described = Described(
+                model=settings.model,
+                dtype=reduce(torch.promote_types, (entry.dtype for entry in announced)),
+                image_aspect=settings.image_aspect,
+                history=read_history(settings.checkpoint),
+            )
+            write_card(unfinished, described, _CARD, sum(torch.Size(entry.shape).numel() for entry in announced))
     return "PeftModel.from_pretrained"
 
 

@@ -35,7 +35,7 @@ from megatron_vlm.data.shards.manifest import (
 )
 from megatron_vlm.data.sources.image_store import index_tar
 from megatron_vlm.data.tasks.processes import Engine, run_tasks
-from megatron_vlm.platform.files.durable import discard, folder_once, storage_errors, write_durably
+from megatron_vlm.platform.files.durable import UNFINISHED, discard, folder_once, storage_errors, write_durably
 from megatron_vlm.platform.files.locks import locked
 
 logger = logging.getLogger(__name__)
@@ -187,7 +187,7 @@ def _claimed(work: Path, bare: Manifest) -> Iterator[None]:
                 where=str(work.parent),
                 fix="use the same options to go on, or delete the folder",
             )
-        for left_over in [path for folder in (work, work / _CHUNKS) for path in folder.glob("*.tmp")]:
+        for left_over in [path for folder in (work, work / _CHUNKS) for path in folder.glob(f"*{UNFINISHED}")]:
             discard(left_over)
         yield
 

@@ -20,7 +20,7 @@ from megatron_vlm.data.samples import EncodedSample, ImageSegment
 from megatron_vlm.data.shards.dataset import ShardedDataset
 from megatron_vlm.data.tasks.processes import Report, run_tasks
 from megatron_vlm.data.text.tokenizer import Tokenizer, load_tokenizer
-from megatron_vlm.platform.files.durable import flush_to_disk, open_durably, storage_errors
+from megatron_vlm.platform.files.durable import UNFINISHED, flush_to_disk, open_durably, storage_errors
 from megatron_vlm.platform.files.locks import locked
 
 _STATE_FILE = ".export"  # locked while tars are written; without a suffix, searches for tars and JSON do not find it
@@ -158,7 +158,7 @@ def _claimed(output: Path, state: dict[str, Any]) -> Iterator[None]:
                 what = "another process is exporting into this folder"
                 raise ConfigError(what, where=str(output), fix="wait for it, or stop it")
             _write_state(lock, content, output)
-            for left_over in output.glob("*.tmp"):
+            for left_over in output.glob(f"*{UNFINISHED}"):
                 left_over.unlink()
         yield
 

@@ -13,7 +13,7 @@ from megatron_vlm.data.documents import PLACEHOLDER
 MODEL_FILE, JSON_FILE = "tokenizer.model", "tokenizer.json"
 """Names in a folder, a Hugging Face model's or a run's: a SentencePiece model, a file of the package `tokenizers`."""
 _CONFIG_FILE, _MAP_FILE, _ADDED_FILE = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
-_TEMPLATE_FILE = "chat_template.jinja"
+_TEMPLATE_FILE, _PROCESSOR_TEMPLATE_FILE = "chat_template.jinja", "chat_template.json"
 _SETTINGS_FILES = (_CONFIG_FILE, _MAP_FILE, _ADDED_FILE, _TEMPLATE_FILE)
 _FIX = "give a tokenizer.model, a tokenizer.json, or a folder that holds one"
 
@@ -132,6 +132,21 @@ def read_tokenizer_files(path: str | Path) -> TokenizerFiles:
     if found.name in (MODEL_FILE, JSON_FILE):
         beside = {name: _content(found.with_name(name)) for name in _SETTINGS_FILES if found.with_name(name).is_file()}
     return TokenizerFiles(found, content, beside)
+
+
+def read_chat_template(folder: Path) -> str | None:
+    """Return the chat template of a folder, wherever it stands; None without one.
+
+    Raises:
+        ConfigError: a file cannot be read or is damaged.
+    """
+    if (folder / _TEMPLATE_FILE).is_file():
+        return _content(folder / _TEMPLATE_FILE).decode(errors="replace")
+    for path in (folder / _PROCESSOR_TEMPLATE_FILE, folder / _CONFIG_FILE):
+        template = read_object(_content(path), str(path)).get("chat_template") if path.is_file() else None
+        if template is not None:
+            return template if isinstance(template, str) else json.dumps(template)
+    return None
 
 
 def read_object(content: bytes, where: str) -> dict[str, Any]:

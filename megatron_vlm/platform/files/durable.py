@@ -13,10 +13,12 @@ from typing import IO, BinaryIO
 from megatron_vlm.config import ConfigError, StorageError
 from megatron_vlm.platform.files.locks import locked
 
-UNFINISHED = ".tmp"
-"""Suffix of a file or folder that is being written."""
-SET_ASIDE = ".being_replaced"
-"""Suffix of a folder that is being replaced; long enough that no user's own folder has it."""
+UNFINISHED = ".megatron_vlm-unfinished"
+"""Suffix of a file or folder that is being written; like the next two, a name that nobody else gives to anything."""
+SET_ASIDE = ".megatron_vlm-replaced"
+"""Suffix of a folder that is being replaced."""
+LOCK = ".megatron_vlm-lock"
+"""Suffix of the lock file of a folder that is being written."""
 _SECONDS_TO_WRITE = 3600.0
 STORAGE_ERRNOS = frozenset(
     (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR, errno.EFBIG)
@@ -105,7 +107,7 @@ def folder_beside(folder: Path, *, is_new: bool = False, replaces: bool = False)
         raise ConfigError("output folder is a mount point", where=str(folder), fix="give a folder inside of it")
     folder.parent.mkdir(parents=True, exist_ok=True)
     # Next to both folders: a lock file inside one of them would be renamed along with it.
-    lock_file = folder.with_name(folder.name + ".lock")
+    lock_file = folder.with_name(folder.name + LOCK)
     with locked(lock_file) as lock:
         if lock is None:
             raise ConfigError("another process writes this folder", where=str(folder), fix="wait for it, or stop it")
@@ -139,7 +141,7 @@ def _filled(folder: Path) -> Iterator[Path]:
 
 
 def replace_folder(folder: Path) -> None:
-    """Rename the finished `folder.tmp` to `folder`; an existing one is set aside first and removed last.
+    """Rename the finished folder beside `folder` to `folder`; an existing one is set aside first and removed last.
 
     A kill at any point leaves the old or the new folder intact; `settle_folder` then puts it in place.
     """
@@ -153,7 +155,7 @@ def replace_folder(folder: Path) -> None:
 def settle_folder(folder: Path) -> None:
     """Finish what a killed `replace_folder` began; only a process that may write `folder` may call it.
 
-    A folder is set aside only once its replacement is finished, so if `folder` is missing, `folder.tmp` is complete.
+    A folder is set aside only once its replacement is finished, so if `folder` is missing, the new one is complete.
     """
     unfinished, old = (folder.with_name(folder.name + ending) for ending in (UNFINISHED, SET_ASIDE))
     if not old.exists():

@@ -1,13 +1,16 @@
 """The card of an export says what its run folders say, and nothing else."""
 
+import math
 import shutil
+from dataclasses import replace
 
 import pytest
 import yaml
 
 from megatron_vlm.checkpoint.run_settings import read_run_settings
+from megatron_vlm.convert.family import find_format
 from megatron_vlm.convert.files.model_card import CARD_NAME, record_checks
-from megatron_vlm.convert.to_hf import export_model
+from megatron_vlm.convert.to_hf import ExportOptions, export_model
 from megatron_vlm.parallel.groups import single_process
 from tests.support.staged_runs import write_stages
 
@@ -40,6 +43,17 @@ def test_the_card_of_a_trained_model(runs, tmp_path):
     assert "| align | mmc4 | images 1 | unknown | unknown | unknown |" in card
     assert "| pretrain | `validation_loss` | 1.2500 |" in card
     assert str(tmp_path) not in card
+
+
+def test_parameters_are_those_of_rows_that_a_token_has(make_run, model_config, tmp_path):
+    model = replace(model_config, language=replace(model_config.language, share_embeddings_and_output_weights=False))
+    table = find_format("vila").rules(model)
+    tensors = [shape for rule in table for _ in rule.layers for shape in rule.their_shapes()]
+    with single_process():
+        export_model(read_run_settings(make_run(model)), tmp_path / "x", ExportOptions(format="vila"))
+    count = f"| parameters | {sum(map(math.prod, tensors)):,} |"
+    assert model.language.padded_vocab_size > model.language.num_token_ids
+    assert count in (tmp_path / "x" / CARD_NAME).read_text()
 
 
 def test_verified_figures_replace_the_remark_that_there_are_none(exported, tmp_path):

@@ -11,6 +11,7 @@ from megatron_vlm.checkpoint.tensors import read_tensor
 from megatron_vlm.config import CheckpointError, UsageError
 from megatron_vlm.config.projectors import make_projector
 from megatron_vlm.convert.export import export
+from megatron_vlm.convert.files.model_card import CARD_NAME
 from megatron_vlm.convert.formats.gguf import check_model
 from megatron_vlm.convert.to_hf import ExportOptions
 from megatron_vlm.data.text.tokenizer import load_tokenizer
@@ -66,9 +67,9 @@ def test_transformers_computes_the_same_logits_of_text(make_run, siglip, exporte
 def test_the_same_bytes_every_time_and_nothing_is_replaced_unasked(make_run, siglip, exported, tmp_path):
     settings = read_run_settings(make_run(siglip()))
     assert "llama-server --model" in export(settings, tmp_path / "again", GGUF)
-    for name in ("model.gguf", "mmproj.gguf"):
+    for name in ("model.gguf", "mmproj.gguf", CARD_NAME):
         assert (tmp_path / "again" / name).read_bytes() == (exported / name).read_bytes()
-    assert len(list((tmp_path / "again").iterdir())) == 2
+    assert len(list((tmp_path / "again").iterdir())) == 3
     with pytest.raises(UsageError, match="again exists; fix: name another one, or add --overwrite"):
         export(settings, tmp_path / "again", GGUF)
 

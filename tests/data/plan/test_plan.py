@@ -12,6 +12,7 @@ import pytest
 from megatron_vlm.config import BlendEntry, DataError, StorageError
 from megatron_vlm.data.plan.image_tokens import ImageTokens
 from megatron_vlm.data.plan.plan import build_plan, hash_plan, open_plan, plan_rows
+from megatron_vlm.platform.files.durable import UNFINISHED
 from tests.support.lengths import Lengths, make_dataset, make_settings
 
 
@@ -79,7 +80,7 @@ def test_second_build_opens_the_first(datasets, tmp_path):
 def test_what_a_killed_build_left_is_removed(datasets, tmp_path):
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    left = tmp_path / f"0123456789abcdef.{socket.gethostname()}.{gone.pid}.tmp"
+    left = tmp_path / f"0123456789abcdef.{socket.gethostname()}.{gone.pid}{UNFINISHED}"
     left.mkdir()
     build_plan(make_settings(), datasets, tmp_path)
     assert not left.exists()

@@ -17,6 +17,7 @@ from megatron_vlm.data.shards.manifest import REJECTS_FILE, load_manifest, save_
 from megatron_vlm.data.shards.verify import verify_dataset
 from megatron_vlm.data.sources.interleaved.source import InterleavedSource
 from megatron_vlm.data.sources.text import TextSource
+from megatron_vlm.platform.files.durable import UNFINISHED
 from tests.support.preparing import content, prepare_array
 
 
@@ -89,13 +90,13 @@ def test_merged_again_is_left_alone(texts, tokenizer_path, tmp_path):
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "joined").iterdir()}
     assert merge_datasets(tmp_path / "joined", parts) == first
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "joined").iterdir()} == before
-    assert not (tmp_path / "joined.tmp").exists()
+    assert not (tmp_path / f"joined{UNFINISHED}").exists()
 
 
 def test_what_an_interrupted_merge_left_is_replaced(texts, tokenizer_path, tmp_path):
     parts = prepare_array(text_job(texts, tokenizer_path, tmp_path / "joined"), 2)
-    (tmp_path / "joined.tmp").mkdir()
-    (tmp_path / "joined.tmp" / "00000.bin").write_text("half")
+    (tmp_path / f"joined{UNFINISHED}").mkdir()
+    (tmp_path / f"joined{UNFINISHED}" / "00000.bin").write_text("half")
     merge_datasets(tmp_path / "joined", parts)
     assert list(verify_dataset(tmp_path / "joined")) == []
 
@@ -174,7 +175,7 @@ def test_output_with_something_else_is_refused_and_kept(texts, tokenizer_path, t
     with pytest.raises(ConfigError, match="output folder holds something else"):
         merge_datasets(tmp_path / "joined", parts)
     assert [path.name for path in (tmp_path / "joined").iterdir()] == ["thesis.tex"]
-    assert not (tmp_path / "joined.tmp").exists()
+    assert not (tmp_path / f"joined{UNFINISHED}").exists()
 
 
 def test_another_file_system_is_a_storage_error_that_says_so(texts, tokenizer_path, tmp_path, monkeypatch):

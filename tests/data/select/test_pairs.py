@@ -12,6 +12,7 @@ import pytest
 from megatron_vlm.config import ConfigError, DataError, StorageError, UsageError
 from megatron_vlm.data.select import pairs as select_module
 from megatron_vlm.data.select.pairs import SelectRules, parse_count, select_pairs
+from megatron_vlm.platform.files.durable import UNFINISHED
 from megatron_vlm.platform.launch.exit_status import shorten
 
 B32, L14 = "clip_similarity_vitb32", "clip_similarity_vitl14"
@@ -209,8 +210,8 @@ def test_file_given_twice_is_refused(tmp_path):
 
 def test_output_that_is_not_empty_is_refused_and_left_overs_are_replaced(tmp_path):
     path = write_table(tmp_path / "a.parquet", [0.1])
-    (tmp_path / "out.tmp").mkdir()
-    (tmp_path / "out.tmp" / "half.parquet").write_text("x")
+    (tmp_path / f"out{UNFINISHED}").mkdir()
+    (tmp_path / f"out{UNFINISHED}" / "half.parquet").write_text("x")
     select_pairs((path,), tmp_path / "out", by_score(top=1))
     assert {entry.name for entry in (tmp_path / "out").iterdir()} == {"a.parquet", "_report.json", "_scores.png"}
     with pytest.raises(ConfigError, match="output folder is not empty"):

@@ -25,6 +25,7 @@ from megatron_vlm.data.sources.image_store import ImageReader
 from megatron_vlm.data.sources.instructions.conversations import ConversationSource
 from megatron_vlm.data.sources.interleaved.source import InterleavedSource
 from megatron_vlm.data.sources.interleaved.tars import InterleavedTarSource
+from megatron_vlm.platform.files.durable import UNFINISHED
 from tests.support.preparing import content
 
 
@@ -259,7 +260,7 @@ def test_no_two_processes_write_one_unfinished_tar(job, monkeypatch):
     monkeypatch.setattr(os, "replace", lambda source, target: (written.append(source.name), replace(source, target)))
     export_webdataset(job)
     assert [name.split(".")[0] for name in written] == ["00000", "00001"]
-    assert all(f".{os.getpid()}.tmp" in name for name in written)
+    assert all(f".{os.getpid()}{UNFINISHED}" in name for name in written)
 
 
 def test_a_kill_while_the_folder_is_claimed_is_no_obstacle(job):

@@ -12,7 +12,9 @@ import pytest
 
 from megatron_vlm.config import ConfigError, StorageError
 from megatron_vlm.platform.files.durable import (
+    SET_ASIDE,
     STORAGE_ERRNOS,
+    UNFINISHED,
     discard,
     folder_beside,
     folder_once,
@@ -62,11 +64,23 @@ def test_nothing_is_left_of_a_folder_that_failed(tmp_path):
 
 
 def test_what_a_kill_has_left_is_not_taken_over(tmp_path):
-    (tmp_path / "folder.tmp" / "old").mkdir(parents=True)
-    (tmp_path / "folder.tmp" / "rest").write_text("half")
+    (tmp_path / f"folder{UNFINISHED}" / "old").mkdir(parents=True)
+    (tmp_path / f"folder{UNFINISHED}" / "rest").write_text("half")
     with folder_beside(tmp_path / "folder") as unfinished:
         (unfinished / "file").write_text("content")
     assert [entry.name for entry in (tmp_path / "folder").iterdir()] == ["file"]
+
+
+def test_what_a_user_keeps_beside_a_folder_stays(tmp_path):
+    fill(tmp_path / "folder.tmp", "theirs")
+    (tmp_path / "folder.lock").write_text("theirs")
+    before = names(tmp_path)
+    for content in ("old", "new"):
+        with folder_beside(tmp_path / "folder", replaces=True) as unfinished:
+            (unfinished / "file").write_text(content)
+    write_durably(tmp_path / "file", b"ours")
+    assert names(tmp_path) == sorted([*before, "file", "folder"])
+    assert (tmp_path / "folder.tmp" / "file").read_text() == "theirs"
 
 
 def test_a_second_process_is_refused_and_harms_nothing(tmp_path):
@@ -96,7 +110,7 @@ def test_what_is_written_stays_where_its_place_was_taken_meanwhile(tmp_path):
     (tmp_path / "folder" / "there").mkdir(parents=True)
     with pytest.raises(OSError, match="not empty"), folder_beside(tmp_path / "folder") as unfinished:
         (unfinished / "file").write_text("content")
-    assert (tmp_path / "folder.tmp" / "file").read_text() == "content"
+    assert (tmp_path / f"folder{UNFINISHED}" / "file").read_text() == "content"
 
 
 def test_a_process_that_comes_when_a_folder_takes_its_place_harms_nothing(tmp_path, monkeypatch):
@@ -172,18 +186,18 @@ def kill_before_call(monkeypatch, number: int) -> None:
 def test_a_replacement_that_was_killed_at_any_step_loses_nothing(tmp_path, monkeypatch, number, content):
     place = tmp_path / "place"
     fill(place, "old")
-    fill(tmp_path / "place.tmp", "new")
+    fill(tmp_path / f"place{UNFINISHED}", "new")
     with monkeypatch.context() as patch:
         kill_before_call(patch, number)
         with pytest.raises(Killed):
             replace_folder(place)
     settle_folder(place)
     assert (place / "file").read_text() == content
-    assert [name for name in names(tmp_path) if name != "place.tmp"] == ["place"]
+    assert [name for name in names(tmp_path) if name != f"place{UNFINISHED}"] == ["place"]
 
 
 def test_the_old_folder_comes_back_where_there_is_no_new_one(tmp_path):
-    fill(tmp_path / "place.being_replaced", "old")
+    fill(tmp_path / f"place{SET_ASIDE}", "old")
     settle_folder(tmp_path / "place")
     assert (tmp_path / "place" / "file").read_text() == "old"
     assert names(tmp_path) == ["place"]
@@ -224,9 +238,9 @@ def test_what_is_discarded_never_becomes_whole_though_its_process_goes_on(tmp_pa
 
 
 def test_leftovers_of_discarding_are_no_obstacle(tmp_path):
-    fill(tmp_path / "folder.tmp", "x")
-    fill(tmp_path / "folder.tmp.gone", "x")
-    discard(tmp_path / "folder.tmp")
+    fill(tmp_path / f"folder{UNFINISHED}", "x")
+    fill(tmp_path / f"folder{UNFINISHED}.gone", "x")
+    discard(tmp_path / f"folder{UNFINISHED}")
     assert names(tmp_path) == []
 
 
@@ -245,7 +259,7 @@ def test_other_errors_stay_as_they_are_where_only_some_are_wanted(tmp_path):
 
 
 def leave_unfinished(folder: Path, name: str, seconds_ago: int = 0) -> Path:
-    path = folder / f"name.{name}.tmp"
+    path = folder / f"name.{name}{UNFINISHED}"
     fill(path, "half")
     os.utime(path, (time.time() - seconds_ago,) * 2)
     return path
