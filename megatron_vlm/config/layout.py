@@ -60,6 +60,8 @@ def derive_layout(config: TrainConfig, world_size: int) -> Layout:
             f"model.language.num_query_groups={language.query_groups} and tensor parallel size {tp} do not divide",
             fix="choose one as a multiple of the other",
         )
+    if parallel.vision_tensor_parallel:
+        config.model.vision.check_tensor_parallel(tp)
     _check_pipeline(config, pp)
     tokens = training.micro_batch_size * config.data.seq_length
     _check_tokens(config)

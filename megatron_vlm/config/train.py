@@ -34,6 +34,9 @@ class ParallelConfig:
     """Ranks that share the positions of every row; keys and values are gathered for attention."""
     sequence_parallel: bool = False
     """Split the activations between tensor-parallel regions along the sequence."""
+    vision_tensor_parallel: bool = False
+    """Split heads and MLPs of the tower over the tensor-parallel ranks, which then encode the same images; otherwise
+    each of them has the whole tower and encodes its share. The projection is whole on every rank either way."""
     num_layers_in_first_pipeline_stage: int | None = None
     """Decoder layers on the stage that also holds the vision tower; None for an even split."""
     pipeline_model_parallel_layout: Spelling | None = None
@@ -99,6 +102,16 @@ class ParallelConfig:
             num_chunks = pp * (self.num_model_chunks or 1)
             counts = (num_layers // num_chunks,) * num_chunks
         return place_layers(counts, pp)
+
+    @property
+    def num_image_shares(self) -> int:
+        """Ranks with the same rows among which the images of a micro-batch are divided."""
+        return self.context_parallel_size * (1 if self.vision_tensor_parallel else self.tensor_model_parallel_size)
+
+    @property
+    def tower_parallel_size(self) -> int:
+        """Ranks over which the tower is split."""
+        return self.tensor_model_parallel_size if self.vision_tensor_parallel else 1
 
     def describe(self, data_parallel_size: int) -> str:
         """Return the sizes in a few words, such as `TP 4 x PP 2 x DP 8`."""

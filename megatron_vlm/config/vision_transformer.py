@@ -19,6 +19,17 @@ from megatron_vlm.config.parameter_sizes import linear_sizes, norm_sizes, prefix
 Activation = Literal["quick_gelu", "gelu", "gelu_tanh", "swiglu"]
 """Activation of the MLP; with swiglu, its first layer has a gate beside it."""
 _EMBEDDINGS = ("class_token", "position_embeddings.weight", "registers")
+# The biases of the other two matrices are added behind the sum over the ranks.
+_SPLIT = tuple(
+    f"decoder.layers.*.{name}"
+    for name in (
+        "self_attention.linear_qkv",
+        "self_attention.[qk]_layernorm",
+        "self_attention.linear_proj.weight",
+        "mlp.linear_fc1",
+        "mlp.linear_fc2.weight",
+    )
+)
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -178,6 +189,29 @@ class VisionTransformerConfig(ABC):
         """The embeddings, which decay would pull towards zero whatever the images."""
         return tuple(name for name in _EMBEDDINGS if name in self.parameter_sizes)
 
+    def check_tensor_parallel(self, size: int) -> None:
+        """Check that each of `size` ranks gets as many heads and as much of the MLP as the others.
+
+        Raises:
+            ConfigError: it does not.
+        """
+        for name in ("num_attention_heads", "ffn_hidden_size"):
+            if getattr(self, name) % size:
+                raise ConfigError(
+                    f"parallel.vision_tensor_parallel cannot split model.vision.{name}={getattr(self, name)} over "
+                    f"tensor_model_parallel_size={size} ranks",
+                    fix="turn it off, or choose a size that divides it",
+                )
+
+    @property
+    def split_parameters(self) -> tuple[str, ...]:
+        """Matrices, their biases where each rank has its own outputs, and the norms of queries and keys."""
+        return _SPLIT
+
+    def summed_numbers(self, patches: Grid) -> int:
+        """Return the outputs of attention and MLP of all layers; the sums in norms of queries and keys are few."""
+        return 2 * self.num_layers_run * (patches.num_patches + self.num_prefix_tokens) * self.hidden_size
+
     def operations(self, patches: Grid) -> Operations:
         """Return the operations for one image with these patches."""
         hidden, layers, tokens = self.hidden_size, self.num_layers_run, patches.num_patches + self.num_prefix_tokens
@@ -187,17 +221,22 @@ class VisionTransformerConfig(ABC):
             attention=layers * 4 * tokens * tokens * hidden,
         )
 
-    def activations(self, patches: Grid, *, learns: bool, recompute: bool) -> Activations:
+    def activations(
+        self, patches: Grid, *, learns: bool, recompute: bool, tensor_parallel_size: int = 1
+    ) -> Activations:
         """Return the activations for one image, with flash attention."""
-        hidden, ffn, special = self.hidden_size, self.ffn_hidden_size, self.architecture
+        hidden, special = self.hidden_size, self.architecture
+        heads, ffn, ffn_inputs = (
+            width / tensor_parallel_size for width in (hidden, self.ffn_hidden_size, self._ffn_inputs)
+        )
         tokens = patches.num_patches + self.num_prefix_tokens
         # Inputs of the two norms and of the activation, query, key, value and output of attention.
-        kept = 6 * hidden + self._ffn_inputs
+        kept = 2 * hidden + 4 * heads + ffn_inputs
         if special.qk_layernorm:  # their inputs, as they are in the product of the QKV projection and copied from it
-            kept += 4 * hidden
+            kept += 4 * heads
         if learns:  # Inputs of the matrices and of LayerScale.
             kept += 2 * hidden + ffn + (2 * hidden if special.layer_scale is not None else 0)
-        layer = Activations(kept=tokens * kept, working=tokens * (self._ffn_inputs + ffn + hidden))
+        layer = Activations(kept=tokens * kept, working=tokens * (ffn_inputs + ffn + hidden))
         layers = layer.times(self.num_layers_run)
         if recompute:
             layers = layer.recomputed(self.num_layers_run, tokens * hidden)

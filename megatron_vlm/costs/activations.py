@@ -123,12 +123,18 @@ def _vision(config: TrainConfig, num_images: float) -> list[Activations]:
     """Return the activations of tower and projection, and of the rows with the image embeddings."""
     model, split = config.model, _split(config.parallel)
     learning = learning_of(model, config.training.freeze)
-    patches, share = model.fixed_patches("the estimate of activations"), _image_share(config.parallel, num_images)
+    parallel, patches = config.parallel, model.fixed_patches("the estimate of activations")
+    share = _image_share(parallel, num_images)
     adapted = model.adapter.parts if model.adapter is not None else ()
     tower_learns, projection_learns, _ = learning.parts
     found = []
     if tower_learns or "vision_model" in adapted:
-        tower = model.vision.activations(patches, learns=tower_learns, recompute=config.training.recompute == "full")
+        tower = model.vision.activations(
+            patches,
+            learns=tower_learns,
+            recompute=config.training.recompute == "full",
+            tensor_parallel_size=parallel.tower_parallel_size,
+        )
         # Layers before the first that learns keep nothing.
         found.append(tower.times(share * (1 if "vision_model" in adapted else learning.shares[0])))
     if found or projection_learns or "vision_projection" in adapted:
@@ -138,7 +144,8 @@ def _vision(config: TrainConfig, num_images: float) -> list[Activations]:
     # its part of a sequence is a view. The decoder counts that part as its input.
     if not learning.layers[0].keeps:
         return found
-    embeddings = share * split.size * model.projection.token_grid(patches).size
+    images = share * parallel.num_image_shares / parallel.context_parallel_size
+    embeddings = images * model.projection.token_grid(patches).size
     rest_of_rows = _positions(config) * (1 - 1 / split.sequence)
     found.append(Activations(kept=(embeddings + rest_of_rows) * model.language.hidden_size))
     return found
@@ -146,7 +153,7 @@ def _vision(config: TrainConfig, num_images: float) -> list[Activations]:
 
 def _image_share(parallel: ParallelConfig, num_images: float) -> float:
     """Return the images that a rank encodes, at most."""
-    return -(-num_images // (parallel.tensor_model_parallel_size * parallel.context_parallel_size))
+    return -(-num_images // parallel.num_image_shares)
 
 
 def _adapter_of_tower(config: TrainConfig, work: Work) -> list[Activations]:

@@ -6,9 +6,9 @@ from itertools import chain
 from megatron_vlm.config import PART_NAMES, ModelConfig, ParallelConfig, TrainConfig
 from megatron_vlm.config.language import LAYER_NAMES
 from megatron_vlm.config.learning import learning_of
-from megatron_vlm.config.patterns import parameter_sizes
+from megatron_vlm.config.patterns import matches_any, parameter_sizes
 
-_LANGUAGE = PART_NAMES[-1]
+_TOWER, _, _LANGUAGE = PART_NAMES
 _EMBEDDING, _OUTPUT = f"{_LANGUAGE}.embedding.word_embeddings.weight", f"{_LANGUAGE}.output_layer.weight"
 
 
@@ -74,7 +74,10 @@ def _of_chunk(
     sizes, tp = parameter_sizes(model), parallel.tensor_model_parallel_size
     found = []
     if is_first:
-        found += [(name, size, name) for name, size in sizes.items() if not name.startswith(f"{_LANGUAGE}.")]
+        split = [f"{_TOWER}.{name}" for name in model.vision.split_parameters if parallel.vision_tensor_parallel]
+        for name, size in sizes.items():
+            if not name.startswith(f"{_LANGUAGE}."):
+                found.append((name, size // (tp if matches_any(split, name) else 1), name))
         found.append((_EMBEDDING, sizes[_EMBEDDING] // tp, _EMBEDDING))
     for layer in layers:
         for inner in LAYER_NAMES:

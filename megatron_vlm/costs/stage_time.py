@@ -158,12 +158,15 @@ def _exchange_of_keys(config: TrainConfig, cluster: Cluster) -> float:
 
 
 def _vision(config: TrainConfig, work: Work, cluster: Cluster) -> tuple[Times, Times]:
-    """Return the times of tower and projection; each rank with the same rows encodes a share of the images."""
-    model, ranks = config.model, _ranks_with_the_same_rows(config)
+    """Return the times of tower and projection; each rank with the same rows encodes a share of the images.
+
+    A rank computes its part of a split tower, adds up its outputs with the others, and then the whole projection.
+    """
+    model, ranks, split = config.model, config.parallel.num_image_shares, config.parallel.tower_parallel_size
     patches, share = model.fixed_patches("the prediction of step times"), -(-work.num_images // ranks)
     adapted = model.adapter.parts if model.adapter is not None else ()
     sizes = model.vision.feature_size, model.language.hidden_size
-    tower, projection = model.vision.operations(patches), model.projection.operations(patches, *sizes)
+    tower, projection = model.vision.operations(patches).times(1 / split), model.projection.operations(patches, *sizes)
     tower_learns, projection_learns, _ = learning_of(model, config.training.freeze).parts
     flows = tower_learns or "vision_model" in adapted
     training = tower.training(learns=tower_learns, input_gradient=False, has_adapter=flows) + projection.training(
@@ -173,15 +176,16 @@ def _vision(config: TrainConfig, work: Work, cluster: Cluster) -> tuple[Times, T
     if flows and config.training.recompute == "full":
         again = tower.forward
     embeddings = _BF16 * share * ranks * model.projection.token_grid(patches).size * model.language.hidden_size
-    gather = cluster.exchange_seconds(embeddings, ranks, stride=1)
+    gather = cluster.exchange_seconds(embeddings, ranks, stride=split)
+    # An all-reduce takes as long as a reduce-scatter and a gather.
+    added = 2 * cluster.exchange_seconds(_BF16 * share * model.vision.summed_numbers(patches), split, stride=1)
     return (
-        Times(tower=cluster.tower_seconds(share * forward), tensor_parallel=gather if share else 0.0),
-        Times(tower=cluster.tower_seconds(share * (training - forward + again))),
+        Times(tower=cluster.tower_seconds(share * forward), tensor_parallel=gather + added if share else 0.0),
+        Times(
+            tower=cluster.tower_seconds(share * (training - forward + again)),
+            tensor_parallel=added * (flows + bool(again)) if share else 0.0,
+        ),
     )
-
-
-def _ranks_with_the_same_rows(config: TrainConfig) -> int:
-    return config.parallel.tensor_model_parallel_size * config.parallel.context_parallel_size
 
 
 def _output(config: TrainConfig, work: Work, cluster: Cluster) -> tuple[Times, Times]:
@@ -205,7 +209,7 @@ def _adapter(config: TrainConfig, stage: int, work: Work, cluster: Cluster) -> t
         return Times(), Times()
     patches = model.fixed_patches("the prediction of step times")
     image_tokens = work.num_images * model.projection.token_grid(patches).size / config.parallel.context_parallel_size
-    share = -(-work.num_images // _ranks_with_the_same_rows(config))
+    share = -(-work.num_images // config.parallel.num_image_shares)
     layers = stage_sizes(config)[stage].num_layers / model.language.num_layers / tp
     forward = backward = 0.0
     for part in model.adapter.parts:

@@ -16,7 +16,6 @@ from megatron_vlm.config.patterns import matches_any, parameter_sizes
 from megatron_vlm.models.computation import Computation
 from megatron_vlm.models.language_model import LanguageModel, language_transformer_config
 from megatron_vlm.models.layers.gradients import RecomputedBlock
-from megatron_vlm.models.layers.image_parallel import ImageGroups
 from megatron_vlm.models.layers.replicas import Replicated, mark_replicated, replica_groups
 from megatron_vlm.models.layers.specs import choose_backend
 from megatron_vlm.models.parameter_names import global_parameters
@@ -70,18 +69,19 @@ def _build_chunk(
     )
     return VisionLanguageModel(
         language_config,
-        vision=_build_vision(model, computation, patches) if first else None,
+        vision=_build_vision(model, parallel, computation, patches) if first else None,
         language_model=language_model,
         image_size=model.vision.image_size,
-        image_groups=ImageGroups.of_this_rank(),
     )
 
 
-def _build_vision(model: ModelConfig, computation: Computation, patches: Grid) -> tuple[Replicated, Replicated]:
+def _build_vision(
+    model: ModelConfig, parallel: ParallelConfig, computation: Computation, patches: Grid
+) -> tuple[Replicated, Replicated]:
     groups, vision, projection = replica_groups(), model.vision, model.projection
     tower_module = find_module("megatron_vlm.models.towers", vision.type, "model.vision.type")
     projector_module = find_module("megatron_vlm.models.projectors", projection.type, "model.projection.type")
-    tower = tower_module.build(vision, computation, groups)
+    tower = tower_module.build(vision, computation, groups.split() if parallel.vision_tensor_parallel else groups)
     projector = projector_module.build(
         projection,
         computation,
@@ -111,7 +111,7 @@ def _adapt(chunk: VisionLanguageModel, model: ModelConfig, frozen: tuple[str, ..
             parameter.of_adapter = is_new  # type: ignore[attr-defined]
             parameter.stays_in_base = not is_new and _in_any_layer(name) not in learning  # type: ignore[attr-defined]
     if chunk.pre_process:
-        mark_replicated(chunk.vision_model)
+        mark_replicated(chunk.vision_model, is_split=chunk.vision_model.groups.tensor.size() > 1)
         mark_replicated(chunk.vision_projection)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megatron_vlm.models.language_model import LanguageModel
 from megatron_vlm.models.layers.image_parallel import ImageGroups, gather_features
+from megatron_vlm.models.layers.replicas import Replicated
 
 
 def merge_image_embeddings(text: Tensor, image: Tensor, image_token_index: Tensor) -> Tensor:
@@ -47,26 +48,25 @@ class VisionLanguageModel(MegatronModule):
         vision: tower and projection; None on later stages.
         language_model: the decoder layers of this stage.
         image_size: side of the square input image of the tower [pixels].
-        image_groups: the ranks that divide the images of a micro-batch among them.
     """
 
-    vision_model: MegatronModule
-    vision_projection: MegatronModule
+    vision_model: Replicated
+    vision_projection: Replicated
 
     def __init__(
         self,
         config: TransformerConfig,
         *,
-        vision: tuple[MegatronModule, MegatronModule] | None,
+        vision: tuple[Replicated, Replicated] | None,
         language_model: LanguageModel,
         image_size: int,
-        image_groups: ImageGroups,
     ) -> None:
         super().__init__(config=config)
         if vision is not None:
             self.vision_model, self.vision_projection = vision
+            self.image_groups = ImageGroups.of_this_rank(self.vision_model.groups)
         self.language_model = language_model
-        self.image_size, self.image_groups, self.tp_group = image_size, image_groups, image_groups.tensor
+        self.image_size, self.tp_group = image_size, language_model.pg_collection.tp
         # megatron-core's schedules, gradient reduction and checkpoints read these from the outermost module.
         self.model_type = ModelType.encoder_or_decoder
         self.pre_process, self.post_process = language_model.pre_process, language_model.post_process

@@ -30,12 +30,16 @@ class RankLayout:
     dp_size: int
     """Data-parallel ranks have different rows; context-parallel ranks share theirs and do not count as such."""
 
-    @property
-    def image_share(self) -> ImageShare:
-        """The images of a micro-batch that this rank encodes, if it holds the tower.
+    def image_share(self, *, vision_tensor_parallel: bool = False) -> ImageShare:
+        """Return the images of a micro-batch that this rank encodes, if it holds the tower.
 
         Ranks count along the tensor-parallel group first, as in megatron-core's tensor- and context-parallel group.
+
+        Args:
+            vision_tensor_parallel: the tower is split, so that tensor-parallel ranks encode the same images.
         """
+        if vision_tensor_parallel:
+            return ImageShare(self.cp_rank, self.cp_size)
         return ImageShare(self.cp_rank * self.tp_size + self.tp_rank, self.tp_size * self.cp_size)
 
     @property

@@ -41,7 +41,7 @@ def finish_gradients(model: Sequence[DistributedDataParallel], num_labels: Tenso
 
 
 def average_replicas(model: Sequence[torch.nn.Module]) -> None:
-    """Average the gradients of parts that every tensor-parallel rank holds whole; each saw other images.
+    """Average the gradients of what every tensor-parallel rank holds whole, as `mark_replicated` marks it.
 
     megatron-core copies all of them into one tensor first, which for a tower of six billion parameters takes more
     memory than the activations. Here they stay where they are, and only small ones are copied together.

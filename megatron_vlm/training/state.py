@@ -52,11 +52,12 @@ class TrainState:
 
     def rank_slice(self, *, has_tower: bool = False) -> RankSlice:
         """Return this rank's slice of every global batch; it includes pixels only if the chunk has the tower."""
+        images = self.rank.image_share(vision_tensor_parallel=self.config.parallel.vision_tensor_parallel)
         return RankSlice(
             data_parallel_rank=self.rank.dp_rank,
             data_parallel_size=self.rank.dp_size,
             micro_batch_size=self.config.training.micro_batch_size,
-            image_share=self.rank.image_share if has_tower else None,
+            image_share=images if has_tower else None,
             context_share=self.rank.context_share,
         )
 

@@ -70,6 +70,30 @@ def test_padded_vocabulary_that_tensor_parallelism_does_not_divide_is_refused():
         derive_layout(run_of(tp=3, model=model, global_batch_size=1), 3)
 
 
+def split_tower(tp, **vision):
+    model = tiny_model()
+    model = dataclasses.replace(model, vision=dataclasses.replace(model.vision, **vision))
+    return run_of(tp=tp, model=model, vision_tensor_parallel=True)
+
+
+@pytest.mark.parametrize(
+    ("vision", "message"),
+    [
+        ({}, r"split model\.vision\.num_attention_heads=3 over tensor_model_parallel_size=2 ranks; fix: turn it off"),
+        ({"num_attention_heads": 4, "ffn_hidden_size": 71}, r"cannot split model\.vision\.ffn_hidden_size=71 over"),
+    ],
+)
+def test_tower_that_its_ranks_cannot_split_evenly_is_refused(vision, message):
+    with pytest.raises(ConfigError, match=message):
+        derive_layout(split_tower(2, **vision), 2)
+
+
+def test_tower_that_is_not_split_may_have_any_number_of_heads():
+    assert derive_layout(run_of(tp=2), 2).data_parallel_size == 1
+    assert derive_layout(split_tower(1), 1).data_parallel_size == 1
+    assert derive_layout(split_tower(4, num_attention_heads=4), 4).data_parallel_size == 1
+
+
 def test_fewer_query_groups_than_tensor_parallel_ranks_are_accepted():
     assert derive_layout(run_of(tp=4), 4).data_parallel_size == 1
 

@@ -3,6 +3,7 @@
 import dataclasses
 import weakref
 from collections import Counter
+from functools import partial
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from megatron_vlm.costs.activations import chunks_in_flight, stage_activations
 from megatron_vlm.costs.flops import Work
 from megatron_vlm.models.build import build_model
 from megatron_vlm.models.computation import Computation
+from megatron_vlm.parallel.groups import build_groups
 from tests.support.configs import SEQ_LENGTH, tiny_model, tiny_model_with_tower, tiny_run
 from tests.support.micro_batches import make_micro_batch
 from tests.support.parts import PROJECTOR_NAMES, tiny_projector
@@ -123,6 +125,28 @@ def test_a_trained_tower_keeps_what_autograd_keeps(type, settings, recompute, on
     grid = model.vision.constant_grid
     counted = model.vision.activations(grid, learns=True, recompute=recompute == "full").times(4).kept
     assert found == pytest.approx(FLOAT * counted, rel=TOLERANCE)
+
+
+def kept_by_split_towers() -> list[tuple[int, float]]:
+    """Return what autograd keeps of each tower on one of two ranks, and what is counted."""
+    parallel, found = ParallelConfig(tensor_model_parallel_size=2, vision_tensor_parallel=True), []
+    build_groups(parallel)
+    for type, settings in TINY:
+        # Two heads a rank: one would be normalised where it lies, without the copy that is counted.
+        wide = {"hidden_size": 128, "ffn_hidden_size": 320, "num_attention_heads": 4}
+        vision = (model := tiny_model_with_tower(type, **wide, **settings)).vision
+        (chunk,) = build_model(model, parallel, Computation(), ())
+        pixels = torch.rand(4, 3, vision.image_size, vision.image_size)
+        kept = kept_bytes(partial(chunk.vision_model, pixels), chunk.vision_model)
+        counted = vision.activations(vision.constant_grid, learns=True, recompute=False, tensor_parallel_size=2)
+        found.append((kept, FLOAT * counted.times(4).kept))
+    return found
+
+
+@pytest.mark.distributed
+def test_a_rank_of_a_split_tower_keeps_what_autograd_keeps(workers):
+    for kept, counted in workers.run("tests.costs.test_activations:kept_by_split_towers", 2)[0]:
+        assert kept == pytest.approx(counted, rel=TOLERANCE)
 
 
 @pytest.mark.parametrize("learns", [True, False])

@@ -5,7 +5,8 @@ import pytest
 from megatron_vlm.config.adapters.lora import Config as LoRA
 from megatron_vlm.config.projectors import make_projector
 from megatron_vlm.costs.parameters import stage_sizes
-from tests.support.configs import tiny_model, tiny_run
+from tests.support.configs import tiny_model, tiny_model_with_tower, tiny_run
+from tests.support.vision_towers import TINY
 
 
 def run_of(tp=1, pp=1, dp=1, model=None, training=None, **parallel):
@@ -65,6 +66,16 @@ def test_parameters_are_those_of_each_chunk_of_a_layout(layout, parallel, adapte
         learning = [sum(p.numel() for p in chunk.parameters() if p.requires_grad) for chunk in chunks]
         assert (list(size.learning_by_chunk), size.learning) == (learning, sum(learning))
         assert size.parameters == sum(p.numel() for chunk in chunks for p in chunk.parameters())
+
+
+@pytest.mark.parametrize(("type", "settings"), TINY)
+def test_parameters_of_a_split_tower_are_those_that_a_rank_builds(type, settings, play, tmp_path):
+    model = tiny_model_with_tower(type, num_attention_heads=4, **settings)
+    config = dataclasses.replace(run_of(2, model=model, vision_tensor_parallel=True), run_dir=str(tmp_path))
+    (size,) = stage_sizes(config)
+    found = counted(play(config, 1, 2, step=False))
+    assert (found["vision_model"], found["vision_projection"]) == (size.vision_model, size.vision_projection)
+    assert size.vision_model < 0.75 * stage_sizes(run_of(2, model=model))[0].vision_model
 
 
 @pytest.mark.parametrize("changes", [{"drop_class_token": False}, {"feature_layer": -1}])

@@ -13,6 +13,7 @@ from tests.support.toy_parts import toy_parts
 __all__ = ["toy_parts"]
 
 A100 = Cluster(gpu_name="A100")
+IMAGES = dataclasses.replace(pairs(tiny_run()), num_images=8)
 
 
 def run_of(tp=1, pp=1, freeze=(), recompute="none", **parallel):
@@ -46,6 +47,16 @@ def test_a_frozen_tower_has_no_backward_pass_and_a_trained_one_has():
     assert passes(run_of(freeze=("vision_model", "vision_projection")))[1].tower == 0
     projection = passes(run_of(freeze=("vision_model",)))[1].tower
     assert 0 < projection < passes(run_of())[1].tower
+
+
+def test_ranks_of_a_split_tower_share_its_products_and_exchange_its_outputs():
+    whole, split = (passes(run_of(tp=2, vision_tensor_parallel=on), work=IMAGES) for on in (False, True))
+    for one, other in zip(whole, split, strict=True):
+        # The projection, which both compute for all images, is the difference.
+        assert one.tower < other.tower < 1.5 * one.tower
+        assert other.tensor_parallel > one.tensor_parallel
+    frozen = run_of(tp=2, vision_tensor_parallel=True, freeze=("vision_model", "vision_projection"))
+    assert passes(frozen, work=IMAGES)[1].tensor_parallel < split[1].tensor_parallel
 
 
 def test_a_frozen_decoder_needs_no_gradients_of_weights():

@@ -46,3 +46,12 @@ def test_job_is_not_bound_to_a_device_since_the_last_stage_makes_no_group_of_its
     monkeypatch.setattr(groups, "rank_layout", lambda: None)
     groups.start_distributed(ParallelConfig(), torch.device("cuda", 1), "nccl")
     assert set(given) == {"timeout"}
+
+
+@pytest.mark.parametrize(
+    ("split", "expected"), [(False, [(0, 4), (1, 4), (2, 4), (3, 4)]), (True, [(0, 2)] * 2 + [(1, 2)] * 2)]
+)
+def test_tensor_parallel_ranks_of_a_split_tower_encode_the_same_images(workers, split, expected):
+    ranks = layouts(workers, 4, tensor_model_parallel_size=2, context_parallel_size=2)
+    shares = [rank.image_share(vision_tensor_parallel=split) for rank in ranks]
+    assert [(share.rank, share.size) for share in shares] == expected

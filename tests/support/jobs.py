@@ -110,7 +110,8 @@ def batches_of(
     """Yield this rank's micro-batches of every global batch from iteration `first` on."""
     plan = plan or FixedPlan.of(config)
     size, micro = config.training.global_batch_size, config.training.micro_batch_size
-    share = rank.image_share if rank.is_first_stage else None
+    split = config.parallel.vision_tensor_parallel
+    share = rank.image_share(vision_tensor_parallel=split) if rank.is_first_stage else None
     collation = Collation.from_config(config.model, config.data, position_multiple(config))
     for begin in range(first * size, len(rows), size):
         mine = list(rows[begin : begin + size])[rank.dp_rank :: rank.dp_size]

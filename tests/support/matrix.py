@@ -23,9 +23,11 @@ ROWS_PER_STEP = 12
 NUM_PROCESSES = 8
 
 _ADAPTERS = {"lora": ADAPTER, "expert": ExpertConfig()}
+_FROZEN = {"lora": FROZEN, "expert": FROZEN, "frozen": ("vision_model",)}
 _SIZES = {"tp": "tensor_model", "pp": "pipeline_model", "vpp": "virtual_pipeline_model", "cp": "context"}
 _SWITCHES: dict[str, dict[str, Any]] = {
     "sp": {"sequence_parallel": True},
+    "vtp": {"vision_tensor_parallel": True},
     "plain": {"use_distributed_optimizer": False},
     "overlap": OVERLAP,
     "uneven": {"num_layers_in_first_pipeline_stage": 1},
@@ -36,11 +38,16 @@ LAYOUTS = (
     "dp1_selective",
     "dp1_micro2",
     "tp2",
+    "tp2_vtp",
     "tp2_sp",
+    "tp2_sp_vtp",
     "tp4_sp",
+    "tp4_sp_vtp_full",
     "tp2_sp_selective",
     "tp2_dp2_plain",
+    "tp2_vtp_dp2_plain",
     "tp2_sp_dp2_overlap",
+    "tp2_sp_vtp_dp2_overlap",
     "pp2",
     "pp4",
     "pp2_uneven",
@@ -57,6 +64,7 @@ LAYOUTS = (
     "pp2_vpp2_dp3_overlap",
     "pp2_vpp2_dp2_layers2101_overlap",
     "tp2_pp2",
+    "tp2_vtp_pp2",
     "tp2_sp_pp2",
     "tp2_sp_pp2_layers13",
     "tp2_sp_pp2_full",
@@ -75,6 +83,7 @@ LAYOUTS = (
     "cp2_dp2_overlap",
     "cp2_dp3_plain",
     "cp2_tp2",
+    "cp2_tp2_vtp",
     "cp2_tp2_sp",
     "cp2_pp2",
     "cp2_pp2_uneven",
@@ -82,16 +91,22 @@ LAYOUTS = (
     "cp2_pp2_vpp2",
     "cp4_tp2_sp",
     "cp2_tp2_sp_pp2",
+    "cp2_tp2_sp_vtp_pp2",
     "cp2_tp2_pp2_full",
     "pp2_vpp2_layers1210_full",
     "cp2_tp2_sp_dp2_overlap",
+    "cp2_tp2_sp_vtp_dp2_overlap",
     "cp2_pp2_dp2_overlap",
+    "tp2_frozen",
+    "tp2_vtp_frozen",
+    "tp2_sp_vtp_dp2_overlap_frozen",
     "tp2_sp_lora",
     "pp2_lora",
     "pp3_layers022_lora",
     "dp3_overlap_lora",
     "cp2_lora",
     "cp2_tp2_sp_pp2_lora",
+    "tp2_vtp_lora",
     "tp2_sp_expert",
     "dp2_overlap_expert",
     "cp2_expert",
@@ -108,14 +123,15 @@ class Layout:
     world_size: int
     parallel: dict[str, Any]
     training: dict[str, Any]
-    adapter: str
+    variant: str
+    """What learns: an adapter with what is not `_FROZEN`, or all but the tower, or `all`; each has its reference."""
 
     @classmethod
     def named(cls, name: str) -> "Layout":
-        """Return it; every word is a size (`tp2`), a switch (`overlap`), a recomputation or an adapter."""
+        """Return it; every word is a size (`tp2`), a switch (`overlap`), a recomputation or a variant."""
         parallel: dict[str, Any] = {}
         training: dict[str, Any] = {}
-        world_size, adapter = 1, "none"
+        world_size, variant = 1, "all"
         for word in name.split("_"):
             kind, size = re.fullmatch(r"([a-z]+)(\d*)", word).groups()  # type: ignore[union-attr]
             if kind in _SIZES:
@@ -132,11 +148,11 @@ class Layout:
                 training["micro_batch_size"] = int(size)
             elif word in ("full", "selective"):
                 training["recompute"] = word
-            elif word in _ADAPTERS:
-                adapter = word
+            elif word in _FROZEN:
+                variant = word
             else:
                 parallel.update(_SWITCHES[word])
-        return cls(world_size, parallel, training, adapter)
+        return cls(world_size, parallel, training, variant)
 
 
 def rows_of(num_steps: int) -> list[list[int]]:
@@ -172,14 +188,14 @@ class Runs:
 
     def config(self, name: str, run_dir: Path) -> TrainConfig:
         """Return the settings of a run."""
-        layout = Layout.named(name)
-        adapter = _ADAPTERS.get(layout.adapter)
-        freeze = {"freeze": FROZEN} if adapter else {}
+        layout, model = Layout.named(name), tiny_model()
+        vision = dataclasses.replace(model.vision, num_attention_heads=4)  # a head for each tensor-parallel rank
+        freeze = _FROZEN.get(layout.variant, ())
         return tiny_run(
             str(run_dir),
-            model=dataclasses.replace(tiny_model(), adapter=adapter),
+            model=dataclasses.replace(model, vision=vision, adapter=_ADAPTERS.get(layout.variant)),
             parallel=layout.parallel,
-            training={"global_batch_size": ROWS_PER_STEP, **freeze, **layout.training},
+            training={"global_batch_size": ROWS_PER_STEP, "freeze": freeze, **layout.training},
             # Where a gradient is all rounding, as at the biases of keys, Adam would make a whole step of it.
             optimizer={"adam_eps": 1e-5},
         )
@@ -204,12 +220,12 @@ class Runs:
     def trained(self, name: str) -> Steps:
         """Return the five steps of a layout; the checkpoint behind them is at its path."""
         if name not in self._done:
-            self._done[name] = self.steps(name, start=self._initial(Layout.named(name).adapter))
+            self._done[name] = self.steps(name, start=self._initial(Layout.named(name).variant))
         return self._done[name]
 
-    def reference(self, adapter: str) -> Steps:
-        """Return seven steps of one process; a checkpoint behind the fifth is at the path `dp1_<adapter>`."""
-        name = "dp1" if adapter == "none" else f"dp1_{adapter}"
+    def reference(self, variant: str) -> Steps:
+        """Return seven steps of one process; a checkpoint behind the fifth is at the path `one_process(variant)`."""
+        name = one_process(variant)
         key = f"{name} to its end"
         if key not in self._done:
             first = self.trained(name)
@@ -221,16 +237,21 @@ class Runs:
             self._done[key] = Steps(**joined)
         return self._done[key]
 
-    def _initial(self, adapter: str) -> str:
+    def _initial(self, variant: str) -> str:
         """Return the name of the checkpoint that all runs with an adapter, or all without one, start from."""
-        name = f"initial_{adapter}"
+        variant = variant if variant in _ADAPTERS else "all"
+        name = f"initial_{variant}"
         if not self.path(name).exists():
-            run = "dp1" if adapter == "none" else f"dp1_{adapter}"
-            config = self.config(run, self.path(name))
-            if adapter != "none":
-                config = starting_from(config, str(self.path(self._initial("none"))))
+            config = self.config(one_process(variant), self.path(name))
+            if variant != "all":
+                config = starting_from(config, str(self.path(self._initial("all"))))
             self.pool.run("tests.support.jobs:save_initial", 1, config=config)
         return name
+
+
+def one_process(variant: str) -> str:
+    """Return the name of the layout whose runs are the reference of a variant."""
+    return "dp1" if variant == "all" else f"dp1_{variant}"
 
 
 def largest_difference(run: Path, other: Path) -> tuple[float, str]:

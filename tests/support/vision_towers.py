@@ -55,8 +55,8 @@ TINY: tuple[tuple[str, dict[str, Any]], ...] = (
 
 
 def tiny_models() -> list[ModelConfig]:
-    """Return the tiny model with each of the `TINY` towers."""
-    return [tiny_model_with_tower(type, **settings) for type, settings in TINY]
+    """Return the tiny model with each of the `TINY` towers, whose heads two ranks can share."""
+    return [tiny_model_with_tower(type, **{"num_attention_heads": 4, **settings}) for type, settings in TINY]
 
 
 PACKED = ((0, 1), (2, 3), (4, 5), (6,))

@@ -34,7 +34,7 @@ class AdapterConfig(Protocol):
             model: the model without the adapter.
             part: one of `parts`.
             num_layers: decoder layers on that rank.
-            tensor_parallel_size: ranks over which a decoder layer is split; the vision parts are never split.
+            tensor_parallel_size: ranks over which a decoder layer is split.
         """
 
     def operations(self, model: "ModelConfig", part: str, num_positions: float, num_image_tokens: float) -> Operations:

@@ -53,16 +53,33 @@ class TowerConfig(Protocol):
     def no_weight_decay(self) -> tuple[str, ...]:
         """Names of parameters without weight decay, beside all of one dimension; patterns as in `training.freeze`."""
 
+    def check_tensor_parallel(self, size: int) -> None:
+        """Check that the tower can be split over `size` ranks, as `parallel.vision_tensor_parallel` asks for.
+
+        Raises:
+            ConfigError: it cannot; names the setting that is in the way.
+        """
+
+    @property
+    def split_parameters(self) -> tuple[str, ...]:
+        """Names of the parameters that are then split; patterns as in `training.freeze`."""
+
+    def summed_numbers(self, patches: Grid) -> int:
+        """Return how many numbers these ranks add up for one image in a forward pass; in a backward pass, as many."""
+
     def operations(self, patches: Grid) -> Operations:
         """Return the operations for one image with these patches."""
 
-    def activations(self, patches: Grid, *, learns: bool, recompute: bool) -> Activations:
+    def activations(
+        self, patches: Grid, *, learns: bool, recompute: bool, tensor_parallel_size: int = 1
+    ) -> Activations:
         """Return the activations for one image with these patches.
 
         Args:
             patches: of the image.
             learns: whether the weights get gradients; otherwise only those of an adapter inside the tower do.
             recompute: whether the layers are computed again in the backward pass.
+            tensor_parallel_size: ranks over which the tower is split; what follows is for one of them.
         """
 
 

@@ -102,10 +102,28 @@ class Config:
         """Those of the tower."""
         return tuple(f"tower.{name}" for name in self.tower.no_weight_decay)
 
+    def check_tensor_parallel(self, size: int) -> None:
+        """Check the tower."""
+        self.tower.check_tensor_parallel(size)
+
+    @property
+    def split_parameters(self) -> tuple[str, ...]:
+        """Those of the tower."""
+        return tuple(f"tower.{name}" for name in self.tower.split_parameters)
+
+    def summed_numbers(self, patches: Grid) -> int:
+        """Return those of all tiles of an image."""
+        return self.num_tiles * self.tower.summed_numbers(self.tile_grid)
+
     def operations(self, patches: Grid) -> Operations:
         """Return the operations for one image."""
         return self.tower.operations(self.tile_grid).times(self.num_tiles)
 
-    def activations(self, patches: Grid, *, learns: bool, recompute: bool) -> Activations:
+    def activations(
+        self, patches: Grid, *, learns: bool, recompute: bool, tensor_parallel_size: int = 1
+    ) -> Activations:
         """Return the activations for one image; putting tiles together keeps nothing."""
-        return self.tower.activations(self.tile_grid, learns=learns, recompute=recompute).times(self.num_tiles)
+        tile = self.tower.activations(
+            self.tile_grid, learns=learns, recompute=recompute, tensor_parallel_size=tensor_parallel_size
+        )
+        return tile.times(self.num_tiles)

@@ -2,7 +2,8 @@
 
 Each of these ranks, which have the same rows, encodes its own share of the images of a micro-batch, and the features
 are gathered. Every rank holds the whole tower and projection, so they contain no collectives and any number of heads
-works.
+works. A tower that is split over the tensor-parallel ranks sees the same images on each of them, which leaves the
+context-parallel ranks to share them.
 """
 
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
+from megatron_vlm.models.layers.replicas import ReplicaGroups
 from megatron_vlm.parallel.slicing import ImageShare
 
 ProcessGroup = torch.distributed.ProcessGroup
@@ -22,15 +24,21 @@ class ImageGroups:
     """Ranks that share the images of a micro-batch; those of `tensor` are neighbours in `all`."""
 
     tensor: ProcessGroup
-    """With the same positions of the rows."""
+    """With the same positions of the rows; only this rank if the tower is split."""
     context: ProcessGroup
     """With other positions."""
     all: ProcessGroup
 
     @classmethod
-    def of_this_rank(cls) -> "ImageGroups":
-        """Return the groups of megatron-core's parallel state."""
+    def of_this_rank(cls, tower: ReplicaGroups) -> "ImageGroups":
+        """Return the groups of megatron-core's parallel state.
+
+        Args:
+            tower: groups of the tower.
+        """
         tensor, context = parallel_state.get_tensor_model_parallel_group(), parallel_state.get_context_parallel_group()
+        if tower.tensor.size() > 1:
+            return cls(tower.own, context, context)
         together = parallel_state.get_tensor_and_context_parallel_group() if context.size() > 1 else tensor
         return cls(tensor, context, together)
 

@@ -130,7 +130,8 @@ def vision_block_spec(
     layer = torch_layer_spec(AttnMaskType.no_mask, tp_group=tp_group)
     submodules, attention = layer.submodules, layer.submodules.self_attention.submodules
     if architecture.qk_layernorm:
-        attention.q_layernorm = attention.k_layernorm = NormOfAllHeads
+        norm = ModuleSpec(module=NormOfAllHeads, params={"tp_group": tp_group})
+        attention.q_layernorm = attention.k_layernorm = norm
     if not architecture.add_qkv_bias:
         attention.linear_qkv = ColumnLinearWithoutBias
     if architecture.layer_scale is not None:

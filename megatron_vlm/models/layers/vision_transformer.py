@@ -19,7 +19,9 @@ from megatron_vlm.models.layers.replicas import ReplicaGroups, Replicated
 from megatron_vlm.models.layers.specs import vision_block_spec
 
 
-def _transformer_config(vision: VisionTransformerConfig, computation: Computation) -> TransformerConfig:
+def _transformer_config(
+    vision: VisionTransformerConfig, computation: Computation, groups: ReplicaGroups
+) -> TransformerConfig:
     activation: dict[str, Any] = {"activation_func": F.silu, "gated_linear_unit": True}
     if vision.architecture.activation != "swiglu":
         activation = {"activation_func": ACTIVATIONS[vision.architecture.activation]}
@@ -32,6 +34,7 @@ def _transformer_config(vision: VisionTransformerConfig, computation: Computatio
         init_method_std=vision.init_method_std,
         normalization=vision.architecture.normalization,
         add_bias_linear=True,
+        tensor_model_parallel_size=groups.tensor.size(),
         **activation,
         # Recomputing only the attention core saves little in a tower with a few hundred tokens per image.
         **computation.recompute_arguments(selective=False),
@@ -45,17 +48,17 @@ class VisionTransformer(Replicated):
     Args:
         vision_config: settings of the tower.
         computation: precision and recomputation.
-        groups: process groups of the replicas.
+        groups: process groups of the tower.
     """
 
     positions: type[PositionEmbeddings] = PositionEmbeddings
     """How position embeddings become those of an image."""
 
     def __init__(self, vision_config: VisionTransformerConfig, computation: Computation, groups: ReplicaGroups) -> None:
-        config = _transformer_config(vision_config, computation)
+        config = _transformer_config(vision_config, computation, groups)
         super().__init__(config=config)
         self.vision_config = vision_config
-        self.groups, self.tp_group = groups, groups.own
+        self.groups, self.tp_group = groups, groups.tensor
         hidden_size, dtype, special = config.hidden_size, config.params_dtype, vision_config.architecture
         patch, epsilon = vision_config.patch_size, config.layernorm_epsilon
         self.conv1 = torch.nn.Conv2d(3, hidden_size, patch, patch, bias=special.patch_bias, dtype=dtype)
@@ -69,10 +72,10 @@ class VisionTransformer(Replicated):
         self.class_token = self._tokens(1) if special.class_token else None
         self.registers = self._tokens(special.num_registers) if special.num_registers else None
         self.ln_pre = Norm(config, hidden_size, epsilon) if special.pre_norm else None
-        collection = ProcessGroupCollection(tp=groups.own, cp=groups.own, pp=groups.own)
+        collection = ProcessGroupCollection(tp=groups.tensor, cp=groups.own, pp=groups.own)
         self.decoder = TransformerBlock(
             config,
-            vision_block_spec(config, special, groups.own),
+            vision_block_spec(config, special, groups.tensor),
             pre_process=True,
             post_process=False,
             pg_collection=collection,

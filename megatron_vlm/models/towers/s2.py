@@ -33,13 +33,13 @@ class ScaledTower(Replicated):
     Args:
         vision_config: the scales.
         tower: maps float[n, 3, t, t] tiles to float[n, p, c].
-        groups: process groups of the replicas.
+        groups: process groups of the tower.
     """
 
     def __init__(self, vision_config: Config, tower: Replicated, groups: ReplicaGroups) -> None:
         super().__init__(config=tower.config)
         self.vision_config, self.tower = vision_config, tower
-        self.groups, self.tp_group = groups, groups.own
+        self.groups, self.tp_group = groups, groups.tensor
         self._normalise = PixelNormaliser(vision_config.image_mean, vision_config.image_std)
 
     def sharded_state_dict(

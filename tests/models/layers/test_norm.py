@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -57,8 +59,41 @@ def test_a_frozen_rms_norm_passes_the_gradient_on():
 
 
 def test_the_norm_of_all_heads_takes_them_as_one_row():
-    norm = NormOfAllHeads(config_of(), 8, 1e-3)  # 4 heads of 8 channels
+    alone = SimpleNamespace(size=lambda: 1)
+    norm = NormOfAllHeads(config_of(), 8, 1e-3, alone)  # 4 heads of 8 channels
     torch.nn.init.normal_(norm.weight)
     x = torch.randn(5, 2, 4, 3 * 8)[..., :8]  # a part of the product of the QKV projection
     expected = torch.nn.functional.rms_norm(x.flatten(-2), (32,), norm.weight, 1e-3)
     torch.testing.assert_close(norm(x), expected.view(5, 2, 4, 8))
+
+
+def norm_of_split_heads(dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Return output and gradients of this rank's heads, each beside torch's of all heads together."""
+    group, rank, size = torch.distributed.group.WORLD, torch.distributed.get_rank(), torch.distributed.get_world_size()
+    torch.manual_seed(0)
+    norm = NormOfAllHeads(config_of(params_dtype=dtype), 8, 1e-3, group)
+    weight, x, direction = (torch.randn(shape, dtype=dtype) for shape in ((32,), (5, 2, 4, 8), (5, 2, 4, 8)))
+    weight, x = weight.requires_grad_(), x.requires_grad_()
+    heads = slice(rank * 4 // size, (rank + 1) * 4 // size)
+    mine = x.detach()[:, :, heads].clone().requires_grad_()
+    with torch.no_grad():
+        norm.weight.copy_(weight.view(4, 8)[heads].flatten())
+    out = norm(mine)
+    grads = torch.autograd.grad(out, (mine, norm.weight), direction[:, :, heads])
+    whole = torch.nn.functional.rms_norm(x.flatten(-2), (32,), weight, 1e-3).view(x.shape)
+    expected = torch.autograd.grad(whole, (x, weight), direction)
+    return {
+        "output": torch.stack([out, whole[:, :, heads]]).detach(),
+        "gradient": torch.stack([grads[0], expected[0][:, :, heads]]),
+        "weight": torch.stack([grads[1], expected[1].view(4, 8)[heads].flatten()]),
+    }
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_the_norm_of_heads_on_several_ranks_is_that_of_all(workers, dtype, tolerance):
+    for found in workers.run("tests.models.layers.test_norm:norm_of_split_heads", 2, dtype=dtype):
+        for name, (ours, theirs) in found.items():
+            assert ours.dtype == dtype
+            # A number of bf16 has 8 bits, and torch rounds sums of gradients more than once.
+            torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance, msg=name)

@@ -130,11 +130,12 @@ def test_recomputation_changes_no_gradient_of_any_tower(one_rank):
 LAYOUTS = {
     "unpacked": (1, {"rows": UNPACKED}),
     "tp2": (2, {"parallel": TP2, "training": {"recompute": "full"}}),
+    "tp2_split": (2, {"parallel": {**TP2, "vision_tensor_parallel": True}}),
 }
 
 
 @pytest.mark.distributed
-def test_every_tower_is_trained_alike_packed_or_not_and_by_two_ranks_that_share_the_images(workers):
+def test_every_tower_is_trained_alike_packed_or_not_and_by_two_ranks_that_share_images_or_tower(workers):
     job = "tests.support.vision_towers:train_every_tower"
     (expected,) = workers.run(job, 1)
     for name, (size, arguments) in LAYOUTS.items():

@@ -13,6 +13,7 @@ from tests.support.matrix import (
     Layout,
     Runs,
     largest_difference,
+    one_process,
     rows_of,
 )
 from tests.support.pool import WorkerPool
@@ -31,14 +32,9 @@ def runs(tmp_path_factory):
     pool.close()
 
 
-def one_process(name):
-    adapter = Layout.named(name).adapter
-    return "dp1" if adapter == "none" else f"dp1_{adapter}"
-
-
 def before(name):
-    """The layout before this one with the same adapter; the last one for the first."""
-    alike = [other for other in LAYOUTS if Layout.named(other).adapter == Layout.named(name).adapter]
+    """The layout before this one of the same variant; the last one for the first."""
+    alike = [other for other in LAYOUTS if Layout.named(other).variant == Layout.named(name).variant]
     return alike[alike.index(name) - 1]
 
 
@@ -59,17 +55,17 @@ def test_matrix_holds_what_it_must():
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_five_steps_equal_those_of_one_process(runs, name):
-    reference, steps = runs.reference(Layout.named(name).adapter), runs.trained(name)
+    reference, steps = runs.reference(Layout.named(name).variant), runs.trained(name)
     assert steps.sample_ids_shas == reference.sample_ids_shas[:NUM_STEPS]
     assert steps.losses == pytest.approx(reference.losses[:NUM_STEPS], rel=TOLERANCE)
     assert steps.grad_norms == pytest.approx(reference.grad_norms[:NUM_STEPS], rel=TOLERANCE)
-    difference, parameter = largest_difference(runs.path(name), runs.path(one_process(name)))
+    difference, parameter = largest_difference(runs.path(name), runs.path(one_process(Layout.named(name).variant)))
     assert difference <= TOLERANCE, parameter
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_run_of_the_layout_before_goes_on(runs, name):
-    reference, saved = runs.reference(Layout.named(name).adapter), before(name)
+    reference, saved = runs.reference(Layout.named(name).variant), before(name)
     runs.trained(saved)
     steps = runs.steps(name, num_steps=len(reference.losses) - NUM_STEPS, run_dir=runs.path(saved))
     assert steps.sample_ids_shas == reference.sample_ids_shas[NUM_STEPS:]
