@@ -7,7 +7,8 @@ import signal
 import sys
 import tempfile
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -24,6 +25,8 @@ from megatron_vlm.platform.launch.exit_status import (
 )
 from megatron_vlm.platform.launch.job_end import Patience, explain_end, read_reports
 from megatron_vlm.platform.launch.launch import STOP_SIGNALS, NodeJob, find_free_port, run_node
+from megatron_vlm.platform.launch.nodes import NodeLink
+from megatron_vlm.platform.launch.silence import SilenceWatch
 from megatron_vlm.platform.launch.slurm import SlurmNode, read_slurm_node
 from megatron_vlm.platform.log_format import setup_logging
 from megatron_vlm.platform.machine import check_requirements, count_cores, count_visible_gpus
@@ -107,12 +110,14 @@ def _run(args: argparse.Namespace, stop: _EarlyStop) -> int:
             forget_exit_status(status_path, launch_id)
         try:
             _check(config, num_workers=num_workers, num_gpus=num_gpus, num_nodes=slurm.num_nodes if slurm else 1)
-            status = _launch(config, _node_job(args, config, slurm, num_workers), stop)
+            with _link(slurm) as nodes:
+                status, speaks = _launch(config, _node_job(args, config, slurm, num_workers), nodes, stop)
         except Exception as error:
             _record(status_path, replace(describe_error(error), launch_id=launch_id))
             raise
         _record(status_path, replace(status, launch_id=launch_id))
-    _say(status)
+    if speaks:
+        _say(status)
     return status.exit_code
 
 
@@ -155,8 +160,27 @@ def _node_job(args: argparse.Namespace, config: TrainConfig, slurm: SlurmNode | 
     )
 
 
-def _launch(config: TrainConfig, job: NodeJob, stop: _EarlyStop) -> ExitStatus:
-    """Run the ranks of this node and return their combined exit status."""
+@contextmanager
+def _link(slurm: SlurmNode | None) -> Iterator[NodeLink | None]:
+    """Yield the link to the other nodes; None if there are none."""
+    if slurm is None or slurm.num_nodes == 1:
+        yield None
+        return
+    nodes = NodeLink(
+        launch_id=slurm.launch_id,
+        node_rank=slurm.node_rank,
+        address=slurm.master_address,
+        port=slurm.launcher_port,
+    )
+    nodes.open()
+    try:
+        yield nodes
+    finally:
+        nodes.close()
+
+
+def _launch(config: TrainConfig, job: NodeJob, nodes: NodeLink | None, stop: _EarlyStop) -> tuple[ExitStatus, bool]:
+    """Run the ranks of this node; return how the whole job ended, and whether this node is the one to say so."""
     first = job.node_rank * job.num_workers
     if job.num_nodes > 1:
         logger.info(
@@ -171,13 +195,16 @@ def _launch(config: TrainConfig, job: NodeJob, stop: _EarlyStop) -> ExitStatus:
     with tempfile.TemporaryDirectory(prefix="megatron_vlm_") as folder:
         options = ("--report-folder", folder, "--launcher-pid", str(os.getpid()))
         start = time.time()
-        end = run_node(replace(job, command=(*job.command, *options)))
+        minutes = config.parallel.distributed_timeout_minutes
+        watch = SilenceWatch(Path(folder), config.supervision, minutes)
+        end = run_node(replace(job, command=(*job.command, *options)), watch, nodes)
         stop.is_over = True
         patience = Patience(
-            seconds=60 * config.parallel.distributed_timeout_minutes,
+            seconds=60 * minutes,
             last_progress=max(start, _last_written(Path(config.run_dir) / METRICS_NAME)),
         )
-        return explain_end(end, read_reports(Path(folder), range(first, first + job.num_workers)), patience)
+        status = explain_end(end, read_reports(Path(folder), range(first, first + job.num_workers)), patience)
+    return nodes.settle(status) if nodes is not None else (status, True)
 
 
 def _last_written(path: Path) -> float:

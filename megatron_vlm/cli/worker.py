@@ -24,6 +24,7 @@ from megatron_vlm.platform.launch.exit_status import (
     record_exit_status,
     write_exit_status,
 )
+from megatron_vlm.platform.launch.heartbeat import start_beating
 from megatron_vlm.platform.launch.job_end import report_path
 from megatron_vlm.platform.launch.launch import STOP_SIGNALS
 from megatron_vlm.platform.launch.parent import die_with_parent
@@ -41,6 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     config = None
     try:
+        if args.report_folder is not None:
+            start_beating(args.report_folder, rank)
         config = load_config(TrainConfig, args.config, args.overrides)
         setup_logging(rank, world_size, speaking_ranks=_speaking_ranks(config, world_size))
         status = _train(config)

@@ -13,7 +13,7 @@ class ExitCode(enum.IntEnum):
     BAD_DATA = 65
     NUMERIC = 70
     TIMEOUT = 71
-    """A collective did not complete in time: a rank hangs, or the network does."""
+    """A rank was silent for too long, or a collective did not complete in time."""
     STORAGE = 74
     REQUEUE = 75
     CONFIG = 78

@@ -13,6 +13,7 @@ from megatron_vlm.config.objectives import Objective
 from megatron_vlm.config.objectives.language_modelling import Config as LanguageModelling
 from megatron_vlm.config.patterns import adapter_names, check_patterns, parameter_sizes
 from megatron_vlm.config.pipeline import Spelling, check_layout, count_chunks, count_layers, place_layers
+from megatron_vlm.config.supervision import SupervisionConfig
 
 _MIN_TIMEOUT, _MAX_TIMEOUT = 0.01, 100_000.0
 """Of collectives [minutes]."""
@@ -313,6 +314,7 @@ class TrainConfig:
     training: TrainingConfig
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    supervision: SupervisionConfig = field(default_factory=SupervisionConfig)
 
     def __post_init__(self) -> None:
         check_path("run_dir", self.run_dir)

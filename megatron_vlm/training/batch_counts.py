@@ -9,6 +9,7 @@ import torch
 from megatron_vlm.data.loading.batch import VLMBatch
 from megatron_vlm.data.plan.row_hash import HASH_BITS, hash_rows
 from megatron_vlm.parallel.slicing import RankSlice
+from megatron_vlm.platform.launch.heartbeat import beat
 
 
 @dataclass(slots=True)
@@ -46,6 +47,7 @@ class CountedBatches:
         self.batches, self.counts, self.device = batches, counts, device
 
     def __next__(self) -> VLMBatch:
+        beat()
         start = time.perf_counter()
         batch = next(self.batches)
         self.counts.data_wait += time.perf_counter() - start

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from megatron_vlm.data.loading.batch import VLMBatch
+from megatron_vlm.platform.launch.heartbeat import Phase, beat
 from megatron_vlm.training.hook import Hook, running
 from megatron_vlm.training.state import TrainState
 from megatron_vlm.training.step import train_step
@@ -33,9 +34,13 @@ def train(
     if state.iteration >= state.train_iters:
         logger.info("the run is complete: %d of %d iterations are done", state.iteration, state.train_iters)
     with running(hooks, state):
+        beat(Phase.FIRST_STEP, iteration=state.iteration)
         while state.iteration < state.train_iters and state.stop_reason is None:
             metrics = train_step(state, loaders, device=device, stop_requested=stop_requested())
             state.iteration += 1
             state.consumed_samples += state.config.training.global_batch_size
             for hook in hooks:
+                beat(Phase.STEP, iteration=state.iteration)
                 hook.step(state, metrics)
+            beat(Phase.STEP)
+        beat(Phase.SAVE)

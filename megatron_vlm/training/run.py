@@ -13,6 +13,7 @@ from megatron_vlm.data.text.tokenizer_files import read_tokenizer_files
 from megatron_vlm.parallel.groups import RankLayout, start_distributed, stop_distributed
 from megatron_vlm.platform.device import prepare_process, set_deterministic
 from megatron_vlm.platform.files.run_folder import CONFIG_NAME
+from megatron_vlm.platform.launch.heartbeat import Phase, beat
 from megatron_vlm.platform.launch.launch import STOP_SIGNALS
 from megatron_vlm.platform.machine import check_capability
 from megatron_vlm.training.blend import open_training_blend, open_validation_blend
@@ -40,6 +41,7 @@ def run_training(config: TrainConfig) -> str | None:
         torch.set_num_threads(config.training.num_threads)
     with _stop_signals() as stop_requested:
         rank = start_distributed(config.parallel, device)
+        beat()
         try:
             return _run(config, rank, device, stop_requested)
         finally:
@@ -49,7 +51,9 @@ def run_training(config: TrainConfig) -> str | None:
 def _run(config: TrainConfig, rank: RankLayout, device: torch.device, stop_requested: Callable[[], bool]) -> str | None:
     derive_layout(config, rank.world_size)
     blend, validation_blend = open_training_blend(config), open_validation_blend(config)
+    beat()
     state = build_state(config, rank, blend.plan, blend.dataset_names)
+    beat()
     if rank.rank == 0:
         save_config(config, Path(config.run_dir) / CONFIG_NAME)
         # Generation and conversion then need nothing but the run folder.
@@ -68,6 +72,7 @@ def _run(config: TrainConfig, rank: RankLayout, device: torch.device, stop_reque
     try:
         train(state, loaders, hooks, device=device, stop_requested=stop_requested)
     finally:
+        beat(Phase.SAVE)
         for loader in loaders:
             loader.close()
     return state.stop_reason

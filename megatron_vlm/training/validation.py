@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import torch
 from megatron.core.distributed import DistributedDataParallel
 
+from megatron_vlm.platform.launch.heartbeat import Phase, beat
 from megatron_vlm.training.blend import OpenBlend
 from megatron_vlm.training.state import TrainState
 from megatron_vlm.training.step import run_micro_batches
@@ -35,12 +36,14 @@ def validation_losses(
         NumericError: the ranks consumed samples other than the planned ones.
     """
     names = blend.dataset_names
+    beat(Phase.FIRST_STEP)
     losses, labels = [0.0] * len(names), [0.0] * len(names)
     loaders = blend.start_loaders(state, device, start_iteration=0)
     try:
         with torch.no_grad(), _evaluating(state):
             for index in range(blend.plan.num_iterations):
                 totals = _forward(state, blend, loaders, index, device, stop_requested())
+                beat(Phase.STEP)
                 if totals.stop_requested:
                     return None
                 losses = [a + b for a, b in zip(losses, totals.losses, strict=True)]

@@ -152,20 +152,6 @@ def test_killed_rank_ends_the_job_within_five_seconds_and_is_named(project, star
 
 
 @pytest.mark.distributed
-@pytest.mark.slow  # it waits for the timeout, which is long enough for ranks to start on a busy machine
-def test_rank_that_hangs_ends_the_job_after_the_timeout_and_is_named(project, start):
-    process = start("hung", *LONG, "--nproc-per-node", "2", "parallel.distributed_timeout_minutes=0.5")
-    wait_for_iteration(project, "hung", 2)
-    ranks = ranks_of(process)
-    ranks[1].suspend()
-    _, errors = process.communicate(timeout=90)
-    assert process.returncode == exit_status(project, "hung")["exit_code"] == 71
-    (line,) = errors_of(errors)
-    assert "rank 0 waited longer for other ranks" in line
-    assert "still running on this node: rank 1" in line
-
-
-@pytest.mark.distributed
 def test_stopped_run_loses_no_step_and_asks_to_be_requeued(project, start):
     process = start("stopped", *LONG, "checkpoint.save_interval=100000", "--nproc-per-node", "2")
     wait_for_iteration(project, "stopped", 2)

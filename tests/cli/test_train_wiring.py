@@ -32,7 +32,7 @@ def launched(project, monkeypatch):
     def launch(environment=None, *overrides, nproc=None, num_gpus=0, exit_code=0):
         jobs = []
 
-        def run_node(job):
+        def run_node(job, watch, nodes):
             jobs.append(job)
             return NodeEnd(workers=(WorkerEnd(rank=0, pid=1, exit_code=exit_code),), stop_signal=None)
 

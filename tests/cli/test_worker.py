@@ -17,6 +17,7 @@ def rank(project, monkeypatch, tmp_path):
     """Run the worker in this process: `rank(train, *arguments)`; `train(config)` stands for the training."""
     monkeypatch.setattr(worker, "setup_logging", lambda *args, **settings: None)
     monkeypatch.setattr(faulthandler, "enable", lambda: None)
+    monkeypatch.setattr(worker, "start_beating", lambda folder, rank: None)
     monkeypatch.setattr(signal, "signal", lambda number, handler: None)
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("WORLD_SIZE", "4")

@@ -1,12 +1,14 @@
 """Real jobs that are stopped, killed and frozen: how they end, how fast, and what they say."""
 
+import os
 import signal
+import time
 
 import psutil
 import pytest
 
 from tests.support.project import make_project
-from tests.support.training_jobs import LONG, errors_of, exit_status, started_jobs, wait_for_iteration
+from tests.support.training_jobs import LONG, errors_of, exit_status, ranks_of, started_jobs, wait_for_iteration
 
 pytestmark = [pytest.mark.faults, pytest.mark.distributed]
 
@@ -50,3 +52,125 @@ def test_signal_to_one_rank_stops_the_job_like_one_to_the_launcher(project, star
     psutil.Process(process.pid).children()[1].send_signal(signal.SIGINT)
     process.communicate(timeout=60)
     assert process.returncode == 75
+
+
+HANG = """
+import os, time
+if os.environ.get("RANK") == "1":
+    from megatron_vlm.training.batch_counts import BatchCounts
+    add = BatchCounts.add
+    calls = []
+    def hang_in_the_third_step(self, batch):
+        calls.append(batch)
+        while len(calls) == 5:  # two in a step
+            time.sleep(0.1)
+        add(self, batch)
+    BatchCounts.add = hang_in_the_third_step
+"""
+LIMIT = 10.0
+LIMITS = (f"supervision.step_minutes={LIMIT / 60}", "checkpoint.save_interval=100000")
+
+
+def patched(project, code):
+    """Return the variable that has every process of a job run `code` when it starts."""
+    folder = project.folder / f"patch_{len(list(project.folder.iterdir()))}"
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(code)
+    return {"PYTHONPATH": f"{folder}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+
+
+def ends(process, *, within, code):
+    """Wait for the end of a job and return its one line."""
+    began = time.monotonic()
+    _, errors = process.communicate(timeout=within + 60)
+    assert time.monotonic() - began <= within, errors
+    (line,) = errors_of(errors)
+    assert process.returncode == code, errors
+    return line, errors
+
+
+def test_frozen_rank_is_named_within_its_limit_and_five_seconds(project, start):
+    process = start("frozen", *LONG, *LIMITS, "--nproc-per-node", "2")
+    wait_for_iteration(project, "frozen", 3)
+    rank = ranks_of(process)[1]
+    rank.suspend()
+    line, _ = ends(process, within=LIMIT + 5, code=71)
+    assert f"rank 1 (process {rank.pid}) was silent for 1" in line
+    assert "it is stopped" in line
+    assert exit_status(project, "frozen")["exit_code"] == 71
+
+
+def test_rank_that_hangs_is_named_with_its_stack(project, start):
+    process = start("hangs", *LONG, *LIMITS, "--nproc-per-node", "2", **patched(project, HANG))
+    wait_for_iteration(project, "hangs", 2)
+    line, errors = ends(process, within=LIMIT + 5, code=71)
+    assert "rank 1 (" in line
+    assert "it hangs in sitecustomize.py:" in line
+    assert "in hang_in_the_third_step" in errors
+
+
+def test_frozen_loader_worker_of_the_only_rank_is_named(project, start):
+    process = start("loader", *LONG, *LIMITS, "--nproc-per-node", "1")
+    wait_for_iteration(project, "loader", 3)
+    worker = next(child for child in ranks_of(process)[0].children() if "worker" in " ".join(child.cmdline()))
+    worker.suspend()
+    line, _ = ends(process, within=LIMIT + 7, code=71)  # it had batches ready
+    assert f"process {worker.pid}, which it started, is stopped" in line
+
+
+def two_nodes(start, name, *arguments):
+    step = {
+        "SLURM_JOB_ID": str(time.time_ns() % 10**6),
+        "SLURM_STEP_ID": "0",
+        "SLURM_STEP_NUM_NODES": "2",
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_JOB_NODELIST": "localhost,other",
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+    return [start(name, *LONG, *arguments, "--nproc-per-node", "1", SLURM_NODEID=str(node), **step) for node in (0, 1)]
+
+
+@pytest.mark.parametrize("dead", [0, 1])
+def test_dead_rank_ends_its_node_and_the_other_one_and_is_named_once(project, start, dead):
+    nodes = two_nodes(start, f"dead_{dead}")
+    wait_for_iteration(project, f"dead_{dead}", 3)
+    rank = ranks_of(nodes[dead])[dead]
+    killed = time.monotonic()
+    rank.kill()
+    errors = [node.communicate(timeout=60)[1] for node in nodes]
+    assert time.monotonic() - killed < 10
+    (line,) = [line for text in errors for line in errors_of(text)]
+    assert f"rank {dead} (process {rank.pid}) was killed by SIGKILL" in line
+    assert [node.returncode for node in nodes] == [1, 1]
+    assert exit_status(project, f"dead_{dead}")["rank"] == dead
+
+
+def test_lost_node_is_named(project, start):
+    nodes = two_nodes(start, "lost")
+    wait_for_iteration(project, "lost", 3)
+    members = family(nodes[1])
+    for member in members:
+        member.kill()
+    line, _ = ends(nodes[0], within=12, code=1)
+    assert "node 1 was lost" in line
+    assert not psutil.wait_procs(members[1:], timeout=5)[1]
+
+
+def test_frozen_rank_of_another_node_is_named(project, start):
+    nodes = two_nodes(start, "far", *LIMITS)
+    wait_for_iteration(project, "far", 3)
+    rank = ranks_of(nodes[1])[1]
+    rank.suspend()
+    errors = [node.communicate(timeout=60)[1] for node in nodes]
+    (line,) = [line for text in errors for line in errors_of(text)]
+    assert f"rank 1 (process {rank.pid}) was silent" in line
+    assert [node.returncode for node in nodes] == [71, 71]
+
+
+def test_stop_while_a_node_is_missing_ends_the_job_soon(project, start):
+    (first, second) = two_nodes(start, "missing")
+    second.kill()
+    time.sleep(15)
+    first.send_signal(signal.SIGTERM)
+    first.communicate(timeout=60)
+    assert first.returncode == 75

@@ -1,6 +1,7 @@
 """Real training jobs, which tests watch and disturb."""
 
 import json
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ def started_jobs(project: Project) -> Iterator[Callable[..., subprocess.Popen]]:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            preexec_fn=_hear_interrupts,
         )
         started.append(process)
         return process
@@ -35,6 +37,10 @@ def started_jobs(project: Project) -> Iterator[Callable[..., subprocess.Popen]]:
     for process in started:
         process.kill()
         process.communicate()
+
+
+def _hear_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # which a shell has its background jobs ignore
 
 
 def wait_for_iteration(project: Project, run_dir: str, iteration: int, timeout: float = 90) -> None:

@@ -16,6 +16,8 @@ MAX_LINE = 300
 _PROGRAM = "megatron-vlm"
 # gloo, NCCL, and the store through which the ranks meet.
 _TIMED_OUT = re.compile(r"Timed out waiting \d+ms|collective operation timeout|wait timeout after \d+ms")
+# What gloo and NCCL say when another rank has gone.
+_LOST = re.compile(r"gloo/|Connection (closed|reset|refused)|Broken pipe|ncclRemoteError|NCCL (error|communicator)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,14 +35,18 @@ class ExitStatus:
     """The start of the job that this belongs to; distinguishes a stale file from a fresh one."""
     traceback: str | None = None
     """Traceback of an unforeseen error."""
+    is_symptom: bool = False
+    """Whether this may follow from the end of another rank, such as a lost connection or a wait in vain."""
     unix_time: float = field(default_factory=time.time)
 
     @property
     def severity(self) -> int:
-        """Return how much this explains: a foreseen error precedes a crash or timeout, which may be its consequence."""
+        """Return how much this explains: 4 a foreseen error, 3 a crash or hang, 2 what follows from one, 1 a stop."""
         if self.exit_code in (ExitCode.DONE, ExitCode.REQUEUE, ExitCode.INTERRUPTED):
             return 0 if self.exit_code == ExitCode.DONE else 1
-        return 2 if self.exit_code in (ExitCode.CRASH, ExitCode.TIMEOUT) else 3
+        if self.exit_code in (ExitCode.CRASH, ExitCode.TIMEOUT):
+            return 2 if self.is_symptom else 3
+        return 4
 
 
 def describe_error(error: BaseException) -> ExitStatus:
@@ -54,16 +60,21 @@ def describe_error(error: BaseException) -> ExitStatus:
         fix = "check free space and permissions of the folder"
         return ExitStatus(exit_code=int(ExitCode.STORAGE), message=f"{error.strerror}{where}; fix: {fix}")
     if isinstance(error, RuntimeError) and _TIMED_OUT.search(str(error)):
-        return ExitStatus(
-            exit_code=int(ExitCode.TIMEOUT), message=f"timed out: {str(error).splitlines()[0][:MAX_LINE]}"
-        )
+        message = f"timed out: {str(error).splitlines()[0][:MAX_LINE]}"
+        return ExitStatus(exit_code=int(ExitCode.TIMEOUT), message=message, is_symptom=True)
     text = str(error).strip().splitlines()
     summary = f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
     return ExitStatus(
         exit_code=int(ExitCode.CRASH),
         message=summary,
+        is_symptom=_lost_another_rank(error),
         traceback="".join(traceback.format_exception(type(error), error, error.__traceback__)),
     )
+
+
+def _lost_another_rank(error: BaseException) -> bool:
+    is_of_torch = any(kind.__name__ == "DistError" for kind in type(error).__mro__)
+    return is_of_torch or (isinstance(error, RuntimeError) and _LOST.search(str(error)) is not None)
 
 
 def shorten(error: UserError) -> str:

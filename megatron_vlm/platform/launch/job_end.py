@@ -8,6 +8,7 @@ from pathlib import Path
 from megatron_vlm.config import ExitCode
 from megatron_vlm.platform.launch.exit_status import ExitStatus, read_exit_status
 from megatron_vlm.platform.launch.launch import STOP_SIGNALS, NodeEnd, WorkerEnd
+from megatron_vlm.platform.launch.silence import SilentRank
 
 _CONSEQUENCES = (ExitCode.CRASH, ExitCode.TIMEOUT)
 _ORDERLY_STOP = (ExitCode.DONE, ExitCode.REQUEUE, ExitCode.INTERRUPTED)
@@ -44,8 +45,8 @@ class Patience:
 def explain_end(end: NodeEnd, reports: Mapping[int, ExitStatus], patience: Patience | None = None) -> ExitStatus:
     """Return the status of the whole node.
 
-    A foreseen error takes precedence over a rank that was killed from outside, that over a timeout, and that over a
-    crash, since ranks crash when another one is gone. Among equals, the first one counts.
+    A foreseen error takes precedence. Then counts what happened first of a rank that was killed from outside and a
+    crash; then a rank that hangs; then what follows from any of them: waits in vain, aborts, lost connections.
 
     Args:
         end: the ranks in the order in which they ended.
@@ -57,24 +58,60 @@ def explain_end(end: NodeEnd, reports: Mapping[int, ExitStatus], patience: Patie
         worker for worker in end.workers if worker.exit_code not in _ORDERLY_STOP and not worker.was_killed_here
     ]
     status = _foreseen(failures, reports)
-    if status is None and end.stop_signal is not None and _all_stopped(end, failures):
+    if status is None and end.stop_signal is not None and end.silent is None and _all_stopped(end, failures):
         status = _stopped(end.stop_signal, end.workers, reports)
     if status is None:
-        timed_out = [worker for worker in failures if _is_timeout(worker, patience)]
-        status = (
-            _killed([worker for worker in failures if worker not in timed_out])
-            or _waited(timed_out, end.workers)
-            or _crashed(failures, reports)
-            or _orderly(end.workers, reports)
-        )
+        status = _first_cause(end, failures, reports, patience) or _orderly(end.workers, reports)
     return replace(status, iteration=iteration)
+
+
+def _first_cause(
+    end: NodeEnd, failures: Sequence[WorkerEnd], reports: Mapping[int, ExitStatus], patience: Patience | None
+) -> ExitStatus | None:
+    timed_out = [worker for worker in failures if _is_timeout(worker, patience)]
+    others = [worker for worker in failures if worker not in timed_out]
+    aborts = [worker for worker in others if worker.exit_code == -signal.SIGABRT]
+    own = [worker for worker in others if worker not in aborts and not _is_symptom(worker, reports)]
+    return (
+        _first_death(own, reports)
+        or _silent(end.silent)
+        or _waited(timed_out, end.workers)
+        or _killed(aborts)
+        or _crashed(others, reports)
+    )
+
+
+def _is_symptom(worker: WorkerEnd, reports: Mapping[int, ExitStatus]) -> bool:
+    report = reports.get(worker.rank)
+    return report is not None and report.is_symptom
+
+
+def _first_death(workers: Sequence[WorkerEnd], reports: Mapping[int, ExitStatus]) -> ExitStatus | None:
+    """Return what ended the first of the ranks that did not end because of another."""
+    killed = [worker for worker in workers if worker.signal_name is not None]
+    told = [worker for worker in workers if worker not in killed and worker.rank in reports]
+    if killed and all(killed[0].unix_time <= reports[worker.rank].unix_time for worker in told):
+        return _killed(killed)
+    return _crashed(told, reports) or _crashed(workers, reports)
+
+
+def _silent(silent: SilentRank | None) -> ExitStatus | None:
+    if silent is None:
+        return None
+    return ExitStatus(
+        exit_code=int(ExitCode.TIMEOUT),
+        message=f"{silent.message}; fix: start the same command again, it resumes from the last checkpoint",
+        rank=silent.rank,
+        traceback=f"{silent.stack.rstrip()}\n" if silent.stack else None,
+        is_symptom=silent.is_waiting,
+    )
 
 
 def _foreseen(failures: Sequence[WorkerEnd], reports: Mapping[int, ExitStatus]) -> ExitStatus | None:
     """Return the first error that has its own exit code."""
     for worker in failures:
         report = reports.get(worker.rank)
-        if report is not None and report.severity == 3:
+        if report is not None and report.severity == 4:
             return report
     for worker in failures:
         if worker.exit_code in set(ExitCode) and worker.exit_code not in _CONSEQUENCES:
@@ -122,6 +159,7 @@ def _killed(failures: Sequence[WorkerEnd]) -> ExitStatus | None:
             message=f"rank {worker.rank} (process {worker.pid}) was killed by {worker.signal_name}; fix: {hint}, then "
             "start the same command again: it resumes from the last checkpoint",
             rank=worker.rank,
+            is_symptom=worker.exit_code == -signal.SIGABRT,
         )
     return None
 
@@ -144,6 +182,7 @@ def _waited(timed_out: Sequence[WorkerEnd], workers: Sequence[WorkerEnd]) -> Exi
         message=f"{what}{others}; fix: start the same command again, it resumes from the last checkpoint; if it "
         "happens again, look at what those ranks and their network do",
         rank=timed_out[0].rank,
+        is_symptom=True,
     )
 
 

@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from types import FrameType
 
 from megatron_vlm.config import ExitCode
+from megatron_vlm.platform.launch.nodes import NodeLink
+from megatron_vlm.platform.launch.silence import SilenceWatch, SilentRank
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +29,8 @@ INTERRUPTS_TO_KILL = 3
 """SIGINTs after which the ranks are killed in the middle of whatever they do."""
 _POLL_SECONDS = 0.05
 _DEATH_SECONDS = 10.0
+_SETUP_STOP_SECONDS = 10.0
+"""After a signal, for ranks that have nothing to save; where they wait in C++ for others, they cannot hear it."""
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 """What asks a rank to save and end; a scheduler or `kill` may send them to every process of the job."""
 FORWARDED_AS = {
@@ -99,6 +103,8 @@ class NodeEnd:
     workers: tuple[WorkerEnd, ...]
     stop_signal: signal.Signals | None
     """The first signal that asked the job to stop; None if there was none."""
+    silent: SilentRank | None = None
+    """The rank at which the job hung; None if it did not."""
 
 
 @dataclass(slots=True)
@@ -106,10 +112,14 @@ class _Supervisor:
     """Processes of this node, by rank."""
 
     job: NodeJob
+    watch: SilenceWatch | None
+    nodes: NodeLink | None
+    silent: SilentRank | None = None
     processes: dict[int, subprocess.Popen] = field(default_factory=dict)
     ends: dict[int, WorkerEnd] = field(default_factory=dict)
     stop_signal: signal.Signals | None = None
     kill_at: float | None = None
+    stop_at: float = 0.0
     is_stop_announced: bool = False
     num_interrupts: int = 0
 
@@ -144,16 +154,36 @@ class _Supervisor:
     def poll(self) -> bool:
         """Collect the ranks that have ended; return whether any is still running."""
         if self.stop_signal is not None and not self.is_stop_announced:
-            self.is_stop_announced = True
+            self.is_stop_announced, self.stop_at = True, time.monotonic()
             again = "; press Ctrl-C twice more to end them at once" if self.stop_signal == signal.SIGINT else ""
             logger.info("%s: the ranks finish their step and save%s", self.stop_signal.name, again)
         for rank, process in list(self.live()):
             exit_code = process.poll()
             if exit_code is not None:
                 self._collect(rank, process, exit_code)
+        if self.nodes is not None:
+            self.nodes.poll()
+        if self.kill_at is None:
+            self._look_further()
         if self.kill_at is not None and time.monotonic() >= self.kill_at:
             self.kill()
         return len(self.ends) < len(self.processes)
+
+    def _look_further(self) -> None:
+        """Find reasons to end ranks that run."""
+        if self.nodes is not None and self.nodes.has_failure:
+            self.kill_at = time.monotonic() + GRACE_SECONDS
+        if self.watch is None:
+            return
+        self.silent = self.watch.look(self._pids())
+        is_deaf = self.is_stop_announced and time.monotonic() >= self.stop_at + _SETUP_STOP_SECONDS
+        if self.silent is not None or (is_deaf and self.watch.is_setting_up()):
+            self.kill_at = time.monotonic()
+        if self.silent is not None and self.nodes is not None:
+            self.nodes.tell_failure()
+
+    def _pids(self) -> dict[int, int]:
+        return {rank: process.pid for rank, process in self.live()}
 
     def _collect(self, rank: int, process: subprocess.Popen, exit_code: int, *, was_killed_here: bool = False) -> None:
         self.ends[rank] = WorkerEnd(rank=rank, pid=process.pid, exit_code=exit_code, was_killed_here=was_killed_here)
@@ -161,6 +191,10 @@ class _Supervisor:
             return
         self.kill_at = time.monotonic() + GRACE_SECONDS
         _kill_group(process.pid)  # the processes that the rank started
+        if self.nodes is not None:
+            self.nodes.tell_failure()
+        if exit_code == ExitCode.TIMEOUT and self.watch is not None:
+            self.silent = self.watch.find_culprit(self._pids())
 
     def kill(self) -> None:
         """Kill every remaining rank, with all processes that it started."""
@@ -171,13 +205,18 @@ class _Supervisor:
             self._collect(rank, process, _wait_for_death(rank, process), was_killed_here=True)
 
 
-def run_node(job: NodeJob) -> NodeEnd:
+def run_node(job: NodeJob, watch: SilenceWatch | None = None, nodes: NodeLink | None = None) -> NodeEnd:
     """Run the ranks of this node until all have ended.
 
     Signals are forwarded according to `FORWARDED_AS`; the ranks decide what they mean. After the first failure, the
     other ranks have `GRACE_SECONDS`. Call this from the main thread.
+
+    Args:
+        job: the ranks to start.
+        watch: ends them if one is silent for too long; None: nothing does.
+        nodes: ends them if a rank of another node fails; None: there is no other node.
     """
-    supervisor = _Supervisor(job)
+    supervisor = _Supervisor(job, watch, nodes)
     with _signals_to(supervisor):
         try:
             supervisor.start()
@@ -185,7 +224,8 @@ def run_node(job: NodeJob) -> NodeEnd:
                 time.sleep(_POLL_SECONDS)
         finally:
             supervisor.kill()  # none remains, unless this function itself failed
-    return NodeEnd(workers=tuple(supervisor.ends.values()), stop_signal=supervisor.stop_signal)
+    workers = tuple(supervisor.ends.values())
+    return NodeEnd(workers=workers, stop_signal=supervisor.stop_signal, silent=supervisor.silent)
 
 
 @contextmanager

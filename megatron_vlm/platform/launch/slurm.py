@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from megatron_vlm.config import ConfigError
 
 # Below Linux's ephemeral ports (from 32768) and above the services of a typical compute node.
-_FIRST_PORT, _NUM_PORTS = 15000, 15000
+_FIRST_PORT, _NUM_PORTS = 15000, 8500
 _HOST = re.compile(r"(?:[^\[\],\s]|\[[^\[\]]*\])+")
 _BRACKET = re.compile(r"\[([^\[\],-]+)[^\[\]]*\]")
 
@@ -25,6 +25,8 @@ class SlurmNode:
     """First node of the step."""
     master_port: int
     """Derived from the job and step ids, so that all nodes agree without communication."""
+    launcher_port: int
+    """Where the launchers meet; likewise."""
     num_gpus: int | None
     """GPUs of the job on this node; None if SLURM does not say."""
 
@@ -49,13 +51,15 @@ def read_slurm_node(environment: Mapping[str, str]) -> SlurmNode | None:
     job_id = _read_int(environment, ("SLURM_JOB_ID",))
     step_id = _read_int(environment, ("SLURM_STEP_ID",), default=0)
     node_rank = _read_int(environment, ("SLURM_NODEID",), default=0 if num_nodes == 1 else None)
+    port = _FIRST_PORT + (7 * job_id + step_id) % _NUM_PORTS
     return SlurmNode(
         job_id=job_id,
         launch_id=f"slurm-{job_id}-{step_id}-{environment.get('SLURM_RESTART_COUNT', '0')}",
         num_nodes=num_nodes,
         node_rank=node_rank,
         master_address="127.0.0.1" if num_nodes == 1 else first_host(_node_list(environment)),
-        master_port=_FIRST_PORT + (7 * job_id + step_id) % _NUM_PORTS,
+        master_port=port,
+        launcher_port=port + _NUM_PORTS,
         num_gpus=_read_int(environment, ("SLURM_GPUS_ON_NODE",), default=0) or None,
     )
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from megatron_vlm.checkpoint.background import BackgroundSaves
 from megatron_vlm.checkpoint.save import save_checkpoint
 from megatron_vlm.config import StorageError
+from megatron_vlm.platform.launch.heartbeat import Phase, beat
 from megatron_vlm.training.state import TrainState
 from megatron_vlm.training.step import StepMetrics
 
@@ -40,6 +41,8 @@ class Hook:
         """
         ends = state.stop_reason is not None or state.iteration == state.train_iters
         due = ends or state.iteration == self._retry_at or state.iteration % state.config.checkpoint.save_interval == 0
+        if due:
+            beat(Phase.SAVE)
         if self._background is not None:
             self._attempt(state, self._background.wait if due else self._background.poll)
         if not due:
@@ -51,9 +54,11 @@ class Hook:
             return
         while not self._attempt(state, lambda: save_checkpoint(*what)) and ends:
             time.sleep(_SECONDS_BEFORE_RETRY)
+            beat()
 
     def close(self, state: TrainState) -> None:
         """Let the save in flight finish: after an error of the run, it is the newest valid state."""
+        beat(Phase.SAVE)
         if self._background is not None:
             path = self._background.wait()
             if path is not None and state.is_reporter:

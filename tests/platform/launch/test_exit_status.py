@@ -61,6 +61,15 @@ def test_collective_that_takes_too_long_has_an_exit_code_of_its_own(text):
     assert describe_error(RuntimeError("Connection closed by peer")).exit_code == ExitCode.CRASH
 
 
+def test_what_follows_from_the_loss_of_another_rank_is_a_symptom():
+    for text in ("[../gloo/transport/tcp/pair.cc:541] Connection closed by peer", "NCCL error: remote process exited"):
+        assert describe_error(RuntimeError(text)).is_symptom
+    kind = type("DistNetworkError", (type("DistError", (RuntimeError,), {}),), {})  # as torch's
+    assert describe_error(kind("failed to recv, got 0 bytes")).is_symptom
+    assert not describe_error(RuntimeError("shapes do not match")).is_symptom
+    assert not describe_error(KeyError("Connection closed by peer")).is_symptom
+
+
 def test_interrupt_is_quiet():
     assert describe_error(KeyboardInterrupt()).exit_code == ExitCode.INTERRUPTED
 

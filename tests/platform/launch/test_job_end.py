@@ -1,11 +1,14 @@
 import signal
+from dataclasses import replace
 
 import pytest
 
 from megatron_vlm.config import ExitCode
-from megatron_vlm.platform.launch.exit_status import ExitStatus, write_exit_status
+from megatron_vlm.platform.launch.exit_status import MAX_LINE, ExitStatus, error_line, write_exit_status
+from megatron_vlm.platform.launch.heartbeat import Phase
 from megatron_vlm.platform.launch.job_end import Patience, explain_end, read_reports, report_path
 from megatron_vlm.platform.launch.launch import NodeEnd, WorkerEnd
+from megatron_vlm.platform.launch.silence import SilentRank
 
 
 def end(*exit_codes, stop=None, killed_here=(), unix_time=0.0):
@@ -21,6 +24,10 @@ def report(rank, code, message="", **facts):
     return ExitStatus(exit_code=code, message=message, rank=rank, **facts)
 
 
+def lost(rank):
+    return report(rank, 1, "RuntimeError: connection closed", is_symptom=True)
+
+
 def explained(node_end, *reports, patience=None):
     status = explain_end(node_end, {item.rank: item for item in reports}, patience)
     return status.exit_code, status.message
@@ -31,7 +38,7 @@ def test_all_ranks_done_is_done():
 
 
 def test_error_with_a_name_goes_before_crashes_that_ended_earlier():
-    crash, cause = report(0, 1, "RuntimeError: connection closed"), report(1, 65, "bad shard")
+    crash, cause = lost(0), report(1, 65, "bad shard")
     assert explained(end(1, 65), crash, cause) == (65, "bad shard")
 
 
@@ -40,7 +47,7 @@ def test_error_with_a_name_goes_before_a_killed_rank():
 
 
 def test_killed_rank_is_named_before_the_crashes_it_causes():
-    code, message = explained(end(1, -9), report(0, 1, "RuntimeError: connection closed"))
+    code, message = explained(end(1, -9), lost(0))
     assert code == ExitCode.CRASH
     assert message.startswith("rank 1 (process 101) was killed by SIGKILL; fix: ")
 
@@ -75,7 +82,7 @@ def test_ranks_that_die_of_the_signal_before_they_listen_ask_to_be_requeued():
 
 
 def test_rank_that_loses_its_peers_to_the_signal_is_no_crash():
-    crash = report(1, 1, "RuntimeError: connection closed")
+    crash = lost(1)
     assert explained(end(-10, 1, stop=signal.SIGUSR1), crash)[0] == 75
 
 
@@ -97,7 +104,7 @@ def test_interrupt_is_not_to_be_requeued():
 
 
 def test_ranks_that_the_interrupt_itself_reached_before_they_listened_were_stopped():
-    crash = report(1, 1, "RuntimeError: connection closed")
+    crash = lost(1)
     assert explained(end(-2, 1, stop=signal.SIGINT), crash) == (ExitCode.INTERRUPTED, "stopped by SIGINT")
 
 
@@ -129,7 +136,7 @@ TEN_MINUTES = Patience(seconds=600, last_progress=1000.0)
 
 def test_rank_that_waited_in_vain_is_a_timeout_and_the_one_that_did_not_wait_is_named():
     waited = report(0, 71, "timed out: Timed out waiting 600000ms for recv")
-    code, message = explained(end(71, 1, -9, killed_here=(2,)), waited, report(1, 1, "RuntimeError: connection closed"))
+    code, message = explained(end(71, 1, -9, killed_here=(2,)), waited, lost(1))
     assert code == 71
     assert "rank 0 waited longer for other ranks than parallel.distributed_timeout_minutes; still running on" in message
     assert "this node: rank 2; fix: start the same command again" in message
@@ -154,3 +161,47 @@ def test_what_a_timeout_may_come_from_goes_before_it():
     assert code == 1
     assert "rank 1 (process 101) was killed by SIGKILL" in message
     assert explained(end(71, 74), report(1, 74, "disk full"))[0] == 74
+
+
+def hung(*, is_waiting=False):
+    return SilentRank(
+        rank=1,
+        pid=101,
+        phase=Phase.STEP,
+        iteration=7,
+        seconds=480.2,
+        is_stopped=not is_waiting,
+        is_waiting=is_waiting,
+        state="it is stopped (SIGSTOP or a debugger)",
+        stack="Thread 1",
+    )
+
+
+def test_rank_that_hangs_is_named_with_its_stack_whatever_the_others_say():
+    node_end = replace(end(71, -9, killed_here=(1,)), silent=hung())
+    status = explain_end(node_end, {0: report(0, 71, "timed out")})
+    assert (status.exit_code, status.rank, status.traceback, status.severity) == (71, 1, "Thread 1\n", 3)
+    assert status.message.startswith(
+        "rank 1 (process 101) was silent for 480 s in a step after iteration 7, longer than supervision.step_minutes "
+        "allows: it is stopped (SIGSTOP or a debugger); fix: "
+    )
+    assert len(error_line(status.message)) <= MAX_LINE
+
+
+def test_rank_that_waits_may_wait_for_another_node():
+    assert explain_end(replace(end(-9, killed_here=(0,)), silent=hung(is_waiting=True)), {}).severity == 2
+
+
+def test_hang_while_stopping_is_a_hang():
+    assert explained(replace(end(-9, killed_here=(0,), stop=signal.SIGTERM), silent=hung()))[0] == 71
+
+
+def test_of_a_crash_and_a_kill_the_first_counts():
+    killed = end(-9, 1, unix_time=10.0)
+    assert "was killed by SIGKILL" in explained(killed, report(1, 1, "KeyError: 'x'", unix_time=11.0))[1]
+    assert explained(killed, report(1, 1, "KeyError: 'x'", unix_time=9.0))[1] == "rank 1 crashed: KeyError: 'x'"
+
+
+def test_abort_and_lost_connections_follow_from_a_crash():
+    assert explained(end(-6, 1, 1), report(1, 1, "KeyError: 'x'"), lost(2))[1] == "rank 1 crashed: KeyError: 'x'"
+    assert "was killed by SIGABRT" in explained(end(1, -6), lost(0))[1]

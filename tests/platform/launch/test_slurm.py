@@ -53,11 +53,12 @@ def test_all_nodes_of_a_step_agree_on_address_port_and_launch():
 
 
 def test_jobs_and_steps_get_ports_of_their_own_below_the_ephemeral_ones():
-    ports = [
-        read_slurm_node({**STEP, "SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step)}).master_port
+    nodes = [
+        read_slurm_node({**STEP, "SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step)})
         for job in range(10_000, 10_050)
         for step in range(5)
     ]
+    ports = [port for node in nodes for port in (node.master_port, node.launcher_port)]
     assert len(set(ports)) == len(ports)
     assert all(1024 < port < 32768 for port in ports)
 
