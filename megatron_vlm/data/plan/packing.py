@@ -11,6 +11,8 @@ from megatron_vlm.data.plan.two_budgets import find_kind_patterns
 
 # Longer rows are measured in cells of several tokens, because the search for patterns costs cells x lengths.
 _MAX_CELLS = 8192
+# Spare images of the rows opened for the excess of others, over that excess. Neither is better for all data.
+_ROOM_FOR_EXCESS = (1, 2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +43,8 @@ def pack_samples(
     and so is the order of the samples in a row, so rows are random mixtures.
 
     With a budget of images, the rows are formed as without it. Those with too many images are opened, and with them as
-    many of those with the fewest images as have room for the excess; their samples are packed again under both budgets.
+    many of those with the fewest images as have room for the excess, or for twice the excess. Their samples are packed
+    again under both budgets, and the way that needs fewer rows is taken.
 
     Args:
         lengths: int[n], 1 to seq_length [tokens].
@@ -73,26 +76,39 @@ def _hold_images(
     packed: PackedRows, cells: np.ndarray, row: int, images: ImageBudget, rng: np.random.Generator
 ) -> PackedRows:
     """Pack the samples of rows with too many images again, with those of rows with few; other rows stay."""
-    most, of_samples = images.per_row, images.of_samples
-    if int(of_samples.max()) > most:
-        raise ValueError(f"a sample has {of_samples.max()} images, a row has at most {most}")
-    spare = most - np.add.reduceat(of_samples[packed.order].astype(np.int64), packed.borders[:-1])
-    opened = spare < 0
-    if not opened.any():
+    if int(images.of_samples.max()) > images.per_row:
+        raise ValueError(f"a sample has {images.of_samples.max()} images, a row has at most {images.per_row}")
+    spare = images.per_row - np.add.reduceat(images.of_samples[packed.order].astype(np.int64), packed.borders[:-1])
+    if spare.min() >= 0:
         return packed
-    fewest_first = np.argsort(-spare, kind="stable")
-    opened[fewest_first[: np.searchsorted(np.cumsum(spare[fewest_first]), -spare[opened].sum()) + 1]] = True
-    sizes = np.diff(packed.borders)
+    base = int(images.of_samples.max()) + 1
+    codes, sizes = cells.astype(np.int64) * base + images.of_samples, np.diff(packed.borders)
+    found = []
+    for times in _ROOM_FOR_EXCESS:
+        opened = _rows_to_open(spare, times)
+        counts = np.bincount(codes[packed.order[np.repeat(opened, sizes)]])
+        kinds = np.flatnonzero(counts)
+        patterns = find_kind_patterns(np.stack(np.divmod(kinds, base), axis=1), counts[kinds], (row, images.per_row))
+        found.append((opened, kinds, patterns))
+    opened, kinds, patterns = min(found, key=lambda one: one[2].num_rows - int(one[0].sum()))
     is_opened = np.repeat(opened, sizes)
     again = packed.order[is_opened]
-    codes, kinds, counts = np.unique(
-        cells[again].astype(np.int64) * (most + 1) + of_samples[again], return_inverse=True, return_counts=True
-    )
-    repacked = _place(kinds, find_kind_patterns(np.stack(np.divmod(codes, most + 1), 1), counts, (row, most)), rng)
+    kind_of_code = np.zeros(kinds[-1] + 1, dtype=np.int64)
+    kind_of_code[kinds] = np.arange(len(kinds))
+    repacked = _place(kind_of_code[codes[again]], patterns, rng)
     return PackedRows(
         np.concatenate([packed.order[~is_opened], again[repacked.order]]),
         np.concatenate([[0], np.cumsum(np.concatenate([sizes[~opened], np.diff(repacked.borders)]))]),
     )
+
+
+def _rows_to_open(spare: np.ndarray, times: int) -> np.ndarray:
+    """Return which rows have too many images, and those of most spare images, until these are `times` the excess."""
+    opened = spare < 0
+    most_first = np.argsort(-spare, kind="stable")
+    room = np.cumsum(np.maximum(spare[most_first], 0))
+    opened[most_first[: np.searchsorted(room, -times * spare[opened].sum()) + 1]] = True
+    return opened
 
 
 def packed_utilisation(

@@ -63,3 +63,17 @@ def test_samples_of_many_images_meet_samples_of_much_text():
     # Only three short samples of one image and one of much text fill both budgets.
     found = find_kind_patterns(np.array([[8, 1], [40, 1]]), np.array([30, 10]), (ROW, MOST))
     assert found.num_rows == 10
+
+
+def test_a_budget_near_the_mean_costs_few_rows_though_many_rows_exceed_it():
+    # By length alone, documents of much text fill rows with few images, and pairs are left for rows with many.
+    rng = np.random.default_rng(0)
+    images = np.concatenate([rng.integers(1, 7, 1000), np.ones(4000, dtype=np.int64)])
+    text = np.where(np.arange(5000) < 1000, images * rng.integers(20, 41, 5000), rng.integers(2, 13, 5000))
+    lengths, row, most = images * 36 + text, 1024, 19
+    free = pack_samples(lengths, row, np.random.default_rng(0))
+    per_row = np.add.reduceat(images[free.order], free.borders[:-1])
+    assert most - 1 < per_row.mean() < most
+    assert (per_row > most).mean() > 0.4
+    held = pack_samples(lengths, row, np.random.default_rng(0), ImageBudget(images, most))
+    assert len(held.borders) <= 1.002 * len(free.borders)
