@@ -5,7 +5,6 @@ import logging
 import os
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -24,6 +23,7 @@ from megatron_vlm.platform.launch.exit_status import (
     record_exit_status,
 )
 from megatron_vlm.platform.launch.job_end import Patience, explain_end, read_reports
+from megatron_vlm.platform.launch.job_folder import job_folder
 from megatron_vlm.platform.launch.launch import STOP_SIGNALS, NodeJob, find_free_port, run_node
 from megatron_vlm.platform.launch.nodes import NodeLink
 from megatron_vlm.platform.launch.silence import SilenceWatch
@@ -192,18 +192,18 @@ def _launch(config: TrainConfig, job: NodeJob, nodes: NodeLink | None, stop: _Ea
             job.master_address,
             job.master_port,
         )
-    with tempfile.TemporaryDirectory(prefix="megatron_vlm_") as folder:
-        options = ("--report-folder", folder, "--launcher-pid", str(os.getpid()))
+    with job_folder() as folder:
+        options = ("--report-folder", str(folder), "--launcher-pid", str(os.getpid()))
         start = time.time()
         minutes = config.parallel.distributed_timeout_minutes
-        watch = SilenceWatch(Path(folder), config.supervision, minutes)
+        watch = SilenceWatch(folder, config.supervision, minutes)
         end = run_node(replace(job, command=(*job.command, *options)), watch, nodes)
         stop.is_over = True
         patience = Patience(
             seconds=60 * minutes,
             last_progress=max(start, _last_written(Path(config.run_dir) / METRICS_NAME)),
         )
-        status = explain_end(end, read_reports(Path(folder), range(first, first + job.num_workers)), patience)
+        status = explain_end(end, read_reports(folder, range(first, first + job.num_workers)), patience)
     return nodes.settle(status) if nodes is not None else (status, True)
 
 

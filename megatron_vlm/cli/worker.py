@@ -5,6 +5,7 @@ that a rank spawns import this file again, so it must not import anything heavy 
 """
 
 import argparse
+import atexit
 import faulthandler
 import os
 import signal
@@ -12,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 from megatron_vlm.config import ExitCode, TrainConfig, load_config
 from megatron_vlm.platform.files.metrics import parse_record
@@ -26,6 +28,7 @@ from megatron_vlm.platform.launch.exit_status import (
 )
 from megatron_vlm.platform.launch.heartbeat import start_beating
 from megatron_vlm.platform.launch.job_end import report_path
+from megatron_vlm.platform.launch.job_folder import keep_helpers_in
 from megatron_vlm.platform.launch.launch import STOP_SIGNALS
 from megatron_vlm.platform.launch.parent import die_with_parent
 from megatron_vlm.platform.log_format import setup_logging
@@ -44,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.report_folder is not None:
             start_beating(args.report_folder, rank)
+            keep_helpers_in(args.report_folder)
         config = load_config(TrainConfig, args.config, args.overrides)
         setup_logging(rank, world_size, speaking_ranks=_speaking_ranks(config, world_size))
         status = _train(config)
@@ -123,9 +127,20 @@ def _report(status: ExitStatus, config: TrainConfig | None, report_folder: Path 
         sys.stderr.write(error_line(status.message) + "\n")
 
 
+def _leave(exit_code: int) -> NoReturn:
+    """End this process without taking it to pieces.
+
+    Python would free every object of torch and megatron-core first, which takes seconds.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)
+
+
 if __name__ == "__mp_main__":
     # A process that this rank spawned, such as megatron-core's checkpoint helper, which would outlive a killed rank.
     die_with_parent(os.getppid())
 
 if __name__ == "__main__":
-    sys.exit(main())
+    _leave(main())

@@ -146,7 +146,7 @@ def test_killed_rank_ends_the_job_within_five_seconds_and_is_named(project, star
     assert time.monotonic() - killed < 5
     assert process.returncode == 1
     (line,) = errors_of(errors)
-    assert f"rank 1 (process {ranks['1'].pid}) was killed by SIGKILL" in line
+    assert f"rank 1 (process {ranks[1].pid}) was killed by SIGKILL" in line
     assert "Traceback" not in errors
     assert exit_status(project, "killed")["message"] in line
 

@@ -18,6 +18,7 @@ def rank(project, monkeypatch, tmp_path):
     monkeypatch.setattr(worker, "setup_logging", lambda *args, **settings: None)
     monkeypatch.setattr(faulthandler, "enable", lambda: None)
     monkeypatch.setattr(worker, "start_beating", lambda folder, rank: None)
+    monkeypatch.setattr(worker, "keep_helpers_in", lambda folder: None)
     monkeypatch.setattr(signal, "signal", lambda number, handler: None)
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("WORLD_SIZE", "4")

@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -100,6 +101,17 @@ def test_frozen_rank_is_named_within_its_limit_and_five_seconds(project, start):
     assert exit_status(project, "frozen")["exit_code"] == 71
 
 
+def test_frozen_rank_is_named_where_the_collectives_of_others_give_up_first(project, start):
+    limits = ("supervision.step_minutes=5", "parallel.distributed_timeout_minutes=0.5")
+    process = start("waited", *LONG, *limits, "--nproc-per-node", "2")
+    wait_for_iteration(project, "waited", 3)
+    rank = ranks_of(process)[1]
+    rank.suspend()
+    line, _ = ends(process, within=30 + 10, code=71)
+    assert f"rank 1 (process {rank.pid}) was silent for" in line
+    assert "longer than parallel.distributed_timeout_minutes allows: it is stopped" in line
+
+
 def test_rank_that_hangs_is_named_with_its_stack(project, start):
     process = start("hangs", *LONG, *LIMITS, "--nproc-per-node", "2", **patched(project, HANG))
     wait_for_iteration(project, "hangs", 2)
@@ -143,6 +155,38 @@ def test_dead_rank_ends_its_node_and_the_other_one_and_is_named_once(project, st
     assert f"rank {dead} (process {rank.pid}) was killed by SIGKILL" in line
     assert [node.returncode for node in nodes] == [1, 1]
     assert exit_status(project, f"dead_{dead}")["rank"] == dead
+
+
+def shared_memory(members):
+    """Return what these processes have left; torch writes their ids into the names."""
+    ids = {str(member.pid) for member in members}
+    return [path.name for path in Path("/dev/shm").iterdir() if ids & set(path.name.split("_"))]
+
+
+def test_run_leaves_nothing_in_the_temporary_folder_or_in_shared_memory(project, start, tmp_path):
+    process = start("clean", "data.num_workers=2", "--nproc-per-node", "2", TMPDIR=str(tmp_path))
+    wait_for_iteration(project, "clean", 1)
+    members = family(process)
+    process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert not list(tmp_path.iterdir())
+    assert not shared_memory(members)
+
+
+def test_no_process_and_no_file_survives_a_kill_of_launcher_and_ranks_and_the_next_run(project, start, tmp_path):
+    arguments = ("data.num_workers=2", "checkpoint.async_save=true", "checkpoint.save_interval=1")
+    process = start("killed", *LONG, *arguments, "--nproc-per-node", "2", TMPDIR=str(tmp_path))
+    wait_for_iteration(project, "killed", 3)
+    everything = family(process)
+    for member in (everything[0], *ranks_of(process).values()):
+        member.kill()
+    process.communicate(timeout=20)
+    assert not psutil.wait_procs(everything, timeout=5)[1]
+    again = start("after", *arguments, "--nproc-per-node", "2", TMPDIR=str(tmp_path))
+    again.communicate(timeout=120)
+    assert again.returncode == 0
+    assert not list(tmp_path.iterdir())
+    assert not shared_memory(everything)
 
 
 def test_lost_node_is_named(project, start):

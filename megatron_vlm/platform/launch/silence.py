@@ -14,8 +14,8 @@ from megatron_vlm.config.supervision import SupervisionConfig
 from megatron_vlm.platform.launch.heartbeat import STACK_SIGNAL, Beat, Phase, read_beat, stack_path
 
 _LOOK_SECONDS = 0.25
-_STACK_SECONDS = 1.0
-"""Time for a rank to write its stack when asked."""
+_STACK_SECONDS = 2.5
+"""Time for a rank to write its stack when asked, on a busy machine."""
 _WRITE_SECONDS = 0.1
 """Time from the first to the last line of a stack."""
 _PY_SPY_SECONDS = 2.0
@@ -47,6 +47,8 @@ class SilentRank:
     """Steps done."""
     seconds: float
     """How long it was silent."""
+    is_over_limit: bool
+    """Whether that was too long; otherwise, another rank gave up waiting first."""
     is_stopped: bool
     """It, or a process that it started, was stopped by a signal."""
     is_waiting: bool
@@ -60,9 +62,10 @@ class SilentRank:
     def message(self) -> str:
         """One line for the user, without what to do about it."""
         doing, key = _DOING[self.phase]
+        limit = f"supervision.{key}" if self.is_over_limit else "parallel.distributed_timeout_minutes"
         return (
             f"rank {self.rank} (process {self.pid}) was silent for {self.seconds:.0f} s in {doing} after iteration "
-            f"{self.iteration}, longer than supervision.{key} allows: {self.state}"
+            f"{self.iteration}, longer than {limit} allows: {self.state}"
         )
 
 
@@ -118,19 +121,20 @@ class SilenceWatch:
         limit = max(self._limits.seconds(seen.beat.phase, self._longest_step) for seen in live.values())
         if all(seen.silence < limit for seen in live.values()):
             return None
-        return self.find_culprit({rank: pids[rank] for rank in pids if live[rank].silence >= limit * _SILENT_WITH_IT})
+        silent = {rank: pids[rank] for rank in pids if live[rank].silence >= limit * _SILENT_WITH_IT}
+        return self.find_culprit(silent, is_over_limit=True)
 
     def is_setting_up(self) -> bool:
         """Return whether no rank has begun its first step, so that there is nothing to save."""
         return all(seen.beat.phase == Phase.SETUP for seen in self._seen.values())
 
-    def find_culprit(self, pids: Mapping[int, int]) -> SilentRank | None:
+    def find_culprit(self, pids: Mapping[int, int], *, is_over_limit: bool = False) -> SilentRank | None:
         """Return the rank among some that the others wait for; None if there are none.
 
         That is one that was stopped, else one that does not wait in a collective, else the one that is behind.
         """
         stacks = _read_stacks(self._folder, pids)
-        found = [self._describe(rank, pid, stacks.get(rank, "")) for rank, pid in pids.items()]
+        found = [self._describe(rank, pid, stacks.get(rank, ""), is_over_limit) for rank, pid in pids.items()]
         return min(
             found,
             key=lambda item: (not item.is_stopped, item.is_waiting, item.iteration, -item.seconds, item.rank),
@@ -139,6 +143,9 @@ class SilenceWatch:
 
     def _listen(self, rank: int, passed: float) -> None:
         seen, beat = self._seen.setdefault(rank, _Seen()), read_beat(self._folder, rank)
+        if beat.count == 0 and seen.beat.count:
+            seen.silence = 0.0  # somebody cleared the temporary folder: nothing is known, so nobody is accused
+            return
         if beat == seen.beat:
             seen.silence += passed
             return
@@ -146,7 +153,7 @@ class SilenceWatch:
             self._longest_step = max(self._longest_step, seen.silence)
         seen.beat, seen.silence = beat, 0.0
 
-    def _describe(self, rank: int, pid: int, stack: str) -> SilentRank:
+    def _describe(self, rank: int, pid: int, stack: str, is_over_limit: bool) -> SilentRank:
         seen = self._seen.get(rank, _Seen())
         stopped = next(_stopped_processes(pid), None)
         frame = _innermost_frame(stack)
@@ -157,6 +164,7 @@ class SilenceWatch:
             phase=seen.beat.phase,
             iteration=seen.beat.iteration,
             seconds=seen.silence,
+            is_over_limit=is_over_limit,
             is_stopped=stopped is not None,
             is_waiting=is_waiting,
             state=_describe_state(pid, stopped, frame, is_waiting=is_waiting),
@@ -203,7 +211,8 @@ def _read_stacks(folder: Path, pids: Mapping[int, int]) -> dict[int, str]:
             with suppress(ProcessLookupError):
                 kill(pids[rank], STACK_SIGNAL)
     deadline = time.monotonic() + _STACK_SECONDS
-    while rest and time.monotonic() < deadline and any(not _written_stack(folder, rank) for rank in rest):
+    able = [rank for rank in rest if pids[rank] not in _stopped_processes(pids[rank])]
+    while time.monotonic() < deadline and any(not _written_stack(folder, rank) for rank in able):
         time.sleep(0.05)
     time.sleep(_WRITE_SECONDS)
     stacks |= {rank: _written_stack(folder, rank) for rank in rest}

@@ -170,6 +170,7 @@ def hung(*, is_waiting=False):
         phase=Phase.STEP,
         iteration=7,
         seconds=480.2,
+        is_over_limit=True,
         is_stopped=not is_waiting,
         is_waiting=is_waiting,
         state="it is stopped (SIGSTOP or a debugger)",

@@ -155,6 +155,14 @@ def test_job_that_was_suspended_as_a_whole_has_not_hung(tmp_path, clock):
     assert clock.pass_(40, watch, {0: 1}) is None
 
 
+def test_rank_whose_file_somebody_removes_is_not_accused(tmp_path, clock):
+    beating(tmp_path, 0, Phase.STEP)
+    watch = watch_of(tmp_path, step_minutes=1, setup_minutes=1)
+    assert clock.pass_(10, watch, {0: 1}) is None
+    (tmp_path / "rank_00000.beat").unlink()
+    assert clock.pass_(3 * MINUTE, watch, {0: 1}) is None
+
+
 def test_set_up_ends_with_the_first_step(tmp_path, clock):
     watch = watch_of(tmp_path)
     clock.pass_(1, watch, {0: 1})
