@@ -10,6 +10,7 @@ from torch import Tensor
 from megatron_vlm.checkpoint.tensors import read_tensor
 from megatron_vlm.config import AdapterConfig, CheckpointError, ModelConfig
 from megatron_vlm.config.modules import find_module, module_names
+from megatron_vlm.convert.family import NO_FORMAT
 
 ADAPTERS = "megatron_vlm.convert.adapters"
 
@@ -35,14 +36,13 @@ def find_adapter(adapter: AdapterConfig) -> AdapterFamily:
     """Return the module of an adapter.
 
     Raises:
-        CheckpointError: no weights of a base do what this adapter does; lists the adapters that can be merged.
+        CheckpointError: no weights of a base do what this adapter does.
     """
-    names = module_names(ADAPTERS)
-    if adapter.type not in names:
+    if adapter.type not in module_names(ADAPTERS):
         raise CheckpointError(
             f"adapter {adapter.type} cannot be merged into the weights of its base",
             where="model.adapter",
-            fix=f"export a model without it, or with one of: {', '.join(names)}",
+            fix=NO_FORMAT,
         )
     return cast(AdapterFamily, find_module(ADAPTERS, adapter.type, "adapter"))
 

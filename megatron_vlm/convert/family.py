@@ -18,6 +18,8 @@ from megatron_vlm.data.text.tokenizer import Tokenizer
 
 FAMILIES = "megatron_vlm.convert.families"
 Part = Literal["language", "vision", "model"]
+NO_FORMAT = "no format holds such a model: keep its checkpoint, which generate and evaluate read"
+"""What to do where nothing can be exported."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -233,7 +235,7 @@ def check_fits(name: str, model: ModelConfig) -> None:
     if reason is None:
         return
     others = formats_that_hold(model)
-    fix = f"export to the format {' or '.join(others)}" if others else "no format holds this model: change its parts"
+    fix = f"export to the format {' or '.join(others)}" if others else NO_FORMAT
     raise CheckpointError(reason, where="model", fix=fix)
 
 

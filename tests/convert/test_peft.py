@@ -11,6 +11,8 @@ from megatron_vlm.checkpoint.folder import find_checkpoint
 from megatron_vlm.checkpoint.run_settings import read_run_settings
 from megatron_vlm.config import CheckpointError, UsageError
 from megatron_vlm.config.adapters.lora import Config
+from megatron_vlm.config.adapters.visual_expert import Config as VisualExpert
+from megatron_vlm.config.projectors import make_projector
 from megatron_vlm.convert.export import export
 from megatron_vlm.convert.files.model_card import CARD_NAME
 from megatron_vlm.convert.from_peft import import_adapter
@@ -79,6 +81,22 @@ def test_the_card_of_an_adapter_counts_what_is_in_the_folder(folder):
     assert "library_name: peft" in card
     assert "| adapter | lora |" in card
     assert "--verify" not in card
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ({"projection": make_projector("mlp_downsample")}, "type mlp_downsample .* fix: export to the format vila$"),
+        (
+            {"adapter": VisualExpert()},
+            "adapter visual_expert, PEFT holds LoRA .* fix: no format .* keep its checkpoint",
+        ),
+    ],
+)
+def test_a_model_that_peft_cannot_adapt_is_refused(adapt, tmp_path, part, message):
+    settings = read_run_settings(adapt())
+    with pytest.raises(CheckpointError, match=message):
+        export(replace(settings, model=replace(settings.model, **part)), tmp_path / "peft", PEFT)
 
 
 @pytest.mark.parametrize("learned", ["vision_projection", ""])

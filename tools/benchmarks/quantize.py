@@ -63,14 +63,14 @@ def quantised(model: PreTrainedModel, sequences: Tensor, recipe: Recipe) -> Iter
             yield names[module], matrix.dequantise()
 
 
-def measure(folder: Path, group_size: int, *, is_symmetric: bool) -> tuple[float, dict[str, float]]:
+def measure(folder: Path, group_size: int, grid: Grid) -> tuple[float, dict[str, float]]:
     """Return the perplexity of the model, and that after each way of quantisation."""
     calibrating, scored = read_sequences(folder, 0, _CALIBRATING), read_sequences(folder, 1, _SCORED)
     exact = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     changed = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     found = {}
     for name, options in _RECIPES.items():
-        recipe = Recipe(grid=Grid(is_symmetric=is_symmetric), group_size=group_size, **options)
+        recipe = Recipe(grid=grid, group_size=group_size, **options)
         changed.load_state_dict(dict(quantised(exact, calibrating, recipe)), strict=False)
         found[name] = perplexity(changed, scored)
     return perplexity(exact, scored), found
@@ -102,11 +102,13 @@ def main() -> int:
     def add(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("folder", type=Path, help="folder of a LlamaForCausalLM")
         parser.add_argument("--group-size", type=int, default=64, help="default: %(default)s, which divides 576")
+        parser.add_argument("--bits", type=int, choices=(3, 4), default=4, help="default: %(default)s")
         parser.add_argument("--symmetric", action="store_true", help="levels as in compressed-tensors")
 
     arguments = parse_arguments(__doc__, add)
     with torch.no_grad():
-        exact, found = measure(arguments.folder, arguments.group_size, is_symmetric=arguments.symmetric)
+        grid = Grid(is_symmetric=arguments.symmetric, bits=arguments.bits)
+        exact, found = measure(arguments.folder, arguments.group_size, grid)
     figures = ", ".join(f"{name} {value:.3f}" for name, value in {"not quantised": exact, **found}.items())
     notes = [f"perplexity: {figures}", describe_versions("torch", "transformers")]
     return report(make_rows(exact, found), arguments.json, notes)

@@ -21,7 +21,7 @@ from megatron_vlm.config import CheckpointError, LanguageConfig, ModelConfig
 from megatron_vlm.config.modules import find_module
 from megatron_vlm.config.towers import TowerConfig, siglip
 from megatron_vlm.convert.adapter import adapter_shapes, read_merged
-from megatron_vlm.convert.family import Described, decoder_family, find_tower_family, formats_that_hold
+from megatron_vlm.convert.family import NO_FORMAT, Described, decoder_family, find_tower_family, formats_that_hold
 from megatron_vlm.convert.files.model_card import CardFormat, write_card
 from megatron_vlm.convert.files.processor import chat_template
 from megatron_vlm.convert.files.tokenizer import KINDS, placeholder_names
@@ -108,7 +108,7 @@ def check_model(model: ModelConfig) -> None:
         reason, where = f"llama.cpp has no projection of type {model.projection.type}", "model.projection"
     if reason is not None:
         others = formats_that_hold(model)
-        fix = f"use --format {' or '.join(others)}" if others else "no other format holds this model either"
+        fix = f"use --format {' or '.join(others)}" if others else NO_FORMAT
         raise CheckpointError(f"the format gguf cannot hold the model: {reason}", where=where, fix=fix)
 
 

@@ -18,7 +18,7 @@ from megatron_vlm.config.adapters import lora
 from megatron_vlm.convert.adapter import adapter_shapes
 from megatron_vlm.convert.adapters.lora import pair_keys, weight_key
 from megatron_vlm.convert.families import llava
-from megatron_vlm.convert.family import Described
+from megatron_vlm.convert.family import NO_FORMAT, Described, check_fits
 from megatron_vlm.convert.files.model_card import CardFormat, write_card
 from megatron_vlm.convert.folder import write_json
 from megatron_vlm.convert.history import read_history
@@ -68,16 +68,19 @@ def export(settings: RunSettings, output: Path, options: ExportOptions) -> str:
 
     Raises:
         UsageError: the folder exists.
-        CheckpointError: the checkpoint is damaged, has no LoRA, or has learned other weights of decoder and tower.
+        CheckpointError: the checkpoint is damaged, has no LoRA or learned other weights of decoder and tower, or
+            transformers' Llava cannot hold the model.
         StorageError: the disk is full or read-only.
     """
     check_output(output, settings.checkpoint, overwrite=options.overwrite)
+    adapter_config = _lora_of(settings)
+    check_fits("llava", settings.model)
     fix = "make room or name another folder"
     with single_process(), storage_errors("export not written", output, only=STORAGE_ERRNOS, fix=fix):
         check_checkpoint(settings.checkpoint, llava.rules(settings.model), adapter_shapes(settings.model))
         adapter = _Export(
             checkpoint=settings.checkpoint,
-            adapter=_lora_of(settings),
+            adapter=adapter_config,
             rules=llava.rules(settings.model),
             has_projection=_learned_projection(settings.checkpoint),
             dtype=None if options.dtype is None else DTYPES[options.dtype],
@@ -99,11 +102,13 @@ def export(settings: RunSettings, output: Path, options: ExportOptions) -> str:
 
 
 def _lora_of(settings: RunSettings) -> lora.Config:
-    if not isinstance(settings.model.adapter, lora.Config):
-        raise CheckpointError(
-            "the model has no LoRA", where=str(settings.checkpoint), fix="export it with --format llava"
+    adapter = settings.model.adapter
+    if not isinstance(adapter, lora.Config):
+        what, fix = (
+            ("no LoRA", "name another --format") if adapter is None else (f"the adapter {adapter.type}", NO_FORMAT)
         )
-    return settings.model.adapter
+        raise CheckpointError(f"the model has {what}, PEFT holds LoRA", where=str(settings.checkpoint), fix=fix)
+    return adapter
 
 
 def _learned_projection(checkpoint: Path) -> bool:
