@@ -78,22 +78,27 @@ class HFFolder:
             files = _list_files(folder)
             self.missing += files.missing
             for file in files.there:
-                for stored in _list_tensors(file):
+                for stored in list_tensors(file):
                     self.stored[rename(prefix + stored.name, renames)] = stored
 
     def read(self, name: str) -> Tensor:
         """Read one tensor.
 
-        The file is opened anew each time, because the pages of a mapped file count as memory of this process.
-
         Args:
             name: as in `stored`, after renaming.
         """
-        stored = self.stored[name]
-        if stored.file.suffix != _SAFETENSORS_SUFFIX:
-            return _load_pickle(stored.file)[stored.name]
-        with safetensors.safe_open(stored.file, "pt") as file:
-            return file.get_tensor(stored.name)
+        return read_stored(self.stored[name])
+
+
+def read_stored(stored: Stored) -> Tensor:
+    """Read one tensor.
+
+    The file is opened anew each time, because the pages of a mapped file count as memory of this process.
+    """
+    if stored.file.suffix != _SAFETENSORS_SUFFIX:
+        return _load_pickle(stored.file)[stored.name]
+    with safetensors.safe_open(stored.file, "pt") as file:
+        return file.get_tensor(stored.name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,12 +157,13 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
-        CheckpointError: missing, damaged, or not an object.
+        CheckpointError: missing, damaged, or not an object; of a folder that is known to be another kind, which.
     """
     try:
         record = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise CheckpointError("file is missing", where=str(path), fix="name a model folder") from None
+    except (FileNotFoundError, NotADirectoryError):
+        error = explain(path.parent) or CheckpointError("file is missing", where=str(path), fix="name a model folder")
+        raise error from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"file cannot be read: {error}", where=str(path), fix="download it again") from None
     if not isinstance(record, dict):
@@ -195,7 +201,12 @@ def rename(name: str, renames: Sequence[tuple[str, str]]) -> str:
     return name
 
 
-def _list_tensors(file: Path) -> list[Stored]:
+def list_tensors(file: Path) -> list[Stored]:
+    """Return the tensors of a safetensors file or a pickled one.
+
+    Raises:
+        CheckpointError: it is damaged, or holds a tensor of a type that torch does not have, or code.
+    """
     if file.suffix == _SAFETENSORS_SUFFIX:
         return list_safetensors(file)
     return [Stored(file, name, tuple(value.shape), value.dtype) for name, value in _load_pickle(file).items()]

@@ -28,7 +28,7 @@ from megatron_vlm.config.towers import innermost
 from megatron_vlm.convert.differences import describe_differences, different_settings
 from megatron_vlm.convert.family import Family, ModelFamily, Part, Parts, family_of
 from megatron_vlm.convert.folder import CONFIG_NAME, HFFolder, common_type, missing_files, read_settings
-from megatron_vlm.convert.foreign import check_plain, explain
+from megatron_vlm.convert.foreign import check_plain
 from megatron_vlm.convert.output import is_model_folder
 from megatron_vlm.convert.processing import at_image_size, resize_positions, with_processing
 from megatron_vlm.convert.projector import find_projector
@@ -166,8 +166,6 @@ def _open_model(folder: Path, tower: Path | None = None) -> tuple[_OpenFolder, M
 
 def _open(path: Path, part: Part, tower: Path | None = None) -> _OpenFolder:
     where = path / CONFIG_NAME
-    if not where.is_file() and (error := explain(path)):
-        raise error
     settings = read_settings(where)
     family = family_of(settings, part, str(where))
     parts = Parts.of_one_folder(path, settings)

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
 from torch import Tensor
 
@@ -18,11 +17,12 @@ from megatron_vlm.config import CheckpointError, ModelConfig, config_to_dict
 from megatron_vlm.config.adapters import lora
 from megatron_vlm.convert.adapters.lora import pair_keys, weight_key
 from megatron_vlm.convert.families import llava
-from megatron_vlm.convert.folder import common_type, list_safetensors, read_json
+from megatron_vlm.convert.folder import common_type, list_tensors, read_json, read_stored
 from megatron_vlm.convert.from_hf import check_new
 from megatron_vlm.convert.peft_names import (
     LORA_A,
     LORA_B,
+    OTHER_NAMES,
     PROJECTOR,
     SETTINGS_NAME,
     WEIGHTS_NAME,
@@ -41,7 +41,8 @@ def import_adapter(folder: Path, base: Path, run_dir: Path) -> ModelConfig:
     same, and the rank the sum of theirs.
 
     Args:
-        folder: adapter_config.json and adapter_model.safetensors.
+        folder: adapter_config.json and adapter_model.safetensors, or pickled files; names as in transformers' Llava, in
+            a LlamaForCausalLM, or in the code of LLaVA and VILA.
         base: the run or checkpoint that holds the weights of the adapted model.
         run_dir: the new run.
 
@@ -125,13 +126,13 @@ class _PeftFolder:
                 where=str(path / SETTINGS_NAME),
                 fix="use a folder with LoRA",
             )
-        file, rules = path / WEIGHTS_NAME, tuple(llava.rules(model))
-        stored = list_safetensors(file)
-        names = {_kind_and_name(entry.name): entry.name for entry in stored}
-        _check_known(names, rules, file)
-        common_type(stored)
-        with safetensors.safe_open(file, "pt") as opened:
-            tensors = {name: opened.get_tensor(name) for name in names.values()}
+        rules = tuple(llava.rules(model))
+        files = [path / name for name in (WEIGHTS_NAME, *OTHER_NAMES) if (path / name).is_file()]
+        stored = {entry.name: entry for file in files or [path / WEIGHTS_NAME] for entry in list_tensors(file)}
+        names = {_kind_and_name(name): name for name in stored}
+        _check_known(names, rules, path)
+        common_type(stored.values())
+        tensors = {name: read_stored(stored[name]) for name in names.values()}
         return cls(path=path, settings=settings, tensors=tensors, names=names, rules=rules)
 
     @property
@@ -207,7 +208,7 @@ def _kind_and_name(name: str) -> tuple[str, str]:
     return kind, from_peft(name)
 
 
-def _check_known(names: Mapping[tuple[str, str], str], rules: tuple[Rule, ...], file: Path) -> None:
+def _check_known(names: Mapping[tuple[str, str], str], rules: tuple[Rule, ...], folder: Path) -> None:
     """Raise CheckpointError if a tensor adapts or replaces something else than the decoder and the projection."""
     keys = {weight_key(target) for target in lora.TARGETS}
     adapted = {name for rule in rules if rule.key in keys for layer in rule.layers for name in rule.names_of(layer)}
@@ -216,7 +217,7 @@ def _check_known(names: Mapping[tuple[str, str], str], rules: tuple[Rule, ...], 
         if name not in (adapted if kind else whole):
             raise CheckpointError(
                 f"tensor {theirs} is neither LoRA of the decoder's linear layers nor the projection's",
-                where=str(file),
+                where=str(folder),
                 fix="merge the adapter with peft and import the whole model",
             )
 

@@ -3,6 +3,8 @@
 from megatron_vlm.convert.folder import rename
 
 SETTINGS_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
+OTHER_NAMES = ("adapter_model.bin", "non_lora_trainables.bin")
+"""Files of older PEFT, and of the code of LLaVA and VILA for what learned beside the pairs."""
 PROJECTOR = "multi_modal_projector"
 """Module of the projection in the table; PEFT saves it whole if it learned."""
 LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
@@ -13,9 +15,13 @@ _IN_MEMORY = (
     (r"language_model\.model\.", "model.language_model."),
     (r"multi_modal_projector\.", "model.multi_modal_projector."),
 )
+# The last three are the names of a LlamaForCausalLM and of the code of LLaVA and VILA.
 _IN_TABLE = (
     (r"model\.language_model\.", "language_model.model."),
     (r"model\.multi_modal_projector\.", "multi_modal_projector."),
+    (r"model\.layers\.", "language_model.model.layers."),
+    (r"model\.mm_projector\.0\.", "multi_modal_projector.linear_1."),
+    (r"model\.mm_projector\.2\.", "multi_modal_projector.linear_2."),
 )
 
 

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_vlm.checkpoint.folder import find_checkpoint
 from megatron_vlm.checkpoint.run_settings import read_run_settings
+from megatron_vlm.checkpoint.tensors import hash_weights
 from megatron_vlm.config import CheckpointError, UsageError
 from megatron_vlm.config.adapters.lora import Config
 from megatron_vlm.config.adapters.visual_expert import Config as VisualExpert
@@ -81,6 +82,23 @@ def test_the_card_of_an_adapter_counts_what_is_in_the_folder(folder):
     assert "library_name: peft" in card
     assert "| adapter | lora |" in card
     assert "--verify" not in card
+
+
+@pytest.mark.parametrize("learned", ["vision_projection", ""])
+def test_a_lora_of_the_code_of_llava_is_read(adapt, base, tmp_path, learned):
+    export(read_run_settings(adapt(learned=learned)), tmp_path / "peft", PEFT)
+    import_adapter(tmp_path / "peft", base, tmp_path / "expected")
+    tensors, pairs, rest = load_file(tmp_path / "peft" / WEIGHTS), {}, {}
+    for name, tensor in tensors.items():
+        theirs = name.replace("model.language_model.", "model.").replace("multi_modal_projector", "mm_projector")
+        theirs = theirs.replace("linear_1", "0").replace("linear_2", "2")
+        (pairs if ".lora_" in name else rest)[theirs] = tensor
+    (tmp_path / "peft" / WEIGHTS).unlink()
+    torch.save(pairs, tmp_path / "peft" / "adapter_model.bin")
+    torch.save(rest, tmp_path / "peft" / "non_lora_trainables.bin")
+    import_adapter(tmp_path / "peft", base, tmp_path / "run")
+    runs = [read_run_settings(tmp_path / name).checkpoint for name in ("expected", "run")]
+    assert hash_weights(runs[0]) == hash_weights(runs[1])
 
 
 @pytest.mark.parametrize(
