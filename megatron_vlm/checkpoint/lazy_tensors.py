@@ -5,6 +5,7 @@ and bytes, so megatron-core loads them like its own.
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,8 +82,15 @@ class _LazyStrategy(SaveShardedStrategy):
         items = [item for key, tensor in self._tensors.items() for item in _write_items(key, tensor)]
         (plan,), metadata = create_default_global_save_plan([SavePlan(items)])
         results: list[WriteResult] = []
-        for number, bucket in enumerate(split_items(plan)):
-            results += self._write_file(Path(checkpoint_dir) / f"__0_{number}.distcp", bucket)
+        # A file is read back while the next one is written: the system still has its pages.
+        with ThreadPoolExecutor(1) as reader:
+            checks = []
+            for number, bucket in enumerate(split_items(plan)):
+                path = Path(checkpoint_dir) / f"__0_{number}.distcp"
+                results += self._write_file(path, bucket)
+                checks.append(reader.submit(self._read_back, path))
+            for check in checks:
+                check.result()
         writer = FileSystemWriter(checkpoint_dir)
         writer.save_id = ""  # a random number: the same tensors would not give the same files
         writer.finish(metadata, [results])
@@ -92,14 +100,15 @@ class _LazyStrategy(SaveShardedStrategy):
             for item in items:
                 yield write_item(stream, path.name, item, self._make(item))
                 self._report()
-        # Before the next file is written: the system still has its pages.
-        if checksum_file(path) != stream.record:
+        self.records[path.name] = stream.record
+
+    def _read_back(self, path: Path) -> None:
+        if checksum_file(path) != self.records[path.name]:
             raise CheckpointError(
                 "file reads back with other bytes than were written",
                 where=str(path),
                 fix="check the disk, then try again",
             )
-        self.records[path.name] = stream.record
 
     def _make(self, item: WriteItem) -> Tensor:
         key, data = item.index.fqn, item.tensor_data

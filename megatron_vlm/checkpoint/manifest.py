@@ -3,6 +3,7 @@
 import json
 import re
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ _OWN_CHECKSUM = "crc32"
 _FOLDER_NAME = re.compile(r"iter_(\d{7,})(\..*)?")
 _NOT_OURS = ".nfs"
 """NFS shows a removed file under such a name while a process has it open."""
+_NUM_READERS = 2
+"""Files read at a time: a checksum takes longer than reading from a cache or a fast disk."""
 _BLOCK_BYTES = 1 << 18
 """Read into the same memory again and again, which stays in the processor's cache: twice as fast as blocks of 4 MiB."""
 
@@ -147,16 +150,17 @@ def has_all_files(folder: Path) -> bool:
 
 def find_faults(folder: Path, names: list[str], manifest: Manifest) -> list[str]:
     """Return one line for each of the named files that differs from the manifest."""
-    faults = []
-    for name in names:
-        path, expected = folder / name, manifest.files[name]
-        if not path.is_file():
-            faults.append(f"{name} is missing")
-        elif path.stat().st_size != expected.size:
-            faults.append(f"{name} has {path.stat().st_size} bytes, not {expected.size}")
-        elif checksum_file(path) != expected:
-            faults.append(f"{name} has the wrong checksum")
-    return faults
+    with ThreadPoolExecutor(_NUM_READERS) as readers:
+        faults = readers.map(lambda name: _find_fault(folder / name, name, manifest.files[name]), names)
+        return [fault for fault in faults if fault]
+
+
+def _find_fault(path: Path, name: str, expected: FileRecord) -> str:
+    if not path.is_file():
+        return f"{name} is missing"
+    if path.stat().st_size != expected.size:
+        return f"{name} has {path.stat().st_size} bytes, not {expected.size}"
+    return "" if checksum_file(path) == expected else f"{name} has the wrong checksum"
 
 
 def find_strangers(folder: Path, manifest: Manifest) -> list[str]:

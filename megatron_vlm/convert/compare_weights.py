@@ -43,8 +43,8 @@ def compare_weights(first: OpenedWeights, second: OpenedWeights) -> WeightCompar
     pairs = [(key, layer) for key in common for layer in first.tensors[key].layers]
     different = []
     for key, layer in tqdm(pairs, "compare", unit="tensor", leave=False, disable=None):
-        values = [_values(one, key, layer) for one in (first, second)]
-        if difference := _difference(*values):
+        # Without a name: memory would hold these until the next two are made.
+        if difference := _difference(_values(first, key, layer), _values(second, key, layer)):
             different.append(f"{_name(key, layer)} {difference}")
     settings = different_settings(first.model, second.model, only_what_runs=True)
     faults = [f"{key} is {value} and {other}" for key, value, other in settings]

@@ -7,6 +7,7 @@ The files are equal to those of `safetensors.torch.save_file`, which takes all t
 import json
 import zlib
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -16,10 +17,12 @@ import torch
 from torch import Tensor
 
 from megatron_vlm.config import CheckpointError
-from megatron_vlm.convert.folder import DTYPES, INDEX_NAME, WEIGHTS_NAME, list_safetensors, write_json
+from megatron_vlm.convert.folder import DTYPES, INDEX_NAME, WEIGHTS_NAME, Stored, list_safetensors, write_json
 from megatron_vlm.platform.files.durable import flush_to_disk
 
 _ALIGNMENT = 8
+_NUM_READERS = 2
+"""Tensors read back at a time: a checksum takes longer than reading from a cache or a fast disk."""
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -81,13 +84,15 @@ class WeightsWriter:
                 header, starts = _lay_out(entries)
                 streams[file].write(header)
                 offsets.update(starts)
+            thread = stack.enter_context(ThreadPoolExecutor(1))
             for name, tensor in tensors:
                 self._check(name, tensor)
                 values = _bytes_of(tensor)
+                checksum = thread.submit(zlib.crc32, values)
                 stream = streams[self._file_of[name]]
                 stream.seek(offsets[name])
                 stream.write(values)
-                self._checksums[name] = zlib.crc32(values)
+                self._checksums[name] = checksum.result()
             for stream in streams.values():
                 flush_to_disk(stream)
         missing = [name for name in self._announced if name not in self._checksums]
@@ -129,16 +134,20 @@ class WeightsWriter:
                 where=str(self._folder),
                 fix="check the disk, then export again",
             )
-        for name, stored in found.items():
-            with safetensors.safe_open(stored.file, "pt") as opened:
-                tensor = opened.get_tensor(stored.name)
-            self._check(name, tensor)
-            if zlib.crc32(_bytes_of(tensor)) != self._checksums[name]:
-                raise CheckpointError(
-                    f"tensor {name} reads back with other values than were written",
-                    where=str(stored.file),
-                    fix="check the disk, then export again",
-                )
+        with ThreadPoolExecutor(_NUM_READERS) as readers:
+            for _ in readers.map(self._read_back, found, found.values()):
+                pass  # raises what a thread has raised
+
+    def _read_back(self, name: str, stored: Stored) -> None:
+        with safetensors.safe_open(stored.file, "pt") as opened:
+            tensor = opened.get_tensor(stored.name)
+        self._check(name, tensor)
+        if zlib.crc32(_bytes_of(tensor)) != self._checksums[name]:
+            raise CheckpointError(
+                f"tensor {name} reads back with other values than were written",
+                where=str(stored.file),
+                fix="check the disk, then export again",
+            )
 
 
 def _assign_files(announced: Sequence[Announced], max_shard_bytes: int, name: str) -> dict[str, list[Announced]]:
