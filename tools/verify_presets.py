@@ -52,6 +52,11 @@ _VALUES = (
     ),
     ("a LLaVA of both versions, in and out, with images", "the same", _ROUND_TRIPS),
     ("CLIP, SigLIP, InternViT, DINOv2 and, by transformers 5, RADIO, in and out", "every bit", _ROUND_TRIPS),
+    (
+        "real weights: SmolLM2-135M in at PP 1 and 3 and out as `vila`, with a DINOv2",
+        "every bit; KL <= 1e-6 over 1,200 positions of English in float32",
+        "`pytest -m slow tests/convert/test_real_weights.py`",
+    ),
     ("features and gradients of the towers against transformers", "1e-5", "`pytest tests/models/towers`"),
     ("logits of an export in transformers 4", "2e-5", "`pytest tests/convert/test_to_hf.py`"),
 )
@@ -63,7 +68,9 @@ VALUES
 
 ## What is not verified
 - Published weights: no test reads a published Llama, Vicuna, Sheared-LLaMA, Yi, CLIP, SigLIP, InternViT, RADIO or VILA
-  folder. `examples/smolvlm` reads real weights of SmolLM2-135M (4-bit values, dequantised) and of a DINOv2 ViT-S/14.
+  folder. The real weights of SmolLM2-135M are 4-bit values, dequantised; the DINOv2 ViT-S/14 may be fine-tuned.
+- SmolLM2-135M at TP 3, which its 9 heads would allow: the rows of its vocabulary, padded to a multiple of 64, cannot be
+  divided.
 - OpenGVLab's InternVisionModel and NVIDIA's RADIO code are not installed: their layouts are tested from their published
   names and shapes.
 - A GPU: every figure is of a CPU.

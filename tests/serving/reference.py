@@ -120,9 +120,10 @@ def _logprobs(model, config: ModelConfig, prompt: list[int], pixels: np.ndarray,
     whole = torch.tensor([prompt + ids])
     index = (whole[0] == config.language.image_token_id).nonzero()[:, 0]
     logits = model(whole, torch.from_numpy(pixels), index, num_images=len(pixels))
-    # Of the tokens that a server has, too: not the rows behind them.
-    rows = logits[0, len(prompt) - 1 : -1, : config.language.num_token_ids]
-    return rows.float().log_softmax(-1).clone()
+    ours = logits[0, len(prompt) - 1 : -1].float()
+    # A server has the rows of image and padding, too, which hold the mean of the others, and so have their mean logit.
+    added = ours.mean(-1, keepdim=True).expand(-1, config.language.num_token_ids - ours.size(-1))
+    return torch.cat([ours, added], dim=-1).log_softmax(-1).clone()
 
 
 def _data_url(path: Path) -> str:

@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 # Imports take most of it; on a machine with much other work, minutes.
-START_SECONDS = 300.0
+START_SECONDS = 900.0
 
 
 class WorkerPool:
