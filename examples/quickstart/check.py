@@ -11,17 +11,19 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 from megatron_vlm.training.run_records import Record, read_run
 from quickstart.corpora import COLORS, DOWNLOADS, SHAPES, read_questions
 
-MIN_ACCURACY = 0.80
-MIN_SHAPE_ACCURACY = 0.80  # of the questions whose answer is a shape
-MAX_BLIND = 0.72  # a model that answers better than this about wrong pictures does not look at them
-MAX_LOGIT_DIFFERENCE = 1e-4
+MIN_ACCURACY = 0.90
+MIN_SHAPE_ACCURACY = 0.85  # of the questions whose answer is a shape
+MAX_BLIND = 0.62  # a model that answers better than this about wrong pictures does not look at them
+MAX_DIFFERENCE = 1e-4  # of logits in float32
 STAGES = ("align", "pretrain", "sft")
+_bits = itemgetter("loss_hex", "grad_norm_hex")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,10 +61,6 @@ def check_resume(straight: Sequence[Record], killed: Sequence[Record], final: Se
     )
 
 
-def _bits(record: Record) -> tuple[str, str]:
-    return record["loss_hex"], record["grad_norm_hex"]
-
-
 def guess(training: Sequence[tuple[str, str, int]], test: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Return the accuracy of two strategies that answer without looking, both learned from the training split."""
     overall = Counter(answer for _, answer, _ in training)
@@ -71,17 +69,14 @@ def guess(training: Sequence[tuple[str, str, int]], test: Sequence[dict[str, Any
         by_text[text][answer] += 1
 
     def accuracy(counts: Callable[[str], Counter[str]]) -> float:
-        return sum(_mode(counts(item["question"])) == item["answers"][0] for item in test) / len(test)
+        # The alphabetically first answer wins a tie, so that the figure does not depend on the order of the file.
+        guesses = (max(sorted(one), key=one.__getitem__) for one in (counts(item["question"]) for item in test))
+        return sum(found == item["answers"][0] for found, item in zip(guesses, test, strict=True)) / len(test)
 
     return {
         "most_frequent_answer": accuracy(lambda text: overall),
         "most_frequent_answer_per_question": accuracy(lambda text: by_text.get(text, overall)),
     }
-
-
-def _mode(counts: Counter[str]) -> str:
-    # The alphabetically first answer wins a tie, so that the figure does not depend on the order of the file.
-    return min(counts, key=lambda answer: (-counts[answer], answer))
 
 
 def accuracy_by_kind(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
@@ -99,19 +94,14 @@ def check_bars(
 ) -> list[dict[str, Any]]:
     """Return the name of each bar, the required value, the value found, and whether the bar is met."""
     compared, different = resume.iterations_compared, len(resume.iterations_different)
-    equal = f"{compared - different} of {compared} iterations"
+    equal, exported = f"{compared - different} of {compared} iterations", difference <= MAX_DIFFERENCE
     bars = [
         ("accuracy on the test split", f">= {MIN_ACCURACY:.2f}", f"{accuracy:.4f}", accuracy >= MIN_ACCURACY),
         ("accuracy of shapes", f">= {MIN_SHAPE_ACCURACY:.2f}", f"{shapes:.4f}", shapes >= MIN_SHAPE_ACCURACY),
         ("accuracy when shown another test picture", f"<= {MAX_BLIND:.2f}", f"{blind:.4f}", blind <= MAX_BLIND),
         ("losses of the resumed run equal the uninterrupted run's", "every bit", equal, resume.bit_equal),
         ("a killed rank ends the whole job with a non-zero exit code", "not 0", str(exit_code), exit_code != 0),
-        (
-            "logits of the exported model equal our own (transformers, fp32)",
-            f"max |difference| <= {MAX_LOGIT_DIFFERENCE:.0e}",
-            f"{difference:.1e}",
-            difference <= MAX_LOGIT_DIFFERENCE,
-        ),
+        ("largest difference of logits in transformers", f"<= {MAX_DIFFERENCE:.0e}", f"{difference:.1e}", exported),
     ]
     names = ("name", "required", "found", "met")
     return [dict(zip(names, bar, strict=True)) for bar in (bars[3:] if smoke else bars)]
@@ -162,19 +152,17 @@ def describe(summary: dict[str, Any], output: Path) -> str:
     """Return the summary as lines of text."""
     controls = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in summary["controls"].items())
     packing = ", ".join(f"{name} {value:.1%}" for name, value in summary["packing_utilisation"].items())
-    return "\n".join(
-        [
-            *(
-                f"{'met   ' if bar['met'] else 'MISSED'} {bar['name']}: {bar['found']} (required: {bar['required']})"
-                for bar in summary["requirements"]
-            ),
-            f"test accuracy {summary['test_accuracy']:.4f} on {summary['test_questions']:,} questions",
-            f"without looking: {controls}",
-            f"positions of the packed rows that hold a token: {packing}",
-            f"{summary['seconds_total'] / 60:.1f} minutes in all; {output / 'summary.json'}",
-            *(f"report: {(output / name / 'report.html').resolve()}" for name in STAGES),
-        ]
-    )
+    lines = [
+        f"{'met   ' if bar['met'] else 'MISSED'} {bar['name']}: {bar['found']} (required: {bar['required']})"
+        for bar in summary["requirements"]
+    ]
+    lines += [
+        f"test accuracy {summary['test_accuracy']:.4f} on {summary['test_questions']:,} questions",
+        f"without looking: {controls}",
+        f"positions of the packed rows that hold a token: {packing}",
+        f"{summary['seconds_total'] / 60:.1f} minutes in all; {output / 'summary.json'}",
+    ]
+    return "\n".join([*lines, *(f"report: {(output / name / 'report.html').resolve()}" for name in STAGES)])
 
 
 def main() -> int:

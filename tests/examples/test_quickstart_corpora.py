@@ -1,4 +1,5 @@
 import io
+import itertools
 import json
 import random
 import tarfile
@@ -10,9 +11,11 @@ import pytest
 import sentencepiece
 from PIL import Image, ImageDraw
 from quickstart.corpora import (
+    SHAPES,
     VOCAB_SIZE,
     CorpusOptions,
     Picture,
+    ask,
     build_corpora,
     describe_scene,
     draw_view,
@@ -187,19 +190,38 @@ def test_documents_have_two_to_six_pictures_each_before_its_sentence(package: Pa
         assert all((folder / "images" / info["image_name"]).exists() for info in document["image_info"])
 
 
-def test_conversations_hold_all_questions_of_a_picture(package: Path, tmp_path: Path) -> None:
-    build(package, tmp_path / "raw", conversation_views=2)
+def test_no_answer_of_a_conversation_follows_from_an_earlier_one(package: Path, tmp_path: Path) -> None:
+    counts = build(package, tmp_path / "raw", conversation_views=2)
     folder = tmp_path / "raw" / "llava"
     records = json.loads((folder / "instructions.json").read_text())
     pictures = read_pictures(package / "easy_vqa" / "data" / "train", 12)
-    assert len(records) == 24
+    assert counts["conversations"] == len(records) == len({record["id"] for record in records})
     for record in records:
-        number = int(record["id"].split("-")[1])
         turns = [turn["value"].removeprefix("<image>\n") for turn in record["conversations"]]
-        asked = set(zip(turns[::2], turns[1::2], strict=True))
-        assert asked == {*pictures[number].questions}
+        asked = list(zip(turns[::2], turns[1::2], strict=True))
+        _, number, _, conversation = record["id"].split("-")
+        picture = pictures[int(number)]
         assert record["conversations"][0]["value"].startswith("<image>\n")
         assert (folder / record["image"]).exists()
+        assert describe_scene([*picture.questions, *asked])  # true answers; a contradiction raises
+        if conversation == "0":
+            assert {*asked} <= {*picture.questions}
+            known = [describe_scene(asked[:count]) for count in range(len(asked) + 1)]
+            assert all(before != after for before, after in itertools.pairwise(known))
+            assert known[-1][:2] == (picture.color, picture.shape)
+        else:
+            assert [answer in ("yes", "no") for _, answer in asked] == [True]
+
+
+def test_yes_or_no_cannot_be_guessed_from_the_question() -> None:
+    draw = random.Random(0)
+    answers: dict[str, list[str]] = {}
+    for _ in range(3000):
+        text, answer = ask(draw.choice(SHAPES), SHAPES, draw)
+        answers.setdefault(text, []).append(answer)
+    assert len(answers) == 8 * len(SHAPES)
+    # The fewest questions of one form are about 50, of which 25 +- 3.5 are answered by yes.
+    assert all(0.25 < found.count("yes") / len(found) < 0.75 for found in answers.values())
 
 
 def test_nothing_of_the_test_split_is_in_the_training_corpora(package: Path, tmp_path: Path) -> None:
