@@ -23,10 +23,10 @@ _SPENT = {
     "optimizer": "optimizer",
 }
 _NOTES = (
-    "every rank's rows are as full as the mean row; TP stays inside a node; in the backward pass half of the TP "
-    "exchange is hidden, and gradients and weights are exchanged while the last and the first micro-batch compute",
-    "parallel.context_parallel_size stays as it is; selective recomputation, which saves nothing beside flash "
-    "attention, is left out",
+    "every rank's rows are as full as the mean row; TP and CP together stay inside a node; in the backward pass half "
+    "of the TP exchange is hidden, and gradients and weights are exchanged while the last and the first micro-batch "
+    "compute",
+    "selective recomputation, which saves nothing beside flash attention, is left out",
 )
 
 
@@ -73,6 +73,8 @@ def _name(settings: dict[str, Any], data_parallel_size: int | None, num_layers: 
     chunks = count_chunks(layout, pp) if layout else values["virtual_pipeline_model_parallel_size"]
     if chunks:
         parts.append(f"VPP {chunks}")
+    if values["context_parallel_size"] > 1:
+        parts.append(f"CP {values['context_parallel_size']}")
     if data_parallel_size:
         parts.append(f"DP {data_parallel_size}")
     name = f"{' x '.join(parts)}, micro-batch {values['micro_batch_size']}"

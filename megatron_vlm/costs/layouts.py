@@ -1,6 +1,7 @@
 """Layouts of a job, ranked by predicted step time."""
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -36,8 +37,13 @@ class RankedLayout:
 
     @property
     def complexity(self) -> tuple[int, ...]:
-        """Orders layouts by how much of a machinery they need: pipeline, chunks, tensor parallelism, micro-batch."""
-        names = ("pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size", "tensor_model_parallel_size")
+        """Orders layouts by how much of a machinery they need: pipeline, chunks, context and tensor parallelism, ..."""
+        names = (
+            "pipeline_model_parallel_size",
+            "virtual_pipeline_model_parallel_size",
+            "context_parallel_size",
+            "tensor_model_parallel_size",
+        )
         sizes = [self.settings[f"parallel.{name}"] or 1 for name in names]
         return (*sizes, self.settings["training.recompute"] != "none", self.settings["training.micro_batch_size"])
 
@@ -80,7 +86,7 @@ class Ranking:
 def rank_layouts(
     config: TrainConfig, world_size: int, cluster: Cluster, *, backend: Backend, row: Work | None = None
 ) -> Ranking:
-    """Try tensor, pipeline and virtual pipeline sizes, micro-batches, recomputation and splits of the layers.
+    """Try tensor, context, pipeline and virtual pipeline sizes, micro-batches, recomputation and splits of the layers.
 
     Args:
         config: settings of the run; everything but its layout stays.
@@ -142,20 +148,26 @@ def _settings_of(config: TrainConfig) -> dict[str, Any]:
 
 def _settings(config: TrainConfig, world_size: int, gpus_per_node: int) -> Iterator[dict[str, Any]]:
     layers = config.model.language.num_layers
-    world_size = max(1, world_size // config.parallel.context_parallel_size)
+    # Both exchange hidden states or keys in every layer, which only the links inside a node can bear.
+    for tp, cp in _inside_a_node(config, world_size, gpus_per_node):
+        for pp in (pp for pp in _divisors(max(1, world_size // (tp * cp))) if pp <= layers):
+            for split, size, recompute in itertools.product(_splits(layers, pp), _MICRO_BATCH_SIZES, _RECOMPUTE):
+                yield {
+                    "parallel.tensor_model_parallel_size": tp,
+                    "parallel.sequence_parallel": tp > 1,
+                    "parallel.context_parallel_size": cp,
+                    "parallel.pipeline_model_parallel_size": pp,
+                    **split,
+                    "training.micro_batch_size": size,
+                    "training.recompute": recompute,
+                }
+
+
+def _inside_a_node(config: TrainConfig, world_size: int, gpus_per_node: int) -> Iterator[tuple[int, int]]:
+    """Yield tensor- and context-parallel sizes; a context-parallel size that the settings have is tried in any case."""
     for tp in _divisors(min(gpus_per_node, world_size)):
-        for pp in (pp for pp in _divisors(world_size // tp) if pp <= layers):
-            for split in _splits(layers, pp):
-                for size in _MICRO_BATCH_SIZES:
-                    for recompute in _RECOMPUTE:
-                        yield {
-                            "parallel.tensor_model_parallel_size": tp,
-                            "parallel.sequence_parallel": tp > 1,
-                            "parallel.pipeline_model_parallel_size": pp,
-                            **split,
-                            "training.micro_batch_size": size,
-                            "training.recompute": recompute,
-                        }
+        sizes = {size for size in _divisors(world_size // tp) if tp * size <= gpus_per_node}
+        yield from ((tp, cp) for cp in sorted(sizes | {config.parallel.context_parallel_size}))
 
 
 def _divisors(number: int) -> list[int]:

@@ -38,6 +38,7 @@ def test_names_say_what_a_layout_is(config):
     names = {one["name"] for one in lines_of(config)[0]["fits"]}
     assert "TP 1 x PP 1 x DP 4, micro-batch 1" in names
     assert "TP 1 x PP 2 x VPP 2 x DP 2, micro-batch 1" in names
+    assert "TP 1 x PP 1 x CP 2 x DP 2, micro-batch 1" in names
 
 
 @pytest.mark.parametrize(
@@ -96,5 +97,5 @@ def test_where_nothing_fits_the_smallest_are_named(config, monkeypatch):
 
 def test_what_is_assumed_is_said(config):
     text = "\n".join(lines_of(config)[1])
-    for words in ("assumed, not measured", "context_parallel_size stays as it is", "TP stays inside a node"):
+    for words in ("assumed, not measured", "TP and CP together stay inside a node", "selective recomputation"):
         assert words in text

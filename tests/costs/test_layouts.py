@@ -117,3 +117,26 @@ def test_tensor_parallelism_stays_inside_a_node():
     inside = rank(run_of(), cluster=dataclasses.replace(A100, gpus_per_node=2))
     sizes = {one.settings["parallel.tensor_model_parallel_size"] for one in (*inside.fits, *inside.left_out)}
     assert sizes == {1, 2}
+    both = {
+        one.settings["parallel.tensor_model_parallel_size"] * one.settings["parallel.context_parallel_size"]
+        for one in (*inside.fits, *inside.left_out)
+    }
+    assert both == {1, 2}
+
+
+def test_context_parallelism_helps_where_rows_are_too_long_for_a_rank(small_gpu):
+    everything = rank(run_of(batch=2), world_size=2, cluster=small_gpu(10**12))
+    plain = {"parallel.tensor_model_parallel_size": 1, "parallel.pipeline_model_parallel_size": 1}
+    alone = [one for one in everything.fits if plain.items() <= one.settings.items()]
+    memory = {one.settings["parallel.context_parallel_size"]: one.memory for one in alone}
+    assert memory[2] < memory[1]
+    assert any(
+        one.settings["parallel.context_parallel_size"] == 2
+        for one in rank(run_of(batch=2), world_size=2, cluster=small_gpu(memory[1] - 1)).fits
+    )
+
+
+def test_the_context_parallel_size_of_the_settings_is_tried_beyond_a_node():
+    config = tiny_run(parallel={"context_parallel_size": 4}, training={"global_batch_size": 8})
+    ranking = rank(config, cluster=dataclasses.replace(A100, gpus_per_node=2))
+    assert 4 in {one.settings["parallel.context_parallel_size"] for one in ranking.fits}

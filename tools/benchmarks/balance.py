@@ -57,6 +57,7 @@ def main() -> int:
         )
 
         parser.add_argument("--max-images-per-row", type=int, help="data.max_images_per_row (default: none)")
+        parser.add_argument("--seq-length", type=int, default=4096, help="data.seq_length (default: %(default)s)")
 
     arguments = parse_arguments(__doc__, add)
     rng = np.random.default_rng(0)
@@ -65,7 +66,7 @@ def main() -> int:
     datasets = [Lengths(images, text, "mmc4"), Lengths(np.ones(len(pairs), dtype=np.int32), pairs, "coyo")]
     settings = PlanSettings(
         blend=tuple(BlendEntry(path=dataset.fingerprint, images=1.0) for dataset in datasets),
-        seq_length=4096,
+        seq_length=arguments.seq_length,
         image_tokens=ImageTokens(NUM_IMAGE_TOKENS),
         packing=True,
         overflow="truncate",
