@@ -38,6 +38,8 @@ def describe_model(
 ) -> dict[str, dict[str, Any]]:
     """Return the sharded state of each model chunk under `model0`, `model1`, ...
 
+    A chunk that holds nothing is left out, so that all ranks agree on the entries that are no tensors.
+
     Args:
         chunks: of this rank.
         present: when loading, the keys of all objects in the checkpoint; other objects are left out. An object is the
@@ -45,7 +47,8 @@ def describe_model(
             When saving, None: objects that hold nothing are left out.
         only_learning: leave out what is in the base: weights that learn in no layer.
     """
-    return {f"model{index}": _describe_chunk(chunk, present, only_learning) for index, chunk in enumerate(chunks)}
+    states = {f"model{index}": _describe_chunk(chunk, present, only_learning) for index, chunk in enumerate(chunks)}
+    return {name: state for name, state in states.items() if state}
 
 
 def _describe_chunk(chunk: MegatronModule, present: Container[str] | None, only_learning: bool) -> dict[str, Any]:
@@ -313,7 +316,7 @@ def _tensors_of(value: Any) -> list[ShardedTensor]:
 
 def _fill_model(chunks: Sequence[MegatronModule], loaded: dict[str, Any], *, is_complete: bool = True) -> None:
     for index, chunk in enumerate(chunks):
-        weights = {key.removeprefix(MODEL_PREFIX): value for key, value in loaded[f"model{index}"].items()}
+        weights = {key.removeprefix(MODEL_PREFIX): value for key, value in loaded.get(f"model{index}", {}).items()}
         result = chunk.load_state_dict(weights, strict=False)
         added = set() if is_complete else {name for name, weight in chunk.named_parameters() if is_of_adapter(weight)}
         missing = [key for key in result.missing_keys if not key.endswith("_extra_state") and key not in added]

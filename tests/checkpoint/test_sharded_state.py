@@ -2,6 +2,7 @@
 
 import dataclasses
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from megatron.core.tensor_parallel.layers import RowParallelLinear
 
 from megatron_vlm.checkpoint.folder import find_checkpoint
 from megatron_vlm.checkpoint.save import save_checkpoint
-from megatron_vlm.checkpoint.sharded_state import load_all
+from megatron_vlm.checkpoint.sharded_state import describe_model, load_all
 from megatron_vlm.config import CheckpointConfig
 from tests.support.configs import tiny_run
 from tests.support.jobs import start
@@ -67,3 +68,10 @@ def test_extra_states_of_the_checkpoint_reach_the_modules_that_have_none_yet(one
     # Two layers of a decoder layer, four times; the tower has some more.
     assert len(loaded) >= 8
     assert all(torch.equal(state, SCALES) for state in loaded)
+
+
+def test_a_model_chunk_that_holds_nothing_is_left_out(one_rank, tmp_path):
+    """megatron-core would take its empty state for a setting, on which the ranks disagree."""
+    chunks = start(tiny_run(str(tmp_path))).chunks
+    empty = SimpleNamespace(sharded_state_dict=lambda **options: {})
+    assert set(describe_model([*chunks, empty])) == {"model0"}
