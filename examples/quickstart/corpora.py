@@ -261,8 +261,8 @@ def write_conversations(pictures: list[Picture], folder: Path, options: CorpusOp
             for question in draw.sample(picture.questions, len(picture.questions)):
                 published += [] if _follows(published, *question) else [question]
             conversations = [published]
-            for shown, values, count in (picture.shape, SHAPES, 2), (picture.color, COLORS, 5):
-                conversations += [[ask(shown, values, draw)] for _ in range(count) if shown]
+            for shown, values in (picture.shape, SHAPES), (picture.color, COLORS):
+                conversations += [[ask(shown, values, draw)] for _ in range(4) if shown]
             for number, asked in enumerate(conversations):
                 turns = [{"from": role, "value": text} for one in asked for role, text in zip(_ROLES, one, strict=True)]
                 turns[0]["value"] = f"<image>\n{turns[0]['value']}"
