@@ -69,8 +69,6 @@ VALUES
 ## What is not verified
 - Published weights: no test reads a published Llama, Vicuna, Sheared-LLaMA, Yi, CLIP, SigLIP, InternViT, RADIO or VILA
   folder. The real weights of SmolLM2-135M are 4-bit values, dequantised; the DINOv2 ViT-S/14 may be fine-tuned.
-- SmolLM2-135M at TP 3, which its 9 heads would allow: the rows of its vocabulary, padded to a multiple of 64, cannot be
-  divided.
 - OpenGVLab's InternVisionModel and NVIDIA's RADIO code are not installed: their layouts are tested from their published
   names and shapes.
 - A GPU: every figure is of a CPU.

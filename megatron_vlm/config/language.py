@@ -1,5 +1,6 @@
 """The Llama-2 decoder: its sizes, its token ids, and what it costs: parameters, operations and activations."""
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -103,8 +104,12 @@ class LanguageConfig:
 
     @property
     def padded_vocab_size(self) -> int:
-        """Rows of the embedding; independent of the parallel layout. Rows from `num_token_ids` on are zero."""
-        return -(-self.num_token_ids // _VOCAB_SIZE_DIVISOR) * _VOCAB_SIZE_DIVISOR
+        """Rows of the embedding; independent of the parallel layout. Rows from `num_token_ids` on are zero.
+
+        A multiple of the heads, too: a tensor parallelism that splits these splits the rows.
+        """
+        divisor = math.lcm(_VOCAB_SIZE_DIVISOR, self.num_attention_heads)
+        return -(-self.num_token_ids // divisor) * divisor
 
     @property
     def attention_sizes(self) -> tuple[int, int]:

@@ -54,7 +54,6 @@ def derive_layout(config: TrainConfig, world_size: int) -> Layout:
         )
     _check_divides("model.language.num_attention_heads", language.num_attention_heads, "tensor parallel size", tp)
     _check_divides("model.language.ffn_hidden_size", language.ffn_hidden_size, "tensor parallel size", tp)
-    _check_divides("the padded vocabulary", language.padded_vocab_size, "tensor parallel size", tp)
     if language.query_groups % tp and tp % language.query_groups:
         raise ConfigError(
             f"model.language.num_query_groups={language.query_groups} and tensor parallel size {tp} do not divide",

@@ -25,6 +25,11 @@ def test_padded_vocabulary_holds_the_added_tokens_in_whole_blocks(vocab_size):
     assert vocab_size + 2 <= language.padded_vocab_size < vocab_size + 2 + 64
 
 
+def test_every_tensor_parallelism_that_splits_the_heads_splits_the_vocabulary():
+    smollm2 = {"vocab_size": 49152, "hidden_size": 576, "num_attention_heads": 9, "num_query_groups": 3}
+    assert LanguageConfig(**{**LANGUAGE, **smollm2}).padded_vocab_size == 49536 == 9 * 64 * 86
+
+
 def test_heads_and_groups_follow_from_the_width_by_default():
     language = LanguageConfig(**LANGUAGE)
     assert (language.query_groups, language.head_channels) == (32, 128)

@@ -64,12 +64,6 @@ def test_width_that_tensor_parallelism_does_not_divide_is_refused(model, message
         derive_layout(run_of(tp=4, model=tiny_model(**model)), 4)
 
 
-def test_padded_vocabulary_that_tensor_parallelism_does_not_divide_is_refused():
-    model = tiny_model(num_attention_heads=3, num_query_groups=3, hidden_size=66, ffn_hidden_size=129)
-    with pytest.raises(ConfigError, match=r"the padded vocabulary \(128\) is not a multiple"):
-        derive_layout(run_of(tp=3, model=model, global_batch_size=1), 3)
-
-
 def split_tower(tp, **vision):
     model = tiny_model()
     model = dataclasses.replace(model, vision=dataclasses.replace(model.vision, **vision))

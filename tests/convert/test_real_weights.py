@@ -1,4 +1,4 @@
-"""Real weights of SmolLM2-135M and a DINOv2: in at PP 1 and 3, the logits of transformers, every bit out again."""
+"""Real weights of SmolLM2-135M and a DINOv2, in at TP and PP 1 and 3: logits of transformers, every bit out again."""
 
 import pydoc_data.topics
 from pathlib import Path
@@ -15,8 +15,11 @@ from tests.support.real_weights import CONFIG, make_real_weights
 pytestmark = pytest.mark.slow
 LENGTH = 1200
 MAX_KL = 1e-6
-# Its 9 heads would fit 3 tensor-parallel ranks, but not the rows of its vocabulary, padded to a multiple of 64.
-LAYOUTS = {"one process": {}, "PP 3": {"pipeline_model_parallel_size": 3}}
+LAYOUTS = {
+    "one process": {},
+    "TP 3": {"tensor_model_parallel_size": 3},
+    "PP 3": {"pipeline_model_parallel_size": 3},
+}
 
 
 @pytest.fixture(scope="module")
