@@ -7,6 +7,7 @@ The next launcher removes that of one that was killed.
 import multiprocessing
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -15,7 +16,8 @@ from pathlib import Path
 from megatron_vlm.platform.files.locks import locked
 
 _PREFIX = "megatron_vlm_"
-_LOCK_NAME = "launcher.lock"
+_LOCK_NAME = f"launcher_{socket.gethostname()}.lock"
+"""Names the node: where nodes share a temporary folder, the file system may not share its locks."""
 _MAX_SOCKET_PATH, _SOCKET_NAME = 107, len("/listener-xxxxxxxx")
 """Bytes of the path of a Unix socket, and of the name that multiprocessing gives one."""
 

@@ -10,7 +10,7 @@ import logging
 import selectors
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -23,8 +23,12 @@ logger = logging.getLogger(__name__)
 _MAX_MESSAGE = 1 << 20
 _CONNECT_SECONDS = 1.0
 _RETRY_SECONDS = 0.5
+_BACKLOG = 4096
+"""Nodes that may connect at once; the kernel has its own bound."""
 SETTLE_SECONDS = 8.0
 """How long a failed node waits for the reports of the others; each of them has its grace of 3 s."""
+_VERDICT_SECONDS = 2.0
+"""Beyond that, for the verdict of the first node, which waits as long for the reports."""
 _ORDERLY_SECONDS = 60.0
 _POLL_SECONDS = 0.05
 # Seconds of silence before a dead machine is asked, between questions, and questions: 2 minutes together, which the
@@ -38,7 +42,7 @@ class _Peer:
 
     connection: socket.socket
     node: int | None = None
-    """None until it has introduced itself."""
+    """None until it has introduced itself: another program may have the port."""
     received: bytes = b""
 
 
@@ -68,7 +72,7 @@ class NodeLink:
         if self.node_rank:
             return
         try:
-            self._listener = socket.create_server(("", self.port))
+            self._listener = _listen(self.port)
         except OSError as error:
             logger.warning("port %d cannot be used (%s): a failure of another node is noticed late", self.port, error)
             return
@@ -107,13 +111,14 @@ class NodeLink:
             status: of this node.
         """
         is_orderly = status.severity <= 1
-        deadline = time.monotonic() + (_ORDERLY_SECONDS if is_orderly else SETTLE_SECONDS)
+        patience = SETTLE_SECONDS + (_VERDICT_SECONDS if self.node_rank else 0.0)
+        deadline = time.monotonic() + (_ORDERLY_SECONDS if is_orderly else patience)
         if not is_orderly:
             self._note_failure(self.node_rank)
         self._send({"status": asdict(status)})
         while time.monotonic() < deadline and self.verdict is None and self._is_expecting():
             if self.has_failure and is_orderly:
-                is_orderly, deadline = False, min(deadline, time.monotonic() + SETTLE_SECONDS)
+                is_orderly, deadline = False, min(deadline, time.monotonic() + patience)
             self.poll()
             time.sleep(_POLL_SECONDS)
         if self.verdict is not None and self.verdict.severity >= status.severity:
@@ -142,11 +147,14 @@ class NodeLink:
         self._retry_at = time.monotonic() + _RETRY_SECONDS
         with suppress(OSError):  # the first node is not up yet, or its port was taken
             self._add(socket.create_connection((self.address, self.port), timeout=_CONNECT_SECONDS))
-            self._send({"node": self.node_rank, "launch_id": self.launch_id})
+            self._introduce(self._peers[-1])
+
+    def _introduce(self, peer: _Peer) -> None:
+        self._send({"node": self.node_rank, "launch_id": self.launch_id}, [peer])
 
     def _accept(self) -> None:
-        if self._listener is not None:
-            with suppress(OSError):
+        with suppress(OSError):  # none is left
+            while self._listener is not None:
                 self._add(self._listener.accept()[0])
 
     def _add(self, connection: socket.socket) -> None:
@@ -155,7 +163,7 @@ class NodeLink:
         for name, value in _KEEP_ALIVE:
             if hasattr(socket, name):  # Linux
                 connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-        peer = _Peer(connection, node=0 if self.node_rank else None)
+        peer = _Peer(connection)
         self._peers.append(peer)
         self._selector.register(connection, selectors.EVENT_READ, peer)
 
@@ -179,6 +187,8 @@ class NodeLink:
             if message["launch_id"] != self.launch_id:
                 raise ValueError("another job")
             peer.node = int(message["node"])
+            if self.node_rank == 0:
+                self._introduce(peer)
             if self._failing:
                 self._send({"failing": self._failing[0]})
         elif "failing" in message:
@@ -209,8 +219,18 @@ class NodeLink:
         if self.node_rank == 0:
             self._send({"failing": node})
 
-    def _send(self, message: Mapping[str, Any]) -> None:
+    def _send(self, message: Mapping[str, Any], peers: Sequence[_Peer] | None = None) -> None:
+        """Send to some peers, by default to all; the first node says nothing to those that it does not know."""
         line = json.dumps(message).encode() + b"\n"
-        for peer in self._peers:
+        known = [peer for peer in self._peers if self.node_rank or peer.node is not None]
+        for peer in known if peers is None else peers:
             with suppress(OSError):  # a lost peer is noticed when it is read
                 peer.connection.sendall(line)
+
+
+def _listen(port: int) -> socket.socket:
+    """Listen for IPv4 and IPv6: nodes may know the first one by an address of either kind."""
+    if socket.has_dualstack_ipv6():
+        with suppress(OSError):  # IPv6 is switched off, or the port is taken, which the other try tells
+            return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=_BACKLOG)
+    return socket.create_server(("", port), backlog=_BACKLOG)

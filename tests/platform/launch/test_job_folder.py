@@ -50,6 +50,14 @@ def test_folder_of_a_killed_launcher_is_removed_by_the_next_and_that_of_a_live_o
             process.communicate()
 
 
+def test_folder_of_another_node_is_left_alone(temporary):
+    folder = temporary / "megatron_vlm_theirs"
+    folder.mkdir()
+    (folder / "launcher_another-node.lock").touch()
+    with job_folder():
+        assert folder.is_dir()
+
+
 def test_helpers_make_their_sockets_in_the_folder(temporary, monkeypatch):
     monkeypatch.setattr(multiprocessing.current_process(), "_config", {})
     keep_helpers_in(temporary)

@@ -128,3 +128,37 @@ def test_port_that_is_taken_is_no_end_of_the_job(caplog):
     assert "is noticed late" in caplog.text
     assert link.settle(DONE) == (DONE, True)
     link.close()
+
+
+def test_another_program_at_the_port_of_the_first_node_is_not_taken_for_it():
+    first = make_link(0, find_free_port(), launch_id="other")
+    first.open()
+    other = make_link(1, first.port)
+    until([first, other], lambda: other._peers)
+    until([first, other], lambda: not other._peers)
+    assert not other.has_failure
+    assert not first.has_failure
+    first.close(), other.close()
+
+
+def test_nodes_that_come_together_are_all_met_at_once():
+    first = make_link(0, find_free_port())
+    first.open()
+    waiting = [socket.create_connection(("127.0.0.1", first.port)) for _ in range(50)]
+    first.poll()
+    assert len(first._peers) == len(waiting)
+    first.close()
+    for connection in waiting:
+        connection.close()
+
+
+@pytest.mark.parametrize(("address", "family"), [("127.0.0.1", socket.AF_INET), ("::1", socket.AF_INET6)])
+def test_nodes_meet_by_addresses_of_either_kind(address, family):
+    try:
+        socket.create_server((address, 0), family=family).close()
+    except OSError:
+        pytest.skip("this machine has no such address")
+    first = make_link(0, find_free_port())
+    first.open()
+    socket.create_connection((address, first.port), timeout=1).close()
+    first.close()
