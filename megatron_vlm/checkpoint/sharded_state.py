@@ -30,6 +30,9 @@ from megatron_vlm.models.build import is_of_adapter, stays_in_base
 SHARDING_METADATA = {"singleton_local_shards": False}
 """How megatron-core names the weights: layers are stacked, the halves of a gated MLP are one tensor."""
 MODEL_PREFIX = "model."
+_VOCABULARIES = ("word_embeddings.weight", "output_layer.weight")
+_FIX_SHAPE = "use the model section that the checkpoint was saved with"
+_FIX_ROWS = "; if you do, export it with convert to-hf and import that"
 OPTIMIZER_KEY = "optimizer"
 
 
@@ -299,12 +302,14 @@ def check_tensors(checkpoint: Path, state: dict[str, Any], present: Mapping[str,
                     where=str(checkpoint),
                     fix="use a checkpoint of the same model and the same type of optimizer",
                 )
-            if tuple(found.global_shape) != tuple(tensor.global_shape):
+            theirs, ours = list(found.global_shape), list(tensor.global_shape)
+            if theirs != ours:
+                # Which rows a vocabulary is padded to depends on the version, too.
+                is_rows = tensor.key.endswith(_VOCABULARIES) and theirs[1:] == ours[1:]
                 raise CheckpointError(
-                    f"tensor {tensor.key} has shape {list(found.global_shape)} in the checkpoint, "
-                    f"{list(tensor.global_shape)} in the model",
+                    f"tensor {tensor.key} has shape {theirs} in the checkpoint, {ours} in the model",
                     where=str(checkpoint),
-                    fix="use the model section that the checkpoint was saved with",
+                    fix=_FIX_SHAPE + (_FIX_ROWS if is_rows else ""),
                 )
 
 

@@ -11,8 +11,8 @@ _MAX_MINUTES = 100_000.0
 class SupervisionConfig:
     """Limits of silence [minutes], counted from the last sign of life of a rank.
 
-    A rank gives one at every micro-batch of a step or a validation, and between the parts of its set-up and of a save:
-    the limits are not those of whole steps.
+    A rank gives one at every micro-batch of a step or a validation, between the parts of its set-up, and as a save
+    begins: the limits are not those of whole steps.
     """
 
     setup_minutes: float = 60.0

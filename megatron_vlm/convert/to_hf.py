@@ -20,7 +20,7 @@ from megatron_vlm.convert.family import Serving, check_fits, find_format
 from megatron_vlm.convert.history import read_history
 from megatron_vlm.convert.output import check_output
 from megatron_vlm.convert.quantize.export import QuantizedExport, QuantizeOptions, Quantizer, Writer
-from megatron_vlm.convert.rules import Rule
+from megatron_vlm.convert.rules import Rule, Vocabulary
 from megatron_vlm.convert.weights_writer import Announced, WeightsWriter
 from megatron_vlm.data.text.templates import DEFAULT_SYSTEM, find_template
 from megatron_vlm.data.text.tokenizer import load_tokenizer
@@ -144,7 +144,7 @@ def check_checkpoint(checkpoint: Path, rules: Sequence[Rule], added: Mapping[str
     check_whole(checkpoint)
     tensors = list_tensors(checkpoint)
     found = {key: shape for key, (shape, _) in tensors.items()}
-    wanted = {rule.key: rule.checkpoint_shape for rule in rules} | dict(added)
+    wanted = {rule.key: _expected_shape(rule, found) for rule in rules} | dict(added)
     differences = describe_differences(wanted, found)
     if differences:
         raise CheckpointError(
@@ -153,6 +153,14 @@ def check_checkpoint(checkpoint: Path, rules: Sequence[Rule], added: Mapping[str
             fix="use a complete checkpoint",
         )
     return {tensors[rule.key][1] for rule in rules}
+
+
+def _expected_shape(rule: Rule, found: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+    """Return the shape of a tensor in a checkpoint; versions pad the rows of a vocabulary to different multiples."""
+    shape, theirs = rule.checkpoint_shape, found.get(rule.key, ())
+    if isinstance(rule.transform, Vocabulary) and theirs[1:] == shape[1:] and theirs[0] >= rule.transform.num_token_ids:
+        return theirs
+    return shape
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from PIL import Image as PILImage
 
 from megatron_vlm.checkpoint.run_settings import read_run_settings
 from megatron_vlm.checkpoint.tensors import hash_weights, list_tensors
-from megatron_vlm.config import CheckpointError, ConfigError, StorageError, UsageError
+from megatron_vlm.config import CheckpointError, ConfigError, LanguageConfig, StorageError, UsageError
 from megatron_vlm.config.projectors import make_projector
 from megatron_vlm.convert.files.processor import write_processor
 from megatron_vlm.convert.from_hf import import_model
@@ -310,6 +310,15 @@ def test_a_checkpoint_of_another_model_is_refused_by_the_names_of_its_tensors(ma
         CheckpointError, match=r"1 unexpected: model\.language_model\.output_layer\.weight; 6 of another"
     ):
         export_model(wrong, tmp_path / "hf")
+
+
+def test_a_vocabulary_padded_by_another_version_exports_the_same_files(
+    make_run, model_config, exported, tmp_path, monkeypatch
+):
+    run = make_run(model_config)
+    monkeypatch.setattr(LanguageConfig, "padded_vocab_size", property(lambda self: 960))
+    export_model(read_run_settings(run), tmp_path / "hf")
+    assert_same_files(exported, tmp_path / "hf")
 
 
 def test_a_tokenizer_of_another_size_is_refused(make_run, tmp_path):
