@@ -22,7 +22,8 @@ logger = logging.getLogger(__name__)
 
 _MAX_MESSAGE = 1 << 20
 _CONNECT_SECONDS = 1.0
-_RETRY_SECONDS = 0.5
+_RETRY_SECONDS, _MAX_RETRY_SECONDS = 0.5, 5.0
+"""Before the second attempt to connect, and before later ones: where a firewall drops packets, each takes a second."""
 _BACKLOG = 4096
 """Nodes that may connect at once; the kernel has its own bound."""
 SETTLE_SECONDS = 8.0
@@ -65,6 +66,7 @@ class NodeLink:
     _peers: list[_Peer] = field(default_factory=list)
     _listener: socket.socket | None = None
     _retry_at: float = 0.0
+    _retry_seconds: float = _RETRY_SECONDS
     _selector: selectors.BaseSelector = field(default_factory=selectors.DefaultSelector)
 
     def open(self) -> None:
@@ -136,7 +138,16 @@ class NodeLink:
     def _judge(self, statuses: Mapping[int, ExitStatus]) -> ExitStatus:
         """Return the status that explains most; among equals, that of the node that failed first."""
         order = [*self._failing, *statuses]
-        return min(statuses.items(), key=lambda item: (-item[1].severity, order.index(item[0])))[1]
+        found = min(statuses.items(), key=lambda item: (-item[1].severity, order.index(item[0])))[1]
+        if found.severity or not self._failing:
+            return found
+        # The launcher of the node that failed has not reported in time: its ranks may be stuck in the kernel.
+        return ExitStatus(
+            exit_code=int(ExitCode.CRASH),
+            message=f"node {self._failing[0]} failed and has not said why; fix: look at what its launcher prints, then "
+            "start the same command again: it resumes from the last checkpoint",
+            is_symptom=True,
+        )
 
     def _note_failure(self, node: int) -> None:
         if node not in self._failing:
@@ -144,7 +155,8 @@ class NodeLink:
         self.has_failure |= node != self.node_rank
 
     def _connect(self) -> None:
-        self._retry_at = time.monotonic() + _RETRY_SECONDS
+        self._retry_at = time.monotonic() + self._retry_seconds
+        self._retry_seconds = min(2 * self._retry_seconds, _MAX_RETRY_SECONDS)
         with suppress(OSError):  # the first node is not up yet, or its port was taken
             self._add(socket.create_connection((self.address, self.port), timeout=_CONNECT_SECONDS))
             self._introduce(self._peers[-1])

@@ -85,6 +85,14 @@ def test_nodes_that_are_done_are_done(links):
     assert [status.exit_code for status, _ in settle(links, [DONE] * 3)] == [0, 0, 0]
 
 
+def test_job_is_not_done_if_a_node_that_failed_does_not_say_why(links):
+    links[1].tell_failure()
+    until(links, lambda: links[0].has_failure and links[2].has_failure)
+    verdicts = settle([links[0], links[2]], [DONE, DONE])
+    assert {status.exit_code for status, _ in verdicts} == {1}
+    assert all(status.message.startswith("node 1 failed and has not said why") for status, _ in verdicts)
+
+
 def test_node_that_ends_without_a_word_is_named(links):
     links[1].close()
     until([links[0], links[2]], lambda: links[0].has_failure and links[2].has_failure, seconds=2)
