@@ -127,7 +127,8 @@ class _PeftFolder:
                 fix="use a folder with LoRA",
             )
         rules = tuple(llava.rules(model))
-        files = [path / name for name in (WEIGHTS_NAME, *OTHER_NAMES) if (path / name).is_file()]
+        # Of files with the same tensors the last counts: PEFT, too, prefers safetensors.
+        files = [path / name for name in (*OTHER_NAMES[::-1], WEIGHTS_NAME) if (path / name).is_file()]
         stored = {entry.name: entry for file in files or [path / WEIGHTS_NAME] for entry in list_tensors(file)}
         names = {_kind_and_name(name): name for name in stored}
         _check_known(names, rules, path)

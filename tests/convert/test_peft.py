@@ -101,6 +101,15 @@ def test_a_lora_of_the_code_of_llava_is_read(adapt, base, tmp_path, learned):
     assert hash_weights(runs[0]) == hash_weights(runs[1])
 
 
+def test_safetensors_count_where_pickled_weights_are_there_too(folder, base, tmp_path):
+    import_adapter(folder, base, tmp_path / "expected")
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in load_file(folder / WEIGHTS).items()}
+    torch.save(zeros, folder / "adapter_model.bin")
+    import_adapter(folder, base, tmp_path / "run")
+    runs = [read_run_settings(tmp_path / name).checkpoint for name in ("expected", "run")]
+    assert hash_weights(runs[0]) == hash_weights(runs[1])
+
+
 @pytest.mark.parametrize(
     ("part", "message"),
     [
