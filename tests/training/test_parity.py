@@ -132,7 +132,7 @@ def test_aligned_samples_equal_the_others(workers, initial, multiple):
     assert steps[multiple].grad_norms == pytest.approx(steps[1].grad_norms, rel=TOLERANCE)
 
 
-@pytest.mark.parametrize("name", ["one_rank", "cp2"])
+@pytest.mark.parametrize("name", ["one_rank", "cp2", "tp2_sp"])
 def test_what_stands_at_padding_changes_nothing(workers, initial, name):
     world_size, parallel = LAYOUTS.get(name, (1, {}))
     config = tiny_run(parallel=parallel, training={"recompute": "full"})

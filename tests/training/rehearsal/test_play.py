@@ -30,6 +30,15 @@ def pipeline(num_micro_batches=16, vpp=None, **training):
     )
 
 
+def long_rows(context_parallel_size):
+    config = tiny_run(
+        parallel={"context_parallel_size": context_parallel_size},
+        training={"global_batch_size": 1, "precision": "bf16"},
+        model=MODEL,
+    )
+    return replace(config, data=replace(config.data, seq_length=4096))
+
+
 def test_ranks_with_and_without_images_call_the_same_collectives(fake_process):
     played = fake_process.run(programs.play, like_sft(), 4, (0, 1, 2))
     compared, differences = compare_ranks(played)
@@ -86,6 +95,13 @@ def test_recomputed_layers_keep_less(fake_process):
         for name in ("none", "full")
     )
     assert recomputed.activations < kept.activations
+
+
+def test_context_parallel_ranks_share_the_activations_of_a_row(fake_process):
+    one, two = (fake_process.run(programs.play, long_rows(cp), cp, tuple(range(cp)), iterations=1) for cp in (1, 2))
+    assert not compare_ranks(two)[1]
+    # The bar of the project; half a row each would be 2.0, and some tensors have no position.
+    assert one[0].activations >= 1.8 * max(facts.activations for facts in two)
 
 
 def test_first_step_makes_the_state_of_the_optimizer(fake_process):
