@@ -53,7 +53,7 @@ _VALUES = (
     ("a LLaVA of both versions, in and out, with images", "the same", _ROUND_TRIPS),
     ("CLIP, SigLIP, InternViT, DINOv2 and, by transformers 5, RADIO, in and out", "every bit", _ROUND_TRIPS),
     (
-        "real weights: SmolLM2-135M in at PP 1 and 3 and out as `vila`, with a DINOv2",
+        "real weights: SmolLM2-135M in at TP and PP 1 and 3 and out as `vila`, with a DINOv2",
         "every bit; KL <= 1e-6 over 1,200 positions of English in float32",
         "`pytest -m slow tests/convert/test_real_weights.py`",
     ),

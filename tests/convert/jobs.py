@@ -30,10 +30,13 @@ def save_logits(config: TrainConfig, weights: str, ids: Tensor, output: str) -> 
         output: file of the logits.
     """
     state = _save_again(config, weights)
+    width = config.model.language.padded_vocab_size // state.rank.tp_size
 
     def forward(batches: object, chunk: VisionLanguageModel) -> tuple[Tensor, Callable[..., Tensor]]:
         side, none = config.model.vision.image_size, torch.zeros(0, dtype=torch.int64)
         logits = chunk(ids, torch.zeros(0, 3, side, side, dtype=torch.uint8), none, num_images=0)
+        # The last ranks have no logits of rows behind the vocabulary.
+        logits = torch.nn.functional.pad(logits, (0, width - logits.size(-1)))
         return logits, lambda logits, non_loss_data: gather_from_tensor_model_parallel_region(logits)
 
     found = get_forward_backward_func()(
