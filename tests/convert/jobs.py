@@ -35,9 +35,11 @@ def save_logits(config: TrainConfig, weights: str, ids: Tensor, output: str) -> 
     def forward(batches: object, chunk: VisionLanguageModel) -> tuple[Tensor, Callable[..., Tensor]]:
         side, none = config.model.vision.image_size, torch.zeros(0, dtype=torch.int64)
         logits = chunk(ids, torch.zeros(0, 3, side, side, dtype=torch.uint8), none, num_images=0)
+        return logits, gather
+
+    def gather(logits: Tensor, non_loss_data: bool) -> Tensor:
         # The last ranks have no logits of rows behind the vocabulary.
-        logits = torch.nn.functional.pad(logits, (0, width - logits.size(-1)))
-        return logits, lambda logits, non_loss_data: gather_from_tensor_model_parallel_region(logits)
+        return gather_from_tensor_model_parallel_region(torch.nn.functional.pad(logits, (0, width - logits.size(-1))))
 
     found = get_forward_backward_func()(
         forward_step_func=forward,
