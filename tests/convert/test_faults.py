@@ -136,13 +136,13 @@ def cut_weights(folder: Path) -> None:
 
 
 def missing_file(folder: Path) -> None:
-    """An index names two files, one of which is missing."""
+    """An index names two files, one of which is missing with half of the tensors."""
     (file,) = folder.glob("*.safetensors")
-    names = load_file(file)
+    tensors = load_file(file)
     if file.name == WEIGHTS:
         files = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
-        save_file(names, folder / files[0])
-        weight_map = {name: files[number % 2] for number, name in enumerate(names)}
+        weight_map = {name: files[number % 2] for number, name in enumerate(tensors)}
+        save_file({name: tensors[name] for name in tensors if weight_map[name] == files[0]}, folder / files[0])
         (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
     file.unlink()
 
