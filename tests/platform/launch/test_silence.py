@@ -23,8 +23,8 @@ start_beating(Path(sys.argv[1]), int(sys.argv[2]))
 beat(Phase.STEP, iteration=5)
 if "child" in sys.argv:
     print(subprocess.Popen(["sleep", "60"]).pid, flush=True)
-print("ready", flush=True)
 def hang():
+    print("ready", flush=True)
     time.sleep(60)
 hang()
 """
