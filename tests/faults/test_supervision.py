@@ -108,8 +108,9 @@ def test_frozen_rank_is_named_where_the_collectives_of_others_give_up_first(proj
     rank = ranks_of(process)[1]
     rank.suspend()
     line, _ = ends(process, within=30 + 10, code=71)
-    assert f"rank 1 (process {rank.pid}) was silent for" in line
-    assert "longer than parallel.distributed_timeout_minutes allows: it is stopped" in line
+    assert "a collective took longer than parallel.distributed_timeout_minutes allows" in line
+    assert f"wait for rank 1 (process {rank.pid}), in a step after iteration" in line
+    assert "it is stopped" in line
 
 
 def test_rank_that_hangs_is_named_with_its_stack(project, start):

@@ -62,10 +62,14 @@ class SilentRank:
     def message(self) -> str:
         """One line for the user, without what to do about it."""
         doing, key = _DOING[self.phase]
-        limit = f"supervision.{key}" if self.is_over_limit else "parallel.distributed_timeout_minutes"
+        who, when = f"rank {self.rank} (process {self.pid})", f"in {doing} after iteration {self.iteration}"
+        if self.is_over_limit:
+            return (
+                f"{who} was silent for {self.seconds:.0f} s {when}, longer than supervision.{key} allows: {self.state}"
+            )
         return (
-            f"rank {self.rank} (process {self.pid}) was silent for {self.seconds:.0f} s in {doing} after iteration "
-            f"{self.iteration}, longer than {limit} allows: {self.state}"
+            f"a collective took longer than parallel.distributed_timeout_minutes allows; the others seem to wait for "
+            f"{who}, {when}, silent for {self.seconds:.0f} s: {self.state}"
         )
 
 

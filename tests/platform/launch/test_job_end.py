@@ -189,6 +189,14 @@ def test_rank_that_hangs_is_named_with_its_stack_whatever_the_others_say():
     assert len(error_line(status.message)) <= MAX_LINE
 
 
+def test_rank_that_others_gave_up_waiting_for_is_named_as_what_they_wait_for():
+    message = replace(hung(), is_over_limit=False, seconds=0.0).message
+    assert message == (
+        "a collective took longer than parallel.distributed_timeout_minutes allows; the others seem to wait for rank 1 "
+        "(process 101), in a step after iteration 7, silent for 0 s: it is stopped (SIGSTOP or a debugger)"
+    )
+
+
 def test_rank_that_waits_may_wait_for_another_node():
     assert explain_end(replace(end(-9, killed_here=(0,)), silent=hung(is_waiting=True)), {}).severity == 2
 
