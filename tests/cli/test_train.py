@@ -9,7 +9,15 @@ import pytest
 from megatron_vlm.data.samples import TokenizerFacts
 from megatron_vlm.data.shards.writer import write_dataset
 from tests.support.samples import make_samples
-from tests.support.training_jobs import LONG, errors_of, exit_status, ranks_of, started_jobs, wait_for_iteration
+from tests.support.training_jobs import (
+    LONG,
+    errors_of,
+    exit_status,
+    ranks_of,
+    started_jobs,
+    two_node_step,
+    wait_for_iteration,
+)
 
 PIPELINE = "parallel.pipeline_model_parallel_size=2"
 TWO_BY_TWO = ("parallel.tensor_model_parallel_size=2", PIPELINE)
@@ -210,14 +218,7 @@ def test_second_job_on_the_folder_is_refused(project, start):
 
 @pytest.mark.distributed
 def test_two_nodes_of_a_slurm_job_train_together_and_say_nothing_needless(project, start):
-    step = {
-        "SLURM_JOB_ID": str(time.time_ns() % 10**6),
-        "SLURM_STEP_ID": "0",
-        "SLURM_STEP_NUM_NODES": "2",
-        "SLURM_STEP_NUM_TASKS": "2",
-        "SLURM_JOB_NODELIST": "localhost,other[1-3]",
-        "GLOO_SOCKET_IFNAME": "lo",
-    }
+    step = two_node_step("localhost,other[1-3]")
     nodes = [start("nodes", "--nproc-per-node", "1", SLURM_NODEID=str(rank), **step) for rank in range(2)]
     errors = [node.communicate(timeout=90)[1] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0]

@@ -9,7 +9,15 @@ import psutil
 import pytest
 
 from tests.support.project import make_project
-from tests.support.training_jobs import LONG, errors_of, exit_status, ranks_of, started_jobs, wait_for_iteration
+from tests.support.training_jobs import (
+    LONG,
+    errors_of,
+    exit_status,
+    ranks_of,
+    started_jobs,
+    two_node_step,
+    wait_for_iteration,
+)
 
 pytestmark = [pytest.mark.faults, pytest.mark.distributed]
 
@@ -132,14 +140,7 @@ def test_frozen_loader_worker_of_the_only_rank_is_named(project, start):
 
 
 def two_nodes(start, name, *arguments):
-    step = {
-        "SLURM_JOB_ID": str(time.time_ns() % 10**6),
-        "SLURM_STEP_ID": "0",
-        "SLURM_STEP_NUM_NODES": "2",
-        "SLURM_STEP_NUM_TASKS": "2",
-        "SLURM_JOB_NODELIST": "localhost,other",
-        "GLOO_SOCKET_IFNAME": "lo",
-    }
+    step = two_node_step()
     return [start(name, *LONG, *arguments, "--nproc-per-node", "1", SLURM_NODEID=str(node), **step) for node in (0, 1)]
 
 

@@ -43,6 +43,18 @@ def _hear_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # which a shell has its background jobs ignore
 
 
+def two_node_step(nodes: str = "localhost,other") -> dict[str, str]:
+    """Return the environment of a SLURM step on two nodes, without the number of the node; this machine plays both."""
+    return {
+        "SLURM_JOB_ID": str(time.time_ns() % 10**6),
+        "SLURM_STEP_ID": "0",
+        "SLURM_STEP_NUM_NODES": "2",
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_JOB_NODELIST": nodes,
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+
+
 def wait_for_iteration(project: Project, run_dir: str, iteration: int, timeout: float = 90) -> None:
     """Return once the metrics of so many iterations are written."""
     path, deadline = project.folder / run_dir / "metrics.jsonl", time.monotonic() + timeout
