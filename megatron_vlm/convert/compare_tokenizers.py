@@ -1,6 +1,6 @@
 """Compare the tokenizers of two models: pieces, special tokens, chat templates, and what they make of texts."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -120,10 +120,15 @@ def _different_files(tokenizer: Tokenizer) -> Iterator[str]:
 
 def _first_ids(first: list[int], second: list[int]) -> str:
     """Show two lists from the first id that differs."""
-    pairs = enumerate(zip(first, second, strict=False))
-    start = next((place for place, (one, other) in pairs if one != other), min(len(first), len(second)))
+    start = _first_difference(first, second)
     shown = (one[start : start + _SHOWN_IDS] for one in (first, second))
     return f"{' and '.join(map(str, shown))} from position {start} on"
+
+
+def _first_difference(first: Sequence[object], second: Sequence[object]) -> int:
+    """Return the first place at which two sequences differ; the end of the shorter one if it begins the other."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((place for place, (one, other) in pairs if one != other), min(len(first), len(second)))
 
 
 def _different_templates(first: Path, second: Path) -> Iterator[str]:
@@ -134,6 +139,6 @@ def _different_templates(first: Path, second: Path) -> Iterator[str]:
         yield f"only the {'second' if templates[0] is None else 'first'} has a chat template"
         return
     ours, theirs = (str(template) for template in templates)
-    start = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
+    start = _first_difference(ours, theirs)
     shown = (repr(one[start : start + _SHOWN_TEXT]) for one in (ours, theirs))
     yield f"chat templates differ from character {start} on: {' and '.join(shown)}"

@@ -112,7 +112,7 @@ class _Files:
 
 def _list_files(folder: Path) -> _Files:
     """Return the files of the first kind of weights that is complete, otherwise what is there of the first one."""
-    partial: list[_Files] = []
+    partial: _Files | None = None
     for name in (WEIGHTS_NAME, _PICKLED):
         if (folder / name).is_file():
             return _Files([folder / name], [])
@@ -121,11 +121,11 @@ def _list_files(folder: Path) -> _Files:
             found = _indexed(index)
             if not found.missing:
                 return found
-            partial.append(found)
-    for found in partial:
-        if found.there:
-            return found
-        raise missing_files(found.missing, len(found.missing))
+            partial = partial or found
+    if partial is not None:
+        if partial.there:
+            return partial
+        raise missing_files(partial.missing, len(partial.missing))
     raise explain(folder) or CheckpointError(
         f"no {WEIGHTS_NAME} and no {_PICKLED}", where=str(folder), fix="name a folder with the weights"
     )
@@ -149,8 +149,11 @@ def _indexed(index: Path) -> _Files:
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError("index names no files", where=str(index), fix="download the folder again")
     names = sorted(set(map(str, weight_map.values())))
-    there = [name for name in names if Path(name).name == name and (index.parent / name).is_file()]
-    return _Files(*([index.parent / name for name in some] for some in (there, [n for n in names if n not in there])))
+    found = _Files([], [])
+    for name in names:
+        path = index.parent / name
+        (found.there if Path(name).name == name and path.is_file() else found.missing).append(path)
+    return found
 
 
 def read_json(path: Path) -> dict[str, Any]:

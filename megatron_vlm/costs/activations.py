@@ -28,7 +28,11 @@ def stage_activations(
         ConfigError: the number of patches depends on the image size.
     """
     placed = config.parallel.chunk_layers(config.model.language.num_layers)[stage]
-    chunks = [_of_chunk(config, stage, number, work, backend) for number in range(len(placed))]
+    is_last = stage == config.parallel.pipeline_model_parallel_size - 1
+    chunks = []
+    for number, layers in enumerate(placed):
+        ends = {"is_first": stage == number == 0, "is_last": is_last and number == len(placed) - 1}
+        chunks.append(_of_chunk(config, layers, work, backend, **ends))
     moments = chunks_in_flight(config.parallel, stage, num_micro_batches)
     return Activations(
         kept=max(sum(count * chunk.kept for count, chunk in zip(counts, chunks, strict=True)) for counts in moments),
@@ -36,15 +40,16 @@ def stage_activations(
     )
 
 
-def _of_chunk(config: TrainConfig, stage: int, chunk: int, work: Work, backend: Backend) -> Activations:
-    """Return the activations of one micro-batch in a model chunk."""
-    placed = config.parallel.chunk_layers(config.model.language.num_layers)[stage]
+def _of_chunk(
+    config: TrainConfig, layers: range, work: Work, backend: Backend, *, is_first: bool, is_last: bool
+) -> Activations:
+    """Return the activations of one micro-batch in a model chunk with these decoder layers."""
     # Context-parallel ranks share positions and images; labels are spread about evenly over the positions.
     mine = work.times(1 / config.parallel.context_parallel_size)
-    parts = _decoder(config, placed[chunk], mine, backend)
-    if stage == chunk == 0:
+    parts = _decoder(config, layers, mine, backend)
+    if is_first:
         parts += _vision(config, work.num_images) + _adapter_of_tower(config, work)
-    if stage == config.parallel.pipeline_model_parallel_size - 1 and chunk == len(placed) - 1:
+    if is_last:
         language, split = config.model.language, _split(config.parallel)
         keeps_input = learning_of(config.model, config.training.freeze).input_gradient_of_output
         parts.append(language.output_activations(_positions(config) * keeps_input, mine.num_labels, split))
