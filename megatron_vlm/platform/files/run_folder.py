@@ -14,6 +14,7 @@ from megatron_vlm.platform.files.locks import locked
 CONFIG_NAME = "config.yaml"
 EXIT_STATUS_NAME = "exit_status.json"
 METRICS_NAME = "metrics.jsonl"
+EVENTS_NAME = "events.jsonl"
 PLAN_FOLDER = "plan"
 LOCK_NAME = "run.lock"
 _ATTEMPT = re.compile(rb"attempt (\d{1,9})")
