@@ -18,6 +18,7 @@ import megatron_vlm
 from megatron_vlm.config import ExitCode, UsageError
 from megatron_vlm.config.modules import module_names
 from megatron_vlm.platform.launch.exit_status import describe_error, error_line
+from megatron_vlm.platform.launch.launch import STOP_SIGNALS
 
 _PACKAGE = "megatron_vlm.cli"
 _PROGRAM = "megatron-vlm"
@@ -76,6 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             args = _parse(arguments)
             return args.run(args)
         finally:
+            if argv is None:
+                _ignore_stop_signals()
             sys.stdout.flush()
     except BrokenPipeError:  # `megatron-vlm data stats D | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -88,6 +91,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         sys.stderr.write(error_line(status.message) + "\n")
         return status.exit_code
+
+
+def _ignore_stop_signals() -> None:
+    """Let no signal from now on replace the exit code of this process, which has nothing left to do.
+
+    srun sends SIGTERM to the other tasks of a step as soon as one has ended with a code such as 75.
+    """
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:

@@ -110,7 +110,7 @@ def _run(args: argparse.Namespace, stop: _EarlyStop) -> int:
             forget_exit_status(status_path, launch_id)
         try:
             _check(config, num_workers=num_workers, num_gpus=num_gpus, num_nodes=slurm.num_nodes if slurm else 1)
-            with _link(slurm) as nodes:
+            with _link(slurm, 60 * config.supervision.meeting_minutes) as nodes:
                 status, speaks = _launch(config, _node_job(args, config, slurm, num_workers), nodes, stop)
         except Exception as error:
             _record(status_path, replace(describe_error(error), launch_id=launch_id))
@@ -161,7 +161,7 @@ def _node_job(args: argparse.Namespace, config: TrainConfig, slurm: SlurmNode | 
 
 
 @contextmanager
-def _link(slurm: SlurmNode | None) -> Iterator[NodeLink | None]:
+def _link(slurm: SlurmNode | None, meeting_seconds: float) -> Iterator[NodeLink | None]:
     """Yield the link to the other nodes; None if there are none."""
     if slurm is None or slurm.num_nodes == 1:
         yield None
@@ -169,8 +169,10 @@ def _link(slurm: SlurmNode | None) -> Iterator[NodeLink | None]:
     nodes = NodeLink(
         launch_id=slurm.launch_id,
         node_rank=slurm.node_rank,
+        num_nodes=slurm.num_nodes,
         address=slurm.master_address,
         port=slurm.launcher_port,
+        meeting_seconds=meeting_seconds,
     )
     nodes.open()
     try:

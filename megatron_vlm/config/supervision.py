@@ -15,6 +15,9 @@ class SupervisionConfig:
     begins: the limits are not those of whole steps.
     """
 
+    meeting_minutes: float = 2.0
+    """On several nodes, until the launcher of each has come up; after half of it, one line names those that are
+    missing. More if an image for containers takes nodes minutes to unpack."""
     setup_minutes: float = 60.0
     """Until the first step: meeting of the ranks, plan, model, reading of a checkpoint."""
     first_step_minutes: float = 30.0
@@ -27,6 +30,6 @@ class SupervisionConfig:
     """Of a save, and of the end of the run."""
 
     def __post_init__(self) -> None:
-        names = ("setup_minutes", "first_step_minutes", "step_minutes", "save_minutes")
+        names = ("meeting_minutes", "setup_minutes", "first_step_minutes", "step_minutes", "save_minutes")
         check_positive("supervision", self, *names)
         check_at_most("supervision", self, _MAX_MINUTES, *names)

@@ -41,7 +41,7 @@ def run_training(config: TrainConfig) -> str | None:
         torch.set_num_threads(config.training.num_threads)
     with _stop_signals() as stop_requested:
         rank = start_distributed(config.parallel, device)
-        beat()
+        beat(Phase.SETUP)
         try:
             return _run(config, rank, device, stop_requested)
         finally:

@@ -122,6 +122,18 @@ def test_reader_that_leaves_early_is_no_error():
     assert (process.wait(), errors) == (141, "")
 
 
+def test_signal_after_the_end_does_not_replace_the_exit_code():
+    code = (
+        "import atexit, os, signal, sys\n"
+        "from types import SimpleNamespace\n"
+        "from megatron_vlm.cli import main as cli\n"
+        "atexit.register(lambda: [os.kill(os.getpid(), one) for one in (signal.SIGTERM, signal.SIGUSR1)])\n"
+        "cli._parse = lambda arguments: SimpleNamespace(run=lambda args: 75)\n"
+        "sys.exit(cli.main())\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 75
+
+
 def test_version_is_printed():
     done = subprocess.run(
         [sys.executable, "-m", "megatron_vlm", "--version"], capture_output=True, text=True, check=True

@@ -78,6 +78,15 @@ def test_slurm_node_meets_on_the_first_node(launched, caplog):
     assert "GLOO_SOCKET_IFNAME" not in job.environment
 
 
+def test_status_of_an_earlier_start_in_the_same_allocation_does_not_stay(launched, project, monkeypatch):
+    allocation = {"SLURM_JOB_ID": "4712"}
+    with pytest.raises(ConfigError):
+        launched(allocation, "training.global_batch_size=3", nproc=2)
+    monkeypatch.setattr(train.os, "getpid", lambda: 1)
+    launched(allocation)
+    assert '"exit_code": 0' in (project.folder / "wired" / "exit_status.json").read_text()
+
+
 def test_ranks_overlap_communication_in_order(launched):
     assert launched({"CUDA_DEVICE_MAX_CONNECTIONS": "32"}).environment["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
 

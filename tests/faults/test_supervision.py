@@ -220,3 +220,12 @@ def test_stop_while_a_node_is_missing_ends_the_job_soon(project, start):
     first.send_signal(signal.SIGTERM)
     first.communicate(timeout=60)
     assert first.returncode == 75
+
+
+def test_node_that_does_not_come_up_is_named(project, start):
+    (first, second) = two_nodes(start, "absent", "supervision.meeting_minutes=0.3")
+    second.kill()
+    line, errors = ends(first, within=0.3 * 60 + 15, code=71)
+    assert "node 1 did not come up within supervision.meeting_minutes" in line
+    assert "node 1 of 2 not up after" in errors
+    assert exit_status(project, "absent")["exit_code"] == 71

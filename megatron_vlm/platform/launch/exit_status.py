@@ -15,7 +15,10 @@ MAX_LINE = 300
 
 _PROGRAM = "megatron-vlm"
 # gloo, NCCL, and the store through which the ranks meet.
-_TIMED_OUT = re.compile(r"Timed out waiting \d+ms|collective operation timeout|wait timeout after \d+ms")
+_TIMED_OUT = re.compile(
+    r"Timed out waiting \d+ms|collective operation timeout|wait timeout after \d+ms|"
+    r"Timed out after \d+ seconds waiting for clients|client socket has timed out after"
+)
 # What gloo and NCCL say when another rank has gone.
 _LOST = re.compile(r"gloo/|Connection (closed|reset|refused)|Broken pipe|ncclRemoteError|NCCL (error|communicator)")
 

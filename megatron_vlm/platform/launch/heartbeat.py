@@ -19,11 +19,13 @@ _FORMAT = struct.Struct("<QQQ")
 class Phase(enum.IntEnum):
     """What a rank does; each phase has its own limit of silence."""
 
-    SETUP = 0
-    FIRST_STEP = 1
+    MEETING = 0
+    """Part of the set-up: until all ranks of the job have met."""
+    SETUP = 1
+    FIRST_STEP = 2
     """Of the run or of a validation: loaders start, kernels are compiled."""
-    STEP = 2
-    SAVE = 3
+    STEP = 3
+    SAVE = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +33,7 @@ class Beat:
     """The last sign of life of a rank."""
 
     count: int = 0
-    phase: Phase = Phase.SETUP
+    phase: Phase = Phase.MEETING
     iteration: int = 0
     """Steps done."""
 
@@ -43,7 +45,7 @@ class _Pulse:
         path.write_bytes(bytes(_FORMAT.size))
         with path.open("r+b") as file:
             self._memory = mmap.mmap(file.fileno(), _FORMAT.size)
-        self._count, self._phase, self._iteration = 0, Phase.SETUP, 0
+        self._count, self._phase, self._iteration = 0, Phase.MEETING, 0
 
     def beat(self, phase: Phase | None, iteration: int | None) -> None:
         self._count += 1
@@ -77,7 +79,7 @@ def beat(phase: Phase | None = None, *, iteration: int | None = None) -> None:
 
 
 def read_beat(folder: Path, rank: int) -> Beat:
-    """Return the last sign of life of a rank of this node; a rank that has not given one yet is in its set-up."""
+    """Return the last sign of life of a rank of this node; a rank that has not given one yet has met nobody."""
     try:
         count, phase, iteration = _FORMAT.unpack(beat_path(folder, rank).read_bytes())
         return Beat(count, Phase(phase), iteration)

@@ -8,6 +8,7 @@ from pathlib import Path
 from megatron_vlm.config import ExitCode
 from megatron_vlm.platform.launch.exit_status import ExitStatus, read_exit_status
 from megatron_vlm.platform.launch.launch import STOP_SIGNALS, NodeEnd, WorkerEnd
+from megatron_vlm.platform.launch.nodes import name_nodes
 from megatron_vlm.platform.launch.silence import SilentRank
 
 _CONSEQUENCES = (ExitCode.CRASH, ExitCode.TIMEOUT)
@@ -68,6 +69,8 @@ def explain_end(end: NodeEnd, reports: Mapping[int, ExitStatus], patience: Patie
 def _first_cause(
     end: NodeEnd, failures: Sequence[WorkerEnd], reports: Mapping[int, ExitStatus], patience: Patience | None
 ) -> ExitStatus | None:
+    if end.missing:
+        return _missing(end.missing)
     timed_out = [worker for worker in failures if _is_timeout(worker, patience)]
     others = [worker for worker in failures if worker not in timed_out]
     aborts = [worker for worker in others if worker.exit_code == -signal.SIGABRT]
@@ -104,6 +107,14 @@ def _silent(silent: SilentRank | None) -> ExitStatus | None:
         rank=silent.rank,
         traceback=f"{silent.stack.rstrip()}\n" if silent.stack else None,
         is_symptom=silent.is_waiting,
+    )
+
+
+def _missing(nodes: Sequence[int]) -> ExitStatus:
+    return ExitStatus(
+        exit_code=int(ExitCode.TIMEOUT),
+        message=f"{name_nodes(nodes)} did not come up within supervision.meeting_minutes; fix: look at those machines "
+        "and at what their launchers print, then start the same command again",
     )
 
 

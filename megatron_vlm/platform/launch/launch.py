@@ -105,6 +105,8 @@ class NodeEnd:
     """The first signal that asked the job to stop; None if there was none."""
     silent: SilentRank | None = None
     """The rank at which the job hung; None if it did not."""
+    missing: tuple[int, ...] = ()
+    """Nodes that did not come up in time."""
 
 
 @dataclass(slots=True)
@@ -115,6 +117,7 @@ class _Supervisor:
     watch: SilenceWatch | None
     nodes: NodeLink | None
     silent: SilentRank | None = None
+    missing: tuple[int, ...] = ()
     processes: dict[int, subprocess.Popen] = field(default_factory=dict)
     ends: dict[int, WorkerEnd] = field(default_factory=dict)
     stop_signal: signal.Signals | None = None
@@ -177,9 +180,11 @@ class _Supervisor:
             return
         self.silent = self.watch.look(self._pids())
         is_deaf = self.is_stop_announced and time.monotonic() >= self.stop_at + _SETUP_STOP_SECONDS
-        if self.silent is not None or (is_deaf and self.watch.is_setting_up()):
+        if self.nodes is not None and self.watch.is_meeting():
+            self.missing = self.nodes.find_overdue()
+        if self.silent is not None or self.missing or (is_deaf and self.watch.is_setting_up()):
             self.kill_at = time.monotonic()
-        if self.silent is not None and self.nodes is not None:
+        if (self.silent is not None or self.missing) and self.nodes is not None:
             self.nodes.tell_failure()
 
     def _pids(self) -> dict[int, int]:
@@ -225,7 +230,9 @@ def run_node(job: NodeJob, watch: SilenceWatch | None = None, nodes: NodeLink | 
         finally:
             supervisor.kill()  # none remains, unless this function itself failed
     workers = tuple(supervisor.ends.values())
-    return NodeEnd(workers=workers, stop_signal=supervisor.stop_signal, silent=supervisor.silent)
+    return NodeEnd(
+        workers=workers, stop_signal=supervisor.stop_signal, silent=supervisor.silent, missing=supervisor.missing
+    )
 
 
 @contextmanager

@@ -32,6 +32,7 @@ _VERDICT_SECONDS = 2.0
 """Beyond that, for the verdict of the first node, which waits as long for the reports."""
 _ORDERLY_SECONDS = 60.0
 _POLL_SECONDS = 0.05
+_MAX_NAMED = 8
 # Seconds of silence before a dead machine is asked, between questions, and questions: 2 minutes together, which the
 # network of the launchers may fail without harm to the run.
 _KEEP_ALIVE = (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 6))
@@ -53,14 +54,20 @@ class NodeLink:
 
     launch_id: str
     node_rank: int
+    num_nodes: int
     address: str
     port: int
+    meeting_seconds: float
+    """How long the others have to come up."""
     has_failure: bool = False
     """Whether a rank of another node has failed, or another node was lost."""
     statuses: dict[int, ExitStatus] = field(default_factory=dict)
     """How other nodes ended, in the order in which they said so."""
     verdict: ExitStatus | None = None
     """The first node's word on the whole job."""
+    _met: set[int] = field(default_factory=set)
+    _opened_at: float = 0.0
+    _is_told: bool = False
     _failing: list[int] = field(default_factory=list)
     """Nodes in the order in which they failed, this one included."""
     _peers: list[_Peer] = field(default_factory=list)
@@ -71,6 +78,7 @@ class NodeLink:
 
     def open(self) -> None:
         """Listen, on the first node; the others connect whenever it does."""
+        self._opened_at = time.monotonic()
         if self.node_rank:
             return
         try:
@@ -100,6 +108,25 @@ class NodeLink:
                 self._accept()
             else:
                 self._read(key.data)
+
+    def find_overdue(self) -> tuple[int, ...]:
+        """Return the nodes that have not come up in their time; name them in the log after half of it.
+
+        The others know of the first node only.
+        """
+        passed = time.monotonic() - self._opened_at
+        if passed < self.meeting_seconds / 2:
+            return ()
+        missing = tuple(node for node in self._expected() if node not in self._met)
+        if missing and not self._is_told:
+            self._is_told = True
+            logger.warning("%s of %d not up after %.0f s, waiting", name_nodes(missing), self.num_nodes, passed)
+        return missing if passed >= self.meeting_seconds else ()
+
+    def _expected(self) -> Sequence[int]:
+        if self.node_rank:
+            return (0,)
+        return range(1, self.num_nodes) if self._listener is not None else ()
 
     def tell_failure(self) -> None:
         """Tell the other nodes that a rank of this one has failed; why follows with `settle`."""
@@ -199,6 +226,7 @@ class NodeLink:
             if message["launch_id"] != self.launch_id:
                 raise ValueError("another job")
             peer.node = int(message["node"])
+            self._met.add(peer.node)
             if self.node_rank == 0:
                 self._introduce(peer)
             if self._failing:
@@ -238,6 +266,13 @@ class NodeLink:
         for peer in known if peers is None else peers:
             with suppress(OSError):  # a lost peer is noticed when it is read
                 peer.connection.sendall(line)
+
+
+def name_nodes(nodes: Sequence[int]) -> str:
+    """Return `node 3`, or `nodes 3, 4 and 5 others`."""
+    named = ", ".join(map(str, nodes[:_MAX_NAMED]))
+    others = f" and {len(nodes) - _MAX_NAMED} others" if len(nodes) > _MAX_NAMED else ""
+    return f"node{'s' if len(nodes) > 1 else ''} {named}{others}"
 
 
 def _listen(port: int) -> socket.socket:

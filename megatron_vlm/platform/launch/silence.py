@@ -25,6 +25,7 @@ _MAX_STACK_LINES = 80
 _SILENT_WITH_IT = 0.5
 """A rank that waits for one that hangs falls silent later, by at most this part of the limit."""
 _DOING = {
+    Phase.MEETING: ("its set-up", "setup_minutes"),
     Phase.SETUP: ("its set-up", "setup_minutes"),
     Phase.FIRST_STEP: ("its first step", "first_step_minutes"),
     Phase.STEP: ("a step", "step_minutes"),
@@ -130,7 +131,11 @@ class SilenceWatch:
 
     def is_setting_up(self) -> bool:
         """Return whether no rank has begun its first step, so that there is nothing to save."""
-        return all(seen.beat.phase == Phase.SETUP for seen in self._seen.values())
+        return all(seen.beat.phase <= Phase.SETUP for seen in self._seen.values())
+
+    def is_meeting(self) -> bool:
+        """Return whether no rank is known to have met those of other nodes."""
+        return all(seen.beat.phase == Phase.MEETING for seen in self._seen.values())
 
     def find_culprit(self, pids: Mapping[int, int], *, is_over_limit: bool = False) -> SilentRank | None:
         """Return the rank among some that the others wait for; None if there are none.

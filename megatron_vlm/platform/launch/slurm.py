@@ -1,5 +1,6 @@
 """The position of this node in a SLURM job that starts one launcher per node."""
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +19,8 @@ class SlurmNode:
 
     job_id: int
     launch_id: str
-    """Differs between starts of the job, including requeued ones; the same on all nodes."""
+    """Differs between starts, including those of a requeued job and several in one allocation of one node; the same
+    on all nodes."""
     num_nodes: int
     node_rank: int
     master_address: str
@@ -37,7 +39,8 @@ def read_slurm_node(environment: Mapping[str, str]) -> SlurmNode | None:
     The variables of the step (`srun`) take precedence over those of the whole allocation.
 
     Raises:
-        ConfigError: a variable is missing or malformed, or srun started several launchers on a node.
+        ConfigError: a variable is missing or malformed, srun started several launchers on a node, or there are
+            several nodes and this launcher was not started by srun.
     """
     if "SLURM_JOB_ID" not in environment:
         return None
@@ -48,13 +51,21 @@ def read_slurm_node(environment: Mapping[str, str]) -> SlurmNode | None:
             f"srun started {num_tasks} tasks on {num_nodes} nodes, but one task per node starts all its ranks",
             fix="use srun --ntasks-per-node=1",
         )
+    if num_nodes > 1 and "SLURM_STEP_ID" not in environment:
+        raise ConfigError(
+            f"the job has {num_nodes} nodes, but srun did not start this launcher: nobody starts the others",
+            fix="start it with srun --ntasks-per-node=1, or set SLURM_NNODES=1 to use this node only",
+        )
     job_id = _read_int(environment, ("SLURM_JOB_ID",))
     step_id = _read_int(environment, ("SLURM_STEP_ID",), default=0)
     node_rank = _read_int(environment, ("SLURM_NODEID",), default=0 if num_nodes == 1 else None)
+    # A launcher that needs no others is the only one of its start; in a shell of salloc, or in a loop of a batch
+    # script, SLURM's variables are the same for all starts.
+    start = f"-{os.getpid()}" if num_nodes == 1 else ""
     port = _FIRST_PORT + (7 * job_id + step_id) % _NUM_PORTS
     return SlurmNode(
         job_id=job_id,
-        launch_id=f"slurm-{job_id}-{step_id}-{environment.get('SLURM_RESTART_COUNT', '0')}",
+        launch_id=f"slurm-{job_id}-{step_id}-{environment.get('SLURM_RESTART_COUNT', '0')}{start}",
         num_nodes=num_nodes,
         node_rank=node_rank,
         master_address="127.0.0.1" if num_nodes == 1 else first_host(_node_list(environment)),

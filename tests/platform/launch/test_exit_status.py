@@ -52,6 +52,8 @@ def test_unforeseen_error_keeps_its_traceback_and_one_line():
         "[../gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 6000ms for recv operation to complete",
         "[Rank 3] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=7, OpType=ALLREDUCE) ran for 600001 ms",
         "wait timeout after 600000ms, keys: /default_pg/0//main_rank_first/1",
+        "Timed out after 61 seconds waiting for clients. 1/2 clients joined.",
+        "The client socket has timed out after 600000ms while trying to connect to (node1, 15007).",
     ],
 )
 def test_collective_that_takes_too_long_has_an_exit_code_of_its_own(text):

@@ -38,7 +38,7 @@ def test_rank_shows_what_it_does_and_writes_its_stack_when_asked(tmp_path):
 
 
 def test_rank_that_has_not_begun_is_setting_up(tmp_path):
-    assert read_beat(tmp_path, 0) == Beat(count=0, phase=Phase.SETUP, iteration=0)
+    assert read_beat(tmp_path, 0) == Beat(count=0, phase=Phase.MEETING, iteration=0)
     heartbeat.beat_path(tmp_path, 0).write_bytes(b"half")
     assert read_beat(tmp_path, 0) == Beat()
 

@@ -214,3 +214,12 @@ def test_of_a_crash_and_a_kill_the_first_counts():
 def test_abort_and_lost_connections_follow_from_a_crash():
     assert explained(end(-6, 1, 1), report(1, 1, "KeyError: 'x'"), lost(2))[1] == "rank 1 crashed: KeyError: 'x'"
     assert "was killed by SIGABRT" in explained(end(1, -6), lost(0))[1]
+
+
+def test_node_that_did_not_come_up_is_the_cause_unless_the_job_was_asked_to_stop():
+    alone = replace(end(-9, killed_here=(0,)), missing=(1,))
+    code, message = explained(alone)
+    assert code == ExitCode.TIMEOUT
+    assert message.startswith("node 1 did not come up within supervision.meeting_minutes; fix: ")
+    assert len(error_line(message)) <= MAX_LINE
+    assert explained(replace(alone, stop_signal=signal.SIGTERM))[0] == ExitCode.REQUEUE

@@ -7,8 +7,11 @@ import time
 import psutil
 import pytest
 
+from megatron_vlm.config.supervision import SupervisionConfig
 from megatron_vlm.platform.launch import launch
 from megatron_vlm.platform.launch.launch import NodeJob, find_free_port, run_node
+from megatron_vlm.platform.launch.nodes import NodeLink
+from megatron_vlm.platform.launch.silence import SilenceWatch
 
 BLOCKED = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
 # Rank 0 does the first thing, the others the second.
@@ -192,6 +195,24 @@ def test_rank_that_the_kernel_does_not_let_die_is_named_and_left(monkeypatch, ca
     assert exit_codes(end) == {0: 1, 1: -9}
     assert f"rank 1 (process {pids[-1]}) does not die" in caplog.text
     os.kill(pids[-1], signal.SIGKILL)
+
+
+def test_ranks_are_ended_when_another_node_does_not_come_up(tmp_path):
+    link = NodeLink(
+        launch_id="job",
+        node_rank=0,
+        num_nodes=2,
+        address="127.0.0.1",
+        port=find_free_port(),
+        meeting_seconds=0.5,
+    )
+    link.open()
+    began = time.monotonic()
+    end = run_node(job(BLOCKED), SilenceWatch(tmp_path, SupervisionConfig(), 10.0), link)
+    link.close()
+    assert time.monotonic() - began < 5
+    assert end.missing == (1,)
+    assert all(worker.was_killed_here for worker in end.workers)
 
 
 def test_unknown_signal_is_named_by_its_number():

@@ -24,8 +24,15 @@ def links(monkeypatch):
         link.close()
 
 
-def make_link(rank, port, launch_id="job"):
-    return NodeLink(launch_id=launch_id, node_rank=rank, address="127.0.0.1", port=port)
+def make_link(rank, port, launch_id="job", meeting_seconds=60.0):
+    return NodeLink(
+        launch_id=launch_id,
+        node_rank=rank,
+        num_nodes=3,
+        address="127.0.0.1",
+        port=port,
+        meeting_seconds=meeting_seconds,
+    )
 
 
 def until(links, condition, seconds=10):
@@ -147,6 +154,33 @@ def test_another_program_at_the_port_of_the_first_node_is_not_taken_for_it():
     assert not other.has_failure
     assert not first.has_failure
     first.close(), other.close()
+
+
+def test_nodes_that_do_not_come_up_are_named_in_time(caplog):
+    first, second = (make_link(rank, port, meeting_seconds=0.6) for port in [find_free_port()] for rank in (0, 1))
+    for link in (first, second):
+        link.open()
+    until([first, second], lambda: first._met == {1})
+    assert first.find_overdue() == ()
+    until([first], lambda: time.monotonic() > first._opened_at + 0.3)
+    assert (first.find_overdue(), first.find_overdue()) == ((), ())
+    assert caplog.text.count("node 2 of 3 not up after") == 1
+    until([first], lambda: time.monotonic() > first._opened_at + 0.6)
+    assert (first.find_overdue(), second.find_overdue()) == ((2,), ())
+    first.close(), second.close()
+
+
+def test_node_misses_the_first_one_and_nobody_is_missed_where_none_can_be_heard():
+    with socket.create_server(("", 0)) as other:
+        first, second = (make_link(rank, other.getsockname()[1], meeting_seconds=0.0) for rank in (0, 1))
+        first.open(), second.open()
+    assert (first.find_overdue(), second.find_overdue()) == ((), (0,))
+    first.close(), second.close()
+
+
+def test_many_nodes_have_a_short_name():
+    assert nodes.name_nodes([3]) == "node 3"
+    assert nodes.name_nodes(range(1, 12)) == "nodes 1, 2, 3, 4, 5, 6, 7, 8 and 3 others"
 
 
 def test_nodes_that_come_together_are_all_met_at_once():

@@ -166,8 +166,11 @@ def test_rank_whose_file_somebody_removes_is_not_accused(tmp_path, clock):
 def test_set_up_ends_with_the_first_step(tmp_path, clock):
     watch = watch_of(tmp_path)
     clock.pass_(1, watch, {0: 1})
-    assert watch.is_setting_up()
-    beating(tmp_path, 0, Phase.FIRST_STEP)
+    assert (watch.is_meeting(), watch.is_setting_up()) == (True, True)
+    pulse = beating(tmp_path, 0, Phase.SETUP)
+    clock.pass_(1, watch, {0: 1})
+    assert (watch.is_meeting(), watch.is_setting_up()) == (False, True)
+    pulse.beat(Phase.FIRST_STEP, 0)
     clock.pass_(1, watch, {0: 1})
     assert not watch.is_setting_up()
 

@@ -67,6 +67,17 @@ def test_requeued_job_is_another_launch():
     assert read_slurm_node(STEP).launch_id != read_slurm_node({**STEP, "SLURM_RESTART_COUNT": "1"}).launch_id
 
 
+def test_starts_in_one_allocation_of_a_node_are_told_apart(monkeypatch):
+    first = read_slurm_node({"SLURM_JOB_ID": "1"})
+    monkeypatch.setattr("os.getpid", lambda: 1)
+    assert first.launch_id != read_slurm_node({"SLURM_JOB_ID": "1"}).launch_id
+
+
+def test_several_nodes_without_srun_are_refused():
+    with pytest.raises(ConfigError, match=r"has 2 nodes, but srun did not start this launcher.*--ntasks-per-node=1"):
+        read_slurm_node({"SLURM_JOB_ID": "1", "SLURM_NNODES": "2", "SLURM_NODEID": "0"})
+
+
 def test_step_goes_before_the_allocation():
     node = read_slurm_node({**STEP, "SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_NUM_TASKS": "1", "SLURM_NODEID": "0"})
     assert (node.num_nodes, node.master_address) == (1, "127.0.0.1")
