@@ -261,8 +261,9 @@ def write_conversations(pictures: list[Picture], folder: Path, options: CorpusOp
             for question in draw.sample(picture.questions, len(picture.questions)):
                 published += [] if _follows(published, *question) else [question]
             conversations = [published]
-            for shown, values in (picture.shape, SHAPES), (picture.color, COLORS):
-                conversations += [[ask(shown, values, draw)] for _ in range(4) if shown]
+            known = [(one, values) for one, values in ((picture.shape, SHAPES), (picture.color, COLORS)) if one]
+            for _ in range(5 if known else 0):  # two questions, of which neither answers the other
+                conversations.append([ask(*one, draw) for one in draw.sample(known, len(known))])
             for number, asked in enumerate(conversations):
                 turns = [{"from": role, "value": text} for one in asked for role, text in zip(_ROLES, one, strict=True)]
                 turns[0]["value"] = f"<image>\n{turns[0]['value']}"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole path on real data, on this machine: download, prepare, train on 4 processes, kill, resume, convert, evaluate.
-#   bash examples/quickstart/run.sh            about 30 minutes on 2 cores
+#   bash examples/quickstart/run.sh            about 20 minutes on 2 cores
 #   bash examples/quickstart/run.sh --smoke    the same path on 2 processes in 2 minutes, too short to be accurate
 # Run it again and it continues where it stopped; --fresh starts over. --output DIR replaces runs/quickstart.
 # It makes the environment .venv if there is none; with --installed it uses the megatron-vlm on the PATH instead.
@@ -23,7 +23,7 @@ done
 
 # The only differences between the real run and the smoke run.
 if [ -z "$smoke" ]; then
-  output="${output:-runs/quickstart}" processes=4 kill_after=120 straight_iterations=140
+  output="${output:-runs/quickstart}" processes=4 kill_after=70 straight_iterations=90
   align=() pretrain=() sft=()
 else
   output="${output:-runs/quickstart-smoke}" processes=2 kill_after=7 straight_iterations=10
