@@ -19,8 +19,9 @@ from megatron_vlm.checkpoint.folder import (
 )
 from megatron_vlm.checkpoint.manifest import Manifest, find_faults, find_strangers, read_manifest
 from megatron_vlm.checkpoint.pickles import check_metadata
+from megatron_vlm.checkpoint.run_settings import check_resume, check_start
 from megatron_vlm.checkpoint.sharded_state import load_all, load_model
-from megatron_vlm.config import CheckpointError, TrainConfig
+from megatron_vlm.config import CheckpointError, ModelConfig, TrainConfig
 from megatron_vlm.parallel.collective import decide_on_main
 
 logger = logging.getLogger(__name__)
@@ -46,12 +47,14 @@ def resume(config: TrainConfig, chunks: Sequence[MegatronModule], optimizer: Meg
     Raises:
         CheckpointError: there are checkpoints, but none is valid: a run never starts over on its own; or the base of
             the newest valid one is missing, damaged or another one.
+        ConfigError: the run goes on with another model than it was trained with; see `check_resume`.
     """
     found = _newest_valid(Path(config.run_dir))
     if found is None:
         return None
     path, manifest = found
     _check_whole(with_bases(path)[1:])
+    decide_on_main(lambda: check_resume(path, config))
     num_extra_states = load_all(path, chunks, optimizer)
     if config.training.fp8 and config.training.fp8_recipe == "delayed" and not num_extra_states:
         logger.warning("checkpoint %s has no history of FP8 scales; delayed scaling starts a new one", path)
@@ -59,21 +62,30 @@ def resume(config: TrainConfig, chunks: Sequence[MegatronModule], optimizer: Meg
 
 
 def load_weights(
-    path: str, chunks: Sequence[MegatronModule], *, may_add_adapter: bool = False, resizes_positions: bool = False
+    path: str,
+    chunks: Sequence[MegatronModule],
+    model: ModelConfig | None = None,
+    *,
+    may_add_adapter: bool = False,
+    resizes_positions: bool = False,
 ) -> LoadedWeights:
     """Verify and load only the weights of a run folder or checkpoint; all ranks call it together.
 
     Args:
         path: run folder or checkpoint.
         chunks: of this rank.
+        model: its settings; None: they are those of the checkpoint.
         may_add_adapter: as in `load_model`.
         resizes_positions: as in `load_model`.
 
     Raises:
         CheckpointError: there is no checkpoint, it or its base is damaged, or it belongs to another model.
+        ConfigError: the weights mean something else in the model; see `check_start`.
     """
     checkpoint = Path(decide_on_main(lambda: str(find_checkpoint(path))))
     _check_whole(with_bases(checkpoint))
+    if model is not None:
+        decide_on_main(lambda: check_start(checkpoint, model))
     has_adapter = load_model(checkpoint, chunks, may_add_adapter=may_add_adapter, resizes_positions=resizes_positions)
     return LoadedWeights(checkpoint, has_adapter)
 

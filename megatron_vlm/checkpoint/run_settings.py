@@ -1,5 +1,10 @@
-"""Settings that a checkpoint carries in its config.yaml: model sizes, tokenizer and image processing."""
+"""Settings that a checkpoint carries in its config.yaml: model sizes, tokenizer and image processing.
 
+Its weights are worth something only with these, so what loads them is held to them.
+"""
+
+import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -7,9 +12,13 @@ from typing import Any
 import yaml
 
 from megatron_vlm.checkpoint.folder import find_checkpoint
-from megatron_vlm.config import CheckpointError, ConfigError, DataConfig, ModelConfig, load_section
+from megatron_vlm.config import CheckpointError, ConfigError, DataConfig, ModelConfig, TrainConfig, load_section
+from megatron_vlm.config.comparison import IN_NEW_STAGE, Difference, MayChange, compare_settings
+from megatron_vlm.config.towers import TowerConfig, TowerWrapper
 from megatron_vlm.data.text.tokenizer_files import find_tokenizer
 from megatron_vlm.platform.files.run_folder import CONFIG_NAME
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,17 +48,87 @@ def read_run_settings(
         ConfigError: the tokenizer is not found.
     """
     checkpoint = find_checkpoint(path)
-    config_path = checkpoint / CONFIG_NAME
-    if not config_path.is_file():
-        raise CheckpointError("checkpoint has no config.yaml", where=str(checkpoint), fix="use a complete checkpoint")
-    model = load_section(ModelConfig, config_path, "model")
-    data = yaml.safe_load(config_path.read_text()).get("data") or {}
-    default_aspect = DataConfig.__dataclass_fields__["image_aspect"].default
+    recorded = _read(checkpoint)
     return RunSettings(
         checkpoint=checkpoint,
-        model=model,
-        tokenizer=_find_tokenizer(checkpoint, tokenizer, data.get("tokenizer")),
-        image_aspect=image_aspect or data.get("image_aspect", default_aspect),
+        model=recorded.model,
+        tokenizer=_find_tokenizer(checkpoint, tokenizer, recorded.tokenizer),
+        image_aspect=image_aspect or recorded.image_aspect,
+    )
+
+
+def check_resume(checkpoint: Path, config: TrainConfig) -> None:
+    """Check that a run goes on with the model and the image processing of its checkpoint.
+
+    Raises:
+        ConfigError: a setting that changes what the weights compute, or see, has another value.
+        CheckpointError: the checkpoint has no settings.
+    """
+    recorded = _read(checkpoint)
+    differences = [
+        *compare_settings("model", recorded.model, config.model),
+        *compare_settings("data.image_aspect", recorded.image_aspect, config.data.image_aspect),
+    ]
+    for found in differences:
+        if found.may_change is MayChange.ALWAYS:
+            continue
+        other = ", or name the checkpoint in checkpoint.load_weights and train in another run_dir"
+        raise ConfigError(
+            f"{found.key} is {found.second}, the run was trained with {found.first}",
+            where=str(checkpoint),
+            fix="restore it" + (other if found.may_change is MayChange.NEW_STAGE else ""),
+        )
+
+
+def check_start(checkpoint: Path, model: ModelConfig) -> None:
+    """Check that the weights of a checkpoint mean in a model what they were trained for.
+
+    Image size, tower, projection and other settings that a new stage may learn anew are warned of.
+
+    Raises:
+        ConfigError: another setting has another value.
+        CheckpointError: the checkpoint has no settings.
+    """
+    for found in _differences_at_start(_read(checkpoint).model, model):
+        what = f"{found.key} is {found.second}, the weights were trained with {found.first}"
+        if found.may_change is MayChange.NEVER:
+            raise ConfigError(what, where=str(checkpoint), fix="set it to the value of the weights")
+        if found.may_change is MayChange.NEW_STAGE:
+            logger.warning("%s (%s)", what, checkpoint)
+
+
+def _differences_at_start(weights: ModelConfig, model: ModelConfig) -> Iterator[Difference]:
+    yield from compare_settings("model.language", weights.language, model.language)
+    yield from compare_settings("model.projection", weights.projection, model.projection, IN_NEW_STAGE)
+    # A wrapper around a tower has no weights.
+    (_, theirs), (key, ours) = _innermost(weights.vision), _innermost(model.vision)
+    yield from compare_settings(key, theirs, ours, IN_NEW_STAGE)
+    # Otherwise the adapter starts anew, or the checkpoint is refused for the tensors that the model lacks.
+    if type(weights.adapter) is type(model.adapter):
+        yield from compare_settings("model.adapter", weights.adapter, model.adapter)
+
+
+def _innermost(tower: TowerConfig, key: str = "model.vision") -> tuple[str, TowerConfig]:
+    return _innermost(tower.tower, f"{key}.tower") if isinstance(tower, TowerWrapper) else (key, tower)
+
+
+@dataclass(frozen=True, slots=True)
+class _Recorded:
+    """What is read of config.yaml."""
+
+    model: ModelConfig
+    tokenizer: str | None
+    image_aspect: Any
+
+
+def _read(checkpoint: Path) -> _Recorded:
+    path = checkpoint / CONFIG_NAME
+    if not path.is_file():
+        raise CheckpointError("checkpoint has no config.yaml", where=str(checkpoint), fix="use a complete checkpoint")
+    data = yaml.safe_load(path.read_text()).get("data") or {}
+    default_aspect = DataConfig.__dataclass_fields__["image_aspect"].default
+    return _Recorded(
+        load_section(ModelConfig, path, "model"), data.get("tokenizer"), data.get("image_aspect", default_aspect)
     )
 
 

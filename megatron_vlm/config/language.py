@@ -2,10 +2,11 @@
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from megatron_vlm.config.activations import Activations
 from megatron_vlm.config.checks import check_heads, check_positive, check_sizes
+from megatron_vlm.config.comparison import FREE, IN_NEW_STAGE, Compared
 from megatron_vlm.config.errors import ConfigError
 from megatron_vlm.config.operations import Operations
 from megatron_vlm.config.parameter_sizes import norm_sizes, prefixed
@@ -53,16 +54,16 @@ class LanguageConfig:
     hidden_size: int
     ffn_hidden_size: int
     num_attention_heads: int
-    num_query_groups: int | None = None
+    num_query_groups: Annotated[int | None, Compared(stands_for="query_groups")] = None
     """Key/value heads; None for one per attention head."""
-    kv_channels: int | None = None
+    kv_channels: Annotated[int | None, Compared(stands_for="head_channels")] = None
     """Size of one head; None for hidden_size / num_attention_heads."""
-    max_position_embeddings: int = 4096
+    max_position_embeddings: Annotated[int, FREE] = 4096
     """Longest sample that the model supports [tokens]; set by conversion."""
-    rotary_base: float = 10000.0
+    rotary_base: Annotated[float, IN_NEW_STAGE] = 10000.0
     layernorm_epsilon: float = 1e-5
     share_embeddings_and_output_weights: bool = False
-    init_method_std: float = 0.02
+    init_method_std: Annotated[float, FREE] = 0.02
     """Standard deviation of the initial weights."""
 
     def __post_init__(self) -> None:

@@ -1,9 +1,10 @@
 """The model: its three parts, and the number of tokens an image takes."""
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from megatron_vlm.config.adapters import Adapter
+from megatron_vlm.config.comparison import FREE, IN_NEW_STAGE
 from megatron_vlm.config.errors import ConfigError
 from megatron_vlm.config.grid import Grid
 from megatron_vlm.config.language import LanguageConfig
@@ -24,11 +25,11 @@ class ModelConfig:
     PRESETS: ClassVar[str] = "megatron_vlm.config.presets.models"
 
     language: LanguageConfig
-    vision: Tower
-    projection: Projector = field(default_factory=LinearConfig)
+    vision: Annotated[Tower, IN_NEW_STAGE]
+    projection: Annotated[Projector, IN_NEW_STAGE] = field(default_factory=LinearConfig)
     adapter: Adapter | None = None
     """Small weights added to the parts, to be trained in place of them; None for no adapter."""
-    backend: Literal["auto", "torch", "transformer_engine"] = "auto"
+    backend: Annotated[Literal["auto", "torch", "transformer_engine"], FREE] = "auto"
     """Layer implementation; auto picks transformer-engine if it is installed and there is a GPU."""
 
     def num_image_tokens(self, width: int, height: int) -> int:

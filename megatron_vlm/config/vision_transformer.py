@@ -7,10 +7,11 @@ Source: ViT, arXiv:2010.11929.
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from megatron_vlm.config.activations import Activations
 from megatron_vlm.config.checks import check_heads, check_positive, check_sizes
+from megatron_vlm.config.comparison import FREE, IN_NEW_STAGE
 from megatron_vlm.config.errors import ConfigError
 from megatron_vlm.config.grid import Grid
 from megatron_vlm.config.operations import Operations
@@ -66,19 +67,19 @@ class VisionTransformerConfig(ABC):
     """Sizes of a vision transformer and of its input: square images of one size."""
 
     type: str
-    image_size: int
+    image_size: Annotated[int, IN_NEW_STAGE]
     """Side of the square input image [pixels]."""
     patch_size: int
     """Side of a square patch [pixels]."""
-    num_layers: int
+    num_layers: Annotated[int, IN_NEW_STAGE]
     """Layers of the published encoder; `feature_layer` determines how many of them run."""
     hidden_size: int
     ffn_hidden_size: int
     num_attention_heads: int
-    feature_layer: int
+    feature_layer: Annotated[int, IN_NEW_STAGE]
     """Which hidden state is the output, counted as in Hugging Face: -1 is the output of the last layer."""
     layernorm_epsilon: float = 1e-6
-    init_method_std: float = 0.02
+    init_method_std: Annotated[float, FREE] = 0.02
     """Standard deviation of the initial weights, including the projection."""
     image_mean: tuple[float, float, float]
     image_std: tuple[float, float, float]

@@ -1,18 +1,15 @@
 """How two models differ: in their settings, and in names and shapes of their tensors."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatron_vlm.config import ModelConfig
+from megatron_vlm.config.comparison import MayChange, compare_settings
 from megatron_vlm.config.towers import innermost
 from megatron_vlm.convert.family import find_tower_family
 
 _SHOWN = 3
-# Fields that a training may choose freely: they affect neither a tensor nor what imported weights compute.
-_FREE_LANGUAGE = {"init_method_std", "max_position_embeddings"}
-_HEADS = {"num_query_groups": "query_groups", "kv_channels": "head_channels"}
-"""Fields that may be None, and the properties that they stand for."""
+_TOWER = "model.vision"
 
 
 def different_settings(
@@ -26,23 +23,13 @@ def different_settings(
         only_what_runs: of layers of the tower, count those before the features are taken.
     """
     towers = innermost(first.vision), innermost(second.vision)
-    layers = {"num_layers": "num_layers_run"} if only_what_runs else {}
-    return [
-        *_different_fields("model.language", first.language, second.language, _FREE_LANGUAGE, _HEADS),
-        *_different_fields("model.vision", *towers, find_tower_family(towers[1].type).FREE, layers),
-    ]
-
-
-def _different_fields(
-    section: str, first: Any, second: Any, free: Collection[str], derived: Mapping[str, str]
-) -> Iterator[tuple[str, Any, Any]]:
-    if type(first) is not type(second):
-        yield f"{section}.type", first.type, second.type
-        return
-    for field in fields(first):
-        value, other = (getattr(part, derived.get(field.name, field.name)) for part in (first, second))
-        if field.name not in free and value != other:
-            yield f"{section}.{field.name}", value, other
+    free = {f"{_TOWER}.{name}" for name in find_tower_family(towers[1].type).FREE}
+    if only_what_runs and type(towers[0]) is type(towers[1]) and towers[0].num_layers_run == towers[1].num_layers_run:
+        free.add(f"{_TOWER}.num_layers")
+    language = compare_settings("model.language", first.language, second.language)
+    found = [difference for difference in language if difference.may_change is not MayChange.ALWAYS]
+    found += [difference for difference in compare_settings(_TOWER, *towers) if difference.key not in free]
+    return [(difference.key, difference.first, difference.second) for difference in found]
 
 
 def describe_differences(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> str | None:

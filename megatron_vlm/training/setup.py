@@ -25,7 +25,7 @@ def build_state(config: TrainConfig, rank: RankLayout, plan: Plan, dataset_names
 
     Raises:
         CheckpointError: the checkpoint to load is missing, damaged or belongs to another model.
-        ConfigError: the run's checkpoint was trained on data other than the config names.
+        ConfigError: the run's checkpoint was trained on data, or with a model, other than the config names.
     """
     state = build_random_state(config, rank, plan, dataset_names)
     _load(state)
@@ -69,7 +69,9 @@ def _load(state: TrainState) -> None:
     if path is None:
         return
     # The checkpoints of a run with an adapter leave what rests to its base, so it must fit as it is.
-    loaded = load_weights(path, state.chunks, may_add_adapter=True, resizes_positions=adapter is None)
+    loaded = load_weights(
+        path, state.chunks, state.config.model, may_add_adapter=True, resizes_positions=adapter is None
+    )
     if adapter is not None:
         state.base = record_base(loaded.checkpoint, state.config.run_dir)
         if not loaded.has_adapter:

@@ -15,7 +15,7 @@ from megatron_vlm.checkpoint.manifest import read_manifest, write_manifest
 from megatron_vlm.checkpoint.parallel_files import plan_part
 from megatron_vlm.checkpoint.save import save_checkpoint
 from megatron_vlm.checkpoint.tensors import hash_weights, write_weights
-from megatron_vlm.config import CheckpointConfig, CheckpointError, ConfigError
+from megatron_vlm.config import CheckpointConfig, CheckpointError, ConfigError, config_to_dict
 from tests.support.configs import tiny_model, tiny_run
 from tests.support.hostile import replace_file
 from tests.support.jobs import FixedPlan, start
@@ -122,7 +122,9 @@ def test_damaged_weights_are_refused(saved, tmp_path):
         start(other)
 
 
-def test_weights_of_another_size_are_refused_by_tensor(saved, tmp_path):
+def test_a_vocabulary_of_another_padding_is_refused_by_tensor(saved, tmp_path, monkeypatch):
+    # The settings are the same where another version padded it.
+    monkeypatch.setattr("megatron_vlm.checkpoint.load.check_start", lambda checkpoint, model: None)
     other = dataclasses.replace(
         saved,
         run_dir=str(tmp_path / "other"),
@@ -133,12 +135,12 @@ def test_weights_of_another_size_are_refused_by_tensor(saved, tmp_path):
         CheckpointError, match=r"word_embeddings.weight has shape \[128, 64\] in the checkpoint"
     ) as error:
         start(other)
-    # The rows of a vocabulary are padded, and not by every version alike.
     assert "export it with convert to-hf" in error.value.fix
 
 
 def test_a_missing_tensor_is_named(one_rank, tmp_path):
-    write_weights(tmp_path / "source", {"model.other": torch.zeros(1)}, {})
+    settings = {"model": config_to_dict(tiny_model())}
+    write_weights(tmp_path / "source", {"model.other": torch.zeros(1)}, settings)
     config = dataclasses.replace(
         tiny_run(str(tmp_path / "run")), checkpoint=CheckpointConfig(load_weights=str(tmp_path / "source"))
     )
@@ -166,6 +168,23 @@ def test_a_checkpoint_of_weights_alone_is_not_resumed(saved, tmp_path):
 def test_other_data_at_resume_is_refused(saved):
     with pytest.raises(ConfigError, match="trained on data plan fixed, the config now gives changed"):
         start(saved, FixedPlan.of(saved, hash="changed", data_hash="changed"))
+
+
+def test_another_model_at_resume_is_refused_by_key(saved):
+    with pytest.raises(ConfigError, match=r"model.language.rotary_base is 20000.0, .* trained with 10000.0 .*iter_0+2"):
+        start(dataclasses.replace(saved, model=tiny_model(rotary_base=2e4)))
+
+
+def test_weights_start_no_model_in_which_they_mean_something_else(saved, tmp_path, caplog):
+    def start_with(**language):
+        checkpoint = CheckpointConfig(load_weights=saved.run_dir)
+        model = tiny_model(**language)
+        return start(dataclasses.replace(saved, run_dir=str(tmp_path / "x"), model=model, checkpoint=checkpoint))
+
+    assert start_with(rotary_base=2e4).iteration == 0
+    assert "model.language.rotary_base is 20000.0, the weights were trained with 10000.0" in caplog.text
+    with pytest.raises(ConfigError, match=r"layernorm_epsilon is 0.01, the weights were trained with 1e-05"):
+        start_with(layernorm_epsilon=0.01)
 
 
 def test_a_longer_plan_of_the_same_data_is_resumed_with_one_warning(saved, caplog):

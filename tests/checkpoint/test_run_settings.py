@@ -1,10 +1,16 @@
+import logging
+from dataclasses import replace
+
 import pytest
 import torch
 
 from megatron_vlm.checkpoint.open_model import open_model
-from megatron_vlm.checkpoint.run_settings import read_run_settings
-from megatron_vlm.config import CheckpointError, ConfigError
-from tests.support.configs import tiny_model
+from megatron_vlm.checkpoint.run_settings import check_resume, check_start, read_run_settings
+from megatron_vlm.config import CheckpointError, ConfigError, save_config
+from megatron_vlm.config.adapters.lora import Config as Lora
+from megatron_vlm.config.adapters.visual_expert import Config as VisualExpert
+from megatron_vlm.config.projectors import make_projector
+from tests.support.configs import tiny_model, tiny_model_with_tower, tiny_run
 from tests.support.random_run import write_random_run
 
 
@@ -69,3 +75,83 @@ def test_open_model_refuses_a_rank_of_a_larger_job(run, monkeypatch):
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     with pytest.raises(ValueError, match="open_model needs a process of its own"), open_model(read_run_settings(run)):
         pass
+
+
+@pytest.fixture
+def record(tmp_path):
+    """Return what writes the settings of a checkpoint, and returns its folder."""
+
+    def write(**model):
+        save_config(replace(tiny_run(), model=replace(tiny_model(), **model)), tmp_path / "config.yaml")
+        return tmp_path
+
+    return write
+
+
+def run_with(**model):
+    return replace(tiny_run(), model=replace(tiny_model(), **model))
+
+
+def test_a_run_goes_on_with_its_own_settings_at_another_layout(record):
+    other = replace(tiny_run(parallel={"tensor_model_parallel_size": 2}, optimizer={"lr": 5.0}), run_dir="moved")
+    check_resume(record(), replace(other, model=replace(tiny_model(), backend="auto")))
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "message"),
+    [
+        ({"adapter": Lora(alpha=16.0)}, {"adapter": Lora(alpha=32.0)}, "model.adapter.alpha is 32.0, .* with 16.0"),
+        ({"adapter": Lora()}, {"adapter": VisualExpert()}, "model.adapter.type is visual_expert, .* with lora"),
+        ({"adapter": Lora()}, {}, "model.adapter.type is None, the run was trained with lora"),
+        (
+            {"projection": make_projector("downsample")},
+            {"projection": replace(make_projector("downsample"), token_order="column")},
+            "model.projection.token_order is column, the run was trained with row",
+        ),
+    ],
+)
+def test_a_run_does_not_go_on_with_another_model(record, was, now, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        check_resume(record(**was), run_with(**now))
+    assert error.value.fix == "restore it"
+    assert error.value.where is not None
+
+
+def test_a_run_does_not_go_on_with_images_of_another_shape(record):
+    config = tiny_run()
+    with pytest.raises(ConfigError, match="data.image_aspect is square, the run was trained with pad"):
+        check_resume(record(), replace(config, data=replace(config.data, image_aspect="square")))
+
+
+def test_what_a_new_stage_may_change_is_told_to_who_resumes(record):
+    larger = tiny_model_with_tower("clip", image_size=64)
+    with pytest.raises(ConfigError, match="model.vision.image_size is 64") as error:
+        check_resume(record(), replace(tiny_run(), model=larger))
+    assert "checkpoint.load_weights" in error.value.fix
+    assert len(str(error.value)) <= 300
+
+
+def test_a_stage_may_have_more_tokens_more_scales_or_an_adapter(record, caplog):
+    check_start(record(), replace(tiny_model_with_tower("s2", drop_class_token=False), adapter=Lora()))
+    assert "model.vision.tower.drop_class_token is False, the weights were trained with True" in caplog.text
+
+
+def test_a_stage_may_have_another_tower_and_projection(record, caplog):
+    with caplog.at_level(logging.WARNING):
+        check_start(record(), replace(tiny_model_with_tower("siglip"), projection=make_projector("linear")))
+    assert [message.split(" (")[0] for message in caplog.messages] == [
+        "model.projection.type is linear, the weights were trained with mlp2x_gelu",
+        "model.vision.type is siglip, the weights were trained with clip",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "key"),
+    [
+        ({"adapter": Lora(alpha=16.0)}, {"adapter": Lora(alpha=32.0)}, "model.adapter.alpha"),
+        ({}, {"vision": tiny_model_with_tower("clip", activation="gelu").vision}, "model.vision.activation"),
+    ],
+)
+def test_a_stage_does_not_start_where_weights_mean_something_else(record, was, now, key):
+    with pytest.raises(ConfigError, match=f"{key} is .*fix: set it to the value of the weights"):
+        check_start(record(**was), run_with(**now).model)

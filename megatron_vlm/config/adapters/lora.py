@@ -4,10 +4,11 @@ Source: Hu et al., arXiv:2106.09685; VILA, arXiv:2312.07533, table 9, with the d
 """
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from megatron_vlm.config.activations import Activations
 from megatron_vlm.config.checks import check_at_most, check_not_negative, check_positive
+from megatron_vlm.config.comparison import FREE
 from megatron_vlm.config.errors import ConfigError
 from megatron_vlm.config.operations import Operations
 
@@ -32,7 +33,7 @@ class Config:
     """Rows of A and columns of B."""
     alpha: float = 16.0
     """What B A x is multiplied by, times the rank."""
-    dropout: float = 0.05
+    dropout: Annotated[float, FREE] = 0.05
     """Share of the inputs of A that a training step sets to zero."""
     targets: tuple[Target, ...] = TARGETS
     """Matrices of every decoder layer."""

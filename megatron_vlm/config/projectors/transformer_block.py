@@ -7,10 +7,11 @@ Source: VILA, arXiv:2312.07533, section 3.1.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from megatron_vlm.config.activations import Activations
 from megatron_vlm.config.checks import check_heads, check_positive, check_sizes
+from megatron_vlm.config.comparison import Compared
 from megatron_vlm.config.grid import Grid
 from megatron_vlm.config.operations import Operations
 from megatron_vlm.config.parameter_sizes import linear_sizes, norm_sizes, prefixed
@@ -24,7 +25,7 @@ class Config:
     num_layers: int = 1
     hidden_size: int
     num_attention_heads: int
-    ffn_hidden_size: int | None = None
+    ffn_hidden_size: Annotated[int | None, Compared(stands_for="ffn_width")] = None
     """Width inside the MLP; None: four times `hidden_size`."""
     layernorm_epsilon: float = 1e-5
 

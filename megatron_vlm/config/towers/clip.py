@@ -4,8 +4,9 @@ Source: CLIP, arXiv:2103.00020.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
+from megatron_vlm.config.comparison import IN_NEW_STAGE
 from megatron_vlm.config.vision_transformer import Architecture, VisionTransformerConfig
 
 
@@ -18,7 +19,7 @@ class Config(VisionTransformerConfig):
     patch_size: int = 14
     feature_layer: int = -2
     activation: Literal["quick_gelu", "gelu", "gelu_tanh"] = "quick_gelu"
-    drop_class_token: bool = True
+    drop_class_token: Annotated[bool, IN_NEW_STAGE] = True
     """Whether the feature of the class token is left out of the output."""
     layernorm_epsilon: float = 1e-5
     image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)

@@ -7,9 +7,10 @@ Source: DINOv2, arXiv:2304.07193; registers: arXiv:2309.16588.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from megatron_vlm.config.checks import check_not_negative, check_positive
+from megatron_vlm.config.comparison import IN_NEW_STAGE
 from megatron_vlm.config.vision_transformer import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -25,17 +26,17 @@ class Config(VisionTransformerConfig):
     type: Literal["dinov2"] = "dinov2"
     image_size: int = 518
     patch_size: int = 14
-    position_grid: int = 37
+    position_grid: Annotated[int, IN_NEW_STAGE] = 37
     """Patches along a side of the table of position embeddings."""
     feature_layer: int = -1
-    post_norm: bool = True
+    post_norm: Annotated[bool, IN_NEW_STAGE] = True
     """Whether the features pass the norm that follows the last layer. With `feature_layer: -1` they are then
     `last_hidden_state` of transformers (`x_norm_patchtokens` of DINOv2's own code), without it `hidden_states[-1]`."""
     activation: Literal["gelu", "swiglu"] = "gelu"
     """swiglu for ViT-g/14."""
     num_registers: int = 0
     """4 in the published models with registers, whose positions are smoothed when they are resized."""
-    drop_class_token: bool = True
+    drop_class_token: Annotated[bool, IN_NEW_STAGE] = True
     """Whether the feature of the class token is left out of the output; those of registers always are."""
     image_mean: tuple[float, float, float] = IMAGENET_MEAN
     image_std: tuple[float, float, float] = IMAGENET_STD

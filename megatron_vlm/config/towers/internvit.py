@@ -6,8 +6,9 @@ Source: InternVL, arXiv:2312.14238, section 3.2.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
+from megatron_vlm.config.comparison import IN_NEW_STAGE
 from megatron_vlm.config.vision_transformer import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -32,7 +33,7 @@ class Config(VisionTransformerConfig):
     qk_layernorm: bool = True
     """Whether queries and keys pass an RMSNorm over all heads together."""
     add_qkv_bias: bool = False
-    drop_class_token: bool = True
+    drop_class_token: Annotated[bool, IN_NEW_STAGE] = True
     """Whether the feature of the class token is left out of the output."""
     image_mean: tuple[float, float, float] = IMAGENET_MEAN
     image_std: tuple[float, float, float] = IMAGENET_STD

@@ -9,9 +9,10 @@ Source: AM-RADIO, arXiv:2312.06709; v2.5: arXiv:2412.07679.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from megatron_vlm.config.checks import check_not_negative, check_positive
+from megatron_vlm.config.comparison import FREE, IN_NEW_STAGE
 from megatron_vlm.config.errors import ConfigError
 from megatron_vlm.config.vision_transformer import Architecture, VisionTransformerConfig
 
@@ -24,14 +25,14 @@ class Config(VisionTransformerConfig):
     image_size: int = 432
     patch_size: int = 16
     feature_layer: int = -1
-    position_grid: int = 128
+    position_grid: Annotated[int, IN_NEW_STAGE] = 128
     """Patches along a side of the table of position embeddings: that of the largest image, 2048 pixels. The table is
     resized to the longer side of an image, and the upper left of it is used."""
     num_class_tokens: int = 4
     """Learned tokens before the patches, one for each teacher; without positions, and never part of the output."""
     num_registers: int = 4
     """Learned tokens after those."""
-    summary_tokens: tuple[int, ...] = (0, 1, 2)
+    summary_tokens: Annotated[tuple[int, ...], FREE] = (0, 1, 2)
     """Class tokens that make up the summary of an image, which the projection does not get."""
     # The model normalises its input itself, as CLIP does.
     image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
