@@ -50,6 +50,8 @@ TESTED_ELSEWHERE = {
     "convert/adapter.py": "convert/adapters/test_lora.py",
     "convert/family.py": "convert/families/test_protocol.py",
     "convert/projector.py": "convert/projectors/test_protocol.py",
+    "data/plan/rows.py": "data/plan/test_compute.py",
+    "data/plan/settings.py": "data/plan/test_compute.py",
     "data/samples.py": "data/shards/test_writer.py",
     "data/shards/manifest.py": "data/shards/test_verify.py",
     "data/sources/source.py": "data/sources/test_sources.py",

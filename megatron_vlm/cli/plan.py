@@ -190,8 +190,8 @@ def _open(config: TrainConfig) -> Sequence[Any]:
 
 
 def _row_lengths(config: TrainConfig, datasets: Sequence[Any]) -> dict[str, Any]:
-    from megatron_vlm.data.plan.compute import PlanSettings
     from megatron_vlm.data.plan.row_lengths import choose_row_length, compare_row_lengths
+    from megatron_vlm.data.plan.settings import PlanSettings
 
     if not config.data.packing:
         return {}
@@ -225,6 +225,7 @@ def _lines(facts: dict[str, Any], machine: str) -> list[str]:
         f"{data['num_iterations']} iterations, {data['utilisation']:.2%} of the positions used, "
         f"of all samples of the datasets, longer than a row: {data['truncated']} cut, {data['split']} split, "
         f"{data['dropped']} left out",
+        *(f"the blend changes after iteration {iteration}" for iteration in data["step_iterations"]),
         *_image_lines(data),
         *_clustering_lines(data),
         f"{data['num_tokens'] / 1e6:.1f} M tokens, {data['num_labels'] / 1e6:.1f} M with a loss; work of the stages "

@@ -115,7 +115,8 @@ def _prepared(args: argparse.Namespace, config: TrainConfig, layout: "Layout") -
 def _write_plan(config: TrainConfig, run_dir: Path) -> bool:
     """Write the plan of the run's data; False if tokenizer or shards do not exist yet."""
     from megatron_vlm.data.loading.checks import check_data
-    from megatron_vlm.data.plan.plan import PlanSettings, build_plan
+    from megatron_vlm.data.plan.plan import build_plan
+    from megatron_vlm.data.plan.settings import PlanSettings
 
     paths = [config.data.tokenizer, *(entry.path for entry in config.data.blend)]
     if not all(Path(path).exists() for path in paths):

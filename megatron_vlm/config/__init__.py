@@ -1,7 +1,8 @@
 """Typed settings: frozen dataclasses, YAML loading, and the arithmetic that follows from them."""
 
 from megatron_vlm.config.adapters import AdapterConfig
-from megatron_vlm.config.data import BlendEntry, DataConfig
+from megatron_vlm.config.blend import BlendEntry
+from megatron_vlm.config.data import DataConfig
 from megatron_vlm.config.errors import (
     CheckpointError,
     ConfigError,

@@ -9,7 +9,6 @@ What a field says holds for subclasses that give it another default.
 """
 
 import dataclasses
-import functools
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -71,15 +70,14 @@ def compare_settings(key: str, first: Any, second: Any, mark: Compared = _UNMARK
         return
     for field in dataclasses.fields(first):
         below = _mark_of(type(first), field.name)
-        values = (getattr(one, below.stands_for or field.name) for one in (first, second))
-        yield from compare_settings(f"{key}.{field.name}", *values, below)
+        value, other = (getattr(one, below.stands_for or field.name) for one in (first, second))
+        yield from compare_settings(f"{key}.{field.name}", value, other, below)
 
 
 def _type_of(section: Any) -> Any:
     return getattr(section, "type", None)
 
 
-@functools.cache
 def _mark_of(cls: type, field: str) -> Compared:
     for base in cls.__mro__:
         hint = typing.get_type_hints(base, include_extras=True).get(field)

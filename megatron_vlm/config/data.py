@@ -3,41 +3,14 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_vlm.config.blend import BlendEntry, check_blend, steps_of
 from megatron_vlm.config.checks import check_at_most, check_not_negative, check_path, check_positive
 from megatron_vlm.config.errors import ConfigError
 
 MAX_SEQ_LENGTH = 2**24
 """Longest row [tokens]."""
-MAX_EPOCHS = 1_000_000
-"""Most passes over a dataset, and largest proportion of it in a blend."""
 _MAX_WORKERS = 1024
 """Most decoding processes of a rank, and micro-batches that each prepares ahead."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BlendEntry:
-    """One prepared dataset and how much of it is used; set at most one of weight, epochs and images."""
-
-    path: str
-    """Folder written by `prepare`."""
-    weight: float | None = None
-    """Proportion of the samples in the blend, relative to the other weights."""
-    epochs: float | None = None
-    """Passes over the dataset; a fraction uses only that much of a shuffled pass."""
-    images: float | None = None
-    """Proportion of the images in the blend, relative to the other entries (1:1 in the paper)."""
-
-    def __post_init__(self) -> None:
-        check_path("path of a blend entry", self.path)
-        given = [name for name in ("weight", "epochs", "images") if getattr(self, name) is not None]
-        if len(given) > 1:
-            raise ConfigError(f"blend entry {self.path} sets {' and '.join(given)}", fix="keep one of them")
-        if given and getattr(self, given[0]) <= 0:
-            raise ConfigError(f"blend entry {self.path} has {given[0]} <= 0", fix="give a positive number")
-        if given and getattr(self, given[0]) > MAX_EPOCHS:
-            raise ConfigError(
-                f"blend entry {self.path} has {given[0]} above {MAX_EPOCHS:,}", fix="give a smaller number"
-            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +21,8 @@ class DataConfig:
     """A tokenizer.model, a tokenizer.json, or a folder that holds one. It must be the tokenizer that the shards were
     prepared with (compared by sha256)."""
     blend: tuple[BlendEntry, ...]
-    """Datasets to train on; an entry without a proportion is used for one epoch."""
+    """Datasets to train on; an entry without a proportion is used for one epoch. Entries with `from_iteration` or
+    `from_tokens` take the place of those before; see `config/blend.py`."""
     validation: tuple[BlendEntry, ...] = ()
     """Datasets for the validation loss, mixed like `blend`; empty for no validation."""
     seq_length: int
@@ -82,8 +56,10 @@ class DataConfig:
     def __post_init__(self) -> None:
         if not self.blend:
             raise ConfigError("data.blend is empty", fix="name at least one prepared dataset")
-        _check_proportions("data.blend", self.blend)
-        _check_proportions("data.validation", self.validation)
+        check_blend("data.blend", self.blend)
+        check_blend("data.validation", self.validation)
+        if len(steps_of(self.validation)) > 1:
+            raise ConfigError("data.validation has steps, which only data.blend may have", fix="remove them")
         check_positive("data", self, "seq_length", "prefetch_factor", "sample_multiple", "length_multiple")
         if self.max_images_per_row is not None:
             check_positive("data", self, "max_images_per_row")
@@ -111,14 +87,3 @@ class DataConfig:
                 f"data.length_multiple={self.length_multiple} is not a multiple of data.sample_multiple={multiple}",
                 fix=f"set data.length_multiple={-(-self.length_multiple // multiple) * multiple}",
             )
-
-
-def _check_proportions(section: str, blend: tuple[BlendEntry, ...]) -> None:
-    kinds = {
-        "epochs" if entry.weight is None and entry.images is None else "weight" if entry.weight else "images"
-        for entry in blend
-    }
-    if len(kinds) > 1:
-        raise ConfigError(
-            f"{section} mixes {', '.join(sorted(kinds))}", fix="use one kind of proportion for all entries"
-        )

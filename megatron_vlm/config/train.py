@@ -3,8 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from megatron_vlm.config.blend import MAX_EPOCHS, steps_of
 from megatron_vlm.config.checks import check_at_most, check_not_negative, check_path, check_positive
-from megatron_vlm.config.data import MAX_EPOCHS, DataConfig
+from megatron_vlm.config.data import DataConfig
 from megatron_vlm.config.errors import ConfigError
 from megatron_vlm.config.hooks import HookSettings
 from megatron_vlm.config.learning import learning_of
@@ -320,6 +321,11 @@ class TrainConfig:
         check_path("run_dir", self.run_dir)
         check_path("checkpoint.load_weights", self.checkpoint.load_weights)
         self._check_patterns()
+        if len(steps_of(self.data.blend)) > 1 and self.training.train_iters is None:
+            raise ConfigError(
+                "data.blend changes during the run, so that training.train_epochs has no meaning",
+                fix="set training.train_iters instead",
+            )
         if bool(self.data.validation) != (self.training.validation_interval is not None):
             raise ConfigError(
                 "only one of data.validation and training.validation_interval is set", fix="set both or neither"

@@ -10,6 +10,7 @@ from megatron_vlm.convert.family import find_tower_family
 
 _SHOWN = 3
 _TOWER = "model.vision"
+_LAYERS = f"{_TOWER}.num_layers"
 
 
 def different_settings(
@@ -24,11 +25,13 @@ def different_settings(
     """
     towers = innermost(first.vision), innermost(second.vision)
     free = {f"{_TOWER}.{name}" for name in find_tower_family(towers[1].type).FREE}
-    if only_what_runs and type(towers[0]) is type(towers[1]) and towers[0].num_layers_run == towers[1].num_layers_run:
-        free.add(f"{_TOWER}.num_layers")
-    language = compare_settings("model.language", first.language, second.language)
-    found = [difference for difference in language if difference.may_change is not MayChange.ALWAYS]
+    found = [*compare_settings("model.language", first.language, second.language)]
+    found = [difference for difference in found if difference.may_change is not MayChange.ALWAYS]
     found += [difference for difference in compare_settings(_TOWER, *towers) if difference.key not in free]
+    if only_what_runs:
+        layers = (getattr(tower, "num_layers_run", None) for tower in towers)
+        found = [difference for difference in found if difference.key != _LAYERS]
+        found += compare_settings(_LAYERS, *layers)
     return [(difference.key, difference.first, difference.second) for difference in found]
 
 

@@ -9,7 +9,8 @@ from megatron_vlm.config import TrainConfig
 from megatron_vlm.costs.flops import StepFlops, Work, step_flops
 from megatron_vlm.costs.parameters import stage_layers
 from megatron_vlm.data.plan.balance_report import Balance, report_balance
-from megatron_vlm.data.plan.plan import PlannedRows, PlanSettings, PlanSummary, plan_rows
+from megatron_vlm.data.plan.plan import PlannedRows, PlanSummary, plan_rows
+from megatron_vlm.data.plan.settings import PlanSettings
 from megatron_vlm.data.shards.dataset import ShardedDataset
 
 
@@ -72,10 +73,8 @@ def _count_labels(rows: PlannedRows, datasets: Sequence[ShardedDataset]) -> int:
     pool = rows.pool
     labels = (pool.lengths - pool.image_lengths).astype(np.float64)
     counts = [dataset.manifest.counts for dataset in datasets]
-    fractions = np.array([count.trained_tokens / max(1, count.text_tokens) for count in counts])
-    sizes = [len(dataset) for dataset in datasets]
-    parents = np.searchsorted(np.cumsum(sizes), pool.fragments[0], side="right")
-    labels *= np.concatenate([np.repeat(fractions, sizes), fractions[parents]])
+    for ids, count in zip(pool.usable, counts, strict=True):
+        labels[ids] *= count.trained_tokens / max(1, count.text_tokens)
     return int(labels[rows.sample_ids].sum())
 
 

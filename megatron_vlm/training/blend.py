@@ -10,7 +10,8 @@ import torch
 from megatron_vlm.config import TrainConfig, position_multiple
 from megatron_vlm.data.loading.collate import Collation
 from megatron_vlm.data.loading.loader import BatchLoader, LoaderWorkers
-from megatron_vlm.data.plan.plan import Plan, PlanSettings, build_plan, open_plan
+from megatron_vlm.data.plan.plan import Plan, build_plan, open_plan
+from megatron_vlm.data.plan.settings import PlanSettings
 from megatron_vlm.data.shards.dataset import ShardedDataset
 from megatron_vlm.parallel.collective import main_rank_first
 from megatron_vlm.platform.files.run_folder import PLAN_FOLDER
@@ -71,7 +72,7 @@ def open_planned_blend(config: TrainConfig) -> OpenBlend:
         UserError: a dataset or the plan is missing or damaged.
     """
     settings = PlanSettings.from_config(config)
-    datasets = [ShardedDataset.open(entry.path) for entry in settings.blend]
+    datasets = [ShardedDataset.open(entry.path) for entry in settings.datasets]
     return OpenBlend(datasets, open_plan(settings, datasets, Path(config.run_dir) / PLAN_FOLDER))
 
 
@@ -91,7 +92,7 @@ def open_validation_blend(config: TrainConfig) -> OpenBlend | None:
 
 
 def _open(config: TrainConfig, settings: PlanSettings) -> OpenBlend:
-    datasets = [ShardedDataset.open(entry.path) for entry in settings.blend]
+    datasets = [ShardedDataset.open(entry.path) for entry in settings.datasets]
     folder = Path(config.run_dir) / PLAN_FOLDER
     with main_rank_first():
         is_main = torch.distributed.get_rank() == 0

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from megatron_vlm.data.loading.batch import VLMBatch
+from megatron_vlm.data.plan.row_hash import chain_hash
 from megatron_vlm.platform.launch.heartbeat import Phase, beat
 from megatron_vlm.training.hook import Hook, running
 from megatron_vlm.training.state import TrainState
@@ -39,6 +40,7 @@ def train(
             metrics = train_step(state, loaders, device=device, stop_requested=stop_requested())
             state.iteration += 1
             state.consumed_samples += state.config.training.global_batch_size
+            state.consumed_hash = chain_hash(state.consumed_hash, int(metrics.sample_ids_sha, 16))
             for hook in hooks:
                 beat(Phase.STEP, iteration=state.iteration)
                 hook.step(state, metrics)

@@ -12,6 +12,7 @@ from megatron_vlm.config import CheckpointError, ConfigError, TrainConfig, deriv
 from megatron_vlm.data.plan.plan import Plan
 from megatron_vlm.models.build import build_model, start_adapter
 from megatron_vlm.models.computation import Computation
+from megatron_vlm.parallel.collective import decide_on_main
 from megatron_vlm.parallel.groups import RankLayout, seed_everything
 from megatron_vlm.training.objective import build_objective
 from megatron_vlm.training.optimizer import build_optimizer, wrap_model
@@ -91,20 +92,20 @@ def _take_progress(state: TrainState, progress: dict) -> None:
         )
     if progress["plan_hash"] != state.plan.hash:
         _check_continues(state, progress)
+    # Checkpoints of earlier versions lack it.
+    state.consumed_hash = progress.get("consumed_hash") or state.plan.consumed_hash(progress["iteration"])
     state.iteration = progress["iteration"]
     state.consumed_samples = progress["consumed_samples"]
 
 
 def _check_continues(state: TrainState, progress: dict) -> None:
-    """Check that the new plan starts with the batches already trained on, so the run only becomes longer or shorter."""
+    """Check that the new plan starts with the batches already trained on: only what follows may change."""
     plan, iteration = state.plan, progress["iteration"]
-    # Checkpoints of earlier versions lack it.
-    if progress.get("plan_data_hash") != plan.data_hash:
-        raise ConfigError(
-            f"the run was trained on data plan {progress['plan_hash'][:12]}, the config now gives {plan.hash[:12]}",
-            where=state.config.run_dir,
-            fix="restore data, seed and batch size of the training, or start another run_dir from its weights",
-        )
+    if progress.get("plan_data_hash") != plan.hashes.data:
+        _check_past(state, progress)
+        if state.is_reporter:
+            logger.info("data.blend has changed: the first %d iterations are those of the run", iteration)
+        return
     alike = min(progress["plan_stable_iterations"], plan.stable_iterations)
     if iteration > alike:
         raise ConfigError(
@@ -119,6 +120,28 @@ def _check_continues(state: TrainState, progress: dict) -> None:
             progress["train_iters"],
             plan.num_iterations,
             iteration + 1,
+        )
+
+
+def _check_past(state: TrainState, progress: dict) -> None:
+    """Check that steps of the blend changed only after the iterations already done, which the new plan repeats."""
+    plan, iteration = state.plan, progress["iteration"]
+    datasets = tuple(progress.get("plan_datasets", ()))
+    # Checkpoints of earlier versions lack all three.
+    if progress.get("plan_settings_hash") != plan.hashes.settings or plan.hashes.datasets[: len(datasets)] != datasets:
+        raise ConfigError(
+            f"the run was trained on data plan {progress['plan_hash'][:12]}, the config now gives {plan.hash[:12]}",
+            where=state.config.run_dir,
+            fix="restore data, seed and batch size of the training, or start another run_dir from its weights",
+        )
+    is_alike = iteration <= plan.num_iterations and decide_on_main(
+        lambda: plan.consumed_hash(iteration) == progress["consumed_hash"]
+    )
+    if not is_alike:
+        raise ConfigError(
+            f"data.blend now gives other samples for the {iteration} iterations that the run has done",
+            where=state.config.run_dir,
+            fix=f"restore its steps up to there; a new one may begin with from_iteration={iteration + 1} or later",
         )
 
 

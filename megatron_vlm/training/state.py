@@ -36,6 +36,8 @@ class TrainState:
     iteration: int = 0
     """Steps done."""
     consumed_samples: int = 0
+    consumed_hash: str = ""
+    """Of the samples of all steps done; see `chain_hash`."""
     base: Base | None = None
     """The checkpoint with the weights that do not learn, if the model has an adapter."""
     stop_reason: str | None = None
@@ -77,7 +79,10 @@ class TrainState:
             "consumed_samples": self.consumed_samples,
             "train_iters": self.train_iters,
             "plan_hash": self.plan.hash,
-            "plan_data_hash": self.plan.data_hash,
+            "plan_data_hash": self.plan.hashes.data,
+            "plan_settings_hash": self.plan.hashes.settings,
+            "plan_datasets": list(self.plan.datasets_until(self.iteration)),
+            "consumed_hash": self.consumed_hash,
             "plan_stable_iterations": self.plan.stable_iterations,
             "stage": self.config.stage,
         }

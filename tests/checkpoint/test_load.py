@@ -16,6 +16,7 @@ from megatron_vlm.checkpoint.parallel_files import plan_part
 from megatron_vlm.checkpoint.save import save_checkpoint
 from megatron_vlm.checkpoint.tensors import hash_weights, write_weights
 from megatron_vlm.config import CheckpointConfig, CheckpointError, ConfigError, config_to_dict
+from megatron_vlm.data.plan.plan import PlanHashes
 from tests.support.configs import tiny_model, tiny_run
 from tests.support.hostile import replace_file
 from tests.support.jobs import FixedPlan, start
@@ -167,7 +168,7 @@ def test_a_checkpoint_of_weights_alone_is_not_resumed(saved, tmp_path):
 
 def test_other_data_at_resume_is_refused(saved):
     with pytest.raises(ConfigError, match="trained on data plan fixed, the config now gives changed"):
-        start(saved, FixedPlan.of(saved, hash="changed", data_hash="changed"))
+        start(saved, FixedPlan.of(saved, hash="changed", hashes=PlanHashes("changed", "changed", ())))
 
 
 def test_another_model_at_resume_is_refused_by_key(saved):

@@ -4,7 +4,8 @@ import pytest
 
 from megatron_vlm.cli import plan as plan_verb
 from megatron_vlm.config import TrainConfig, load_config
-from megatron_vlm.data.plan.plan import PlanSettings, build_plan
+from megatron_vlm.data.plan.plan import build_plan
+from megatron_vlm.data.plan.settings import PlanSettings
 from megatron_vlm.data.shards.dataset import ShardedDataset
 
 

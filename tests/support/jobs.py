@@ -27,6 +27,7 @@ from megatron_vlm.config import (
 )
 from megatron_vlm.data.loading.batch import VLMBatch
 from megatron_vlm.data.loading.collate import Collation, PlacedSample, collate
+from megatron_vlm.data.plan.plan import PlanHashes
 from megatron_vlm.models.build import build_model
 from megatron_vlm.models.computation import Computation
 from megatron_vlm.parallel.collective import decide_on_main, main_rank_first
@@ -55,7 +56,7 @@ class FixedPlan:
     row_lengths: Sequence[int]
     """Of each iteration; the last one goes on."""
     hash: str = "fixed"
-    data_hash: str = "fixed"
+    hashes: PlanHashes = PlanHashes("fixed", "fixed", ("fixed",))
     stable_iterations: int = 100
     planned_rows: Sequence[Sequence[int]] = ()
     """Samples of the rows of all iterations."""
@@ -73,6 +74,12 @@ class FixedPlan:
 
     def seq_length(self, iteration: int) -> int:
         return self.row_lengths[min(iteration, len(self.row_lengths) - 1)]
+
+    def datasets_until(self, iteration: int) -> tuple[str, ...]:
+        return self.hashes.datasets
+
+    def consumed_hash(self, iteration: int) -> str:
+        return f"{self.hash} {iteration}"
 
     def rows(self, iteration: int) -> tuple[np.ndarray, np.ndarray]:
         size = self.global_batch_size

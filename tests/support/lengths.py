@@ -5,8 +5,8 @@ import dataclasses
 import numpy as np
 
 from megatron_vlm.config import BlendEntry
-from megatron_vlm.data.plan.compute import PlanSettings
 from megatron_vlm.data.plan.image_tokens import ImageTokens
+from megatron_vlm.data.plan.settings import PlanSettings
 
 IMAGE_TOKENS = 16
 

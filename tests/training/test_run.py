@@ -1,12 +1,13 @@
 """A whole run on prepared shards: what it leaves in its folder, and that stopping and going on changes nothing."""
 
+import dataclasses
 import shutil
 
 import pytest
 import torch
 
 from megatron_vlm.checkpoint.folder import checkpoint_path, list_iterations
-from megatron_vlm.config import ConfigError
+from megatron_vlm.config import BlendEntry, ConfigError
 from megatron_vlm.config.hooks import profiler
 from megatron_vlm.training import run as run_module
 from tests.support.configs import tiny_run
@@ -87,6 +88,31 @@ def test_a_finished_run_that_is_made_longer_equals_one_that_was_as_long(workers,
         [entry.sample_ids_sha for entry, _ in read_ledger(tmp_path / name / "ledger")] for name in ("whole", "parts")
     ]
     assert entries[0] == entries[1]
+
+
+def test_a_blend_that_changes_goes_on_bit_equal_from_before_at_and_after_the_change(workers, shards, tmp_path):
+    def config_with(run_dir, *begins, exit_iteration=None):
+        later = tuple(BlendEntry(path=str(shards / "mmc4"), from_iteration=begin) for begin in begins)
+        config = shard_run(shards, tmp_path / run_dir, training={"train_iters": 6, "exit_iteration": exit_iteration})
+        return dataclasses.replace(config, data=dataclasses.replace(config.data, blend=config.data.blend + later))
+
+    def train(config):
+        return workers.run("megatron_vlm.training.run:run_training", 2, config=config)
+
+    assert train(config_with("whole", 4)) == [None] * 2
+    # The change is added to a run that has begun; the stops are before it, at it and after it.
+    assert train(config_with("parts", exit_iteration=1)) == ["exit_iteration"] * 2
+    for stop in (2, 3, 4):
+        assert train(config_with("parts", 4, exit_iteration=stop)) == ["exit_iteration"] * 2
+    with pytest.raises(RuntimeError, match=r"ConfigError: .* other samples for the 4 iterations .* from_iteration=5"):
+        train(config_with("parts", 3))
+    assert train(config_with("parts", 4)) == [None] * 2
+    whole, parts = read_metrics(tmp_path / "whole"), read_metrics(tmp_path / "parts")
+    for name in ("iteration", "loss_hex", "grad_norm_hex", "sample_ids_sha", "consumed_samples"):
+        assert [line[name] for line in parts] == [line[name] for line in whole], name
+    consumed = [[ids.tolist() for _, ids in read_ledger(tmp_path / name / "ledger")] for name in ("whole", "parts")]
+    assert consumed[0] == consumed[1]
+    assert all(min(ids) >= 25 for ids in consumed[0][3:])  # of mmc4
 
 
 def test_hooks_of_the_settings_act_in_a_run(workers, shards, tmp_path):

@@ -1,6 +1,7 @@
 """Check the data of a run before it starts; needs neither torch nor a GPU."""
 
 from megatron_vlm.config import ConfigError, TrainConfig
+from megatron_vlm.config.blend import datasets_of
 from megatron_vlm.data.shards.dataset import ShardedDataset
 from megatron_vlm.data.text.tokenizer import load_tokenizer
 
@@ -25,12 +26,13 @@ def check_data(config: TrainConfig) -> tuple[ShardedDataset, ...]:
             fix=f"set model.language.vocab_size={tokenizer.vocab_size}, or data.tokenizer to the model's",
         )
     datasets = []
-    for entry in (*config.data.blend, *config.data.validation):
+    training = datasets_of(config.data.blend)
+    for entry in (*training, *config.data.validation):
         dataset = ShardedDataset.open(entry.path)
         dataset.check_tokenizer(tokenizer.facts)
         _check_images(config, dataset)
         datasets.append(dataset)
-    return tuple(datasets[: len(config.data.blend)])
+    return tuple(datasets[: len(training)])
 
 
 def _check_images(config: TrainConfig, dataset: ShardedDataset) -> None:

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from megatron_vlm.config import DataError, UserError
 from megatron_vlm.data.loading.batch import VLMBatch
 from megatron_vlm.data.loading.collate import Collation, PlacedSample, collate
-from megatron_vlm.data.plan.fragments import FragmentTable, take_fragment
+from megatron_vlm.data.plan.fragments import take_fragment
 from megatron_vlm.data.plan.image_tokens import ImageTokens
 from megatron_vlm.data.plan.plan import Plan
 from megatron_vlm.data.shards.dataset import ShardedDataset
@@ -47,7 +47,7 @@ class BatchLoader:
     Which samples a global batch holds depends only on the plan; `RankSlice` says which of its rows this rank has.
 
     Args:
-        datasets: one per entry of the blend, as the plan was built from.
+        datasets: those that the plan was built from.
         plan: rows of samples.
         collation: sizes and ids of the model.
         start_iteration: global batches already consumed.
@@ -81,7 +81,7 @@ class BatchLoader:
         first = start_iteration * self.num_micro_batches
         last = plan.num_iterations * self.num_micro_batches
         self._positions = range(first, max(first, last))
-        reader = _SampleReader(datasets, plan.fragments, collation.image_tokens)
+        reader = _SampleReader(datasets, plan, collation.image_tokens)
         self._micro_batches = _MicroBatches(reader, plan, collation, rank_slice, self.num_micro_batches)
         self._next = 0
         self._batches = self._start(workers)
@@ -166,11 +166,9 @@ class _Crash:
 class _SampleReader:
     """Samples of all datasets of the blend, and fragments of them, under their global ids."""
 
-    def __init__(
-        self, datasets: Sequence[ShardedDataset], fragments: FragmentTable | None, image_tokens: ImageTokens
-    ) -> None:
-        self.datasets, self.fragments, self.image_tokens = tuple(datasets), fragments, image_tokens
-        self._borders = np.cumsum([0, *map(len, datasets)])
+    def __init__(self, datasets: Sequence[ShardedDataset], plan: Plan, image_tokens: ImageTokens) -> None:
+        self.datasets, self.fragments, self.image_tokens = tuple(datasets), plan.fragments, image_tokens
+        self._starts = plan.dataset_starts(list(map(len, datasets)))
 
     def describe(self, sample_id: int) -> str:
         """Name dataset, shard, sample and, for a fragment, its tokens, in an error message."""
@@ -191,10 +189,10 @@ class _SampleReader:
         return PlacedSample(sample, sample_id, entry, self.describe(sample_id))
 
     def _find(self, sample_id: int) -> tuple[int, int, int, int | None]:
-        """Return blend entry, index in its dataset, first token and token after the last one; None: to the end."""
+        """Return the dataset, index in it, first token and token after the last one; None: to the end."""
         sample, first, last = (sample_id, 0, None) if self.fragments is None else self.fragments.find(sample_id)
-        entry = int(np.searchsorted(self._borders, sample, side="right")) - 1
-        return entry, int(sample - self._borders[entry]), first, last
+        entry = int(np.searchsorted(self._starts, sample, side="right")) - 1
+        return entry, int(sample - self._starts[entry]), first, last
 
 
 class _MicroBatches(Dataset):

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_vlm.config import UsageError
-from megatron_vlm.data.plan.compute import PlannedRows, PlanSettings, row_loads
+from megatron_vlm.data.plan.compute import PlannedRows
+from megatron_vlm.data.plan.rows import row_loads
+from megatron_vlm.data.plan.settings import PlanSettings
 
 _LOADS = ("images", "attention work")
 

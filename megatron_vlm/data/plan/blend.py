@@ -49,6 +49,11 @@ def read_in_epochs(num_samples: int, start: int, stop: int, seed: Sequence[int])
     parts = [np.empty(0, dtype=np.int64)]
     for epoch in range(start // num_samples, -(-stop // num_samples)):
         first = epoch * num_samples
-        order = np.random.default_rng([*seed, epoch]).permutation(num_samples)
+        order = order_of_epoch(num_samples, epoch, seed)
         parts.append(order[max(start - first, 0) : max(stop - first, 0)])
     return np.concatenate(parts)
+
+
+def order_of_epoch(num_samples: int, epoch: int, seed: Sequence[int]) -> np.ndarray:
+    """Return the samples of a dataset in the order of one epoch, int64[num_samples]."""
+    return np.random.default_rng([*seed, epoch]).permutation(num_samples)

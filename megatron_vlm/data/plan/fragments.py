@@ -2,10 +2,12 @@
 
 A fragment takes as many tokens as fit and ends where an image that does not fit begins. The first fragment of a sample
 keeps the sample's id; the others have ids of their own after those of all samples of all datasets, in the order of
-their samples. To the plan, each fragment is a sample: its positions begin at 0, it does not see the other fragments,
-and its first token has no loss.
+their samples. (The datasets that a later step of the blend adds come behind them, with their own fragments.) To the
+plan, each fragment is a sample: its positions begin at 0, it does not see the other fragments, and its first token has
+no loss.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -110,16 +112,20 @@ class FragmentTable:
     Args:
         table: int64[3, fragments]; sample, first token and the token after the last one of the fragments with ids of
             their own, ascending.
-        first_id: id of the first of them: the number of samples of all datasets.
+        samples: begin and end of each range of ids of samples, ascending; the ids between and behind them belong to
+            fragments.
     """
 
-    def __init__(self, table: np.ndarray, first_id: int) -> None:
-        self.table, self.first_id = table, first_id
+    def __init__(self, table: np.ndarray, samples: Sequence[tuple[int, int]]) -> None:
+        self.table = table
+        self._begins, self._ends = np.array(samples, dtype=np.int64).T
+        self._num_samples = np.cumsum(self._ends - self._begins)
 
     def find(self, sample_id: int) -> tuple[int, int, int | None]:
         """Return the sample, the first token, and the token after the last one; None means the end of the sample."""
-        if sample_id >= self.first_id:
-            sample, first, last = self.table[:, sample_id - self.first_id].tolist()
+        place = int(np.searchsorted(self._begins, sample_id, side="right")) - 1
+        if sample_id >= self._ends[place]:
+            sample, first, last = self.table[:, sample_id - self._num_samples[place]].tolist()
             return sample, first, last
         place = int(np.searchsorted(self.table[0], sample_id))
         if place < self.table.shape[1] and self.table[0, place] == sample_id:

@@ -10,25 +10,52 @@ import json
 import logging
 import zlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from megatron_vlm.config import DataError, config_to_dict
-from megatron_vlm.data.plan.compute import PlannedRows, PlanSettings, PlanSummary, plan_rows
+from megatron_vlm.config.blend import steps_of
+from megatron_vlm.data.plan.compute import PlannedRows, PlanSummary, plan_rows
 from megatron_vlm.data.plan.fragments import FragmentTable
+from megatron_vlm.data.plan.row_hash import chain_hash, hash_rows
 from megatron_vlm.data.plan.sample_lengths import SampleLengths
+from megatron_vlm.data.plan.settings import PlanSettings
 from megatron_vlm.platform.files.durable import folder_once, remove_abandoned, storage_errors
 
-__all__ = ["Plan", "PlanSettings", "PlanSummary", "PlannedRows", "build_plan", "hash_plan", "open_plan", "plan_rows"]
+__all__ = [
+    "SUMMARY_FILE",
+    "Plan",
+    "PlanHashes",
+    "PlanSummary",
+    "PlannedRows",
+    "build_plan",
+    "hash_plan",
+    "open_plan",
+    "plan_rows",
+    "read_summary",
+]
 
 logger = logging.getLogger(__name__)
 
 _PLAN_VERSION = 4
 """Goes into the hash; raise it with every change to the order of samples or to the files of a plan."""
-_SUMMARY_FILE = "plan.json"
+SUMMARY_FILE = "plan.json"
 _LENGTH_OF_TRAINING = ("train_iters", "train_epochs")
+
+
+@dataclass(frozen=True, slots=True)
+class PlanHashes:
+    """What a plan is made from, without the length of the training."""
+
+    data: str
+    """Everything."""
+    settings: str
+    """Everything but the blend and its datasets."""
+    datasets: tuple[str, ...]
+    """Content of each dataset."""
 
 
 class Plan:
@@ -41,24 +68,58 @@ class Plan:
         folder: folder of this plan.
         settings: what it was built from.
         summary: what it holds.
-        data_hash: hash of everything except the length of the training.
+        hashes: what it was made from.
     """
 
-    def __init__(self, folder: Path, settings: PlanSettings, summary: PlanSummary, data_hash: str) -> None:
-        self.folder, self.settings, self.summary, self.data_hash = folder, settings, summary, data_hash
+    def __init__(self, folder: Path, settings: PlanSettings, summary: PlanSummary, hashes: PlanHashes) -> None:
+        self.folder, self.settings, self.summary, self.hashes = folder, settings, summary, hashes
         self.hash, self.num_iterations = summary.hash, summary.num_iterations
         self.stable_iterations = summary.stable_iterations
-        """Leading global batches that all plans with the same `data_hash` share, as far as they reach."""
+        """Leading global batches that all plans with the same `hashes.data` share, as far as they reach."""
         arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in _array_names(settings)}
         self._sample_ids, self._borders = arrays["sample_ids"], arrays["row_borders"]
         self._seq_lengths = arrays.get("seq_lengths")
         table = arrays.get("fragments")
-        self.fragments = None if table is None else FragmentTable(table, summary.first_fragment_id)
+        self.fragments = None if table is None else FragmentTable(table, self.sample_ranges)
         """Which tokens an id means; None if every id is a whole sample, or its beginning."""
 
     def __reduce__(self) -> tuple:
         # Pickling a memory-mapped array would copy its whole content.
-        return Plan, (self.folder, self.settings, self.summary, self.data_hash)
+        return Plan, (self.folder, self.settings, self.summary, self.hashes)
+
+    @property
+    def sample_ranges(self) -> tuple[tuple[int, int], ...]:
+        """Begin and end of each range of ids of samples; the ids between and behind them belong to fragments."""
+        later = ((begin, end) for begin, end in self.summary.later_samples)
+        return ((0, self.summary.first_fragment_id), *later)
+
+    def dataset_starts(self, sizes: Sequence[int]) -> np.ndarray:
+        """Return the id of the first sample of each dataset, int64[datasets].
+
+        Args:
+            sizes: samples of each dataset.
+        """
+        ranges = list(self.sample_ranges)
+        starts, (start, end) = [], ranges.pop(0)
+        for size in sizes:
+            if start == end and ranges:
+                start, end = ranges.pop(0)
+            starts.append(start)
+            start += size
+        return np.array(starts, dtype=np.int64)
+
+    def datasets_until(self, iteration: int) -> tuple[str, ...]:
+        """Return the hashes of the datasets of all steps of the blend that begin before an iteration is done."""
+        begun = sum(start < iteration for start in self.summary.step_iterations)
+        return self.hashes.datasets[: 1 + max(max(s.datasets) for s in steps_of(self.settings.blend)[: 1 + begun])]
+
+    def consumed_hash(self, iteration: int) -> str:
+        """Return the hash of the samples of the first iterations, as a run that follows the plan chains it."""
+        chained = ""
+        for index in range(iteration):
+            sample_ids, samples_per_row = self.rows(index)
+            chained = chain_hash(chained, hash_rows(sample_ids, samples_per_row, range(len(samples_per_row))))
+        return chained
 
     def seq_length(self, iteration: int) -> int:
         """Return the length of the rows of a global batch [tokens].
@@ -119,7 +180,7 @@ class Plan:
 def build_plan(settings: PlanSettings, datasets: Sequence[SampleLengths], folder: str | Path) -> Plan:
     """Build a plan, save it as a folder named by its hash in `folder`, and open it; an existing plan is only opened.
 
-    There is one dataset per entry of the blend.
+    There is one dataset per entry of `settings.datasets`.
 
     Raises:
         ConfigError: the blend cannot be made from these datasets.
@@ -152,6 +213,8 @@ def build_plan(settings: PlanSettings, datasets: Sequence[SampleLengths], folder
         plan.summary.split,
         plan.summary.dropped,
     )
+    for iteration in plan.summary.step_iterations:
+        logger.info("the blend changes after iteration %d", iteration)
     return plan
 
 
@@ -163,34 +226,58 @@ def open_plan(settings: PlanSettings, datasets: Sequence[SampleLengths], folder:
     """
     path = Path(folder) / hash_plan(settings, datasets)
     try:
-        tree = json.loads((path / _SUMMARY_FILE).read_bytes())
+        tree = json.loads((path / SUMMARY_FILE).read_bytes())
         summary = PlanSummary(**tree["summary"])
         for name in _array_names(settings):
             if zlib.crc32((path / f"{name}.npy").read_bytes()) != tree["crc32"][name]:
                 raise ValueError(f"{name}.npy does not have the checksum it was written with")
-        return Plan(path, settings, summary, _hash(settings, datasets, without=_LENGTH_OF_TRAINING))
+        return Plan(path, settings, summary, _hashes(settings, datasets))
     except FileNotFoundError as error:
         raise DataError(f"plan is missing: {error.filename}", where=str(path), fix="build it again") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"plan is damaged: {error}", where=str(path), fix="delete the folder") from None
 
 
+def read_summary(path: Path) -> PlanSummary:
+    """Return what a saved plan holds; its arrays are not looked at.
+
+    Raises:
+        DataError: the file is damaged.
+    """
+    try:
+        return PlanSummary(**json.loads(path.read_bytes())["summary"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"plan is damaged: {error}", where=str(path), fix="delete its folder") from None
+
+
 def hash_plan(settings: PlanSettings, datasets: Sequence[SampleLengths]) -> str:
     """Return a hash of everything a plan depends on; the paths of the datasets do not matter."""
-    return _hash(settings, datasets, without=())
+    return _hash(_depends_on(settings, datasets))
 
 
-def _hash(settings: PlanSettings, datasets: Sequence[SampleLengths], without: Sequence[str]) -> str:
+def _hashes(settings: PlanSettings, datasets: Sequence[SampleLengths]) -> PlanHashes:
+    tree = _depends_on(settings, datasets)
+    for name in _LENGTH_OF_TRAINING:
+        del tree[name]
+    without_blend = {name: value for name, value in tree.items() if name not in ("blend", "steps", "datasets")}
+    return PlanHashes(_hash(tree), _hash(without_blend), tuple(map(_hash, tree["datasets"])))
+
+
+def _hash(tree: Any) -> str:
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _depends_on(settings: PlanSettings, datasets: Sequence[SampleLengths]) -> dict[str, Any]:
     tree = _describe(settings)
     for entry in tree["blend"]:
         del entry["path"]
-    for name in without:
-        del tree[name]
     if not settings.length_clustering:
         del tree["length_multiple"]
+    if len(steps := steps_of(settings.blend)) > 1:
+        tree["steps"] = [step.datasets for step in steps]
     tree["datasets"] = [dataset.fingerprint for dataset in datasets]
     tree["version"] = _PLAN_VERSION
-    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
+    return tree
 
 
 def _describe(settings: PlanSettings) -> dict[str, Any]:
@@ -198,6 +285,10 @@ def _describe(settings: PlanSettings) -> dict[str, Any]:
     if settings.max_images_per_row is None:
         # As plans were before the setting, so that they stay valid.
         del tree["max_images_per_row"]
+    for entry in tree["blend"]:
+        for name in ("from_iteration", "from_tokens"):
+            if entry[name] is None:
+                del entry[name]
     return tree
 
 
@@ -222,4 +313,4 @@ def _write(folder: Path, rows: PlannedRows, settings: PlanSettings, summary: Pla
         np.save(path := folder / f"{name}.npy", arrays[name])
         checksums[name] = zlib.crc32(path.read_bytes())
     tree = {"summary": dataclasses.asdict(summary), "settings": _describe(settings), "crc32": checksums}
-    (folder / _SUMMARY_FILE).write_text(json.dumps(tree, indent=1) + "\n")
+    (folder / SUMMARY_FILE).write_text(json.dumps(tree, indent=1) + "\n")

@@ -1,5 +1,6 @@
 """A hash of the samples of a global batch that ranks can compute in parts and add up."""
 
+import hashlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -29,6 +30,16 @@ def hash_rows(sample_ids: np.ndarray, samples_per_row: np.ndarray, rows: Sequenc
     mixed = _mix(mixed + places.astype(np.uint64))
     mixed = _mix(mixed + sample_ids.astype(np.uint64))
     return int(mixed.sum(dtype=np.uint64))
+
+
+def chain_hash(before: str, batch: int) -> str:
+    """Return a hash of all global batches so far.
+
+    Args:
+        before: that of all but the last one; empty if there are no others.
+        batch: hash of the last one.
+    """
+    return hashlib.sha256(f"{before} {batch:016x}".encode()).hexdigest()[:16]
 
 
 def _mix(values: np.ndarray) -> np.ndarray:

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_vlm.config.blend import steps_of
 from megatron_vlm.data.plan.blend import samples_per_pass
-from megatron_vlm.data.plan.compute import PlanSettings
 from megatron_vlm.data.plan.packing import ImageBudget, packed_utilisation
 from megatron_vlm.data.plan.sample_lengths import SampleLengths, measure_images
 from megatron_vlm.data.plan.sample_pool import Overflow
+from megatron_vlm.data.plan.settings import PlanSettings
 
 _NEIGHBOURS = range(-2, 5)
 _STEPS_PER_ROW = 32
@@ -32,6 +33,8 @@ class RowLength:
 
 def compare_row_lengths(settings: PlanSettings, datasets: Sequence[SampleLengths]) -> list[RowLength]:
     """Pack one pass over the blend into rows of the planned length and of lengths up to 12 % away.
+
+    Of a blend that changes, it is a pass over the first step.
 
     A sample longer than a row counts as a full row, as full rows and a rest if it is split, and not at all if it is
     dropped. Images beyond `max_images_per_row` are not counted, but their tokens are. If a pass has more than a
@@ -80,8 +83,11 @@ def choose_row_length(candidates: Sequence[RowLength], seq_length: int) -> RowLe
 
 def _draw_samples(settings: PlanSettings, datasets: Sequence[SampleLengths]) -> tuple[np.ndarray, np.ndarray]:
     """Return the tokens and the images of samples of one pass."""
+    # Of a blend that changes, the first step.
+    step = steps_of(settings.blend)[0]
+    datasets = [datasets[place] for place in step.datasets]
     totals = [int(dataset.num_images.sum(dtype=np.int64)) for dataset in datasets]
-    per_pass = samples_per_pass(settings.blend, [len(dataset) for dataset in datasets], totals)
+    per_pass = samples_per_pass(step.entries, [len(dataset) for dataset in datasets], totals)
     fraction = min(1.0, _MAX_SAMPLES / per_pass.sum())
     rng = np.random.default_rng(settings.seed)
     drawn, images = [], []

@@ -1,12 +1,18 @@
-"""The samples of all datasets of a blend by global id, with the lengths they have in a row."""
+"""The samples of all datasets of a blend by global id, with the lengths they have in a row.
+
+Ids number the samples of all datasets, one after the other, then the further fragments of split ones. The datasets that
+a later step of the blend adds follow in the same way: ids that a run has used stay what they were.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
 
 from megatron_vlm.config import BlendEntry, DataError
+from megatron_vlm.config.blend import datasets_of, steps_of
 from megatron_vlm.data.plan.fragments import Cuts, find_cuts
 from megatron_vlm.data.plan.image_tokens import ImageTokens
 from megatron_vlm.data.plan.outlines import Outlines, read_outlines
@@ -17,7 +23,7 @@ Overflow = Literal["truncate", "split", "drop", "fail"]
 
 @dataclass(frozen=True, slots=True)
 class SamplePool:
-    """Samples by global id: those of all datasets, one after the other, then the further fragments of split ones."""
+    """Samples by global id."""
 
     lengths: np.ndarray
     """int32[ids]; length in a row, at most that of the row [tokens]."""
@@ -35,13 +41,10 @@ class SamplePool:
     """Samples that are left out."""
     tokens_per_image: tuple[int, int]
     """Fewest and most tokens of an image in the datasets, 0 if they have no images."""
+    samples: tuple[tuple[int, int], ...]
+    """Begin and end of each range of ids of samples; the ids between and behind them belong to fragments."""
     varying_image_lengths: np.ndarray | None = None
     """int32[ids]; tokens of all images of a sample; None if every image has the same number."""
-
-    @property
-    def num_samples(self) -> int:
-        """Samples of all datasets; ids from here on belong to fragments."""
-        return len(self.lengths) - self.fragments.shape[1]
 
     @property
     def image_lengths(self) -> np.ndarray:
@@ -52,7 +55,7 @@ class SamplePool:
 
 
 def collect_samples(
-    blend: Sequence[BlendEntry],
+    blend: tuple[BlendEntry, ...],
     datasets: Sequence[SampleLengths],
     *,
     seq_length: int,
@@ -60,7 +63,9 @@ def collect_samples(
     overflow: Overflow,
     max_images: int | None = None,
 ) -> SamplePool:
-    """Number the samples of all datasets and decide what happens to those longer than a row, or with more images.
+    """Number the samples and decide what happens to those longer than a row, or with more images.
+
+    There is one dataset per entry of `datasets_of(blend)`.
 
     Raises:
         DataError: with overflow "fail", a sample is longer than a row or has more than `max_images`; with "split", an
@@ -68,35 +73,70 @@ def collect_samples(
     """
     settled = [
         _settle(entry, dataset, seq_length, image_tokens, overflow, max_images)
-        for entry, dataset in zip(blend, datasets, strict=True)
+        for entry, dataset in zip(datasets_of(blend), datasets, strict=True)
     ]
-    usable, tables = [], []
-    first, first_fragment = 0, sum(map(len, datasets))
-    for one in settled:
-        table = one.fragments + np.array([[first], [0], [0]])
-        ids = np.arange(first_fragment, first_fragment + table.shape[1])
-        one.kept[:] += first
-        usable.append(np.concatenate([one.kept, ids]) if len(ids) else one.kept)
-        tables.append(table)
-        first += len(one.lengths)
-        first_fragment += len(ids)
-    fragments = np.concatenate(tables, axis=1)
+    groups = [_number(group) for group in _by_first_step(blend, settled)]
+    offsets = np.cumsum([0, *(len(group.lengths) for group in groups)]).tolist()
     known = [tokens for one in settled for tokens in one.tokens_per_image or ()]
     # Either all datasets have them or none has.
-    varying = [one.image_lengths for one in settled if one.image_lengths is not None]
+    varying = [group.image_lengths for group in groups if group.image_lengths is not None]
     return SamplePool(
-        np.concatenate([one.lengths for one in settled] + [(fragments[2] - fragments[1]).astype(np.int32)]),
-        np.concatenate([one.num_images for one in settled] + [one.images_of_fragments for one in settled]),
-        tuple(usable),
-        fragments,
+        np.concatenate([group.lengths for group in groups]),
+        np.concatenate([group.num_images for group in groups]),
+        tuple(ids + first for group, first in zip(groups, offsets, strict=False) for ids in group.usable),
+        np.concatenate([_from(first, group.fragments) for group, first in zip(groups, offsets, strict=False)], axis=1),
         truncated=sum(one.truncated for one in settled),
         split=sum(one.split for one in settled),
         dropped=sum(one.dropped for one in settled),
         tokens_per_image=(min(known, default=0), max(known, default=0)),
-        varying_image_lengths=(
-            np.concatenate(varying + [one.image_lengths_of_fragments for one in settled]) if varying else None
-        ),
+        samples=tuple((first, first + group.num_samples) for group, first in zip(groups, offsets, strict=False)),
+        varying_image_lengths=np.concatenate(varying) if varying else None,
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Group:
+    """The datasets that a step of the blend adds; ids are counted from their first."""
+
+    lengths: np.ndarray
+    num_images: np.ndarray
+    image_lengths: np.ndarray | None
+    usable: tuple[np.ndarray, ...]
+    fragments: np.ndarray
+    num_samples: int
+
+
+def _by_first_step(blend: tuple[BlendEntry, ...], settled: Sequence["_Settled"]) -> list[Sequence["_Settled"]]:
+    borders = [0]
+    for step in steps_of(blend):
+        borders.append(max(borders[-1], *(place + 1 for place in step.datasets)))
+    return [settled[first:last] for first, last in pairwise(borders) if last > first]
+
+
+def _number(group: Sequence["_Settled"]) -> _Group:
+    usable, tables = [], []
+    first = 0
+    num_samples = first_fragment = sum(len(one.lengths) for one in group)
+    for one in group:
+        ids = np.arange(first_fragment, first_fragment + one.fragments.shape[1])
+        usable.append(np.concatenate([one.kept + first, ids]))
+        tables.append(_from(first, one.fragments))
+        first += len(one.lengths)
+        first_fragment += len(ids)
+    fragments = np.concatenate(tables, axis=1)
+    varying = [one.image_lengths for one in group if one.image_lengths is not None]
+    return _Group(
+        lengths=np.concatenate([one.lengths for one in group] + [(fragments[2] - fragments[1]).astype(np.int32)]),
+        num_images=np.concatenate([one.num_images for one in group] + [one.images_of_fragments for one in group]),
+        image_lengths=np.concatenate(varying + [one.image_lengths_of_fragments for one in group]) if varying else None,
+        usable=tuple(usable),
+        fragments=fragments,
+        num_samples=num_samples,
+    )
+
+
+def _from(first: int, fragments: np.ndarray) -> np.ndarray:
+    return fragments + np.array([[first], [0], [0]])
 
 
 def _nothing() -> np.ndarray:

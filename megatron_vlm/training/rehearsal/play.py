@@ -11,6 +11,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from megatron_vlm.checkpoint.adam_state import adams
 from megatron_vlm.checkpoint.parallel_files import bytes_per_rank
 from megatron_vlm.checkpoint.sharded_state import describe
+from megatron_vlm.config.blend import datasets_of
 from megatron_vlm.data.loading.batch import VLMBatch
 from megatron_vlm.parallel.groups import RankLayout, build_groups, rank_layout, stop_distributed
 from megatron_vlm.platform.fake_device.device import DEVICE, fake_device, on_host
@@ -104,8 +105,6 @@ class _MadeUpPlan:
     row_length: int
     num_iterations: int
     hash: str = "made up"
-    data_hash: str = "made up"
-    stable_iterations: int = 0
 
     def seq_length(self, iteration: int) -> int:
         return self.row_length
@@ -118,7 +117,7 @@ class _Source:
         config = rehearsal.config
         self.rehearsal, self.blend = rehearsal, None
         self.plan: Any = _MadeUpPlan(config.data.seq_length, rehearsal.iterations)
-        self.dataset_names: Sequence[str] = [entry.path for entry in config.data.blend]
+        self.dataset_names: Sequence[str] = [entry.path for entry in datasets_of(config.data.blend)]
         if rehearsal.has_data:
             with on_host():
                 self.blend = open_planned_blend(config)

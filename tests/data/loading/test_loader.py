@@ -16,7 +16,8 @@ from megatron_vlm.config import BlendEntry, DataError, LanguageConfig
 from megatron_vlm.data.loading.collate import Collation
 from megatron_vlm.data.loading.loader import BatchLoader, LoaderWorkers
 from megatron_vlm.data.plan.image_tokens import ImageTokens
-from megatron_vlm.data.plan.plan import PlanSettings, build_plan, open_plan
+from megatron_vlm.data.plan.plan import build_plan, open_plan
+from megatron_vlm.data.plan.settings import PlanSettings
 from megatron_vlm.data.samples import EncodedSample, ImageSegment, TextSegment, TokenizerFacts
 from megatron_vlm.data.shards.dataset import ShardedDataset
 from megatron_vlm.data.shards.writer import write_dataset

@@ -10,7 +10,8 @@ from megatron_vlm.config import BlendEntry, UsageError
 from megatron_vlm.data.plan import balance_report
 from megatron_vlm.data.plan.balance_report import report_balance
 from megatron_vlm.data.plan.image_tokens import ImageTokens
-from megatron_vlm.data.plan.plan import PlanSettings, plan_rows
+from megatron_vlm.data.plan.plan import plan_rows
+from megatron_vlm.data.plan.settings import PlanSettings
 
 
 class Lengths:

@@ -91,7 +91,7 @@ def test_text_may_be_cut_where_an_image_would_not_fit():
 
 def test_table_knows_which_tokens_an_id_stands_for():
     # Samples 3 and 7 of 10 are split, the second into three.
-    table = FragmentTable(np.array([[3, 7, 7], [60, 64, 120], [80, 120, 130]]), first_id=10)
+    table = FragmentTable(np.array([[3, 7, 7], [60, 64, 120], [80, 120, 130]]), samples=[(0, 10)])
     assert [table.find(number) for number in (2, 3, 4, 7, 9)] == [
         (2, 0, None),
         (3, 0, 60),
@@ -103,7 +103,7 @@ def test_table_knows_which_tokens_an_id_stands_for():
 
 
 def test_empty_table_leaves_samples_whole():
-    assert FragmentTable(np.empty((3, 0), dtype=np.int64), first_id=5).find(4) == (4, 0, None)
+    assert FragmentTable(np.empty((3, 0), dtype=np.int64), samples=[(0, 5)]).find(4) == (4, 0, None)
 
 
 @pytest.mark.parametrize(("first", "last"), [(0, 8), (8, 20), (5, 12)])
@@ -117,3 +117,10 @@ def test_fragment_behind_the_end_is_refused():
     sample = EncodedSample((TextSegment(np.zeros(9, dtype=np.int32), True),))
     with pytest.raises(ValueError, match="has 9 tokens, its fragment ends at 10"):
         take_fragment(sample, 4, 10, CONSTANT)
+
+
+def test_table_tells_the_fragments_of_each_group_of_datasets_from_its_samples():
+    # Samples 0 to 3 with fragment 4, then samples 5 to 6 with fragments 7 and 8.
+    table = FragmentTable(np.array([[2, 6, 6], [10, 20, 30], [15, 30, 35]]), samples=[(0, 4), (5, 7)])
+    found = [table.find(number) for number in (2, 3, 4, 5, 6, 7, 8)]
+    assert found == [(2, 0, 10), (3, 0, None), (2, 10, 15), (5, 0, None), (6, 0, 20), (6, 20, 30), (6, 30, 35)]

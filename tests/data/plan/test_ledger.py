@@ -11,7 +11,8 @@ from megatron_vlm.data.loading.collate import Collation
 from megatron_vlm.data.loading.loader import BatchLoader
 from megatron_vlm.data.plan.image_tokens import ImageTokens
 from megatron_vlm.data.plan.ledger import Ledger
-from megatron_vlm.data.plan.plan import PlanSettings, build_plan
+from megatron_vlm.data.plan.plan import build_plan
+from megatron_vlm.data.plan.settings import PlanSettings
 from megatron_vlm.data.samples import TokenizerFacts
 from megatron_vlm.data.shards.dataset import ShardedDataset
 from megatron_vlm.data.shards.writer import write_dataset

@@ -113,14 +113,16 @@ def test_hash_depends_on_every_setting(datasets, changes):
 
 def test_data_hash_depends_on_everything_but_the_length_of_the_training(datasets, tmp_path):
     first, longer, other = (
-        build_plan(make_settings(**changes), datasets, tmp_path).data_hash
+        build_plan(make_settings(**changes), datasets, tmp_path).hashes.data
         for changes in ({}, {"train_epochs": None, "train_iters": 3}, {"seed": 4})
     )
     assert first == longer != other
 
 
 def test_data_hash_depends_on_the_images_of_a_row_so_that_resume_refuses_another_number(datasets, tmp_path):
-    hashes = {build_plan(make_settings(max_images_per_row=most), datasets, tmp_path).data_hash for most in (None, 3, 4)}
+    hashes = {
+        build_plan(make_settings(max_images_per_row=most), datasets, tmp_path).hashes.data for most in (None, 3, 4)
+    }
     assert len(hashes) == 3
 
 

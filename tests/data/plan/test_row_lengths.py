@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from megatron_vlm.config import BlendEntry
-from megatron_vlm.data.plan.compute import PlanSettings
 from megatron_vlm.data.plan.image_tokens import ImageTokens
 from megatron_vlm.data.plan.row_lengths import RowLength, choose_row_length, compare_row_lengths
+from megatron_vlm.data.plan.settings import PlanSettings
 
 SETTINGS = PlanSettings(
     blend=(BlendEntry(path="pairs"),),
