@@ -29,9 +29,9 @@ def different_settings(
     found = [difference for difference in found if difference.may_change is not MayChange.ALWAYS]
     found += [difference for difference in compare_settings(_TOWER, *towers) if difference.key not in free]
     if only_what_runs:
-        layers = (getattr(tower, "num_layers_run", None) for tower in towers)
+        ours, theirs = (getattr(tower, "num_layers_run", None) for tower in towers)
         found = [difference for difference in found if difference.key != _LAYERS]
-        found += compare_settings(_LAYERS, *layers)
+        found += compare_settings(_LAYERS, ours, theirs)
     return [(difference.key, difference.first, difference.second) for difference in found]
 
 
