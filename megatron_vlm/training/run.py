@@ -18,6 +18,7 @@ from megatron_vlm.platform.launch.launch import STOP_SIGNALS
 from megatron_vlm.platform.machine import check_capability
 from megatron_vlm.training.blend import open_training_blend, open_validation_blend
 from megatron_vlm.training.hook import Hook, build_hooks
+from megatron_vlm.training.hooks import blend as blend_change
 from megatron_vlm.training.hooks import checkpoint, ledger, log, metrics_file, stop, tensorboard, validation
 from megatron_vlm.training.loop import train
 from megatron_vlm.training.setup import build_state
@@ -64,6 +65,7 @@ def _run(config: TrainConfig, rank: RankLayout, device: torch.device, stop_reque
         ledger.Hook(),
         metrics_file.Hook(),
         log.Hook(),
+        blend_change.Hook(),
         tensorboard.Hook(),
         *build_hooks(config.training.hooks),
         checkpoint.Hook(),

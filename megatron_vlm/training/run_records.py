@@ -15,12 +15,9 @@ import yaml
 from megatron_vlm.checkpoint.folder import checkpoint_path, list_iterations
 from megatron_vlm.checkpoint.manifest import MANIFEST_NAME
 from megatron_vlm.config import DataError
-from megatron_vlm.data.plan.ledger import last_plan
-from megatron_vlm.data.plan.plan import SUMMARY_FILE, read_summary
 from megatron_vlm.platform.files.metrics import Record, last_of_each_iteration, read_records
-from megatron_vlm.platform.files.run_folder import CONFIG_NAME, EXIT_STATUS_NAME, METRICS_NAME, PLAN_FOLDER
+from megatron_vlm.platform.files.run_folder import CONFIG_NAME, EXIT_STATUS_NAME, METRICS_NAME
 from megatron_vlm.platform.launch.exit_status import ExitStatus, read_exit_status
-from megatron_vlm.training.hooks.ledger import LEDGER_FOLDER
 
 _EVENT_FILE = re.compile(r"events\.out\.tfevents\.(\d+)\..*")
 
@@ -98,12 +95,10 @@ def read_run(run_dir: Path) -> RunRecords:
         )
     records, unreadable_lines = read_records(run_dir)
     end = read_exit_status(run_dir / EXIT_STATUS_NAME)
-    metrics = last_of_each_iteration(records)
-    changes = _blend_changes(run_dir, metrics)
-    events = [*_starts(run_dir), *_repetitions(records), *changes, *_checkpoints(run_dir), *_ends(end)]
+    events = [*_starts(run_dir), *_repetitions(records), *_checkpoints(run_dir), *_ends(end)]
     return RunRecords(
         run_dir=run_dir,
-        metrics=metrics,
+        metrics=last_of_each_iteration(records),
         unreadable_lines=unreadable_lines,
         config_text=_read_text(run_dir / CONFIG_NAME),
         events=sorted(events, key=_place_in_time),
@@ -165,16 +160,6 @@ def _repetitions(records: Sequence[Record]) -> Iterator[Event]:
             done = later["iteration"] - 1
             what = f"went back from iteration {earlier['iteration']:,} to {done:,}"
             yield Event(what=what, iteration=done, is_resume=True)
-
-
-def _blend_changes(run_dir: Path, metrics: Sequence[Record]) -> Iterator[Event]:
-    """Yield the places where the blend changed, as far as the run has come."""
-    path = run_dir / PLAN_FOLDER / (last_plan(run_dir / LEDGER_FOLDER) or "") / SUMMARY_FILE
-    if not path.is_file():
-        return
-    for iteration in read_summary(path).step_iterations:
-        if metrics and iteration < metrics[-1]["iteration"]:
-            yield Event(what=f"the blend changed after iteration {iteration:,}", iteration=iteration)
 
 
 def _checkpoints(run_dir: Path) -> Iterator[Event]:

@@ -6,12 +6,9 @@ from pathlib import Path
 import pytest
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
-from megatron_vlm.config import BlendEntry, DataError
-from megatron_vlm.data.plan.ledger import Ledger
-from megatron_vlm.data.plan.plan import build_plan
+from megatron_vlm.config import DataError
 from megatron_vlm.platform.launch.exit_status import ExitStatus, write_exit_status
 from megatron_vlm.training.run_records import read_run
-from tests.support.lengths import make_dataset, make_settings
 
 
 def write_metrics(run_dir: Path, iterations, **values) -> None:
@@ -131,17 +128,3 @@ def test_reading_imports_no_torch():
         "import sys, megatron_vlm.training.report, megatron_vlm.training.run_records; sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
-
-
-def test_changes_of_the_blend_are_events_once_they_are_reached(tmp_path):
-    blend = tuple(BlendEntry(path="a", **({"from_iteration": begin} if begin else {})) for begin in (0, 3, 6))
-    settings = make_settings(blend=blend, train_iters=9, train_epochs=None, global_batch_size=2)
-    plan = build_plan(settings, [make_dataset(50)], tmp_path / "plan")
-    ledger = Ledger(tmp_path / "ledger", plan)
-    for iteration in range(1, 6):
-        ledger.record(iteration, "0" * 16)
-    ledger.close()
-    write_metrics(tmp_path, range(1, 6))
-    assert [(event.what, event.iteration) for event in read_run(tmp_path).events] == [
-        ("the blend changed after iteration 2", 2)
-    ]

@@ -109,16 +109,6 @@ class Ledger:
         return StorageError(f"ledger cannot be written: {error}", where=str(self.folder), fix="make room there")
 
 
-def last_plan(folder: Path) -> str | None:
-    """Return the hash of the plan of the last iteration in a ledger; None if there is none."""
-    try:
-        lines = (folder / _INDEX_FILE).read_bytes().splitlines(keepends=True)
-    except FileNotFoundError:
-        return None
-    whole = [line for line in lines if line.endswith(b"\n")]
-    return _parse(whole[-1], folder).plan if whole else None
-
-
 def _parse(line: bytes, folder: Path) -> LedgerEntry:
     try:
         return LedgerEntry(**json.loads(line))

@@ -26,7 +26,6 @@ from megatron_vlm.data.plan.settings import PlanSettings
 from megatron_vlm.platform.files.durable import folder_once, remove_abandoned, storage_errors
 
 __all__ = [
-    "SUMMARY_FILE",
     "Plan",
     "PlanHashes",
     "PlanSummary",
@@ -35,14 +34,13 @@ __all__ = [
     "hash_plan",
     "open_plan",
     "plan_rows",
-    "read_summary",
 ]
 
 logger = logging.getLogger(__name__)
 
 _PLAN_VERSION = 4
 """Goes into the hash; raise it with every change to the order of samples or to the files of a plan."""
-SUMMARY_FILE = "plan.json"
+_SUMMARY_FILE = "plan.json"
 _LENGTH_OF_TRAINING = ("train_iters", "train_epochs")
 
 
@@ -226,7 +224,7 @@ def open_plan(settings: PlanSettings, datasets: Sequence[SampleLengths], folder:
     """
     path = Path(folder) / hash_plan(settings, datasets)
     try:
-        tree = json.loads((path / SUMMARY_FILE).read_bytes())
+        tree = json.loads((path / _SUMMARY_FILE).read_bytes())
         summary = PlanSummary(**tree["summary"])
         for name in _array_names(settings):
             if zlib.crc32((path / f"{name}.npy").read_bytes()) != tree["crc32"][name]:
@@ -236,18 +234,6 @@ def open_plan(settings: PlanSettings, datasets: Sequence[SampleLengths], folder:
         raise DataError(f"plan is missing: {error.filename}", where=str(path), fix="build it again") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"plan is damaged: {error}", where=str(path), fix="delete the folder") from None
-
-
-def read_summary(path: Path) -> PlanSummary:
-    """Return what a saved plan holds; its arrays are not looked at.
-
-    Raises:
-        DataError: the file is damaged.
-    """
-    try:
-        return PlanSummary(**json.loads(path.read_bytes())["summary"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"plan is damaged: {error}", where=str(path), fix="delete its folder") from None
 
 
 def hash_plan(settings: PlanSettings, datasets: Sequence[SampleLengths]) -> str:
@@ -313,4 +299,4 @@ def _write(folder: Path, rows: PlannedRows, settings: PlanSettings, summary: Pla
         np.save(path := folder / f"{name}.npy", arrays[name])
         checksums[name] = zlib.crc32(path.read_bytes())
     tree = {"summary": dataclasses.asdict(summary), "settings": _describe(settings), "crc32": checksums}
-    (folder / SUMMARY_FILE).write_text(json.dumps(tree, indent=1) + "\n")
+    (folder / _SUMMARY_FILE).write_text(json.dumps(tree, indent=1) + "\n")
