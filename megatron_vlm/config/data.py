@@ -45,6 +45,9 @@ class DataConfig:
     longest of them, rounded up to `length_multiple`."""
     length_multiple: int = 64
     """With `length_clustering`, row lengths are multiples of this [tokens]."""
+    quarantine: str | None = None
+    """A file of ids of samples, one a line, that are left out: they stay in the plan, and have no loss. Ids are those of
+    the ledger, and stay the same where steps are added to `blend`. May change at a resume."""
     image_aspect: Literal["pad", "square", "resize"] = "pad"
     """How an image becomes square. pad: add borders in the mean colour. square: crop the centre, like CLIP. resize:
     stretch."""
@@ -65,6 +68,7 @@ class DataConfig:
             check_positive("data", self, "max_images_per_row")
         check_not_negative("data", self, "num_workers")
         check_path("data.tokenizer", self.tokenizer)
+        check_path("data.quarantine", self.quarantine)
         check_at_most("data", self, MAX_SEQ_LENGTH, "seq_length", "sample_multiple", "length_multiple")
         check_at_most("data", self, _MAX_WORKERS, "num_workers", "prefetch_factor")
         self._check_multiples()

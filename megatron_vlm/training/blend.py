@@ -10,6 +10,7 @@ import torch
 from megatron_vlm.config import TrainConfig, position_multiple
 from megatron_vlm.data.loading.collate import Collation
 from megatron_vlm.data.loading.loader import BatchLoader, LoaderWorkers
+from megatron_vlm.data.loading.quarantine import Quarantine, read_quarantine
 from megatron_vlm.data.plan.plan import Plan, build_plan, open_plan
 from megatron_vlm.data.plan.settings import PlanSettings
 from megatron_vlm.data.shards.dataset import ShardedDataset
@@ -27,6 +28,8 @@ class OpenBlend:
 
     datasets: Sequence[ShardedDataset]
     plan: Plan
+    quarantine: Quarantine = Quarantine()
+    """Samples to leave out."""
 
     @property
     def dataset_names(self) -> list[str]:
@@ -45,6 +48,7 @@ class OpenBlend:
             self.datasets,
             self.plan,
             collation=Collation.from_config(state.config.model, data, position_multiple(state.config)),
+            quarantine=self.quarantine.ids,
             start_iteration=start_iteration,
             rank_slice=state.rank_slice(has_tower=has_tower),
             workers=LoaderWorkers(
@@ -62,7 +66,8 @@ def open_training_blend(config: TrainConfig) -> OpenBlend:
     Raises:
         UserError: a dataset is missing or damaged, or the plan cannot be made or written.
     """
-    return _open(config, PlanSettings.from_config(config))
+    blend, path = _open(config, PlanSettings.from_config(config)), config.data.quarantine
+    return blend if path is None else dataclasses.replace(blend, quarantine=read_quarantine(path, blend.plan))
 
 
 def open_planned_blend(config: TrainConfig) -> OpenBlend:

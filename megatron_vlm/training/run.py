@@ -19,7 +19,16 @@ from megatron_vlm.platform.machine import check_capability
 from megatron_vlm.training.blend import open_training_blend, open_validation_blend
 from megatron_vlm.training.hook import Hook, build_hooks
 from megatron_vlm.training.hooks import blend as blend_change
-from megatron_vlm.training.hooks import checkpoint, ledger, log, metrics_file, stop, tensorboard, validation
+from megatron_vlm.training.hooks import (
+    checkpoint,
+    ledger,
+    log,
+    metrics_file,
+    quarantine,
+    stop,
+    tensorboard,
+    validation,
+)
 from megatron_vlm.training.loop import train
 from megatron_vlm.training.setup import build_state
 
@@ -54,6 +63,7 @@ def _run(config: TrainConfig, rank: RankLayout, device: torch.device, stop_reque
     blend, validation_blend = open_training_blend(config), open_validation_blend(config)
     beat()
     state = build_state(config, rank, blend.plan, blend.dataset_names)
+    state.quarantine = blend.quarantine
     beat()
     if rank.rank == 0:
         save_config(config, Path(config.run_dir) / CONFIG_NAME)
@@ -66,6 +76,7 @@ def _run(config: TrainConfig, rank: RankLayout, device: torch.device, stop_reque
         metrics_file.Hook(),
         log.Hook(),
         blend_change.Hook(),
+        quarantine.Hook(),
         tensorboard.Hook(),
         *build_hooks(config.training.hooks),
         checkpoint.Hook(),

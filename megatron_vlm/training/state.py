@@ -9,6 +9,7 @@ from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_vlm.checkpoint.manifest import Base
 from megatron_vlm.config import Layout, TrainConfig
+from megatron_vlm.data.loading.quarantine import Quarantine
 from megatron_vlm.data.plan.plan import Plan
 from megatron_vlm.models.vlm import VisionLanguageModel
 from megatron_vlm.parallel.groups import RankLayout
@@ -33,6 +34,8 @@ class TrainState:
     optimizer: MegatronOptimizer
     objective: Objective
     plan: Plan
+    quarantine: Quarantine = Quarantine()
+    """Samples that are left out of the training."""
     iteration: int = 0
     """Steps done."""
     consumed_samples: int = 0

@@ -7,7 +7,7 @@ import signal
 import traceback
 import warnings
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from megatron_vlm.data.loading.collate import Collation, PlacedSample, collate
 from megatron_vlm.data.plan.fragments import take_fragment
 from megatron_vlm.data.plan.image_tokens import ImageTokens
 from megatron_vlm.data.plan.plan import Plan
+from megatron_vlm.data.samples import EncodedSample
 from megatron_vlm.data.shards.dataset import ShardedDataset
 from megatron_vlm.parallel.slicing import RankSlice
 from megatron_vlm.platform.launch.launch import STOP_SIGNALS
@@ -50,6 +51,7 @@ class BatchLoader:
         datasets: those that the plan was built from.
         plan: rows of samples.
         collation: sizes and ids of the model.
+        quarantine: ids of samples to leave out.
         start_iteration: global batches already consumed.
         rank_slice: rows, images and positions of this rank; by default all.
         workers: processes that decode ahead; by default none.
@@ -64,6 +66,7 @@ class BatchLoader:
         plan: Plan,
         *,
         collation: Collation,
+        quarantine: Set[int] = frozenset(),
         start_iteration: int = 0,
         rank_slice: RankSlice = _WHOLE_BATCH,
         workers: LoaderWorkers = LoaderWorkers(),
@@ -81,7 +84,7 @@ class BatchLoader:
         first = start_iteration * self.num_micro_batches
         last = plan.num_iterations * self.num_micro_batches
         self._positions = range(first, max(first, last))
-        reader = _SampleReader(datasets, plan, collation.image_tokens)
+        reader = _SampleReader(datasets, plan, collation.image_tokens, quarantine)
         self._micro_batches = _MicroBatches(reader, plan, collation, rank_slice, self.num_micro_batches)
         self._next = 0
         self._batches = self._start(workers)
@@ -166,8 +169,11 @@ class _Crash:
 class _SampleReader:
     """Samples of all datasets of the blend, and fragments of them, under their global ids."""
 
-    def __init__(self, datasets: Sequence[ShardedDataset], plan: Plan, image_tokens: ImageTokens) -> None:
+    def __init__(
+        self, datasets: Sequence[ShardedDataset], plan: Plan, image_tokens: ImageTokens, quarantine: Set[int]
+    ) -> None:
         self.datasets, self.fragments, self.image_tokens = tuple(datasets), plan.fragments, image_tokens
+        self.quarantine = quarantine
         self._starts = plan.dataset_starts(list(map(len, datasets)))
 
     def describe(self, sample_id: int) -> str:
@@ -177,12 +183,14 @@ class _SampleReader:
         return f"{self.datasets[entry].describe(index)}{tokens}"
 
     def read(self, sample_id: int) -> PlacedSample:
-        """Read one sample or fragment.
+        """Read one sample or fragment; one in quarantine is empty.
 
         Raises:
             DataError: it is damaged or cannot be read.
         """
         entry, index, first, last = self._find(sample_id)
+        if sample_id in self.quarantine:
+            return PlacedSample(EncodedSample(()), sample_id, entry, self.describe(sample_id))
         sample = self.datasets[entry][index]
         if last is not None:
             sample = take_fragment(sample, first, last, self.image_tokens)

@@ -91,6 +91,12 @@ class Plan:
         later = ((begin, end) for begin, end in self.summary.later_samples)
         return ((0, self.summary.first_fragment_id), *later)
 
+    @property
+    def num_ids(self) -> int:
+        """Ids of samples and fragments, which reach from 0 to one below it."""
+        num_fragments = 0 if self.fragments is None else self.fragments.table.shape[1]
+        return sum(end - begin for begin, end in self.sample_ranges) + num_fragments
+
     def dataset_starts(self, sizes: Sequence[int]) -> np.ndarray:
         """Return the id of the first sample of each dataset, int64[datasets].
 
