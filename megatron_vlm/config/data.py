@@ -46,8 +46,8 @@ class DataConfig:
     length_multiple: int = 64
     """With `length_clustering`, row lengths are multiples of this [tokens]."""
     quarantine: str | None = None
-    """A file of ids of samples, one a line, that are left out: they stay in the plan, and have no loss. Ids are those of
-    the ledger, and stay the same where steps are added to `blend`. May change at a resume."""
+    """A file of ids of samples, one a line, that are left out: they stay in the plan, and are not read. The ids are
+    those of the ledger, and stay the same where steps are added to `blend`. The file may change at a resume."""
     image_aspect: Literal["pad", "square", "resize"] = "pad"
     """How an image becomes square. pad: add borders in the mean colour. square: crop the centre, like CLIP. resize:
     stretch."""

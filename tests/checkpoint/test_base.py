@@ -14,7 +14,7 @@ from megatron_vlm.checkpoint.run_settings import RunSettings
 from megatron_vlm.checkpoint.tensors import hash_weights, list_tensors, read_tensor, write_weights
 from megatron_vlm.checkpoint.verify import check_whole, inspect_checkpoint
 from megatron_vlm.cli.main import main
-from megatron_vlm.config import CheckpointError, ConfigError, TrainConfig
+from megatron_vlm.config import CheckpointError, ConfigError, TrainConfig, config_to_dict
 from tests.support.configs import tiny_model, tiny_run
 from tests.support.jobs import save_initial, start, starting_from, train_steps
 from tests.support.toy_parts import toy_parts
@@ -201,16 +201,18 @@ def test_learned_weights_are_never_dropped(trained, tmp_path):
 
 
 def test_an_adapter_of_another_shape_is_refused(trained, tmp_path):
-    with pytest.raises(CheckpointError, match=r"has shape \[4, 3, 64\] in the checkpoint, \[4, 5, 64\] in the model"):
+    with pytest.raises(ConfigError, match=r"model.adapter.rank is 5, the weights were trained with 3"):
         start(starting_from(adapted(tmp_path / "other", rank=5), trained.run_dir))
 
 
 def test_a_part_of_an_adapter_is_refused(base, tmp_path):
     checkpoint = find_checkpoint(base)
     down = "model.language_model.decoder.layers.down.weight"
-    write_weights(tmp_path / "half", {down: torch.zeros(4, 3, 64)}, {}, base=checkpoint)
+    config = adapted(tmp_path / "other")
+    settings = {"model": config_to_dict(config.model)}
+    write_weights(tmp_path / "half", {down: torch.zeros(4, 3, 64)}, settings, base=checkpoint)
     with pytest.raises(CheckpointError, match=r"tensor model.*up.weight is not in the checkpoint"):
-        start(starting_from(adapted(tmp_path / "other"), str(tmp_path / "half")))
+        start(starting_from(config, str(tmp_path / "half")))
 
 
 def test_a_base_is_named_by_its_manifest(trained, base):

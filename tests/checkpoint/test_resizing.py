@@ -130,7 +130,7 @@ def test_nothing_is_said_of_weights_for_the_same_image_size(small, tmp_path, cap
 
 
 def test_a_resumed_run_keeps_its_image_size(small):
-    with pytest.raises(CheckpointError, match=rf"{TABLE} has shape \[17, 36\] in the checkpoint, \[37, 36\]"):
+    with pytest.raises(ConfigError, match=r"model.vision.image_size is 48, the run was trained with 32"):
         start(run_of(small[0], 48))
 
 
@@ -148,17 +148,10 @@ def test_a_run_with_an_adapter_takes_its_base_as_it_is(small, tmp_path, toy_part
         start(config)
 
 
-@pytest.mark.parametrize(
-    ("changes", "name"),
-    [
-        ({"patch_size": 16}, "vision_model.conv1.weight"),
-        ({"hidden_size": 48}, "vision_model"),
-        ({"ffn_hidden_size": 80}, "vision_model.decoder.layers.mlp.linear_fc1"),
-    ],
-)
-def test_every_other_difference_of_shape_is_refused(small, tmp_path, changes, name):
-    with pytest.raises(CheckpointError, match=rf"tensor model\.{name}.* (has shape|is not in the checkpoint)"):
-        start(run_of(tmp_path / "other", 48, load=small[0], **changes))
+@pytest.mark.parametrize(("name", "value"), [("patch_size", 16), ("hidden_size", 48), ("ffn_hidden_size", 80)])
+def test_every_other_difference_of_shape_is_refused(small, tmp_path, name, value):
+    with pytest.raises(ConfigError, match=rf"model\.vision\.{name} is {value}, the weights were trained with"):
+        start(run_of(tmp_path / "other", 48, load=small[0], **{name: value}))
 
 
 @pytest.mark.distributed

@@ -9,7 +9,6 @@ from megatron_vlm.data.loading.quarantine import Quarantine, read_quarantine
 from megatron_vlm.data.plan.plan import build_plan
 from megatron_vlm.data.shards.dataset import ShardedDataset
 from megatron_vlm.data.shards.writer import write_dataset
-from tests.support.batches import validate
 from tests.support.configs import tiny_run
 from tests.support.lengths import make_settings
 from tests.support.runs import TOKENIZER
@@ -26,7 +25,7 @@ def datasets(tmp_path):
 @pytest.fixture
 def plan(datasets, tmp_path):
     blend = (BlendEntry(path="shards"),)
-    settings = make_settings(blend=blend, seq_length=192, overflow="truncate", global_batch_size=2)
+    settings = make_settings(blend=blend, seq_length=192, overflow="truncate", global_batch_size=1)
     return build_plan(settings, datasets, tmp_path / "plan")
 
 
@@ -42,7 +41,6 @@ def batches(datasets, plan, quarantine=frozenset()):
 def test_a_sample_in_quarantine_keeps_its_place_and_takes_no_position(datasets, plan):
     ids = plan.sample_ids(1)
     whole, without = (batches(datasets, plan, quarantine)[1] for quarantine in ((), {int(ids[1])}))
-    validate(without)
     assert without.sample_ids.tolist() == whole.sample_ids.tolist()
     assert without.samples_per_row.tolist() == whole.samples_per_row.tolist()
     lengths = (whole.cu_seqlens[1:] - whole.cu_seqlens[:-1]).tolist()
@@ -56,7 +54,6 @@ def test_other_batches_are_what_they_were(datasets, plan):
     for number, (one, other) in enumerate(zip(batches(datasets, plan), batches(datasets, plan, left_out), strict=True)):
         assert (one.input_ids.tolist() == other.input_ids.tolist()) == (number != 1)
         if number == 1:
-            validate(other)
             assert (other.num_tokens, len(other.label_index), other.num_images) == (0, 0, 0)
 
 
