@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from megatron_vlm.checkpoint.load import load_weights
 from megatron_vlm.checkpoint.save import save_checkpoint
-from megatron_vlm.config import CheckpointConfig, CheckpointError, ModelConfig
+from megatron_vlm.config import CheckpointConfig, CheckpointError, ConfigError, ModelConfig
 from megatron_vlm.config.modules import find_module
 from megatron_vlm.models.build import build_model
 from megatron_vlm.models.computation import Computation
