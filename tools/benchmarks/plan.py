@@ -6,7 +6,8 @@
 Two plans: one of 25M images in documents and 25M pairs, and a larger one with 50M samples. Times are wall-clock times.
 "Restoring" does what a resumed run does: it reads the manifest of a checkpoint and opens datasets, plan, and a loader
 at that iteration. The state is this manifest as the trainer writes it, without the list of tensor files. No peer makes
-a plan. With fewer images, the time allowed for planning shrinks in proportion.
+a plan. With fewer images, the time allowed for planning shrinks in proportion. Both plans are made again with
+`data.max_images_per_row` of one image less than the tokens of a row allow.
 """
 
 import multiprocessing
@@ -16,6 +17,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,7 @@ _ALL_IMAGES, _IMAGES_OF_ALL_SAMPLES = 50_000_000, 79_000_000
 _MAX_SECONDS, _MAX_GIBIBYTES, _MAX_SECONDS_TO_OPEN = 240.0, 8.0, 1.0
 # The state may grow only by decimal digits of the iteration and the samples seen.
 _MAX_STATE_BYTES, _MAX_STATE_GROWTH = 512, 16
+_MAX_IMAGES_PER_ROW, _MAX_RATIO = 6, 1.3
 _CONFIG = Path(__file__).parents[2] / "examples" / "vila_7b" / "pretrain.yaml"
 _ROUNDS = 3
 
@@ -125,12 +128,16 @@ def write_datasets(num_images: int, folder: Path) -> PlanSettings:
     )
 
 
+def make_plan(settings: PlanSettings, folder: Path) -> tuple[Plan, float]:
+    """Return a plan of all samples and the seconds that it took."""
+    started = time.monotonic()
+    return build_plan(settings, open_datasets(settings), folder), time.monotonic() - started
+
+
 def measure(num_images: int, most_images: int, folder: Path) -> list[Row]:
     """Build, open and restore a plan of `num_images`; the time allowed is for `most_images`."""
     settings = write_datasets(num_images, folder)
-    started = time.monotonic()
-    plan = build_plan(settings, open_datasets(settings), folder / "plan")
-    seconds = time.monotonic() - started
+    plan, seconds = make_plan(settings, folder / "plan")
     gibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     middle = plan.num_iterations // 2
     datasets = open_datasets(settings)
@@ -142,9 +149,12 @@ def measure(num_images: int, most_images: int, folder: Path) -> list[Row]:
     found = tuple(restore_state(settings, folder / "plan", path).iteration for path in saved)
     if found != iterations:
         raise SystemExit(f"states of the iterations {iterations} restore {found}")
+    _, budgeted = make_plan(replace(settings, max_images_per_row=_MAX_IMAGES_PER_ROW), folder / "plan_images")
+    budget = f"data.max_images_per_row={_MAX_IMAGES_PER_ROW}"
     work = f"plan of {plan.summary.num_samples} samples with {plan.summary.num_images} images"
     facts = (
         (f"{work}, from index files", "s", seconds, _MAX_SECONDS * num_images / most_images),
+        (f"time of the {work}, with {budget} over without it", "x", budgeted / seconds, _MAX_RATIO),
         (f"{work}, peak memory, including the writing of the indexes", "GiB", gibibytes, _MAX_GIBIBYTES),
         (f"opening the {work} and reading the ids of the middle batch", "s", to_open, _MAX_SECONDS_TO_OPEN),
         (f"restoring the middle of the {work}", "s", to_restore, _MAX_SECONDS_TO_OPEN),
