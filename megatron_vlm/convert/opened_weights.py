@@ -15,6 +15,7 @@ from megatron_vlm.checkpoint.verify import check_whole
 from megatron_vlm.config import ModelConfig
 from megatron_vlm.convert.adapter import adapter_shapes, read_merged
 from megatron_vlm.convert.folder import CONFIG_NAME
+from megatron_vlm.convert.foreign import explain
 from megatron_vlm.convert.from_hf import open_model_folder
 
 
@@ -48,6 +49,8 @@ def open_weights(path: Path, tokenizer: str | None = None) -> OpenedWeights:
     if (path / CONFIG_NAME).is_file():
         model, tensors, found = open_model_folder(path)
         return OpenedWeights(path=path, model=model, tensors=tensors, settings=None, tokenizer=found)
+    if error := explain(path, ours=False):
+        raise error
     settings = read_run_settings(path, tokenizer=tokenizer)
     check_whole(settings.checkpoint)
     added = adapter_shapes(settings.model)

@@ -22,3 +22,15 @@ def test_a_damaged_checkpoint_is_refused(make_run, model_config, tmp_path):
     payload.write_bytes(damaged)
     with pytest.raises(CheckpointError, match=payload.name):
         open_weights(tmp_path / "run")
+
+
+def test_a_folder_of_another_kind_is_named(tmp_path):
+    (tmp_path / "model-F16.gguf").write_text("x")
+    with pytest.raises(CheckpointError, match=r"the folder holds a model of llama.cpp \(model-F16.gguf\)"):
+        open_weights(tmp_path)
+
+
+def test_a_run_without_a_checkpoint_is_not_called_another_kind(tmp_path):
+    (tmp_path / "checkpoints" / "iter_0000010").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match="no complete checkpoint"):
+        open_weights(tmp_path)
