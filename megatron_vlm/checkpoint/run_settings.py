@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from megatron_vlm.checkpoint.folder import find_checkpoint
 from megatron_vlm.config import CheckpointError, ConfigError, DataConfig, ModelConfig, TrainConfig, load_section
 from megatron_vlm.config.comparison import IN_NEW_STAGE, Difference, MayChange, compare_settings
 from megatron_vlm.config.towers import TowerConfig, TowerWrapper
+from megatron_vlm.config.yaml_text import read_yaml
 from megatron_vlm.data.text.tokenizer_files import find_tokenizer
 from megatron_vlm.platform.files.run_folder import CONFIG_NAME
 
@@ -125,7 +124,7 @@ def _read(checkpoint: Path) -> _Recorded:
     path = checkpoint / CONFIG_NAME
     if not path.is_file():
         raise CheckpointError("checkpoint has no config.yaml", where=str(checkpoint), fix="use a complete checkpoint")
-    data = yaml.safe_load(path.read_text()).get("data") or {}
+    data = read_yaml(path.read_text())[0].get("data") or {}
     default_aspect = DataConfig.__dataclass_fields__["image_aspect"].default
     return _Recorded(
         load_section(ModelConfig, path, "model"), data.get("tokenizer"), data.get("image_aspect", default_aspect)

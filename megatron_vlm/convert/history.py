@@ -11,6 +11,7 @@ import yaml
 from megatron_vlm.checkpoint.folder import find_checkpoint
 from megatron_vlm.checkpoint.manifest import read_manifest
 from megatron_vlm.config import CheckpointError, DataError
+from megatron_vlm.config.yaml_text import read_yaml
 from megatron_vlm.data.shards.manifest import load_manifest
 from megatron_vlm.platform.files.metrics import Record, read_metrics
 from megatron_vlm.platform.files.run_folder import CONFIG_NAME
@@ -89,7 +90,7 @@ def _oldest_first(stages: list[Stage], *, is_complete: bool) -> History:
 
 def _read_settings(checkpoint: Path) -> dict[str, Any]:
     try:
-        found = yaml.safe_load((checkpoint / CONFIG_NAME).read_text())
+        found = read_yaml((checkpoint / CONFIG_NAME).read_text())[0]
     except (OSError, ValueError, yaml.YAMLError):
         return {}
     return found if isinstance(found, dict) else {}

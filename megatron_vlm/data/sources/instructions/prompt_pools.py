@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 import yaml
 
 from megatron_vlm.config import ConfigError, UsageError, load_section
+from megatron_vlm.config.yaml_text import read_yaml
 from megatron_vlm.data.documents import PLACEHOLDER
 
 PACKAGED_POOLS = "prompt_pools.yaml"
@@ -123,7 +124,7 @@ def load_prompt_set(name: str, path: Path | None = None) -> PromptSet:
 def prompt_set_names(path: Path) -> list[str]:
     """Return the sets of a file of prompt pools, or an empty list if it cannot be read."""
     try:
-        tree = yaml.safe_load(path.read_text())
+        tree = read_yaml(path.read_text())[0]
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return []
     return [str(name) for name in tree] if isinstance(tree, dict) else []
