@@ -9,6 +9,7 @@ import torch
 from megatron_vlm.checkpoint.folder import checkpoint_path, list_iterations
 from megatron_vlm.config import BlendEntry, ConfigError
 from megatron_vlm.config.hooks import profiler
+from megatron_vlm.platform.files.events import read_events
 from megatron_vlm.training import run as run_module
 from tests.support.configs import tiny_run
 from tests.support.ledgers import read_ledger
@@ -113,6 +114,23 @@ def test_a_blend_that_changes_goes_on_bit_equal_from_before_at_and_after_the_cha
     consumed = [[ids.tolist() for _, ids in read_ledger(tmp_path / name / "ledger")] for name in ("whole", "parts")]
     assert consumed[0] == consumed[1]
     assert all(min(ids) >= 25 for ids in consumed[0][3:])  # of mmc4
+
+
+def test_samples_in_quarantine_have_no_loss_and_stay_in_the_plan(workers, shards, tmp_path):
+    assert run(workers, config_of(shards, tmp_path / "whole", train_iters=2)) == [None] * 4
+    (_, first), (_, second) = read_ledger(tmp_path / "whole" / "ledger")
+    left_out = next(sample for sample in second.tolist() if sample not in first)
+    (tmp_path / "bad.txt").write_text(f"{left_out}\n")
+    config = config_of(shards, tmp_path / "without", train_iters=2)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, quarantine=str(tmp_path / "bad.txt")))
+    assert run(workers, config) == [None] * 4
+    whole, without = read_metrics(tmp_path / "whole"), read_metrics(tmp_path / "without")
+    assert [line["sample_ids_sha"] for line in without] == [line["sample_ids_sha"] for line in whole]
+    assert without[0]["loss_hex"] == whole[0]["loss_hex"]
+    assert without[1]["loss_hex"] != whole[1]["loss_hex"]
+    assert without[1]["tokens"] < whole[1]["tokens"]
+    notes = [event.details for event in read_events(tmp_path / "without")[0] if event.kind == "quarantine"]
+    assert (notes[0]["samples"], notes[-1]) == (1, {"left_out": 1})
 
 
 def test_hooks_of_the_settings_act_in_a_run(workers, shards, tmp_path):

@@ -140,6 +140,40 @@ def equal_batches(first, second) -> bool:
     return True
 
 
+@pytest.mark.parametrize("overflow", ["fail", "split"])
+@pytest.mark.parametrize("dp", [1, 3])
+def test_a_blend_that_changes_reaches_any_number_of_ranks_as_planned(datasets, tmp_path, dp, overflow):
+    pictures, text = (str(dataset.folder) for dataset in datasets)
+    blend = (
+        BlendEntry(path=pictures),
+        BlendEntry(path=text, from_iteration=4),
+        BlendEntry(path=pictures, from_iteration=6),
+    )
+    settings = make_plan_settings(
+        blend,
+        train_epochs=None,
+        train_iters=8,
+        global_batch_size=6,
+        overflow=overflow,
+        seq_length=64 if overflow == "fail" else 24,
+    )
+    plan = build_plan(settings, datasets, tmp_path)
+    collation = dataclasses.replace(COLLATION, seq_length=settings.seq_length)
+    per_rank = []
+    for rank in range(dp):
+        loader = make_loader(
+            datasets, plan, collation=collation, data_parallel_rank=rank, data_parallel_size=dp, num_workers=1
+        )
+        per_rank.append([batch.sample_ids.tolist() for batch in loader])
+        loader.close()
+    for iteration in range(8):
+        rows = 6 // dp
+        found = sum((sum(batches[iteration * rows : (iteration + 1) * rows], []) for batches in per_rank), [])
+        assert sorted(found) == sorted(plan.sample_ids(iteration).tolist())
+    batches = list(make_loader(datasets, plan, collation=collation))
+    assert {dataset for batch in batches for dataset in batch.label_datasets.tolist()} == {0, 1}
+
+
 LENGTHS_OF_TRAINING = {
     "epochs": {"train_epochs": 2.5},
     "iterations": {"train_epochs": None, "train_iters": 40},  # 1.9 passes
