@@ -14,6 +14,7 @@ from types import FrameType
 
 from megatron_vlm.cli.values import positive
 from megatron_vlm.config import ExitCode, TrainConfig, derive_layout, load_config
+from megatron_vlm.platform.files.events import END, START, record_event
 from megatron_vlm.platform.files.run_folder import EXIT_STATUS_NAME, METRICS_NAME, hold_run_folder
 from megatron_vlm.platform.launch.exit_status import (
     ExitStatus,
@@ -110,8 +111,14 @@ def _run(args: argparse.Namespace, stop: _EarlyStop) -> int:
             forget_exit_status(status_path, launch_id)
         try:
             _check(config, num_workers=num_workers, num_gpus=num_gpus, num_nodes=slurm.num_nodes if slurm else 1)
+            job = _node_job(args, config, slurm, num_workers)
+            if is_first_node:
+                ranks = job.num_workers * job.num_nodes
+                record_event(config.run_dir, START, f"started on {ranks} ranks", job=launch_id, ranks=ranks)
             with _link(slurm, 60 * config.supervision.meeting_minutes) as nodes:
-                status, speaks = _launch(config, _node_job(args, config, slurm, num_workers), nodes, stop)
+                status, speaks = _launch(config, job, nodes, stop)
+            if is_first_node:
+                _record_end(config.run_dir, status)
         except Exception as error:
             _record(status_path, replace(describe_error(error), launch_id=launch_id))
             raise
@@ -223,6 +230,11 @@ def _record(path: Path, status: ExitStatus) -> None:
         record_exit_status(path, status)
     except OSError as error:
         logger.warning("%s could not be written: %s", path, error.strerror)
+
+
+def _record_end(run_dir: str, status: ExitStatus) -> None:
+    what = f"ended with exit code {status.exit_code}" + (f": {status.message}" if status.message else "")
+    record_event(run_dir, END, what, iteration=status.iteration, exit_code=status.exit_code, rank=status.rank)
 
 
 def _say(status: ExitStatus) -> None:

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 COLORS = ("#3465a4", "#d9722b", "#14927f", "#8a55c9", "#c2185b", "#7d6608", "#bebebe")
 GREY = COLORS[-1]
-MARK_COLOR = "#b3261e"
 MAX_POINTS = 400
 """Most points in a line; longer series are averaged over neighbouring points."""
 _MAX_TICKS = 12
@@ -43,6 +42,19 @@ class Line:
     ys: Sequence[float]
     markers: bool = False
     """Mark each point with a dot, for series of few points."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mark:
+    """Places of one kind on the x axis of a line chart."""
+
+    name: str
+    xs: Sequence[float]
+    color: str
+    style: str = "--"
+    """Of a vertical line, as matplotlib spells it."""
+    is_tick: bool = False
+    """Draw short ticks at the bottom instead of lines through the chart, for what is frequent."""
 
 
 @contextmanager
@@ -88,8 +100,9 @@ def draw_lines(
     unit: str,
     log: bool = False,
     from_zero: bool = False,
-    marks: Sequence[float] = (),
+    marks: Sequence[Mark] = (),
     legend: bool = False,
+    x_label: str = "iteration",
 ) -> "Figure":
     """Draw lines over the iterations of a run.
 
@@ -99,11 +112,13 @@ def draw_lines(
         unit: label of the y axis.
         log: use a logarithmic y axis and leave out values that are not positive.
         from_zero: start the y axis at zero.
-        marks: iterations to mark with a dashed vertical line.
-        legend: name a single line, too; several always get a legend.
+        marks: events to show.
+        legend: name a single line and the marks, too; several lines always get a legend.
+        x_label: label of the x axis.
     """
+    num_named = len(lines) + (len(marks) if legend else 0)
     # Each further row of the legend gets room of its own.
-    figure, axes = _begin(title, height=2.8 + 0.22 * ((len(lines) - 1) // _LEGEND_COLUMNS))
+    figure, axes = _begin(title, height=2.8 + 0.22 * (max(0, num_named - 1) // _LEGEND_COLUMNS))
     for number, line in enumerate(lines):
         xs, ys = average_points(line.xs, line.ys, positive=log)
         cycle, color = divmod(number, len(COLORS))
@@ -118,13 +133,22 @@ def draw_lines(
     elif from_zero:
         axes.set_ylim(bottom=0)
     for mark in marks:
-        axes.axvline(mark, color=MARK_COLOR, linestyle="--", linewidth=0.8)
+        _draw_mark(axes, mark, label=mark.name if legend else "_")
     axes.grid(axis="y", which="both", color="#e1e5ea")
-    axes.set_xlabel("iteration")
+    axes.set_xlabel(x_label)
     axes.set_ylabel(unit)
     if legend or len(lines) > 1:
-        _add_legend(axes, len(lines))
+        _add_legend(axes, num_named)
     return figure
+
+
+def _draw_mark(axes: "Axes", mark: Mark, label: str) -> None:
+    if mark.is_tick:
+        bottom, across = [0.0] * len(mark.xs), axes.get_xaxis_transform()
+        axes.plot(mark.xs, bottom, "|", color=mark.color, markersize=9, transform=across, clip_on=False, label=label)
+        return
+    for number, x in enumerate(mark.xs):  # a label that starts with "_" is left out of the legend
+        axes.axvline(x, color=mark.color, linestyle=mark.style, linewidth=1.0, label="_" if number else label)
 
 
 def average_points(

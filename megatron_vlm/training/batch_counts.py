@@ -1,8 +1,9 @@
 """Count what the micro-batches of a step contain, on the host, on their way to the model."""
 
 import time
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -10,6 +11,7 @@ from megatron_vlm.data.loading.batch import VLMBatch
 from megatron_vlm.data.plan.row_hash import HASH_BITS, hash_rows
 from megatron_vlm.parallel.slicing import RankSlice
 from megatron_vlm.platform.launch.heartbeat import beat
+from megatron_vlm.platform.step_phases import StepPhase, phase
 
 
 @dataclass(slots=True)
@@ -23,6 +25,10 @@ class BatchCounts:
     """Of the rows, also those behind their samples that are left out."""
     num_images: int = 0
     attention_pairs: int = 0
+    dataset_samples: Counter[int] = field(default_factory=Counter)
+    """By blend entry; of a long sample, only its first fragment."""
+    dataset_tokens: Counter[int] = field(default_factory=Counter)
+    """By blend entry, without padding."""
     data_wait: float = 0.0
     """Time that this rank waited for its micro-batches [s]."""
     sample_hash: int = 0
@@ -34,6 +40,8 @@ class BatchCounts:
         self.num_positions += batch.num_positions
         self.num_images += batch.num_images
         self.attention_pairs += batch.attention_pairs
+        self.dataset_samples.update(batch.dataset_samples)
+        self.dataset_tokens.update(batch.dataset_tokens)
         rows = self.rank_slice.rows(self.num_micro_batches)
         self.sample_hash += hash_rows(batch.sample_ids.numpy(), batch.samples_per_row.numpy(), rows)
         self.sample_hash %= 1 << HASH_BITS
@@ -49,7 +57,8 @@ class CountedBatches:
     def __next__(self) -> VLMBatch:
         beat()
         start = time.perf_counter()
-        batch = next(self.batches)
+        with phase(StepPhase.DATA):
+            batch = next(self.batches)
         self.counts.data_wait += time.perf_counter() - start
         self.counts.add(batch)
         return batch.to(self.device, non_blocking=True) if self.device.type != "cpu" else batch

@@ -36,6 +36,11 @@ class OpenBlend:
         """Name of each dataset, under which its loss is reported."""
         return [dataset.manifest.dataset_name for dataset in self.datasets]
 
+    @property
+    def dataset_sizes(self) -> dict[str, int]:
+        """Samples of each dataset."""
+        return {name: len(dataset) for name, dataset in zip(self.dataset_names, self.datasets, strict=True)}
+
     def start_loaders(self, state: TrainState, device: torch.device, start_iteration: int) -> list[BatchLoader]:
         """Start a loader for each model chunk of this rank at an iteration of the plan; the caller closes them."""
         return [self._start_loader(state, device, start_iteration, chunk.pre_process) for chunk in state.chunks]

@@ -8,10 +8,13 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from torch import Tensor
 
+from megatron_vlm.platform.step_phases import StepPhase, phase
+
 _PIECE_SIZE = 1 << 24
 """Gradients that are averaged together, if they are small [elements]."""
 
 
+@phase(StepPhase.GRADIENT_REDUCTION)
 def finish_gradients(model: Sequence[DistributedDataParallel], num_labels: Tensor | None, **options: Any) -> None:
     """Reduce the gradients over the ranks and divide them by the labels of the global batch.
 

@@ -41,6 +41,8 @@ def train(
             state.iteration += 1
             state.consumed_samples += state.config.training.global_batch_size
             state.consumed_hash = chain_hash(state.consumed_hash, int(metrics.sample_ids_sha, 16))
+            if state.seen is not None:
+                state.seen.add(state.dataset_names, metrics.dataset_samples, metrics.dataset_tokens)
             for hook in hooks:
                 beat(Phase.STEP, iteration=state.iteration)
                 hook.step(state, metrics)

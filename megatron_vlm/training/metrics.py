@@ -10,6 +10,8 @@ from megatron_vlm.platform.gpus import GPUS
 from megatron_vlm.training.state import TrainState
 from megatron_vlm.training.step import StepMetrics
 
+_NO_CURVE = ("iteration", "unix_time")
+
 
 def metrics_record(state: TrainState, metrics: StepMetrics) -> dict[str, Any]:
     """Return one line of metrics.jsonl; `loss_hex` and `grad_norm_hex` are exact."""
@@ -23,6 +25,7 @@ def metrics_record(state: TrainState, metrics: StepMetrics) -> dict[str, Any]:
     flops = step_flops(state.config.model, training.freeze, work).total
     flops_per_rank = flops / metrics.seconds / state.layout.world_size
     peak = _device_peak()
+    images = metrics.images_of_ranks
     record: dict[str, Any] = {
         "iteration": state.iteration,
         "stage": state.config.stage,
@@ -37,16 +40,27 @@ def metrics_record(state: TrainState, metrics: StepMetrics) -> dict[str, Any]:
         "labels": metrics.num_labels,
         "images": metrics.num_images,
         "padding": 1.0 - metrics.num_tokens / max(1, metrics.num_positions),
+        "image_imbalance": max(images) * len(images) / sum(images) if any(images) else None,
+        "unix_time": metrics.ended_at,
         "seconds": metrics.seconds,
+        **{f"seconds/{phase.value}": seconds for phase, seconds in metrics.phase_seconds.items()},
         "tokens_per_s": metrics.num_tokens / metrics.seconds,
         "data_wait": metrics.data_wait,
+        "data_wait_fraction": metrics.data_wait / metrics.seconds,
         "flops": flops,
         "tflops_per_rank": flops_per_rank / 1e12,
         "mfu": flops_per_rank / peak if peak else None,
+        "goodput": None if state.goodput is None else state.goodput.until(metrics.ended_at),
     }
     for name, value in zip(state.dataset_names, metrics.dataset_losses, strict=True):
         if not math.isnan(value):
             record[f"loss/{name}"] = value
+    for name, tokens in zip(state.dataset_names, metrics.dataset_tokens, strict=True):
+        record[f"tokens/{name}"] = tokens
+    if state.seen is not None:
+        record.update({f"seen_tokens/{name}": tokens for name, tokens in state.seen.tokens.items()})
+        for name, size in state.dataset_sizes.items():
+            record[f"passes/{name}"] = state.seen.samples[name] / size
     record.update(state.validation_losses)
     return record
 
@@ -60,5 +74,7 @@ def _device_peak() -> float | None:
 
 
 def scalars(record: dict[str, Any]) -> dict[str, float]:
-    """Return the numbers of a record that are shown as curves."""
-    return {key: value for key, value in record.items() if isinstance(value, float)}
+    """Return the numbers of a record that are shown as curves: all but its place in the run."""
+    return {
+        key: float(value) for key, value in record.items() if isinstance(value, int | float) and key not in _NO_CURVE
+    }

@@ -1,16 +1,15 @@
-"""The report of a run: one self-contained HTML page with its curves, events and settings."""
+"""The report of a run: one self-contained HTML page with its curves, datasets, times, events and settings."""
 
 import html
 import math
-from collections.abc import Iterable, Sequence
-from datetime import datetime, timezone
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
 from megatron_vlm.platform.charts import Line, draw_lines, to_svg
+from megatron_vlm.training.report_events import event_marks, events_card
+from megatron_vlm.training.report_page import card, count, duration, mean, number, ratio, render_page, table
+from megatron_vlm.training.report_time import phases_card, time_card
 from megatron_vlm.training.run_records import RunRecords
 
-_STYLE = Path(__file__).with_name("report.css")
 _LOSS, _VALIDATION = "loss", "validation_loss"
 """Keys of the mean over all datasets; the loss of a dataset is under the key, "/" and its name."""
 _LATEST = 100
@@ -23,14 +22,18 @@ def render_report(run: RunRecords) -> str:
     Args:
         run: from `read_run`; without a finished iteration, the page has no curves.
     """
-    sections = [_header(run), _tiles(run), *_charts(run), _losses(run), _events(run), _work(run), _configuration(run)]
-    title = html.escape(f"{_stage(run)} {run.run_dir}".strip())
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{title}</title><style>\n{_STYLE.read_text()}</style></head>\n"
-        f"<body><main>\n{chr(10).join(section for section in sections if section)}\n</main></body></html>\n"
-    )
+    sections = [
+        _header(run),
+        _tiles(run),
+        *_charts(run),
+        _datasets(run),
+        time_card(run),
+        phases_card(run),
+        events_card(run),
+        _work(run),
+        _configuration(run),
+    ]
+    return render_page(f"{_stage(run)} {run.run_dir}".strip(), sections)
 
 
 def _stage(run: RunRecords) -> str:
@@ -58,17 +61,18 @@ def _tiles(run: RunRecords) -> str:
     tokens, seconds = run.total("tokens"), run.total("seconds")
     tiles = [
         ("Iterations", f"{run.metrics[-1]['iteration']:,}", _planned(run)),
-        ("Loss", _number(_at_the_end(run, "loss")), f"mean of the last {min(_LATEST, len(run.metrics))} iterations"),
+        ("Loss", number(_at_the_end(run, "loss")), f"mean of the last {min(_LATEST, len(run.metrics))} iterations"),
         (
             "Tokens",
-            _count(tokens),
-            f"{_count(run.total('images'))} images, {_count(run.total('labels'))} trained tokens",
+            count(tokens),
+            f"{count(run.total('images'))} images, {count(run.total('labels'))} trained tokens",
         ),
-        ("Throughput", f"{_ratio(tokens, seconds):,.0f}", "tokens/s over all ranks, without padding"),
+        ("Throughput", f"{ratio(tokens, seconds):,.0f}", "tokens/s over all ranks, without padding"),
         ("Padding", f"{run.padding:.1%}", "of the positions in the packed rows"),
-        ("Data wait", f"{_ratio(run.total('data_wait'), seconds):.1%}", "of the time in steps, waiting for the loader"),
-        ("Time in steps", _duration(seconds), f"{_ratio(seconds, len(run.metrics)):.3g} s per iteration"),
+        ("Data wait", f"{ratio(run.total('data_wait'), seconds):.1%}", "of the time in steps, waiting for the loader"),
+        ("Time in steps", duration(seconds), f"{ratio(seconds, len(run.metrics)):.3g} s per iteration"),
         _speed_tile(run),
+        _goodput_tile(run),
     ]
     cells = (
         f'<div class="tile"><span>{name}</span><b>{value}</b><span>{note}</span></div>' for name, value, note in tiles
@@ -84,10 +88,17 @@ def _planned(run: RunRecords) -> str:
 
 def _speed_tile(run: RunRecords) -> tuple[str, str, str]:
     mfu = run.series("mfu")[1]
-    teraflops = f"{_mean(run.series('tflops_per_rank')[1]):.3g}"
+    teraflops = f"{mean(run.series('tflops_per_rank')[1]):.3g}"
     if mfu:
-        return "MFU", f"{_mean(mfu):.1%}", f"of peak; {teraflops} TFLOP/s per rank"
+        return "MFU", f"{mean(mfu):.1%}", f"of peak; {teraflops} TFLOP/s per rank"
     return "TFLOP/s per rank", teraflops, "no MFU: the peak of this device is not known"
+
+
+def _goodput_tile(run: RunRecords) -> tuple[str, str, str]:
+    if run.time_spent is None:
+        return "Goodput", "-", "not known: events.jsonl tells of no first step"
+    note = f"of {duration(run.time_spent.total)} went into steps that count"
+    return "Goodput", f"{run.time_spent.goodput:.1%}", note
 
 
 def _charts(run: RunRecords) -> list[str]:
@@ -105,6 +116,7 @@ def _charts(run: RunRecords) -> list[str]:
         _chart(run, "Throughput", [("tokens/s", "tokens_per_s")], unit="tokens/s", from_zero=True),
         _chart(run, "Padding", [("padding", "padding")], unit="% of positions", scale=100.0, from_zero=True),
         _chart(run, "Data wait", [("wait", "data_wait")], unit="ms per iteration", scale=1e3, from_zero=True),
+        _chart(run, "Images of the fullest rank", [("over the mean", "image_imbalance")], unit="fullest / mean"),
         _chart(run, "MFU", [("MFU", "mfu")], unit="% of peak", scale=100.0, from_zero=True)
         or _chart(run, "Compute", [("per rank", "tflops_per_rank")], unit="TFLOP/s per rank", from_zero=True),
     ]
@@ -129,40 +141,38 @@ def _chart(
             lines.append(Line(name=name, xs=xs, ys=[y * scale for y in ys], markers=markers or len(xs) == 1))
     if not lines:
         return ""
-    resumes = [event.iteration for event in run.events if event.is_resume and event.iteration is not None]
-    # The name of a dataset matters even if there is only one.
-    figure = draw_lines(title, lines, unit=unit, log=log, from_zero=from_zero, marks=resumes, legend=log)
+    # The name of a dataset matters even if there is only one; the marks are named where the losses are.
+    marks = event_marks(run.events)
+    figure = draw_lines(title, lines, unit=unit, log=log, from_zero=from_zero, marks=marks, legend=log)
     return f'<section class="card">{to_svg(figure)}</section>'
 
 
-def _losses(run: RunRecords) -> str:
-    """Return a table of the loss of each dataset: first, latest, and in validation."""
+def _datasets(run: RunRecords) -> str:
+    """Return a table of each dataset: its losses, first, latest and in validation, and what the run has seen of it."""
     rows = []
-    for name in dict.fromkeys(run.names(f"{_LOSS}/") + run.names(f"{_VALIDATION}/")):
+    seen = {name: _last(run, f"seen_tokens/{name}") for name in run.names("seen_tokens/")}
+    all_seen = sum(seen.values())
+    names = run.names(f"{_LOSS}/") + run.names(f"{_VALIDATION}/") + list(seen)
+    for name in dict.fromkeys(names):
         values, validation = run.series(f"{_LOSS}/{name}")[1], run.series(f"{_VALIDATION}/{name}")[1]
-        found = [_mean(values[:1]), _mean(values[-_LATEST:]), _mean(validation[-1:])]
-        rows.append([html.escape(name), *map(_number, found)])
-    names = ["dataset", "first iteration", f"mean of the last {_LATEST}", "last validation"]
-    return _card("Losses", _table(names, rows)) if rows else ""
-
-
-def _events(run: RunRecords) -> str:
-    rows = [
-        [
-            "-" if event.unix_time is None else _time(event.unix_time),
-            "-" if event.iteration is None else f"{event.iteration:,}",
-            html.escape(event.what),
-        ]
-        for event in run.events
+        losses = [mean(values[:1]), mean(values[-_LATEST:]), mean(validation[-1:])]
+        tokens, passes = seen.get(name, math.nan), _last(run, f"passes/{name}")
+        shown = ["-", "-"] if math.isnan(tokens) else [count(tokens), f"{ratio(tokens, all_seen):.1%}"]
+        rows.append([html.escape(name), *map(number, losses), *shown, number(passes)])
+    heads = [
+        "dataset",
+        "first loss",
+        f"mean of the last {_LATEST}",
+        "last validation",
+        "tokens seen",
+        "of all",
+        "passes",
     ]
-    notes = []
-    if run.unreadable_lines:
-        notes.append(f"{run.unreadable_lines} unreadable lines of metrics.jsonl are ignored, as a kill leaves them.")
-    if any(event.is_resume for event in run.events):
-        notes.append("Dashed lines in the charts mark where the run was resumed.")
-    text = f"<p>{' '.join(notes)}</p>" if notes else ""
-    table = _table(["time (UTC)", "iteration", "event"], rows) if rows else "<p>No events are recorded.</p>"
-    return _card("Events", text + table)
+    return card("Datasets", table(heads, rows)) if rows else ""
+
+
+def _last(run: RunRecords, key: str) -> float:
+    return mean(run.series(key)[1][-1:])
 
 
 def _work(run: RunRecords) -> str:
@@ -173,63 +183,23 @@ def _work(run: RunRecords) -> str:
         tokens, steps = run.total("tokens"), len(run.series("flops")[0])
         rows += [
             ["total", f"{flops:.3e}"],
-            ["per iteration", f"{_ratio(flops, steps):.3e}"],
-            ["per token", f"{_ratio(flops, tokens):.3e}"],
+            ["per iteration", f"{ratio(flops, steps):.3e}"],
+            ["per token", f"{ratio(flops, tokens):.3e}"],
         ]
     pairs = [(record["tflops_per_rank"], record["seconds"]) for record in run.metrics if "tflops_per_rank" in record]
     if pairs:
         per_rank = math.fsum(speed * time for speed, time in pairs) * 1e12
-        rows += [["per rank", f"{per_rank:.3e}"], ["per rank and second", f"{_ratio(per_rank, seconds):.3e}"]]
+        rows += [["per rank", f"{per_rank:.3e}"], ["per rank and second", f"{ratio(per_rank, seconds):.3e}"]]
     text = "<p>Forward and backward passes over real tokens and images, without padding and recomputation.</p>"
-    return _card("Floating-point operations", text + _table(["", "FLOPs"], rows)) if rows else ""
+    return card("Floating-point operations", text + table(["", "FLOPs"], rows)) if rows else ""
 
 
 def _configuration(run: RunRecords) -> str:
     if not run.config_text:
         return ""
     text = html.escape(run.config_text)
-    return _card("Configuration", f"<details open><summary>config.yaml</summary><pre>{text}</pre></details>")
+    return card("Configuration", f"<details open><summary>config.yaml</summary><pre>{text}</pre></details>")
 
 
 def _at_the_end(run: RunRecords, key: str) -> float:
-    return _mean(run.series(key)[1][-_LATEST:])
-
-
-def _mean(values: Iterable[float]) -> float:
-    finite = [value for value in values if math.isfinite(value)]
-    return math.fsum(finite) / len(finite) if finite else math.nan
-
-
-def _ratio(count: float, of: float) -> float:
-    return count / of if of else 0.0
-
-
-def _number(value: float) -> str:
-    return "-" if math.isnan(value) else f"{value:.4g}"
-
-
-def _count(value: float) -> str:
-    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= size:
-            return f"{value / size:.4g} {unit}"
-    return f"{value:,.0f}"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
-def _time(unix_time: float) -> str:
-    return datetime.fromtimestamp(unix_time, timezone.utc).strftime("%Y-%m-%d %H:%M:%S")
-
-
-def _card(title: str, content: str) -> str:
-    return f'<section class="card"><h2>{title}</h2>{content}</section>'
-
-
-def _table(names: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    head = "".join(f"<th>{name}</th>" for name in names)
-    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
-    return f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div>'
+    return mean(run.series(key)[1][-_LATEST:])

@@ -20,6 +20,7 @@ from megatron_vlm.training.blend import open_training_blend, open_validation_ble
 from megatron_vlm.training.hook import Hook, build_hooks
 from megatron_vlm.training.hooks import blend as blend_change
 from megatron_vlm.training.hooks import (
+    attempt,
     checkpoint,
     ledger,
     log,
@@ -64,6 +65,7 @@ def _run(config: TrainConfig, rank: RankLayout, device: torch.device, stop_reque
     beat()
     state = build_state(config, rank, blend.plan, blend.dataset_names)
     state.quarantine = blend.quarantine
+    state.dataset_sizes = blend.dataset_sizes
     beat()
     if rank.rank == 0:
         save_config(config, Path(config.run_dir) / CONFIG_NAME)
@@ -72,6 +74,7 @@ def _run(config: TrainConfig, rank: RankLayout, device: torch.device, stop_reque
     hooks: list[Hook] = [
         validation.Hook(validation_blend, device=device, stop_requested=stop_requested),
         stop.Hook(),
+        attempt.Hook(),
         ledger.Hook(),
         metrics_file.Hook(),
         log.Hook(),

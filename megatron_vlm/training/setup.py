@@ -16,6 +16,7 @@ from megatron_vlm.parallel.collective import decide_on_main
 from megatron_vlm.parallel.groups import RankLayout, seed_everything
 from megatron_vlm.training.objective import build_objective
 from megatron_vlm.training.optimizer import build_optimizer, wrap_model
+from megatron_vlm.training.seen import Seen
 from megatron_vlm.training.state import TrainState
 
 logger = logging.getLogger(__name__)
@@ -96,6 +97,8 @@ def _take_progress(state: TrainState, progress: dict) -> None:
     state.consumed_hash = progress.get("consumed_hash") or state.plan.consumed_hash(progress["iteration"])
     state.iteration = progress["iteration"]
     state.consumed_samples = progress["consumed_samples"]
+    seen = progress.get("seen")
+    state.seen = None if seen is None else Seen.from_dict(seen)
 
 
 def _check_continues(state: TrainState, progress: dict) -> None:

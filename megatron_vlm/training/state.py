@@ -14,7 +14,9 @@ from megatron_vlm.data.plan.plan import Plan
 from megatron_vlm.models.vlm import VisionLanguageModel
 from megatron_vlm.parallel.groups import RankLayout
 from megatron_vlm.parallel.slicing import RankSlice
+from megatron_vlm.training.goodput import Goodput
 from megatron_vlm.training.objective import Objective
+from megatron_vlm.training.seen import Seen
 
 SIGNALLED = "signalled"
 EXIT_ITERATION = "exit_iteration"
@@ -41,6 +43,12 @@ class TrainState:
     consumed_samples: int = 0
     consumed_hash: str = ""
     """Of the samples of all steps done; see `chain_hash`."""
+    seen: Seen | None = field(default_factory=Seen)
+    """Of each dataset; None: the run began with a version that did not count it."""
+    dataset_sizes: Mapping[str, int] = field(default_factory=dict)
+    """Samples of each dataset, by name."""
+    goodput: Goodput | None = None
+    """On the rank that reports, from the first step of an attempt on."""
     base: Base | None = None
     """The checkpoint with the weights that do not learn, if the model has an adapter."""
     stop_reason: str | None = None
@@ -80,6 +88,7 @@ class TrainState:
         return {
             "iteration": self.iteration,
             "consumed_samples": self.consumed_samples,
+            "seen": None if self.seen is None else self.seen.to_dict(),
             "train_iters": self.train_iters,
             "plan_hash": self.plan.hash,
             "plan_data_hash": self.plan.hashes.data,

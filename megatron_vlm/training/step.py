@@ -2,7 +2,7 @@
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import isfinite
@@ -15,6 +15,7 @@ from torch import Tensor
 from megatron_vlm.config import NumericError
 from megatron_vlm.data.loading.batch import VLMBatch
 from megatron_vlm.parallel.groups import RankLayout, seed_everything
+from megatron_vlm.platform.step_phases import StepPhase, phase, take_phase_seconds, timed_step
 from megatron_vlm.training.batch_counts import BatchCounts, CountedBatches
 from megatron_vlm.training.clipping import clipped_update, ready_gradients
 from megatron_vlm.training.objective import Objective
@@ -26,7 +27,7 @@ from megatron_vlm.training.totals import Totals, check_samples, means, sum_over_
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepMetrics:
-    """Measurements of one step, the same on every rank."""
+    """Measurements of one step; times are those of this rank, all else is the same on every rank."""
 
     loss: float
     """Mean over all labels of the global batch."""
@@ -41,9 +42,19 @@ class StepMetrics:
     num_images: int
     attention_pairs: int
     """Query-key pairs of causal attention inside the samples."""
+    dataset_samples: tuple[int, ...]
+    """Of each dataset; of a long sample, only its first fragment counts."""
+    dataset_tokens: tuple[int, ...]
+    """Of each dataset, without padding."""
+    images_of_ranks: tuple[int, ...]
+    """Images in the rows of each data-parallel rank."""
     data_wait: float
     """Mean time that a data-parallel rank waited for its batches [s]."""
     seconds: float
+    phase_seconds: Mapping[StepPhase, float]
+    """Of this rank; see `platform.step_phases`."""
+    ended_at: float
+    """On this rank [Unix time]."""
     stop_requested: bool
     """Whether a rank was told to stop."""
     sample_ids_sha: str
@@ -117,7 +128,8 @@ def train_step(
         check_samples(totals, state.plan, state.iteration, state.rank, num_chunks=num_chunks, batch=batch)
         _check_finite(totals, number)
 
-    totals, lr = update_weights(state, loaders, device=device, stop_requested=stop_requested, approve=approve)
+    with timed_step():
+        totals, lr = update_weights(state, loaders, device=device, stop_requested=stop_requested, approve=approve)
     return _metrics(totals, lr, time.perf_counter() - start)
 
 
@@ -149,9 +161,10 @@ def update_weights(
         chunk.zero_grad_buffer()
     state.optimizer.zero_grad()
     seq_length = state.plan.seq_length(state.iteration)
-    sums, counts = run_micro_batches(
-        state, loaders, seq_length=seq_length, num_datasets=num_datasets, device=device, forward_only=False
-    )
+    with phase(StepPhase.FORWARD_BACKWARD):
+        sums, counts = run_micro_batches(
+            state, loaders, seq_length=seq_length, num_datasets=num_datasets, device=device, forward_only=False
+        )
     grad_norm = ready_gradients(state.optimizer, device)
     totals = sum_over_ranks(
         sums,
@@ -164,7 +177,8 @@ def update_weights(
     )
     approve(totals)
     # Nothing waits for the update: the host prepares the next step meanwhile.
-    clipped_update(state.optimizer, config.optimizer.clip_grad, grad_norm)
+    with phase(StepPhase.OPTIMIZER):
+        clipped_update(state.optimizer, config.optimizer.clip_grad, grad_norm)
     return totals, lr
 
 
@@ -189,8 +203,13 @@ def _metrics(totals: Totals, lr: float, seconds: float) -> StepMetrics:
         num_positions=totals.num_positions,
         num_images=totals.num_images,
         attention_pairs=totals.attention_pairs,
+        dataset_samples=totals.dataset_samples,
+        dataset_tokens=totals.dataset_tokens,
+        images_of_ranks=totals.images_of_ranks,
         data_wait=totals.data_wait,
         seconds=seconds,
+        phase_seconds=take_phase_seconds(),
+        ended_at=time.time(),
         stop_requested=totals.stop_requested,
         sample_ids_sha=f"{totals.sample_hash:016x}",
     )

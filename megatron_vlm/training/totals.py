@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -25,6 +26,12 @@ class Totals:
     num_positions: int
     num_images: int
     attention_pairs: int
+    dataset_samples: tuple[int, ...]
+    """Of each dataset; of a long sample, only its first fragment."""
+    dataset_tokens: tuple[int, ...]
+    """Of each dataset, without padding."""
+    images_of_ranks: tuple[int, ...]
+    """Images in the rows of each data-parallel rank."""
     data_wait: float
     """Mean time that a data-parallel rank waited for its micro-batches [s]."""
     stop_requested: bool
@@ -59,7 +66,7 @@ def sum_over_ranks(
         grad_norm: float64[] on the device, the same on every rank; it is read together with the sums.
     """
     losses = torch.zeros(2 * num_datasets, dtype=torch.float64, device=device)
-    counted, sample_hash = [0] * 4, 0
+    counted, sample_hash = [0] * (4 + 2 * num_datasets + rank.dp_size), 0
     if rank.is_last_stage and rank.tp_rank == 0:
         for part in sums:
             losses += part.flatten()
@@ -67,31 +74,51 @@ def sum_over_ranks(
     if rank.is_last_stage and rank.tp_rank == rank.cp_rank == 0:
         last = counts[-1]
         counted = [last.num_tokens, last.num_positions, last.num_images, last.attention_pairs]
+        counted += [last.dataset_samples[entry] for entry in range(num_datasets)]
+        counted += [last.dataset_tokens[entry] for entry in range(num_datasets)]
+        counted += [last.num_images * (place == rank.dp_rank) for place in range(rank.dp_size)]
         sample_hash = last.sample_hash
     waits = rank.is_first_stage and rank.tp_rank == rank.cp_rank == 0
     data_wait = counts[-1].data_wait / rank.dp_size if waits else 0.0
     hash_of_all = sum(count.sample_hash for count in counts) % (1 << HASH_BITS)
     measured = [*counted, data_wait, stop_requested, *_halves(sample_hash), *_halves(hash_of_all)]
-    # Filled on the device: a copy from the host would wait for everything before it.
-    filled = [torch.full((1,), float(value), dtype=torch.float64, device=device) for value in measured]
-    totals = torch.cat([losses, *filled])
+    totals = torch.cat([losses, losses.new_zeros(len(measured))])
+    for place, value in enumerate(measured, start=len(losses)):
+        if value:  # filled on the device: a copy from the host would wait for everything before it
+            totals[place].fill_(float(value))
     if rank.world_size > 1:
         torch.distributed.all_reduce(totals)
     norm = totals.new_zeros(1) if grad_norm is None else grad_norm.reshape(1)
     values = torch.cat([totals, norm]).tolist()  # the only time in a step that the host waits for the device
-    tokens, positions, images, pairs, data_wait, stops, *halves, norm_before_clipping = values[2 * num_datasets :]
+    numbers = iter(values)
+    (
+        losses_of,
+        labels_of,
+        (tokens, positions, images, pairs),
+        samples_of,
+        tokens_of,
+        images_of,
+        (data_wait, stops),
+        halves,
+    ) = (
+        list(islice(numbers, count))
+        for count in (num_datasets, num_datasets, 4, num_datasets, num_datasets, rank.dp_size, 2, 4)
+    )
     return Totals(
-        losses=values[:num_datasets],
-        labels=values[num_datasets : 2 * num_datasets],
+        losses=losses_of,
+        labels=labels_of,
         num_tokens=int(tokens),
         num_positions=int(positions),
         num_images=int(images),
         attention_pairs=int(pairs),
+        dataset_samples=tuple(map(int, samples_of)),
+        dataset_tokens=tuple(map(int, tokens_of)),
+        images_of_ranks=tuple(map(int, images_of)),
         data_wait=data_wait,
         stop_requested=stops > 0,
         sample_hash=_whole(*halves[:2]),
         sample_hash_of_all=_whole(*halves[2:]),
-        grad_norm=norm_before_clipping,
+        grad_norm=next(numbers),
     )
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -373,8 +374,10 @@ def sum_counts(parallel: ParallelConfig) -> Totals:
         RankSlice(),
         num_tokens=10,
         num_positions=20,
-        num_images=1,
+        num_images=1 + 2 * place.rank,
         attention_pairs=55,
+        dataset_samples=Counter({1: place.rank + 1}),
+        dataset_tokens=Counter({0: 4, 1: 6}),
         data_wait=float(place.rank + 1),
         sample_hash=2**63 + place.rank,
     )

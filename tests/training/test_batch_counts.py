@@ -26,6 +26,8 @@ def make_batch(sample_ids=(4, 7)) -> VLMBatch:
         pixel_values=None,
         sample_ids=torch.tensor(sample_ids),
         samples_per_row=torch.tensor([1, 1]),
+        dataset_samples={0: 1, 2: 1},
+        dataset_tokens={0: 4, 2: 3},
         num_tokens=7,
         num_positions=12,
         attention_pairs=4 * 5 // 2 + 3 * 4 // 2,
@@ -43,6 +45,8 @@ def test_counts_written_out():
     counts = counts_of(make_batch(), make_batch())
     assert (counts.num_tokens, counts.num_positions, counts.num_images) == (14, 24, 4)
     assert counts.attention_pairs == 2 * (4 * 5 // 2 + 3 * 4 // 2)
+    assert [counts.dataset_samples[entry] for entry in range(4)] == [2, 0, 2, 0]
+    assert [counts.dataset_tokens[entry] for entry in range(4)] == [8, 0, 6, 0]
 
 
 def test_samples_are_hashed_at_the_rows_of_this_rank():

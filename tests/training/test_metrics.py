@@ -28,7 +28,7 @@ def test_rates_are_per_second_and_flops_per_rank(flops):
     assert record["tflops_per_rank"] == 3.0
     assert record["tokens_per_s"] == 180.0
     assert record["padding"] == 0.25
-    assert record["data_wait"] == 0.125
+    assert (record["data_wait"], record["data_wait_fraction"]) == (0.125, 0.25)
     assert (record["iteration"], record["consumed_samples"], record["sample_ids_sha"]) == (3, 12, "00ff")
 
 
@@ -67,6 +67,39 @@ def test_losses_stand_under_the_names_of_their_datasets():
     assert float.fromhex(record["grad_norm_hex"]) == record["grad_norm"] == 1.25
 
 
+def test_what_was_seen_stands_under_the_names_of_the_datasets():
+    record = metrics_record(make_state(), METRICS)
+    assert {key: value for key, value in record.items() if key.startswith(("tokens/", "seen_tokens/", "passes/"))} == {
+        "tokens/coyo": 50,
+        "tokens/text": 0,
+        "tokens/mmc4": 40,
+        "seen_tokens/coyo": 200,
+        "seen_tokens/mmc4": 100,
+        "passes/coyo": 2.5,
+        "passes/text": 0.0,
+        "passes/mmc4": 0.75,
+    }
+
+
+def test_nothing_is_said_of_what_a_run_of_an_earlier_version_has_seen():
+    record = metrics_record(make_state(seen=None), METRICS)
+    assert not [key for key in record if key.startswith(("seen_tokens/", "passes/"))]
+
+
+def test_images_of_the_fullest_rank_are_told_over_the_mean():
+    assert metrics_record(make_state(), METRICS)["image_imbalance"] == pytest.approx(2 / 1.5)
+    without = dataclasses.replace(METRICS, images_of_ranks=(0, 0))
+    assert metrics_record(make_state(), without)["image_imbalance"] is None
+
+
+def test_phases_and_goodput_are_told():
+    record = metrics_record(make_state(), METRICS)
+    found = {key: value for key, value in record.items() if key.startswith("seconds/")}
+    assert found == {"seconds/data": 0.125, "seconds/forward_backward": 0.25, "seconds/optimizer": 0.0625}
+    assert (record["goodput"], record["unix_time"]) == (0.75, 1060.0)  # 45 of 60 s
+    assert metrics_record(make_state(goodput=None), METRICS)["goodput"] is None
+
+
 def test_validation_is_part_of_the_record_of_its_iteration():
     assert "validation_loss" not in metrics_record(make_state(), METRICS)
     record = metrics_record(make_state(validation_losses={"validation_loss": 1.5}), METRICS)
@@ -75,6 +108,16 @@ def test_validation_is_part_of_the_record_of_its_iteration():
 
 def test_curves_show_measured_numbers_only():
     shown = scalars(metrics_record(make_state(), METRICS))
-    assert {"loss", "grad_norm", "learning_rate", "data_wait", "tflops_per_rank", "padding"} <= shown.keys()
-    assert not {"iteration", "stage", "mfu", "loss_hex", "tokens"} & shown.keys()
+    assert {
+        "loss",
+        "grad_norm",
+        "learning_rate",
+        "data_wait",
+        "tflops_per_rank",
+        "padding",
+        "tokens",
+        "passes/coyo",
+        "seconds/data",
+    } <= shown.keys()
+    assert not {"iteration", "unix_time", "stage", "mfu", "loss_hex"} & shown.keys()
     assert not any(math.isnan(value) for value in shown.values())

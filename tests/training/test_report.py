@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_vlm.platform.files.events import record_event
 from megatron_vlm.platform.launch.exit_status import ExitStatus, write_exit_status
 from megatron_vlm.training import report
 from megatron_vlm.training.report import render_report
@@ -105,7 +106,7 @@ def test_validation_and_mfu_are_shown_where_they_are_known(tmp_path):
     page = page_of(write_run(tmp_path, [record(1), record(2, **values)]))
     assert "Validation loss" in titles(page)
     assert ("MFU" in titles(page), "Compute" in titles(page)) == (True, False)
-    assert "<td>mmc4</td><td>9</td><td>6.75</td><td>2.5</td>" in page
+    assert "<td>mmc4</td><td>9</td><td>6.75</td><td>2.5</td><td>-</td><td>-</td><td>-</td>" in page
     assert "40.0%" in page
 
 
@@ -115,7 +116,7 @@ def test_validation_is_looked_for_under_the_key_that_runs_write():
 
 def test_dataset_that_is_only_validated_on_has_a_row(tmp_path):
     page = page_of(write_run(tmp_path, [record(1), record(2, **{"validation_loss/llava": 3.0})]))
-    assert "<td>llava</td><td>-</td><td>-</td><td>3</td>" in page
+    assert "<td>llava</td><td>-</td><td>-</td><td>3</td><td>-</td><td>-</td><td>-</td>" in page
 
 
 def test_figures_are_those_of_the_whole_run(tmp_path):
@@ -130,6 +131,33 @@ def test_figures_are_those_of_the_whole_run(tmp_path):
     assert "<b>10.0%</b>" in page  # 0.25 of 2.5 s
     assert "<td>total</td><td>4.000e+09</td>" in page
     assert "<td>per rank</td><td>1.250e+12</td>" in page
+
+
+def test_what_was_seen_of_each_dataset_is_shown(tmp_path):
+    seen = {"seen_tokens/mmc4": 3000, "seen_tokens/coyo": 1000, "passes/mmc4": 1.5, "passes/coyo": 0.25}
+    page = page_of(write_run(tmp_path, [record(1), record(2, **seen)]))
+    assert "<td>3 k</td><td>75.0%</td><td>1.5</td>" in page
+    assert "<td>1 k</td><td>25.0%</td><td>0.25</td>" in page
+
+
+def test_phases_of_a_step_and_where_the_time_went_are_shown(tmp_path, monkeypatch):
+    phases = {"seconds/data": 0.1, "seconds/forward_backward": 0.3, "seconds/other": 0.1}
+    write_run(tmp_path, [record(n, unix_time=12.0 + n, **phases) for n in (1, 2)])
+    for now, kind, details in (
+        (0, "start", {}),
+        (10, "begin", {}),
+        (14, "save", {"seconds": 1.0}),
+        (20, "end", {"exit_code": 0}),
+    ):
+        monkeypatch.setattr("time.time", lambda now=now: float(now))
+        record_event(tmp_path, kind, kind, iteration=2, **details)
+    page = page_of(tmp_path)
+    assert "<td>forward backward</td><td>0.3 s</td><td>60.0%</td>" in page
+    assert "steps that count</td><td>1 s</td><td>5.0%</td>" in page  # 2 steps of 0.5 s in 20 s
+    assert "start</td><td>10 s</td><td>50.0%</td>" in page
+    assert "saves</td><td>1 s</td><td>5.0%</td>" in page
+    assert "other</td><td>8 s</td><td>40.0%</td>" in page
+    assert Page(page).open == []
 
 
 def test_run_without_an_iteration_has_a_page(tmp_path):
@@ -159,7 +187,7 @@ def test_planned_iterations_and_left_out_lines_are_told(tmp_path):
     (tmp_path / "config.yaml").write_text("training: {train_iters: 4000}\n")
     page = page_of(tmp_path)
     assert "of 4,000 planned" in page
-    assert "1 unreadable lines of metrics.jsonl are ignored" in page
+    assert "1 unreadable lines of metrics.jsonl and events.jsonl are ignored" in page
 
 
 def test_record_of_an_earlier_version_with_few_keys_has_a_page(tmp_path):

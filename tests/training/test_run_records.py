@@ -4,9 +4,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
 from megatron_vlm.config import DataError
+from megatron_vlm.platform.files.events import BEGIN, END, START, record_event
 from megatron_vlm.platform.launch.exit_status import ExitStatus, write_exit_status
 from megatron_vlm.training.run_records import read_run
 
@@ -15,23 +15,6 @@ def write_metrics(run_dir: Path, iterations, **values) -> None:
     with (run_dir / "metrics.jsonl").open("a") as stream:
         for iteration in iterations:
             stream.write(json.dumps({"iteration": iteration, "loss": 1.0 / iteration, **values}) + "\n")
-
-
-def write_tensorboard(run_dir: Path, second: int, events: list[Event]) -> Path:
-    folder = run_dir / "tensorboard"
-    folder.mkdir(exist_ok=True)
-    path = folder / f"events.out.tfevents.{second}.host.1.0"
-    records = [event.SerializeToString() for event in events]
-    path.write_bytes(b"".join(len(record).to_bytes(8, "little") + b"crc." + record + b"crc." for record in records))
-    return path
-
-
-def start_of(first: int) -> list[Event]:
-    """Return what a writer that goes on with an iteration writes first."""
-    return [
-        Event(file_version="brain.Event:2"),
-        Event(step=first, session_log=SessionLog(status=SessionLog.START)),
-    ]
 
 
 def test_folder_that_is_no_run_is_refused(tmp_path):
@@ -65,8 +48,6 @@ def test_later_record_of_an_iteration_counts(tmp_path):
     write_metrics(tmp_path, range(4, 8), tokens=2)
     run = read_run(tmp_path)
     assert run.series("tokens") == ([1, 2, 3, 4, 5, 6, 7], [1, 1, 1, 2, 2, 2, 2])
-    (event,) = run.events
-    assert (event.what, event.iteration, event.is_resume) == ("went back from iteration 5 to 3", 3, True)
 
 
 def test_validation_on_a_line_of_its_own_belongs_to_its_iteration(tmp_path):
@@ -85,46 +66,47 @@ def test_sum_leaves_out_what_is_no_number(tmp_path):
     assert read_run(tmp_path).total("seconds") == 4.0
 
 
-def test_each_tensorboard_file_is_a_start(tmp_path):
-    write_metrics(tmp_path, [1])
-    write_tensorboard(tmp_path, 1000, start_of(1))
-    write_tensorboard(tmp_path, 2000, start_of(101))
-    found = [(event.what, event.unix_time, event.is_resume) for event in read_run(tmp_path).events]
-    assert found == [("started", 1000.0, False), ("resumed after iteration 100", 2000.0, True)]
+def test_events_are_those_recorded_and_in_order_of_time(tmp_path, monkeypatch):
+    write_metrics(tmp_path, [1], seconds=2.0, unix_time=14.0)
+    for unix_time, kind, details in ((0.0, START, {}), (12.0, BEGIN, {}), (20.0, END, {"exit_code": 1})):
+        monkeypatch.setattr("time.time", lambda now=unix_time: now)
+        record_event(tmp_path, kind, f"the {kind}", iteration=1, **details)
+    write_exit_status(tmp_path / "exit_status.json", ExitStatus(exit_code=1, message="", unix_time=20.0))
+    run = read_run(tmp_path)
+    assert [(event.kind, event.unix_time) for event in run.events] == [("start", 0.0), ("begin", 12.0), ("end", 20.0)]
+    assert (run.time_spent.steps, run.time_spent.start, run.time_spent.lost_steps) == (2.0, 12.0, 6.0)
 
 
-@pytest.mark.parametrize("keep", [0, 5, 30, 45])
-def test_tensorboard_file_that_a_kill_cut_short_is_a_start_all_the_same(tmp_path, keep):
-    write_metrics(tmp_path, [1])
-    path = write_tensorboard(tmp_path, 1000, start_of(101))
-    path.write_bytes(path.read_bytes()[:keep])
-    assert [(event.what, event.iteration) for event in read_run(tmp_path).events] == [("started", None)]
+def test_lines_of_both_files_that_a_kill_cut_short_are_counted(tmp_path):
+    for name in ("metrics.jsonl", "events.jsonl"):
+        (tmp_path / name).write_text('{"iterat')
+    assert read_run(tmp_path).unreadable_lines == 2
 
 
-def test_damaged_tensorboard_file_is_a_start_all_the_same(tmp_path):
-    write_metrics(tmp_path, [1])
-    path = write_tensorboard(tmp_path, 1000, start_of(101))
-    path.write_bytes(b"\xff" * 7 + b"\x7f" + path.read_bytes()[8:])  # a length of 2^63 bytes
-    assert [(event.what, event.iteration) for event in read_run(tmp_path).events] == [("started", None)]
-
-
-def test_checkpoints_and_end_are_events_in_order_of_time(tmp_path):
+def test_a_checkpoint_that_a_kill_left_incomplete_is_an_event(tmp_path):
     write_metrics(tmp_path, [1])
     for iteration in (10, 20):
         (tmp_path / "checkpoints" / f"iter_{iteration:07d}").mkdir(parents=True)
     (tmp_path / "checkpoints" / "iter_0000010" / "manifest.json").write_text("{}")
+    found = [(event.kind, event.iteration, event.what) for event in read_run(tmp_path).events]
+    assert found == [("incomplete", 20, "iter_0000020 is incomplete")]
+
+
+def test_the_end_of_a_run_that_no_launcher_recorded_is_told_by_its_exit_status(tmp_path):
+    write_metrics(tmp_path, [1])
+    record_event(tmp_path, BEGIN, "began", iteration=0)
     write_exit_status(
         tmp_path / "exit_status.json", ExitStatus(exit_code=71, message="a hang", iteration=24, unix_time=4e9)
     )
     run = read_run(tmp_path)
-    found = [(event.iteration, event.what) for event in run.events]
-    assert sorted(found[:2]) == [(10, "saved iter_0000010"), (20, "iter_0000020 is incomplete")]
-    assert found[2:] == [(24, "ended with exit code 71: a hang")]
+    found = [(event.iteration, event.what, dict(event.details)) for event in run.events]
+    assert found == [(0, "began", {}), (24, "ended with exit code 71: a hang", {"exit_code": 71})]
     assert run.end.exit_code == 71
 
 
 def test_reading_imports_no_torch():
     script = (
-        "import sys, megatron_vlm.training.report, megatron_vlm.training.run_records; sys.exit('torch' in sys.modules)"
+        "import sys, megatron_vlm.training.report, megatron_vlm.training.report_comparison; "
+        "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0

@@ -23,7 +23,9 @@ def test_data_parallel_ranks_add_up_and_their_waits_are_averaged(workers):
     found = totals(workers, 2)
     # Rank r has losses r + 1 of one label for the first dataset, 10 tokens, and waits r + 1 seconds.
     assert (found.losses, found.labels) == ([3.0, 0.0], [2.0, 0.0])
-    assert (found.num_tokens, found.num_positions, found.num_images, found.attention_pairs) == (20, 40, 2, 110)
+    assert (found.num_tokens, found.num_positions, found.num_images, found.attention_pairs) == (20, 40, 4, 110)
+    assert (found.dataset_samples, found.dataset_tokens) == ((0, 3), (8, 12))
+    assert found.images_of_ranks == (1, 3)
     assert found.data_wait == 1.5
     assert found.stop_requested
     assert found.sample_hash == found.sample_hash_of_all == 2**63 + 2**63 + 1 - 2**64
@@ -33,6 +35,7 @@ def test_data_parallel_ranks_add_up_and_their_waits_are_averaged(workers):
 def test_tensor_parallel_ranks_count_once(workers):
     found = totals(workers, 2, tensor_model_parallel_size=2)
     assert (found.losses, found.labels, found.num_tokens, found.data_wait) == ([1.0, 0.0], [1.0, 0.0], 10, 1.0)
+    assert (found.dataset_samples, found.dataset_tokens, found.images_of_ranks) == ((0, 1), (4, 6), (1,))
     assert found.sample_hash == 2**63
     assert found.sample_hash_of_all == 1
 
@@ -41,6 +44,7 @@ def test_tensor_parallel_ranks_count_once(workers):
 def test_stages_give_the_loss_of_the_last_and_the_wait_of_the_first(workers):
     found = totals(workers, 2, pipeline_model_parallel_size=2)
     assert (found.losses, found.num_tokens, found.data_wait) == ([2.0, 0.0], 10, 1.0)
+    assert (found.dataset_samples, found.dataset_tokens, found.images_of_ranks) == ((0, 2), (4, 6), (3,))
     assert (found.sample_hash, found.sample_hash_of_all) == (2**63 + 1, 1)
 
 

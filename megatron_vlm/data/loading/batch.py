@@ -1,7 +1,7 @@
 """One micro-batch as the model sees it."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -63,6 +63,10 @@ class VLMBatch:
     """
     samples_per_row: Tensor
     """int64[micro_batch_size]; how many of `sample_ids` each row holds."""
+    dataset_samples: Mapping[int, int]
+    """Samples of each blend entry that has one; of a long sample, only its first fragment counts."""
+    dataset_tokens: Mapping[int, int]
+    """Positions of each blend entry that has one, without padding."""
     num_tokens: int
     """Positions of the whole micro-batch that are not padding."""
     num_positions: int

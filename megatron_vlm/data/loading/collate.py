@@ -1,5 +1,6 @@
 """Pack samples into a micro-batch, and decode this rank's share of its images."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -74,6 +75,8 @@ class PlacedSample:
     """Index of its blend entry."""
     where: str
     """Dataset, shard and sample, for error messages."""
+    is_beginning: bool = True
+    """Whether it is a sample or its first fragment, and not a later one."""
 
 
 def collate(
@@ -115,7 +118,9 @@ def collate(
         pixel_values=None if image_share is None else _decode(mine.images, collation),
         sample_ids=torch.tensor(packed.sample_ids, dtype=torch.int64),
         samples_per_row=torch.tensor([len(row) for row in rows], dtype=torch.int64),
-        num_tokens=packed.num_tokens,
+        dataset_samples=packed.dataset_samples,
+        dataset_tokens=packed.dataset_tokens,
+        num_tokens=packed.dataset_tokens.total(),
         num_positions=len(rows) * collation.seq_length,
         attention_pairs=packed.attention_pairs,
         context=None if mine.context is None else _context_batch(mine.context),
@@ -157,8 +162,9 @@ class _PackedRows:
         self.borders = [0]
         self.datasets: list[int] = []
         self.sample_ids: list[int] = []
+        self.dataset_samples: Counter[int] = Counter()
+        self.dataset_tokens: Counter[int] = Counter()
         self.images: list[tuple[bytes, str]] = []
-        self.num_tokens = 0
         self.attention_pairs = 0
         self.image_lengths: list[int] = []
 
@@ -177,7 +183,8 @@ class _PackedRows:
             self._close_segment(size, padding, placed.dataset)
             left -= padding
             self.sample_ids.append(placed.sample_id)
-            self.num_tokens += size
+            self.dataset_samples[placed.dataset] += placed.is_beginning
+            self.dataset_tokens[placed.dataset] += size
             self.attention_pairs += size * (size + 1) // 2
         if self.collation.position_multiple is None:
             self._close_segment(0, left, dataset=0)

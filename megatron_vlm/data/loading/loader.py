@@ -194,7 +194,7 @@ class _SampleReader:
         sample = self.datasets[entry][index]
         if last is not None:
             sample = take_fragment(sample, first, last, self.image_tokens)
-        return PlacedSample(sample, sample_id, entry, self.describe(sample_id))
+        return PlacedSample(sample, sample_id, entry, self.describe(sample_id), is_beginning=first == 0)
 
     def _find(self, sample_id: int) -> tuple[int, int, int, int | None]:
         """Return the dataset, index in it, first token and token after the last one; None: to the end."""

@@ -38,6 +38,7 @@ def log_line(record: dict[str, Any], train_iters: int) -> str:
         f"lm loss: {record['loss']:.6E}",
         f"grad norm: {record['grad_norm']:.3f}",
         f"padding: {record['padding']:.3f}",
+        f"data wait: {record['data_wait_fraction']:.3f}",
         *(f"{key}: {value:.4f}" for key, value in losses.items()),
     ]
     return " | ".join(parts) + " |"

@@ -1,10 +1,13 @@
 """Measures the validation loss at its interval and after the last iteration."""
 
+import time
 from collections.abc import Callable
 
 import torch
 
+from megatron_vlm.platform.files.events import VALIDATION
 from megatron_vlm.training.blend import OpenBlend
+from megatron_vlm.training.events import note_event
 from megatron_vlm.training.state import SIGNALLED, TrainState
 from megatron_vlm.training.step import StepMetrics
 from megatron_vlm.training.validation import validation_losses
@@ -35,7 +38,9 @@ class Hook:
             return
         if state.iteration % interval and state.iteration != state.train_iters:
             return
+        start = time.perf_counter()
         losses = validation_losses(state, self.blend, device=self.device, stop_requested=self.stop_requested)
+        note_event(state, VALIDATION, "validated", seconds=time.perf_counter() - start)
         if losses is None:
             state.stop_reason = SIGNALLED
         else:

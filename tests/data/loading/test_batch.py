@@ -28,6 +28,8 @@ def make_batch(**changes) -> VLMBatch:
         pixel_values=torch.zeros(1, 3, 4, 4, dtype=torch.uint8),
         sample_ids=torch.tensor([0]),
         samples_per_row=torch.tensor([1]),
+        dataset_samples={0: 1},
+        dataset_tokens={0: 5},
         num_tokens=5,
         num_positions=8,
         attention_pairs=0,

@@ -80,6 +80,7 @@ def test_two_aligned_samples_written_out():
     assert batch.labels.tolist() == [[NONE, NONE, 7, 8, NONE, NONE, NONE, NONE, NONE, 2] + [NONE] * 6]
     assert batch.cu_seqlens.tolist() == [0, 8, 12, 16]
     assert (batch.label_datasets.tolist(), batch.num_tokens) == ([0, 0, 1], 8)
+    assert (batch.dataset_samples, batch.dataset_tokens) == ({0: 1, 1: 1}, {0: 5, 1: 3})
 
 
 def test_tensors_have_the_agreed_types():

@@ -1,4 +1,5 @@
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from tests.support.configs import tiny_run
 from tests.support.overlap import OVERLAP
 from tests.support.states import METRICS, make_state
 
+PATH = Path("checkpoints/iter_0000020")
 LAYOUTS = {"plain": {}, "overlapped": OVERLAP}
 
 
@@ -41,6 +43,18 @@ def saves(monkeypatch):
     return outcomes
 
 
+@pytest.fixture(autouse=True)
+def noted(monkeypatch):
+    """Events that the hook recorded."""
+    events: list = []
+    monkeypatch.setattr(
+        checkpoint,
+        "note_event",
+        lambda state, kind, what, seconds: events.append((kind, state.iteration, what, seconds)),
+    )
+    return events
+
+
 def steps_that_save(hook, state, saves, last):
     """Do steps up to `last` and return the iterations after which a save was tried."""
     tried = []
@@ -60,7 +74,7 @@ def failure(reason="No space left on device"):
     [(19, None, False), (20, None, True), (40, None, True), (7, "signalled", True), (100, None, True)],
 )
 def test_checkpoints_come_at_the_interval_and_before_the_run_ends(saves, iteration, stop_reason, is_saved):
-    saves.append("path")
+    saves.append(PATH)
     state, calls = make_run(iteration, stop_reason), []
     state.gather_parameters = lambda: calls.append(len(saves))
     checkpoint.Hook().step(state, METRICS)
@@ -69,7 +83,7 @@ def test_checkpoints_come_at_the_interval_and_before_the_run_ends(saves, iterati
 
 
 def test_a_failed_save_is_repeated_soon_said_in_one_line_and_forgotten_once_one_succeeds(saves, caplog):
-    saves += [failure(), failure(), "path", failure(), failure(), "path", "path"]
+    saves += [failure(), failure(), PATH, failure(), failure(), PATH, PATH]
     tried = steps_that_save(checkpoint.Hook(), make_run(), saves, 62)
     assert tried == [20, 22, 24, 40, 42, 44, 60]
     lines = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
@@ -90,9 +104,34 @@ def test_the_run_ends_after_as_many_failed_saves_in_a_row_as_the_config_allows(s
 
 
 def test_the_save_at_the_end_is_repeated_at_once(saves):
-    saves += [failure(), failure(), "path"]
+    saves += [failure(), failure(), PATH]
     checkpoint.Hook().step(make_run(7, "signalled"), METRICS)
     assert not saves
+
+
+def test_every_save_is_an_event_with_the_time_that_it_held_up_the_steps(saves, noted, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(checkpoint.time, "perf_counter", lambda: now[0])
+    outcomes = [failure(), PATH, PATH]
+
+    def save(*arguments):
+        now[0] += 2.5
+        outcome = outcomes.pop(0)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    monkeypatch.setattr(checkpoint, "save_checkpoint", save)
+    hook, state = checkpoint.Hook(), make_run()
+    for iteration in range(1, 41):
+        now[0] += 1.0
+        state.iteration = iteration
+        hook.step(state, METRICS)
+    assert noted == [
+        ("failed_save", 20, str(failure()), 2.5),
+        ("save", 22, "saved iter_0000020", 2.5),
+        ("save", 40, "saved iter_0000020", 2.5),
+    ]
 
 
 class LateSaves:
@@ -124,11 +163,11 @@ class LateSaves:
 
 
 def test_an_asynchronous_save_that_fails_is_repeated_and_the_last_is_waited_for(saves, monkeypatch):
-    late = LateSaves([failure(), failure(), "path", "path"])
+    late = LateSaves([failure(), failure(), PATH, PATH])
     monkeypatch.setattr(checkpoint, "BackgroundSaves", lambda: late)
     hook, state = checkpoint.Hook(), make_run(async_save=True)
     hook.start(state)
-    saves.append("path")
+    saves.append(PATH)
     started = {}
     for iteration in range(1, 42):
         state.iteration = iteration

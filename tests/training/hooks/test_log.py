@@ -14,6 +14,7 @@ RECORD = {
     "loss": 2.5,
     "grad_norm": 1.25,
     "padding": 0.05,
+    "data_wait_fraction": 0.25,
     "loss/coyo": 2.0,
     "validation_loss": 3.0,
     "validation_loss/coyo": 3.5,
@@ -24,6 +25,7 @@ def test_log_line_is_in_megatrons_form_and_names_each_dataset():
     line = log_line(RECORD, 10)
     assert line.startswith("iteration        3/      10 | consumed samples:         12 | ")
     assert "lm loss: 2.500000E+00 |" in line
+    assert "padding: 0.050 | data wait: 0.250 |" in line
     assert line.endswith("loss/coyo: 2.0000 | validation_loss: 3.0000 | validation_loss/coyo: 3.5000 |")
 
 
