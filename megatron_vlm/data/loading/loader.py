@@ -190,7 +190,7 @@ class _SampleReader:
         """
         entry, index, first, last = self._find(sample_id)
         if sample_id in self.quarantine:
-            return PlacedSample(EncodedSample(()), sample_id, entry, self.describe(sample_id))
+            return PlacedSample(EncodedSample(()), sample_id, entry, self.describe(sample_id), is_beginning=False)
         sample = self.datasets[entry][index]
         if last is not None:
             sample = take_fragment(sample, first, last, self.image_tokens)
