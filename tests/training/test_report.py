@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vlm.platform.files.events import record_event
 from megatron_vlm.platform.launch.exit_status import ExitStatus, write_exit_status
 from megatron_vlm.training import report
 from megatron_vlm.training.report import render_report
@@ -138,26 +137,6 @@ def test_what_was_seen_of_each_dataset_is_shown(tmp_path):
     page = page_of(write_run(tmp_path, [record(1), record(2, **seen)]))
     assert "<td>3 k</td><td>75.0%</td><td>1.5</td>" in page
     assert "<td>1 k</td><td>25.0%</td><td>0.25</td>" in page
-
-
-def test_phases_of_a_step_and_where_the_time_went_are_shown(tmp_path, monkeypatch):
-    phases = {"seconds/data": 0.1, "seconds/forward_backward": 0.3, "seconds/other": 0.1}
-    write_run(tmp_path, [record(n, unix_time=12.0 + n, **phases) for n in (1, 2)])
-    for now, kind, details in (
-        (0, "start", {}),
-        (10, "begin", {}),
-        (14, "save", {"seconds": 1.0}),
-        (20, "end", {"exit_code": 0}),
-    ):
-        monkeypatch.setattr("time.time", lambda now=now: float(now))
-        record_event(tmp_path, kind, kind, iteration=2, **details)
-    page = page_of(tmp_path)
-    assert "<td>forward backward</td><td>0.3 s</td><td>60.0%</td>" in page
-    assert "steps that count</td><td>1 s</td><td>5.0%</td>" in page  # 2 steps of 0.5 s in 20 s
-    assert "start</td><td>10 s</td><td>50.0%</td>" in page
-    assert "saves</td><td>1 s</td><td>5.0%</td>" in page
-    assert "other</td><td>8 s</td><td>40.0%</td>" in page
-    assert Page(page).open == []
 
 
 def test_run_without_an_iteration_has_a_page(tmp_path):
