@@ -18,7 +18,6 @@ from megatron_vlm.platform.launch.launch import STOP_SIGNALS
 from megatron_vlm.platform.machine import check_capability
 from megatron_vlm.training.blend import open_training_blend, open_validation_blend
 from megatron_vlm.training.hook import Hook, build_hooks
-from megatron_vlm.training.hooks import blend as blend_change
 from megatron_vlm.training.hooks import (
     attempt,
     checkpoint,
@@ -30,6 +29,7 @@ from megatron_vlm.training.hooks import (
     tensorboard,
     validation,
 )
+from megatron_vlm.training.hooks import blend as blend_change
 from megatron_vlm.training.loop import train
 from megatron_vlm.training.setup import build_state
 
