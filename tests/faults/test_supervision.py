@@ -1,6 +1,5 @@
 """Real jobs that are stopped, killed and frozen: how they end, how fast, and what they say."""
 
-import os
 import signal
 import time
 from pathlib import Path
@@ -8,31 +7,17 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.support.project import make_project
 from tests.support.training_jobs import (
     LONG,
     errors_of,
     exit_status,
+    patched,
     ranks_of,
-    started_jobs,
     two_node_step,
     wait_for_iteration,
 )
 
 pytestmark = [pytest.mark.faults, pytest.mark.distributed]
-
-
-@pytest.fixture(scope="module")
-def project(tmp_path_factory):
-    """A tiny project; every test uses a run_dir of its own."""
-    return make_project(tmp_path_factory.mktemp("project"))
-
-
-@pytest.fixture
-def start(project):
-    """Start `megatron-vlm train` and return the process; it is ended after the test."""
-    with started_jobs(project) as start_process:
-        yield start_process
 
 
 def family(process):
@@ -78,14 +63,6 @@ if os.environ.get("RANK") == "1":
 """
 LIMIT = 10.0
 LIMITS = (f"supervision.step_minutes={LIMIT / 60}", "checkpoint.save_interval=100000")
-
-
-def patched(project, code):
-    """Return the variable that has every process of a job run `code` when it starts."""
-    folder = project.folder / f"patch_{len(list(project.folder.iterdir()))}"
-    folder.mkdir()
-    (folder / "sitecustomize.py").write_text(code)
-    return {"PYTHONPATH": f"{folder}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
 
 
 def ends(process, *, within, code):

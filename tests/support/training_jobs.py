@@ -1,6 +1,7 @@
 """Real training jobs, which tests watch and disturb."""
 
 import json
+import os
 import signal
 import subprocess
 import time
@@ -41,6 +42,14 @@ def started_jobs(project: Project) -> Iterator[Callable[..., subprocess.Popen]]:
 
 def _hear_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # which a shell has its background jobs ignore
+
+
+def patched(project: Project, code: str) -> dict[str, str]:
+    """Return the variable that has every process of a job run `code` when it starts."""
+    folder = project.folder / f"patch_{len(list(project.folder.iterdir()))}"
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(code)
+    return {"PYTHONPATH": f"{folder}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
 
 
 def two_node_step(nodes: str = "localhost,other") -> dict[str, str]:
