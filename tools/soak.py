@@ -39,7 +39,11 @@ from megatron_vlm.config import ExitCode
 from megatron_vlm.platform.files.metrics import read_metrics
 from megatron_vlm.platform.launch.heartbeat import Phase
 
-_FULL_DISK_SECONDS = 10.0
+_TORCH_CACHE = "torchinductor_"
+"""A folder in the temporary one that torch uses again and again."""
+_FULL_DISK_SECONDS = 30.0
+_MIN_RUN_SECONDS = 3.0
+"""From the first step to the next fault: with slow starts, faults come more rarely than asked for."""
 _PATIENCE_SECONDS = 90.0
 _FEW_ITERATIONS = 10
 """After the last fault, so that the run ends with steps."""
@@ -73,6 +77,8 @@ class Soak:
     faults: list[Fault] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
     """What a run should not do."""
+    due: list[str] = field(default_factory=list)
+    """Kinds of faults that come next."""
     job: WatchedJob | None = None
     """The newest."""
 
@@ -93,20 +99,21 @@ class Soak:
 
     def disturb_for(self, seconds: float) -> None:
         """Start, disturb and start again until the time is over; then ask the run to stop."""
-        began, due = time.monotonic(), 0.0
+        ends_at = time.monotonic() + seconds
         job = self.start()
         while True:
+            due = time.monotonic() + self.rng.expovariate(1 / self.args.every)
             self._watch_restart(job)
-            due = max(due + self.rng.expovariate(1 / self.args.every), time.monotonic() - began)
-            if due >= seconds:
+            due = max(due, time.monotonic() + _MIN_RUN_SECONDS)
+            if due >= ends_at:
                 break
-            if not self._sleep(job, began + due):
+            if not self._sleep(job, due):
                 self.wrong.append(f"the job ended without a fault, exit code {job.process.returncode}: see its log")
                 return
             self._inject(job)
             if not job.is_running():
                 job = self.start()
-        self._sleep(job, began + seconds)
+        self._sleep(job, ends_at)
         job.process.send_signal(signal.SIGTERM)
         job.wait_for_end(self.args.silence + _PATIENCE_SECONDS)
 
@@ -135,7 +142,8 @@ class Soak:
         if code != ExitCode.DONE:
             self.wrong.append(f"the {name} run ended with exit code {code}; see {name}.log")
         self.wrong += [f"{one} of the {name} run survived it" for one in job.survivors()]
-        left = [*(self.args.output / f"{name}.tmp").iterdir(), *job.shared_memory()]
+        files = (self.args.output / f"{name}.tmp").iterdir()
+        left = [*(one for one in files if not one.name.startswith(_TORCH_CACHE)), *job.shared_memory()]
         self.wrong += [f"the {name} run left {one}" for one in left]
 
     def _sleep(self, job: WatchedJob, until: float) -> bool:
@@ -168,7 +176,7 @@ class Soak:
                 self.wrong.append(f"term: {fault.lost} iterations lost")
 
     def _inject(self, job: WatchedJob) -> None:
-        kind = self.rng.choice(KINDS)
+        kind = self._next_kind()
         before, keep = KeptCheckpoints.of(self.run_dir), 1 + (kind != "flip")
         job.members()
         fault = Fault(kind=kind, victim="", iteration=job.beat().iteration if job.beat() else 0)
@@ -190,6 +198,16 @@ class Soak:
             f"exit code {fault.exit_code} after {fault.found:.1f} s",
             flush=True,
         )
+
+    def _next_kind(self) -> str:
+        """Return each kind once in random order, then again; a flip needs an older checkpoint to fall back to."""
+        if not self.due:
+            self.due = self.rng.sample(KINDS, len(KINDS))
+        can_flip = len(list_iterations(self.run_dir)) > 1
+        kind = next((kind for kind in self.due if kind != "flip" or can_flip), "kill")
+        if kind in self.due:
+            self.due.remove(kind)
+        return kind
 
     def _judge(self, job: WatchedJob, fault: Fault, code: int | None) -> None:
         if code is None:
@@ -240,10 +258,8 @@ def _fill_disk(job: WatchedJob, rng: random.Random) -> str:
 
 def _flip(job: WatchedJob, rng: random.Random) -> str:
     job.kill_all()
-    iterations = list_iterations(job.run_dir)
-    if len(iterations) < 2:
-        return "nothing: there are not two checkpoints yet"
-    payload = max(checkpoint_path(job.run_dir, iterations[0]).iterdir(), key=lambda path: path.stat().st_size)
+    newest = checkpoint_path(job.run_dir, list_iterations(job.run_dir)[0])
+    payload = max(newest.iterdir(), key=lambda path: path.stat().st_size)
     content = bytearray(payload.read_bytes())
     content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
     payload.write_bytes(content)
@@ -306,7 +322,10 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_intermixed_args()
     args.output = args.output.absolute()
+    if args.output.exists():
+        sys.exit(f"soak.py: error: the output folder exists ({args.output}); fix: remove it or name another")
     args.output.mkdir(parents=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends the run, too
     soak, began = Soak(args, random.Random(args.seed)), time.monotonic()
     try:
         soak.disturb_for(60 * args.minutes)
