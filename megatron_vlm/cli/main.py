@@ -17,7 +17,7 @@ from typing import NoReturn
 import megatron_vlm
 from megatron_vlm.config import ExitCode, UsageError
 from megatron_vlm.config.modules import module_names
-from megatron_vlm.platform.launch.exit_status import describe_error, error_line
+from megatron_vlm.platform.launch.exit_status import describe_error, error_line, say
 from megatron_vlm.platform.launch.launch import STOP_SIGNALS
 
 _PACKAGE = "megatron_vlm.cli"
@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = describe_error(error)
         if status.exit_code == ExitCode.CRASH:
             raise
-        sys.stderr.write(error_line(status.message) + "\n")
+        say(error_line(status.message) + "\n")
         return status.exit_code
 
 

@@ -22,6 +22,7 @@ from megatron_vlm.platform.launch.exit_status import (
     error_line,
     forget_exit_status,
     record_exit_status,
+    say,
 )
 from megatron_vlm.platform.launch.job_end import Patience, explain_end, read_reports
 from megatron_vlm.platform.launch.job_folder import job_folder
@@ -239,9 +240,9 @@ def _record_end(run_dir: str, status: ExitStatus) -> None:
 
 def _say(status: ExitStatus) -> None:
     if status.traceback:
-        sys.stderr.write(status.traceback)
+        say(status.traceback)
     if status.exit_code in (ExitCode.DONE, ExitCode.REQUEUE, ExitCode.INTERRUPTED):
         if status.message:
             logger.info("%s", status.message)
         return
-    sys.stderr.write(error_line(status.message) + "\n")
+    say(error_line(status.message) + "\n")

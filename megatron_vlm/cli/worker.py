@@ -24,6 +24,7 @@ from megatron_vlm.platform.launch.exit_status import (
     describe_error,
     error_line,
     record_exit_status,
+    say,
     write_exit_status,
 )
 from megatron_vlm.platform.launch.heartbeat import start_beating
@@ -120,11 +121,11 @@ def _report(status: ExitStatus, config: TrainConfig | None, report_folder: Path 
             path.parent.mkdir(parents=True, exist_ok=True)
             record_exit_status(path, replace(status, launch_id=launch_id))
     except OSError as error:
-        sys.stderr.write(f"rank {status.rank}: the exit status could not be written: {error}\n")
+        say(f"rank {status.rank}: the exit status could not be written: {error}\n")
     if status.traceback:
-        sys.stderr.write(status.traceback)
+        say(status.traceback)
     if status.message:
-        sys.stderr.write(error_line(status.message) + "\n")
+        say(error_line(status.message) + "\n")
 
 
 def _leave(exit_code: int) -> NoReturn:
@@ -132,10 +133,12 @@ def _leave(exit_code: int) -> NoReturn:
 
     Python would free every object of torch and megatron-core first, which takes seconds.
     """
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(exit_code)
+    try:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:  # a log on a full disk must not keep this process, or replace its exit code
+        os._exit(exit_code)
 
 
 if __name__ == "__mp_main__":

@@ -134,6 +134,13 @@ def test_signal_after_the_end_does_not_replace_the_exit_code():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 75
 
 
+@pytest.mark.parametrize("command", [["megatron_vlm", "train"], ["megatron_vlm.cli.worker"]])
+def test_log_on_a_full_disk_does_not_replace_the_exit_code(command, tmp_path):
+    with open("/dev/full", "w") as full:
+        code = subprocess.call([sys.executable, "-m", *command, str(tmp_path / "missing.yaml")], stderr=full)
+    assert code == 78
+
+
 def test_version_is_printed():
     done = subprocess.run(
         [sys.executable, "-m", "megatron_vlm", "--version"], capture_output=True, text=True, check=True

@@ -1,7 +1,9 @@
 """How a process ended: one line, an exit code, and a file that tells job scripts both."""
 
 import json
+import os
 import re
+import sys
 import time
 import traceback
 from dataclasses import asdict, dataclass, field
@@ -94,6 +96,15 @@ def shorten(error: UserError) -> str:
 def error_line(message: str) -> str:
     """Return `message` as shown on the console."""
     return f"{_PROGRAM}: error: {message}"
+
+
+def say(text: str) -> None:
+    """Write to stderr; if that is a file on a full disk, say nothing more, so that the exit code stays what it is."""
+    try:
+        sys.stderr.write(text)
+        sys.stderr.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 def write_exit_status(path: Path, status: ExitStatus) -> None:
