@@ -54,7 +54,7 @@ class Mark:
     style: str = "--"
     """Of a vertical line, as matplotlib spells it."""
     is_tick: bool = False
-    """Draw short ticks at the bottom instead of lines through the chart, for what is frequent."""
+    """Draw small triangles at the bottom instead of lines through the chart, for what is frequent."""
 
 
 @contextmanager
@@ -144,8 +144,8 @@ def draw_lines(
 
 def _draw_mark(axes: "Axes", mark: Mark, label: str) -> None:
     if mark.is_tick:
-        bottom, across = [0.0] * len(mark.xs), axes.get_xaxis_transform()
-        axes.plot(mark.xs, bottom, "|", color=mark.color, markersize=9, transform=across, clip_on=False, label=label)
+        bottom, across = [0.02] * len(mark.xs), axes.get_xaxis_transform()
+        axes.plot(mark.xs, bottom, "^", color=mark.color, markersize=5, transform=across, label=label)
         return
     for number, x in enumerate(mark.xs):  # a label that starts with "_" is left out of the legend
         axes.axvline(x, color=mark.color, linestyle=mark.style, linewidth=1.0, label="_" if number else label)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megatron_vlm.platform.charts import Line, average_points, draw_bars, draw_lines, save_png, to_svg
+from megatron_vlm.platform.charts import Line, Mark, average_points, draw_bars, draw_lines, save_png, to_svg
 
 
 def test_same_values_give_the_same_svg():
@@ -80,3 +80,14 @@ def test_chart_without_values_is_drawn():
 def test_module_is_imported_without_matplotlib():
     script = "import sys, megatron_vlm.platform.charts; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("is_tick", [False, True])
+def test_marks_are_drawn_and_named_once_where_there_is_a_legend(is_tick):
+    lines = [Line(name="a", xs=[1, 9], ys=[3.0, 2.0])]
+    mark = Mark(name="save", xs=[2, 4, 6], color="#123456", is_tick=is_tick)
+    with_legend, without = (to_svg(draw_lines("t", lines, unit="", marks=[mark], legend=one)) for one in (True, False))
+    assert with_legend.count(">save</text>") == 1
+    assert ">save</text>" not in without
+    assert without.count("#123456") >= 3
+    assert "#123456" not in to_svg(draw_lines("t", lines, unit=""))
