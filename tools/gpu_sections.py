@@ -54,8 +54,6 @@ class OneRow:
     length: int
     num_iterations: int = 1_000_000
     hash: str = "check"
-    data_hash: str = "check"
-    stable_iterations: int = 1_000_000
 
     def seq_length(self, iteration: int) -> int:
         """Return the length of a row [tokens]."""

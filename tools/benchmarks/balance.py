@@ -17,7 +17,8 @@ from report import Row, parse_arguments, report
 from megatron_vlm.config import BlendEntry
 from megatron_vlm.data.plan.balance_report import report_balance
 from megatron_vlm.data.plan.image_tokens import ImageTokens
-from megatron_vlm.data.plan.plan import PlanSettings, plan_rows
+from megatron_vlm.data.plan.plan import plan_rows
+from megatron_vlm.data.plan.settings import PlanSettings
 
 _GLOBAL_BATCH_SIZE = 1024
 # Upper bounds by data-parallel size. With 512 ranks of 2 rows each, single large rows decide.

@@ -30,7 +30,8 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset  # noqa: E402
 from megatron_vlm.config import BlendEntry  # noqa: E402
 from megatron_vlm.data.loading.collate import Collation  # noqa: E402
 from megatron_vlm.data.loading.loader import BatchLoader  # noqa: E402
-from megatron_vlm.data.plan.plan import PlanSettings, build_plan  # noqa: E402
+from megatron_vlm.data.plan.plan import build_plan  # noqa: E402
+from megatron_vlm.data.plan.settings import PlanSettings  # noqa: E402
 from megatron_vlm.data.samples import EncodedSample, ImageSegment, TextSegment  # noqa: E402
 from megatron_vlm.data.shards.dataset import ShardedDataset  # noqa: E402
 from megatron_vlm.data.shards.writer import write_dataset  # noqa: E402

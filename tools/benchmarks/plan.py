@@ -30,7 +30,8 @@ from megatron_vlm.config import BlendEntry, TrainConfig, load_config
 from megatron_vlm.data.loading.collate import Collation
 from megatron_vlm.data.loading.loader import BatchLoader
 from megatron_vlm.data.plan.image_tokens import ImageTokens
-from megatron_vlm.data.plan.plan import Plan, PlanSettings, build_plan, open_plan
+from megatron_vlm.data.plan.plan import Plan, build_plan, open_plan
+from megatron_vlm.data.plan.settings import PlanSettings
 from megatron_vlm.data.shards.dataset import ShardedDataset
 
 _ALL_IMAGES, _IMAGES_OF_ALL_SAMPLES = 50_000_000, 79_000_000

@@ -27,6 +27,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -169,7 +170,8 @@ def make_config(job: Job) -> Any:
 class SameRows:
     """Stands for a plan in which every step has the same rows."""
 
-    hash = data_hash = "benchmark"
+    hash = "benchmark"
+    hashes = SimpleNamespace(data="benchmark", settings="benchmark", datasets=())
     stable_iterations = num_iterations = _STEPS_OF_A_PLAN
 
     def __init__(self, batches: Sequence[Any]) -> None:
@@ -178,6 +180,10 @@ class SameRows:
     def seq_length(self, iteration: int) -> int:
         """Return the length of a row."""
         return _SEQ_LENGTH
+
+    def datasets_until(self, iteration: int) -> tuple[str, ...]:
+        """Return that there are no datasets."""
+        return self.hashes.datasets
 
     def rows(self, iteration: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the samples of a step and how many each row holds."""

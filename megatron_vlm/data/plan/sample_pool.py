@@ -83,7 +83,9 @@ def collect_samples(
     return SamplePool(
         np.concatenate([group.lengths for group in groups]),
         np.concatenate([group.num_images for group in groups]),
-        tuple(ids + first for group, first in zip(groups, offsets, strict=False) for ids in group.usable),
+        tuple(
+            ids + first if first else ids for group, first in zip(groups, offsets, strict=False) for ids in group.usable
+        ),
         np.concatenate([_from(first, group.fragments) for group, first in zip(groups, offsets, strict=False)], axis=1),
         truncated=sum(one.truncated for one in settled),
         split=sum(one.split for one in settled),
@@ -119,7 +121,8 @@ def _number(group: Sequence["_Settled"]) -> _Group:
     num_samples = first_fragment = sum(len(one.lengths) for one in group)
     for one in group:
         ids = np.arange(first_fragment, first_fragment + one.fragments.shape[1])
-        usable.append(np.concatenate([one.kept + first, ids]))
+        one.kept[:] += first
+        usable.append(np.concatenate([one.kept, ids]) if len(ids) else one.kept)
         tables.append(_from(first, one.fragments))
         first += len(one.lengths)
         first_fragment += len(ids)
