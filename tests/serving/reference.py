@@ -55,7 +55,11 @@ class Answer:
     prompt_ids: list[int]
     """With each placeholder of an image."""
     ids: list[int]
+    """NUM_TOKENS of them, also where the answer ends sooner."""
+    length: int
+    """Tokens up to the end of the answer, which are those of `generate`."""
     text: str
+    """Of these."""
     logprobs: torch.Tensor
     """float[n, v] at each token."""
 
@@ -110,9 +114,17 @@ def answer(run: Path, questions: list[Question]) -> list[Answer]:
             answers.append((prompt_ids.tolist(), pixels, ids, opened.prompt_format.tokenizer.decode(ids)))
     with open_model(settings) as model:
         return [
-            Answer(prompt, ids, text, _logprobs(model, settings.model, prompt, pixels, ids))
+            _continue(Answer(prompt, ids, len(ids), text, torch.empty(0)), model, settings.model, pixels)
             for prompt, pixels, ids, text in answers
         ]
+
+
+def _continue(found: Answer, model, config: ModelConfig, pixels: np.ndarray) -> Answer:
+    """Add the most likely tokens behind the end of an answer, and the log-probabilities of all."""
+    ids = list(found.ids)
+    while len(ids) < NUM_TOKENS:
+        ids.append(int(_logprobs(model, config, found.prompt_ids, pixels, [*ids, 0])[-1].argmax()))
+    return replace(found, ids=ids, logprobs=_logprobs(model, config, found.prompt_ids, pixels, ids))
 
 
 @torch.inference_mode()

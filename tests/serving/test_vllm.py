@@ -69,22 +69,29 @@ def test_the_chat_endpoint_gives_the_ids_the_text_and_the_probabilities_of_our_g
     server, questions, answers = served
     worst = 0.0
     for question, ours in zip(questions, answers, strict=True):
-        found = server.post(
-            "/v1/chat/completions",
-            model="model",
-            messages=[{"role": "user", "content": question.content}],
-            max_tokens=NUM_TOKENS,
-            temperature=0,
-            logprobs=True,
-            return_token_ids=True,
-        )
-        choice = found["choices"][0]
+        found = ask(server, question)
         assert found["prompt_token_ids"] == ours.prompt_ids
-        ids = choice["token_ids"][: len(ours.ids)]
-        assert ids == ours.ids
+        choice = found["choices"][0]
+        assert choice["token_ids"][: ours.length] == ours.ids[: ours.length]
         if "\ufffd" not in ours.text:  # bytes that are no text are written in different ways
             assert choice["message"]["content"].strip() == ours.text.strip()
-        theirs = [entry["logprob"] for entry in choice["logprobs"]["content"]][: len(ours.ids)]
+        (beyond,) = ask(server, question, ignore_eos=True)["choices"]
+        assert beyond["token_ids"] == ours.ids
+        theirs = [entry["logprob"] for entry in beyond["logprobs"]["content"]]
         worst = max([worst, *(abs(one - other) for one, other in zip(ours.chosen.tolist(), theirs, strict=True))])
     print(f"largest difference of {sum(len(one.ids) for one in answers)} log-probabilities: {worst:.1e}")
     assert worst <= TOLERANCE
+
+
+def ask(server, question, **options) -> dict:
+    """Return the answer of the chat endpoint, of at most NUM_TOKENS greedy tokens."""
+    return server.post(
+        "/v1/chat/completions",
+        model="model",
+        messages=[{"role": "user", "content": question.content}],
+        max_tokens=NUM_TOKENS,
+        temperature=0,
+        logprobs=True,
+        return_token_ids=True,
+        **options,
+    )
