@@ -7,7 +7,7 @@ from typing import NamedTuple
 from megatron_vlm.cli.options import add_command, add_workers
 from megatron_vlm.cli.stopping import stops_at_once
 from megatron_vlm.cli.values import local_path, new_file, new_folder, new_name, positive, seed, whole_number
-from megatron_vlm.config import ExitCode
+from megatron_vlm.config import ExitCode, UsageError
 
 
 class _Action(NamedTuple):
@@ -15,6 +15,7 @@ class _Action(NamedTuple):
 
     text: str
     example: str
+    """One whole command a line."""
     add_options: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], int]
     kept: str = ""
@@ -24,10 +25,12 @@ class _Action(NamedTuple):
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Add the verb to the command line."""
     text = "check, describe, show, export, join, split and deduplicate prepared shards"
-    parser = add_command(subparsers, "data", text, *(action.example for action in _ACTIONS.values()))
+    parser = add_command(
+        subparsers, "data", text, *(line for action in _ACTIONS.values() for line in action.example.splitlines())
+    )
     parsers = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     for name, action in _ACTIONS.items():
-        action.add_options(add_command(parsers, name, action.text, action.example))
+        action.add_options(add_command(parsers, name, action.text, *action.example.splitlines()))
     parser.set_defaults(run=run)
 
 
@@ -42,9 +45,9 @@ def _add_folder(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=local_path, metavar="DIR", help="folder of shards")
 
 
-def _add_tokenizer(parser: argparse.ArgumentParser) -> None:
-    text = "tokenizer that the shards were prepared with: tokenizer.model, tokenizer.json, or a folder"
-    parser.add_argument("--tokenizer", type=local_path, required=True, metavar="T", help=text)
+def _add_tokenizer(parser: argparse.ArgumentParser, *, required: bool = True, more: str = "") -> None:
+    text = f"tokenizer that the shards were prepared with: tokenizer.model, tokenizer.json, or a folder{more}"
+    parser.add_argument("--tokenizer", type=local_path, required=required, metavar="T", help=text)
 
 
 def _add_verify(parser: argparse.ArgumentParser) -> None:
@@ -96,16 +99,30 @@ def _stats(args: argparse.Namespace) -> int:
 
 
 def _add_inspect(parser: argparse.ArgumentParser) -> None:
-    _add_folder(parser)
-    _add_tokenizer(parser)
+    parser.add_argument("folder", type=local_path, metavar="DIR", help="folder of shards; with --iteration, of a run")
+    _add_tokenizer(parser, required=False, more=" (default with --iteration: the run's)")
     add = parser.add_argument
-    add("--output", type=new_file, required=True, metavar="FILE", help="HTML page to write")
+    add("--output", type=new_file, metavar="FILE", help="HTML page to write; needed unless --iteration is given")
     add("--samples", type=whole_number(0), nargs="+", default=[], metavar="I", help="show these samples")
     add("--number", type=positive, default=20, metavar="N", help="or this many samples (default: %(default)s)")
     add("--seed", type=seed, metavar="S", help="choose them at random (default: the first ones)")
+    batch = parser.add_argument_group("a global batch of a run")
+    add = batch.add_argument
+    add("--iteration", type=positive, metavar="N", help="list the samples of iteration N, counted from 1, by the plan")
+    add("--text", action="store_true", help="also print their text")
+    add("--pictures", type=new_folder, metavar="OUT", help="also write their images, as the shards hold them, to OUT")
 
 
 def _inspect(args: argparse.Namespace) -> int:
+    if args.iteration is not None:
+        from megatron_vlm.cli.batch_listing import list_batch
+
+        return list_batch(args)
+    if args.text or args.pictures:
+        raise UsageError("--text and --pictures show a global batch of a run", fix="give --iteration, too")
+    for flag in ("tokenizer", "output"):
+        if getattr(args, flag) is None:
+            raise UsageError(f"--{flag} is missing", fix="give it, or --iteration with the folder of a run")
     from megatron_vlm.data.shards.dataset import ShardedDataset
     from megatron_vlm.data.shards.page import choose_samples, render_page
     from megatron_vlm.data.text.tokenizer import load_tokenizer
@@ -217,8 +234,8 @@ _ACTIONS = {
         _stats,
     ),
     "inspect": _Action(
-        "show samples as an HTML page: images, and text coloured by its loss mask",
-        "data inspect shards/mmc4 --tokenizer T --output mmc4.html",
+        "show samples as an HTML page: images, and text coloured by its loss mask; or what an iteration of a run holds",
+        "data inspect shards/mmc4 --tokenizer T --output mmc4.html\ndata inspect runs/align --iteration 100 --text",
         _add_inspect,
         _inspect,
     ),

@@ -22,6 +22,8 @@ class ImageSegment(NamedTuple):
     """JPEG, PNG, WEBP or GIF file."""
     size: tuple[int, int] | None = None
     """Width and height of the upright image [pixels]; None if not measured. Shards always have it."""
+    fault: str | None = None
+    """Why the bytes are not those that were prepared; None: they are."""
 
 
 class EncodedSample(NamedTuple):

@@ -71,8 +71,7 @@ def open_training_blend(config: TrainConfig) -> OpenBlend:
     Raises:
         UserError: a dataset is missing or damaged, or the plan cannot be made or written.
     """
-    blend, path = _open(config, PlanSettings.from_config(config)), config.data.quarantine
-    return blend if path is None else dataclasses.replace(blend, quarantine=read_quarantine(path, blend.plan))
+    return _with_quarantine(config, _open(config, PlanSettings.from_config(config)))
 
 
 def open_planned_blend(config: TrainConfig) -> OpenBlend:
@@ -83,7 +82,13 @@ def open_planned_blend(config: TrainConfig) -> OpenBlend:
     """
     settings = PlanSettings.from_config(config)
     datasets = [ShardedDataset.open(entry.path) for entry in settings.datasets]
-    return OpenBlend(datasets, open_plan(settings, datasets, Path(config.run_dir) / PLAN_FOLDER))
+    blend = OpenBlend(datasets, open_plan(settings, datasets, Path(config.run_dir) / PLAN_FOLDER))
+    return _with_quarantine(config, blend)
+
+
+def _with_quarantine(config: TrainConfig, blend: OpenBlend) -> OpenBlend:
+    path = config.data.quarantine
+    return blend if path is None else dataclasses.replace(blend, quarantine=read_quarantine(path, blend.plan))
 
 
 def open_validation_blend(config: TrainConfig) -> OpenBlend | None:

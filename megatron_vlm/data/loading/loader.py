@@ -11,17 +11,14 @@ from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from megatron_vlm.config import DataError, UserError
 from megatron_vlm.data.loading.batch import VLMBatch
-from megatron_vlm.data.loading.collate import Collation, PlacedSample, collate
-from megatron_vlm.data.plan.fragments import take_fragment
-from megatron_vlm.data.plan.image_tokens import ImageTokens
+from megatron_vlm.data.loading.collate import Collation, collate
+from megatron_vlm.data.loading.reader import SampleReader
 from megatron_vlm.data.plan.plan import Plan
-from megatron_vlm.data.samples import EncodedSample
 from megatron_vlm.data.shards.dataset import ShardedDataset
 from megatron_vlm.parallel.slicing import RankSlice
 from megatron_vlm.platform.launch.launch import STOP_SIGNALS
@@ -84,7 +81,7 @@ class BatchLoader:
         first = start_iteration * self.num_micro_batches
         last = plan.num_iterations * self.num_micro_batches
         self._positions = range(first, max(first, last))
-        reader = _SampleReader(datasets, plan, collation.image_tokens, quarantine)
+        reader = SampleReader(datasets, plan, collation.image_tokens, quarantine)
         self._micro_batches = _MicroBatches(reader, plan, collation, rank_slice, self.num_micro_batches)
         self._next = 0
         self._batches = self._start(workers)
@@ -166,48 +163,11 @@ class _Crash:
     traceback: str
 
 
-class _SampleReader:
-    """Samples of all datasets of the blend, and fragments of them, under their global ids."""
-
-    def __init__(
-        self, datasets: Sequence[ShardedDataset], plan: Plan, image_tokens: ImageTokens, quarantine: Set[int]
-    ) -> None:
-        self.datasets, self.fragments, self.image_tokens = tuple(datasets), plan.fragments, image_tokens
-        self.quarantine = quarantine
-        self._starts = plan.dataset_starts(list(map(len, datasets)))
-
-    def describe(self, sample_id: int) -> str:
-        """Name dataset, shard, sample and, for a fragment, its tokens, in an error message."""
-        entry, index, first, last = self._find(sample_id)
-        tokens = "" if last is None else f" tokens {first} to {last - 1}"
-        return f"{self.datasets[entry].describe(index)}{tokens}"
-
-    def read(self, sample_id: int) -> PlacedSample:
-        """Read one sample or fragment; one in quarantine is empty.
-
-        Raises:
-            DataError: it is damaged or cannot be read.
-        """
-        entry, index, first, last = self._find(sample_id)
-        if sample_id in self.quarantine:
-            return PlacedSample(EncodedSample(()), sample_id, entry, self.describe(sample_id), is_beginning=False)
-        sample = self.datasets[entry][index]
-        if last is not None:
-            sample = take_fragment(sample, first, last, self.image_tokens)
-        return PlacedSample(sample, sample_id, entry, self.describe(sample_id), is_beginning=first == 0)
-
-    def _find(self, sample_id: int) -> tuple[int, int, int, int | None]:
-        """Return the dataset, index in it, first token and token after the last one; None: to the end."""
-        sample, first, last = (sample_id, 0, None) if self.fragments is None else self.fragments.find(sample_id)
-        entry = int(np.searchsorted(self._starts, sample, side="right")) - 1
-        return entry, int(sample - self._starts[entry]), first, last
-
-
 class _MicroBatches(Dataset):
     """Random access to the micro-batches of one rank; runs in the workers."""
 
     def __init__(
-        self, reader: _SampleReader, plan: Plan, collation: Collation, rank_slice: RankSlice, num_micro_batches: int
+        self, reader: SampleReader, plan: Plan, collation: Collation, rank_slice: RankSlice, num_micro_batches: int
     ) -> None:
         self.reader, self.plan, self.collation = reader, plan, collation
         self.rank_slice, self.num_micro_batches = rank_slice, num_micro_batches

@@ -32,6 +32,41 @@ class LedgerEntry:
     """Hash of the plan."""
 
 
+@dataclass(frozen=True, slots=True)
+class RecordedBatch:
+    """What the ledger has of one iteration."""
+
+    entry: LedgerEntry
+    sample_ids: np.ndarray
+    """int64[samples], row by row."""
+
+
+def read_iteration(folder: str | Path, iteration: int) -> RecordedBatch | None:
+    """Return what a ledger recorded of an iteration, counted from 1; None if it is not there.
+
+    Raises:
+        DataError: the ledger is damaged.
+    """
+    folder, before = Path(folder), 0
+    try:
+        lines = (folder / _INDEX_FILE).read_bytes().splitlines(keepends=True)
+    except FileNotFoundError:
+        return None
+    for line in lines:
+        if not line.endswith(b"\n"):
+            break
+        entry = _parse(line, folder)
+        if entry.iteration == iteration:
+            with (folder / _IDS_FILE).open("rb") as stream:
+                stream.seek(before * _ID_DTYPE.itemsize)
+                content = stream.read(entry.samples * _ID_DTYPE.itemsize)
+            if len(content) < entry.samples * _ID_DTYPE.itemsize:
+                raise _damaged(folder, f"{_IDS_FILE} has fewer ids than {_INDEX_FILE} says")
+            return RecordedBatch(entry, np.frombuffer(content, dtype=_ID_DTYPE).astype(np.int64))
+        before += entry.samples
+    return None
+
+
 class Ledger:
     """Append one entry per iteration; written by one rank, after all ranks compared what they consumed with the plan.
 

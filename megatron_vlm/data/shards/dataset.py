@@ -69,7 +69,7 @@ class _OpenShard:
         """Return the whole index, for code that looks at many samples."""
         return ShardIndex.open(Path(f"{self.prefix}.idx"))
 
-    def read(self, sample: int) -> EncodedSample:
+    def read(self, sample: int, *, keeps_damaged_images: bool = False) -> EncodedSample:
         offsets = self._offsets
         first, last = struct.unpack("<2q", self._pread("idx", 16, offsets.borders + 8 * sample, sample))
         count = last - first
@@ -83,11 +83,13 @@ class _OpenShard:
         for length, mode, crc in zip(lengths, modes, crcs, strict=True):
             sequence = content[start : start + length]
             start += length
+            fault = None
             if zlib.crc32(sequence) != crc:
-                what = f"shard is damaged: the checksum of sequence {first + len(segments)} differs"
-                raise DataError(what, where=f"{self.prefix}.bin sample {sample}", fix=PREPARE_AGAIN)
+                fault = f"shard is damaged: the checksum of sequence {first + len(segments)} differs"
+                if mode != MODE_IMAGE or not keeps_damaged_images:
+                    raise DataError(fault, where=f"{self.prefix}.bin sample {sample}", fix=PREPARE_AGAIN)
             if mode == MODE_IMAGE:
-                segments.append(ImageSegment(sequence, next(sizes)))
+                segments.append(ImageSegment(sequence, next(sizes), fault))
             else:
                 segments.append(TextSegment(np.frombuffer(sequence, dtype=TOKEN_DTYPE), mode == MODE_TRAINED))
         return EncodedSample(tuple(segments))
@@ -147,11 +149,24 @@ class ShardedDataset(Sequence[EncodedSample]):
         return int(self._borders[-1])
 
     def __getitem__(self, sample: int) -> EncodedSample:  # type: ignore[override]
+        return self.read(sample)
+
+    def read(self, sample: int, *, keeps_damaged_images: bool = False) -> EncodedSample:
+        """Return a sample.
+
+        Args:
+            sample: its index.
+            keeps_damaged_images: return images whose checksum differs, too; their `fault` says so.
+
+        Raises:
+            DataError: it is damaged.
+            IndexError: there is no such sample.
+        """
         sample = int(sample)
         if not 0 <= sample < len(self):
             raise IndexError(f"sample {sample} of a dataset of {len(self)}")
         shard, place = self._locate(sample)
-        return self._shard(shard).read(place)
+        return self._shard(shard).read(place, keeps_damaged_images=keeps_damaged_images)
 
     def __reduce__(self) -> tuple:
         return ShardedDataset, (self.folder, self.manifest, self.fingerprint)

@@ -2,7 +2,7 @@
 
 import base64
 import html
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 
 import numpy as np
@@ -46,18 +46,25 @@ def render_page(dataset: ShardedDataset, tokenizer: Tokenizer, indices: Iterable
         DataError: the shards were made with another tokenizer, or a sample is damaged.
     """
     dataset.check_tokenizer(tokenizer.facts)
-    name = html.escape(dataset.manifest.dataset_name)
+    name = dataset.manifest.dataset_name
+    samples = ((f"{name} sample {index}", f"sample-{index}", dataset[index]) for index in indices)
+    return render_samples(f"{name}: {len(dataset)} samples", samples, tokenizer)
+
+
+def render_samples(title: str, samples: Iterable[tuple[str, str, EncodedSample]], tokenizer: Tokenizer) -> str:
+    """Return a self-contained HTML page of samples, each with its heading and its anchor."""
     parts = [
-        f"<!DOCTYPE html><html><head><meta charset='utf-8'><title>{name}</title><style>{_STYLE}</style></head><body>",
-        f"<h1>{name}: {len(dataset)} samples</h1>",
+        f"<!DOCTYPE html><html><head><meta charset='utf-8'><title>{html.escape(title)}</title>"
+        f"<style>{_STYLE}</style></head><body>",
+        f"<h1>{html.escape(title)}</h1>",
         "<p><span class='trained'>trained</span> <span class='context'>context only</span> "
         "<span class='control'>control token</span></p>",
     ]
-    parts += [_render_sample(index, dataset[index], tokenizer, name) for index in indices]
+    parts += [_render_sample(html.escape(name), anchor, sample, tokenizer) for name, anchor, sample in samples]
     return "\n".join([*parts, "</body></html>\n"])
 
 
-def _render_sample(index: int, sample: EncodedSample, tokenizer: Tokenizer, name: str) -> str:
+def _render_sample(name: str, anchor: str, sample: EncodedSample, tokenizer: Tokenizer) -> str:
     texts = [segment for segment in sample.segments if not isinstance(segment, ImageSegment)]
     tokens = sum(len(segment.input_ids) for segment in texts)
     trained = sum(len(segment.input_ids) for segment in texts if segment.train)
@@ -75,18 +82,25 @@ def _render_sample(index: int, sample: EncodedSample, tokenizer: Tokenizer, name
             text = _render_text(segment.input_ids, tokenizer, follows_text=follows_text)
             body.append(f"<span class='text {kind}'>{text}</span>")
         follows_text = not isinstance(segment, ImageSegment)
-    head = f"{name} sample {index}: {images} images, {tokens} text tokens, {trained} trained"
-    return f"<div class='sample' id='sample-{index}'><h2>{head}</h2>{''.join(body)}</div>"
+    head = f"{name}: {images} images, {tokens} text tokens, {trained} trained"
+    return f"<div class='sample' id='{anchor}'><h2>{head}</h2>{''.join(body)}</div>"
 
 
 def _render_text(input_ids: np.ndarray, tokenizer: Tokenizer, *, follows_text: bool) -> str:
     """Return the text of the token ids, with control tokens by name."""
-    rendered = []
+    runs = read_text(input_ids, tokenizer, follows_text=follows_text)
+    return "".join(
+        f"<span class='control'>{html.escape(text)}</span>" if is_control else html.escape(text)
+        for is_control, text in runs
+    )
+
+
+def read_text(input_ids: np.ndarray, tokenizer: Tokenizer, *, follows_text: bool) -> Iterator[tuple[bool, str]]:
+    """Yield the text of token ids, and each control token by its name, with whether it is one."""
     for is_control, run in groupby(input_ids.tolist(), key=tokenizer.is_control):
         tokens = list(run)
         if is_control:
-            rendered += [f"<span class='control'>{html.escape(tokenizer.piece(token))}</span>" for token in tokens]
+            yield from ((True, tokenizer.piece(token)) for token in tokens)
             follows_text = follows_text or tokens != [tokenizer.bos_id]
         else:
-            rendered.append(html.escape(tokenizer.decode(tokens, continuation=follows_text)))
-    return "".join(rendered)
+            yield False, tokenizer.decode(tokens, continuation=follows_text)

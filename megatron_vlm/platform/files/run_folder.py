@@ -16,6 +16,7 @@ EXIT_STATUS_NAME = "exit_status.json"
 METRICS_NAME = "metrics.jsonl"
 EVENTS_NAME = "events.jsonl"
 PLAN_FOLDER = "plan"
+LEDGER_FOLDER = "ledger"
 LOCK_NAME = "run.lock"
 _ATTEMPT = re.compile(rb"attempt (\d{1,9})")
 

@@ -3,10 +3,9 @@
 from pathlib import Path
 
 from megatron_vlm.data.plan.ledger import Ledger
+from megatron_vlm.platform.files.run_folder import LEDGER_FOLDER
 from megatron_vlm.training.state import TrainState
 from megatron_vlm.training.step import StepMetrics
-
-LEDGER_FOLDER = "ledger"
 
 
 class Hook:

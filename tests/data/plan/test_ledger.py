@@ -10,7 +10,7 @@ from megatron_vlm.config import BlendEntry, DataError, StorageError
 from megatron_vlm.data.loading.collate import Collation
 from megatron_vlm.data.loading.loader import BatchLoader
 from megatron_vlm.data.plan.image_tokens import ImageTokens
-from megatron_vlm.data.plan.ledger import Ledger
+from megatron_vlm.data.plan.ledger import Ledger, read_iteration
 from megatron_vlm.data.plan.plan import build_plan
 from megatron_vlm.data.plan.settings import PlanSettings
 from megatron_vlm.data.samples import TokenizerFacts
@@ -146,3 +146,15 @@ def test_ledger_holds_what_the_loaders_of_all_ranks_handed_out(tmp_path):
                 parts = batch.sample_ids.split(counts)
                 rows |= {row: part.tolist() for row, part in zip(rank.rows(index), parts, strict=True)}
         assert sum((rows[row] for row in range(4)), []) == recorded.tolist()
+
+
+def test_one_iteration_is_read_back_with_its_ids(tmp_path, plan):
+    record(tmp_path, plan, 0, 5)
+    found = read_iteration(tmp_path, 4)
+    assert found.entry.sample_ids_sha == "hash 4"
+    assert found.sample_ids.tolist() == plan.sample_ids(3).tolist()
+    assert read_iteration(tmp_path, 6) is None
+    assert read_iteration(tmp_path / "none", 1) is None
+    (tmp_path / "sample_ids.bin").write_bytes(b"")
+    with pytest.raises(DataError, match="fewer ids"):
+        read_iteration(tmp_path, 1)
