@@ -36,10 +36,18 @@ class LoadedWeights:
     """Whether it had the weights of the adapter, or the model has no adapter."""
 
 
-def resume(config: TrainConfig, chunks: Sequence[MegatronModule], optimizer: MegatronOptimizer) -> Manifest | None:
+def resume(
+    config: TrainConfig, chunks: Sequence[MegatronModule], optimizer: MegatronOptimizer, *, newest: int | None = None
+) -> Manifest | None:
     """Load the newest valid checkpoint of the run's own folder; all ranks call it together.
 
     Whatever a killed save left in the folder is cleaned up first.
+
+    Args:
+        config: the run.
+        chunks: of this rank.
+        optimizer: of this rank.
+        newest: pass over checkpoints of later iterations; None: there is no bound.
 
     Returns:
         The manifest of the checkpoint, or None if the run has none yet.
@@ -49,7 +57,7 @@ def resume(config: TrainConfig, chunks: Sequence[MegatronModule], optimizer: Meg
             the newest valid one is missing, damaged or another one.
         ConfigError: the run goes on with another model than it was trained with; see `check_resume`.
     """
-    found = _newest_valid(Path(config.run_dir))
+    found = _newest_valid(Path(config.run_dir), newest)
     if found is None:
         return None
     path, manifest = found
@@ -99,8 +107,9 @@ def _check_whole(checkpoints: Sequence[Path]) -> None:
             )
 
 
-def _newest_valid(run_dir: Path) -> tuple[Path, Manifest] | None:
+def _newest_valid(run_dir: Path, newest: int | None) -> tuple[Path, Manifest] | None:
     iterations = decide_on_main(lambda: _settled_iterations(run_dir))
+    iterations = [iteration for iteration in iterations if newest is None or iteration <= newest]
     for iteration in iterations:
         path = checkpoint_path(run_dir, iteration)
         try:

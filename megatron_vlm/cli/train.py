@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 
-from megatron_vlm.cli.values import positive
-from megatron_vlm.config import ExitCode, TrainConfig, derive_layout, load_config
+from megatron_vlm.cli.values import local_path, positive
+from megatron_vlm.config import ExitCode, TrainConfig, UsageError, derive_layout, load_config
 from megatron_vlm.platform.files.events import END, START, record_event
 from megatron_vlm.platform.files.run_folder import EXIT_STATUS_NAME, METRICS_NAME, hold_run_folder
 from megatron_vlm.platform.launch.exit_status import (
@@ -40,6 +40,7 @@ example:
   megatron-vlm train examples/vila_7b/align.yaml run_dir=runs/align optimizer.lr=5e-4 --nproc-per-node 8
 
 A run folder that holds a checkpoint is resumed. On a cluster, srun starts this once per node (examples/slurm).
+With --replay N, the same command computes iteration N once more and logs the loss of each sample; it changes nothing.
 """
 
 
@@ -59,6 +60,15 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         type=positive,
         metavar="N",
         help="ranks on this machine; default: SLURM_GPUS_ON_NODE, else the visible GPUs, else 1",
+    )
+    parser.add_argument(
+        "--replay",
+        type=positive,
+        metavar="ITERATION",
+        help="train nothing: compute this iteration from the newest checkpoint before it, with the loss of each sample",
+    )
+    parser.add_argument(
+        "--replay-from", type=local_path, metavar="CHECKPOINT", help="or from the weights of this checkpoint or run"
     )
     parser.set_defaults(run=run)
 
@@ -99,6 +109,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace, stop: _EarlyStop) -> int:
+    if args.replay_from is not None and args.replay is None:
+        raise UsageError("--replay-from names a checkpoint for --replay", fix="give --replay, too")
     config = load_config(TrainConfig, args.config, args.overrides)
     slurm = read_slurm_node(os.environ)
     num_gpus = count_visible_gpus(os.environ)
@@ -108,22 +120,26 @@ def _run(args: argparse.Namespace, stop: _EarlyStop) -> int:
     is_first_node = slurm is None or slurm.node_rank == 0
     # Other nodes see the same folder, or one of their own that nobody else uses.
     with hold_run_folder(Path(config.run_dir), launch_id) if is_first_node else nullcontext():
-        if is_first_node:
+        # The status in the folder is that of the run, which a replay does not change.
+        records = args.replay is None
+        if is_first_node and records:
             forget_exit_status(status_path, launch_id)
         try:
             _check(config, num_workers=num_workers, num_gpus=num_gpus, num_nodes=slurm.num_nodes if slurm else 1)
             job = _node_job(args, config, slurm, num_workers)
-            if is_first_node:
+            if is_first_node and records:
                 ranks = job.num_workers * job.num_nodes
                 record_event(config.run_dir, START, f"started on {ranks} ranks", job=launch_id, ranks=ranks)
             with _link(slurm, 60 * config.supervision.meeting_minutes) as nodes:
                 status, speaks = _launch(config, job, nodes, stop)
-            if is_first_node:
+            if is_first_node and records:
                 _record_end(config.run_dir, status)
         except Exception as error:
-            _record(status_path, replace(describe_error(error), launch_id=launch_id))
+            if records:
+                _record(status_path, replace(describe_error(error), launch_id=launch_id))
             raise
-        _record(status_path, replace(status, launch_id=launch_id))
+        if records:
+            _record(status_path, replace(status, launch_id=launch_id))
     if speaks:
         _say(status)
     return status.exit_code
@@ -157,8 +173,10 @@ def _node_job(args: argparse.Namespace, config: TrainConfig, slurm: SlurmNode | 
     if (slurm is None or slurm.num_nodes == 1) and sys.platform.startswith("linux"):
         # All ranks are on this machine: avoid looking up a host name that may not resolve.
         environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    replay = [] if args.replay is None else ["--replay", str(args.replay)]
+    replay += [] if args.replay_from is None else ["--replay-from", str(args.replay_from)]
     return NodeJob(
-        command=(sys.executable, "-m", "megatron_vlm.cli.worker", args.config, *args.overrides),
+        command=(sys.executable, "-m", "megatron_vlm.cli.worker", args.config, *args.overrides, *replay),
         environment=environment,
         num_workers=num_workers,
         node_rank=slurm.node_rank if slurm else 0,

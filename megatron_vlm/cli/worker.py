@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             keep_helpers_in(args.report_folder)
         config = load_config(TrainConfig, args.config, args.overrides)
         setup_logging(rank, world_size, speaking_ranks=_speaking_ranks(config, world_size))
-        status = _train(config)
+        status = _train(config) if args.replay is None else _replay(config, args)
         for number in STOP_SIGNALS:  # all is saved: a repeated signal must not make this a failure
             signal.signal(number, signal.SIG_IGN)
     except (Exception, KeyboardInterrupt) as error:
@@ -69,14 +69,28 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--report-folder", type=Path, help="folder in which the launcher expects the exit status of this rank"
     )
     parser.add_argument("--launcher-pid", type=int, help="end when this process, the parent, ends")
+    parser.add_argument("--replay", type=int, help="compute this iteration once more instead of training")
+    parser.add_argument("--replay-from", help="checkpoint or run whose weights are used for it")
     return parser.parse_args(argv)
 
 
-def _train(config: TrainConfig) -> ExitStatus:
+def _prepare(config: TrainConfig) -> None:
     os.environ.update(library_environment(os.environ, config.training))
     from megatron_vlm.platform.device import prepare_process
 
     prepare_process()
+
+
+def _replay(config: TrainConfig, args: argparse.Namespace) -> ExitStatus:
+    _prepare(config)
+    from megatron_vlm.training.replay import Replay, run_replay
+
+    run_replay(config, Replay(iteration=args.replay, checkpoint=args.replay_from))
+    return ExitStatus(exit_code=int(ExitCode.DONE), message="")
+
+
+def _train(config: TrainConfig) -> ExitStatus:
+    _prepare(config)
     from megatron_vlm.training.run import run_training
     from megatron_vlm.training.state import SIGNALLED
 

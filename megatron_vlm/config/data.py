@@ -56,6 +56,11 @@ class DataConfig:
     prefetch_factor: int = 4
     """Micro-batches that each worker prepares ahead."""
 
+    max_bad_fraction: float = 0.001
+    """Part of the samples of a dataset whose images may be unreadable, because they are damaged or no image file. Each
+    such image is replaced by a blank one, its sample's text stays, and `bad_samples.jsonl` in the run folder lists it;
+    above this part, the run stops. With 0, it stops at the first one. Damaged text always stops it."""
+
     def __post_init__(self) -> None:
         if not self.blend:
             raise ConfigError("data.blend is empty", fix="name at least one prepared dataset")
@@ -66,7 +71,8 @@ class DataConfig:
         check_positive("data", self, "seq_length", "prefetch_factor", "sample_multiple", "length_multiple")
         if self.max_images_per_row is not None:
             check_positive("data", self, "max_images_per_row")
-        check_not_negative("data", self, "num_workers")
+        check_not_negative("data", self, "num_workers", "max_bad_fraction")
+        check_at_most("data", self, 1, "max_bad_fraction")
         check_path("data.tokenizer", self.tokenizer)
         check_path("data.quarantine", self.quarantine)
         check_at_most("data", self, MAX_SEQ_LENGTH, "seq_length", "sample_multiple", "length_multiple")

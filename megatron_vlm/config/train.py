@@ -241,12 +241,19 @@ class TrainingConfig:
     deterministic: bool = False
     """Choose algorithms that give the same bits in every run on a GPU, and fail where there is none; slower."""
     log_interval: int = 1
+    spike_sigmas: float | None = 6.0
+    """A loss or gradient norm is a spike if it is above the mean of those of the last `spike_window` iterations by more
+    than this many of their standard deviations, of which one counts as at least 1 % of the mean. Spikes are logged, and
+    recorded with their sample ids in `events.jsonl`; nothing else follows. None: none is looked for."""
+    spike_window: int = 200
+    """Iterations that are looked back at for spikes; the first 20 of a run have none."""
     num_threads: int | None = None
     """CPU threads per rank; None divides the cores of the machine by its ranks."""
 
     def __post_init__(self) -> None:
         check_positive("training", self, "global_batch_size", "micro_batch_size", "train_iters", "train_epochs")
         check_positive("training", self, "log_interval", "num_threads", "exit_iteration")
+        check_positive("training", self, "spike_sigmas", "spike_window")
         check_positive("training", self, "validation_interval", "validation_iters")
         check_not_negative("training", self, "seed")
         check_at_most("training", self, MAX_EPOCHS, "train_epochs")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from megatron_vlm.data.loading.batch import VLMBatch
+from megatron_vlm.data.loading.batch import BadImage, VLMBatch
 from megatron_vlm.data.plan.row_hash import HASH_BITS, hash_rows
 from megatron_vlm.parallel.slicing import RankSlice
 from megatron_vlm.platform.launch.heartbeat import beat
@@ -33,6 +33,8 @@ class BatchCounts:
     """Time that this rank waited for its micro-batches [s]."""
     sample_hash: int = 0
     """Hash of the samples received, at the rows that belong to this rank; see `hash_rows`."""
+    bad_images: list[BadImage] = field(default_factory=list)
+    """Images that this rank could not read."""
 
     def add(self, batch: VLMBatch) -> None:
         """Count the next micro-batch, which is still on the host."""
@@ -42,6 +44,7 @@ class BatchCounts:
         self.attention_pairs += batch.attention_pairs
         self.dataset_samples.update(batch.dataset_samples)
         self.dataset_tokens.update(batch.dataset_tokens)
+        self.bad_images += batch.bad_images
         rows = self.rank_slice.rows(self.num_micro_batches)
         self.sample_hash += hash_rows(batch.sample_ids.numpy(), batch.samples_per_row.numpy(), rows)
         self.sample_hash %= 1 << HASH_BITS

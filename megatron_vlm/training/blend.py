@@ -41,12 +41,23 @@ class OpenBlend:
         """Samples of each dataset."""
         return {name: len(dataset) for name, dataset in zip(self.dataset_names, self.datasets, strict=True)}
 
-    def start_loaders(self, state: TrainState, device: torch.device, start_iteration: int) -> list[BatchLoader]:
-        """Start a loader for each model chunk of this rank at an iteration of the plan; the caller closes them."""
-        return [self._start_loader(state, device, start_iteration, chunk.pre_process) for chunk in state.chunks]
+    def start_loaders(
+        self, state: TrainState, device: torch.device, start_iteration: int, *, by_sample: bool = False
+    ) -> list[BatchLoader]:
+        """Start a loader for each model chunk of this rank at an iteration of the plan; the caller closes them.
+
+        Args:
+            state: the run.
+            device: where the batches go.
+            start_iteration: iterations already consumed.
+            by_sample: as in `BatchLoader`; such loaders decode nothing ahead.
+        """
+        return [
+            self._start_loader(state, device, start_iteration, chunk.pre_process, by_sample) for chunk in state.chunks
+        ]
 
     def _start_loader(
-        self, state: TrainState, device: torch.device, start_iteration: int, has_tower: bool
+        self, state: TrainState, device: torch.device, start_iteration: int, has_tower: bool, by_sample: bool
     ) -> BatchLoader:
         data = state.config.data
         return BatchLoader(
@@ -56,9 +67,10 @@ class OpenBlend:
             quarantine=self.quarantine.ids,
             start_iteration=start_iteration,
             rank_slice=state.rank_slice(has_tower=has_tower),
+            by_sample=by_sample,
             workers=LoaderWorkers(
                 # Without images there is nothing to decode, and a few memory-mapped reads need no process.
-                num_workers=data.num_workers if has_tower else 0,
+                num_workers=data.num_workers if has_tower and not by_sample else 0,
                 prefetch_factor=data.prefetch_factor,
                 pin_memory=device.type == "cuda",
             ),

@@ -8,6 +8,7 @@ import torch
 from megatron_vlm.data.loading.batch import VLMBatch
 from megatron_vlm.data.plan.row_hash import chain_hash
 from megatron_vlm.platform.launch.heartbeat import Phase, beat
+from megatron_vlm.training.blend import OpenBlend
 from megatron_vlm.training.hook import Hook, running
 from megatron_vlm.training.state import TrainState
 from megatron_vlm.training.step import train_step
@@ -22,6 +23,7 @@ def train(
     *,
     device: torch.device,
     stop_requested: Callable[[], bool],
+    blend: OpenBlend | None = None,
 ) -> None:
     """Run optimizer steps until train_iters, or until a hook sets `state.stop_reason`.
 
@@ -31,13 +33,14 @@ def train(
         hooks: called after each step, in order, on every rank.
         device: where the batches go.
         stop_requested: says whether this process was told to stop.
+        blend: the data, as in `train_step`.
     """
     if state.iteration >= state.train_iters:
         logger.info("the run is complete: %d of %d iterations are done", state.iteration, state.train_iters)
     with running(hooks, state):
         beat(Phase.FIRST_STEP, iteration=state.iteration)
         while state.iteration < state.train_iters and state.stop_reason is None:
-            metrics = train_step(state, loaders, device=device, stop_requested=stop_requested())
+            metrics = train_step(state, loaders, device=device, stop_requested=stop_requested(), blend=blend)
             state.iteration += 1
             state.consumed_samples += state.config.training.global_batch_size
             state.consumed_hash = chain_hash(state.consumed_hash, int(metrics.sample_ids_sha, 16))

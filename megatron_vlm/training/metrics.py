@@ -61,6 +61,8 @@ def metrics_record(state: TrainState, metrics: StepMetrics) -> dict[str, Any]:
         record.update({f"seen_tokens/{name}": tokens for name, tokens in state.seen.tokens.items()})
         for name, size in state.dataset_sizes.items():
             record[f"passes/{name}"] = state.seen.samples[name] / size
+    if state.bad_samples is not None:
+        record.update({f"bad_samples/{name}": number for name, number in state.bad_samples.counts.items()})
     record.update(state.validation_losses)
     return record
 

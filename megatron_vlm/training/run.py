@@ -16,6 +16,7 @@ from megatron_vlm.platform.files.run_folder import CONFIG_NAME
 from megatron_vlm.platform.launch.heartbeat import Phase, beat
 from megatron_vlm.platform.launch.launch import STOP_SIGNALS
 from megatron_vlm.platform.machine import check_capability
+from megatron_vlm.training.bad_samples import BadSamples
 from megatron_vlm.training.blend import open_training_blend, open_validation_blend
 from megatron_vlm.training.hook import Hook, build_hooks
 from megatron_vlm.training.hooks import (
@@ -25,6 +26,7 @@ from megatron_vlm.training.hooks import (
     log,
     metrics_file,
     quarantine,
+    spikes,
     stop,
     tensorboard,
     validation,
@@ -44,29 +46,38 @@ def run_training(config: TrainConfig) -> str | None:
     Raises:
         UserError: data, checkpoint or settings are wrong, a number is not finite, or a rank consumed the wrong samples.
     """
+    with _stop_signals() as stop_requested, started_rank(config) as (rank, device):
+        return _run(config, rank, device, stop_requested)
+
+
+@contextmanager
+def started_rank(config: TrainConfig) -> Iterator[tuple[RankLayout, torch.device]]:
+    """Make this process a rank of the job: yield its place and its device, and leave the job at the end."""
     device = prepare_process()
     if device.type == "cuda":
         check_capability(config, torch.cuda.get_device_capability(device))
     set_deterministic(config.training.deterministic)
     if config.training.num_threads:
         torch.set_num_threads(config.training.num_threads)
-    with _stop_signals() as stop_requested:
-        rank = start_distributed(config.parallel, device)
-        beat(Phase.SETUP)
-        try:
-            return _run(config, rank, device, stop_requested)
-        finally:
-            stop_distributed()
+    rank = start_distributed(config.parallel, device)
+    beat(Phase.SETUP)
+    try:
+        derive_layout(config, rank.world_size)
+        yield rank, device
+    finally:
+        stop_distributed()
 
 
 def _run(config: TrainConfig, rank: RankLayout, device: torch.device, stop_requested: Callable[[], bool]) -> str | None:
-    derive_layout(config, rank.world_size)
     blend, validation_blend = open_training_blend(config), open_validation_blend(config)
     beat()
     state = build_state(config, rank, blend.plan, blend.dataset_names)
     state.quarantine = blend.quarantine
     state.dataset_sizes = blend.dataset_sizes
     beat()
+    blends = [blend, *([validation_blend] if validation_blend else [])]
+    datasets = [dataset for one in blends for dataset in one.datasets]
+    state.bad_samples = BadSamples(Path(config.run_dir), config.data.max_bad_fraction, datasets, state.iteration)
     if rank.rank == 0:
         save_config(config, Path(config.run_dir) / CONFIG_NAME)
         # Generation and conversion then need nothing but the run folder.
@@ -80,13 +91,14 @@ def _run(config: TrainConfig, rank: RankLayout, device: torch.device, stop_reque
         log.Hook(),
         blend_change.Hook(),
         quarantine.Hook(),
+        spikes.Hook(),
         tensorboard.Hook(),
         *build_hooks(config.training.hooks),
         checkpoint.Hook(),
     ]
     loaders = blend.start_loaders(state, device, state.iteration)
     try:
-        train(state, loaders, hooks, device=device, stop_requested=stop_requested)
+        train(state, loaders, hooks, device=device, stop_requested=stop_requested, blend=blend)
     finally:
         beat(Phase.SAVE)
         for loader in loaders:

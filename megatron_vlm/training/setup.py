@@ -22,15 +22,24 @@ from megatron_vlm.training.state import TrainState
 logger = logging.getLogger(__name__)
 
 
-def build_state(config: TrainConfig, rank: RankLayout, plan: Plan, dataset_names: Sequence[str]) -> TrainState:
+def build_state(
+    config: TrainConfig, rank: RankLayout, plan: Plan, dataset_names: Sequence[str], *, newest: int | None = None
+) -> TrainState:
     """Build model and optimizer, and load the checkpoint that the run starts from.
+
+    Args:
+        config: the run.
+        rank: this rank.
+        plan: of the training data.
+        dataset_names: one for each entry of the blend.
+        newest: as in `resume`.
 
     Raises:
         CheckpointError: the checkpoint to load is missing, damaged or belongs to another model.
         ConfigError: the run's checkpoint was trained on data, or with a model, other than the config names.
     """
     state = build_random_state(config, rank, plan, dataset_names)
-    _load(state)
+    _load(state, newest)
     if state.is_reporter:
         _log_parameters(state)
     return state
@@ -56,8 +65,8 @@ def build_random_state(config: TrainConfig, rank: RankLayout, plan: Plan, datase
     )
 
 
-def _load(state: TrainState) -> None:
-    manifest = resume(state.config, state.chunks, state.optimizer)
+def _load(state: TrainState, newest: int | None) -> None:
+    manifest = resume(state.config, state.chunks, state.optimizer, newest=newest)
     if manifest is not None:
         _take_progress(state, manifest.progress)
         if manifest.base is not None:

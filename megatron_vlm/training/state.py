@@ -14,6 +14,7 @@ from megatron_vlm.data.plan.plan import Plan
 from megatron_vlm.models.vlm import VisionLanguageModel
 from megatron_vlm.parallel.groups import RankLayout
 from megatron_vlm.parallel.slicing import RankSlice
+from megatron_vlm.training.bad_samples import BadSamples
 from megatron_vlm.training.goodput import Goodput
 from megatron_vlm.training.objective import Objective
 from megatron_vlm.training.seen import Seen
@@ -55,6 +56,8 @@ class TrainState:
     """Why the loop ends before train_iters: SIGNALLED or EXIT_ITERATION; None: it continues."""
     dataset_names: Sequence[str] = field(default=())
     """One for each entry of the blend; losses are reported under them."""
+    bad_samples: BadSamples | None = None
+    """Keeps account of samples with images that cannot be read; None: nobody does."""
     validation_losses: Mapping[str, float] = field(default_factory=dict)
     """Results of the validation after this iteration, by metric name; empty if none was due."""
 

@@ -1,28 +1,21 @@
 """One optimizer step over one global batch."""
 
-import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from math import isfinite
-from typing import Any
 
 import torch
-from megatron.core.pipeline_parallel import get_forward_backward_func
-from torch import Tensor
 
-from megatron_vlm.config import NumericError
 from megatron_vlm.data.loading.batch import VLMBatch
-from megatron_vlm.parallel.groups import RankLayout, seed_everything
 from megatron_vlm.platform.step_phases import StepPhase, phase, take_phase_seconds, timed_step
-from megatron_vlm.training.batch_counts import BatchCounts, CountedBatches
-from megatron_vlm.training.clipping import clipped_update, ready_gradients
-from megatron_vlm.training.objective import Objective
+from megatron_vlm.training.blend import OpenBlend
+from megatron_vlm.training.clipping import clipped_update
+from megatron_vlm.training.gradients import Computed, compute_gradients
 from megatron_vlm.training.optimizer import set_learning_rate
 from megatron_vlm.training.schedule import learning_rate
+from megatron_vlm.training.second_try import compute_again
 from megatron_vlm.training.state import TrainState
-from megatron_vlm.training.totals import Totals, check_samples, means, sum_over_ranks
+from megatron_vlm.training.totals import Totals, check_samples, means
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,53 +54,13 @@ class StepMetrics:
     """Hash of the samples that the ranks consumed."""
 
 
-def forward_step(
-    batches: CountedBatches, model: Any, *, objective: Objective, num_datasets: int
-) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]]:
-    """Run one micro-batch through this stage, as megatron-core's schedules call it."""
-    batch = next(batches)
-    return objective.forward(model, batch), partial(objective.reduce, batch=batch, num_datasets=num_datasets)
-
-
-def run_micro_batches(
+def train_step(
     state: TrainState,
     loaders: Sequence[Iterator[VLMBatch]],
     *,
-    seq_length: int,
-    num_datasets: int,
     device: torch.device,
-    forward_only: bool,
-) -> tuple[list[Tensor], list[BatchCounts]]:
-    """Run one global batch through the pipeline.
-
-    Args:
-        state: the run; gradients are accumulated unless `forward_only`.
-        loaders: one iterator of micro-batches for each model chunk of this rank.
-        seq_length: length of a row [tokens].
-        num_datasets: datasets of the blend.
-        device: where the batches go.
-        forward_only: whether no gradients are computed.
-
-    Returns:
-        The sums that the objective logs for each micro-batch, on ranks of the last stage; and for each chunk, what its
-        micro-batches contained.
-    """
-    counts = [BatchCounts(state.rank_slice()) for _ in loaders]
-    iterators = [CountedBatches(batches, count, device) for batches, count in zip(loaders, counts, strict=True)]
-    sums = get_forward_backward_func()(
-        forward_step_func=partial(forward_step, objective=state.objective, num_datasets=num_datasets),
-        data_iterator=iterators if len(iterators) > 1 else iterators[0],
-        model=list(state.wrapped) if len(state.wrapped) > 1 else state.wrapped[0],
-        num_microbatches=state.layout.num_micro_batches,
-        seq_length=state.config.training.micro_batch_size * seq_length,
-        micro_batch_size=1,  # the rows of a micro-batch are one packed sequence
-        forward_only=forward_only,
-    )
-    return sums, counts
-
-
-def train_step(
-    state: TrainState, loaders: Sequence[Iterator[VLMBatch]], *, device: torch.device, stop_requested: bool
+    stop_requested: bool,
+    blend: OpenBlend | None = None,
 ) -> StepMetrics:
     """Do one optimizer step.
 
@@ -116,79 +69,47 @@ def train_step(
         loaders: one iterator of micro-batches for each model chunk of this rank.
         device: where the batches go.
         stop_requested: whether this rank was told to stop; all ranks will know.
+        blend: the data, to compute a step again that is not finite; None: it is not computed again.
 
     Raises:
-        NumericError: loss or gradient norm is not finite, or the ranks consumed samples other than the planned ones.
-            Every rank raises it before its weights and its optimizer change.
+        DataError: more images cannot be read than `data.max_bad_fraction` allows.
+        NumericError: loss or gradient norm is not finite, twice if it could be computed again, or the ranks consumed
+            samples other than the planned ones. Every rank raises either before its weights and optimizer change.
     """
     start, number = time.perf_counter(), state.iteration + 1
-    num_chunks, batch = len(loaders), f"iteration {number}"
-
-    def approve(totals: Totals) -> None:
-        check_samples(totals, state.plan, state.iteration, state.rank, num_chunks=num_chunks, batch=batch)
-        _check_finite(totals, number)
-
     with timed_step():
-        totals, lr = update_weights(state, loaders, device=device, stop_requested=stop_requested, approve=approve)
-    return _metrics(totals, lr, time.perf_counter() - start)
+        lr = _set_learning_rate(state)
+        computed = compute_gradients(state, loaders, device=device, stop_requested=stop_requested)
+        totals, batch = computed.totals, f"iteration {number}"
+        check_samples(totals, state.plan, state.iteration, state.rank, num_chunks=len(loaders), batch=batch)
+        if totals.num_bad_images and state.bad_samples is not None:
+            state.bad_samples.note(computed.bad_images, state.dataset_names, number)
+        if not totals.is_finite:
+            computed = compute_again(state, totals, blend, device=device)
+        _update(state, computed)
+    return _metrics(computed.totals, lr, time.perf_counter() - start)
 
 
 def update_weights(
-    state: TrainState,
-    loaders: Sequence[Iterator[VLMBatch]],
-    *,
-    device: torch.device,
-    stop_requested: bool,
-    approve: Callable[[Totals], object] = lambda totals: None,
-) -> tuple[Totals, float]:
-    """Do the computation of `train_step`.
+    state: TrainState, loaders: Sequence[Iterator[VLMBatch]], *, device: torch.device, stop_requested: bool
+) -> Totals:
+    """Do the computation of `train_step` without its checks; returns sums over the ranks."""
+    _set_learning_rate(state)
+    computed = compute_gradients(state, loaders, device=device, stop_requested=stop_requested)
+    _update(state, computed)
+    return computed.totals
 
-    Args:
-        state: as there.
-        loaders: as there.
-        device: as there.
-        stop_requested: as there.
-        approve: looks at the sums before a weight or the optimizer changes; what it raises keeps them as they are.
 
-    Returns:
-        Sums over the ranks, with the norm of the gradient, and the learning rate.
-    """
-    config, num_datasets = state.config, len(state.dataset_names)
-    seed_everything(_seed_of_step(config.training.seed, state.iteration, state.rank))
-    lr = learning_rate(config.optimizer, state.iteration, state.train_iters)
+def _set_learning_rate(state: TrainState) -> float:
+    lr = learning_rate(state.config.optimizer, state.iteration, state.train_iters)
     set_learning_rate(state.optimizer, lr)
-    for chunk in state.wrapped:
-        chunk.zero_grad_buffer()
-    state.optimizer.zero_grad()
-    seq_length = state.plan.seq_length(state.iteration)
-    with phase(StepPhase.FORWARD_BACKWARD):
-        sums, counts = run_micro_batches(
-            state, loaders, seq_length=seq_length, num_datasets=num_datasets, device=device, forward_only=False
-        )
-    grad_norm = ready_gradients(state.optimizer, device)
-    totals = sum_over_ranks(
-        sums,
-        counts,
-        state.rank,
-        num_datasets=num_datasets,
-        stop_requested=stop_requested,
-        device=device,
-        grad_norm=grad_norm,
-    )
-    approve(totals)
+    return lr
+
+
+def _update(state: TrainState, computed: Computed) -> None:
     # Nothing waits for the update: the host prepares the next step meanwhile.
     with phase(StepPhase.OPTIMIZER):
-        clipped_update(state.optimizer, config.optimizer.clip_grad, grad_norm)
-    return totals, lr
-
-
-def _seed_of_step(seed: int, iteration: int, rank: RankLayout) -> int:
-    """Return a seed of its own for each step, pipeline stage and rank with positions of its own.
-
-    Tensor-parallel ranks share it.
-    """
-    text = f"{seed} {iteration} {rank.dp_rank * rank.cp_size + rank.cp_rank} {rank.pp_rank}"
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")
+        clipped_update(state.optimizer, state.config.optimizer.clip_grad, computed.grad_norm)
 
 
 def _metrics(totals: Totals, lr: float, seconds: float) -> StepMetrics:
@@ -213,13 +134,3 @@ def _metrics(totals: Totals, lr: float, seconds: float) -> StepMetrics:
         stop_requested=totals.stop_requested,
         sample_ids_sha=f"{totals.sample_hash:016x}",
     )
-
-
-def _check_finite(totals: Totals, iteration: int) -> None:
-    loss, _ = means(totals.losses, totals.labels)
-    for name, value in (("loss", loss), ("grad_norm", totals.grad_norm)):
-        if not isfinite(value):
-            raise NumericError(
-                f"{name} is {value} at iteration {iteration}",
-                fix="resume from the last checkpoint with a lower learning rate, or inspect its samples in ledger/",
-            )

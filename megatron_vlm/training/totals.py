@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
+from math import isfinite
 
 import torch
 from torch import Tensor
@@ -36,12 +37,24 @@ class Totals:
     """Mean time that a data-parallel rank waited for its micro-batches [s]."""
     stop_requested: bool
     """Whether a rank was told to stop."""
+    num_bad_images: int
+    """Images that could not be read; one that several ranks decode is counted by each."""
     sample_hash: int
     """Of the samples whose loss was computed."""
     sample_hash_of_all: int
     """Summed over all ranks and their model chunks, each of which loads its own micro-batches."""
     grad_norm: float
     """Before clipping; 0 where no gradient was computed."""
+
+    @property
+    def loss(self) -> float:
+        """Mean over all labels."""
+        return means(self.losses, self.labels)[0]
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether loss and gradient norm are."""
+        return isfinite(self.loss) and isfinite(self.grad_norm)
 
 
 def sum_over_ranks(
@@ -81,7 +94,8 @@ def sum_over_ranks(
     waits = rank.is_first_stage and rank.tp_rank == rank.cp_rank == 0
     data_wait = counts[-1].data_wait / rank.dp_size if waits else 0.0
     hash_of_all = sum(count.sample_hash for count in counts) % (1 << HASH_BITS)
-    measured = [*counted, data_wait, stop_requested, *_halves(sample_hash), *_halves(hash_of_all)]
+    num_bad = sum(len(count.bad_images) for count in counts)
+    measured = [*counted, data_wait, stop_requested, num_bad, *_halves(sample_hash), *_halves(hash_of_all)]
     totals = torch.cat([losses, losses.new_zeros(len(measured))])
     for place, value in enumerate(measured, start=len(losses)):
         if value:  # filled on the device: a copy from the host would wait for everything before it
@@ -98,11 +112,11 @@ def sum_over_ranks(
         samples_of,
         tokens_of,
         images_of,
-        (data_wait, stops),
+        (data_wait, stops, bad),
         halves,
     ) = (
         list(islice(numbers, count))
-        for count in (num_datasets, num_datasets, 4, num_datasets, num_datasets, rank.dp_size, 2, 4)
+        for count in (num_datasets, num_datasets, 4, num_datasets, num_datasets, rank.dp_size, 3, 4)
     )
     return Totals(
         losses=losses_of,
@@ -116,6 +130,7 @@ def sum_over_ranks(
         images_of_ranks=tuple(map(int, images_of)),
         data_wait=data_wait,
         stop_requested=stops > 0,
+        num_bad_images=int(bad),
         sample_hash=_whole(*halves[:2]),
         sample_hash_of_all=_whole(*halves[2:]),
         grad_norm=next(numbers),

@@ -9,8 +9,8 @@ from megatron.core.distributed import DistributedDataParallel
 
 from megatron_vlm.platform.launch.heartbeat import Phase, beat
 from megatron_vlm.training.blend import OpenBlend
+from megatron_vlm.training.gradients import run_micro_batches
 from megatron_vlm.training.state import TrainState
-from megatron_vlm.training.step import run_micro_batches
 from megatron_vlm.training.totals import Totals, check_samples, means, sum_over_ranks
 
 VALIDATION_LOSS = "validation_loss"
@@ -32,7 +32,7 @@ def validation_losses(
         if a rank was told to stop meanwhile.
 
     Raises:
-        DataError: a sample cannot be read.
+        DataError: a sample cannot be read, or more images cannot than `data.max_bad_fraction` allows.
         NumericError: the ranks consumed samples other than the planned ones.
     """
     names = blend.dataset_names
@@ -70,6 +70,9 @@ def _forward(
     totals = sum_over_ranks(
         sums, counts, state.rank, num_datasets=len(blend.datasets), stop_requested=stop_requested, device=device
     )
+    if totals.num_bad_images and state.bad_samples is not None:
+        bad_images = [image for count in counts for image in count.bad_images]
+        state.bad_samples.note(bad_images, blend.dataset_names, state.iteration)
     batch = f"batch {index + 1} of the validation at iteration {state.iteration}"
     check_samples(totals, blend.plan, index, state.rank, num_chunks=len(loaders), batch=batch)
     return totals

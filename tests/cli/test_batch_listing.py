@@ -5,7 +5,8 @@ import pytest
 from megatron_vlm.cli.main import main
 from megatron_vlm.config import TrainConfig, load_config, save_config
 from megatron_vlm.data.plan.ledger import Ledger
-from megatron_vlm.data.plan.plan import PlanSettings, build_plan
+from megatron_vlm.data.plan.plan import build_plan
+from megatron_vlm.data.plan.settings import PlanSettings
 from megatron_vlm.data.samples import ImageSegment
 from megatron_vlm.data.shards.dataset import ShardedDataset
 from megatron_vlm.data.text.tokenizer_files import read_tokenizer_files

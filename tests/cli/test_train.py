@@ -239,3 +239,18 @@ def test_training_goes_on_with_larger_images_from_the_weights_of_another_run(pro
     assert done.returncode == 0, done.stderr
     assert "position_embeddings.weight is interpolated for another image size, from [17, 36] to [37, 36]" in done.stderr
     assert len((project.folder / "large_images" / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_replay_logs_the_loss_of_each_sample_and_keeps_the_status_of_the_run(project):
+    trained = project.run("train", "train.yaml", "run_dir=replayed", "training.exit_iteration=2")
+    assert trained.returncode == 0, trained.stderr
+    before = exit_status(project, "replayed")
+    done = project.run("train", "train.yaml", "run_dir=replayed", "--replay", "2")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count(" labels, loss ") >= 4
+    assert "iteration 2 replayed: loss " in done.stderr
+    assert done.stderr.rstrip().endswith(", as recorded")
+    assert exit_status(project, "replayed") == before
+    done = project.run("train", "train.yaml", "run_dir=replayed", "--replay", "5")
+    assert done.returncode == 64
+    assert "iteration 5 of 4 does not exist" in done.stderr.splitlines()[-1]

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_vlm.cli import train
-from megatron_vlm.config import ConfigError
+from megatron_vlm.config import ConfigError, UsageError
 from megatron_vlm.platform.launch.launch import NodeEnd, WorkerEnd
 
 STEP = {
@@ -21,6 +21,7 @@ STEP = {
     "SLURM_NODEID": "2",
     "SLURM_JOB_NODELIST": "gpu[01-04]",
 }
+NO_REPLAY = {"replay": None, "replay_from": None}
 
 
 @pytest.fixture
@@ -29,7 +30,7 @@ def launched(project, monkeypatch):
     monkeypatch.chdir(project.folder)
     logging_state = logging.getLogger().handlers[:], logging.getLogger().level
 
-    def launch(environment=None, *overrides, nproc=None, num_gpus=0, exit_code=0):
+    def launch(environment=None, *overrides, nproc=None, num_gpus=0, exit_code=0, replay=NO_REPLAY):
         jobs = []
 
         def run_node(job, watch, nodes):
@@ -39,7 +40,9 @@ def launched(project, monkeypatch):
         monkeypatch.setattr(train, "run_node", run_node)
         monkeypatch.setattr(train, "count_visible_gpus", lambda environment: num_gpus)
         monkeypatch.setattr(train.os, "environ", {"PATH": "/bin", **(environment or {})})
-        args = SimpleNamespace(config="train.yaml", overrides=["run_dir=wired", *overrides], nproc_per_node=nproc)
+        args = SimpleNamespace(
+            config="train.yaml", overrides=["run_dir=wired", *overrides], nproc_per_node=nproc, **replay
+        )
         assert train.run(args) == exit_code
         return jobs[0]
 
@@ -137,5 +140,19 @@ def test_signal_before_the_ranks_are_there_asks_to_be_requeued(project, launched
         time.sleep(5)
 
     monkeypatch.setattr(train, "_check", stopped)
-    args = SimpleNamespace(config="train.yaml", overrides=["run_dir=wired"], nproc_per_node=None)
+    args = SimpleNamespace(config="train.yaml", overrides=["run_dir=wired"], nproc_per_node=None, **NO_REPLAY)
     assert train.run(args) == 75
+
+
+def test_a_replay_reaches_the_ranks_and_leaves_the_status_of_the_run(launched, project):
+    status = project.folder / "wired" / "exit_status.json"
+    launched({}, exit_code=75)
+    before = status.read_text()
+    job = launched({}, replay={"replay": 3, "replay_from": "elsewhere"})
+    assert job.command[-8:-4] == ("--replay", "3", "--replay-from", "elsewhere")
+    assert status.read_text() == before
+
+
+def test_a_checkpoint_without_a_replay_is_a_usage_error(launched):
+    with pytest.raises(UsageError, match="--replay-from names a checkpoint for --replay"):
+        launched({}, replay={"replay": None, "replay_from": "elsewhere"})

@@ -35,12 +35,13 @@ from megatron_vlm.parallel.collective import decide_on_main, main_rank_first
 from megatron_vlm.parallel.groups import RankLayout, build_groups, rank_layout, seed_everything
 from megatron_vlm.parallel.slicing import RankSlice
 from megatron_vlm.training.batch_counts import BatchCounts, CountedBatches
+from megatron_vlm.training.gradients import forward_step, run_micro_batches
 from megatron_vlm.training.hooks import checkpoint
 from megatron_vlm.training.objective import build_objective
 from megatron_vlm.training.optimizer import build_optimizer, wrap_model
 from megatron_vlm.training.setup import build_state
 from megatron_vlm.training.state import TrainState
-from megatron_vlm.training.step import StepMetrics, forward_step, run_micro_batches, train_step
+from megatron_vlm.training.step import StepMetrics, train_step
 from megatron_vlm.training.totals import Totals, sum_over_ranks
 from tests.support.configs import tiny_run
 from tests.support.samples import make_samples, pictures_then_text

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from megatron_vlm.config import TrainConfig
-from megatron_vlm.training.step import run_micro_batches
+from megatron_vlm.training.gradients import run_micro_batches
 from tests.support.jobs import CPU, DATASETS, FixedPlan, batches_of, start
 from tests.support.samples import make_samples
 

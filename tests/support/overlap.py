@@ -8,8 +8,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from megatron_vlm.config import TrainConfig
+from megatron_vlm.training.gradients import run_micro_batches
 from megatron_vlm.training.state import TrainState
-from megatron_vlm.training.step import run_micro_batches
 from megatron_vlm.training.validation import VALIDATION_LOSS, validation_losses
 from tests.support.jobs import CPU, DATASETS, FixedPlan, batches_of, start, step
 from tests.support.old_behaviour import skipping_empty_shares

@@ -168,7 +168,7 @@ def test_steps_replicas_and_stages_draw_other_numbers_and_tensor_parallel_ranks_
         raise Drawn
 
     seeds, place = [], state.rank
-    monkeypatch.setattr("megatron_vlm.training.step.seed_everything", record)
+    monkeypatch.setattr("megatron_vlm.training.gradients.seed_everything", record)
     for iteration, changes in ((0, {}), (0, {"tp_rank": 1}), (0, {"dp_rank": 1}), (0, {"pp_rank": 1}), (1, {})):
         state.iteration, state.rank = iteration, dataclasses.replace(place, **changes)
         with pytest.raises(Drawn):

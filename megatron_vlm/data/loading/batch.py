@@ -11,6 +11,21 @@ from torch import Tensor
 Part = TypeVar("Part", "ContextBatch", "VLMBatch")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BadImage:
+    """An image that could not be read; a blank one stands in its place."""
+
+    sample_id: int
+    """As the plan counts."""
+    dataset: int
+    """Blend entry that it comes from."""
+    where: str
+    """Dataset, shard and sample; for a fragment, its tokens."""
+    image: int
+    """Counted within the sample or fragment."""
+    reason: str
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ContextBatch:
     """What a context-parallel rank needs to know of the whole micro-batch; see `parallel.slicing.ContextSlice`."""
@@ -75,6 +90,8 @@ class VLMBatch:
     """Query-key pairs of causal attention inside the samples of the whole micro-batch, without padding."""
     context: ContextBatch | None = None
     """Where context-parallel ranks share the positions."""
+    bad_images: tuple[BadImage, ...] = ()
+    """Those of this rank's share of the images that could not be read."""
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "VLMBatch":
         """Return the batch with its tensors on `device`."""

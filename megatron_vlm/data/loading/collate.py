@@ -3,14 +3,15 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from megatron_vlm.config import IGNORE_INDEX, DataConfig, DataError, ModelConfig
 from megatron_vlm.config.prepare import ImageLimits
-from megatron_vlm.data.loading.batch import ContextBatch, VLMBatch
-from megatron_vlm.data.loading.pixels import Aspect, decode_image
+from megatron_vlm.data.loading.batch import BadImage, ContextBatch, VLMBatch
+from megatron_vlm.data.loading.pixels import Aspect, decode_image, mean_colour
 from megatron_vlm.data.plan.fragments import take_fragment
 from megatron_vlm.data.plan.image_tokens import ImageTokens
 from megatron_vlm.data.samples import EncodedSample, ImageSegment
@@ -45,6 +46,8 @@ class Collation:
     position_multiple: int | None = None
     """Leave out the positions behind the last sample of each row, and fill the micro-batch up to a multiple of it
     [tokens]; None: every row has all its positions."""
+    replaces_bad_images: bool = False
+    """Put a blank image in the place of one that cannot be read; otherwise it is an error."""
 
     @classmethod
     def from_config(cls, model: ModelConfig, data: DataConfig, position_multiple: int | None = None) -> "Collation":
@@ -61,6 +64,7 @@ class Collation:
             max_images_per_row=data.max_images_per_row,
             sample_multiple=data.sample_multiple,
             position_multiple=position_multiple,
+            replaces_bad_images=data.max_bad_fraction > 0,
         )
 
 
@@ -91,6 +95,9 @@ def collate(
     The padding up to the next multiple belongs to the sample's own segment, so that all borders are multiples:
     attention is causal, so it changes nothing before it.
 
+    A blank image, of the tower's mean colour, may stand in the place of one that cannot be read. It takes the same
+    positions, none of which has a loss, and the text stays as it is: so only the rank that decodes it has to know.
+
     Args:
         rows: the samples of each row, in order; a row may be empty.
         collation: sizes and ids.
@@ -105,6 +112,7 @@ def collate(
     for row in rows:
         packed.add_row(row)
     mine = slice_batch(packed.close(), image_share, context_share)
+    pixels, bad_images = (None, ()) if image_share is None else _decode(mine.images, collation)
     return VLMBatch(
         input_ids=torch.from_numpy(mine.input_ids)[None],
         labels=torch.from_numpy(mine.labels)[None],
@@ -115,7 +123,8 @@ def collate(
         image_token_index=torch.from_numpy(mine.image_token_index),
         num_images=mine.num_images,
         image_lengths=mine.image_lengths,
-        pixel_values=None if image_share is None else _decode(mine.images, collation),
+        pixel_values=pixels,
+        bad_images=bad_images,
         sample_ids=torch.tensor(packed.sample_ids, dtype=torch.int64),
         samples_per_row=torch.tensor([len(row) for row in rows], dtype=torch.int64),
         dataset_samples=packed.dataset_samples,
@@ -152,6 +161,15 @@ def cut_sample(
     return take_fragment(sample, 0, end, image_tokens)
 
 
+class _Image(NamedTuple):
+    """An image of a micro-batch, before it is decoded."""
+
+    segment: ImageSegment
+    sample: PlacedSample
+    place: int
+    """Counted within the sample."""
+
+
 class _PackedRows:
     """Segments of a micro-batch in reading order, padding included."""
 
@@ -164,7 +182,7 @@ class _PackedRows:
         self.sample_ids: list[int] = []
         self.dataset_samples: Counter[int] = Counter()
         self.dataset_tokens: Counter[int] = Counter()
-        self.images: list[tuple[bytes, str]] = []
+        self.images: list[_Image] = []
         self.attention_pairs = 0
         self.image_lengths: list[int] = []
 
@@ -189,8 +207,8 @@ class _PackedRows:
         if self.collation.position_multiple is None:
             self._close_segment(0, left, dataset=0)
 
-    def close(self) -> PackedBatch[tuple[bytes, str]]:
-        """Return the whole micro-batch; each image is its encoded bytes and the name of its sample."""
+    def close(self) -> PackedBatch[_Image]:
+        """Return the whole micro-batch."""
         if self.collation.position_multiple is not None:
             # Rows without samples still need a position: a layer without one has no output to train on.
             missing = -self.borders[-1] % self.collation.position_multiple
@@ -216,13 +234,14 @@ class _PackedRows:
         )
 
     def _add_sample(self, placed: PlacedSample) -> int:
-        collation, size = self.collation, 0
+        collation, size, num_images = self.collation, 0, 0
         cut = cut_sample(placed.sample, collation.seq_length, collation.image_tokens, collation.max_images_per_row)
         for segment in cut.segments:
             if isinstance(segment, ImageSegment):
                 self.image_lengths.append(collation.image_tokens.of_image(segment.size))
                 self._add(np.full(self.image_lengths[-1], collation.image_token_id), trained=False)
-                self.images.append((segment.encoded, placed.where))
+                self.images.append(_Image(segment, placed, num_images))
+                num_images += 1
             else:
                 self._check_ids(segment.input_ids, placed.where)
                 self._add(segment.input_ids, segment.train)
@@ -253,14 +272,38 @@ def _choose_max_seqlen(sizes: np.ndarray) -> int:
     return -(-int(sizes.max()) // _MAX_SEQLEN_MULTIPLE) * _MAX_SEQLEN_MULTIPLE
 
 
-def _decode(images: Sequence[tuple[bytes, str]], collation: Collation) -> torch.Tensor:
+def _decode(images: Sequence[_Image], collation: Collation) -> tuple[torch.Tensor, tuple[BadImage, ...]]:
     side = collation.image_size
     pixels = np.empty((len(images), 3, side, side), dtype=np.uint8)
-    for position, (encoded, where) in enumerate(images):
+    bad: list[BadImage] = []
+    for position, image in enumerate(images):
         try:
-            pixels[position] = decode_image(
-                encoded, image_size=side, aspect=collation.image_aspect, mean=collation.image_mean, limits=_NO_LIMITS
-            )
+            pixels[position] = _decode_one(image.segment, collation)
         except DataError as error:
-            raise DataError(error.what, where=where, fix="prepare the dataset again without this image") from None
-    return torch.from_numpy(pixels)
+            sample = image.sample
+            if not collation.replaces_bad_images:
+                fix = "prepare the dataset again without this image"
+                raise DataError(error.what, where=sample.where, fix=fix) from None
+            pixels[position] = mean_colour(collation.image_mean).reshape(3, 1, 1)
+            bad.append(
+                BadImage(
+                    sample_id=sample.sample_id,
+                    dataset=sample.dataset,
+                    where=sample.where,
+                    image=image.place,
+                    reason=error.what,
+                )
+            )
+    return torch.from_numpy(pixels), tuple(bad)
+
+
+def _decode_one(image: ImageSegment, collation: Collation) -> np.ndarray:
+    if image.fault is not None:
+        raise DataError(image.fault)
+    return decode_image(
+        image.encoded,
+        image_size=collation.image_size,
+        aspect=collation.image_aspect,
+        mean=collation.image_mean,
+        limits=_NO_LIMITS,
+    )

@@ -1,6 +1,5 @@
 """Load the micro-batches of one rank; the position of a run is one integer, the iteration."""
 
-import dataclasses
 import functools
 import os
 import signal
@@ -8,9 +7,10 @@ import traceback
 import warnings
 import weakref
 from collections.abc import Iterator, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
@@ -52,6 +52,8 @@ class BatchLoader:
         start_iteration: global batches already consumed.
         rank_slice: rows, images and positions of this rank; by default all.
         workers: processes that decode ahead; by default none.
+        by_sample: let `label_datasets` count the distinct samples of the global batch, ascending, instead of datasets:
+            losses by dataset then are losses by sample.
 
     Raises:
         ValueError: the global batch does not divide over the ranks and micro-batches.
@@ -67,6 +69,7 @@ class BatchLoader:
         start_iteration: int = 0,
         rank_slice: RankSlice = _WHOLE_BATCH,
         workers: LoaderWorkers = LoaderWorkers(),
+        by_sample: bool = False,
     ) -> None:
         rows = plan.settings.global_batch_size
         rows_at_once = rank_slice.data_parallel_size * rank_slice.micro_batch_size
@@ -81,8 +84,12 @@ class BatchLoader:
         first = start_iteration * self.num_micro_batches
         last = plan.num_iterations * self.num_micro_batches
         self._positions = range(first, max(first, last))
-        reader = SampleReader(datasets, plan, collation.image_tokens, quarantine)
-        self._micro_batches = _MicroBatches(reader, plan, collation, rank_slice, self.num_micro_batches)
+        reader = SampleReader(
+            datasets, plan, collation.image_tokens, quarantine, keeps_damaged_images=collation.replaces_bad_images
+        )
+        self._micro_batches = _MicroBatches(
+            reader, plan, collation, rank_slice, self.num_micro_batches, by_sample=by_sample
+        )
         self._next = 0
         self._batches = self._start(workers)
 
@@ -167,10 +174,17 @@ class _MicroBatches(Dataset):
     """Random access to the micro-batches of one rank; runs in the workers."""
 
     def __init__(
-        self, reader: SampleReader, plan: Plan, collation: Collation, rank_slice: RankSlice, num_micro_batches: int
+        self,
+        reader: SampleReader,
+        plan: Plan,
+        collation: Collation,
+        rank_slice: RankSlice,
+        num_micro_batches: int,
+        *,
+        by_sample: bool,
     ) -> None:
         self.reader, self.plan, self.collation = reader, plan, collation
-        self.rank_slice, self.num_micro_batches = rank_slice, num_micro_batches
+        self.rank_slice, self.num_micro_batches, self.by_sample = rank_slice, num_micro_batches, by_sample
 
     def __getitem__(self, position: int) -> VLMBatch | UserError | _Crash:
         # Errors are returned: torch would wrap a raised one in its own message with a traceback.
@@ -179,8 +193,12 @@ class _MicroBatches(Dataset):
             rows = []
             for row in self._rows(position):
                 rows.append([self.reader.read(sample_id := int(value)) for value in self.plan.row(row)])
-            seq_length = self.plan.seq_length(position // self.num_micro_batches)
-            collation = dataclasses.replace(self.collation, seq_length=seq_length)
+            iteration = position // self.num_micro_batches
+            if self.by_sample:
+                samples = np.unique(self.plan.sample_ids(iteration))
+                rows = [[replace(one, dataset=int(np.searchsorted(samples, one.sample_id))) for one in r] for r in rows]
+            seq_length = self.plan.seq_length(iteration)
+            collation = replace(self.collation, seq_length=seq_length)
             return collate(rows, collation, self.rank_slice.image_share, self.rank_slice.context_share)
         except UserError as error:
             return error

@@ -115,8 +115,7 @@ def _pad(image: Tensor, size: int, mean: Sequence[float]) -> Tensor:
     height, width = image.shape[-2:]
     if height == width:
         return _resize(image, size, size)
-    # int(), not round(): the colour that LLaVA and VILA were trained with.
-    colour = torch.tensor([int(channel * 255) for channel in mean], dtype=torch.uint8)
+    colour = torch.from_numpy(mean_colour(mean))
     if height < width:
         # The filter works along rows first, where bars at top and bottom change nothing: they can wait.
         image = _resize(image, height, size)
@@ -128,6 +127,12 @@ def _pad(image: Tensor, size: int, mean: Sequence[float]) -> Tensor:
         left = (height - width) // 2
         canvas[:, :, :, left : left + width] = image
     return _resize(canvas, size, size)
+
+
+def mean_colour(mean: Sequence[float]) -> np.ndarray:
+    """Return uint8[3], the mean colour of a tower, which is near 0 after normalisation."""
+    # int(), not round(): the colour that LLaVA and VILA were trained with.
+    return np.array([int(channel * 255) for channel in mean], dtype=np.uint8)
 
 
 def _paint(height: int, width: int, colour: Tensor) -> Tensor:

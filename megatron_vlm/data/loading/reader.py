@@ -36,6 +36,10 @@ class SampleReader:
         self.quarantine, self.keeps_damaged_images = quarantine, keeps_damaged_images
         self._starts = plan.dataset_starts(list(map(len, datasets)))
 
+    def dataset_name(self, sample_id: int) -> str:
+        """Return the name of the dataset that a sample is of."""
+        return self.datasets[self._find(sample_id)[0]].manifest.dataset_name
+
     def describe(self, sample_id: int) -> str:
         """Name dataset, shard, sample and, for a fragment, its tokens, in an error message."""
         entry, index, first, last = self._find(sample_id)

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from megatron_vlm.platform.files.durable import write_durably
 from megatron_vlm.platform.files.run_folder import METRICS_NAME
 
 Record = dict[str, Any]
@@ -32,6 +33,20 @@ def last_of_each_iteration(records: Iterable[Record]) -> list[Record]:
         # Validation losses may be on a line of their own.
         by_iteration.setdefault(record["iteration"], {}).update(record)
     return [by_iteration[iteration] for iteration in sorted(by_iteration)]
+
+
+def drop_after(path: Path, iteration: int) -> list[Record]:
+    """Remove the lines after an iteration, and what is no record: a line that a kill cut short or a disk damaged.
+
+    Returns:
+        The records that are left; none if there is no such file.
+    """
+    if not path.exists():
+        return []
+    lines = path.read_text(errors="replace").splitlines()
+    kept = [(line, record) for line in lines if (record := parse_record(line)) and record["iteration"] <= iteration]
+    write_durably(path, "".join(f"{line}\n" for line, _ in kept).encode())
+    return [record for _, record in kept]
 
 
 def parse_record(line: str) -> Record | None:

@@ -4,8 +4,7 @@ import json
 from pathlib import Path
 from typing import TextIO
 
-from megatron_vlm.platform.files.durable import write_durably
-from megatron_vlm.platform.files.metrics import parse_record
+from megatron_vlm.platform.files.metrics import drop_after
 from megatron_vlm.platform.files.run_folder import METRICS_NAME
 from megatron_vlm.training.metrics import metrics_record
 from megatron_vlm.training.state import TrainState
@@ -24,7 +23,7 @@ class Hook:
             return
         path = Path(state.config.run_dir) / METRICS_NAME
         path.parent.mkdir(parents=True, exist_ok=True)
-        _drop_after(path, state.iteration)
+        drop_after(path, state.iteration)
         self._stream = path.open("a")
 
     def step(self, state: TrainState, metrics: StepMetrics) -> None:
@@ -37,12 +36,3 @@ class Hook:
         """Close the file."""
         if self._stream is not None:
             self._stream.close()
-
-
-def _drop_after(path: Path, iteration: int) -> None:
-    """Remove the lines after an iteration, and what is no record: a line that a kill cut short or a disk damaged."""
-    if not path.exists():
-        return
-    lines = path.read_text(errors="replace").splitlines()
-    kept = [line for line in lines if (record := parse_record(line)) is not None and record["iteration"] <= iteration]
-    write_durably(path, "".join(f"{line}\n" for line in kept).encode())

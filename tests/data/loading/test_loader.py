@@ -422,10 +422,10 @@ def test_flipped_bit_names_dataset_shard_and_sample(tmp_path, workers):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_file_that_cannot_be_read_names_its_sample(datasets, plan, monkeypatch, workers):
-    def fail(self, index):
+    def fail(self, index, **options):
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(ShardedDataset, "__getitem__", fail)
+    monkeypatch.setattr(ShardedDataset, "read", fail)
     with pytest.raises(DataError, match=r"cannot be read: .*Input/output error.*\.bin sample"):
         next(make_loader(datasets, plan, num_workers=workers))
 
@@ -433,10 +433,10 @@ def test_file_that_cannot_be_read_names_its_sample(datasets, plan, monkeypatch, 
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("error", [KeyError("surprise"), RuntimeError("surprise")])
 def test_bug_of_ours_is_not_called_a_fault_of_the_data(datasets, plan, monkeypatch, workers, error):
-    def fail(self, index):
+    def fail(self, index, **options):
         raise error
 
-    monkeypatch.setattr(ShardedDataset, "__getitem__", fail)
+    monkeypatch.setattr(ShardedDataset, "read", fail)
     with pytest.raises(RuntimeError, match=r"(?s)\.bin sample .*Traceback.*in fail.*surprise"):
         next(make_loader(datasets, plan, num_workers=workers))
 
