@@ -374,7 +374,7 @@ def test_kills_at_random_moments_lose_nothing(name, door):
     started = time.perf_counter()
     assert Forked.start(found.command(*options)).wait()[0] == 0
     seconds, moments, kills = time.perf_counter() - started, random.Random(name), 0
-    for _ in range(10):
+    while kills < 10:
         shutil.rmtree(found.out)
         if options:
             found.out.mkdir()
@@ -382,6 +382,8 @@ def test_kills_at_random_moments_lose_nothing(name, door):
         conversion = Forked.start(found.command(*options))
         time.sleep(seconds * moments.random())
         os.kill(conversion.process, signal.SIGKILL)
-        kills += conversion.wait()[0] == -signal.SIGKILL
+        if conversion.wait()[0] == -signal.SIGKILL:
+            kills += 1
+        else:  # it ended before: the machine is less busy than it was
+            seconds *= 0.8
         assert_harmless(found, before, whole, options)
-    assert kills >= 5, "the conversion ended before it was killed"
