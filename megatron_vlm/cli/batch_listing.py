@@ -27,6 +27,9 @@ def list_batch(args: argparse.Namespace) -> int:
         DataError: the plan or a sample is missing or damaged, or the ledger has other samples.
         UsageError: the run has no such iteration.
     """
+    from megatron_vlm.platform.device import quieten
+
+    quieten()  # before anything that imports megatron-core
     from megatron_vlm.training.blend import open_planned_blend
 
     run_dir: Path = args.folder

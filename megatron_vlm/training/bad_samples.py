@@ -9,7 +9,7 @@ import torch
 
 from megatron_vlm.config import DataError
 from megatron_vlm.data.loading.batch import BadImage
-from megatron_vlm.data.shards.dataset import ShardedDataset
+from megatron_vlm.data.shards.dataset import ShardedDataset, sizes_by_name
 from megatron_vlm.parallel.collective import decide_on_main
 from megatron_vlm.platform.files.durable import storage_errors
 from megatron_vlm.platform.files.events import BAD_SAMPLES, record_event
@@ -38,10 +38,7 @@ class BadSamples:
 
     def __init__(self, run_dir: Path, max_fraction: float, datasets: Sequence[ShardedDataset], iteration: int) -> None:
         self.path, self.max_fraction = run_dir / BAD_SAMPLES_NAME, max_fraction
-        self._sizes: dict[str, int] = {}
-        for dataset in {dataset.fingerprint: dataset for dataset in datasets}.values():
-            name = dataset.manifest.dataset_name
-            self._sizes[name] = self._sizes.get(name, 0) + len(dataset)
+        self._sizes = sizes_by_name(datasets)
         self._known: dict[str, set[str]] = {}
         self.counts: dict[str, int] = decide_on_main(lambda: self._open(iteration))
         """Samples with bad images by the name of their dataset, where there are any."""

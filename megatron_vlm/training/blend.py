@@ -13,7 +13,7 @@ from megatron_vlm.data.loading.loader import BatchLoader, LoaderWorkers
 from megatron_vlm.data.loading.quarantine import Quarantine, read_quarantine
 from megatron_vlm.data.plan.plan import Plan, build_plan, open_plan
 from megatron_vlm.data.plan.settings import PlanSettings
-from megatron_vlm.data.shards.dataset import ShardedDataset
+from megatron_vlm.data.shards.dataset import ShardedDataset, sizes_by_name
 from megatron_vlm.parallel.collective import main_rank_first
 from megatron_vlm.platform.files.run_folder import PLAN_FOLDER
 from megatron_vlm.training.state import TrainState
@@ -38,8 +38,8 @@ class OpenBlend:
 
     @property
     def dataset_sizes(self) -> dict[str, int]:
-        """Samples of each dataset."""
-        return {name: len(dataset) for name, dataset in zip(self.dataset_names, self.datasets, strict=True)}
+        """Samples of each dataset, by name."""
+        return sizes_by_name(self.datasets)
 
     def start_loaders(
         self, state: TrainState, device: torch.device, start_iteration: int, *, by_sample: bool = False

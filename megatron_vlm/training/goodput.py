@@ -5,6 +5,7 @@ told from events.jsonl and metrics.jsonl alone, so a report can be made on any m
 """
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 
@@ -83,9 +84,8 @@ def time_spent(events: Sequence[Event], records: Sequence[Record]) -> TimeSpent 
     if not begins:
         return None
     attempts, first = list(_attempts(events, records)), first_start(events, default=begins[0].unix_time)
-    steps = sum(record["seconds"] for record in records if "seconds" in record)
     parts = {
-        "steps": steps,
+        "steps": seconds_in_steps(records),
         "lost_steps": sum(_number(event, "lost_seconds") for event in begins)
         + sum(_tail(one, events, records) for one in attempts if one.failed),
         "start": attempts[0].begin - first,
@@ -95,6 +95,16 @@ def time_spent(events: Sequence[Event], records: Sequence[Record]) -> TimeSpent 
     }
     whole = attempts[-1].end - first
     return TimeSpent(**parts, other=max(0.0, whole - sum(parts.values())))
+
+
+def seconds_in_steps(records: Sequence[Record]) -> float:
+    """Return the time of steps; those of versions without events, which lack `unix_time`, were before the first start.
+
+    Args:
+        records: one for each iteration.
+    """
+    seconds = (record.get("seconds") for record in records if "unix_time" in record)
+    return math.fsum(value for value in seconds if isinstance(value, float))
 
 
 def first_start(events: Sequence[Event], default: float) -> float:
@@ -125,7 +135,9 @@ def _tail(attempt: _Attempt, events: Sequence[Event], records: Sequence[Record])
     times = [event.unix_time for event in events if event.kind != END]
     times += [_number(event, "lost_until") for event in events if event.kind == BEGIN]
     times += _step_times(records)
-    return attempt.end - max(time for time in times if attempt.begin <= time <= attempt.end)
+    # A clock that was set back puts the end before the beginning.
+    inside = [time for time in times if attempt.begin <= time <= attempt.end]
+    return attempt.end - max(inside, default=attempt.end)
 
 
 def _step_times(records: Sequence[Record]) -> list[float]:

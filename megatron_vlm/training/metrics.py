@@ -56,7 +56,8 @@ def metrics_record(state: TrainState, metrics: StepMetrics) -> dict[str, Any]:
         if not math.isnan(value):
             record[f"loss/{name}"] = value
     for name, tokens in zip(state.dataset_names, metrics.dataset_tokens, strict=True):
-        record[f"tokens/{name}"] = tokens
+        # Parts of a split dataset have one name.
+        record[f"tokens/{name}"] = record.get(f"tokens/{name}", 0) + tokens
     if state.seen is not None:
         record.update({f"seen_tokens/{name}": tokens for name, tokens in state.seen.tokens.items()})
         for name, size in state.dataset_sizes.items():

@@ -9,7 +9,9 @@ from pathlib import Path
 import torch
 
 from megatron_vlm.config import TrainConfig, UsageError
+from megatron_vlm.parallel.collective import decide_on_main
 from megatron_vlm.platform.files.metrics import read_metrics
+from megatron_vlm.platform.files.run_folder import CONFIG_NAME
 from megatron_vlm.platform.launch.heartbeat import Phase, beat
 from megatron_vlm.training.blend import OpenBlend, open_training_blend
 from megatron_vlm.training.run import started_rank
@@ -52,6 +54,7 @@ def run_replay(config: TrainConfig, replay: Replay) -> Replayed:
         UserError: the run has no such iteration; or data, checkpoint or settings are wrong.
     """
     with started_rank(config) as (rank, device):
+        decide_on_main(lambda: _check_run(config))
         blend = open_training_blend(config)
         if replay.iteration > blend.plan.num_iterations:
             raise UsageError(
@@ -76,6 +79,12 @@ def run_replay(config: TrainConfig, replay: Replay) -> Replayed:
             numbers = (replay.iteration, totals.loss, totals.grad_norm, compared)
             logger.info("iteration %d replayed: loss %r, grad norm %r%s", *numbers)
         return Replayed(samples=samples, loss=totals.loss, grad_norm=totals.grad_norm, compared=compared)
+
+
+def _check_run(config: TrainConfig) -> None:
+    """Check that there is a run: a misspelt folder would be filled with the plan of one that never was."""
+    if not (Path(config.run_dir) / CONFIG_NAME).is_file():
+        raise UsageError(f"run_dir holds no run: it has no {CONFIG_NAME}", where=config.run_dir, fix="correct run_dir")
 
 
 def _repeat_steps(state: TrainState, blend: OpenBlend, last: int, device: torch.device) -> None:

@@ -1,5 +1,6 @@
 """Time in a report: where that of the run went, and that of a step."""
 
+import math
 from dataclasses import fields
 
 from megatron_vlm.training.goodput import TimeSpent
@@ -41,10 +42,11 @@ def time_card(run: RunRecords) -> str:
 
 def phases_card(run: RunRecords) -> str:
     """Return a table of the time in each phase of a step; empty if no record has it."""
-    seconds = run.total("seconds")
-    rows = []
+    rows, seconds_of = [], dict(zip(*run.series("seconds"), strict=True))
     for phase in run.names("seconds/"):
-        values = run.series(f"seconds/{phase}")[1]
-        rows.append([phase.replace("_", " "), f"{mean(values):.3g} s", f"{ratio(sum(values), seconds):.1%}"])
+        iterations, values = run.series(f"seconds/{phase}")
+        # The first steps of a run that an earlier version began have no phases.
+        seconds = math.fsum(seconds_of.get(iteration, 0.0) for iteration in iterations)
+        rows.append([phase.replace("_", " "), f"{mean(values):.3g} s", f"{ratio(math.fsum(values), seconds):.1%}"])
     text = "<p>Of the rank that reports. Reductions that overlap with the backward pass count as part of it.</p>"
     return card("Time in a step", text + table(["phase", "mean", "of all steps"], rows)) if rows else ""

@@ -139,12 +139,14 @@ def _check_past(state: TrainState, progress: dict) -> None:
     """Check that steps of the blend changed only after the iterations already done, which the new plan repeats."""
     plan, iteration = state.plan, progress["iteration"]
     datasets = tuple(progress.get("plan_datasets", ()))
-    # Checkpoints of earlier versions lack all three.
+    # Checkpoints of earlier versions lack all three; with the blend as it was, they go on.
     if progress.get("plan_settings_hash") != plan.hashes.settings or plan.hashes.datasets[: len(datasets)] != datasets:
         raise ConfigError(
             f"the run was trained on data plan {progress['plan_hash'][:12]}, the config now gives {plan.hash[:12]}",
             where=state.config.run_dir,
-            fix="restore data, seed and batch size of the training, or start another run_dir from its weights",
+            fix="restore data, seed and batch size of the training, or start another run_dir from its weights"
+            if "plan_settings_hash" in progress
+            else "restore data, seed and batch size; data.blend may get steps after the next checkpoint is saved",
         )
     is_alike = iteration <= plan.num_iterations and decide_on_main(
         lambda: plan.consumed_hash(iteration) == progress["consumed_hash"]

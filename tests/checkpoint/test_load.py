@@ -171,6 +171,21 @@ def test_other_data_at_resume_is_refused(saved):
         start(saved, FixedPlan.of(saved, hash="changed", hashes=PlanHashes("changed", "changed", ())))
 
 
+def test_a_checkpoint_of_an_earlier_version_asks_for_the_blend_as_it_was(saved, tmp_path):
+    run_dir = tmp_path / "earlier"
+    shutil.copytree(saved.run_dir, run_dir)
+    path = checkpoint_path(run_dir, 2)
+    manifest = read_manifest(path)
+    added = ("plan_settings_hash", "plan_datasets", "consumed_hash")
+    progress = {name: value for name, value in manifest.progress.items() if name not in added}
+    write_manifest(path, dataclasses.replace(manifest, progress=progress))
+    config = dataclasses.replace(saved, run_dir=str(run_dir))
+    changed = PlanHashes("changed", "fixed", ("fixed", "another"))
+    with pytest.raises(ConfigError, match=r"data.blend may get steps after the next checkpoint is saved"):
+        start(config, FixedPlan.of(saved, hash="changed", hashes=changed))
+    assert start(config).iteration == 2
+
+
 def test_another_model_at_resume_is_refused_by_key(saved):
     with pytest.raises(ConfigError, match=r"model.language.rotary_base is 20000.0, .* trained with 10000.0 .*iter_0+2"):
         start(dataclasses.replace(saved, model=tiny_model(rotary_base=2e4)))

@@ -76,6 +76,18 @@ def test_a_run_without_a_launcher_begins_with_its_first_step():
     }
 
 
+def test_steps_of_a_version_without_events_were_before_the_first_start():
+    earlier = [{"iteration": 1, "seconds": 50.0}, {"iteration": 2, "seconds": 50.0}]
+    damaged = {"iteration": 5, "unix_time": 14.0, "seconds": None}
+    spent = time_spent(KILLED[:2], [*earlier, *steps(3, [12, 14]), damaged])
+    assert parts(spent) == {"steps": 4.0, "start": 10.0}
+
+
+def test_a_clock_that_is_set_back_in_a_failed_attempt_is_no_error():
+    spent = time_spent([event(0, "start"), event(10, "begin"), event(7, "end", exit_code=1)], [])
+    assert spent.lost_steps == 0.0
+
+
 def test_nothing_is_told_before_the_first_step():
     assert time_spent([event(0, "start")], []) is None
 

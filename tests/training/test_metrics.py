@@ -121,3 +121,8 @@ def test_curves_show_measured_numbers_only():
     } <= shown.keys()
     assert not {"iteration", "unix_time", "stage", "mfu", "loss_hex"} & shown.keys()
     assert not any(math.isnan(value) for value in shown.values())
+
+
+def test_parts_of_a_split_dataset_count_together(flops):
+    record = metrics_record(make_state(dataset_names=("coyo", "text", "coyo")), METRICS)
+    assert (record["tokens/coyo"], record["tokens/text"]) == (90, 0)

@@ -1,10 +1,12 @@
 """An iteration computed once more has the numbers that the run recorded, and the run's folder stays as it is."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
-from megatron_vlm.training.replay import Replay
+from megatron_vlm.config import UsageError
+from megatron_vlm.training.replay import Replay, run_replay
 from tests.support.runs import read_metrics, shard_run
 
 pytestmark = pytest.mark.distributed
@@ -62,3 +64,10 @@ def test_an_iteration_has_the_recorded_numbers_and_a_loss_for_each_sample(worker
     assert [sample.sample_id for sample in later.samples] == [sample.sample_id for sample in again.samples]
     assert later.loss != again.loss
     assert later.compared == ""
+
+
+def test_a_folder_without_a_run_is_refused_and_not_made(one_rank, shards, tmp_path, monkeypatch):
+    monkeypatch.setattr("megatron_vlm.training.replay.started_rank", lambda config: nullcontext((None, None)))
+    with pytest.raises(UsageError, match="run_dir holds no run: it has no config.yaml"):
+        run_replay(config_of(shards, tmp_path / "none"), Replay(iteration=1))
+    assert not (tmp_path / "none").exists()

@@ -32,6 +32,11 @@ def test_phases_of_a_step_are_shown():
     assert "<td>data</td><td>0.15 s</td><td>30.0%</td>" in page
 
 
+def test_phases_are_parts_of_the_steps_that_have_them():
+    records = [{"iteration": 1, "seconds": 9.0}, {"iteration": 2, "seconds": 0.5, "seconds/data": 0.1}]
+    assert "<td>data</td><td>0.1 s</td><td>20.0%</td>" in phases_card(run_of(records))
+
+
 def test_what_is_not_known_is_not_shown():
     assert time_card(run_of()) == time_card(run_of(time_spent=TimeSpent())) == ""
     assert phases_card(run_of([{"iteration": 1, "seconds": 0.5}])) == ""

@@ -47,7 +47,7 @@ def read_quarantine(path: str, plan: Plan) -> Quarantine:
         what = f"data.quarantine cannot be read: {error.strerror or error}"
         raise StorageError(what, where=path, fix="correct the path, or remove data.quarantine") from None
     ids = set()
-    for number, line in enumerate(content.decode(errors="replace").splitlines(), start=1):
+    for number, line in enumerate(content.decode("utf-8-sig", errors="replace").splitlines(), start=1):
         text = line.partition("#")[0].strip()
         if not text:
             continue

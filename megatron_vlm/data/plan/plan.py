@@ -219,6 +219,11 @@ def build_plan(settings: PlanSettings, datasets: Sequence[SampleLengths], folder
     )
     for iteration in plan.summary.step_iterations:
         logger.info("the blend changes after iteration %d", iteration)
+    for step in steps_of(settings.blend)[1 + len(plan.summary.step_iterations) :]:
+        begin = f"iteration {step.from_iteration}" if step.from_tokens is None else f"{step.from_tokens} tokens"
+        logger.warning(
+            "the step of data.blend from %s never begins: there are %d iterations", begin, plan.num_iterations
+        )
     return plan
 
 

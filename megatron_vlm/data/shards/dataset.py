@@ -9,6 +9,7 @@ import hashlib
 import os
 import struct
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -321,3 +322,11 @@ def _check_size(path: Path, expected: int) -> None:
         kind = "truncated" if found < expected else "not the one that was prepared"
         what = f"shard file is {kind}: {found} bytes, but the manifest says {expected}"
         raise DataError(what, where=str(path), fix=PREPARE_AGAIN)
+
+
+def sizes_by_name(datasets: Sequence[ShardedDataset]) -> dict[str, int]:
+    """Return the samples under each name: one dataset counts once, and parts of a split one together."""
+    sizes: Counter[str] = Counter()
+    for dataset in {dataset.fingerprint: dataset for dataset in datasets}.values():
+        sizes[dataset.manifest.dataset_name] += len(dataset)
+    return dict(sizes)

@@ -1,14 +1,12 @@
 """Records that an attempt begins and which steps of the one before it does again; counts what goodput is told from."""
 
-import math
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_vlm.platform.files.events import BEGIN, read_events
-from megatron_vlm.platform.files.metrics import Record, read_metrics
+from megatron_vlm.platform.files.metrics import read_metrics
 from megatron_vlm.training.events import note_event
-from megatron_vlm.training.goodput import Goodput, first_start
+from megatron_vlm.training.goodput import Goodput, first_start, seconds_in_steps
 from megatron_vlm.training.state import TrainState
 from megatron_vlm.training.step import StepMetrics
 
@@ -23,7 +21,7 @@ class Hook:
         records = read_metrics(Path(state.config.run_dir))
         lost = [record for record in records if record["iteration"] > state.iteration]
         kept = [record for record in records if record["iteration"] <= state.iteration]
-        details = {"lost_iterations": len(lost), "lost_seconds": _seconds(lost)}
+        details = {"lost_iterations": len(lost), "lost_seconds": seconds_in_steps(lost)}
         if lost and "unix_time" in lost[-1]:
             details["lost_until"] = lost[-1]["unix_time"]
         what = f"resumed after iteration {state.iteration:,}" if state.iteration else "began"
@@ -32,7 +30,7 @@ class Hook:
         now = time.time()
         note_event(state, BEGIN, what, **details)
         events, _ = read_events(state.config.run_dir)
-        state.goodput = Goodput(first_start(events, default=now), _seconds(kept))
+        state.goodput = Goodput(first_start(events, default=now), seconds_in_steps(kept))
 
     def step(self, state: TrainState, metrics: StepMetrics) -> None:
         """Count the step."""
@@ -41,7 +39,3 @@ class Hook:
 
     def close(self, state: TrainState) -> None:
         """Nothing to release: the launcher records the end."""
-
-
-def _seconds(records: Sequence[Record]) -> float:
-    return math.fsum(record.get("seconds", 0.0) for record in records)

@@ -79,7 +79,7 @@ def _sizes(dataset):
 
 def test_a_file_is_read_line_by_line(plan, tmp_path):
     path = tmp_path / "ids.txt"
-    path.write_text("# bad pictures\n3\n\n 17 # blurred\r\n3\n")
+    path.write_text("3\n# bad pictures\n\n 17 # blurred\r\n3\n", encoding="utf-8-sig")
     found = read_quarantine(str(path), plan)
     assert found.ids == {3, 17}
     counts = [found.count(plan, iteration) for iteration in range(plan.num_iterations)]

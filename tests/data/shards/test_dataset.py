@@ -5,6 +5,7 @@ import pickle
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -13,7 +14,7 @@ import pytest
 from megatron_vlm.config import DataError
 from megatron_vlm.data.samples import EncodedSample, ImageSegment, TextSegment, TokenizerFacts
 from megatron_vlm.data.shards import dataset as dataset_module
-from megatron_vlm.data.shards.dataset import ShardedDataset
+from megatron_vlm.data.shards.dataset import ShardedDataset, sizes_by_name
 from megatron_vlm.data.shards.index import ShardIndex
 from megatron_vlm.data.shards.manifest import MANIFEST_FILE, WORK_FOLDER
 from megatron_vlm.data.shards.writer import write_dataset
@@ -280,3 +281,13 @@ def test_shards_without_sizes_of_images_name_the_fix(dataset):
     (dataset.folder / MANIFEST_FILE).write_text(json.dumps(tree))
     with pytest.raises(DataError, match="lists no 00001.dim: an older version .*fix: prepare the dataset again"):
         ShardedDataset.open(dataset.folder)
+
+
+def test_parts_of_a_dataset_count_together_and_one_that_is_named_twice_once():
+    class Named(list):
+        def __init__(self, name, number, fingerprint):
+            super().__init__(range(number))
+            self.manifest, self.fingerprint = SimpleNamespace(dataset_name=name), fingerprint
+
+    part, other, text = Named("coyo", 3, "a"), Named("coyo", 4, "b"), Named("text", 5, "c")
+    assert sizes_by_name([part, text, other, part]) == {"coyo": 7, "text": 5}

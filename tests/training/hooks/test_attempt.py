@@ -45,6 +45,15 @@ def test_goodput_counts_from_the_first_start_and_the_steps_that_stay(tmp_path, m
     assert state.goodput.seconds_in_steps == 8.5
 
 
+def test_steps_of_a_version_without_events_are_no_part_of_the_goodput(tmp_path):
+    lines = ({"iteration": n, "loss": 1.0, "seconds": 2.0} for n in range(1, 8))
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    _, state = begin(tmp_path, 4)
+    (event,) = read_events(tmp_path)[0]
+    assert event.details == {"lost_iterations": 3, "lost_seconds": 0.0}
+    assert state.goodput.seconds_in_steps == 0.0
+
+
 def test_other_ranks_record_nothing(tmp_path):
     hook, state = begin(tmp_path, 0, is_reporter=False)
     hook.step(state, METRICS)
