@@ -30,6 +30,8 @@ KINDS: Mapping[str, str] = {
     BAD_SAMPLES: "samples could not be read and were replaced",
 }
 """What each kind says; any file may add one of its own by recording it."""
+_END_OF_TIME = 2.0**36
+"""More is no moment that a calendar has, but a damaged line [Unix time]."""
 _OWN = ("kind", "unix_time", "iteration", "what")
 logger = logging.getLogger(__name__)
 
@@ -101,7 +103,7 @@ def _parse(line: str) -> Event | None:
     except (ValueError, RecursionError, KeyError, TypeError):
         return None
     is_event = isinstance(kind, str) and isinstance(what, str) and type(unix_time) in (int, float)
-    if not is_event or not (iteration is None or type(iteration) is int):
+    if not is_event or not 0 <= unix_time < _END_OF_TIME or not (iteration is None or type(iteration) is int):
         return None
     details = {name: value for name, value in values.items() if name not in _OWN}
     return Event(kind=kind, unix_time=unix_time, what=what, iteration=iteration, details=details)

@@ -204,7 +204,9 @@ def test_saved_plan_of_images_of_different_lengths_is_opened_again(datasets, tmp
 @pytest.mark.parametrize(("when", "named"), [("from_iteration", "iteration 900000"), ("from_tokens", "900000 tokens")])
 def test_a_step_behind_the_end_is_warned_of(tmp_path, datasets, caplog, when, named):
     later = BlendEntry(path="b", **{when: 900_000})
-    settings = make_settings(blend=(BlendEntry(path="a"), BlendEntry(path="b"), later), train_iters=9, train_epochs=None)
+    settings = make_settings(
+        blend=(BlendEntry(path="a"), BlendEntry(path="b"), later), train_iters=9, train_epochs=None
+    )
     plan = build_plan(settings, datasets, tmp_path)
     assert plan.summary.step_iterations == ()
     assert f"the step of data.blend from {named} never begins: there are {plan.num_iterations}" in caplog.text

@@ -44,6 +44,7 @@ DAMAGED = [
     b"\0" * 64,
     b"[" * 100_000,
     *(json.dumps({**OWN, name: value}).encode() for name in OWN for value in ({}, [], True)),
+    *(json.dumps({**OWN, "unix_time": value}).encode() for value in (1e300, -1e300, float("nan"), 10**400)),
     *(json.dumps({key: value for key, value in OWN.items() if key != name}).encode() for name in OWN),
 ]
 
