@@ -208,5 +208,5 @@ def test_a_step_behind_the_end_is_warned_of(tmp_path, datasets, caplog, when, na
         blend=(BlendEntry(path="a"), BlendEntry(path="b"), later), train_iters=9, train_epochs=None
     )
     plan = build_plan(settings, datasets, tmp_path)
-    assert plan.summary.step_iterations == ()
+    assert not plan.summary.step_iterations
     assert f"the step of data.blend from {named} never begins: there are {plan.num_iterations}" in caplog.text
