@@ -65,7 +65,9 @@ class BadSamples:
     def _open(self, iteration: int) -> dict[str, int]:
         with storage_errors("list of bad samples cannot be read", self.path):
             for record in drop_after(self.path, iteration):
-                self._known.setdefault(str(record.get("dataset")), set()).add(_place(str(record.get("sample"))))
+                dataset, sample = record.get("dataset"), record.get("sample")
+                if isinstance(dataset, str) and isinstance(sample, str):  # else a damaged disk
+                    self._known.setdefault(dataset, set()).add(_place(sample))
         return self._count()
 
     def _record(self, found: Sequence[BadImage], dataset_names: Sequence[str], iteration: int) -> dict[str, int]:

@@ -64,7 +64,8 @@ class RunRecords:
     @property
     def padding(self) -> float:
         """Fraction of the positions in all packed rows of the run that hold no token."""
-        full = [record for record in self.metrics if record.get("tokens") and record.get("padding", 1.0) < 1.0]
+        numbers = (one for one in self.metrics if _is_number(one.get("tokens")) and _is_number(one.get("padding")))
+        full = [record for record in numbers if record["tokens"] and record["padding"] < 1.0]
         positions = math.fsum(record["tokens"] / (1.0 - record["padding"]) for record in full)
         return 1.0 - math.fsum(record["tokens"] for record in full) / positions if positions else 0.0
 

@@ -71,6 +71,13 @@ def test_a_resumed_run_counts_as_one_that_was_not_stopped(one_rank, tmp_path):
     assert [line["sample_id"] for line in lines(tmp_path)] == [1, 2, 3]
 
 
+def test_damaged_lines_are_no_samples(one_rank, tmp_path):
+    account(tmp_path).note([bad(1)], NAMES, 1)
+    with (tmp_path / "bad_samples.jsonl").open("a") as stream:
+        stream.write('{"iteration": 1}\n{"iteration": 1, "dataset": [1], "sample": "x"}\n{"iteration": 2, "da')
+    assert account(tmp_path, iteration=2).counts == {"coyo": 1}
+
+
 def test_more_than_the_fraction_of_a_dataset_stops_the_run(one_rank, tmp_path):
     samples = account(tmp_path)
     samples.note([bad(number) for number in range(4)], NAMES, 1)  # 4 of 40

@@ -43,6 +43,13 @@ def test_line_that_a_kill_cut_short_is_left_out_and_counted(tmp_path):
     assert run.unreadable_lines == 1
 
 
+def test_padding_leaves_out_what_is_no_number(tmp_path):
+    write_metrics(tmp_path, [1], tokens=75, padding=0.25)
+    write_metrics(tmp_path, [2], tokens="x", padding=0.5)
+    write_metrics(tmp_path, [3], tokens=75, padding=None)
+    assert read_run(tmp_path).padding == 0.25
+
+
 def test_later_record_of_an_iteration_counts(tmp_path):
     write_metrics(tmp_path, range(1, 6), tokens=1)
     write_metrics(tmp_path, range(4, 8), tokens=2)
