@@ -101,7 +101,7 @@ TESTED_ELSEWHERE = {
     "evaluation/opened_model.py": "evaluation/test_run.py",
     "models/layers/projection.py": "models/projectors/test_linear.py",
     "cli/rehearsal_text.py": "cli/test_rehearse.py",
-    "data/loading/inspection.py": "cli/test_batch_listing.py",
+    "data/loading/inspection.py": "training/test_batch_listing.py",
     "data/loading/reader.py": "data/loading/test_loader.py",
     "platform/fake_device/events.py": "platform/fake_device/test_collectives.py",
     "platform/gpus.py": "costs/test_cluster.py",

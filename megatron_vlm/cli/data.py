@@ -115,9 +115,21 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
 
 def _inspect(args: argparse.Namespace) -> int:
     if args.iteration is not None:
-        from megatron_vlm.cli.batch_listing import list_batch
+        from megatron_vlm.platform.device import quieten
 
-        return list_batch(args)
+        quieten()  # before anything that imports megatron-core
+        from megatron_vlm.training.batch_listing import list_batch
+
+        for line in list_batch(
+            args.folder,
+            args.iteration,
+            tokenizer=args.tokenizer,
+            with_text=args.text,
+            pictures=args.pictures,
+            page=args.output,
+        ):
+            print(line)
+        return ExitCode.DONE
     if args.text or args.pictures:
         raise UsageError("--text and --pictures show a global batch of a run", fix="give --iteration, too")
     for flag in ("tokenizer", "output"):

@@ -3,6 +3,7 @@
 import random
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -58,8 +59,9 @@ class KilledRun:
 
     def __init__(self, project: Project, name: str, iterations: int) -> None:
         self.project, self.run_dir = project, project.folder / name
-        self.temporary, self.log = project.folder / f"{name}.tmp", project.folder / f"{name}.log"
-        self.temporary.mkdir()
+        self.log = project.folder / f"{name}.log"
+        # Sockets are made in it, and the path of a socket has at most 107 characters.
+        self.temporary = Path(tempfile.mkdtemp(prefix="killed-"))
         self.losses, self.jobs = Losses(), []
         self._settings = (f"training.train_iters={iterations}", *SETTINGS)
 
@@ -106,7 +108,9 @@ class KilledRun:
         assert not self.losses.contradictions
         assert self.losses.values == reference.losses.values
         assert ledger_of(self.run_dir) == ledger_of(reference.run_dir)
-        assert not list(self.temporary.iterdir())
+        for run in (self, reference):
+            assert not list(run.temporary.iterdir())
+            run.temporary.rmdir()
         assert not [name for job in self.jobs for name in job.shared_memory()]
         assert not list((self.run_dir / "checkpoints").glob("*.megatron_vlm-*"))
 

@@ -51,7 +51,7 @@ def follows(row) -> bool:
         (["decode", "--rounds", "1"], 8),
         (["load", "--samples", "30", "--rounds", "1"], 2),
         (["pack", "--samples", "400"], 8),
-        (["plan", "--images", "40000"], 12),
+        (["plan", "--images", "40000"], 14),
         (["open", "--documents", "2000", "--reads", "200", "--rounds", "1"], 3),
         (["train_step", "--rows", "1", "--rounds", "1", "--tower", "frozen", "--peers", "plain"], 1),
         pytest.param(["train_step", "--rows", "1", "--rounds", "1"], 10, marks=pytest.mark.slow),

@@ -1,12 +1,12 @@
-"""`megatron-vlm data inspect RUN --iteration N`: what a global batch of a run holds."""
+"""List what a global batch of a run holds: `megatron-vlm data inspect RUN --iteration N`."""
 
-import argparse
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
-from megatron_vlm.config import ConfigError, DataError, ExitCode, TrainConfig, UsageError, load_config
+from megatron_vlm.config import ConfigError, DataError, TrainConfig, UsageError, load_config
 from megatron_vlm.data.images.formats import find_format
 from megatron_vlm.data.loading.collate import Collation
 from megatron_vlm.data.loading.inspection import BatchSample, read_batch
@@ -17,52 +17,56 @@ from megatron_vlm.data.shards.page import read_text, render_samples
 from megatron_vlm.data.text.tokenizer import Tokenizer, load_tokenizer
 from megatron_vlm.platform.files.durable import storage_errors, write_durably
 from megatron_vlm.platform.files.run_folder import CONFIG_NAME, LEDGER_FOLDER
+from megatron_vlm.training.blend import open_planned_blend
 
 
-def list_batch(args: argparse.Namespace) -> int:
-    """Print the samples of an iteration; write pictures and a page on request.
+def list_batch(
+    run_dir: Path, iteration: int, *, tokenizer: str | None, with_text: bool, pictures: Path | None, page: Path | None
+) -> Iterator[str]:
+    """Yield lines about the samples of an iteration; write pictures and a page on request.
+
+    Args:
+        run_dir: the run folder.
+        iteration: counted from 1.
+        tokenizer: in place of the run's own.
+        with_text: whether the text of each sample follows it.
+        pictures: folder for the images, as the shards hold them.
+        page: HTML file.
 
     Raises:
         ConfigError: the folder is not that of a run.
         DataError: the plan or a sample is missing or damaged, or the ledger has other samples.
         UsageError: the run has no such iteration.
     """
-    from megatron_vlm.platform.device import quieten
-
-    quieten()  # before anything that imports megatron-core
-    from megatron_vlm.training.blend import open_planned_blend
-
-    run_dir: Path = args.folder
     if not (run_dir / CONFIG_NAME).is_file():
         raise ConfigError(f"folder has no {CONFIG_NAME}", where=str(run_dir), fix="name the folder of a run")
     config = load_config(TrainConfig, str(run_dir / CONFIG_NAME), [])
     # The folder may have been moved since.
     blend = open_planned_blend(dataclasses.replace(config, run_dir=str(run_dir)))
     plan = blend.plan
-    if args.iteration > plan.num_iterations:
-        raise UsageError(f"iteration {args.iteration} of {plan.num_iterations} does not exist", fix="give another")
-    state = _compare_with_ledger(run_dir, plan, args.iteration)
+    if iteration > plan.num_iterations:
+        raise UsageError(f"iteration {iteration} of {plan.num_iterations} does not exist", fix="give another")
+    state = _compare_with_ledger(run_dir, plan, iteration)
     collation = Collation.from_config(config.model, config.data)
-    samples = list(read_batch(blend.datasets, plan, args.iteration - 1, collation, blend.quarantine.ids))
-    print(
-        f"iteration {args.iteration} of {plan.num_iterations}, {state}: {len(samples)} samples in "
-        f"{plan.settings.global_batch_size} rows of {plan.seq_length(args.iteration - 1)} tokens, "
+    samples = list(read_batch(blend.datasets, plan, iteration - 1, collation, blend.quarantine.ids))
+    yield (
+        f"iteration {iteration} of {plan.num_iterations}, {state}: {len(samples)} samples in "
+        f"{plan.settings.global_batch_size} rows of {plan.seq_length(iteration - 1)} tokens, "
         f"{sum(len(sample.images) for sample in samples)} images, {sum(x.num_tokens for x in samples)} tokens, "
         f"{sum(x.num_labels for x in samples)} with a loss"
     )
-    tokenizer = load_tokenizer(args.tokenizer or run_dir) if args.text or args.output else None
+    opened = load_tokenizer(tokenizer or run_dir) if with_text or page else None
     for sample in samples:
-        print(_line(sample))
-        if args.text and tokenizer is not None:
-            print("\n".join(f"    {line}" for line in _text(sample, tokenizer).splitlines()))
-    if args.pictures:
-        print(f"wrote {_write_pictures(samples, args.pictures)} images to {args.pictures}")
-    if args.output and tokenizer is not None:
+        yield _line(sample)
+        if with_text and opened is not None:
+            yield from (f"    {line}" for line in _text(sample, opened).splitlines())
+    if pictures:
+        yield f"wrote {_write_pictures(samples, pictures)} images to {pictures}"
+    if page and opened is not None:
         named = ((_line(sample), f"sample-{sample.sample_id}", sample.sample) for sample in samples)
-        page = render_samples(f"{run_dir}: iteration {args.iteration}", named, tokenizer)
-        write_durably(args.output, page.encode())
-        print(f"wrote {args.output}")
-    return ExitCode.DONE
+        text = render_samples(f"{run_dir}: iteration {iteration}", named, opened)
+        write_durably(page, text.encode())
+        yield f"wrote {page}"
 
 
 def _compare_with_ledger(run_dir: Path, plan: Plan, iteration: int) -> str:
