@@ -78,13 +78,11 @@ class BlendStep:
 
 def steps_of(blend: tuple[BlendEntry, ...]) -> tuple[BlendStep, ...]:
     """Return the steps of a blend in order; one if it does not change."""
-    times = dict.fromkeys(_time(entry) for entry in blend)
     places = {key: place for place, key in enumerate(_datasets(blend))}
-    steps = []
-    for time in times:
-        entries = tuple(entry for entry in blend if _time(entry) == time)
-        steps.append(BlendStep(entries=entries, datasets=tuple(places[key] for key in _keys(entries))))
-    return tuple(steps)
+    return tuple(
+        BlendStep(entries=entries, datasets=tuple(places[key] for key in _keys(entries)))
+        for entries in _entries_by_time(blend)
+    )
 
 
 def datasets_of(blend: tuple[BlendEntry, ...]) -> tuple[BlendEntry, ...]:
@@ -131,6 +129,14 @@ def _time(entry: BlendEntry) -> tuple[int | None, int | None]:
     return entry.from_iteration, entry.from_tokens
 
 
+def _entries_by_time(blend: tuple[BlendEntry, ...]) -> list[tuple[BlendEntry, ...]]:
+    """Return the entries of each step, the steps in the order of their first entries."""
+    groups: dict[tuple[int | None, int | None], list[BlendEntry]] = {}
+    for entry in blend:
+        groups.setdefault(_time(entry), []).append(entry)
+    return [tuple(entries) for entries in groups.values()]
+
+
 def _keys(entries: tuple[BlendEntry, ...]) -> list[tuple[str, int]]:
     """Return path and occurrence of each entry of a step."""
     seen: Counter[str] = Counter()
@@ -143,8 +149,7 @@ def _keys(entries: tuple[BlendEntry, ...]) -> list[tuple[str, int]]:
 
 def _datasets(blend: tuple[BlendEntry, ...]) -> dict[tuple[str, int], BlendEntry]:
     found: dict[tuple[str, int], BlendEntry] = {}
-    for time in dict.fromkeys(_time(entry) for entry in blend):
-        entries = tuple(entry for entry in blend if _time(entry) == time)
+    for entries in _entries_by_time(blend):
         for key, entry in zip(_keys(entries), entries, strict=True):
             found.setdefault(key, entry)
     return found

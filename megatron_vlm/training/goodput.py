@@ -13,7 +13,8 @@ from megatron_vlm.config import ExitCode
 from megatron_vlm.platform.files.events import BEGIN, END, FAILED_SAVE, SAVE, START, VALIDATION, Event
 from megatron_vlm.platform.files.metrics import Record
 
-_IN_GOOD_ORDER = (ExitCode.DONE, ExitCode.REQUEUE, ExitCode.INTERRUPTED)
+IN_GOOD_ORDER = (ExitCode.DONE, ExitCode.REQUEUE, ExitCode.INTERRUPTED)
+"""Exit codes of a job that did not fail."""
 
 
 @dataclass(slots=True)
@@ -86,7 +87,7 @@ def time_spent(events: Sequence[Event], records: Sequence[Record]) -> TimeSpent 
     attempts, first = list(_attempts(events, records)), first_start(events, default=begins[0].unix_time)
     parts = {
         "steps": seconds_in_steps(records),
-        "lost_steps": sum(_number(event, "lost_seconds") for event in begins)
+        "lost_steps": sum(event.number("lost_seconds") for event in begins)
         + sum(_tail(one, events, records) for one in attempts if one.failed),
         "start": attempts[0].begin - first,
         "restart": sum(later.begin - earlier.end for earlier, later in itertools.pairwise(attempts)),
@@ -120,12 +121,12 @@ def _attempts(events: Sequence[Event], records: Sequence[Record]) -> Iterator[_A
         begin, until = events[place].unix_time, float("inf")
         if end is not None:
             code = end.details.get("exit_code")
-            yield _Attempt(begin, end.unix_time, failed=code not in _IN_GOOD_ORDER)
+            yield _Attempt(begin, end.unix_time, failed=code not in IN_GOOD_ORDER)
             continue
         signs = [event.unix_time for event in inside]
         if following is not None:
             until = events[following].unix_time
-            signs.append(_number(events[following], "lost_until"))
+            signs.append(events[following].number("lost_until"))
         signs += [time for time in _step_times(records) if begin <= time < until]
         yield _Attempt(begin, max([begin, *signs]), failed=following is not None)
 
@@ -133,7 +134,7 @@ def _attempts(events: Sequence[Event], records: Sequence[Record]) -> Iterator[_A
 def _tail(attempt: _Attempt, events: Sequence[Event], records: Sequence[Record]) -> float:
     """Return the time between the last step or event of an attempt and its end."""
     times = [event.unix_time for event in events if event.kind != END]
-    times += [_number(event, "lost_until") for event in events if event.kind == BEGIN]
+    times += [event.number("lost_until") for event in events if event.kind == BEGIN]
     times += _step_times(records)
     # A clock that was set back puts the end before the beginning.
     inside = [time for time in times if attempt.begin <= time <= attempt.end]
@@ -142,8 +143,3 @@ def _tail(attempt: _Attempt, events: Sequence[Event], records: Sequence[Record])
 
 def _step_times(records: Sequence[Record]) -> list[float]:
     return [record["unix_time"] for record in records if isinstance(record.get("unix_time"), float)]
-
-
-def _number(event: Event, name: str) -> float:
-    value = event.details.get(name)
-    return float(value) if isinstance(value, int | float) else 0.0

@@ -6,14 +6,12 @@ from collections.abc import Sequence
 
 from megatron_vlm.platform.charts import Line, draw_lines, to_svg
 from megatron_vlm.training.report_events import event_marks, events_card
-from megatron_vlm.training.report_page import card, count, duration, mean, number, ratio, render_page, table
+from megatron_vlm.training.report_page import LATEST, card, count, duration, mean, number, ratio, render_page, table
 from megatron_vlm.training.report_time import phases_card, time_card
 from megatron_vlm.training.run_records import RunRecords
 
 _LOSS, _VALIDATION = "loss", "validation_loss"
 """Keys of the mean over all datasets; the loss of a dataset is under the key, "/" and its name."""
-_LATEST = 100
-"""Iterations that the latest means are taken over."""
 
 
 def render_report(run: RunRecords) -> str:
@@ -61,7 +59,7 @@ def _tiles(run: RunRecords) -> str:
     tokens, seconds = run.total("tokens"), run.total("seconds")
     tiles = [
         ("Iterations", f"{run.metrics[-1]['iteration']:,}", _planned(run)),
-        ("Loss", number(_at_the_end(run, "loss")), f"mean of the last {min(_LATEST, len(run.metrics))} iterations"),
+        ("Loss", number(_at_the_end(run, "loss")), f"mean of the last {min(LATEST, len(run.metrics))} iterations"),
         (
             "Tokens",
             count(tokens),
@@ -155,14 +153,14 @@ def _datasets(run: RunRecords) -> str:
     names = run.names(f"{_LOSS}/") + run.names(f"{_VALIDATION}/") + list(seen)
     for name in dict.fromkeys(names):
         values, validation = run.series(f"{_LOSS}/{name}")[1], run.series(f"{_VALIDATION}/{name}")[1]
-        losses = [mean(values[:1]), mean(values[-_LATEST:]), mean(validation[-1:])]
+        losses = [mean(values[:1]), mean(values[-LATEST:]), mean(validation[-1:])]
         tokens, passes = seen.get(name, math.nan), _last(run, f"passes/{name}")
         shown = ["-", "-"] if math.isnan(tokens) else [count(tokens), f"{ratio(tokens, all_seen):.1%}"]
         rows.append([html.escape(name), *map(number, losses), *shown, number(passes)])
     heads = [
         "dataset",
         "first loss",
-        f"mean of the last {_LATEST}",
+        f"mean of the last {LATEST}",
         "last validation",
         "tokens seen",
         "of all",
@@ -202,4 +200,4 @@ def _configuration(run: RunRecords) -> str:
 
 
 def _at_the_end(run: RunRecords, key: str) -> float:
-    return mean(run.series(key)[1][-_LATEST:])
+    return mean(run.series(key)[1][-LATEST:])

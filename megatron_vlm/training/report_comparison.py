@@ -7,11 +7,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from megatron_vlm.platform.charts import Line, draw_lines, to_svg
-from megatron_vlm.training.report_page import card, count, duration, mean, number, ratio, render_page, table
+from megatron_vlm.training.report_page import LATEST, card, count, duration, mean, number, ratio, render_page, table
 from megatron_vlm.training.run_records import RunRecords
 
-_LATEST = 100
-"""Iterations that a loss is averaged over."""
 _CHARTS = (
     ("Loss", "loss", "loss per trained token", 1.0),
     ("Validation loss", "validation_loss", "loss per trained token", 1.0),
@@ -60,11 +58,11 @@ def _figures(runs: dict[str, RunRecords]) -> str:
     lines: list[tuple[str, Callable[[RunRecords], float], Callable[[float], str]]] = [
         ("iterations", _last_iteration, "{:,.0f}".format),
         (
-            f"loss, mean of up to {_LATEST} iterations until {common:,}",
+            f"loss, mean of up to {LATEST} iterations until {common:,}",
             lambda run: _mean_until(run, "loss", common),
             number,
         ),
-        (f"loss, mean of its last {_LATEST}", lambda run: _mean_until(run, "loss", math.inf), number),
+        (f"loss, mean of its last {LATEST}", lambda run: _mean_until(run, "loss", math.inf), number),
         ("last validation loss", lambda run: mean(run.series("validation_loss")[1][-1:]), number),
         ("tokens", lambda run: run.total("tokens"), count),
         ("images", lambda run: run.total("images"), count),
@@ -93,7 +91,7 @@ def _last_iteration(run: RunRecords) -> int:
 
 def _mean_until(run: RunRecords, key: str, last: float) -> float:
     pairs = zip(*run.series(key), strict=True)
-    return mean([value for iteration, value in pairs if iteration <= last][-_LATEST:])
+    return mean([value for iteration, value in pairs if iteration <= last][-LATEST:])
 
 
 def _settings(runs: dict[str, RunRecords]) -> str:

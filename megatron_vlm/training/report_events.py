@@ -4,13 +4,12 @@ import html
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from megatron_vlm.config import ExitCode
 from megatron_vlm.platform.charts import COLORS, Mark
 from megatron_vlm.platform.files.events import BEGIN, BLEND, END, FAILED_SAVE, SAVE, SPIKE, START, VALIDATION, Event
+from megatron_vlm.training.goodput import IN_GOOD_ORDER
 from megatron_vlm.training.report_page import card, moment, table
 from megatron_vlm.training.run_records import RunRecords
 
-_IN_GOOD_ORDER = (ExitCode.DONE, ExitCode.REQUEUE, ExitCode.INTERRUPTED)
 _SELDOM = 50
 """Events of one kind in the table; of more, the first and the last are shown."""
 
@@ -25,7 +24,7 @@ class _Look:
 
 
 def _is_fault(event: Event) -> bool:
-    return event.kind == END and event.details.get("exit_code") not in _IN_GOOD_ORDER
+    return event.kind == END and event.details.get("exit_code") not in IN_GOOD_ORDER
 
 
 def _is_of_another_kind(event: Event) -> bool:

@@ -7,6 +7,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+LATEST = 100
+"""Iterations that the latest means are taken over."""
 _STYLE = Path(__file__).with_name("report.css")
 
 

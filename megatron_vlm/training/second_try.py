@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -102,12 +103,17 @@ def _named(bad: list[SampleLoss]) -> str:
 def _write(state: TrainState, record: dict[str, Any], name: str) -> None:
     # JSON has no nan: numbers that are not finite are text.
     content = json.dumps(_without_nan(record), indent=1, allow_nan=False) + "\n"
+    _write_if_possible(state, "record of the step", lambda folder: write_durably(folder / name, content.encode()))
+
+
+def _write_if_possible(state: TrainState, what: str, write: Callable[[Path], None]) -> None:
+    """Write into `not_finite/`; an error of the disk is only logged: it must not hide what the record is about."""
     folder = Path(state.config.run_dir) / NOT_FINITE_FOLDER
     try:
-        with storage_errors("record of the step cannot be written", folder):
+        with storage_errors(f"{what} cannot be written", folder):
             folder.mkdir(parents=True, exist_ok=True)
-            write_durably(folder / name, content.encode())
-    except StorageError as error:  # which must not hide what it is about
+            write(folder)
+    except StorageError as error:
         logger.warning("%s", error)
 
 
@@ -129,11 +135,9 @@ def _write_random_state(state: TrainState, number: int) -> None:
     states |= {f"tracker {name}": one for name, one in get_cuda_rng_tracker().get_states().items()}
     arrays: dict[str, Any] = {name: one.cpu().numpy() for name, one in states.items() if isinstance(one, Tensor)}
     arrays["seed"] = np.int64(seed)
-    folder = Path(state.config.run_dir) / NOT_FINITE_FOLDER
-    try:
-        with storage_errors("random state cannot be written", folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            with open_durably(folder / f"iteration_{number:07d}_rank_{state.rank.rank:05d}.npz") as stream:
-                np.savez(stream, **arrays)
-    except StorageError as error:
-        logger.warning("%s", error)
+
+    def write(folder: Path) -> None:
+        with open_durably(folder / f"iteration_{number:07d}_rank_{state.rank.rank:05d}.npz") as stream:
+            np.savez(stream, **arrays)
+
+    _write_if_possible(state, "random state", write)

@@ -35,11 +35,6 @@ class BatchSample:
         """Its images, in reading order."""
         return [segment for segment in self.sample.segments if isinstance(segment, ImageSegment)]
 
-    @property
-    def texts(self) -> list[TextSegment]:
-        """Its runs of text, in reading order."""
-        return [segment for segment in self.sample.segments if isinstance(segment, TextSegment)]
-
 
 def read_batch(
     datasets: Sequence[ShardedDataset],

@@ -3,7 +3,9 @@
 import json
 import logging
 import os
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import BinaryIO
 
@@ -49,20 +51,17 @@ def read_iteration(folder: str | Path, iteration: int) -> RecordedBatch | None:
     """
     folder, before = Path(folder), 0
     try:
-        lines = (folder / _INDEX_FILE).read_bytes().splitlines(keepends=True)
+        content = (folder / _INDEX_FILE).read_bytes()
     except FileNotFoundError:
         return None
-    for line in lines:
-        if not line.endswith(b"\n"):
-            break
-        entry = _parse(line, folder)
+    for entry, _ in _entries(content, folder):
         if entry.iteration == iteration:
             with (folder / _IDS_FILE).open("rb") as stream:
                 stream.seek(before * _ID_DTYPE.itemsize)
-                content = stream.read(entry.samples * _ID_DTYPE.itemsize)
-            if len(content) < entry.samples * _ID_DTYPE.itemsize:
+                ids = stream.read(entry.samples * _ID_DTYPE.itemsize)
+            if len(ids) < entry.samples * _ID_DTYPE.itemsize:
                 raise _damaged(folder, f"{_IDS_FILE} has fewer ids than {_INDEX_FILE} says")
-            return RecordedBatch(entry, np.frombuffer(content, dtype=_ID_DTYPE).astype(np.int64))
+            return RecordedBatch(entry, np.frombuffer(ids, dtype=_ID_DTYPE).astype(np.int64))
         before += entry.samples
     return None
 
@@ -122,14 +121,8 @@ class Ledger:
         return os.fdopen(os.open(self.folder / name, os.O_RDWR | os.O_CREAT, 0o644), "r+b", buffering=0)
 
     def _cut(self, start_iteration: int) -> None:
-        lines = self._index.read().splitlines(keepends=True)
-        kept = []
-        for line in lines:
-            # A kill during the write left a line without its end.
-            entry = _parse(line, self.folder) if line.endswith(b"\n") else None
-            if entry is None or entry.iteration > start_iteration:
-                break
-            kept.append((entry, line))
+        entries = _entries(self._index.read(), self.folder)
+        kept = list(takewhile(lambda found: found[0].iteration <= start_iteration, entries))
         last = kept[-1][0].iteration if kept else 0
         if last < start_iteration:
             logger.warning("%s has no entries of iterations %d to %d", self.folder, last + 1, start_iteration)
@@ -142,6 +135,14 @@ class Ledger:
 
     def _storage_error(self, error: OSError) -> StorageError:
         return StorageError(f"ledger cannot be written: {error}", where=str(self.folder), fix="make room there")
+
+
+def _entries(content: bytes, folder: Path) -> Iterator[tuple[LedgerEntry, bytes]]:
+    """Yield each entry of the index with its line."""
+    for line in content.splitlines(keepends=True):
+        if not line.endswith(b"\n"):
+            break  # a kill during the write left a line without its end
+        yield _parse(line, folder), line
 
 
 def _parse(line: bytes, folder: Path) -> LedgerEntry:

@@ -51,7 +51,11 @@ class Event:
 
     def seconds(self) -> float:
         """Return the time that it took; 0 if it does not say."""
-        value = self.details.get("seconds")
+        return self.number("seconds")
+
+    def number(self, name: str) -> float:
+        """Return a value of its kind; 0 if there is none, or it is no number."""
+        value = self.details.get(name)
         return float(value) if isinstance(value, int | float) else 0.0
 
 
