@@ -13,8 +13,8 @@ from megatron_vlm.platform.launch.heartbeat import Phase, beat, start_beating
 start_beating(Path(sys.argv[1]), 3)
 beat(Phase.STEP, iteration=7)
 beat()
-print("beating", flush=True)
 def hang():
+    print("beating", flush=True)
     time.sleep(60)
 hang()
 """
