@@ -1,4 +1,4 @@
-"""Write tensors to a checkpoint one at a time, each made just before it is written, so that memory holds only one.
+"""Write tensors to a checkpoint one at a time, each made while the one before is written: memory holds two at most.
 
 megatron-core's own writer takes a state dict of finished tensors. The files written here have the same names, order
 and bytes, so megatron-core loads them like its own.
@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from megatron_vlm.checkpoint.item_files import checksummed, split_items, write_item
 from megatron_vlm.checkpoint.manifest import FileRecord, checksum_file
 from megatron_vlm.config import CheckpointError
+from megatron_vlm.platform.ahead import ahead
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,8 +98,9 @@ class _LazyStrategy(SaveShardedStrategy):
 
     def _write_file(self, path: Path, items: list[WriteItem]) -> Iterator[WriteResult]:
         with checksummed(path) as stream:
+            tensors = ahead(map(self._make, items))
             for item in items:
-                yield write_item(stream, path.name, item, self._make(item))
+                yield write_item(stream, path.name, item, next(tensors))
                 self._report()
         self.records[path.name] = stream.record
 

@@ -1,4 +1,4 @@
-"""Write the weights of a model folder as safetensors files, one tensor at a time.
+"""Write the weights of a model folder as safetensors files, one tensor at a time, the next one being made meanwhile.
 
 The files are equal to those of `safetensors.torch.save_file`, which takes all tensors of a file at once. The name
 `llm/norm.weight` stands for the tensor `norm.weight` in the files of the sub-folder `llm`.
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from megatron_vlm.config import CheckpointError
 from megatron_vlm.convert.folder import DTYPES, INDEX_NAME, WEIGHTS_NAME, Stored, list_safetensors, write_json
+from megatron_vlm.platform.ahead import ahead
 from megatron_vlm.platform.files.durable import flush_to_disk
 
 _ALIGNMENT = 8
@@ -85,7 +86,7 @@ class WeightsWriter:
                 streams[file].write(header)
                 offsets.update(starts)
             thread = stack.enter_context(ThreadPoolExecutor(1))
-            for name, tensor in tensors:
+            for name, tensor in ahead(tensors):
                 self._check(name, tensor)
                 values = _bytes_of(tensor)
                 checksum = thread.submit(zlib.crc32, values)
