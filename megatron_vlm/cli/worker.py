@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.report_folder is not None:
             start_beating(args.report_folder, rank)
-            keep_helpers_in(args.report_folder)
+        keep_helpers_in(args.report_folder)
         config = load_config(TrainConfig, args.config, args.overrides)
         setup_logging(rank, world_size, speaking_ranks=_speaking_ranks(config, world_size))
         status = _train(config) if args.replay is None else _replay(config, args)

@@ -152,6 +152,14 @@ def test_run_leaves_nothing_in_the_temporary_folder_or_in_shared_memory(project,
     assert not shared_memory(members)
 
 
+def test_run_with_a_temporary_folder_too_deep_for_sockets_trains(project, start, tmp_path):
+    deep = tmp_path / ("x" * 100)
+    deep.mkdir()
+    process = start("deep", "data.num_workers=1", "training.train_iters=2", TMPDIR=str(deep))
+    process.communicate(timeout=120)
+    assert process.returncode == 0
+
+
 def test_no_process_and_no_file_survives_a_kill_of_launcher_and_ranks_and_the_next_run(project, start, tmp_path):
     arguments = ("data.num_workers=2", "checkpoint.async_save=true", "checkpoint.save_interval=1")
     process = start("killed", *LONG, *arguments, "--nproc-per-node", "2", TMPDIR=str(tmp_path))

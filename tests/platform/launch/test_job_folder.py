@@ -3,10 +3,13 @@ import multiprocessing.util
 import subprocess
 import sys
 import tempfile
+from multiprocessing.connection import Listener
 from pathlib import Path
 
 import pytest
 
+from megatron_vlm.config import ConfigError
+from megatron_vlm.platform.launch import job_folder as module
 from megatron_vlm.platform.launch.job_folder import job_folder, keep_helpers_in
 
 HOLDER = """
@@ -19,11 +22,27 @@ with job_folder() as folder:
 """
 
 
+LONG_NAME = "x" * 100
+
+
 @pytest.fixture(autouse=True)
-def temporary(tmp_path, monkeypatch):
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
+def temporary(monkeypatch):
+    with tempfile.TemporaryDirectory(prefix="mv-") as folder:  # its path is short enough for sockets
+        monkeypatch.setenv("TMPDIR", folder)
+        monkeypatch.setattr(tempfile, "tempdir", None)
+        yield Path(folder)
+
+
+@pytest.fixture
+def too_long(temporary, monkeypatch):
+    """A temporary folder whose path is too long for sockets, beside one that may take its place."""
+    folder, short = temporary / LONG_NAME, temporary / "short"
+    for each in (folder, short):
+        each.mkdir()
+    monkeypatch.setenv("TMPDIR", str(folder))
     monkeypatch.setattr(tempfile, "tempdir", None)
-    return tmp_path
+    monkeypatch.setattr(module, "_SHORT_FOLDERS", (str(temporary / "missing"), str(short)))
+    return folder
 
 
 def test_folder_is_removed_with_all_that_is_in_it(temporary):
@@ -65,7 +84,31 @@ def test_helpers_make_their_sockets_in_the_folder(temporary, monkeypatch):
     assert multiprocessing.Process()._config["tempdir"] == str(temporary)  # a child inherits it
 
 
-def test_path_that_is_too_long_for_a_socket_is_not_used(temporary, monkeypatch):
+def test_folder_is_made_where_sockets_are_possible(too_long, temporary, monkeypatch):
     monkeypatch.setattr(multiprocessing.current_process(), "_config", {})
-    keep_helpers_in(temporary / ("x" * 100))
-    assert not multiprocessing.current_process()._config
+    with job_folder() as folder:
+        assert folder.parent == temporary / "short"
+        keep_helpers_in(folder)
+        Listener(family="AF_UNIX").close()
+    with job_folder() as mine:  # it also removes here what a killed launcher has left
+        assert list((temporary / "short").iterdir()) == [mine]
+
+
+def test_process_without_a_launcher_makes_its_sockets_in_a_folder_that_it_removes(too_long, temporary):
+    code = f"""
+from multiprocessing.connection import Listener
+from megatron_vlm.platform.launch import job_folder
+job_folder._SHORT_FOLDERS = ({str(temporary / "short")!r},)
+job_folder.keep_helpers_in(None)
+print(Listener(family="AF_UNIX").address)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert Path(done.stdout).parents[1] == temporary / "short"
+    assert not list((temporary / "short").iterdir())
+    assert not list(too_long.iterdir())
+
+
+def test_error_says_how_long_the_path_may_be(too_long, monkeypatch):
+    monkeypatch.setattr(module, "_SHORT_FOLDERS", ())
+    with pytest.raises(ConfigError, match=f"too long for sockets.*{LONG_NAME}.*at most 67 bytes"), job_folder():
+        pass
