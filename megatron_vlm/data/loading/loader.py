@@ -3,11 +3,14 @@
 import functools
 import os
 import signal
+import sys
+import threading
 import traceback
 import warnings
 import weakref
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, replace
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -228,7 +231,16 @@ def _prepare_worker(parent: int, worker: int) -> None:
     # They may reach every process of the job, but the trainer needs batches for one more step before it saves.
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    sys.excepthook = _note_error
     die_with_parent(parent)
+
+
+def _note_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    # multiprocessing's thread that hands tensors over tells only this hook that the trainer broke a connection off:
+    # the trainer was killed, and so will be this process, or it lives and raises an error of its own.
+    is_main = threading.current_thread() is threading.main_thread()
+    if is_main or not issubclass(kind, EOFError | ConnectionError):
+        sys.__excepthook__(kind, error, trace)
 
 
 def _kill_workers(workers: Sequence[Any]) -> None:

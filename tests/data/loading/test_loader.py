@@ -3,9 +3,12 @@
 import dataclasses
 import io
 import itertools
+import multiprocessing
 import os
 import signal
 import time
+from multiprocessing import resource_sharer
+from multiprocessing.connection import Client
 
 import numpy as np
 import pytest
@@ -14,7 +17,7 @@ from PIL import Image
 
 from megatron_vlm.config import BlendEntry, DataError, LanguageConfig
 from megatron_vlm.data.loading.collate import Collation
-from megatron_vlm.data.loading.loader import BatchLoader, LoaderWorkers
+from megatron_vlm.data.loading.loader import BatchLoader, LoaderWorkers, _prepare_worker
 from megatron_vlm.data.plan.image_tokens import ImageTokens
 from megatron_vlm.data.plan.plan import build_plan, open_plan
 from megatron_vlm.data.plan.settings import PlanSettings
@@ -373,6 +376,32 @@ def test_killed_worker_does_not_interrupt_other_code(datasets, plan):
         naps += 1
     with pytest.raises(DataError, match="worker died"):
         list(loader)
+
+
+def _hand_over(pipe):
+    _prepare_worker(os.getppid(), 0)
+    pipe.send(resource_sharer.DupFd(1)._id)
+    pipe.recv()
+
+
+def test_worker_tells_errors_but_not_that_the_trainer_went_away(capfd):
+    context = multiprocessing.get_context("fork")
+    pipe, theirs = context.Pipe()
+    worker = context.Process(target=_hand_over, args=(theirs,))
+    worker.start()
+    address, _ = pipe.recv()
+    key = multiprocessing.current_process().authkey
+    Client(address, authkey=key).close()  # a trainer that is killed before it asks for the tensor
+    for _ in range(2):  # once the second is answered, the first is told
+        asking = Client(address, authkey=key)
+        asking.send(("no such tensor", os.getpid()))
+        with pytest.raises(EOFError):
+            asking.recv()
+    pipe.send(None)
+    worker.join()
+    errors = capfd.readouterr().err
+    assert "KeyError: 'no such tensor'" in errors
+    assert "EOFError" not in errors
 
 
 def test_workers_ignore_signals_that_ask_the_job_to_stop(datasets, plan):
