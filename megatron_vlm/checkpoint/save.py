@@ -31,8 +31,8 @@ from megatron_vlm.platform.files.run_folder import CONFIG_NAME
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 _FIX = "make room or name another run_dir"
-_SMALL_FILES = 1 << 24
-"""Room for what is not tensors: index, settings, manifest [bytes]."""
+_SMALL_FILES = 1 << 20
+"""Room for what does not grow with the tensors: settings, manifest, progress [bytes]."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

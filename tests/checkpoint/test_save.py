@@ -2,6 +2,7 @@ import dataclasses
 import errno
 import itertools
 import os
+import re
 import shutil
 
 import pytest
@@ -63,6 +64,19 @@ def test_what_a_save_needs_and_the_disk_has_is_said_before_anything_is_written(s
     with pytest.raises(StorageError, match=message):
         save(state, 1)
     assert not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_a_save_asks_for_little_more_room_than_it_takes(state, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1))
+    with pytest.raises(StorageError) as error:
+        save(state, 1)
+    asked = float(re.search(r"it needs ([\d.]+) GB", error.value.what).group(1)) * 1e9
+    monkeypatch.undo()
+    save(state, 1)
+    taken = sum(path.stat().st_size for path in (tmp_path / "checkpoints").rglob("*") if path.is_file())
+    assert taken < asked + 5e5  # the message is rounded
+    assert asked < 1.5 * taken + 1.5e6
 
 
 def test_a_file_system_that_knows_no_sizes_is_not_full(state, tmp_path, monkeypatch):
