@@ -151,12 +151,14 @@ def _num_workers(asked: int | None, slurm: SlurmNode | None, num_gpus: int) -> i
 
 def _check(config: TrainConfig, *, num_workers: int, num_gpus: int, num_nodes: int) -> None:
     """Raise every error that can be detected before a rank starts."""
-    from megatron_vlm.checkpoint.folder import list_iterations
+    from megatron_vlm.checkpoint.folder import find_checkpoint, list_iterations
     from megatron_vlm.data.loading.checks import check_data
 
     derive_layout(config, num_workers * num_nodes)
     if not list_iterations(config.run_dir):
         config.check_start()
+        if config.checkpoint.load_weights is not None:
+            find_checkpoint(config.checkpoint.load_weights)
     check_requirements(config, num_gpus=num_gpus, num_workers=num_workers)
     check_data(config)
 

@@ -40,6 +40,8 @@ def start(project):
         (["train.yaml", "training.global_batch_size=3", "--nproc-per-node", "2"], 78, "; fix: choose 4"),
         (["train.yaml", "data.blend=[{path: nowhere}]"], 65, "nowhere"),
         (["train.yaml", "data.tokenizer=nowhere.model"], 78, "tokenizer cannot be read"),
+        (["train.yaml", "data.quarantine=nowhere.txt"], 78, "data.quarantine cannot be read: No such file"),
+        (["train.yaml", "checkpoint.load_weights=nowhere"], 65, "no complete checkpoint found (nowhere)"),
         (["train.yaml", "model.language.vocab_size=500"], 78, "model.language.vocab_size is 500"),
         (["train.yaml", "training.fp8=hybrid"], 78, "training.fp8=hybrid needs"),
         (["train.yaml", "run_dir=train.yaml"], 78, "run_dir is a file"),

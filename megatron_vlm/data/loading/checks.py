@@ -2,6 +2,7 @@
 
 from megatron_vlm.config import ConfigError, TrainConfig
 from megatron_vlm.config.blend import datasets_of
+from megatron_vlm.data.loading.quarantine import check_quarantine
 from megatron_vlm.data.shards.dataset import ShardedDataset
 from megatron_vlm.data.text.tokenizer import load_tokenizer
 
@@ -14,8 +15,9 @@ def check_data(config: TrainConfig) -> tuple[ShardedDataset, ...]:
 
     Raises:
         ConfigError: the tokenizer cannot be read or has another vocabulary than the model; an image does not fit in a
-            row; or `prepare` made the images smaller than the model needs them.
-        DataError: a dataset is missing, damaged, or prepared with another tokenizer.
+            row; `prepare` made the images smaller than the model needs them; or `data.quarantine` names no file.
+        DataError: a dataset is missing, damaged, or prepared with another tokenizer; or the file of `data.quarantine`
+            has a line that is no id.
     """
     tokenizer = load_tokenizer(config.data.tokenizer)
     vocab_size = config.model.language.vocab_size
@@ -25,6 +27,8 @@ def check_data(config: TrainConfig) -> tuple[ShardedDataset, ...]:
             where=config.data.tokenizer,
             fix=f"set model.language.vocab_size={tokenizer.vocab_size}, or data.tokenizer to the model's",
         )
+    if config.data.quarantine is not None:
+        check_quarantine(config.data.quarantine)
     datasets = []
     training = datasets_of(config.data.blend)
     for entry in (*training, *config.data.validation):

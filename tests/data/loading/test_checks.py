@@ -99,3 +99,12 @@ def test_images_made_smaller_than_the_model_wants_are_refused(dataset, tokenizer
     save_manifest(dataclasses.replace(load_manifest(dataset), options=options), dataset)
     with pytest.raises(ConfigError, match=r"to 14 pixels; model\.vision\.image_size is 28"):
         check_data(make_config(tokenizer_path, dataset, vocab_size=tokenizer.vocab_size))
+
+
+def test_quarantine_that_is_no_list_of_ids_is_refused(dataset, tokenizer_path, tokenizer, tmp_path):
+    config = make_config(tokenizer_path, dataset, vocab_size=tokenizer.vocab_size)
+    (tmp_path / "pictures.txt").write_text("3\ncat.jpg\n")
+    for name, error, message in (("ids.txt", ConfigError, "No such file"), ("pictures.txt", DataError, "'cat.jpg'")):
+        quarantine = str(tmp_path / name)
+        with pytest.raises(error, match=message):
+            check_data(dataclasses.replace(config, data=dataclasses.replace(config.data, quarantine=quarantine)))

@@ -1,11 +1,15 @@
 """Samples in quarantine stay in the plan and are not trained on."""
 
+import errno
+import os
+from pathlib import Path
+
 import pytest
 
-from megatron_vlm.config import BlendEntry, DataError, StorageError
+from megatron_vlm.config import BlendEntry, ConfigError, DataError, StorageError
 from megatron_vlm.data.loading.collate import Collation
 from megatron_vlm.data.loading.loader import BatchLoader
-from megatron_vlm.data.loading.quarantine import Quarantine, read_quarantine
+from megatron_vlm.data.loading.quarantine import Quarantine, check_quarantine, read_quarantine
 from megatron_vlm.data.plan.plan import build_plan
 from megatron_vlm.data.shards.dataset import ShardedDataset
 from megatron_vlm.data.shards.writer import write_dataset
@@ -107,6 +111,20 @@ def test_a_bad_line_is_named_by_file_and_number(plan, tmp_path, line, message):
     assert len(str(error.value)) < 300
 
 
-def test_a_missing_file_is_named(plan, tmp_path):
-    with pytest.raises(StorageError, match=r"data.quarantine cannot be read: No such file.*ids.txt"):
+@pytest.mark.parametrize("name", ["missing.txt", "ids.txt/below", ""])
+def test_a_path_that_names_no_file_is_a_wrong_setting(plan, tmp_path, name):
+    (tmp_path / "ids.txt").touch()
+    path = str(tmp_path / name)
+    for read in (check_quarantine, lambda path: read_quarantine(path, plan)):
+        with pytest.raises(ConfigError, match="data.quarantine cannot be read: ") as error:
+            read(path)
+        assert error.value.where == path
+
+
+def test_a_disk_that_fails_is_no_wrong_setting(plan, tmp_path, monkeypatch):
+    def fail(path):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(Path, "read_bytes", fail)
+    with pytest.raises(StorageError, match=r"data.quarantine cannot be read: Input/output error"):
         read_quarantine(str(tmp_path / "ids.txt"), plan)
