@@ -1,7 +1,7 @@
 """Find the checkpoint that a run starts from and load it: its own newest valid one, or the weights of another run."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +28,15 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
+class Resumed:
+    """What `resume` loaded."""
+
+    manifest: Manifest
+    damaged: Mapping[str, str]
+    """First fault of each newer checkpoint that was passed over, by its name."""
+
+
+@dataclass(frozen=True, slots=True)
 class LoadedWeights:
     """What `load_weights` read."""
 
@@ -38,7 +47,7 @@ class LoadedWeights:
 
 def resume(
     config: TrainConfig, chunks: Sequence[MegatronModule], optimizer: MegatronOptimizer, *, newest: int | None = None
-) -> Manifest | None:
+) -> Resumed | None:
     """Load the newest valid checkpoint of the run's own folder; all ranks call it together.
 
     Whatever a killed save left in the folder is cleaned up first.
@@ -50,7 +59,7 @@ def resume(
         newest: pass over checkpoints of later iterations; None: there is no bound.
 
     Returns:
-        The manifest of the checkpoint, or None if the run has none yet.
+        What was loaded; None if the run has no checkpoint yet.
 
     Raises:
         CheckpointError: there are checkpoints, but none is valid: a run never starts over on its own; or the base of
@@ -60,13 +69,13 @@ def resume(
     found = _newest_valid(Path(config.run_dir), newest)
     if found is None:
         return None
-    path, manifest = found
+    path = checkpoint_path(config.run_dir, found.manifest.iteration)
     _check_whole(with_bases(path)[1:])
     decide_on_main(lambda: check_resume(path, config))
     num_extra_states = load_all(path, chunks, optimizer)
     if config.training.fp8 and config.training.fp8_recipe == "delayed" and not num_extra_states:
         logger.warning("checkpoint %s has no history of FP8 scales; delayed scaling starts a new one", path)
-    return manifest
+    return found
 
 
 def load_weights(
@@ -107,9 +116,10 @@ def _check_whole(checkpoints: Sequence[Path]) -> None:
             )
 
 
-def _newest_valid(run_dir: Path, newest: int | None) -> tuple[Path, Manifest] | None:
+def _newest_valid(run_dir: Path, newest: int | None) -> Resumed | None:
     iterations = decide_on_main(lambda: _settled_iterations(run_dir))
     iterations = [iteration for iteration in iterations if newest is None or iteration <= newest]
+    damaged: dict[str, str] = {}
     for iteration in iterations:
         path = checkpoint_path(run_dir, iteration)
         try:
@@ -118,7 +128,8 @@ def _newest_valid(run_dir: Path, newest: int | None) -> tuple[Path, Manifest] | 
         except CheckpointError as error:
             faults = [error.what]
         if not faults:
-            return path, manifest
+            return Resumed(manifest, damaged)
+        damaged[path.name] = faults[0]
         logger.warning("checkpoint %s is not valid (%s); trying the previous one", path, faults[0])
     if iterations:
         raise CheckpointError(

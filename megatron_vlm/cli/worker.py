@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from megatron_vlm.config import ExitCode, TrainConfig, load_config
-from megatron_vlm.platform.files.metrics import parse_record
-from megatron_vlm.platform.files.run_folder import EXIT_STATUS_NAME, METRICS_NAME
+from megatron_vlm.platform.files.metrics import read_last
+from megatron_vlm.platform.files.run_folder import EXIT_STATUS_NAME
 from megatron_vlm.platform.launch.environment import library_environment
 from megatron_vlm.platform.launch.exit_status import (
     ExitStatus,
@@ -109,18 +109,11 @@ def _last_iteration(config: TrainConfig | None) -> int | None:
     """Return the last iteration in the run's metrics; None if there is none."""
     if config is None:
         return None
-    path = Path(config.run_dir) / METRICS_NAME
     try:
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - 65536))
-            lines = file.read().splitlines()
-    except OSError:  # the run has not begun
+        records = read_last(Path(config.run_dir), 1)
+    except OSError:  # the disk, or run_dir is no folder: the report says so
         return None
-    for line in reversed(lines):
-        record = parse_record(line.decode(errors="replace"))
-        if record is not None:
-            return record["iteration"]
-    return None
+    return records[0]["iteration"] if records else None
 
 
 def _report(status: ExitStatus, config: TrainConfig | None, report_folder: Path | None) -> None:

@@ -246,7 +246,7 @@ class TrainingConfig:
     than this many of their standard deviations, of which one counts as at least 1 % of the mean. Spikes are logged, and
     recorded with their sample ids in `events.jsonl`; nothing else follows. None: none is looked for."""
     spike_window: int = 200
-    """Iterations that are looked back at for spikes; the first 20 of a run have none."""
+    """Iterations that are looked back at for spikes; the first 20 of a run, or as many as this if less, have none."""
     num_threads: int | None = None
     """CPU threads per rank; None divides the cores of the machine by its ranks."""
 

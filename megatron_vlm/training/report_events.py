@@ -5,7 +5,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from megatron_vlm.platform.charts import COLORS, Mark
-from megatron_vlm.platform.files.events import BEGIN, BLEND, END, FAILED_SAVE, SAVE, SPIKE, START, VALIDATION, Event
+from megatron_vlm.platform.files.events import (
+    BEGIN,
+    BLEND,
+    DAMAGED,
+    END,
+    FAILED_SAVE,
+    SAVE,
+    SPIKE,
+    START,
+    VALIDATION,
+    Event,
+)
 from megatron_vlm.training.goodput import IN_GOOD_ORDER
 from megatron_vlm.training.report_page import card, moment, table
 from megatron_vlm.training.run_records import RunRecords
@@ -28,7 +39,7 @@ def _is_fault(event: Event) -> bool:
 
 
 def _is_of_another_kind(event: Event) -> bool:
-    return event.kind not in (START, BEGIN, SAVE, FAILED_SAVE, VALIDATION, END, BLEND, SPIKE)
+    return event.kind not in (START, BEGIN, SAVE, FAILED_SAVE, VALIDATION, END, BLEND, SPIKE, DAMAGED)
 
 
 _LOOKS = (
@@ -38,6 +49,7 @@ _LOOKS = (
     _Look("resume", lambda event: event.kind == BEGIN and bool(event.iteration), "#1d5fb4"),
     _Look("blend change", lambda event: event.kind == BLEND, COLORS[2], "-."),
     _Look("spike", lambda event: event.kind == SPIKE, COLORS[3], ":"),
+    _Look("damaged checkpoint", lambda event: event.kind == DAMAGED, "#8c4a2f", ":"),
     _Look("other", _is_of_another_kind, "#7d6608", is_tick=True),
 )
 

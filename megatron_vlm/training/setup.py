@@ -66,8 +66,9 @@ def build_random_state(config: TrainConfig, rank: RankLayout, plan: Plan, datase
 
 
 def _load(state: TrainState, newest: int | None) -> None:
-    manifest = resume(state.config, state.chunks, state.optimizer, newest=newest)
-    if manifest is not None:
+    resumed = resume(state.config, state.chunks, state.optimizer, newest=newest)
+    if resumed is not None:
+        manifest, state.damaged_checkpoints = resumed.manifest, resumed.damaged
         _take_progress(state, manifest.progress)
         if manifest.base is not None:
             run_dir = state.config.run_dir

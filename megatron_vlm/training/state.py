@@ -14,6 +14,7 @@ from megatron_vlm.data.plan.plan import Plan
 from megatron_vlm.models.vlm import VisionLanguageModel
 from megatron_vlm.parallel.groups import RankLayout
 from megatron_vlm.parallel.slicing import RankSlice
+from megatron_vlm.platform.files.metrics import PastRecords
 from megatron_vlm.training.bad_samples import BadSamples
 from megatron_vlm.training.goodput import Goodput
 from megatron_vlm.training.objective import Objective
@@ -48,10 +49,14 @@ class TrainState:
     """Of each dataset; None: the run began with a version that did not count it."""
     dataset_sizes: Mapping[str, int] = field(default_factory=dict)
     """Samples of each dataset, by name."""
+    past_records: PastRecords | None = None
+    """Of metrics.jsonl, on the rank that reports, while the hooks start: until the lost ones are cut off."""
     goodput: Goodput | None = None
     """On the rank that reports, from the first step of an attempt on."""
     base: Base | None = None
     """The checkpoint with the weights that do not learn, if the model has an adapter."""
+    damaged_checkpoints: Mapping[str, str] = field(default_factory=dict)
+    """First fault of each newer checkpoint than the one that was resumed, by its name."""
     stop_reason: str | None = None
     """Why the loop ends before train_iters: SIGNALLED or EXIT_ITERATION; None: it continues."""
     dataset_names: Sequence[str] = field(default=())

@@ -68,7 +68,11 @@ def test_the_newest_checkpoint_is_resumed(saved):
 def test_a_damaged_newest_falls_back_with_one_warning(saved, caplog):
     damage(saved, 2)
     with caplog.at_level(logging.WARNING, logger="megatron_vlm"):
-        assert start(saved).iteration == 1
+        state = start(saved)
+    assert state.iteration == 1
+    ((name, fault),) = state.damaged_checkpoints.items()
+    assert name == checkpoint_path(saved.run_dir, 2).name
+    assert "wrong checksum" in fault
     assert [record.message for record in caplog.records if "wrong checksum" in record.message]
     assert len(caplog.records) == 1
 

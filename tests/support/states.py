@@ -44,6 +44,8 @@ def make_state(run_dir: object = "unused", iteration: int = 0, **changes: Any) -
         "dataset_names": ("coyo", "text", "mmc4"),
         "validation_losses": {},
         "bad_samples": None,
+        "past_records": None,
+        "damaged_checkpoints": {},
         "layout": SimpleNamespace(world_size=2),
         "seen": Seen(Counter({"coyo": 5, "mmc4": 3}), Counter({"coyo": 200, "mmc4": 100})),
         "dataset_sizes": {"coyo": 2, "text": 4, "mmc4": 4},

@@ -31,6 +31,7 @@ def run_of(events, unreadable_lines=0):
         ("begin", {}, "resume"),
         ("blend", {}, "blend change"),
         ("spike", {}, "spike"),
+        ("damaged_checkpoint", {"checkpoint": "iter_0000009"}, "damaged checkpoint"),
         ("kind_of_its_own", {}, "other"),
     ],
 )

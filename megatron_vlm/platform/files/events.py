@@ -17,7 +17,7 @@ from typing import Any
 from megatron_vlm.platform.files.run_folder import EVENTS_NAME
 
 START, BEGIN, SAVE, FAILED_SAVE, VALIDATION, END = "start", "begin", "save", "failed_save", "validation", "end"
-BLEND, SPIKE, BAD_SAMPLES = "blend", "spike", "bad_samples"
+BLEND, SPIKE, BAD_SAMPLES, DAMAGED = "blend", "spike", "bad_samples", "damaged_checkpoint"
 KINDS: Mapping[str, str] = {
     START: "the launcher starts the ranks",
     BEGIN: "the first step of an attempt is about to begin; `lost_iterations` and `lost_seconds` are done again",
@@ -27,6 +27,7 @@ KINDS: Mapping[str, str] = {
     END: "the job ended with `exit_code`",
     BLEND: "another blend of datasets applies from the next step on",
     SPIKE: "the loss or the norm of the gradient is far above those before",
+    DAMAGED: "a checkpoint is damaged, so that the attempt began from an older one",
     BAD_SAMPLES: "samples could not be read and were replaced",
 }
 """What each kind says; any file may add one of its own by recording it."""

@@ -9,6 +9,7 @@ from megatron_vlm.platform.files.durable import write_durably
 from megatron_vlm.platform.files.run_folder import METRICS_NAME
 
 Record = dict[str, Any]
+_TAIL_BYTES = 1 << 16
 
 
 def read_metrics(run_dir: Path) -> list[Record]:
@@ -24,6 +25,29 @@ def read_records(run_dir: Path) -> tuple[list[Record], int]:
         return [], 0
     records = [record for record in map(parse_record, lines) if record is not None]
     return records, len(lines) - len(records)
+
+
+def read_last(run_dir: Path, count: int) -> list[Record]:
+    """Return what `read_metrics` returns last, at most `count` records, without reading more than the end of the file.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    try:
+        size = (run_dir / METRICS_NAME).stat().st_size
+        with (run_dir / METRICS_NAME).open("rb") as file:
+            length = _TAIL_BYTES
+            while True:
+                begin = max(0, size - length)
+                file.seek(begin)
+                lines = file.read().decode(errors="replace").splitlines()[begin > 0 :]  # the first one is cut
+                records = last_of_each_iteration(record for record in map(parse_record, lines) if record is not None)
+                # The first iteration may have had a line before.
+                if len(records) > count or not begin:
+                    return records[-count:]
+                length *= 4
+    except FileNotFoundError:
+        return []
 
 
 def last_of_each_iteration(records: Iterable[Record]) -> list[Record]:
@@ -43,10 +67,39 @@ def drop_after(path: Path, iteration: int) -> list[Record]:
     """
     if not path.exists():
         return []
-    lines = path.read_text(errors="replace").splitlines()
-    kept = [(line, record) for line in lines if (record := parse_record(line)) and record["iteration"] <= iteration]
-    write_durably(path, "".join(f"{line}\n" for line, _ in kept).encode())
-    return [record for _, record in kept]
+    past = PastRecords(path, iteration)
+    past.drop_lost()
+    return past.kept
+
+
+class PastRecords:
+    """What a file of records holds when a run goes on after an iteration, read once.
+
+    Args:
+        path: of the file, which may be missing.
+        iteration: records after it are lost.
+    """
+
+    def __init__(self, path: Path, iteration: int) -> None:
+        self._path = path
+        self._content = path.read_bytes() if path.exists() else b""
+        self.kept: list[Record] = []
+        """In the order of the file."""
+        self.lost: list[Record] = []
+        self._lines: list[str] = []
+        for line in self._content.decode(errors="replace").splitlines():
+            record = parse_record(line)
+            if record is not None and record["iteration"] <= iteration:
+                self.kept.append(record)
+                self._lines.append(line)
+            elif record is not None:
+                self.lost.append(record)
+
+    def drop_lost(self) -> None:
+        """Remove the lines of lost records from the file, and what is no record: a line cut short or damaged."""
+        content = "".join(f"{line}\n" for line in self._lines).encode()
+        if content != self._content:
+            write_durably(self._path, content)
 
 
 def parse_record(line: str) -> Record | None:

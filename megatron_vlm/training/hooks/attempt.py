@@ -3,8 +3,9 @@
 import time
 from pathlib import Path
 
-from megatron_vlm.platform.files.events import BEGIN, read_events
-from megatron_vlm.platform.files.metrics import read_metrics
+from megatron_vlm.platform.files.events import BEGIN, DAMAGED, read_events
+from megatron_vlm.platform.files.metrics import PastRecords, last_of_each_iteration
+from megatron_vlm.platform.files.run_folder import METRICS_NAME
 from megatron_vlm.training.events import note_event
 from megatron_vlm.training.goodput import Goodput, first_start, seconds_in_steps
 from megatron_vlm.training.state import TrainState
@@ -18,9 +19,8 @@ class Hook:
         """Record the beginning; metrics.jsonl still has the steps after the resumed iteration."""
         if not state.is_reporter:
             return
-        records = read_metrics(Path(state.config.run_dir))
-        lost = [record for record in records if record["iteration"] > state.iteration]
-        kept = [record for record in records if record["iteration"] <= state.iteration]
+        state.past_records = PastRecords(Path(state.config.run_dir) / METRICS_NAME, state.iteration)
+        lost, kept = map(last_of_each_iteration, (state.past_records.lost, state.past_records.kept))
         details = {"lost_iterations": len(lost), "lost_seconds": seconds_in_steps(lost)}
         if lost and "unix_time" in lost[-1]:
             details["lost_until"] = lost[-1]["unix_time"]
@@ -29,6 +29,8 @@ class Hook:
             what += f"; {len(lost)} steps after it are done again"
         now = time.time()
         note_event(state, BEGIN, what, **details)
+        for name, fault in state.damaged_checkpoints.items():
+            note_event(state, DAMAGED, f"{name} is damaged and was passed over: {fault}", checkpoint=name)
         events, _ = read_events(state.config.run_dir)
         state.goodput = Goodput(first_start(events, default=now), seconds_in_steps(kept))
 

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import TextIO
 
-from megatron_vlm.platform.files.metrics import drop_after
+from megatron_vlm.platform.files.metrics import PastRecords
 from megatron_vlm.platform.files.run_folder import METRICS_NAME
 from megatron_vlm.training.metrics import metrics_record
 from megatron_vlm.training.state import TrainState
@@ -23,7 +23,8 @@ class Hook:
             return
         path = Path(state.config.run_dir) / METRICS_NAME
         path.parent.mkdir(parents=True, exist_ok=True)
-        drop_after(path, state.iteration)
+        (state.past_records or PastRecords(path, state.iteration)).drop_lost()
+        state.past_records = None
         self._stream = path.open("a")
 
     def step(self, state: TrainState, metrics: StepMetrics) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_vlm.platform.files.events import SPIKE
-from megatron_vlm.platform.files.metrics import read_metrics
+from megatron_vlm.platform.files.metrics import read_last
 from megatron_vlm.training.events import note_event
 from megatron_vlm.training.state import TrainState
 from megatron_vlm.training.step import StepMetrics
@@ -15,7 +15,7 @@ from megatron_vlm.training.step import StepMetrics
 logger = logging.getLogger(__name__)
 
 MIN_VALUES = 20
-"""Steps before the first spike that can be found."""
+"""Steps before the first spike that can be found; a shorter window is enough when it is full."""
 MIN_SIGMA = 0.01
 """Least standard deviation, as a part of the mean: a flat curve has no spikes of a thousandth."""
 _NAMES = ("loss", "grad_norm")
@@ -60,18 +60,19 @@ class SpikeFinder:
 
 
 class Hook:
-    """Looks at every step on the reporting rank; a resumed run goes on with the values that the metrics file has."""
+    """Looks at every step on the reporting rank; comes after the hook that cuts lost steps off the metrics file."""
 
     def __init__(self) -> None:
         self._finders: dict[str, SpikeFinder] = {}
 
     def start(self, state: TrainState) -> None:
-        """Take the values of the iterations done."""
+        """Take the values of the last iterations done."""
         training = state.config.training
         if not state.is_reporter or training.spike_sigmas is None:
             return
         self._finders = {name: SpikeFinder(training.spike_sigmas, training.spike_window) for name in _NAMES}
-        for record in read_metrics(Path(state.config.run_dir)):
+        # In a window before the last one, values found to be spikes get their bound.
+        for record in read_last(Path(state.config.run_dir), 2 * training.spike_window):
             for name, finder in self._finders.items():
                 value = record.get(name)
                 if record["iteration"] <= state.iteration and isinstance(value, float):

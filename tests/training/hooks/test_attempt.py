@@ -34,6 +34,13 @@ def test_a_resumed_run_tells_which_steps_are_done_again(tmp_path):
     assert event.details == {"lost_iterations": 3, "lost_seconds": 6.0, "lost_until": 1007.0}
 
 
+def test_damaged_checkpoints_that_were_passed_over_are_events(tmp_path):
+    begin(tmp_path, 4, damaged_checkpoints={"iter_0000006": "a.distcp differs"})
+    _, event = read_events(tmp_path)[0]
+    assert (event.kind, event.iteration, event.details) == ("damaged_checkpoint", 4, {"checkpoint": "iter_0000006"})
+    assert event.what == "iter_0000006 is damaged and was passed over: a.distcp differs"
+
+
 def test_goodput_counts_from_the_first_start_and_the_steps_that_stay(tmp_path, monkeypatch):
     write_steps(tmp_path, 7)
     monkeypatch.setattr("time.time", lambda: 500.0)

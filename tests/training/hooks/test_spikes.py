@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from megatron_vlm.platform.files.events import SPIKE, read_events
+from megatron_vlm.platform.files.metrics import drop_after
 from megatron_vlm.training.hooks.spikes import MIN_VALUES, Hook, SpikeFinder
 from tests.support.states import METRICS, make_state
 
@@ -35,6 +36,11 @@ def test_falling_and_flat_curves_have_none_and_neither_have_the_first_values():
     assert [finder.add(2.0 + 0.001 * (step % 2)) for step in range(300)] == [None] * 300
     finder = SpikeFinder(6.0, 100)
     assert [finder.add(10.0**step) for step in range(MIN_VALUES)] == [None] * MIN_VALUES
+
+
+def test_a_short_window_has_none_before_it_is_full():
+    finder = SpikeFinder(6.0, 4)
+    assert [finder.add(value) is not None for value in (2.0, 2.1, 2.0, 2.1, 9.0)] == [False] * 4 + [True]
 
 
 def test_one_spike_does_not_hide_the_next_and_a_lasting_change_is_no_spike_for_ever():
@@ -90,10 +96,26 @@ def test_a_resumed_run_finds_what_one_that_was_not_stopped_finds(tmp_path):
             # Steps after the checkpoint were done and are lost.
             state = state_of(folder, max(0, first - 3))
             state.folder = folder
+            drop_after(folder / "metrics.jsonl", state.iteration)
             run(Hook(), state, values[max(0, first - 3) : last])
         found.append(sorted(set(spikes(folder))))
     assert found[0] == found[1]
     assert len(found[0]) == 3
+
+
+def test_a_resumed_run_takes_no_more_values_than_two_windows(tmp_path, monkeypatch):
+    values = [9.0 if step in (350, 440, 499) else value for step, value in enumerate(curve(500))]
+    whole = SpikeFinder(6.0, 50)
+    for value in values:
+        whole.add(value)
+    lines = [json.dumps({"iteration": number, "loss": value}) for number, value in enumerate(values, start=1)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    hook, taken = Hook(), []
+    add = SpikeFinder.add
+    monkeypatch.setattr(SpikeFinder, "add", lambda self, value: taken.append(value) or add(self, value))
+    hook.start(state_of(tmp_path, 500, spike_window=50))
+    assert len(taken) == 100
+    assert list(hook._finders["loss"]._values) == pytest.approx(list(whole._values), rel=0.05)
 
 
 def test_it_can_be_turned_off(tmp_path):
