@@ -120,11 +120,9 @@ def _add_verify(actions: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the verb; returns the exit code."""
     from megatron_vlm.platform.device import prepare_process
-    from megatron_vlm.platform.huge_pages import use_huge_pages
     from megatron_vlm.platform.log_format import setup_logging
 
     setup_logging()
-    use_huge_pages()
     prepare_process()
     {"to-hf": _to_hf, "from-hf": _from_hf, "verify": _verify}[args.action](args)
     return ExitCode.DONE
