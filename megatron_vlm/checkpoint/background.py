@@ -20,9 +20,11 @@ from torch import Tensor
 from megatron_vlm.checkpoint.manifest import Base
 from megatron_vlm.checkpoint.save import PreparedSave, prepare_save, write_save
 from megatron_vlm.config import TrainConfig
+from megatron_vlm.platform.launch.heartbeat import beat
 
 _SECONDS_TO_WRITE = timedelta(hours=1)
-"""How long the writers of a rank wait for the slowest; they notice a rank that died at once."""
+"""How long the writers of a rank wait for one that does not get on; they notice a rank that died at once."""
+_LOOK_SECONDS = 1.0
 
 
 class Staging:
@@ -45,13 +47,19 @@ class Staging:
 
 
 class BackgroundSaves:
-    """At most one save in flight. All ranks of the job make one, and call each method, together."""
+    """At most one save in flight. All ranks of the job make one, and call each method, together.
+
+    While steps go on, the writer gives no sign of life: it would stand for a main thread that hangs. Where the main
+    thread waits for the writer, it gives one whenever the writer has got on.
+    """
 
     def __init__(self) -> None:
         # A thread must not share a group with the steps: their collectives would mix.
         self._between_writers = torch.distributed.new_group(backend="gloo", timeout=_SECONDS_TO_WRITE)
         self._between_ranks = torch.distributed.new_group(backend="gloo")
         self._staging = Staging()
+        self._signs = 0
+        """Of the writer."""
         self._thread: Thread | None = None
         self._outcome: Path | BaseException | None = None
 
@@ -76,9 +84,12 @@ class BackgroundSaves:
 
     def _write(self, save: PreparedSave) -> None:
         try:
-            self._outcome = write_save(save, self._between_writers)
+            self._outcome = write_save(save, self._between_writers, self._note_sign)
         except BaseException as error:  # `wait` raises it
             self._outcome = error
+
+    def _note_sign(self) -> None:
+        self._signs += 1
 
     def poll(self) -> Path | None:
         """Return what `wait` returns if the save in flight has ended on all ranks, otherwise None; does not block."""
@@ -97,7 +108,12 @@ class BackgroundSaves:
         """
         if self._thread is None:
             return None
-        self._thread.join()
+        seen = self._signs
+        while self._thread.is_alive():
+            self._thread.join(_LOOK_SECONDS)
+            if self._signs != seen:
+                seen = self._signs
+                beat()
         outcome, self._thread, self._outcome = self._outcome, None, None
         if isinstance(outcome, BaseException):
             raise outcome

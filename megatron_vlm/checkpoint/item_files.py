@@ -21,6 +21,8 @@ NUM_FILES = 2
 """Files of a rank; the default of megatron-core's writer."""
 _BLOCK_BYTES = 1 << 20
 """A block is still in the processor's cache when it is written after its checksum was computed."""
+_BYTES_TO_FLUSH = 1 << 30
+"""Written between two flushes of a stream that somebody watches: no flush is long enough to look like a hang."""
 
 
 class ChecksummedStream:
@@ -28,15 +30,21 @@ class ChecksummedStream:
 
     `write` never raises: torch's zip writer, which calls it, ends the process if its last records fail in a destructor.
     The first error is kept, what follows it is dropped, and `check` raises it.
+
+    Args:
+        file: open for writing.
+        get_on: called after each block; None: nobody watches.
     """
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._file, self._size, self._crc32 = file, 0, 0
+    def __init__(self, file: BinaryIO, get_on: Callable[[], object] | None = None) -> None:
+        self._file, self._size, self._crc32, self._get_on = file, 0, 0, get_on
+        self._flush_at = _BYTES_TO_FLUSH
         self._error: OSError | None = None
 
     def write(self, data: Any) -> int:
         """Write a buffer of bytes and return their number."""
         view = memoryview(data).cast("B")
+        size = self._size
         for begin in range(0, len(view), _BLOCK_BYTES):
             if self._error is not None:
                 break
@@ -44,10 +52,18 @@ class ChecksummedStream:
             self._crc32 = zlib.crc32(block, self._crc32)
             try:
                 self._file.write(block)
+                if self._get_on is not None:
+                    self._flush_sometimes(size + begin)
+                    self._get_on()
             except OSError as error:
                 self._error = error
         self._size += len(view)
         return len(view)
+
+    def _flush_sometimes(self, size: int) -> None:
+        if size >= self._flush_at:
+            flush_to_disk(self._file)
+            self._flush_at = size + _BYTES_TO_FLUSH
 
     def tell(self) -> int:
         """Return the number of bytes written so far."""
@@ -68,15 +84,19 @@ class ChecksummedStream:
 
 
 @contextmanager
-def checksummed(path: Path) -> Iterator[ChecksummedStream]:
+def checksummed(path: Path, get_on: Callable[[], object] | None = None) -> Iterator[ChecksummedStream]:
     """Create a file, and flush it to the disk when the block ends without an error.
+
+    Args:
+        path: does not exist.
+        get_on: called after each block that was written; None: nobody watches.
 
     Raises:
         OSError: it cannot be written; names the file.
     """
     try:
         with path.open("wb") as file:
-            stream = ChecksummedStream(file)
+            stream = ChecksummedStream(file, get_on)
             yield stream
             stream.check()
             flush_to_disk(file)
@@ -104,7 +124,10 @@ def write_item(stream: ChecksummedStream, name: str, item: WriteItem, value: Ten
 
 
 def write_items(
-    path: Path, items: Sequence[WriteItem], resolve: Callable[[WriteItem], Tensor | io.BytesIO]
+    path: Path,
+    items: Sequence[WriteItem],
+    resolve: Callable[[WriteItem], Tensor | io.BytesIO],
+    get_on: Callable[[], object] | None = None,
 ) -> tuple[list[WriteResult], FileRecord]:
     """Write the file `path`.
 
@@ -112,6 +135,7 @@ def write_items(
         path: does not exist.
         items: what goes into it, in this order.
         resolve: returns the value of an item.
+        get_on: as in `checksummed`.
 
     Returns:
         Where each item is, and size and checksum of the file.
@@ -119,7 +143,7 @@ def write_items(
     Raises:
         OSError: it cannot be written; names the file.
     """
-    with checksummed(path) as stream:
+    with checksummed(path, get_on) as stream:
         results = [write_item(stream, path.name, item, resolve(item)) for item in items]
     return results, stream.record
 

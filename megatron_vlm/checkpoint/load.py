@@ -22,7 +22,8 @@ from megatron_vlm.checkpoint.pickles import check_metadata
 from megatron_vlm.checkpoint.run_settings import check_resume, check_start
 from megatron_vlm.checkpoint.sharded_state import load_all, load_model
 from megatron_vlm.config import CheckpointError, ModelConfig, TrainConfig
-from megatron_vlm.parallel.collective import decide_on_main
+from megatron_vlm.parallel.collective import decide_on_main, in_sight
+from megatron_vlm.platform.launch.heartbeat import beat
 
 logger = logging.getLogger(__name__)
 
@@ -148,7 +149,8 @@ def _settled_iterations(run_dir: Path) -> list[int]:
 def _verify_together(path: Path, manifest: Manifest) -> list[str]:
     """Compare all files with the manifest; each file is read by one rank, and every rank returns all faults."""
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    mine = find_faults(path, sorted(manifest.files)[rank::world_size], manifest)
+    names = sorted(manifest.files)[rank::world_size]
+    mine = in_sight(lambda get_on: find_faults(path, names, manifest, get_on), beat)
     if rank == 0:
         mine += find_strangers(path, manifest) or _faults_of_index(path)
     gathered: list[list[str]] = [[] for _ in range(world_size)]

@@ -3,6 +3,7 @@
 import json
 import re
 import zlib
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -56,14 +57,15 @@ class Manifest:
     """Where the weights are that this checkpoint lacks; None: it holds all."""
 
 
-def checksum_file(path: Path) -> FileRecord:
-    """Read a file once and return its record."""
+def checksum_file(path: Path, get_on: Callable[[], object] = lambda: None) -> FileRecord:
+    """Read a file once and return its record; `get_on` is called after each block."""
     crc = size = 0
     block = memoryview(bytearray(_BLOCK_BYTES))
     with path.open("rb", buffering=0) as stream:
         while length := stream.readinto(block):
             crc = zlib.crc32(block[:length], crc)
             size += length
+            get_on()
     return FileRecord(size, crc)
 
 
@@ -148,19 +150,28 @@ def has_all_files(folder: Path) -> bool:
         return False
 
 
-def find_faults(folder: Path, names: list[str], manifest: Manifest) -> list[str]:
-    """Return one line for each of the named files that differs from the manifest."""
+def find_faults(
+    folder: Path, names: list[str], manifest: Manifest, get_on: Callable[[], object] = lambda: None
+) -> list[str]:
+    """Return one line for each of the named files that differs from the manifest.
+
+    Args:
+        folder: of the checkpoint.
+        names: of files that the manifest has.
+        manifest: of the checkpoint.
+        get_on: called from several threads, after each block that was read.
+    """
     with ThreadPoolExecutor(_NUM_READERS) as readers:
-        faults = readers.map(lambda name: _find_fault(folder / name, name, manifest.files[name]), names)
+        faults = readers.map(lambda name: _find_fault(folder / name, name, manifest.files[name], get_on), names)
         return [fault for fault in faults if fault]
 
 
-def _find_fault(path: Path, name: str, expected: FileRecord) -> str:
+def _find_fault(path: Path, name: str, expected: FileRecord, get_on: Callable[[], object]) -> str:
     if not path.is_file():
         return f"{name} is missing"
     if path.stat().st_size != expected.size:
         return f"{name} has {path.stat().st_size} bytes, not {expected.size}"
-    return "" if checksum_file(path) == expected else f"{name} has the wrong checksum"
+    return "" if checksum_file(path, get_on) == expected else f"{name} has the wrong checksum"
 
 
 def find_strangers(folder: Path, manifest: Manifest) -> list[str]:

@@ -76,8 +76,12 @@ class RankPart:
         """Of the tensors, and at most of what their files and the index have for each beside its values."""
         return sum(value.data.nbytes for value in self._tensors) + len(self._plan.items) * _BYTES_BESIDE
 
-    def write(self, folder: Path) -> WrittenPart:
+    def write(self, folder: Path, get_on: Callable[[], object] | None = None) -> WrittenPart:
         """Write the files of this rank.
+
+        Args:
+            folder: of the checkpoint.
+            get_on: called from several threads, after each block that was written; None: nobody watches.
 
         Raises:
             OSError: names the file that cannot be written.
@@ -86,7 +90,9 @@ class RankPart:
         buckets = {f"__{rank}_{number}.distcp": items for number, items in enumerate(split_items(self._plan))}
         with ThreadPoolExecutor(NUM_FILES) as threads:
             written = list(
-                threads.map(lambda name: write_items(folder / name, buckets[name], self._planner.resolve_data), buckets)
+                threads.map(
+                    lambda name: write_items(folder / name, buckets[name], self._planner.resolve_data, get_on), buckets
+                )
             )
         files = {name: record for name, (_, record) in zip(buckets, written, strict=True)}
         return WrittenPart(self._plan, [result for results, _ in written for result in results], files)

@@ -24,9 +24,10 @@ from megatron_vlm.checkpoint.optimizer_state import STEP
 from megatron_vlm.checkpoint.parallel_files import RankPart, WrittenPart, plan_part
 from megatron_vlm.checkpoint.sharded_state import OPTIMIZER_KEY, SHARDING_METADATA, describe
 from megatron_vlm.config import StorageError, TrainConfig, UserError, save_config
-from megatron_vlm.parallel.collective import together
+from megatron_vlm.parallel.collective import in_sight, together
 from megatron_vlm.platform.files.durable import UNFINISHED, remove, replace_folder, settle_folder
 from megatron_vlm.platform.files.run_folder import CONFIG_NAME
+from megatron_vlm.platform.launch.heartbeat import beat
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -111,12 +112,18 @@ def prepare_save(
     return PreparedSave(config=config, progress=progress, base=base, part=part)
 
 
-def write_save(save: PreparedSave, group: torch.distributed.ProcessGroup | None = None) -> Path:
+def write_save(
+    save: PreparedSave,
+    group: torch.distributed.ProcessGroup | None = None,
+    show_life: Callable[[], object] = beat,
+) -> Path:
     """Write a prepared save; all ranks call it together.
 
     Args:
         save: what this rank writes.
         group: of all ranks, over which they talk; None: the default group.
+        show_life: called every few seconds while this rank, or one that it waits for, writes. A rank's own sign of
+            life is that of its main thread, and no other thread may give it.
 
     Returns:
         The folder of the checkpoint, complete when the call returns.
@@ -129,7 +136,7 @@ def write_save(save: PreparedSave, group: torch.distributed.ProcessGroup | None 
     try:
         together(lambda: _look_at(save), lambda sizes: _as_storage(save, lambda: _begin(save, sum(sizes))), group)
         together(
-            lambda: _as_storage(save, lambda: _write(save)),
+            lambda: in_sight(lambda get_on: _as_storage(save, lambda: _write(save, get_on)), show_life, group),
             lambda parts: _as_storage(save, lambda: _complete(save, parts)),
             group,
         )
@@ -179,10 +186,10 @@ def _begin(save: PreparedSave, num_bytes: int) -> None:
         )
 
 
-def _write(save: PreparedSave) -> WrittenPart:
+def _write(save: PreparedSave, get_on: Callable[[], None]) -> WrittenPart:
     # On a network file system, another host may not see the new folder yet.
     save.temporary.mkdir(parents=True, exist_ok=True)
-    return save.part.write(save.temporary)
+    return save.part.write(save.temporary, get_on)
 
 
 def _complete(save: PreparedSave, parts: Sequence[WrittenPart]) -> None:

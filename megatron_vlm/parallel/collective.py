@@ -1,7 +1,8 @@
-"""Let the first rank act or decide for all."""
+"""Let the first rank act or decide for all; let ranks that work for long see each other."""
 
 import pickle
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TypeVar
@@ -14,6 +15,9 @@ from megatron_vlm.config import UserError
 T = TypeVar("T")
 R = TypeVar("R")
 _FIRST_RANK_TIMEOUT = timedelta(hours=4)
+_ROUND_SECONDS = 2.0
+_MAX_SILENT_ROUNDS = 1800
+"""Rounds in which no rank gets on, until those that are done wait in a collective, which has a time limit."""
 
 
 def decide_on_main(look: Callable[[], T]) -> T:
@@ -53,6 +57,47 @@ def together(
     if answer[1] is not None:
         raise answer[1]
     return answer[0]
+
+
+def in_sight(
+    work: Callable[[Callable[[], None]], T],
+    show_life: Callable[[], object],
+    group: torch.distributed.ProcessGroup | None = None,
+) -> T:
+    """Call `work` on every rank, for however long it takes, and return what it returned on this one.
+
+    It runs in a thread. The calling thread gives signs of life while its own work gets on, and, once that is done,
+    while that of another rank does: a rank that waits for one that hangs falls silent like it. No collective waits for
+    more than a round.
+
+    Args:
+        work: of each rank; calls its argument, from any thread, whenever it gets on.
+        show_life: gives a sign of life; called every few seconds at most.
+        group: as in `together`.
+    """
+    progress = seen = num_silent = 0
+
+    def get_on() -> None:
+        nonlocal progress
+        progress += 1  # threads may count two steps as one
+
+    # Whether it is done, and its progress, of each rank.
+    known: list[tuple[bool, int]] = [(False, 0)] * torch.distributed.get_world_size()
+    with ThreadPoolExecutor(1) as thread:
+        future = thread.submit(work, get_on)
+        while num_silent < _MAX_SILENT_ROUNDS:
+            wait([future], _ROUND_SECONDS)
+            is_done, before, known = future.done(), known, list(known)
+            if progress != seen:
+                seen = progress
+                show_life()
+            torch.distributed.all_gather_object(known, (is_done, seen), group=group)
+            if all(others_are_done for others_are_done, _ in known):
+                break
+            num_silent = num_silent + 1 if known == before else 0
+            if is_done and known != before:
+                show_life()
+        return future.result()
 
 
 def _outcome(call: Callable[[], T]) -> tuple[T | None, UserError | None]:

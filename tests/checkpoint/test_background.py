@@ -2,6 +2,7 @@
 
 import dataclasses
 import threading
+import time
 
 import pytest
 import torch
@@ -29,9 +30,9 @@ def gate(monkeypatch):
     """Writers wait until it is set."""
     opened = threading.Event()
 
-    def late(save, group):
+    def late(*arguments):
         opened.wait(60)
-        return write_save(save, group)
+        return write_save(*arguments)
 
     monkeypatch.setattr(background, "write_save", late)
     return opened
@@ -93,6 +94,29 @@ def test_a_writer_that_fails_is_told_when_it_is_waited_for(state):
     assert list_iterations(state.config.run_dir) == []
     call(state, saves.start, 2)
     assert saves.wait() == checkpoint_path(state.config.run_dir, 2)
+
+
+def test_the_writer_gives_no_sign_of_life_and_who_waits_for_it_does(state, monkeypatch):
+    """A sign that the writer gave would stand for a main thread that hangs."""
+    waiting, beats = threading.Event(), []
+
+    def write(save, group, show_life):
+        show_life()
+        waiting.wait(60)
+        for _ in range(3):
+            show_life()
+            time.sleep(0.05)
+
+    monkeypatch.setattr(background, "write_save", write)
+    monkeypatch.setattr(background, "_LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(background, "beat", lambda: beats.append(threading.current_thread()))
+    saves = BackgroundSaves()
+    call(state, saves.start, 1)
+    assert saves.poll() is None
+    assert not beats
+    waiting.set()
+    saves.wait()
+    assert set(beats) == {threading.main_thread()}
 
 
 def test_copies_that_are_not_finite_are_not_saved(state):

@@ -107,6 +107,41 @@ def test_rank_that_hangs_is_named_with_its_stack(project, start):
     assert "in hang_in_the_third_step" in errors
 
 
+SLOW_DISK = """
+import os, time
+if os.environ.get("RANK") == "1":
+    from megatron_vlm.checkpoint.item_files import ChecksummedStream
+    write = ChecksummedStream.write
+    calls = []
+    def write_slowly(self, data):
+        calls.append(1)
+        while len(calls) > {hangs_after}:
+            time.sleep(0.1)
+        if len(calls) < 80:
+            time.sleep(0.5)
+        return write(self, data)
+    ChecksummedStream.write = write_slowly
+"""
+SLOW_SAVE = (f"supervision.save_minutes={LIMIT / 60}", "training.train_iters=1", "--nproc-per-node", "2")
+
+
+def test_save_may_take_longer_than_its_limit_as_long_as_it_gets_on(project, start):
+    process = start("slow", *SLOW_SAVE, **patched(project, SLOW_DISK.format(hangs_after=10**9)))
+    wait_for_iteration(project, "slow", 1)
+    began = time.monotonic()
+    _, errors = process.communicate(timeout=180)
+    assert process.returncode == 0, errors
+    assert time.monotonic() - began > 1.5 * LIMIT
+
+
+def test_rank_whose_save_hangs_is_named(project, start):
+    process = start("stuck", *SLOW_SAVE, **patched(project, SLOW_DISK.format(hangs_after=8)))
+    wait_for_iteration(project, "stuck", 1)
+    line, _ = ends(process, within=LIMIT + 10, code=71)
+    assert "rank 1 (" in line
+    assert "in a save after iteration 1, longer than supervision.save_minutes allows: it hangs in " in line
+
+
 def test_frozen_loader_worker_of_the_only_rank_is_named(project, start):
     process = start("loader", *LONG, *LIMITS, "--nproc-per-node", "1")
     wait_for_iteration(project, "loader", 3)

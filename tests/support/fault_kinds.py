@@ -34,6 +34,7 @@ KINDS: dict[str, tuple[str, ...]] = {
         SUPERVISION + "test_frozen_rank_is_named_within_its_limit_and_five_seconds",
         SUPERVISION + "test_frozen_loader_worker_of_the_only_rank_is_named",
         SUPERVISION + "test_rank_that_hangs_is_named_with_its_stack",
+        SUPERVISION + "test_rank_whose_save_hangs_is_named",
     ),
     "SIGTERM, SIGUSR1 and Ctrl-C at any moment, twice, to one process or to all": (
         SUPERVISION + "test_signal_to_every_process_twice_loses_no_step",

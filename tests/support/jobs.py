@@ -3,12 +3,13 @@
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -31,7 +32,8 @@ from megatron_vlm.data.loading.collate import Collation, PlacedSample, collate
 from megatron_vlm.data.plan.plan import PlanHashes
 from megatron_vlm.models.build import build_model
 from megatron_vlm.models.computation import Computation
-from megatron_vlm.parallel.collective import decide_on_main, main_rank_first
+from megatron_vlm.parallel import collective
+from megatron_vlm.parallel.collective import decide_on_main, in_sight, main_rank_first
 from megatron_vlm.parallel.groups import RankLayout, build_groups, rank_layout, seed_everything
 from megatron_vlm.parallel.slicing import RankSlice
 from megatron_vlm.training.batch_counts import BatchCounts, CountedBatches
@@ -48,6 +50,38 @@ from tests.support.samples import make_samples, pictures_then_text
 
 CPU = torch.device("cpu")
 DATASETS = ("even", "odd")
+
+
+@dataclass(frozen=True)
+class InSight:
+    """What a rank saw of `in_sight`."""
+
+    signs: int
+    """Signs of life that it gave."""
+    seconds: float
+    """Until it went on."""
+    outcome: str
+
+
+def work_in_sight(steps_of: Sequence[Sequence[float]], *, fails: bool = False, rounds: int = 1000) -> InSight:
+    """Get on after each of a rank's numbers of seconds; the last rank may then fail."""
+    rank, signs = torch.distributed.get_rank(), []
+
+    def work(get_on: Callable[[], None]) -> str:
+        for seconds in steps_of[rank]:
+            time.sleep(seconds)
+            get_on()
+        if fails and rank == len(steps_of) - 1:
+            raise DataError("failed", fix="none")
+        return f"done {rank}"
+
+    begin = time.monotonic()
+    with mock.patch.multiple(collective, _ROUND_SECONDS=0.1, _MAX_SILENT_ROUNDS=rounds):
+        try:
+            outcome = in_sight(work, lambda: signs.append(rank))
+        except DataError as error:
+            outcome = error.what
+    return InSight(len(signs), time.monotonic() - begin, outcome)
 
 
 @dataclass(frozen=True)
