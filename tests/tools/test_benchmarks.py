@@ -57,7 +57,7 @@ def follows(row) -> bool:
         pytest.param(["train_step", "--rows", "1", "--rounds", "1"], 10, marks=pytest.mark.slow),
         pytest.param(["convert", "--tiny"], 7, marks=pytest.mark.slow),
         pytest.param(
-            ["checkpoint", "--hidden-size", "64", "--layers", "2", "--rounds", "1"], 2, marks=pytest.mark.slow
+            ["checkpoint", "--hidden-size", "64", "--layers", "2", "--rounds", "1"], 3, marks=pytest.mark.slow
         ),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
