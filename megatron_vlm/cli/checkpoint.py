@@ -5,7 +5,7 @@ from pathlib import Path
 
 from megatron_vlm.cli.options import add_command
 from megatron_vlm.cli.values import local_path
-from megatron_vlm.config import ExitCode
+from megatron_vlm.config import CheckpointError, ExitCode
 
 _ACTIONS = {
     "list": ("one line for each checkpoint of a run", "checkpoint list runs/pretrain"),
@@ -48,13 +48,19 @@ def run(args: argparse.Namespace) -> int:
         return _diff(*args.folders, with_optimizer=args.optimizer)
     from megatron_vlm.checkpoint.verify import bases_of, checkpoint_folders, inspect_checkpoint
 
-    all_valid, folders = True, checkpoint_folders(args.folder)
+    damaged, folders = 0, checkpoint_folders(args.folder)
     for path in [*folders, *(bases_of(folders) if args.action == "verify" else ())]:
         facts = inspect_checkpoint(path, read_files=args.action == "verify")
-        all_valid &= facts.is_valid
+        damaged += not facts.is_valid
         state = "; ".join(facts.faults) or ("valid" if args.action == "verify" else "has a manifest")
         print(f"{facts.path}  iteration {facts.iteration}  {facts.num_files} files  {facts.size / 1e6:.1f} MB  {state}")
-    return ExitCode.DONE if all_valid else ExitCode.BAD_DATA
+    if damaged:
+        raise CheckpointError(
+            f"damaged checkpoints, listed above with their faults: {damaged}",
+            where=str(args.folder),
+            fix="use another checkpoint, or copy it again from where it is whole",
+        )
+    return ExitCode.DONE
 
 
 def _find_whole(folder: Path) -> Path:

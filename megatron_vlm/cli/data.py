@@ -7,7 +7,7 @@ from typing import NamedTuple
 from megatron_vlm.cli.options import add_command, add_workers
 from megatron_vlm.cli.stopping import stops_at_once
 from megatron_vlm.cli.values import local_path, new_file, new_folder, new_name, positive, seed, whole_number
-from megatron_vlm.config import ExitCode, UsageError
+from megatron_vlm.config import DataError, ExitCode, UsageError
 
 
 class _Action(NamedTuple):
@@ -64,8 +64,11 @@ def _verify(args: argparse.Namespace) -> int:
         faults += 1
         print(fault, flush=True)
     if faults:
-        print(f"{args.folder}: {faults} faults; prepare the dataset again, or copy it again from where it is whole")
-        return ExitCode.BAD_DATA
+        raise DataError(
+            f"dataset is damaged; faults listed above: {faults}",
+            where=str(args.folder),
+            fix="prepare the dataset again, or copy it again from where it is whole",
+        )
     manifest = load_manifest(args.folder)
     counts = manifest.counts
     print(

@@ -35,7 +35,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = add_command(subparsers, "plan", _TEXT, *_EXAMPLES, notes=_NOTES)
     add = parser.add_argument
     add("config", metavar="CONFIG", help="YAML file of the stage")
-    add("overrides", nargs="*", metavar="section.key=value", help="settings that override the file")
+    add("overrides", nargs="*", default=[], metavar="section.key=value", help="settings that override the file")
     add("--world-size", type=positive, metavar="N", help="ranks of the job (default: one data-parallel replica)")
     add("--gpu", choices=sorted(GPUS), default="A100", help="(default: %(default)s)")
     text = "fraction of the GPU's peak that training reaches (default: %(default)s)"

@@ -40,7 +40,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = add_command(subparsers, "rehearse", _TEXT, *_EXAMPLES, notes=_NOTES)
     add = parser.add_argument
     add("config", metavar="CONFIG", help="YAML file of the stage")
-    add("overrides", nargs="*", metavar="section.key=value", help="settings that override the file")
+    add("overrides", nargs="*", default=[], metavar="section.key=value", help="settings that override the file")
     add("--world-size", type=positive, metavar="N", required=True, help="ranks of the job")
     text = "one-per-stage (default: with one more of its tensor- and data-parallel groups, to compare), all, or numbers"
     add("--ranks", type=_ranks, default="one-per-stage", metavar="RANKS", help=text)

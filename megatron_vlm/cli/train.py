@@ -54,7 +54,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("config", metavar="CONFIG", help="YAML file of the stage")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that override the file")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="section.key=value", help="settings that override the file"
+    )
     parser.add_argument(
         "--nproc-per-node",
         type=positive,

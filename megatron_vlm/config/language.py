@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 from megatron_vlm.config.activations import Activations
-from megatron_vlm.config.checks import check_heads, check_positive, check_sizes
+from megatron_vlm.config.checks import check_heads, check_not_negative, check_positive, check_sizes
 from megatron_vlm.config.comparison import FREE, IN_NEW_STAGE, Compared
 from megatron_vlm.config.errors import ConfigError
 from megatron_vlm.config.operations import Operations
@@ -69,6 +69,8 @@ class LanguageConfig:
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
         check_positive("model.language", self, *sizes, "num_query_groups", "kv_channels", "max_position_embeddings")
+        check_positive("model.language", self, "rotary_base", "layernorm_epsilon")
+        check_not_negative("model.language", self, "init_method_std")
         check_sizes("model.language", self)
         check_heads("model.language", self.hidden_size, self.num_attention_heads, self.kv_channels)
         if self.num_attention_heads % self.query_groups:
@@ -76,6 +78,11 @@ class LanguageConfig:
                 f"model.language.num_attention_heads={self.num_attention_heads} is not a multiple of "
                 f"num_query_groups={self.query_groups}",
                 fix="choose a divisor",
+            )
+        if self.head_channels % 2:  # rotary embeddings turn pairs of channels
+            raise ConfigError(
+                f"model.language: the size of a head is {self.head_channels}, an odd number",
+                fix="set an even kv_channels, or another num_attention_heads",
             )
 
     @property

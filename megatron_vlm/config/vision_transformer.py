@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from megatron_vlm.config.activations import Activations
-from megatron_vlm.config.checks import check_heads, check_positive, check_sizes
+from megatron_vlm.config.checks import check_heads, check_not_negative, check_positive, check_sizes
 from megatron_vlm.config.comparison import FREE, IN_NEW_STAGE
 from megatron_vlm.config.errors import ConfigError
 from megatron_vlm.config.grid import Grid
@@ -87,6 +87,8 @@ class VisionTransformerConfig(ABC):
     def __post_init__(self) -> None:
         sizes = ("image_size", "patch_size", "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
         check_positive("model.vision", self, *sizes)
+        check_positive("model.vision", self, "layernorm_epsilon")
+        check_not_negative("model.vision", self, "init_method_std")
         check_sizes("model.vision", self)
         check_heads("model.vision", self.hidden_size, self.num_attention_heads, None)
         self.check_image_size()
@@ -94,6 +96,11 @@ class VisionTransformerConfig(ABC):
             raise ConfigError(
                 f"model.vision.feature_layer={self.feature_layer} is not a layer of {self.num_layers}",
                 fix=f"choose -1 to {-self.num_layers}",
+            )
+        if min(self.image_std) <= 0:  # pixels are divided by it
+            raise ConfigError(
+                f"model.vision.image_std={list(self.image_std)} is not positive for every colour",
+                fix="use the tower's published values",
             )
 
     def check_image_size(self) -> None:

@@ -47,7 +47,12 @@ def test_verify_reads_every_byte(run, capsys):
     assert capsys.readouterr().out.rstrip().endswith("valid")
     name = flip_a_bit(run)
     assert main(["checkpoint", "verify", str(run)]) == 65
-    assert name in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert name in shown.out
+    (line,) = shown.err.splitlines()
+    assert line.startswith(
+        f"megatron-vlm: error: damaged checkpoints, listed above with their faults: 1 ({run}); fix: "
+    )
 
 
 def test_hash_is_that_of_the_weights(run, capsys):

@@ -93,8 +93,10 @@ def test_several_launchers_on_a_node_are_refused(project):
 
 @pytest.mark.distributed
 def test_error_of_every_rank_is_told_once_and_has_its_exit_code(project):
+    (project.folder / "spoiled").mkdir()
+    (project.folder / "spoiled" / "manifest.json").write_text("{}")
     done = project.run(
-        "train", "train.yaml", "run_dir=once", "checkpoint.load_weights=nowhere", "--nproc-per-node", "2"
+        "train", "train.yaml", "run_dir=once", "checkpoint.load_weights=spoiled", "--nproc-per-node", "2"
     )
     assert done.returncode == 65
     assert len(errors_of(done.stderr)) == 1

@@ -54,7 +54,21 @@ def test_groups_that_do_not_divide_the_heads_are_refused():
         LanguageConfig(**LANGUAGE, num_query_groups=5)
 
 
-@pytest.mark.parametrize("name", ["vocab_size", "num_layers", "hidden_size", "num_attention_heads"])
+@pytest.mark.parametrize("sizes", [{"kv_channels": 7}, {"hidden_size": 32 * 5}])
+def test_head_of_an_odd_size_which_has_no_rotary_pairs_is_refused(sizes):
+    with pytest.raises(ConfigError, match=r"the size of a head is \d, an odd number"):
+        LanguageConfig(**{**LANGUAGE, **sizes})
+
+
+def test_spread_of_the_initial_weights_that_is_negative_is_refused():
+    with pytest.raises(ConfigError, match="model.language.init_method_std=-0.1 is negative"):
+        LanguageConfig(**LANGUAGE, init_method_std=-0.1)
+
+
+SIZES = ["vocab_size", "num_layers", "hidden_size", "num_attention_heads", "rotary_base", "layernorm_epsilon"]
+
+
+@pytest.mark.parametrize("name", SIZES)
 def test_size_of_the_decoder_that_is_not_positive_is_refused(name):
     with pytest.raises(ConfigError, match=f"model.language.{name}=0 is not positive"):
         LanguageConfig(**{**LANGUAGE, name: 0})

@@ -41,7 +41,17 @@ def test_tower_width_that_the_heads_do_not_divide_is_refused():
         Config(**{**VISION, "num_attention_heads": 7})
 
 
-@pytest.mark.parametrize("name", ["patch_size", "num_layers", "num_attention_heads"])
+def test_colours_without_a_spread_are_refused():
+    with pytest.raises(ConfigError, match=r"model.vision.image_std=\[0.2, 0.0, 0.2\] is not positive for every colour"):
+        Config(**VISION, image_std=(0.2, 0.0, 0.2))
+
+
+def test_spread_of_the_tower_s_initial_weights_that_is_negative_is_refused():
+    with pytest.raises(ConfigError, match="model.vision.init_method_std=-0.1 is negative"):
+        Config(**VISION, init_method_std=-0.1)
+
+
+@pytest.mark.parametrize("name", ["patch_size", "num_layers", "num_attention_heads", "layernorm_epsilon"])
 def test_size_of_the_tower_that_is_not_positive_is_refused(name):
     with pytest.raises(ConfigError, match=f"model.vision.{name}=-1 is not positive"):
         Config(**{**VISION, name: -1})

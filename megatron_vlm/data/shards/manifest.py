@@ -70,8 +70,9 @@ class ShardFacts:
         """Read what `dataclasses.asdict` wrote as JSON.
 
         Raises:
-            KeyError, TypeError: a field is missing or unknown.
+            KeyError, TypeError: a field is missing or unknown, or is no number where one is meant.
         """
+        _check_numbers(tree["counts"], *tree["files"].values())
         files = {suffix: FileFacts(**facts) for suffix, facts in tree["files"].items()}
         return cls(name=tree["name"], input=tree["input"], counts=Counts(**tree["counts"]), files=files)
 
@@ -170,7 +171,7 @@ def load_manifest(folder: Path) -> Manifest:
         )
     try:
         manifest = manifest_from_tree(tree)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         what = f"manifest has a missing or malformed field: {error}"
         raise DataError(what, where=str(path), fix="prepare the dataset again") from None
     missing = [
@@ -211,12 +212,20 @@ def _missing(folder: Path) -> DataError:
     return DataError(f"folder has no {MANIFEST_FILE}", where=str(folder), fix=fix)
 
 
+def _check_numbers(*mappings: dict[str, Any]) -> None:
+    for mapping in mappings:
+        for name, value in mapping.items():
+            if type(value) is not int:
+                raise TypeError(f"{name} is {type(value).__name__}, not int")
+
+
 def manifest_from_tree(tree: dict[str, Any]) -> Manifest:
     """Rebuild a manifest from what `dataclasses.asdict` made of it.
 
     Raises:
-        KeyError, TypeError, AttributeError: a field is missing or has the wrong type.
+        KeyError, TypeError, AttributeError, ValueError: a field is missing or has the wrong type.
     """
+    _check_numbers({"documents": tree["documents"]}, tree["rejects"], tree["notes"])
     return Manifest(
         dataset_name=tree["dataset_name"],
         tokenizer=TokenizerFacts(**tree["tokenizer"]),

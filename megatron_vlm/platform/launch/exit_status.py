@@ -15,6 +15,8 @@ from megatron_vlm.platform.files.durable import STORAGE_ERRNOS, write_durably
 MAX_LINE = 300
 """Longest line of a user error [characters]."""
 
+_MAX_PLACE = 120
+"""Longest place in a line that is too long [characters]; of a path, both ends are shown."""
 _PROGRAM = "megatron-vlm"
 # gloo, NCCL, and the store through which the ranks meet.
 _TIMED_OUT = re.compile(
@@ -88,9 +90,13 @@ def shorten(error: UserError) -> str:
     line = str(error)
     if len(line) <= budget:
         return line
-    rest = len(line) - len(" ".join(error.what.split()))
-    what = " ".join(error.what.split())[: max(20, budget - rest - 3)] + "..."
-    return str(type(error)(what, where=error.where, fix=error.fix))[:budget]
+    what, where = " ".join(error.what.split()), error.where
+    if where is not None and len(where) > _MAX_PLACE:
+        where = f"{where[: _MAX_PLACE // 2]}...{where[3 - _MAX_PLACE // 2 :]}"
+    rest = len(str(type(error)("-", where=where, fix=error.fix))) - 1
+    if len(what) > budget - rest:
+        what = what[: max(20, budget - rest - 3)] + "..."
+    return str(type(error)(what, where=where, fix=error.fix))[:budget]
 
 
 def error_line(message: str) -> str:

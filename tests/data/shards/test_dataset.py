@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import gc
 import json
 import pickle
@@ -162,6 +163,24 @@ def test_damaged_manifest_is_refused(dataset, old, new, message):
     path = dataset.folder / MANIFEST_FILE
     path.write_text(path.read_text().replace(old, new))
     with pytest.raises(DataError, match=message):
+        ShardedDataset.open(dataset.folder)
+
+
+NUMBERS = [("documents",), ("rejects", "json_type"), ("notes", "x"), ("shards", 0, "counts", "images")]
+
+
+@pytest.mark.parametrize("value", [[[1]], None, "3", 1.5, True])
+@pytest.mark.parametrize(
+    "keys", [*NUMBERS, ("shards", 0, "files", "bin", "bytes"), ("options",), ("rejects",), ("notes",)]
+)
+def test_manifest_with_a_value_of_another_type_is_refused(dataset, keys, value):
+    path = dataset.folder / MANIFEST_FILE
+    tree = json.loads(path.read_text())
+    del tree["crc32"]  # as an earlier version wrote it
+    *parents, last = keys
+    functools.reduce(lambda place, key: place[key], parents, tree)[last] = value
+    path.write_text(json.dumps(tree))
+    with pytest.raises(DataError, match=r"manifest has a missing or malformed field: .*manifest.json"):
         ShardedDataset.open(dataset.folder)
 
 

@@ -83,6 +83,16 @@ def test_long_line_is_cut_in_what_was_found_and_keeps_place_and_fix():
     assert line.endswith("... (train.yaml:12); fix: choose 16")
 
 
+def test_long_path_keeps_its_ends_and_the_fix():
+    described = describe_error(
+        ConfigError("file is empty", where=f"/data/{'x' * 400}/train.yaml:3", fix="copy it again")
+    )
+    line = error_line(described.message)
+    assert len(line) <= MAX_LINE
+    assert line.startswith("megatron-vlm: error: file is empty (/data/xx")
+    assert line.endswith("xx/train.yaml:3); fix: copy it again")
+
+
 def test_line_is_never_longer_than_the_limit():
     described = describe_error(ConfigError("w" * 400, where="f" * 400, fix="d" * 400))
     assert len(error_line(described.message)) <= MAX_LINE
