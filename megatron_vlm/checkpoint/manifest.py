@@ -110,7 +110,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise CheckpointError(
             "checkpoint has no manifest.json", where=str(folder), fix="use a complete checkpoint"
         ) from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, IsADirectoryError) as error:
         raise CheckpointError(
             f"manifest.json is damaged: {error}", where=str(path), fix="use another checkpoint"
         ) from None

@@ -124,11 +124,12 @@ def _read(checkpoint: Path) -> _Recorded:
     path = checkpoint / CONFIG_NAME
     if not path.is_file():
         raise CheckpointError("checkpoint has no config.yaml", where=str(checkpoint), fix="use a complete checkpoint")
-    data = read_yaml(path.read_text())[0].get("data") or {}
+    model = load_section(ModelConfig, path, "model")  # first: it says what is wrong with the file
+    data = read_yaml(path.read_text())[0].get("data")
+    if not isinstance(data, dict):
+        data = {}
     default_aspect = DataConfig.__dataclass_fields__["image_aspect"].default
-    return _Recorded(
-        load_section(ModelConfig, path, "model"), data.get("tokenizer"), data.get("image_aspect", default_aspect)
-    )
+    return _Recorded(model, data.get("tokenizer"), data.get("image_aspect", default_aspect))
 
 
 def _find_tokenizer(checkpoint: Path, given: str | None, recorded: str | None) -> Path:

@@ -5,7 +5,8 @@ import json
 import pickle
 import re
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -167,11 +168,29 @@ def read_json(path: Path) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError):
         error = explain(path.parent) or CheckpointError("file is missing", where=str(path), fix="name a model folder")
         raise error from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"file cannot be read: {error}", where=str(path), fix="download it again") from None
     if not isinstance(record, dict):
         raise CheckpointError("file holds no JSON object", where=str(path), fix="download it again")
     return record
+
+
+@contextmanager
+def foreign_values(where: str) -> Iterator[None]:
+    """Turn what a setting of another type does to the code that reads it into an error of the file.
+
+    Args:
+        where: the file that somebody else wrote.
+
+    Raises:
+        CheckpointError: a value has another type than its name promises.
+    """
+    try:
+        yield
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise CheckpointError(
+            f"a setting has a value of a wrong type: {error}", where=where, fix="download the file again"
+        ) from error
 
 
 def read_settings(path: Path) -> dict[str, Any]:

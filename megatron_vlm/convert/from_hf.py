@@ -27,7 +27,14 @@ from megatron_vlm.config.projectors import make_projector
 from megatron_vlm.config.towers import innermost
 from megatron_vlm.convert.differences import describe_differences, different_settings
 from megatron_vlm.convert.family import Family, ModelFamily, Part, Parts, family_of
-from megatron_vlm.convert.folder import CONFIG_NAME, HFFolder, common_type, missing_files, read_settings
+from megatron_vlm.convert.folder import (
+    CONFIG_NAME,
+    HFFolder,
+    common_type,
+    foreign_values,
+    missing_files,
+    read_settings,
+)
 from megatron_vlm.convert.foreign import check_plain
 from megatron_vlm.convert.output import is_model_folder
 from megatron_vlm.convert.processing import at_image_size, resize_positions, with_processing
@@ -153,7 +160,8 @@ class _OpenFolder:
 
     def read_config(self, **chosen: Any) -> Any:
         try:
-            return self.family.config_from_hf(self.parts.settings, where=self.where, **chosen)
+            with foreign_values(self.where):
+                return self.family.config_from_hf(self.parts.settings, where=self.where, **chosen)
         except ConfigError as error:  # sizes that do not fit each other
             raise CheckpointError(error.what, where=self.where, fix="use a complete folder") from None
 
@@ -167,15 +175,15 @@ def _open_model(folder: Path, tower: Path | None = None) -> tuple[_OpenFolder, M
 def _open(path: Path, part: Part, tower: Path | None = None) -> _OpenFolder:
     where = path / CONFIG_NAME
     settings = read_settings(where)
-    family = family_of(settings, part, str(where))
-    parts = Parts.of_one_folder(path, settings)
-    if part == "model":
-        parts = cast(ModelFamily, family).find_parts(path, settings, tower)
-    for one in (settings, parts.language):
-        if method := (one.get("quantization_config") or {}).get("quant_method"):
-            raise CheckpointError(
-                f"the weights are quantised ({method})", where=str(where), fix="use the model that they were made from"
-            )
+    with foreign_values(str(where)):
+        family = family_of(settings, part, str(where))
+        parts = Parts.of_one_folder(path, settings)
+        if part == "model":
+            parts = cast(ModelFamily, family).find_parts(path, settings, tower)
+        for one in (settings, parts.language):
+            if method := (one.get("quantization_config") or {}).get("quant_method"):
+                fix = "use the model that they were made from"
+                raise CheckpointError(f"the weights are quantised ({method})", where=str(where), fix=fix)
     return _OpenFolder(HFFolder(path, family.renames(parts.settings), parts.weights), family, parts)
 
 
@@ -208,8 +216,15 @@ def _language_config(opened: _OpenFolder) -> LanguageConfig:
 
 
 def _num_rows(opened: _OpenFolder) -> int:
-    """Return the rows of the vocabulary that config.json names."""
-    return opened.parts.language.get("vocab_size", 32000)
+    """Return the rows of the vocabulary that config.json names.
+
+    Raises:
+        CheckpointError: it names no number of rows.
+    """
+    rows = opened.parts.language.get("vocab_size", 32000)
+    if type(rows) is not int or rows < 1:
+        raise CheckpointError(f"vocab_size is {rows!r}, no number of rows", where=opened.where, fix="download it again")
+    return rows
 
 
 def _count_tokens(opened: _OpenFolder) -> int | None:

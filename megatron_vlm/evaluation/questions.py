@@ -45,7 +45,7 @@ def load_questions(path: Path, images: Path | None = None) -> list[Question]:
         rows = json.loads(path.read_bytes().decode("utf-8-sig"))
     except OSError as error:
         raise DataError(f"questions cannot be read: {error.strerror}", where=str(path), fix="check the path") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"questions are not valid JSON: {error}", where=str(path), fix="write a JSON list") from None
     if not isinstance(rows, list) or not rows:
         raise DataError("questions are not a JSON list, or the list is empty", where=str(path), fix="write a JSON list")

@@ -51,6 +51,17 @@ def test_a_checkpoint_without_settings_is_refused(run):
         read_run_settings(run)
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("", "missing section model"), ("model: [", "is not valid YAML"), ("model:\n\t", "is not valid YAML")],
+)
+def test_settings_that_are_cut_off_are_an_error_of_the_file(run, content, message):
+    path = run / "checkpoints" / "iter_0000000" / "config.yaml"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=rf"{message}.*iter_0000000/config.yaml"):
+        read_run_settings(run)
+
+
 def test_open_model_starts_a_job_and_ends_it(run):
     with open_model(read_run_settings(run)) as model:
         assert torch.distributed.get_world_size() == 1

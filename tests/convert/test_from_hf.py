@@ -323,6 +323,33 @@ def test_a_llama_with_a_part_that_ours_has_not_is_refused(settings, message, lla
         import_parts(folder, clip_dir, tmp_path / "run", ImportOptions())
 
 
+LLAMA_KEYS = ["vocab_size", "hidden_size", "num_hidden_layers", "rms_norm_eps", "rope_theta"]
+CLIP_KEYS = ["hidden_size", "image_size", "layer_norm_eps", "hidden_act"]
+
+
+@pytest.mark.parametrize("value", [[1], "abc", {"a": 1}])
+@pytest.mark.parametrize("key", [*LLAMA_KEYS, *(f"clip:{key}" for key in CLIP_KEYS)])
+def test_a_setting_of_another_type_is_an_error_of_its_file(key, value, llama_dir, clip_dir, tmp_path):
+    kind, _, name = key.rpartition(":")
+    folder = copy_with_config(clip_dir if kind else llama_dir, tmp_path / "odd", {name: value})
+    with pytest.raises(CheckpointError, match=r"odd/config.json"):
+        import_parts(*((llama_dir, folder) if kind else (folder, clip_dir)), tmp_path / "run", ImportOptions())
+
+
+@pytest.mark.parametrize("name", ["architectures", "rope_scaling", "quantization_config"])
+def test_a_number_for_a_list_or_a_section_is_an_error_of_the_file(name, llama_dir, clip_dir, tmp_path):
+    folder = copy_with_config(llama_dir, tmp_path / "odd", {name: 5})
+    with pytest.raises(CheckpointError, match=r"a setting has a value of a wrong type: 'int' object .*odd/config.json"):
+        import_parts(folder, clip_dir, tmp_path / "run", ImportOptions())
+
+
+def test_settings_that_are_nested_too_deeply_are_an_error_of_the_file(llama_dir, clip_dir, tmp_path):
+    folder = copy_with_config(llama_dir, tmp_path / "odd", {})
+    (folder / "config.json").write_text("[" * 100_000)
+    with pytest.raises(CheckpointError, match=r"file cannot be read: .*odd/config.json"):
+        import_parts(folder, clip_dir, tmp_path / "run", ImportOptions())
+
+
 def test_a_tower_with_an_unknown_activation_is_refused(llama_dir, clip_dir, tmp_path):
     folder = copy_with_config(clip_dir, tmp_path / "clip", {"hidden_act": "relu"})
     with pytest.raises(CheckpointError, match="the tower has hidden_act=relu"):

@@ -67,6 +67,7 @@ def test_the_usual_answer_is_the_most_frequent(write):
     ("content", "message"),
     [
         ("{", "questions are not valid JSON"),
+        ("[" * 100_000, "questions are not valid JSON"),
         ([], "questions are not a JSON list, or the list is empty"),
         ({"a": 1}, "questions are not a JSON list"),
         ([ROW, 3], "question is not a JSON object .*row 1"),

@@ -148,7 +148,7 @@ def _entries(content: bytes, folder: Path) -> Iterator[tuple[LedgerEntry, bytes]
 def _parse(line: bytes, folder: Path) -> LedgerEntry:
     try:
         return LedgerEntry(**json.loads(line))
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         raise _damaged(folder, f"line {line[:40]!r} of {_INDEX_FILE} is not an entry") from None
 
 

@@ -243,7 +243,7 @@ def open_plan(settings: PlanSettings, datasets: Sequence[SampleLengths], folder:
         return Plan(path, settings, summary, _hashes(settings, datasets))
     except FileNotFoundError as error:
         raise DataError(f"plan is missing: {error.filename}", where=str(path), fix="build it again") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"plan is damaged: {error}", where=str(path), fix="delete the folder") from None
 
 

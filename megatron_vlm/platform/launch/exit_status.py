@@ -119,10 +119,10 @@ def write_exit_status(path: Path, status: ExitStatus) -> None:
 
 
 def read_exit_status(path: Path) -> ExitStatus | None:
-    """Return the status in a file; None if the file is missing or incomplete."""
+    """Return the status in a file; None if the file is missing, incomplete or damaged."""
     try:
-        return ExitStatus(**json.loads(path.read_text()))
-    except (FileNotFoundError, json.JSONDecodeError, TypeError):
+        return ExitStatus(**json.loads(path.read_bytes()))
+    except (FileNotFoundError, ValueError, TypeError, RecursionError):
         return None
 
 

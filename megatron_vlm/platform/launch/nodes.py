@@ -216,7 +216,7 @@ class NodeLink:
         try:
             for line in lines:
                 self._take(peer, json.loads(line))
-        except (ValueError, TypeError, KeyError):  # somebody else's program
+        except (ValueError, TypeError, KeyError, RecursionError):  # somebody else's program
             received = b""
         if not received or len(peer.received) > _MAX_MESSAGE:
             self._drop(peer)

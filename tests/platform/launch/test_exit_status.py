@@ -115,9 +115,11 @@ def test_writing_leaves_no_other_file(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["s.json"]
 
 
-@pytest.mark.parametrize("text", ["", '{"exit_code": 65, "mess', '{"other": 1}'])
-def test_half_written_file_counts_as_none(tmp_path, text):
-    (tmp_path / "s.json").write_text(text)
+@pytest.mark.parametrize(
+    "content", [b"", b'{"exit_code": 65, "mess', b'{"other": 1}', b"\xff\xfe", b"[]", b"[" * 100_000]
+)
+def test_half_written_or_damaged_file_counts_as_none(tmp_path, content):
+    (tmp_path / "s.json").write_bytes(content)
     assert read_exit_status(tmp_path / "s.json") is None
 
 
