@@ -10,6 +10,7 @@ SUPERVISION = "tests/faults/test_supervision.py::"
 NUMBERS = "tests/faults/test_disk_and_numbers.py::"
 RECORDS = "tests/data/files/test_records.py::"
 LOADING = "tests/config/test_loading.py::"
+ERRORS = "tests/cli/test_user_errors.py::"
 
 KINDS: dict[str, tuple[str, ...]] = {
     "kill -9 of a rank, the launcher, a loader worker or all of them, in a step, save, prune, start or validation": (
@@ -56,6 +57,7 @@ KINDS: dict[str, tuple[str, ...]] = {
         NUMBERS + "test_full_disk_costs_no_checkpoint_and_ends_the_run_after_so_many_saves",
         "tests/checkpoint/test_save.py::test_a_disk_that_fills_up_at_any_byte_leaves_the_previous_checkpoint_as_it_was",
         "tests/platform/launch/test_exit_status.py::test_error_of_the_disk_is_storage_and_names_the_file",
+        ERRORS + "test_wrong_options_of_a_preparation_are_one_line",
     ),
     "another layout, worker count or micro-batch at a resume": (
         "tests/checkpoint/test_resume.py::test_another_layout_goes_on_with_the_same_losses",
@@ -92,6 +94,8 @@ KINDS: dict[str, tuple[str, ...]] = {
         LOADING + "test_value_of_a_wrong_type_is_named_with_what_was_expected",
         LOADING + "test_number_may_be_written_as_the_field_writes_it",
         LOADING + "test_a_hostile_value_is_named_by_its_key_in_a_short_line",
+        ERRORS + "test_wrong_setting_is_one_line_and_exit_code_78",
+        ERRORS + "test_config_file_that_cannot_be_read_is_one_line_and_exit_code_78",
     ),
 }
 """Test functions by kind, each as `file::name`."""
