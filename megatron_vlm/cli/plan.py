@@ -224,7 +224,7 @@ def _lines(facts: dict[str, Any], machine: str) -> list[str]:
         f"{data['num_samples']} samples with {data['num_images']} images in {data['num_rows']} rows: "
         f"{data['num_iterations']} iterations, {data['utilisation']:.2%} of the positions used, "
         f"of all samples of the datasets, longer than a row: {data['truncated']} cut, {data['split']} split, "
-        f"{data['dropped']} left out",
+        f"{data['dropped']} left out{_without_labels(data)}",
         *(f"the blend changes after iteration {iteration}" for iteration in data["step_iterations"]),
         *_image_lines(data),
         *_clustering_lines(data),
@@ -251,6 +251,11 @@ def _memory_lines(facts: dict[str, Any]) -> list[str]:
         f"NCCL, CUDA and workspaces: {_gib(facts['libraries'], 0)} on top (experience says 2 to 4, not measured here); "
         f"then the fullest rank needs {fullest['total'] / 1e9:.1f} GB",
     ]
+
+
+def _without_labels(data: dict[str, Any]) -> str:
+    number = sum(data["nothing_to_train"])
+    return f", {number} left out because the cut leaves them nothing to train" if number else ""
 
 
 def _row_length_lines(data: dict[str, Any]) -> list[str]:

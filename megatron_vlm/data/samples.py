@@ -32,6 +32,20 @@ class EncodedSample(NamedTuple):
     segments: tuple[TextSegment | ImageSegment, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Outlines:
+    """The segments of some samples in reading order, without their content."""
+
+    borders: np.ndarray
+    """int64[samples + 1]; first segment of each sample, which has at least one."""
+    is_image: np.ndarray
+    """bool[segments]."""
+    is_trained: np.ndarray
+    """bool[segments]; whether the tokens are targets of the loss."""
+    lengths: np.ndarray
+    """int[segments]; tokens of each text and each image. Shards do not know those of images and say 0."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenizerFacts:
     """Which tokenizer made the token ids; training with another one is refused."""

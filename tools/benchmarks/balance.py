@@ -19,6 +19,7 @@ from megatron_vlm.data.plan.balance_report import report_balance
 from megatron_vlm.data.plan.image_tokens import ImageTokens
 from megatron_vlm.data.plan.plan import plan_rows
 from megatron_vlm.data.plan.settings import PlanSettings
+from megatron_vlm.data.samples import Outlines
 
 _GLOBAL_BATCH_SIZE = 1024
 # Upper bounds by data-parallel size. With 512 ranks of 2 rows each, single large rows decide.
@@ -40,13 +41,13 @@ class Lengths:
     def __len__(self) -> int:
         return len(self.num_images)
 
-    def outlines(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def outlines(self, samples: np.ndarray) -> Outlines:
         """Return the segments of samples: the text first."""
         sizes = 1 + self.num_images[samples].astype(np.int64)
         borders = np.concatenate([[0], np.cumsum(sizes)])
         tokens = np.zeros(borders[-1], dtype=np.int32)
         tokens[borders[:-1]] = self.text_lengths[samples]
-        return borders, tokens == 0, tokens
+        return Outlines(borders, tokens == 0, tokens > 0, tokens)
 
 
 def main() -> int:

@@ -50,6 +50,9 @@ class PlanSummary:
     step; their fragments follow behind them."""
     step_iterations: Sequence[int] = ()
     """Iterations before each step of the blend after the first, of those that begin."""
+    nothing_to_train: Sequence[int] = ()
+    """For each dataset, samples (with overflow "split": fragments) that are left out because their part in a row has no
+    token with a loss. Empty in plans of versions that kept them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +132,7 @@ def _summarise(
         stable_iterations=made.stable_rows // batch,
         later_samples=pool.samples[1:],
         step_iterations=step_iterations,
+        nothing_to_train=pool.nothing_to_train,
     )
 
 

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_vlm.data.plan.image_tokens import ImageTokens
-from megatron_vlm.data.plan.outlines import Outlines
-from megatron_vlm.data.samples import EncodedSample, ImageSegment, TextSegment
+from megatron_vlm.data.samples import EncodedSample, ImageSegment, Outlines, TextSegment
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +30,8 @@ class Cuts:
     """int64[fragments]."""
     image_lengths: np.ndarray
     """int64[fragments]; tokens of these images."""
+    num_labels: np.ndarray
+    """int64[fragments]; tokens with a loss, of which the first token of a fragment is none."""
 
 
 def find_cuts(outlines: Outlines, max_tokens: int, *, first_only: bool = False, max_images: int | None = None) -> Cuts:
@@ -61,8 +62,16 @@ def find_cuts(outlines: Outlines, max_tokens: int, *, first_only: bool = False, 
     segments = np.stack([np.searchsorted(ends, first, "right"), np.searchsorted(ends, last, "right")])
     num_images = np.concatenate([[0], np.cumsum(is_image)])[segments]
     image_tokens = np.concatenate([[0], np.cumsum(np.where(is_image, lengths, 0), dtype=np.int64)])[segments]
+    trained = _trained_before(outlines, ends, np.stack([np.minimum(first + 1, last), last]))
     start = sample_borders[owner]
-    return Cuts(owner, first - start, last - start, num_images[1] - num_images[0], image_tokens[1] - image_tokens[0])
+    return Cuts(
+        owner,
+        first - start,
+        last - start,
+        num_images[1] - num_images[0],
+        image_tokens[1] - image_tokens[0],
+        trained[1] - trained[0],
+    )
 
 
 def _fragment_starts(
@@ -104,6 +113,15 @@ def _end_fragments(
     segment = np.searchsorted(ends, cut)
     inside_image = outlines.is_image[segment] & (ends[segment] > cut)
     return np.where(inside_image, ends[segment] - outlines.lengths[segment], cut)
+
+
+def _trained_before(outlines: Outlines, ends: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """Return how many tokens that are trained on stand before each position, numbered over all samples."""
+    trained = np.where(outlines.is_trained, outlines.lengths, 0)
+    segment = np.minimum(np.searchsorted(ends, positions, "right"), len(ends) - 1)
+    # The segment begins at or before the position, and the rest of it does not count.
+    rest = np.where(outlines.is_trained[segment], ends[segment] - positions, 0)
+    return np.cumsum(trained, dtype=np.int64)[segment] - rest
 
 
 class FragmentTable:

@@ -53,7 +53,7 @@ class PlanHashes:
     settings: str
     """Everything but the blend and its datasets."""
     datasets: tuple[str, ...]
-    """Content of each dataset."""
+    """Content of each dataset, and how much of it is left out."""
 
 
 class Plan:
@@ -182,7 +182,10 @@ class Plan:
 
 
 def build_plan(settings: PlanSettings, datasets: Sequence[SampleLengths], folder: str | Path) -> Plan:
-    """Build a plan, save it as a folder named by its hash in `folder`, and open it; an existing plan is only opened.
+    """Build a plan, save it as a folder named by a hash in `folder`, and open it; an existing plan is only opened.
+
+    The name is the hash of settings and datasets alone, so that a plan of an earlier version is found. Only the plan's
+    own hash tells whether samples without a label are left out of it.
 
     There is one dataset per entry of `settings.datasets`.
 
@@ -198,15 +201,22 @@ def build_plan(settings: PlanSettings, datasets: Sequence[SampleLengths], folder
     if target.exists():
         return open_plan(settings, datasets, folder)
     rows = plan_rows(settings, datasets)
+    own_hash = hash_plan(settings, datasets, rows.summary.nothing_to_train)
     with storage_errors("plan cannot be written", Path(folder)):
         target.parent.mkdir(parents=True, exist_ok=True)
         with folder_once(target) as unfinished:
-            _write(unfinished, rows, settings, dataclasses.replace(rows.summary, hash=name))
+            _write(unfinished, rows, settings, dataclasses.replace(rows.summary, hash=own_hash))
     plan = open_plan(settings, datasets, folder)
+    _log(plan)
+    return plan
+
+
+def _log(plan: Plan) -> None:
+    settings = plan.settings
     logger.info(
         "plan %s: %d samples in %d rows of %s%d, %d iterations, utilisation %.4f; of all samples, "
-        "%d truncated, %d split, %d dropped",
-        name,
+        "%d truncated, %d split, %d dropped, %d with nothing_to_train left",
+        plan.hash,
         plan.summary.num_samples,
         plan.summary.num_rows,
         "up to " if settings.length_clustering else "",
@@ -216,7 +226,18 @@ def build_plan(settings: PlanSettings, datasets: Sequence[SampleLengths], folder
         plan.summary.truncated,
         plan.summary.split,
         plan.summary.dropped,
+        sum(plan.summary.nothing_to_train),
     )
+    for entry, number in zip(settings.datasets, plan.summary.nothing_to_train, strict=False):
+        if number:
+            logger.warning(
+                "%s: %d %s left out, because the cut at data.seq_length=%d leaves no token with a loss "
+                "(nothing_to_train)",
+                entry.path,
+                number,
+                "fragments are" if settings.overflow == "split" else "samples are",
+                settings.seq_length,
+            )
     for iteration in plan.summary.step_iterations:
         logger.info("the blend changes after iteration %d", iteration)
     for step in steps_of(settings.blend)[1 + len(plan.summary.step_iterations) :]:
@@ -224,7 +245,6 @@ def build_plan(settings: PlanSettings, datasets: Sequence[SampleLengths], folder
         logger.warning(
             "the step of data.blend from %s never begins: there are %d iterations", begin, plan.num_iterations
         )
-    return plan
 
 
 def open_plan(settings: PlanSettings, datasets: Sequence[SampleLengths], folder: str | Path) -> Plan:
@@ -240,20 +260,30 @@ def open_plan(settings: PlanSettings, datasets: Sequence[SampleLengths], folder:
         for name in _array_names(settings):
             if zlib.crc32((path / f"{name}.npy").read_bytes()) != tree["crc32"][name]:
                 raise ValueError(f"{name}.npy does not have the checksum it was written with")
-        return Plan(path, settings, summary, _hashes(settings, datasets))
+        return Plan(path, settings, summary, _hashes(settings, datasets, summary.nothing_to_train))
     except FileNotFoundError as error:
         raise DataError(f"plan is missing: {error.filename}", where=str(path), fix="build it again") from None
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"plan is damaged: {error}", where=str(path), fix="delete the folder") from None
 
 
-def hash_plan(settings: PlanSettings, datasets: Sequence[SampleLengths]) -> str:
-    """Return a hash of everything a plan depends on; the paths of the datasets do not matter."""
-    return _hash(_depends_on(settings, datasets))
+def hash_plan(
+    settings: PlanSettings, datasets: Sequence[SampleLengths], nothing_to_train: Sequence[int] = ()
+) -> str:
+    """Return a hash of everything a plan depends on; the paths of the datasets do not matter.
+
+    Args:
+        settings: of the plan.
+        datasets: one per entry of `settings.datasets`.
+        nothing_to_train: as in `PlanSummary`. Where nothing is left out, the hash is that of earlier versions.
+    """
+    return _hash(_depends_on(settings, datasets, nothing_to_train))
 
 
-def _hashes(settings: PlanSettings, datasets: Sequence[SampleLengths]) -> PlanHashes:
-    tree = _depends_on(settings, datasets)
+def _hashes(
+    settings: PlanSettings, datasets: Sequence[SampleLengths], nothing_to_train: Sequence[int]
+) -> PlanHashes:
+    tree = _depends_on(settings, datasets, nothing_to_train)
     for name in _LENGTH_OF_TRAINING:
         del tree[name]
     without_blend = {name: value for name, value in tree.items() if name not in ("blend", "steps", "datasets")}
@@ -264,7 +294,9 @@ def _hash(tree: Any) -> str:
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _depends_on(settings: PlanSettings, datasets: Sequence[SampleLengths]) -> dict[str, Any]:
+def _depends_on(
+    settings: PlanSettings, datasets: Sequence[SampleLengths], nothing_to_train: Sequence[int]
+) -> dict[str, Any]:
     tree = _describe(settings)
     for entry in tree["blend"]:
         del entry["path"]
@@ -272,7 +304,10 @@ def _depends_on(settings: PlanSettings, datasets: Sequence[SampleLengths]) -> di
         del tree["length_multiple"]
     if len(steps := steps_of(settings.blend)) > 1:
         tree["steps"] = [step.datasets for step in steps]
-    tree["datasets"] = [dataset.fingerprint for dataset in datasets]
+    tree["datasets"] = [
+        f"{dataset.fingerprint} without {left_out}" if left_out else dataset.fingerprint
+        for dataset, left_out in zip(datasets, nothing_to_train or [0] * len(datasets), strict=True)
+    ]
     tree["version"] = _PLAN_VERSION
     return tree
 

@@ -6,6 +6,7 @@ from typing import Protocol
 import numpy as np
 
 from megatron_vlm.data.plan.image_tokens import ImageTokens
+from megatron_vlm.data.samples import Outlines
 
 
 class SampleLengths(Protocol):
@@ -24,7 +25,7 @@ class SampleLengths(Protocol):
 
     def __len__(self) -> int: ...
 
-    def outlines(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def outlines(self, samples: np.ndarray) -> Outlines:
         """Return the segments of some samples, as `ShardedDataset.outlines` does."""
 
     def image_sizes(self, samples: np.ndarray | None = None) -> np.ndarray:

@@ -11,12 +11,13 @@ from typing import Literal
 
 import numpy as np
 
-from megatron_vlm.config import BlendEntry, DataError
+from megatron_vlm.config import BlendEntry, ConfigError, DataError
 from megatron_vlm.config.blend import datasets_of, steps_of
 from megatron_vlm.data.plan.fragments import Cuts, find_cuts
 from megatron_vlm.data.plan.image_tokens import ImageTokens
-from megatron_vlm.data.plan.outlines import Outlines, read_outlines
+from megatron_vlm.data.plan.outlines import read_outlines
 from megatron_vlm.data.plan.sample_lengths import SampleLengths, measure_images
+from megatron_vlm.data.samples import Outlines
 
 Overflow = Literal["truncate", "split", "drop", "fail"]
 
@@ -39,6 +40,8 @@ class SamplePool:
     """Samples that become several fragments."""
     dropped: int
     """Samples that are left out."""
+    nothing_to_train: tuple[int, ...]
+    """For each dataset, the samples or fragments that are left out because a cut leaves them no token with a loss."""
     tokens_per_image: tuple[int, int]
     """Fewest and most tokens of an image in the datasets, 0 if they have no images."""
     samples: tuple[tuple[int, int], ...]
@@ -68,6 +71,7 @@ def collect_samples(
     There is one dataset per entry of `datasets_of(blend)`.
 
     Raises:
+        ConfigError: cuts leave no sample of a dataset a token with a loss.
         DataError: with overflow "fail", a sample is longer than a row or has more than `max_images`; with "split", an
             image is longer than a row.
     """
@@ -90,6 +94,7 @@ def collect_samples(
         truncated=sum(one.truncated for one in settled),
         split=sum(one.split for one in settled),
         dropped=sum(one.dropped for one in settled),
+        nothing_to_train=tuple(one.nothing_to_train for one in settled),
         tokens_per_image=(min(known, default=0), max(known, default=0)),
         samples=tuple((first, first + group.num_samples) for group, first in zip(groups, offsets, strict=False)),
         varying_image_lengths=np.concatenate(varying) if varying else None,
@@ -120,12 +125,12 @@ def _number(group: Sequence["_Settled"]) -> _Group:
     first = 0
     num_samples = first_fragment = sum(len(one.lengths) for one in group)
     for one in group:
-        ids = np.arange(first_fragment, first_fragment + one.fragments.shape[1])
         one.kept[:] += first
+        ids = first_fragment + one.kept_fragments
         usable.append(np.concatenate([one.kept, ids]) if len(ids) else one.kept)
         tables.append(_from(first, one.fragments))
         first += len(one.lengths)
-        first_fragment += len(ids)
+        first_fragment += one.fragments.shape[1]
     fragments = np.concatenate(tables, axis=1)
     varying = [one.image_lengths for one in group if one.image_lengths is not None]
     return _Group(
@@ -157,11 +162,14 @@ class _Settled:
     """None if every image has the same number of tokens."""
     tokens_per_image: tuple[int, int] | None
     fragments: np.ndarray = field(default_factory=lambda: np.empty((3, 0), dtype=np.int64))
+    kept_fragments: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    """Places in `fragments`."""
     images_of_fragments: np.ndarray = field(default_factory=_nothing)
     image_lengths_of_fragments: np.ndarray = field(default_factory=_nothing)
     truncated: int = 0
     split: int = 0
     dropped: int = 0
+    nothing_to_train: int = 0
 
 
 def _settle(
@@ -197,28 +205,38 @@ def _settle(
     if overflow == "split":
         _check_images_fit(entry, outlines, longer, seq_length)
     cuts = find_cuts(outlines, seq_length, first_only=overflow == "truncate", max_images=max_images)
-    return _shorten(whole, longer, cuts, overflow)
+    short = _shorten(whole, longer, cuts, overflow)
+    if short.nothing_to_train and not len(short.kept) + len(short.kept_fragments):
+        raise _nothing_to_train(entry, seq_length, max_images)
+    return short
 
 
 def _shorten(whole: _Settled, longer: np.ndarray, cuts: Cuts, overflow: Overflow) -> _Settled:
-    """Replace the samples that are too long by their first fragments, and append the others."""
+    """Replace the samples that are too long by their first fragments, and append the others.
+
+    Fragments without a token that has a loss keep their ids, but are not used: `prepare` takes no such sample either.
+    """
     is_first = cuts.first == 0
     lengths, num_images = cuts.last[is_first], whole.num_images.copy()  # the array belongs to the dataset
     whole.lengths[longer], num_images[longer] = lengths, cuts.num_images[is_first]
     if whole.image_lengths is not None:
         whole.image_lengths[longer] = cuts.image_lengths[is_first]
     nothing_fits = longer[lengths == 0]
+    has_labels = cuts.num_labels > 0
+    without_labels = longer[~has_labels[is_first] & (lengths > 0)]
     shortened = len(longer) - len(nothing_fits)
     return replace(
         whole,
         num_images=num_images,
-        kept=np.delete(whole.kept, nothing_fits),
+        kept=np.delete(whole.kept, longer[~has_labels[is_first]]),
         fragments=np.stack([longer[cuts.owner], cuts.first, cuts.last])[:, ~is_first],
+        kept_fragments=np.flatnonzero(has_labels[~is_first]),
         images_of_fragments=cuts.num_images[~is_first].astype(np.int32),
         image_lengths_of_fragments=cuts.image_lengths[~is_first].astype(np.int32),
         dropped=len(nothing_fits),
         split=shortened if overflow == "split" else 0,
-        truncated=shortened if overflow == "truncate" else 0,
+        truncated=shortened - len(without_labels) if overflow == "truncate" else 0,
+        nothing_to_train=len(without_labels) + int((~has_labels[~is_first]).sum()),
     )
 
 
@@ -233,6 +251,15 @@ def _check_images_fit(entry: BlendEntry, outlines: Outlines, longer: np.ndarray,
             where=f"{entry.path} sample {sample}",
             fix=f"raise data.seq_length to {tokens.max()} or more, or set data.overflow=drop",
         )
+
+
+def _nothing_to_train(entry: BlendEntry, seq_length: int, max_images: int | None) -> ConfigError:
+    images = "" if max_images is None else f" and data.max_images_per_row={max_images}"
+    return ConfigError(
+        f"blend entry {entry.path} has nothing to train: the first token with a loss of every sample is behind the cut "
+        f"at data.seq_length={seq_length}{images}",
+        fix="raise data.seq_length, or remove the entry",
+    )
 
 
 def _too_long(entry: BlendEntry, seq_length: int, lengths: np.ndarray, number: int) -> DataError:

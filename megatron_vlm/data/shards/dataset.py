@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_vlm.config import DataError, StorageError
-from megatron_vlm.data.samples import EncodedSample, ImageSegment, TextSegment, TokenizerFacts
+from megatron_vlm.data.samples import EncodedSample, ImageSegment, Outlines, TextSegment, TokenizerFacts
 from megatron_vlm.data.shards.index import (
     MODE_IMAGE,
     MODE_TRAINED,
@@ -187,27 +187,23 @@ class ShardedDataset(Sequence[EncodedSample]):
         """Number of text tokens of each sample, int32[samples]; only index files are read."""
         return self._lengths[1]
 
-    def outlines(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return the segments of some samples; only index files are read.
-
-        Args:
-            samples: int[n]; ascending.
-
-        Returns:
-            The borders of each sample's segments in the other two arrays, int64[n + 1]; whether each segment is an
-            image, bool[m]; its text tokens, int32[m], 0 for images.
+    def outlines(self, samples: np.ndarray) -> Outlines:
+        """Return the segments of some samples, int[n] and ascending; only index files are read.
 
         Raises:
             DataError: an index is damaged.
         """
-        sizes, images, tokens = [np.zeros(1, dtype=np.int64)], [np.zeros(0, dtype=bool)], [np.zeros(0, dtype=np.int32)]
+        sizes, modes, tokens = [np.zeros(1, dtype=np.int64)], [np.zeros(0, dtype=np.int8)], [np.zeros(0, dtype=np.int32)]
         for number, own in self._by_shard(samples):
             index = self._shard(number).map_index()
             sizes.append(index.borders[own + 1] - index.borders[own])
             segments = _ranges(index.borders[own], index.borders[own + 1])
-            images.append(index.modes[segments] == MODE_IMAGE)
-            tokens.append(np.where(images[-1], 0, index.lengths[segments] // TOKEN_DTYPE.itemsize))
-        return np.cumsum(np.concatenate(sizes)), np.concatenate(images), np.concatenate(tokens)
+            modes.append(index.modes[segments])
+            tokens.append(np.where(modes[-1] == MODE_IMAGE, 0, index.lengths[segments] // TOKEN_DTYPE.itemsize))
+        mode = np.concatenate(modes)
+        return Outlines(
+            np.cumsum(np.concatenate(sizes)), mode == MODE_IMAGE, mode == MODE_TRAINED, np.concatenate(tokens)
+        )
 
     def image_sizes(self, samples: np.ndarray | None = None) -> np.ndarray:
         """Return the width and height of the images of some samples in reading order, uint16[images, 2] [pixels].

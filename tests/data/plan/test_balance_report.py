@@ -12,6 +12,7 @@ from megatron_vlm.data.plan.balance_report import report_balance
 from megatron_vlm.data.plan.image_tokens import ImageTokens
 from megatron_vlm.data.plan.plan import plan_rows
 from megatron_vlm.data.plan.settings import PlanSettings
+from megatron_vlm.data.samples import Outlines
 
 
 class Lengths:
@@ -92,10 +93,10 @@ class Blend:
     def __len__(self) -> int:
         return len(self.num_images)
 
-    def outlines(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def outlines(self, samples: np.ndarray) -> Outlines:
         parts = [[int(self.text_lengths[sample])] + [0] * int(self.num_images[sample]) for sample in samples]
         tokens = np.array(sum(parts, []))
-        return np.cumsum([0, *map(len, parts)]), tokens == 0, tokens
+        return Outlines(np.cumsum([0, *map(len, parts)]), tokens == 0, tokens > 0, tokens)
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,7 @@ from hypothesis import strategies as st
 
 from megatron_vlm.data.plan.fragments import FragmentTable, find_cuts, take_fragment
 from megatron_vlm.data.plan.image_tokens import ImageTokens
-from megatron_vlm.data.plan.outlines import Outlines
-from megatron_vlm.data.samples import EncodedSample, ImageSegment, TextSegment
+from megatron_vlm.data.samples import EncodedSample, ImageSegment, Outlines, TextSegment
 
 IMAGE_TOKENS = 16
 CONSTANT = ImageTokens(IMAGE_TOKENS)
@@ -26,7 +25,8 @@ def outline(batch: list[EncodedSample], image_tokens: ImageTokens = CONSTANT) ->
     flat = [segment for sample in batch for segment in sample.segments]
     is_image = np.array([isinstance(segment, ImageSegment) for segment in flat])
     tokens = [image_tokens.of_image(one.size) if isinstance(one, ImageSegment) else len(one.input_ids) for one in flat]
-    return Outlines(np.cumsum([0, *(len(sample.segments) for sample in batch)]), is_image, np.array(tokens))
+    is_trained = np.array([isinstance(segment, TextSegment) and segment.train for segment in flat])
+    return Outlines(np.cumsum([0, *(len(sample.segments) for sample in batch)]), is_image, is_trained, np.array(tokens))
 
 
 def contents(sample: EncodedSample) -> list:
@@ -64,6 +64,9 @@ def test_fragments_one_after_the_other_are_the_sample(image_tokens, batch, limit
         assert [len(entries) for entries in found] == cuts.num_images[own].tolist()
         tokens = [sum(image_tokens.of_image((entry[1], entry[2])) for entry in entries) for entries in found]
         assert tokens == cuts.image_lengths[own].tolist()
+        # An image begins with a token that has no loss, so only a text in front can lose its first label.
+        labels = [sum(entry[1] for entry in contents(fragment)[1:] if isinstance(entry, tuple)) for fragment in fragments]
+        assert labels == cuts.num_labels[own].tolist()
 
 
 @both

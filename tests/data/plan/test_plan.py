@@ -13,7 +13,7 @@ from megatron_vlm.config import BlendEntry, DataError, StorageError
 from megatron_vlm.data.plan.image_tokens import ImageTokens
 from megatron_vlm.data.plan.plan import build_plan, hash_plan, open_plan, plan_rows
 from megatron_vlm.platform.files.durable import UNFINISHED
-from tests.support.lengths import Lengths, make_dataset, make_settings
+from tests.support.lengths import Lengths, Questions, make_dataset, make_settings
 
 
 @pytest.fixture
@@ -210,3 +210,43 @@ def test_a_step_behind_the_end_is_warned_of(tmp_path, datasets, caplog, when, na
     plan = build_plan(settings, datasets, tmp_path)
     assert not plan.summary.step_iterations
     assert f"the step of data.blend from {named} never begins: there are {plan.num_iterations}" in caplog.text
+
+
+@pytest.fixture
+def cut_off():
+    """Of the first dataset, one sample of two has nothing to train within a row."""
+    return [Questions([200, 5], [0, 0], [50, 5]), Questions([5], [0], [5])]
+
+
+def test_what_is_left_out_changes_the_hash_of_the_plan_but_not_its_folder(cut_off, tmp_path):
+    settings = make_settings(overflow="truncate")
+    plan, name = build_plan(settings, cut_off, tmp_path), hash_plan(settings, cut_off)
+    assert (plan.folder.name, plan.hash) == (name, hash_plan(settings, cut_off, (1, 0)))
+    assert plan.hash != name
+    assert open_plan(settings, cut_off, tmp_path).hashes == plan.hashes
+    assert plan.hashes.datasets[1] == build_plan(make_settings(overflow="drop"), cut_off, tmp_path).hashes.datasets[1]
+
+
+def test_plan_without_a_cut_has_the_hash_of_settings_and_datasets(datasets, tmp_path):
+    settings = make_settings(overflow="truncate")
+    assert build_plan(settings, datasets, tmp_path).hash == hash_plan(settings, datasets)
+
+
+def test_plan_of_a_version_that_left_nothing_out_stays_in_use(cut_off, tmp_path):
+    settings = make_settings(overflow="truncate")
+    plan = build_plan(settings, cut_off, tmp_path)
+    tree = json.loads((plan.folder / "plan.json").read_text())
+    del tree["summary"]["nothing_to_train"]
+    tree["summary"]["hash"] = hash_plan(settings, cut_off)
+    (plan.folder / "plan.json").write_text(json.dumps(tree))
+    old = build_plan(settings, cut_off, tmp_path)
+    assert old.hash == hash_plan(settings, cut_off)
+    assert old.hashes.data != plan.hashes.data
+
+
+def test_what_is_left_out_is_logged_by_dataset(cut_off, tmp_path, caplog):
+    caplog.set_level("INFO")
+    build_plan(make_settings(overflow="truncate"), cut_off, tmp_path)
+    first, second = (record.message for record in caplog.records)
+    assert "0 truncated, 0 split, 0 dropped, 1 with nothing_to_train left" in first
+    assert second.startswith("a: 1 samples are left out, because the cut at data.seq_length=128 leaves no token with")

@@ -5,10 +5,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_vlm.config import BlendEntry, DataError
+from megatron_vlm.config import BlendEntry, ConfigError, DataError
 from megatron_vlm.data.plan.compute import plan_rows
 from megatron_vlm.data.plan.image_tokens import ImageTokens
-from tests.support.lengths import Lengths, lengths_of, make_dataset, make_settings
+from megatron_vlm.data.samples import Outlines
+from tests.support.lengths import Lengths, Questions, lengths_of, make_dataset, make_settings
 
 
 def test_overflow_fail_names_the_longest_sample():
@@ -36,7 +37,7 @@ def test_sample_of_which_nothing_fits_is_dropped():
     class ImageFirst(Lengths):
         def outlines(self, samples):
             assert samples.tolist() == [1]
-            return np.array([0, 2]), np.array([True, False]), np.array([0, 5])
+            return Outlines(np.array([0, 2]), np.array([True, False]), np.array([False, True]), np.array([0, 5]))
 
     datasets = [ImageFirst([0, 1], [5, 5])]
     plan = make_settings(blend=(BlendEntry(path="a"),), overflow="truncate", image_tokens=ImageTokens(200))
@@ -133,3 +134,49 @@ def test_image_lengths_are_known_where_every_image_has_as_many_tokens():
 def test_datasets_without_images_have_no_tokens_an_image():
     datasets = [Lengths([0, 0], [3, 4]), Lengths([0], [5])]
     assert plan_rows(make_settings(image_tokens=BY_SIZE), datasets).pool.tokens_per_image == (0, 0)
+
+
+ONE = (BlendEntry(path="a"),)
+
+
+def test_truncate_leaves_out_samples_whose_answers_are_cut_off():
+    # With 128 tokens a row: no answer; one token of it, which is the last that can be a label; whole; no answer
+    # behind 7 images; an answer behind 7 images.
+    dataset = Questions([128, 127, 5, 20, 15], [0, 0, 0, 7, 7], [50, 50, 5, 9, 9])
+    rows = plan_rows(make_settings(blend=ONE, overflow="truncate"), [dataset])
+    assert sorted(rows.sample_ids.tolist()) == [1, 2, 4]
+    summary = rows.summary
+    assert (summary.truncated, summary.dropped, summary.nothing_to_train) == (2, 0, (2,))
+
+
+def test_first_token_of_a_sample_is_no_label():
+    outline = Outlines(np.array([0, 3]), np.array([False, True, False]), np.array([True, False, True]), np.array([1, 0, 9]))
+    dataset = Lengths([1, 0], [10, 4])
+    dataset.outlines = lambda samples: outline
+    rows = plan_rows(make_settings(blend=ONE, overflow="truncate", seq_length=17), [dataset])
+    assert (rows.sample_ids.tolist(), rows.summary.nothing_to_train) == ([1], (1,))
+
+
+def test_cut_before_the_first_image_too_many_leaves_out_samples_without_a_label():
+    dataset = Questions([5, 5], [3, 1], [9, 9])
+    rows = plan_rows(make_settings(blend=ONE, overflow="truncate", max_images_per_row=2), [dataset])
+    assert (rows.sample_ids.tolist(), rows.summary.nothing_to_train, rows.summary.truncated) == ([1], (1,), 0)
+
+
+def test_split_leaves_out_fragments_without_a_label_and_the_others_keep_their_ids():
+    # 300 + 20: the third fragment has the answer; 100 + 7: fits; 128 + 1: the one token of the answer comes first.
+    datasets = [Questions([300, 100], [0, 0], [20, 7]), Questions([128, 5], [0, 0], [1, 5])]
+    rows = plan_rows(make_settings(overflow="split"), datasets)
+    assert rows.pool.fragments.tolist() == [[0, 0, 2], [128, 256, 128], [256, 320, 129]]
+    assert sorted(rows.sample_ids.tolist()) == [1, 3, 5]
+    assert (rows.summary.split, rows.summary.nothing_to_train) == (2, (2, 2))
+
+
+@pytest.mark.parametrize(
+    ("changes", "cut"),
+    [({}, "data.seq_length=128"), ({"max_images_per_row": 2}, "data.seq_length=128 and data.max_images_per_row=2")],
+)
+def test_dataset_of_which_nothing_can_be_trained_is_refused(changes, cut):
+    datasets = [Questions([128, 500], [0, 0], [50, 50]), Questions([5], [0], [5])]
+    with pytest.raises(ConfigError, match=f"blend entry a has nothing to train: .* at {cut}; fix: raise data.seq_length"):
+        plan_rows(make_settings(overflow="truncate", **changes), datasets)

@@ -228,14 +228,15 @@ def test_outlines_equal_the_segments_of_the_samples(folder, make_samples, tokeni
     samples = make_samples(30)
     write_dataset(folder, samples, dataset_name="tiny", tokenizer=tokenizer_facts, samples_per_shard=7)
     chosen = np.array([0, 5, 6, 7, 20, 29])
-    borders, is_image, tokens = ShardedDataset.open(folder).outlines(chosen)
+    found = ShardedDataset.open(folder).outlines(chosen)
     for place, number in enumerate(chosen):
-        part = slice(borders[place], borders[place + 1])
+        part = slice(found.borders[place], found.borders[place + 1])
         expected = [
-            (True, 0) if isinstance(segment, ImageSegment) else (False, len(segment.input_ids))
+            (True, False, 0) if isinstance(segment, ImageSegment) else (False, segment.train, len(segment.input_ids))
             for segment in samples[number].segments
         ]
-        assert list(zip(is_image[part].tolist(), tokens[part].tolist(), strict=True)) == expected
+        columns = (found.is_image, found.is_trained, found.lengths)
+        assert list(zip(*(values[part].tolist() for values in columns), strict=True)) == expected
 
 
 @pytest.fixture
