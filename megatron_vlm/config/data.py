@@ -32,7 +32,8 @@ class DataConfig:
     overflow: Literal["truncate", "split", "drop", "fail"] = "truncate"
     """What happens to a sample longer than a row. truncate: cut after the last whole image or token that fits. split:
     make several samples, each as long as possible; images stay whole and no token is lost, but attention does not cross
-    a cut, and the first token after it has no loss. drop: leave the sample out and count it. fail: refuse to start."""
+    a cut, and the first token after it has no loss. drop: leave the sample out and count it. fail: refuse to start.
+    What a cut leaves without a token that has a loss is left out and counted as nothing_to_train."""
     max_images_per_row: int | None = None
     """Most images of a row, which bounds the activations of the tower; null: as many as fit. A sample with more images
     is too long, and `overflow` decides about it: truncate and split cut before the first image too many."""

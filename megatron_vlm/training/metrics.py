@@ -1,6 +1,5 @@
 """The record of an iteration, as it appears in the log, metrics.jsonl and curves."""
 
-import math
 from typing import Any
 
 import torch
@@ -30,7 +29,7 @@ def metrics_record(state: TrainState, metrics: StepMetrics) -> dict[str, Any]:
         "iteration": state.iteration,
         "stage": state.config.stage,
         "loss": metrics.loss,
-        "loss_hex": metrics.loss.hex(),
+        "loss_hex": None if metrics.loss is None else metrics.loss.hex(),
         "grad_norm": metrics.grad_norm,
         "grad_norm_hex": metrics.grad_norm.hex(),
         "learning_rate": metrics.lr,
@@ -52,9 +51,7 @@ def metrics_record(state: TrainState, metrics: StepMetrics) -> dict[str, Any]:
         "mfu": flops_per_rank / peak if peak else None,
         "goodput": None if state.goodput is None else state.goodput.until(metrics.ended_at),
     }
-    for name, value in zip(state.dataset_names, metrics.dataset_losses, strict=True):
-        if not math.isnan(value):
-            record[f"loss/{name}"] = value
+    record.update({f"loss/{name}": value for name, value in metrics.dataset_losses.items()})
     for name, tokens in zip(state.dataset_names, metrics.dataset_tokens, strict=True):
         # Parts of a split dataset have one name.
         record[f"tokens/{name}"] = record.get(f"tokens/{name}", 0) + tokens

@@ -41,7 +41,8 @@ class Replayed:
     """What an iteration computed once more gave."""
 
     samples: list[SampleLoss]
-    loss: float
+    loss: float | None
+    """None if no token of the batch has a loss."""
     grad_norm: float
     compared: str
     """Whether the numbers are those in the run's metrics, in a few words; empty if they cannot be compared."""
@@ -114,13 +115,20 @@ def _line(sample: SampleLoss) -> str:
     )
 
 
-def _compare(state: TrainState, loss: float, grad_norm: float) -> str:
+def _compare(state: TrainState, loss: float | None, grad_norm: float) -> str:
     """Say whether the result is the one in the run's metrics, if these have the iteration."""
     records = read_metrics(Path(state.config.run_dir))
     found = next((record for record in records if record["iteration"] == state.iteration + 1), {})
-    then, norm_then = found.get("loss"), found.get("grad_norm")
-    if not isinstance(then, float) or not isinstance(norm_then, float):
+    if not {"loss", "grad_norm"} <= found.keys():
         return ""
-    if math.isclose(then, loss, rel_tol=_ROUNDING) and math.isclose(norm_then, grad_norm, rel_tol=_ROUNDING):
+    then, norm_then = found["loss"], found["grad_norm"]
+    if _is_close(then, loss) and _is_close(norm_then, grad_norm):
         return ", as recorded"
     return f"; recorded were {then!r} and {norm_then!r}, with other settings, ranks or machines"
+
+
+def _is_close(then: object, now: float | None) -> bool:
+    """Whether a recorded number, or null, is that of the replay."""
+    if isinstance(then, float) and now is not None:
+        return math.isclose(then, now, rel_tol=_ROUNDING)
+    return then is now

@@ -11,7 +11,7 @@ from megatron_vlm.data.plan.image_tokens import ImageTokens
 from megatron_vlm.training.blend import OpenBlend
 from megatron_vlm.training.gradients import compute_gradients
 from megatron_vlm.training.state import TrainState
-from megatron_vlm.training.totals import Totals, check_samples, means
+from megatron_vlm.training.totals import Totals, check_samples, mean_loss
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +56,6 @@ def losses_by_sample(state: TrainState, blend: OpenBlend, device: torch.device) 
             loader.close()
     totals = computed.totals
     check_samples(totals, state.plan, index, state.rank, num_chunks=len(loaders), batch=f"iteration {index + 1}")
-    losses = means(totals.losses, totals.labels)[1]
     reader = SampleReader(blend.datasets, blend.plan, ImageTokens.from_model(state.config.model))
     rows = np.repeat(np.arange(len(samples_per_row)), samples_per_row)
     found = [
@@ -66,7 +65,7 @@ def losses_by_sample(state: TrainState, blend: OpenBlend, device: torch.device) 
             dataset=reader.dataset_name(sample_id),
             where=reader.describe(sample_id),
             num_labels=int(totals.labels[place]),
-            loss=losses[place] if totals.labels[place] else None,
+            loss=mean_loss(totals.losses[place], totals.labels[place]),
         )
         for row, sample_id, place in zip(rows.tolist(), sample_ids.tolist(), places.tolist(), strict=True)
     ]

@@ -87,7 +87,7 @@ def compute_again(state: TrainState, first: Totals, blend: OpenBlend | None, *, 
 
 
 def _what_is_not_finite(totals: Totals) -> tuple[str, float]:
-    return ("grad_norm", totals.grad_norm) if np.isfinite(totals.loss) else ("loss", totals.loss)
+    return ("grad_norm", totals.grad_norm) if totals.loss is None or np.isfinite(totals.loss) else ("loss", totals.loss)
 
 
 def _numbers(totals: Totals) -> dict[str, Any]:

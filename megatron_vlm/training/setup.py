@@ -143,9 +143,10 @@ def _check_past(state: TrainState, progress: dict) -> None:
     # Checkpoints of earlier versions lack all three; with the blend as it was, they go on.
     if progress.get("plan_settings_hash") != plan.hashes.settings or plan.hashes.datasets[: len(datasets)] != datasets:
         raise ConfigError(
-            f"the run was trained on data plan {progress['plan_hash'][:12]}, the config now gives {plan.hash[:12]}",
+            f"the run was trained on data plan {progress['plan_hash'][:12]}, the config now gives {plan.hash[:12]}"
+            f"{_left_out(plan)}",
             where=state.config.run_dir,
-            fix="restore data, seed and batch size of the training, or start another run_dir from its weights"
+            fix="restore data, seed, batch size and length of the training, or start another run_dir from its weights"
             if "plan_settings_hash" in progress
             else "restore data, seed and batch size; data.blend may get steps after the next checkpoint is saved",
         )
@@ -158,6 +159,12 @@ def _check_past(state: TrainState, progress: dict) -> None:
             where=state.config.run_dir,
             fix=f"restore its steps up to there; a new one may begin with from_iteration={iteration + 1} or later",
         )
+
+
+def _left_out(plan: Plan) -> str:
+    # A run of an earlier version may have its own plan, under its own settings, and only with these.
+    number = plan.nothing_to_train
+    return f", which leaves out {number} samples with nothing_to_train, as earlier versions did not" if number else ""
 
 
 def _log_parameters(state: TrainState) -> None:

@@ -1,5 +1,6 @@
 """One optimizer step over one global batch."""
 
+import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,19 +16,21 @@ from megatron_vlm.training.optimizer import set_learning_rate
 from megatron_vlm.training.schedule import learning_rate
 from megatron_vlm.training.second_try import compute_again
 from megatron_vlm.training.state import TrainState
-from megatron_vlm.training.totals import Totals, check_samples, means
+from megatron_vlm.training.totals import Totals, check_samples, losses_by_name
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepMetrics:
     """Measurements of one step; times are those of this rank, all else is the same on every rank."""
 
-    loss: float
-    """Mean over all labels of the global batch."""
+    loss: float | None
+    """Mean over all labels of the global batch; None without any, and then the weights stay as they are."""
     grad_norm: float
     lr: float
-    dataset_losses: tuple[float, ...]
-    """Mean of each dataset; nan for one without labels in this batch."""
+    dataset_losses: Mapping[str, float]
+    """Mean under each name of a dataset that has labels in this batch."""
     num_labels: int
     num_tokens: int
     """Positions that are not padding."""
@@ -86,8 +89,13 @@ def train_step(
             state.bad_samples.note(computed.bad_images, state.dataset_names, number)
         if not totals.is_finite:
             computed = compute_again(state, totals, blend, device=device)
-        _update(state, computed)
-    return _metrics(computed.totals, lr, time.perf_counter() - start)
+        if computed.totals.loss is not None:
+            _update(state, computed)
+        elif state.is_reporter:
+            # Momentum and weight decay would change the weights, although the batch says nothing about them.
+            what = "no token of iteration %d has a loss: the weights stay as they are (data inspect shows its samples)"
+            logger.warning(what, number)
+    return _metrics(state, computed.totals, lr, time.perf_counter() - start)
 
 
 def update_weights(
@@ -112,13 +120,12 @@ def _update(state: TrainState, computed: Computed) -> None:
         clipped_update(state.optimizer, state.config.optimizer.clip_grad, computed.grad_norm)
 
 
-def _metrics(totals: Totals, lr: float, seconds: float) -> StepMetrics:
-    loss, dataset_losses = means(totals.losses, totals.labels)
+def _metrics(state: TrainState, totals: Totals, lr: float, seconds: float) -> StepMetrics:
     return StepMetrics(
-        loss=loss,
+        loss=totals.loss,
         grad_norm=totals.grad_norm,
         lr=lr,
-        dataset_losses=dataset_losses,
+        dataset_losses=losses_by_name(state.dataset_names, totals.losses, totals.labels),
         num_labels=int(sum(totals.labels)),
         num_tokens=totals.num_tokens,
         num_positions=totals.num_positions,

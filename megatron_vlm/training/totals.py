@@ -47,14 +47,14 @@ class Totals:
     """Before clipping; 0 where no gradient was computed."""
 
     @property
-    def loss(self) -> float:
-        """Mean over all labels."""
-        return means(self.losses, self.labels)[0]
+    def loss(self) -> float | None:
+        """Mean over all labels; None without any."""
+        return mean_loss(sum(self.losses), sum(self.labels))
 
     @property
     def is_finite(self) -> bool:
-        """Whether loss and gradient norm are."""
-        return isfinite(self.loss) and isfinite(self.grad_norm)
+        """Whether loss, if there is one, and gradient norm are."""
+        return (self.loss is None or isfinite(self.loss)) and isfinite(self.grad_norm)
 
 
 def sum_over_ranks(
@@ -173,8 +173,18 @@ def check_samples(totals: Totals, plan: Plan, index: int, rank: RankLayout, *, n
     )
 
 
-def means(sums: Sequence[float], counts: Sequence[float]) -> tuple[float, tuple[float, ...]]:
-    """Return the mean over all labels, 0 without any, and the mean of each dataset, nan for one without labels."""
-    num_labels = sum(counts)
-    mean = sum(sums) / num_labels if num_labels else 0.0
-    return mean, tuple(s / c if c else float("nan") for s, c in zip(sums, counts, strict=True))
+def mean_loss(losses: float, labels: float) -> float | None:
+    """Return a sum of losses over its number of labels; None without any."""
+    return losses / labels if labels else None
+
+
+def losses_by_name(names: Sequence[str], losses: Sequence[float], labels: Sequence[float]) -> dict[str, float]:
+    """Return the mean loss under each name of a dataset that has labels.
+
+    Datasets of one name, such as the parts of a split one, count together.
+    """
+    sums: dict[str, tuple[float, float]] = {}
+    for name, loss, number in zip(names, losses, labels, strict=True):
+        before, number_before = sums.get(name, (0.0, 0.0))
+        sums[name] = (before + loss, number_before + number)
+    return {name: loss / number for name, (loss, number) in sums.items() if number}

@@ -1,6 +1,5 @@
 """The loss on fixed batches of held-out data."""
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -11,7 +10,7 @@ from megatron_vlm.platform.launch.heartbeat import Phase, beat
 from megatron_vlm.training.blend import OpenBlend
 from megatron_vlm.training.gradients import run_micro_batches
 from megatron_vlm.training.state import TrainState
-from megatron_vlm.training.totals import Totals, check_samples, means, sum_over_ranks
+from megatron_vlm.training.totals import Totals, check_samples, losses_by_name, mean_loss, sum_over_ranks
 
 VALIDATION_LOSS = "validation_loss"
 
@@ -28,8 +27,8 @@ def validation_losses(
         stop_requested: says whether this process was told to stop.
 
     Returns:
-        `validation_loss`, the mean over all labels, and `validation_loss/<dataset>`, the mean of each dataset; None
-        if a rank was told to stop meanwhile.
+        `validation_loss`, the mean over all labels, and `validation_loss/<dataset>`, the mean of each name; those
+        without labels are left out. None if a rank was told to stop meanwhile.
 
     Raises:
         DataError: a sample cannot be read, or more images cannot than `data.max_bad_fraction` allows.
@@ -51,9 +50,10 @@ def validation_losses(
     finally:
         for loader in loaders:
             loader.close()
-    mean, by_dataset = means(losses, labels)
-    named = {f"{VALIDATION_LOSS}/{name}": value for name, value in zip(names, by_dataset, strict=True)}
-    return {VALIDATION_LOSS: mean, **{key: value for key, value in named.items() if not math.isnan(value)}}
+    mean = mean_loss(sum(losses), sum(labels))
+    by_name = losses_by_name(names, losses, labels)
+    named = {f"{VALIDATION_LOSS}/{name}": value for name, value in by_name.items()}
+    return named if mean is None else {VALIDATION_LOSS: mean, **named}
 
 
 def _forward(

@@ -175,6 +175,15 @@ def test_other_data_at_resume_is_refused(saved):
         start(saved, FixedPlan.of(saved, hash="changed", hashes=PlanHashes("changed", "changed", ())))
 
 
+def test_a_plan_that_leaves_out_what_an_earlier_version_kept_is_refused_with_the_reason(saved):
+    plan = FixedPlan.of(saved, hash="changed", hashes=PlanHashes("changed", "fixed", ("other",)), nothing_to_train=4)
+    message = (
+        "config now gives changed, which leaves out 4 samples with nothing_to_train, .* and length of the training"
+    )
+    with pytest.raises(ConfigError, match=message):
+        start(saved, plan)
+
+
 def test_a_checkpoint_of_an_earlier_version_asks_for_the_blend_as_it_was(saved, tmp_path):
     run_dir = tmp_path / "earlier"
     shutil.copytree(saved.run_dir, run_dir)

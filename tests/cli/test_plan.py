@@ -1,12 +1,16 @@
 import json
 
+import numpy as np
 import pytest
 
 from megatron_vlm.cli import plan as plan_verb
 from megatron_vlm.config import TrainConfig, load_config
 from megatron_vlm.data.plan.plan import build_plan
 from megatron_vlm.data.plan.settings import PlanSettings
+from megatron_vlm.data.samples import EncodedSample, TextSegment
 from megatron_vlm.data.shards.dataset import ShardedDataset
+from megatron_vlm.data.shards.writer import write_dataset
+from megatron_vlm.data.text.tokenizer import load_tokenizer
 
 
 def facts(project, *arguments):
@@ -154,3 +158,22 @@ def test_tokens_per_image_are_shown_where_they_vary(project):
     assert "tokens per image" not in "\n".join(plan_verb._lines(found, "A100"))
     found["data"] |= {"fewest_image_tokens": 16, "most_image_tokens": 900}
     assert "16 to 900 tokens per image, depending on its size" in plan_verb._lines(found, "A100")
+
+
+def test_samples_of_which_a_cut_leaves_nothing_to_train_are_counted(project):
+    tokenizer = load_tokenizer(project.folder / "tokenizer.model")
+    question, answer = (np.full(size, 5, dtype=np.int32) for size in (200, 9))
+    long = EncodedSample((TextSegment(question, False), TextSegment(answer, True)))
+    short = EncodedSample((TextSegment(answer, False), TextSegment(answer, True)))
+    for name, samples in (("long", [long, long]), ("mixed", [long, short, long])):
+        write_dataset(project.folder / name, samples, dataset_name=name, tokenizer=tokenizer.facts)
+    settings = ("data.seq_length=128", "data.blend=[{path: mixed}, {path: shards}]")
+    assert facts(project, *settings)["data"]["nothing_to_train"] == [2, 0]
+    done = project.run("plan", "train.yaml", *settings)
+    assert "2 left out because the cut leaves them nothing to train" in done.stdout
+    assert "nothing to train" not in project.run("plan", "train.yaml").stdout
+    for verb in ("plan", "train"):
+        done = project.run(verb, "train.yaml", "data.seq_length=128", "data.blend=[{path: long}]")
+        assert done.returncode == 78
+        (line,) = (line for line in done.stderr.splitlines() if "error" in line)
+        assert "blend entry long has nothing to train" in line

@@ -3,7 +3,7 @@
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
@@ -93,6 +93,7 @@ class FixedPlan:
     """Of each iteration; the last one goes on."""
     hash: str = "fixed"
     hashes: PlanHashes = PlanHashes("fixed", "fixed", ("fixed",))
+    nothing_to_train: int = 0
     stable_iterations: int = 100
     planned_rows: Sequence[Sequence[int]] = ()
     """Samples of the rows of all iterations."""
@@ -130,7 +131,7 @@ class Steps:
 
     losses: list[float]
     grad_norms: list[float]
-    dataset_losses: list[tuple[float, ...]]
+    dataset_losses: list[Mapping[str, float]]
     sample_ids_shas: list[str]
     adam_steps: list[float]
     """Distinct step counts of the optimizer at the end."""

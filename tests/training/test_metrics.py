@@ -67,6 +67,13 @@ def test_losses_stand_under_the_names_of_their_datasets():
     assert float.fromhex(record["grad_norm_hex"]) == record["grad_norm"] == 1.25
 
 
+def test_loss_of_a_step_without_labels_is_null(flops):
+    record = metrics_record(make_state(), dataclasses.replace(METRICS, loss=None, dataset_losses={}, num_labels=0))
+    assert (record["loss"], record["loss_hex"]) == (None, None)
+    assert not any(key.startswith("loss/") for key in record)
+    assert "loss" not in scalars(record)
+
+
 def test_what_was_seen_stands_under_the_names_of_the_datasets():
     record = metrics_record(make_state(), METRICS)
     assert {key: value for key, value in record.items() if key.startswith(("tokens/", "seen_tokens/", "passes/"))} == {

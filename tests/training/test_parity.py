@@ -191,9 +191,10 @@ def test_loss_is_the_mean_of_the_datasets_weighted_by_their_labels(reference):
         mine = batches[index * ROWS_PER_STEP : (index + 1) * ROWS_PER_STEP]
         labels = [sum(int((batch.label_datasets == dataset).sum()) for batch in mine) for dataset in (0, 1)]
         assert min(labels) > 0
-        expected = (by_dataset[0] * labels[0] + by_dataset[1] * labels[1]) / sum(labels)
+        even, odd = by_dataset["even"], by_dataset["odd"]
+        expected = (even * labels[0] + odd * labels[1]) / sum(labels)
         assert loss == pytest.approx(expected, rel=1e-12)
-        assert by_dataset[0] != by_dataset[1]
+        assert even != odd
 
 
 def test_tied_embeddings_are_the_same_at_every_layout(workers, tmp_path):

@@ -5,6 +5,7 @@ import torch
 
 from megatron_vlm.checkpoint.adam_state import adams
 from megatron_vlm.config import NumericError
+from megatron_vlm.data.samples import EncodedSample, TextSegment
 from megatron_vlm.training.hooks import stop
 from megatron_vlm.training.loop import train
 from megatron_vlm.training.objective import run_model
@@ -47,8 +48,39 @@ def test_losses_of_the_datasets_are_those_of_their_labels(state):
             losses[dataset].append(loss)
     metrics = train_step(state, loaders(state), device=CPU, stop_requested=False)
     expected = [sum(values) / len(values) for values in losses.values()]
-    assert metrics.dataset_losses == pytest.approx(expected, rel=1e-6)  # float32 sums in another order
+    assert list(metrics.dataset_losses.values()) == pytest.approx(expected, rel=1e-6)  # float32 sums in another order
     assert metrics.loss == pytest.approx(sum(sum(losses.values(), [])) / metrics.num_labels, rel=1e-6)
+
+
+def test_datasets_of_one_name_have_one_loss(state):
+    state.dataset_names = ("both", "both")
+    metrics = train_step(state, loaders(state), device=CPU, stop_requested=False)
+    assert metrics.dataset_losses == {"both": metrics.loss}
+
+
+def without_labels(placed):
+    segments = (one._replace(train=False) if isinstance(one, TextSegment) else one for one in placed.sample.segments)
+    return dataclasses.replace(placed, sample=EncodedSample(tuple(segments)))
+
+
+def test_a_batch_without_labels_has_no_loss_and_leaves_weights_and_optimizer_as_they_are(state, caplog):
+    train_step(state, loaders(state), device=CPU, stop_requested=False)  # momentum
+    state.iteration = 1
+    (adam,) = adams(state.optimizer)
+    before = [value.clone() for value in state.chunks[0].state_dict().values() if isinstance(value, torch.Tensor)]
+    steps = [float(one["step"]) for one in adam.state.values() if "step" in one]
+    samples = list(map(without_labels, make_samples(4)))
+    batches = [batches_of(state.config, state.rank, ROWS, samples, 1)]
+    with caplog.at_level("WARNING"):
+        metrics = train_step(state, batches, device=CPU, stop_requested=False)
+    assert (metrics.loss, metrics.dataset_losses, metrics.num_labels, metrics.grad_norm) == (None, {}, 0, 0.0)
+    assert metrics.num_tokens > 0
+    after = [value for value in state.chunks[0].state_dict().values() if isinstance(value, torch.Tensor)]
+    assert all(torch.equal(one, two) for one, two in zip(before, after, strict=True))
+    assert [float(one["step"]) for one in adam.state.values() if "step" in one] == steps
+    assert "no token of iteration 2 has a loss: the weights stay as they are" in caplog.text
+    state.iteration = 2
+    assert train_step(state, loaders(state), device=CPU, stop_requested=False).loss is not None
 
 
 def test_padding_inside_segments_is_not_counted(state):

@@ -1,7 +1,5 @@
 """Sums over the ranks, computed by hand."""
 
-import math
-
 import pytest
 import torch
 
@@ -9,7 +7,7 @@ from megatron_vlm.config import ParallelConfig
 from megatron_vlm.parallel.groups import rank_layout
 from megatron_vlm.parallel.slicing import RankSlice
 from megatron_vlm.training.batch_counts import BatchCounts
-from megatron_vlm.training.totals import means, sum_over_ranks
+from megatron_vlm.training.totals import losses_by_name, mean_loss, sum_over_ranks
 
 
 def totals(workers, world_size, **parallel):
@@ -48,14 +46,14 @@ def test_stages_give_the_loss_of_the_last_and_the_wait_of_the_first(workers):
     assert (found.sample_hash, found.sample_hash_of_all) == (2**63 + 1, 1)
 
 
-def test_means_weigh_every_label_alike():
-    mean, by_dataset = means([6.0, 10.0, 0.0], [3.0, 1.0, 0.0])
-    assert (mean, by_dataset[:2]) == (4.0, (2.0, 10.0))
-    assert math.isnan(by_dataset[2])
+def test_datasets_of_one_name_count_together_and_every_label_alike():
+    assert losses_by_name("aba", [6.0, 5.0, 10.0], [3.0, 2.0, 1.0]) == {"a": 4.0, "b": 2.5}
+    assert mean_loss(21.0, 6.0) == 3.5
 
 
-def test_batch_without_labels_has_a_loss_of_zero():
-    assert means([0.0], [0.0])[0] == 0.0
+def test_without_labels_there_is_no_loss():
+    assert losses_by_name("ab", [6.0, 0.0], [3.0, 0.0]) == {"a": 2.0}
+    assert mean_loss(0.0, 0.0) is None
 
 
 def test_the_norm_of_the_gradient_is_read_with_the_sums(one_rank):

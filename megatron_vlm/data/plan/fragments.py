@@ -4,7 +4,7 @@ A fragment takes as many tokens as fit and ends where an image that does not fit
 keeps the sample's id; the others have ids of their own after those of all samples of all datasets, in the order of
 their samples. (The datasets that a later step of the blend adds come behind them, with their own fragments.) To the
 plan, each fragment is a sample: its positions begin at 0, it does not see the other fragments, and its first token has
-no loss.
+no loss. One without any label has an id, but no place in a row.
 """
 
 from collections.abc import Sequence

@@ -72,6 +72,8 @@ class Plan:
     def __init__(self, folder: Path, settings: PlanSettings, summary: PlanSummary, hashes: PlanHashes) -> None:
         self.folder, self.settings, self.summary, self.hashes = folder, settings, summary, hashes
         self.hash, self.num_iterations = summary.hash, summary.num_iterations
+        self.nothing_to_train = sum(summary.nothing_to_train)
+        """Samples or fragments that are left out because a cut leaves them no token with a loss."""
         self.stable_iterations = summary.stable_iterations
         """Leading global batches that all plans with the same `hashes.data` share, as far as they reach."""
         arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in _array_names(settings)}
@@ -226,7 +228,7 @@ def _log(plan: Plan) -> None:
         plan.summary.truncated,
         plan.summary.split,
         plan.summary.dropped,
-        sum(plan.summary.nothing_to_train),
+        plan.nothing_to_train,
     )
     for entry, number in zip(settings.datasets, plan.summary.nothing_to_train, strict=False):
         if number:
@@ -267,9 +269,7 @@ def open_plan(settings: PlanSettings, datasets: Sequence[SampleLengths], folder:
         raise DataError(f"plan is damaged: {error}", where=str(path), fix="delete the folder") from None
 
 
-def hash_plan(
-    settings: PlanSettings, datasets: Sequence[SampleLengths], nothing_to_train: Sequence[int] = ()
-) -> str:
+def hash_plan(settings: PlanSettings, datasets: Sequence[SampleLengths], nothing_to_train: Sequence[int] = ()) -> str:
     """Return a hash of everything a plan depends on; the paths of the datasets do not matter.
 
     Args:
@@ -280,9 +280,7 @@ def hash_plan(
     return _hash(_depends_on(settings, datasets, nothing_to_train))
 
 
-def _hashes(
-    settings: PlanSettings, datasets: Sequence[SampleLengths], nothing_to_train: Sequence[int]
-) -> PlanHashes:
+def _hashes(settings: PlanSettings, datasets: Sequence[SampleLengths], nothing_to_train: Sequence[int]) -> PlanHashes:
     tree = _depends_on(settings, datasets, nothing_to_train)
     for name in _LENGTH_OF_TRAINING:
         del tree[name]

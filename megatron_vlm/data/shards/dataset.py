@@ -193,7 +193,11 @@ class ShardedDataset(Sequence[EncodedSample]):
         Raises:
             DataError: an index is damaged.
         """
-        sizes, modes, tokens = [np.zeros(1, dtype=np.int64)], [np.zeros(0, dtype=np.int8)], [np.zeros(0, dtype=np.int32)]
+        sizes, modes, tokens = (
+            [np.zeros(1, dtype=np.int64)],
+            [np.zeros(0, dtype=np.int8)],
+            [np.zeros(0, dtype=np.int32)],
+        )
         for number, own in self._by_shard(samples):
             index = self._shard(number).map_index()
             sizes.append(index.borders[own + 1] - index.borders[own])

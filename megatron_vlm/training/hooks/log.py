@@ -29,13 +29,14 @@ class Hook:
 def log_line(record: dict[str, Any], train_iters: int) -> str:
     """Return the log line of a record."""
     losses = {key: value for key, value in record.items() if key.startswith(("loss/", "validation_loss"))}
+    loss = "none" if record["loss"] is None else f"{record['loss']:.6E}"
     parts = [
         f"iteration {record['iteration']:8d}/{train_iters:8d}",
         f"consumed samples: {record['consumed_samples']:10d}",
         f"elapsed time per iteration (ms): {record['seconds'] * 1e3:.1f}",
         f"tokens per second: {record['tokens_per_s']:.0f}",
         f"learning rate: {record['learning_rate']:.4E}",
-        f"lm loss: {record['loss']:.6E}",
+        f"lm loss: {loss}",
         f"grad norm: {record['grad_norm']:.3f}",
         f"padding: {record['padding']:.3f}",
         f"data wait: {record['data_wait_fraction']:.3f}",

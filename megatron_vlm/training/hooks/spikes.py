@@ -73,6 +73,8 @@ class Hook:
         self._finders = {name: SpikeFinder(training.spike_sigmas, training.spike_window) for name in _NAMES}
         # In a window before the last one, values found to be spikes get their bound.
         for record in read_last(Path(state.config.run_dir), 2 * training.spike_window):
+            if record.get("loss") is None:
+                continue
             for name, finder in self._finders.items():
                 value = record.get(name)
                 if record["iteration"] <= state.iteration and isinstance(value, float):
@@ -80,6 +82,8 @@ class Hook:
 
     def step(self, state: TrainState, metrics: StepMetrics) -> None:
         """Warn of a spike, and record it with the ids of the samples of the step."""
+        if metrics.loss is None:
+            return  # without labels there is no gradient either, and a norm of 0 is not to be compared with
         for name, finder in self._finders.items():
             spike = finder.add(getattr(metrics, name))
             if spike is None:

@@ -65,7 +65,9 @@ def test_fragments_one_after_the_other_are_the_sample(image_tokens, batch, limit
         tokens = [sum(image_tokens.of_image((entry[1], entry[2])) for entry in entries) for entries in found]
         assert tokens == cuts.image_lengths[own].tolist()
         # An image begins with a token that has no loss, so only a text in front can lose its first label.
-        labels = [sum(entry[1] for entry in contents(fragment)[1:] if isinstance(entry, tuple)) for fragment in fragments]
+        labels = [
+            sum(entry[1] for entry in contents(fragment)[1:] if isinstance(entry, tuple)) for fragment in fragments
+        ]
         assert labels == cuts.num_labels[own].tolist()
 
 

@@ -150,7 +150,9 @@ def test_truncate_leaves_out_samples_whose_answers_are_cut_off():
 
 
 def test_first_token_of_a_sample_is_no_label():
-    outline = Outlines(np.array([0, 3]), np.array([False, True, False]), np.array([True, False, True]), np.array([1, 0, 9]))
+    outline = Outlines(
+        np.array([0, 3]), np.array([False, True, False]), np.array([True, False, True]), np.array([1, 0, 9])
+    )
     dataset = Lengths([1, 0], [10, 4])
     dataset.outlines = lambda samples: outline
     rows = plan_rows(make_settings(blend=ONE, overflow="truncate", seq_length=17), [dataset])
@@ -178,5 +180,7 @@ def test_split_leaves_out_fragments_without_a_label_and_the_others_keep_their_id
 )
 def test_dataset_of_which_nothing_can_be_trained_is_refused(changes, cut):
     datasets = [Questions([128, 500], [0, 0], [50, 50]), Questions([5], [0], [5])]
-    with pytest.raises(ConfigError, match=f"blend entry a has nothing to train: .* at {cut}; fix: raise data.seq_length"):
+    with pytest.raises(
+        ConfigError, match=f"blend entry a has nothing to train: .* at {cut}; fix: raise data.seq_length"
+    ):
         plan_rows(make_settings(overflow="truncate", **changes), datasets)

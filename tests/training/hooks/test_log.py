@@ -43,3 +43,7 @@ def test_lines_come_at_the_interval_at_the_end_and_with_a_validation(caplog, ite
     with caplog.at_level(logging.INFO):
         Hook().step(make_state(iteration=iteration, training={"log_interval": 4}, **changes), METRICS)
     assert ("lm loss" in caplog.text) == is_logged
+
+
+def test_a_step_without_labels_has_no_loss_in_its_line():
+    assert "lm loss: none |" in log_line({**RECORD, "loss": None}, 10)

@@ -118,6 +118,18 @@ def test_a_resumed_run_takes_no_more_values_than_two_windows(tmp_path, monkeypat
     assert list(hook._finders["loss"]._values) == pytest.approx(list(whole._values), rel=0.05)
 
 
+def test_steps_without_labels_do_not_count_in_a_run_and_in_a_resumed_one(tmp_path):
+    losses = [*curve(30), *[None] * 25, 2.0, *curve(5)]
+    norms = [*[1.0] * 30, *[0.0] * 25, 1.0, *[1.0] * 5]
+    for name, stop in (("whole", len(losses)), ("parts", 55)):
+        (folder := tmp_path / name).mkdir()
+        for first, last in ((0, stop), (stop, len(losses))):
+            state = state_of(folder, first)
+            state.folder = folder
+            run(Hook(), state, losses[first:last], norms[first:last])
+        assert spikes(folder) == []
+
+
 def test_it_can_be_turned_off(tmp_path):
     state = state_of(tmp_path, 0, spike_sigmas=None)
     state.folder = tmp_path
