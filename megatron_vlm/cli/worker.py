@@ -32,6 +32,7 @@ from megatron_vlm.platform.launch.job_end import report_path
 from megatron_vlm.platform.launch.job_folder import keep_helpers_in
 from megatron_vlm.platform.launch.launch import STOP_SIGNALS
 from megatron_vlm.platform.launch.parent import die_with_parent
+from megatron_vlm.platform.launch.time_limit import is_time_over
 from megatron_vlm.platform.log_format import setup_logging
 
 
@@ -95,7 +96,9 @@ def _train(config: TrainConfig) -> ExitStatus:
     from megatron_vlm.training.state import SIGNALLED
 
     if run_training(config) == SIGNALLED:
-        message = "stopped by a signal after saving a checkpoint; run the same command again to resume"
+        minutes = config.training.exit_duration_minutes
+        why = f"at training.exit_duration_minutes={minutes:g}" if minutes and is_time_over(minutes) else "by a signal"
+        message = f"stopped {why} after saving a checkpoint; run the same command again to resume"
         return ExitStatus(exit_code=int(ExitCode.REQUEUE), message=message)
     return ExitStatus(exit_code=int(ExitCode.DONE), message="")
 

@@ -214,6 +214,9 @@ class TrainingConfig:
     """Passes over the blend, if train_iters is None."""
     exit_iteration: int | None = None
     """Save a checkpoint and stop after this iteration; the learning-rate schedule still spans train_iters."""
+    exit_duration_minutes: float | None = None
+    """Save a checkpoint and stop with exit code 75, as after SIGTERM, once a rank has run so long, its start included;
+    for clusters that end a job without a signal."""
     freeze: tuple[str, ...] = ()
     """Parts and parameters that do not learn in this stage: patterns of `config/patterns.py`, such as `vision_model` or
     `language_model.decoder.layers.[0-3]`. The weights of an adapter always learn."""
@@ -252,7 +255,7 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         check_positive("training", self, "global_batch_size", "micro_batch_size", "train_iters", "train_epochs")
-        check_positive("training", self, "log_interval", "num_threads", "exit_iteration")
+        check_positive("training", self, "log_interval", "num_threads", "exit_iteration", "exit_duration_minutes")
         check_positive("training", self, "spike_sigmas", "spike_window")
         check_positive("training", self, "validation_interval", "validation_iters")
         check_not_negative("training", self, "seed")

@@ -15,6 +15,7 @@ from megatron_vlm.platform.device import prepare_process, set_deterministic
 from megatron_vlm.platform.files.run_folder import CONFIG_NAME
 from megatron_vlm.platform.launch.heartbeat import Phase, beat
 from megatron_vlm.platform.launch.launch import STOP_SIGNALS
+from megatron_vlm.platform.launch.time_limit import is_time_over
 from megatron_vlm.platform.machine import check_capability
 from megatron_vlm.training.bad_samples import BadSamples
 from megatron_vlm.training.blend import open_training_blend, open_validation_blend
@@ -46,8 +47,9 @@ def run_training(config: TrainConfig) -> str | None:
     Raises:
         UserError: data, checkpoint or settings are wrong, a number is not finite, or a rank consumed the wrong samples.
     """
-    with _stop_signals() as stop_requested, started_rank(config) as (rank, device):
-        return _run(config, rank, device, stop_requested)
+    minutes = config.training.exit_duration_minutes
+    with _stop_signals() as is_signalled, started_rank(config) as (rank, device):
+        return _run(config, rank, device, lambda: is_signalled() or is_time_over(minutes))
 
 
 @contextmanager

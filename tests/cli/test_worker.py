@@ -58,6 +58,13 @@ def test_traceback_of_a_crash_goes_into_the_report(rank, tmp_path, capsys):
 
 def test_run_that_was_stopped_asks_to_be_requeued(rank, tmp_path):
     assert rank(lambda config: "signalled", "--report-folder", str(tmp_path)) == 75
+    assert reported(tmp_path)["message"].startswith("stopped by a signal after saving a checkpoint")
+
+
+def test_run_whose_time_is_over_asks_to_be_requeued(rank, tmp_path):
+    limit = "training.exit_duration_minutes=1e-6"
+    assert rank(lambda config: "signalled", limit, "--report-folder", str(tmp_path)) == 75
+    assert reported(tmp_path)["message"].startswith("stopped at training.exit_duration_minutes=1e-06 after saving")
 
 
 @pytest.mark.parametrize("result", [None, "exit_iteration"])

@@ -155,10 +155,16 @@ class Layout:
         return cls(world_size, parallel, training, variant)
 
 
-def rows_of(num_steps: int) -> list[list[int]]:
-    """Return the rows of so many steps: each has rows with images, one with text only, and one without a sample."""
-    lengths = [sample_length(placed.sample, 16) for placed in make_samples(NUM_SAMPLES, max_images=MAX_IMAGES)]
-    # A picture takes 16 positions, and text at most 6 beside each and 14 at the ends.
+def rows_of(num_steps: int, image_tokens: int = 16) -> list[list[int]]:
+    """Return the rows of so many steps: each has rows with images, one with text only, and one without a sample.
+
+    Args:
+        num_steps: the steps.
+        image_tokens: positions of a picture, at least 16.
+    """
+    samples = [placed.sample for placed in make_samples(NUM_SAMPLES, max_images=MAX_IMAGES)]
+    lengths = [sample_length(sample, image_tokens) for sample in samples]
+    # Text takes at most 6 positions beside each picture and 14 at the ends.
     text = [index for index, length in enumerate(lengths) if length < 16]
     pictures = [index for index in range(NUM_SAMPLES) if index not in text]
     full = [[pictures[i] for i in row] for row in pack_in_order([lengths[i] for i in pictures], SEQ_LENGTH)]

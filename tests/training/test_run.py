@@ -37,6 +37,9 @@ def run(workers, config):
 
 def test_a_run_that_stops_and_goes_on_equals_one_that_does_not(workers, shards, tmp_path):
     assert run(workers, config_of(shards, tmp_path / "whole")) == [None] * 4
+    # The ranks have run longer than this: the time is over at the first step of every start.
+    in_time = config_of(shards, tmp_path / "parts", exit_duration_minutes=1e-6)
+    assert [run(workers, in_time), run(workers, in_time)] == [["signalled"] * 4] * 2
     stopped = config_of(shards, tmp_path / "parts", exit_iteration=3)
     assert run(workers, stopped) == ["exit_iteration"] * 4
     assert [line["iteration"] for line in read_metrics(tmp_path / "parts")] == [1, 2, 3]

@@ -35,7 +35,9 @@ def run_of(model, name, run_dir):
 
 @pytest.mark.parametrize("number", range(len(TINY)), ids=[f"{type}{i}" for i, (type, _) in enumerate(TINY)])
 def test_a_split_tower_learns_what_a_whole_one_learns(number, workers, tmp_path):
-    model, settings = tiny_models()[number], {"rows": rows_of(NUM_STEPS + STEPS_AFTER), "num_samples": NUM_SAMPLES}
+    model = tiny_models()[number]
+    image_tokens = model.num_image_tokens(model.vision.image_size, model.vision.image_size)
+    settings = {"rows": rows_of(NUM_STEPS + STEPS_AFTER, image_tokens), "num_samples": NUM_SAMPLES}
 
     def train(name, config, num_steps, **arguments):
         job = "tests.support.jobs:train_steps"
