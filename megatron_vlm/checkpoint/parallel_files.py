@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -56,15 +57,24 @@ class RankPart:
     """What this rank writes of a checkpoint, for which no other rank is asked any more.
 
     megatron-core's writer forks processes and waits for them: for ever, if one is killed. torch's loses the errors of
-    its second thread, and with them tensors. The files are the same.
+    its second thread, and with them tensors. The files are the same. Files and places are planned when they are first
+    asked for: in the thread that writes, not in the one that trains.
     """
 
     def __init__(self, mine: dict[str, list[ShardedBase]], common: dict[str, Any]) -> None:
-        self._common = common
+        self._mine, self._common = mine, common
         self._tensors = [value for values in mine.values() for value in values if isinstance(value, ShardedTensor)]
-        self._planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
-        self._planner.set_up_planner(mcore_to_pyt_state_dict(mine), is_coordinator=torch.distributed.get_rank() == 0)
-        self._plan = self._planner.create_local_plan()
+
+    @cached_property
+    def _planner(self) -> MCoreSavePlanner:
+        planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
+        is_coordinator = torch.distributed.get_rank() == 0
+        planner.set_up_planner(mcore_to_pyt_state_dict(self._mine), is_coordinator=is_coordinator)
+        return planner
+
+    @cached_property
+    def _plan(self) -> SavePlan:
+        return self._planner.create_local_plan()
 
     @property
     def tensors(self) -> dict[str, Tensor]:

@@ -134,7 +134,11 @@ def write_save(
     """
     is_main = torch.distributed.get_rank() == 0
     try:
-        together(lambda: _look_at(save), lambda sizes: _as_storage(save, lambda: _begin(save, sum(sizes))), group)
+        together(
+            lambda: _as_storage(save, lambda: _look_at(save)),
+            lambda sizes: _as_storage(save, lambda: _begin(save, sum(sizes))),
+            group,
+        )
         together(
             lambda: in_sight(lambda get_on: _as_storage(save, lambda: _write(save, get_on)), show_life, group),
             lambda parts: _as_storage(save, lambda: _complete(save, parts)),

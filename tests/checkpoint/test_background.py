@@ -6,6 +6,7 @@ import time
 
 import pytest
 import torch
+from megatron.core.dist_checkpointing.strategies.torch import MCoreSavePlanner
 
 from megatron_vlm.checkpoint import background
 from megatron_vlm.checkpoint.background import BackgroundSaves
@@ -71,6 +72,20 @@ def test_weights_changed_right_after_the_call_do_not_reach_the_files(state, gate
     hashes = {number: hash_weights(folder) for number, folder in folders.items()}
     assert hashes[1] == hashes[2]
     assert len({hashes[number] for number in (2, 3, 4)}) == 3
+
+
+def test_files_are_planned_by_the_thread_that_writes(state, monkeypatch):
+    planners, plan = [], MCoreSavePlanner.create_local_plan
+
+    def create(self):
+        planners.append(threading.current_thread().name)
+        return plan(self)
+
+    monkeypatch.setattr(MCoreSavePlanner, "create_local_plan", create)
+    saves = BackgroundSaves()
+    call(state, saves.start, 1)
+    saves.wait()
+    assert planners == ["checkpoint"]
 
 
 def test_one_save_at_a_time_and_its_end_is_told_once(state, gate):
