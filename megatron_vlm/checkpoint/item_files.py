@@ -20,7 +20,8 @@ from megatron_vlm.platform.files.durable import flush_to_disk
 NUM_FILES = 2
 """Files of a rank; the default of megatron-core's writer."""
 _BLOCK_BYTES = 1 << 20
-"""A block is still in the processor's cache when it is written after its checksum was computed."""
+"""A block is still in the processor's cache when it is written after its checksum was computed. Larger ones take the
+system up to four times as long to write."""
 _BYTES_TO_FLUSH = 1 << 30
 """Written between two flushes of a stream that somebody watches: no flush is long enough to look like a hang."""
 

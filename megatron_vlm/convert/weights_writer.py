@@ -16,6 +16,7 @@ import safetensors
 import torch
 from torch import Tensor
 
+from megatron_vlm.checkpoint.item_files import ChecksummedStream
 from megatron_vlm.config import CheckpointError
 from megatron_vlm.convert.folder import DTYPES, INDEX_NAME, WEIGHTS_NAME, Stored, list_safetensors, write_json
 from megatron_vlm.platform.ahead import ahead
@@ -85,15 +86,14 @@ class WeightsWriter:
                 header, starts = _lay_out(entries)
                 streams[file].write(header)
                 offsets.update(starts)
-            thread = stack.enter_context(ThreadPoolExecutor(1))
             for name, tensor in ahead(tensors):
                 self._check(name, tensor)
-                values = _bytes_of(tensor)
-                checksum = thread.submit(zlib.crc32, values)
                 stream = streams[self._file_of[name]]
                 stream.seek(offsets[name])
-                stream.write(values)
-                self._checksums[name] = checksum.result()
+                written = ChecksummedStream(stream)
+                written.write(_bytes_of(tensor))
+                written.check()
+                self._checksums[name] = written.record.crc32
             for stream in streams.values():
                 flush_to_disk(stream)
         missing = [name for name in self._announced if name not in self._checksums]
