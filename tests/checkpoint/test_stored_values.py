@@ -29,6 +29,16 @@ def test_a_tensor_is_put_together_from_its_pieces(stored):
         assert torch.equal(read_stored(stored, layer), WHOLE[layer])
 
 
+def test_values_that_are_a_view_of_others_keep_their_places(tmp_path):
+    view = WHOLE[1:3].transpose(1, 2)
+    torch.save(view, tmp_path / "file")
+    piece = Piece((0, 0, 0), tuple(view.shape), tmp_path / "file", 0, (tmp_path / "file").stat().st_size)
+    found = read_stored(StoredTensor(tuple(view.shape), view.dtype, (piece,)))
+    assert torch.equal(found, view)
+    found.zero_()  # in memory only
+    assert torch.equal(torch.load(tmp_path / "file"), view)
+
+
 def test_a_piece_that_is_missing_is_told(stored):
     torn = replace(stored, pieces=stored.pieces[:-1])
     assert torch.equal(read_stored(torn, 1), WHOLE[1])
