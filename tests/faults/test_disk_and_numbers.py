@@ -61,9 +61,8 @@ if os.environ.get("RANK") == "1":
         if len(calls) == 7:  # two in a step
             reduce = Objective.reduce
 
-            def spoiled(self, *arguments, **named):
-                loss, num_labels, sums = reduce(self, *arguments, **named)
-                return loss * float("nan"), num_labels, sums * float("nan")
+            def spoiled(self, output, *arguments, **named):
+                return reduce(self, output * float("nan"), *arguments, **named)
 
             Objective.reduce = spoiled
         add(self, batch)
