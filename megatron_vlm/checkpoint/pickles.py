@@ -22,6 +22,7 @@ _BACKEND = {
 }
 _COMMON_NAME = "common.pt"
 _NAMES = (METADATA_NAME, _BACKEND_NAME, _COMMON_NAME)
+_NO_FILE = (FileNotFoundError, IsADirectoryError)
 _OBJECT_KEY = re.compile(r".+/shard_[\d.]+_[\d.]+", re.DOTALL)
 """The place of an object in a grid of objects ends its key; no key of a tensor looks so."""
 
@@ -54,7 +55,7 @@ def _check_once(checkpoint: Path, _stamps: tuple) -> Record:
             index = unpickle_index(stream)
         objects = list(_objects(index))
         _check_places(index, checkpoint)
-    except FileNotFoundError:
+    except _NO_FILE:
         raise CheckpointError(
             "checkpoint has no tensor index", where=str(path), fix="use a complete checkpoint"
         ) from None
@@ -70,7 +71,7 @@ def _check_once(checkpoint: Path, _stamps: tuple) -> Record:
 def _check_backend(path: Path) -> None:
     try:
         found = json.loads(path.read_bytes())
-    except FileNotFoundError:
+    except _NO_FILE:
         raise _missing(path) from None
     except (ValueError, RecursionError):
         found = None
@@ -86,7 +87,7 @@ def _check_backend(path: Path) -> None:
 def _check_common(path: Path) -> None:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
+    except _NO_FILE:
         raise _missing(path) from None
     except UNREADABLE as error:
         raise _hostile("common state", path, error) from None

@@ -48,6 +48,14 @@ def test_a_missing_index_is_named(tmp_path):
         check_metadata(tmp_path)
 
 
+@pytest.mark.parametrize("name", [".metadata", "metadata.json", "common.pt"])
+def test_a_folder_in_place_of_a_file_is_named_as_a_missing_file(checkpoint, name):
+    (checkpoint / name).unlink()
+    (checkpoint / name).mkdir()
+    with pytest.raises(CheckpointError, match=rf"(no tensor index|is missing) .*{name}.*use a complete checkpoint"):
+        check_metadata(checkpoint)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
