@@ -91,7 +91,10 @@ def _choose_ranks(asked: str | tuple[int, ...], config: TrainConfig, layout: "La
     if asked == "one-per-stage" or isinstance(asked, str):
         return ranks_to_play(config, layout)
     if asked[-1] >= layout.world_size:
-        raise UsageError(f"--ranks names {asked[-1]}, the job has ranks 0 to {layout.world_size - 1}")
+        raise UsageError(
+            f"--ranks names {asked[-1]}, the job has ranks 0 to {layout.world_size - 1}",
+            fix="name ranks of the job, or raise --world-size",
+        )
     return asked
 
 

@@ -69,7 +69,7 @@ def test_text_has_memory_waits_and_collectives(project):
     ("arguments", "code", "message"),
     [
         (["--world-size", "3", *TWO_BY_TWO], 78, "3 ranks are not a multiple"),
-        (["--world-size", "4", "--ranks", "1,4"], 64, "--ranks names 4, the job has ranks 0 to 3"),
+        (["--world-size", "4", "--ranks", "1,4"], 64, "--ranks names 4, the job has ranks 0 to 3; fix: name ranks"),
         (["--world-size", "4", "--ranks", "x"], 64, "argument --ranks: 'x' is not a whole number"),
         ([], 64, "--world-size"),
     ],
