@@ -37,6 +37,7 @@ def run(args: argparse.Namespace) -> int:
         from megatron_vlm.evaluation.prompts import Exchange
 
         ids = opened.prompt_format.encode([Exchange(args.prompt, len(args.image))])
+        opened.prompt_format.check_room([len(ids)], options.max_new_tokens)
         features = opened.generator.encode_images(opened.reader.read(args.image))
         prompt = Prompt(ids, tuple(range(len(args.image))))
         answer = next(opened.generator.generate([prompt], features, options))

@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -94,10 +94,10 @@ class Generator:
         return torch.cat(encoded) if encoded else empty
 
     def generate(self, prompts: Sequence[Prompt], features: Tensor, options: SamplingOptions) -> Iterator[Answer]:
-        """Answer prompts; prompts of one length are answered together.
+        """Answer prompts; prompts of one length are answered together. An answer ends at the model's last position.
 
         Args:
-            prompts: in any order.
+            prompts: in any order, each shorter than max_position_embeddings.
             features: float[n, p, h] of all images, from `encode_images`.
             options: how tokens are chosen.
 
@@ -118,6 +118,8 @@ class Generator:
         self, prompts: Sequence[Prompt], numbers: Sequence[int], features: Tensor, options: SamplingOptions
     ) -> list[Answer]:
         """Answer prompts of one length and prefix length."""
+        left = self._config.language.max_position_embeddings - len(prompts[0].input_ids)
+        options = replace(options, max_new_tokens=min(options.max_new_tokens, left))
         uniforms = torch.stack([draw_uniforms(options, number) for number in numbers])
         context, inputs = self._begin(prompts, features, options.max_new_tokens)
         ids: list[list[int]] = [[] for _ in prompts]

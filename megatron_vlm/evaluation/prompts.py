@@ -1,5 +1,6 @@
 """Turn a question about images, after any worked examples, into the token ids of a prompt."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,8 @@ from megatron_vlm.data.samples import ImageSegment, TextSegment
 from megatron_vlm.data.text.encoding import encode_segments
 from megatron_vlm.data.text.templates import Template, Turn, encode_prompt, split_placeholders
 from megatron_vlm.data.text.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +53,30 @@ class PromptFormat:
             return self._place(encode_segments(self._bare(exchanges), self.tokenizer))
         turns = [Turn(_split(exchange), exchange.answer) for exchange in exchanges]
         return self._place(encode_prompt(turns, self.tokenizer, template=self.template, system=self.system))
+
+    def check_room(self, lengths: Sequence[int], max_new_tokens: int) -> None:
+        """Check that prompts of these lengths leave positions for an answer; warn if it may end before its last token.
+
+        Raises:
+            UsageError: a prompt fills all positions that the model was made for.
+        """
+        positions = self.model.language.max_position_embeddings
+        too_long = [length for length in lengths if length >= positions]
+        if too_long:
+            raise UsageError(
+                f"{len(too_long)} of {len(lengths)} prompts fill the {positions} positions of the model "
+                f"(max_position_embeddings); the longest has {max(too_long)} tokens",
+                fix="shorten the text, or give fewer images or worked examples",
+            )
+        left = positions - max(lengths)
+        if left < max_new_tokens:
+            logger.warning(
+                "the model has %d positions (max_position_embeddings): the answer to the longest prompt ends after "
+                "%d tokens, not %d",
+                positions,
+                left,
+                max_new_tokens,
+            )
 
     def _bare(self, exchanges: Sequence[Exchange]) -> list[Segment]:
         segments: list[Segment] = [Special(Control.BOS, train=False)]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from megatron_vlm.config.inference import EvaluationOptions, SamplingOptions
@@ -78,6 +79,7 @@ def evaluate(task_name: str, asked: Sequence[Asked], model: OpenedModel, *, opti
     Raises:
         ConfigError: there is no such task.
         DataError: the pixels of an image are damaged.
+        UsageError: a prompt is too long for the model.
     """
     start = time.perf_counter()
     task = find_task(task_name)
@@ -124,17 +126,17 @@ def _answers(
 ) -> Iterator[tuple[int, str]]:
     """Yield the number of each question and the text of its answer, in any order."""
     sampling = SamplingOptions(max_new_tokens=options.max_new_tokens)
+
+    def encode(one: Asked) -> np.ndarray:
+        return model.prompt_format.encode(task.prompt(one.question, one.shots, options.suffix))
+
+    # Before anything is answered; the ids of all questions would take much memory, so only their number is kept.
+    model.prompt_format.check_room([len(encode(one)) for one in asked], options.max_new_tokens)
     for window in _windows(asked, model.generator.feature_bytes):
         paths = dict.fromkeys(path for one in window for path in one.pictures)
         places = {path: place for place, path in enumerate(paths)}
         features = model.generator.encode_images(model.reader.read(list(places)))
-        prompts = [
-            Prompt(
-                model.prompt_format.encode(task.prompt(one.question, one.shots, options.suffix)),
-                tuple(places[path] for path in one.pictures),
-            )
-            for one in window
-        ]
+        prompts = [Prompt(encode(one), tuple(places[path] for path in one.pictures)) for one in window]
         for answer in model.generator.generate(prompts, features, sampling):
             yield window[answer.number].number, model.prompt_format.tokenizer.decode(answer.ids).strip()
 

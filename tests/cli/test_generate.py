@@ -41,3 +41,8 @@ def test_generate_names_a_missing_picture(place, capsys):
 def test_generate_refuses_sampling_that_makes_no_sense(place, capsys):
     assert main(["generate", str(place / "run"), "--prompt", "x", "--top-p", "0"]) == 64
     assert "--top-p 0.0 is out of range" in capsys.readouterr().err
+
+
+def test_generate_refuses_a_prompt_without_room_for_an_answer(place, capsys):
+    assert main(["generate", str(place / "run"), "--prompt", "word " * 5000]) == 64
+    assert "1 of 1 prompts fill the 4096 positions of the model" in capsys.readouterr().err

@@ -84,6 +84,15 @@ def test_an_answer_ends_at_the_end_token(model):
     assert any(len(answer.ids) < len(whole.ids) for answer, whole in zip(answers, full, strict=True))
 
 
+def test_an_answer_ends_at_the_last_position_of_the_model(model):
+    prompts, pixels = make_prompts(6)
+    config = tiny_model(init_method_std=0.4, max_position_embeddings=50)
+    endless = replace(GREEDY, max_new_tokens=10**12)
+    answers = answer_all(Generator(model, config, stop_ids=()), prompts, pixels, endless)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert len(prompt.input_ids) + len(answer.ids) == 50
+
+
 def test_the_size_of_batches_does_not_change_answers(model):
     prompts, pixels = make_prompts(30)
     answers = [answer_all(make_generator(model, positions_per_batch=size), prompts, pixels) for size in (1, 100, 10**6)]

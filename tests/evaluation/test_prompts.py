@@ -68,3 +68,15 @@ def test_without_a_template_the_text_stands_alone(make_format):
 def test_placeholders_must_be_as_many_as_pictures(make_format):
     with pytest.raises(UsageError, match="2 placeholders for 1 images in '<image> and <image>'"):
         make_format().encode([Exchange("<image> and <image>", 1)])
+
+
+def test_prompts_must_leave_room_for_an_answer(make_format, caplog):
+    positions = MODEL.language.max_position_embeddings
+    make_format().check_room([5, positions - 10], 10)
+    assert not caplog.messages
+    make_format().check_room([5, positions - 10], 11)
+    (message,) = caplog.messages
+    assert f"{positions} positions" in message
+    assert "ends after 10 tokens, not 11" in message
+    with pytest.raises(UsageError, match=f"1 of 2 prompts fill the {positions} positions .* has {positions} tokens"):
+        make_format().check_room([5, positions], 1)

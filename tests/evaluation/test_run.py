@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from megatron_vlm.config import DataError
+from megatron_vlm.config import DataError, UsageError
 from megatron_vlm.config.inference import EvaluationOptions
 from megatron_vlm.data.text.templates import TEMPLATES
 from megatron_vlm.data.text.tokenizer import load_tokenizer
@@ -121,3 +121,13 @@ def test_a_damaged_picture_is_named(ask, questions, tmp_path):
     (tmp_path / "black.png").write_bytes(b"<html>")
     with pytest.raises(DataError, match="1 of 3 images cannot be read, e.g. .*black.png: image_format"):
         ask(questions)
+
+
+def test_a_question_without_room_for_an_answer_is_found_before_anything_is_asked(ask, questions, monkeypatch):
+    monkeypatch.setattr(evaluation, "FEATURE_BYTES", 1000)
+    asked = []
+    monkeypatch.setattr(SeeingGenerator, "encode_images", lambda *_: asked.append(1))
+    long = Question(question_id=9, images=questions[-1].images, text="what? " * 4096, answers=("white",))
+    with pytest.raises(UsageError, match="1 of 7 prompts fill the 4096 positions"):
+        ask([*questions, long])
+    assert not asked
