@@ -2,6 +2,7 @@ import json
 import os
 import signal
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -104,13 +105,41 @@ def test_error_of_every_rank_is_told_once_and_has_its_exit_code(project):
     assert exit_status(project, "once")["exit_code"] == 65
 
 
+def path_with(folder: Path, patch: str) -> str:
+    """Return a PYTHONPATH on which every process of a job runs `patch` first."""
+    (folder / "sitecustomize.py").write_text(patch)
+    return f"{folder}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+
+
+CRASH = """
+from megatron_vlm.platform.files.metrics import PastRecords
+
+
+def crash(self):
+    raise IndexError("made by the test")
+
+
+PastRecords.drop_lost = crash
+"""
+
+
 @pytest.mark.distributed
-def test_crash_shows_one_traceback_and_names_the_rank(project):
-    (project.folder / "crash" / "metrics.jsonl").mkdir(parents=True)
-    done = project.run("train", "train.yaml", "run_dir=crash", PIPELINE, "--nproc-per-node", "2")
+def test_crash_shows_one_traceback_and_names_the_rank(project, tmp_path):
+    path = path_with(tmp_path, CRASH)
+    done = project.run("train", "train.yaml", "run_dir=crash", PIPELINE, "--nproc-per-node", "2", PYTHONPATH=path)
     assert done.returncode == 1
     assert done.stderr.count("Traceback") == 1
-    assert "rank 1 crashed: IsADirectoryError" in errors_of(done.stderr)[0]
+    assert "rank 1 crashed: IndexError: made by the test" in errors_of(done.stderr)[0]
+
+
+@pytest.mark.distributed
+def test_folder_in_place_of_a_file_of_the_run_is_one_line(project):
+    (project.folder / "taken" / "metrics.jsonl").mkdir(parents=True)
+    done = project.run("train", "train.yaml", "run_dir=taken", PIPELINE, "--nproc-per-node", "2")
+    assert done.returncode == 74
+    (line,) = errors_of(done.stderr)
+    assert "Is a directory (taken/metrics.jsonl); fix: move away what stands there" in line
+    assert "Traceback" not in done.stderr
 
 
 SWAPPED_ROWS = """
@@ -130,11 +159,8 @@ if os.environ.get("RANK") == "1":
 
 
 @pytest.mark.distributed
-def test_run_whose_loader_swaps_two_rows_on_one_rank_ends_before_the_step_is_saved(project):
-    patch = project.folder / "patch"
-    patch.mkdir()
-    (patch / "sitecustomize.py").write_text(SWAPPED_ROWS)
-    path = f"{patch}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+def test_run_whose_loader_swaps_two_rows_on_one_rank_ends_before_the_step_is_saved(project, tmp_path):
+    path = path_with(tmp_path, SWAPPED_ROWS)
     arguments = ("run_dir=swapped", "checkpoint.save_interval=1", "--nproc-per-node", "2")
     done = project.run("train", "train.yaml", *arguments, PYTHONPATH=path)
     assert done.returncode == 70

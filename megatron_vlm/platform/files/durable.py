@@ -20,10 +20,18 @@ SET_ASIDE = ".megatron_vlm-replaced"
 LOCK = ".megatron_vlm-lock"
 """Suffix of the lock file of a folder that is being written."""
 _SECONDS_TO_WRITE = 3600.0
-STORAGE_ERRNOS = frozenset(
-    (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR, errno.EFBIG)
-)
-"""Errors of the disk, its quota or its permissions, which the user can fix."""
+WRONG_KIND_ERRNOS = frozenset((errno.ENOTDIR, errno.EISDIR))
+"""A file stands where a folder belongs, or the other way round."""
+STORAGE_ERRNOS = WRONG_KIND_ERRNOS | {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EIO,
+    errno.EFBIG,
+}
+"""Errors of the disk, its quota, its permissions or what stands on it, which the user can fix."""
 
 
 def write_durably(path: Path, content: bytes, *, is_shared: bool = False) -> None:

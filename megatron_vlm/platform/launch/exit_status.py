@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from megatron_vlm.config import ExitCode, UserError
-from megatron_vlm.platform.files.durable import STORAGE_ERRNOS, write_durably
+from megatron_vlm.platform.files.durable import STORAGE_ERRNOS, WRONG_KIND_ERRNOS, write_durably
 
 MAX_LINE = 300
 """Longest line of a user error [characters]."""
@@ -65,6 +65,8 @@ def describe_error(error: BaseException) -> ExitStatus:
     if isinstance(error, OSError) and error.errno in STORAGE_ERRNOS:
         where = f" ({error.filename})" if error.filename else ""
         fix = "check free space and permissions of the folder"
+        if error.errno in WRONG_KIND_ERRNOS:
+            fix = "move away what stands there"
         return ExitStatus(exit_code=int(ExitCode.STORAGE), message=f"{error.strerror}{where}; fix: {fix}")
     if isinstance(error, RuntimeError) and _TIMED_OUT.search(str(error)):
         message = f"timed out: {str(error).splitlines()[0][:MAX_LINE]}"

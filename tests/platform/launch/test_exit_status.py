@@ -33,6 +33,13 @@ def test_error_of_the_disk_is_storage_and_names_the_file(number):
     assert "text of the system (/data/00000.bin); fix:" in described.message
 
 
+@pytest.mark.parametrize("number", [errno.EISDIR, errno.ENOTDIR])
+def test_a_folder_in_place_of_a_file_is_named_with_what_to_do(number):
+    described = describe_error(OSError(number, "text of the system", "run/events.jsonl"))
+    assert described.exit_code == ExitCode.STORAGE
+    assert described.message == "text of the system (run/events.jsonl); fix: move away what stands there"
+
+
 def test_other_os_error_is_a_crash():
     assert describe_error(FileNotFoundError(errno.ENOENT, "no such file", "x")).exit_code == ExitCode.CRASH
 
