@@ -161,7 +161,7 @@ class BatchLoader:
             iterator = iter(loader)
         if workers.num_workers and signal.getsignal(signal.SIGCHLD) is not handler and handler is not None:
             signal.signal(signal.SIGCHLD, handler)
-        self._finalizer = weakref.finalize(self, _kill_workers, getattr(iterator, "_workers", []))
+        self._finalizer = weakref.finalize(self, _kill_workers, iterator)
         return iterator
 
 
@@ -243,9 +243,13 @@ def _note_error(kind: type[BaseException], error: BaseException, trace: Tracebac
         sys.__excepthook__(kind, error, trace)
 
 
-def _kill_workers(workers: Sequence[Any]) -> None:
+def _kill_workers(iterator: Any) -> None:
     # They ignore the SIGTERM that multiprocessing sends at exit before it waits for them without a time limit.
+    workers = getattr(iterator, "_workers", [])
     for worker in workers:
         worker.kill()
     for worker in workers:
         worker.join(timeout=5)
+    # torch sets this event next. Its own has a lock: if a worker was killed while it held that, torch would wait for
+    # ever, because it counts on its handler of SIGCHLD to break that off.
+    iterator._workers_done_event = threading.Event()

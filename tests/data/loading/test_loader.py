@@ -6,6 +6,7 @@ import itertools
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from multiprocessing import resource_sharer
 from multiprocessing.connection import Client
@@ -238,22 +239,28 @@ def test_fragments_of_a_sample_are_the_sample(datasets, tmp_path, workers):
         borders = batch.cu_seqlens.tolist()
         segments = [batch.input_ids[0, a:b].tolist() for a, b in itertools.pairwise(borders)]
         segments = [segment for segment in segments if segment[0] != COLLATION.pad_token_id]
-        for sample_id, segment in zip(batch.sample_ids.tolist(), segments, strict=True):
-            sample, first, _ = plan.fragments.find(sample_id)
-            found.setdefault(sample, {})[first] = segment
-    samples = [dataset[index] for dataset in datasets for index in range(len(dataset))]
-    assert sorted(found) == list(range(len(samples)))
-    for number, sample in enumerate(samples):
-        joined = sum((fragment for _, fragment in sorted(found[number].items())), [])
-        assert joined == _ids_of(sample)
+        found |= dict(zip(batch.sample_ids.tolist(), segments, strict=True))
+    tokens = [_tokens_of(dataset[index]) for dataset in datasets for index in range(len(dataset))]
+    covered = [0] * len(tokens)
+    for sample_id in range(plan.num_ids):
+        sample, first, last = plan.fragments.find(sample_id)
+        ids, trained = zip(*tokens[sample][first:last], strict=True)
+        covered[sample] += len(ids)
+        assert found.get(sample_id, list(ids)) == list(ids)
+        is_whole = (first, last) == (0, None)
+        assert (sample_id in found) == (is_whole or any(trained[1:]))  # the first token of a fragment has no loss
+    assert covered == list(map(len, tokens))
 
 
-def _ids_of(sample) -> list[int]:
-    ids = []
+def _tokens_of(sample) -> list[tuple[int, bool]]:
+    """Return the id of each token, and whether it is trained on."""
+    tokens = []
     for segment in sample.segments:
-        is_image = isinstance(segment, ImageSegment)
-        ids += [COLLATION.image_token_id] * NUM_IMAGE_TOKENS if is_image else segment.input_ids.tolist()
-    return ids
+        if isinstance(segment, ImageSegment):
+            tokens += [(COLLATION.image_token_id, False)] * NUM_IMAGE_TOKENS
+        else:
+            tokens += [(token, segment.train) for token in segment.input_ids.tolist()]
+    return tokens
 
 
 def test_error_in_a_fragment_names_its_tokens(tmp_path):
@@ -421,6 +428,17 @@ def test_close_ends_the_workers(datasets, plan):
     workers = list(loader._batches._workers)
     loader.close()
     assert not any(worker.is_alive() for worker in workers)
+
+
+def test_lock_that_a_killed_worker_held_does_not_keep_the_trainer(datasets, plan):
+    loader = make_loader(datasets, plan, num_workers=1)
+    next(loader)
+    loader._batches._workers_done_event._cond.acquire()  # as a worker does for a moment
+    loader.close()
+    end = threading.Thread(target=loader._batches._shutdown_workers, daemon=True)  # what the iterator does at its end
+    end.start()
+    end.join(timeout=30)
+    assert not end.is_alive()
 
 
 @pytest.mark.parametrize("workers", [0, 1])
