@@ -54,9 +54,9 @@ def test_batch_size_that_the_fix_names_is_accepted(world_size, batch, rows):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ({"num_attention_heads": 6, "num_query_groups": 6, "hidden_size": 66}, r"num_attention_heads \(6\) is not a"),
+        ({"num_attention_heads": 6, "num_query_groups": 6, "hidden_size": 60}, r"num_attention_heads \(6\) is not a"),
         ({"ffn_hidden_size": 130}, r"ffn_hidden_size \(130\) is not a multiple of tensor parallel size \(4\)"),
-        ({"num_attention_heads": 12, "num_query_groups": 6, "hidden_size": 60}, "num_query_groups=6 and tensor"),
+        ({"num_attention_heads": 12, "num_query_groups": 6, "hidden_size": 72}, "num_query_groups=6 and tensor"),
     ],
 )
 def test_width_that_tensor_parallelism_does_not_divide_is_refused(model, message):
@@ -142,7 +142,7 @@ def test_micro_batches_that_a_layout_with_several_chunks_does_not_divide_are_ref
 
 
 def test_row_that_sequence_parallelism_does_not_divide_is_refused():
-    model = tiny_model(num_attention_heads=5, num_query_groups=5, hidden_size=65, ffn_hidden_size=130, vocab_size=318)
+    model = tiny_model(num_attention_heads=5, num_query_groups=5, hidden_size=70, ffn_hidden_size=140, vocab_size=318)
     config = run_of(tp=5, sequence_parallel=True, model=model, global_batch_size=1)
     with pytest.raises(ConfigError, match=r"micro_batch_size \* seq_length \(192\) is not a multiple of .* \(5\)"):
         derive_layout(config, 5)
