@@ -43,6 +43,14 @@ def add_command(
     )
 
 
+def add_config(parser: argparse.ArgumentParser) -> None:
+    """Add the file of a stage, and the settings that override it."""
+    parser.add_argument("config", metavar="CONFIG", help="YAML file of the stage")
+    # A list by default: argparse calls an argument without a default required.
+    text = "settings that override the file"
+    parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help=text)
+
+
 def add_input(parser: argparse.ArgumentParser, text: str) -> None:
     """Add --input, whose help is `text`."""
     parser.add_argument("--input", type=location, nargs="+", required=True, metavar="PATH", help=text)

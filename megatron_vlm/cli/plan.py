@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_vlm.cli.options import add_command
+from megatron_vlm.cli.options import add_command, add_config
 from megatron_vlm.cli.values import number, positive
 from megatron_vlm.config import PART_NAMES, ExitCode, TrainConfig, UsageError, UserError, derive_layout, load_config
 from megatron_vlm.platform.gpus import GPUS
@@ -33,9 +33,8 @@ from data sheets and assumed efficiencies, which are printed with them.
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Add the verb to the command line."""
     parser = add_command(subparsers, "plan", _TEXT, *_EXAMPLES, notes=_NOTES)
+    add_config(parser)
     add = parser.add_argument
-    add("config", metavar="CONFIG", help="YAML file of the stage")
-    add("overrides", nargs="*", default=[], metavar="section.key=value", help="settings that override the file")
     add("--world-size", type=positive, metavar="N", help="ranks of the job (default: one data-parallel replica)")
     add("--gpu", choices=sorted(GPUS), default="A100", help="(default: %(default)s)")
     text = "fraction of the GPU's peak that training reaches (default: %(default)s)"

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_vlm.cli.options import add_command
+from megatron_vlm.cli.options import add_command, add_config
 from megatron_vlm.cli.values import positive, whole_number
 from megatron_vlm.config import ExitCode, TrainConfig, UsageError, derive_layout, load_config
 from megatron_vlm.platform.files.run_folder import PLAN_FOLDER
@@ -38,9 +38,8 @@ _WAYS = ("one-per-stage", "all")
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Add the verb to the command line."""
     parser = add_command(subparsers, "rehearse", _TEXT, *_EXAMPLES, notes=_NOTES)
+    add_config(parser)
     add = parser.add_argument
-    add("config", metavar="CONFIG", help="YAML file of the stage")
-    add("overrides", nargs="*", default=[], metavar="section.key=value", help="settings that override the file")
     add("--world-size", type=positive, metavar="N", required=True, help="ranks of the job")
     text = "one-per-stage (default: with one more of its tensor- and data-parallel groups, to compare), all, or numbers"
     add("--ranks", type=_ranks, default="one-per-stage", metavar="RANKS", help=text)

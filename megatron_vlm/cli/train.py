@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 
+from megatron_vlm.cli.options import add_config
 from megatron_vlm.cli.values import local_path, positive
 from megatron_vlm.config import ExitCode, TrainConfig, UsageError, derive_layout, load_config
 from megatron_vlm.platform.files.events import END, START, record_event
@@ -53,10 +54,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("config", metavar="CONFIG", help="YAML file of the stage")
-    parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="section.key=value", help="settings that override the file"
-    )
+    add_config(parser)
     parser.add_argument(
         "--nproc-per-node",
         type=positive,

@@ -58,7 +58,8 @@ class TrainState:
     damaged_checkpoints: Mapping[str, str] = field(default_factory=dict)
     """First fault of each newer checkpoint than the one that was resumed, by its name."""
     stop_reason: str | None = None
-    """Why the loop ends before train_iters: SIGNALLED, which the clock may do, or EXIT_ITERATION; None: it goes on."""
+    """Why the loop ends before train_iters: SIGNALLED (a signal, or exit_duration_minutes) or EXIT_ITERATION; None: it
+    goes on."""
     dataset_names: Sequence[str] = field(default=())
     """One for each entry of the blend; losses are reported under them."""
     bad_samples: BadSamples | None = None

@@ -9,7 +9,7 @@ the next round. The first asynchronous save also allocates the memory for its co
 
 Ratios compare CPU seconds, which other work on the machine changes little; those of a synchronous save leave out that
 it also waits for the disk. That of the time by the clock is what a run notices; it means little on a busy machine. The
-notes have both times, and how much of what blocks is the copy; the rest deals out what each rank writes.
+notes have both times, and how much of what blocks is the copy; the rest describes the tensors.
 
 A load is that of a resume: files are compared with the manifest, then read into model and optimizer. Both read from the
 page cache.
