@@ -134,11 +134,11 @@ def test_crash_shows_one_traceback_and_names_the_rank(project, tmp_path):
 
 @pytest.mark.distributed
 def test_folder_in_place_of_a_file_of_the_run_is_one_line(project):
-    (project.folder / "taken" / "metrics.jsonl").mkdir(parents=True)
-    done = project.run("train", "train.yaml", "run_dir=taken", PIPELINE, "--nproc-per-node", "2")
+    (project.folder / "in_the_way" / "metrics.jsonl").mkdir(parents=True)
+    done = project.run("train", "train.yaml", "run_dir=in_the_way", PIPELINE, "--nproc-per-node", "2")
     assert done.returncode == 74
     (line,) = errors_of(done.stderr)
-    assert "Is a directory (taken/metrics.jsonl); fix: move away what stands there" in line
+    assert "Is a directory (in_the_way/metrics.jsonl); fix: move away what stands there" in line
     assert "Traceback" not in done.stderr
 
 
