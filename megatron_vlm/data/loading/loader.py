@@ -2,6 +2,7 @@
 
 import functools
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -10,6 +11,7 @@ import warnings
 import weakref
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -24,6 +26,7 @@ from megatron_vlm.data.loading.reader import SampleReader
 from megatron_vlm.data.plan.plan import Plan
 from megatron_vlm.data.shards.dataset import ShardedDataset
 from megatron_vlm.parallel.slicing import RankSlice
+from megatron_vlm.platform.launch.job_folder import keep_helpers_in, make_helpers_folder
 from megatron_vlm.platform.launch.launch import STOP_SIGNALS
 from megatron_vlm.platform.launch.parent import die_with_parent
 
@@ -142,6 +145,7 @@ class BatchLoader:
         # torch's SIGCHLD handler would raise anywhere in the main thread, even in the middle of a training step.
         # Without it, a dead worker is noticed when its batch is due.
         handler = signal.getsignal(signal.SIGCHLD)
+        folder = make_helpers_folder() if workers.num_workers else None
         with warnings.catch_warnings():
             # The number of workers is the user's choice, even above the number of cores.
             warnings.filterwarnings("ignore", message="This DataLoader will create")
@@ -152,7 +156,7 @@ class BatchLoader:
                 collate_fn=lambda batch: batch,
                 num_workers=workers.num_workers,
                 prefetch_factor=workers.prefetch_factor if workers.num_workers else None,
-                worker_init_fn=functools.partial(_prepare_worker, os.getpid()),
+                worker_init_fn=functools.partial(_prepare_worker, os.getpid(), folder),
                 multiprocessing_context="fork" if workers.num_workers else None,
                 pin_memory=workers.pin_memory,
                 # Its own generator: a draw from the default one would make resumed runs differ.
@@ -161,7 +165,7 @@ class BatchLoader:
             iterator = iter(loader)
         if workers.num_workers and signal.getsignal(signal.SIGCHLD) is not handler and handler is not None:
             signal.signal(signal.SIGCHLD, handler)
-        self._finalizer = weakref.finalize(self, _kill_workers, iterator)
+        self._finalizer = weakref.finalize(self, _kill_workers, iterator, folder)
         return iterator
 
 
@@ -227,11 +231,12 @@ class _MicroBatches(Dataset):
         return [first + row for row in self.rank_slice.rows(index)]
 
 
-def _prepare_worker(parent: int, worker: int) -> None:
+def _prepare_worker(parent: int, folder: Path | None, worker: int) -> None:
     # They may reach every process of the job, but the trainer needs batches for one more step before it saves.
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     sys.excepthook = _note_error
+    keep_helpers_in(folder)
     die_with_parent(parent)
 
 
@@ -243,13 +248,15 @@ def _note_error(kind: type[BaseException], error: BaseException, trace: Tracebac
         sys.__excepthook__(kind, error, trace)
 
 
-def _kill_workers(iterator: Any) -> None:
+def _kill_workers(iterator: Any, folder: Path | None) -> None:
     # They ignore the SIGTERM that multiprocessing sends at exit before it waits for them without a time limit.
     workers = getattr(iterator, "_workers", [])
     for worker in workers:
         worker.kill()
     for worker in workers:
         worker.join(timeout=5)
+    if folder is not None:
+        shutil.rmtree(folder, ignore_errors=True)  # sockets, which a process that is killed leaves
     # torch sets this event next. Its own has a lock: if a worker was killed while it held that, torch would wait for
     # ever, because it counts on its handler of SIGCHLD to break that off.
     iterator._workers_done_event = threading.Event()

@@ -4,8 +4,9 @@ A process that is killed cannot remove what it made. So the launcher makes one f
 The next launcher removes that of one that was killed.
 """
 
-import atexit
+import functools
 import multiprocessing
+import multiprocessing.util
 import os
 import shutil
 import socket
@@ -24,8 +25,8 @@ _SHORT_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")
 """Where sockets go if the path of the user's temporary folder is too long for them."""
 _MAX_SOCKET_PATH = 107
 """Bytes of the path of a Unix socket."""
-_LONGEST_NAME = len("/megatron_vlm_xxxxxxxx/listener-xxxxxxxx")
-"""Bytes of a folder made here, and of the name that multiprocessing gives a socket."""
+_LONGEST_NAME = len("/megatron_vlm_xxxxxxxx/xxxxxxxx/listener-xxxxxxxx")
+"""Bytes of the folders made here, one in the other, and of the name that multiprocessing gives a socket."""
 
 
 @contextmanager
@@ -57,9 +58,22 @@ def keep_helpers_in(folder: Path | None) -> None:
     """
     if folder is None:
         folder = Path(tempfile.mkdtemp(prefix="pymp-", dir=_parent_of_sockets()))
-        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        # Unlike atexit, also at the end of a process that multiprocessing started, and never at that of a fork.
+        removal = functools.partial(shutil.rmtree, folder, ignore_errors=True)
+        multiprocessing.util.Finalize(None, removal, exitpriority=-100)
     # Inherited by children; `multiprocessing.util.get_temp_dir` looks here first and has no other door.
     multiprocessing.current_process()._config["tempdir"] = str(folder)  # type: ignore[attr-defined]
+
+
+def make_helpers_folder() -> Path:
+    """Make a folder in the one for helpers, for some of them whose files are removed before this process ends.
+
+    Raises:
+        ConfigError, OSError: as for `job_folder`, if this process had no folder for helpers yet.
+    """
+    if multiprocessing.current_process()._config.get("tempdir") is None:  # type: ignore[attr-defined]
+        keep_helpers_in(None)
+    return Path(tempfile.mkdtemp(prefix="", dir=multiprocessing.util.get_temp_dir()))
 
 
 def _parent_of_sockets() -> Path:

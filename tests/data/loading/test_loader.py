@@ -6,10 +6,12 @@ import itertools
 import multiprocessing
 import os
 import signal
+import tempfile
 import threading
 import time
 from multiprocessing import resource_sharer
 from multiprocessing.connection import Client
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -95,6 +97,12 @@ def make_plan(datasets, folder, **changes):
 @pytest.fixture(scope="module")
 def plan(datasets, tmp_path_factory):
     return make_plan(datasets, tmp_path_factory.mktemp("plans"))
+
+
+@pytest.fixture
+def short_folder():
+    with tempfile.TemporaryDirectory(prefix="mv-") as folder:  # its path is short enough for sockets
+        yield Path(folder)
 
 
 def make_loader(datasets, plan, *, collation=COLLATION, start_iteration=0, **options):
@@ -385,16 +393,16 @@ def test_killed_worker_does_not_interrupt_other_code(datasets, plan):
         list(loader)
 
 
-def _hand_over(pipe):
-    _prepare_worker(os.getppid(), 0)
+def _hand_over(pipe, folder):
+    _prepare_worker(os.getppid(), folder, 0)
     pipe.send(resource_sharer.DupFd(1)._id)
     pipe.recv()
 
 
-def test_worker_tells_errors_but_not_that_the_trainer_went_away(capfd):
+def test_worker_tells_errors_but_not_that_the_trainer_went_away(capfd, short_folder):
     context = multiprocessing.get_context("fork")
     pipe, theirs = context.Pipe()
-    worker = context.Process(target=_hand_over, args=(theirs,))
+    worker = context.Process(target=_hand_over, args=(theirs, short_folder))
     worker.start()
     address, _ = pipe.recv()
     key = multiprocessing.current_process().authkey
@@ -428,6 +436,20 @@ def test_close_ends_the_workers(datasets, plan):
     workers = list(loader._batches._workers)
     loader.close()
     assert not any(worker.is_alive() for worker in workers)
+
+
+def test_workers_leave_no_socket_once_their_loader_is_closed(datasets, plan, short_folder, monkeypatch):
+    monkeypatch.setitem(multiprocessing.current_process()._config, "tempdir", str(short_folder))
+    killed, running = (make_loader(datasets, plan, num_workers=2) for _ in range(2))
+    for loader in (killed, running):
+        for _ in range(2):
+            next(loader)
+    assert len(list(short_folder.rglob("listener-*"))) == 4
+    killed.close()
+    assert len(list(short_folder.rglob("listener-*"))) == 2
+    next(running)
+    running.close()
+    assert not list(short_folder.iterdir())
 
 
 def test_lock_that_a_killed_worker_held_does_not_keep_the_trainer(datasets, plan):

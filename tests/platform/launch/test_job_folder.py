@@ -108,7 +108,32 @@ print(Listener(family="AF_UNIX").address)
     assert not list(too_long.iterdir())
 
 
+PROCESS = """
+import multiprocessing
+from multiprocessing.connection import Listener
+from megatron_vlm.platform.launch.job_folder import make_helpers_folder
+
+def listen():
+    print(make_helpers_folder())
+    Listener(family="AF_UNIX")
+
+if __name__ == "__main__":
+    {call}
+"""
+
+
+@pytest.mark.parametrize("kind", ["this", "fork", "spawn"])
+def test_process_that_makes_a_folder_for_helpers_leaves_nothing(temporary, kind):
+    child = f"child = multiprocessing.get_context({kind!r}).Process(target=listen); child.start(); child.join()"
+    script = temporary / "script.py"
+    script.write_text(PROCESS.format(call="listen()" if kind == "this" else child))
+    command = [sys.executable, str(script)]
+    made = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert Path(made.strip()).parents[1] == temporary
+    assert list(temporary.iterdir()) == [script]
+
+
 def test_error_says_how_long_the_path_may_be(too_long, monkeypatch):
     monkeypatch.setattr(module, "_SHORT_FOLDERS", ())
-    with pytest.raises(ConfigError, match=f"too long for sockets.*{LONG_NAME}.*at most 67 bytes"), job_folder():
+    with pytest.raises(ConfigError, match=f"too long for sockets.*{LONG_NAME}.*at most 58 bytes"), job_folder():
         pass
