@@ -4,7 +4,7 @@ Its weights are worth something only with these, so what loads them is held to t
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from megatron_vlm.config import CheckpointError, ConfigError, DataConfig, ModelC
 from megatron_vlm.config.comparison import IN_NEW_STAGE, Difference, MayChange, compare_settings
 from megatron_vlm.config.towers import TowerConfig, TowerWrapper
 from megatron_vlm.config.yaml_text import read_yaml
+from megatron_vlm.data.text.tokenizer import load_tokenizer
 from megatron_vlm.data.text.tokenizer_files import find_tokenizer
 from megatron_vlm.platform.files.run_folder import CONFIG_NAME
 
@@ -44,14 +45,26 @@ def read_run_settings(
 
     Raises:
         CheckpointError: there is no checkpoint, or it has no readable settings.
-        ConfigError: the tokenizer is not found.
+        ConfigError: the tokenizer is not found, or is not the run's own.
     """
     checkpoint = find_checkpoint(path)
     recorded = _read(checkpoint)
+    # In the run folder, where a conversion puts it, or where the training found it.
+    places = [checkpoint.parent.parent, *([Path(recorded.tokenizer)] if recorded.tokenizer else [])]
+    own, given = _find_tokenizer(places), None if tokenizer is None else _find_tokenizer([Path(tokenizer)])
+    found = own if tokenizer is None else given
+    if found is None:
+        raise ConfigError(
+            f"tokenizer {tokenizer or places[-1]} does not exist",
+            where=str(checkpoint),
+            fix="name it with --tokenizer",
+        )
+    if own is not None and given is not None:
+        _check_tokenizer(checkpoint, own, given)
     return RunSettings(
         checkpoint=checkpoint,
         model=recorded.model,
-        tokenizer=_find_tokenizer(checkpoint, tokenizer, recorded.tokenizer),
+        tokenizer=found,
         image_aspect=image_aspect or recorded.image_aspect,
     )
 
@@ -132,16 +145,26 @@ def _read(checkpoint: Path) -> _Recorded:
     return _Recorded(model, data.get("tokenizer"), data.get("image_aspect", default_aspect))
 
 
-def _find_tokenizer(checkpoint: Path, given: str | None, recorded: str | None) -> Path:
-    if given is not None:
-        candidates = [Path(given)]
-    else:
-        # In the run folder, where a conversion puts it, or where the training found it.
-        candidates = [checkpoint.parent.parent, *([Path(recorded)] if recorded else [])]
-    for candidate in candidates:
-        found = find_tokenizer(candidate) if candidate.is_dir() else candidate
+def _find_tokenizer(places: Iterable[Path]) -> Path | None:
+    for place in places:
+        found = find_tokenizer(place) if place.is_dir() else place
         if found is not None and found.is_file():
             return found
-    raise ConfigError(
-        f"tokenizer {candidates[-1]} does not exist", where=str(checkpoint), fix="name it with --tokenizer"
-    )
+    return None
+
+
+def _check_tokenizer(checkpoint: Path, own: Path, given: Path) -> None:
+    """Check that a tokenizer gives the ids that the run was trained with; a damaged one of the run tells nothing."""
+    try:
+        trained = load_tokenizer(own)
+    except ConfigError as error:
+        logger.warning("the run's own tokenizer cannot be compared: %s", error)
+        return
+    found = load_tokenizer(given)
+    if found.sha256 != trained.sha256:
+        raise ConfigError(
+            f"tokenizer {given} (sha256 {found.sha256[:12]}, {found.vocab_size} pieces) is not the run's own "
+            f"(sha256 {trained.sha256[:12]}, {trained.vocab_size} pieces)",
+            where=str(checkpoint),
+            fix=f"omit --tokenizer, or name {own}",
+        )

@@ -1,5 +1,7 @@
 import logging
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,8 +12,10 @@ from megatron_vlm.config import CheckpointError, ConfigError, save_config
 from megatron_vlm.config.adapters.lora import Config as Lora
 from megatron_vlm.config.adapters.visual_expert import Config as VisualExpert
 from megatron_vlm.config.projectors import make_projector
+from megatron_vlm.data.text.tokenizer import load_tokenizer
 from tests.support.configs import tiny_model, tiny_model_with_tower, tiny_run
 from tests.support.random_run import write_random_run
+from tests.support.sentence_piece import NUM_PIECES, train_sentence_piece
 
 
 @pytest.fixture
@@ -37,6 +41,32 @@ def test_given_settings_go_before_those_of_the_run(run, tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(b"")
     settings = read_run_settings(run, tokenizer=str(tmp_path), image_aspect="square")
     assert (settings.tokenizer, settings.image_aspect) == (tmp_path / "tokenizer.model", "square")
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tmp_path_factory):
+    """A tokenizer, another of as many pieces, and a copy of the first."""
+    made = [train_sentence_piece(tmp_path_factory.mktemp("tokenizer"), symbols=s) for s in ([], ["<other>"])]
+    made.append(Path(shutil.copy(made[0], made[0].parent / "copy.model")))
+    assert len({load_tokenizer(path).vocab_size for path in made}) == 1
+    return made
+
+
+def test_another_tokenizer_of_the_same_size_is_refused(tokenizers, tmp_path):
+    own, other, copy = tokenizers
+    write_random_run(tmp_path / "run", tiny_model(vocab_size=NUM_PIECES), own)
+    assert read_run_settings(tmp_path / "run", tokenizer=str(copy)).tokenizer == copy
+    hashes = [load_tokenizer(path).sha256[:12] for path in (other, own)]
+    message = rf"tokenizer {other} \(sha256 {hashes[0]}, .*not the run's own \(sha256 {hashes[1]}.*omit --tokenizer"
+    with pytest.raises(ConfigError, match=message):
+        read_run_settings(tmp_path / "run", tokenizer=str(other.parent))
+
+
+def test_a_given_tokenizer_takes_the_place_of_one_that_is_damaged_or_gone(run, tokenizers, caplog):
+    assert read_run_settings(run, tokenizer=str(tokenizers[0])).tokenizer == tokenizers[0]
+    assert "own tokenizer cannot be compared" in caplog.text
+    (run.parent / "recorded.model").unlink()
+    assert read_run_settings(run, tokenizer=str(tokenizers[0])).tokenizer == tokenizers[0]
 
 
 def test_a_tokenizer_that_is_gone_names_the_option(run):
