@@ -1,13 +1,15 @@
 """Open the datasets of a blend and their plan, and start loaders on them."""
 
 import dataclasses
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from megatron_vlm.config import TrainConfig, position_multiple
+from megatron_vlm.config import TrainConfig, UserError, position_multiple
 from megatron_vlm.data.loading.collate import Collation
 from megatron_vlm.data.loading.loader import BatchLoader, LoaderWorkers
 from megatron_vlm.data.loading.quarantine import Quarantine, read_quarantine
@@ -15,7 +17,7 @@ from megatron_vlm.data.plan.plan import Plan, build_plan, open_plan
 from megatron_vlm.data.plan.settings import PlanSettings
 from megatron_vlm.data.shards.dataset import ShardedDataset, sizes_by_name
 from megatron_vlm.parallel.collective import main_rank_first
-from megatron_vlm.platform.files.run_folder import PLAN_FOLDER
+from megatron_vlm.platform.files.run_folder import CONFIG_NAME, PLAN_FOLDER
 from megatron_vlm.training.state import TrainState
 
 # Fixed, so that runs with different training seeds are validated on the same batches.
@@ -84,6 +86,25 @@ def open_training_blend(config: TrainConfig) -> OpenBlend:
         UserError: a dataset is missing or damaged, or the plan cannot be made or written.
     """
     return _with_quarantine(config, _open(config, PlanSettings.from_config(config)))
+
+
+@contextmanager
+def without_plans_of_refused(config: TrainConfig) -> Iterator[None]:
+    """Remove the plans that the block wrote into the folder of an earlier run if it ends with a UserError.
+
+    The next start of a run that has not begun wants the same ones, which may have taken long.
+    """
+    run_dir = Path(config.run_dir)
+    folder = run_dir / PLAN_FOLDER
+    is_mine = torch.distributed.get_rank() == 0 and (run_dir / CONFIG_NAME).is_file()
+    before = set(folder.iterdir()) if folder.is_dir() else None
+    try:
+        yield
+    except UserError:
+        if is_mine and folder.is_dir():
+            for path in [folder] if before is None else set(folder.iterdir()) - before:
+                shutil.rmtree(path, ignore_errors=True)
+        raise
 
 
 def open_planned_blend(config: TrainConfig) -> OpenBlend:

@@ -18,7 +18,7 @@ from megatron_vlm.platform.launch.launch import STOP_SIGNALS
 from megatron_vlm.platform.launch.time_limit import is_time_over
 from megatron_vlm.platform.machine import check_capability
 from megatron_vlm.training.bad_samples import BadSamples
-from megatron_vlm.training.blend import open_training_blend, open_validation_blend
+from megatron_vlm.training.blend import open_training_blend, open_validation_blend, without_plans_of_refused
 from megatron_vlm.training.hook import Hook, build_hooks
 from megatron_vlm.training.hooks import (
     attempt,
@@ -71,9 +71,10 @@ def started_rank(config: TrainConfig) -> Iterator[tuple[RankLayout, torch.device
 
 
 def _run(config: TrainConfig, rank: RankLayout, device: torch.device, stop_requested: Callable[[], bool]) -> str | None:
-    blend, validation_blend = open_training_blend(config), open_validation_blend(config)
-    beat()
-    state = build_state(config, rank, blend.plan, blend.dataset_names)
+    with without_plans_of_refused(config):
+        blend, validation_blend = open_training_blend(config), open_validation_blend(config)
+        beat()
+        state = build_state(config, rank, blend.plan, blend.dataset_names)
     state.quarantine = blend.quarantine
     state.dataset_sizes = blend.dataset_sizes
     beat()

@@ -11,7 +11,7 @@ from megatron_vlm.config import BlendEntry, ConfigError
 from megatron_vlm.config.hooks import profiler
 from megatron_vlm.platform.files.events import read_events
 from megatron_vlm.training import run as run_module
-from tests.support.configs import tiny_run
+from tests.support.configs import tiny_model, tiny_run
 from tests.support.ledgers import read_ledger
 from tests.support.runs import read_metrics, shard_run
 
@@ -117,6 +117,33 @@ def test_a_blend_that_changes_goes_on_bit_equal_from_before_at_and_after_the_cha
     consumed = [[ids.tolist() for _, ids in read_ledger(tmp_path / name / "ledger")] for name in ("whole", "parts")]
     assert consumed[0] == consumed[1]
     assert all(min(ids) >= 25 for ids in consumed[0][3:])  # of mmc4
+
+
+def test_a_refused_resume_leaves_the_folder_as_it_was(workers, shards, tmp_path):
+    def start(data=None, model=None, **training):
+        config = shard_run(shards, tmp_path / "run", training={"train_iters": 2, **training}, data=data, model=model)
+        return workers.run("megatron_vlm.training.run:run_training", 1, config=config)
+
+    def content():
+        return {path: path.is_file() and path.read_bytes() for path in (tmp_path / "run").rglob("*")}
+
+    start()
+    before = content()
+    validated = {"validation": (BlendEntry(path=str(shards / "mmc4")),)}
+    with pytest.raises(RuntimeError, match="was trained on data plan"):
+        start(validated, seed=5, validation_interval=1)
+    assert content() == before
+    shutil.rmtree(tmp_path / "run" / "plan")
+    with pytest.raises(RuntimeError, match="model.language.rotary_base is 5000"):
+        start(model=tiny_model(rotary_base=5000))
+    assert not (tmp_path / "run" / "plan").exists()
+
+
+def test_a_run_that_has_not_begun_keeps_its_plan(workers, shards, tmp_path):
+    config = shard_run(shards, tmp_path / "run", checkpoint={"load_weights": str(tmp_path)})
+    with pytest.raises(RuntimeError, match="no complete checkpoint found"):
+        workers.run("megatron_vlm.training.run:run_training", 1, config=config)
+    assert len(list((tmp_path / "run" / "plan").iterdir())) == 1
 
 
 def test_samples_in_quarantine_have_no_loss_and_stay_in_the_plan(workers, shards, tmp_path):
