@@ -51,7 +51,7 @@ def resume(
 ) -> Resumed | None:
     """Load the newest valid checkpoint of the run's own folder; all ranks call it together.
 
-    Whatever a killed save left in the folder is cleaned up first.
+    Whatever a killed save left in the folder is cleaned up first, unless there is a bound: then it is only read.
 
     Args:
         config: the run.
@@ -118,7 +118,7 @@ def _check_whole(checkpoints: Sequence[Path]) -> None:
 
 
 def _newest_valid(run_dir: Path, newest: int | None) -> Resumed | None:
-    iterations = decide_on_main(lambda: _settled_iterations(run_dir))
+    iterations = decide_on_main(lambda: _settled_iterations(run_dir) if newest is None else list_iterations(run_dir))
     iterations = [iteration for iteration in iterations if newest is None or iteration <= newest]
     damaged: dict[str, str] = {}
     for iteration in iterations:

@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -16,7 +16,7 @@ from megatron_vlm.cli.options import add_config
 from megatron_vlm.cli.values import local_path, positive
 from megatron_vlm.config import ExitCode, TrainConfig, UsageError, derive_layout, load_config
 from megatron_vlm.platform.files.events import END, START, record_event
-from megatron_vlm.platform.files.run_folder import EXIT_STATUS_NAME, METRICS_NAME, hold_run_folder
+from megatron_vlm.platform.files.run_folder import EXIT_STATUS_NAME, METRICS_NAME, hold_run_folder, read_run_folder
 from megatron_vlm.platform.launch.exit_status import (
     ExitStatus,
     describe_error,
@@ -119,9 +119,9 @@ def _run(args: argparse.Namespace, stop: _EarlyStop) -> int:
     launch_id = slurm.launch_id if slurm else f"local-{os.getpid()}"
     is_first_node = slurm is None or slurm.node_rank == 0
     # Other nodes see the same folder, or one of their own that nobody else uses.
-    with hold_run_folder(Path(config.run_dir), launch_id) if is_first_node else nullcontext():
+    records = args.replay is None
+    with _run_folder(Path(config.run_dir), launch_id, changes=records) if is_first_node else nullcontext():
         # The status in the folder is that of the run, which a replay does not change.
-        records = args.replay is None
         if is_first_node and records:
             forget_exit_status(status_path, launch_id)
         try:
@@ -143,6 +143,10 @@ def _run(args: argparse.Namespace, stop: _EarlyStop) -> int:
     if speaks:
         _say(status)
     return status.exit_code
+
+
+def _run_folder(run_dir: Path, launch_id: str, *, changes: bool) -> AbstractContextManager[None]:
+    return hold_run_folder(run_dir, launch_id) if changes else read_run_folder(run_dir)
 
 
 def _num_workers(asked: int | None, slurm: SlurmNode | None, num_gpus: int) -> int:

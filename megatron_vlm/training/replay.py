@@ -13,7 +13,7 @@ from megatron_vlm.parallel.collective import decide_on_main
 from megatron_vlm.platform.files.metrics import read_metrics
 from megatron_vlm.platform.files.run_folder import CONFIG_NAME
 from megatron_vlm.platform.launch.heartbeat import Phase, beat
-from megatron_vlm.training.blend import OpenBlend, open_training_blend
+from megatron_vlm.training.blend import OpenBlend, open_planned_blend
 from megatron_vlm.training.run import started_rank
 from megatron_vlm.training.sample_losses import SampleLoss, losses_by_sample
 from megatron_vlm.training.setup import build_state
@@ -56,7 +56,7 @@ def run_replay(config: TrainConfig, replay: Replay) -> Replayed:
     """
     with started_rank(config) as (rank, device):
         decide_on_main(lambda: _check_run(config))
-        blend = open_training_blend(config)
+        blend = open_planned_blend(config)
         if replay.iteration > blend.plan.num_iterations:
             raise UsageError(
                 f"iteration {replay.iteration} of {blend.plan.num_iterations} does not exist", fix="give another"

@@ -271,16 +271,44 @@ def test_training_goes_on_with_larger_images_from_the_weights_of_another_run(pro
     assert len((project.folder / "large_images" / "metrics.jsonl").read_text().splitlines()) == 2
 
 
-def test_a_replay_logs_the_loss_of_each_sample_and_keeps_the_status_of_the_run(project):
+READ_ONLY = """
+import errno
+import os
+import sys
+
+
+def refuse(event, arguments):
+    writes = event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir")
+    if event == "open" and isinstance(arguments[2], int):
+        writes = arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+    if writes and "replayed" in str(arguments[0]):
+        raise OSError(errno.EROFS, "Read-only file system", str(arguments[0]))
+
+
+sys.addaudithook(refuse)
+"""
+
+
+def content(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """Return when each file and folder in a folder was changed, and what the files hold."""
+    return {
+        str(path): (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else b"")
+        for path in (folder, *folder.rglob("*"))
+    }
+
+
+def test_a_replay_logs_the_loss_of_each_sample_and_changes_nothing(project, tmp_path):
     trained = project.run("train", "train.yaml", "run_dir=replayed", "training.exit_iteration=2")
     assert trained.returncode == 0, trained.stderr
-    before = exit_status(project, "replayed")
-    done = project.run("train", "train.yaml", "run_dir=replayed", "--replay", "2")
+    (project.folder / "replayed" / "checkpoints" / "iter_0000001.megatron_vlm-unfinished").mkdir()  # of a killed save
+    before = content(project.folder / "replayed")
+    path = path_with(tmp_path, READ_ONLY)
+    done = project.run("train", "train.yaml", "run_dir=replayed", "--replay", "2", PYTHONPATH=path)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count(" labels, loss ") >= 4
     assert "iteration 2 replayed: loss " in done.stderr
     assert done.stderr.rstrip().endswith(", as recorded")
-    assert exit_status(project, "replayed") == before
-    done = project.run("train", "train.yaml", "run_dir=replayed", "--replay", "5")
+    done = project.run("train", "train.yaml", "run_dir=replayed", "--replay", "5", PYTHONPATH=path)
     assert done.returncode == 64
     assert "iteration 5 of 4 does not exist" in done.stderr.splitlines()[-1]
+    assert content(project.folder / "replayed") == before

@@ -264,7 +264,11 @@ def open_plan(settings: PlanSettings, datasets: Sequence[SampleLengths], folder:
                 raise ValueError(f"{name}.npy does not have the checksum it was written with")
         return Plan(path, settings, summary, _hashes(settings, datasets, summary.nothing_to_train))
     except FileNotFoundError as error:
-        raise DataError(f"plan is missing: {error.filename}", where=str(path), fix="build it again") from None
+        raise DataError(
+            f"plan is missing: {error.filename}",
+            where=str(path),
+            fix="use the settings of the run, or train to build it again",
+        ) from None
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"plan is damaged: {error}", where=str(path), fix="delete the folder") from None
 

@@ -30,9 +30,28 @@ def locked(path: Path) -> Iterator[BinaryIO | None]:
         yield file if _lock(file) and _is_at(file, path) else None
 
 
-def _lock(file: BinaryIO) -> bool:
+@contextmanager
+def locked_for_reading(path: Path) -> Iterator[bool]:
+    """Keep those who lock a file with `locked` away; several readers may do so at once. Nothing is written.
+
+    Yields:
+        Whether nobody holds it; also if there is no file.
+
+    Raises:
+        OSError: as for `locked`.
+    """
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        file = path.open("rb")
+    except FileNotFoundError:
+        yield True
+        return
+    with file:
+        yield _lock(file, fcntl.LOCK_SH)
+
+
+def _lock(file: BinaryIO, kind: int = fcntl.LOCK_EX) -> bool:
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError as error:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from megatron_vlm.config import ConfigError
-from megatron_vlm.platform.files.locks import locked
+from megatron_vlm.platform.files.locks import locked, locked_for_reading
 
 CONFIG_NAME = "config.yaml"
 EXIT_STATUS_NAME = "exit_status.json"
@@ -44,17 +44,31 @@ def hold_run_folder(run_dir: Path, job: str) -> Iterator[None]:
     path = run_dir / LOCK_NAME
     with locked(path) as lock:
         if lock is None:
-            raise ConfigError(
-                f"another job uses this run folder: {_holder(path)}",
-                where=str(run_dir),
-                fix="wait for it, stop it, or choose another run_dir",
-            )
+            raise _in_use(run_dir, fix="wait for it, stop it, or choose another run_dir")
         _sign(lock, job)
         try:
             yield
         finally:
             if not (run_dir / CONFIG_NAME).exists():
                 _leave(path, made)
+
+
+@contextmanager
+def read_run_folder(run_dir: Path) -> Iterator[None]:
+    """Keep jobs that would change `run_dir` away, for one that only reads it and need not be allowed to write it.
+
+    Raises:
+        ConfigError: a job has locked it.
+        OSError: it cannot be read.
+    """
+    with locked_for_reading(run_dir / LOCK_NAME) as is_free:
+        if not is_free:
+            raise _in_use(run_dir, fix="wait for it, or stop it")
+        yield
+
+
+def _in_use(run_dir: Path, fix: str) -> ConfigError:
+    return ConfigError(f"another job uses this run folder: {_holder(run_dir / LOCK_NAME)}", where=str(run_dir), fix=fix)
 
 
 def _sign(lock: BinaryIO, job: str) -> None:

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from megatron_vlm.config import ConfigError
-from megatron_vlm.platform.files.run_folder import CONFIG_NAME, LOCK_NAME, hold_run_folder
+from megatron_vlm.platform.files.run_folder import CONFIG_NAME, LOCK_NAME, hold_run_folder, read_run_folder
 
 HOLDER = """
 import sys, time
@@ -42,6 +42,24 @@ def test_second_job_is_refused_and_told_who_holds_the_folder(tmp_path, holder):
     ):
         with hold_run_folder(tmp_path / "run", "test"):
             pass
+
+
+def test_folder_that_a_job_holds_is_not_read(tmp_path, holder):
+    with pytest.raises(ConfigError, match=f"another job uses this run folder: .*process {holder.pid}.*wait for it"):
+        with read_run_folder(tmp_path / "run"):
+            pass
+
+
+def test_reading_a_folder_changes_nothing_and_keeps_jobs_away(tmp_path):
+    (tmp_path / CONFIG_NAME).touch()
+    with read_run_folder(tmp_path):  # a run that was copied without its lock
+        assert [path.name for path in tmp_path.iterdir()] == [CONFIG_NAME]
+    with hold_run_folder(tmp_path, "test"):
+        signed = (tmp_path / LOCK_NAME).read_text()
+    with read_run_folder(tmp_path), read_run_folder(tmp_path):
+        with pytest.raises(ConfigError, match="another job"):
+            hold_run_folder(tmp_path, "other").__enter__()
+    assert (tmp_path / LOCK_NAME).read_text() == signed
 
 
 def test_folder_is_free_once_its_holder_was_killed(tmp_path, holder):
