@@ -11,8 +11,9 @@ import torch
 
 from megatron_vlm.config import TrainConfig, UserError, position_multiple
 from megatron_vlm.data.loading.collate import Collation
-from megatron_vlm.data.loading.loader import BatchLoader, LoaderWorkers
+from megatron_vlm.data.loading.loader import BatchLoader
 from megatron_vlm.data.loading.quarantine import Quarantine, read_quarantine
+from megatron_vlm.data.loading.workers import LoaderWorkers
 from megatron_vlm.data.plan.plan import Plan, build_plan, open_plan
 from megatron_vlm.data.plan.settings import PlanSettings
 from megatron_vlm.data.shards.dataset import ShardedDataset, sizes_by_name

@@ -1,48 +1,23 @@
 """Load the micro-batches of one rank; the position of a run is one integer, the iteration."""
 
-import functools
-import os
-import shutil
-import signal
-import sys
-import threading
 import traceback
-import warnings
 import weakref
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, replace
-from pathlib import Path
-from types import TracebackType
-from typing import Any
 
 import numpy as np
-import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from megatron_vlm.config import DataError, UserError
 from megatron_vlm.data.loading.batch import VLMBatch
 from megatron_vlm.data.loading.collate import Collation, collate
 from megatron_vlm.data.loading.reader import SampleReader
+from megatron_vlm.data.loading.workers import LoaderWorkers, start_loading
 from megatron_vlm.data.plan.plan import Plan
 from megatron_vlm.data.shards.dataset import ShardedDataset
 from megatron_vlm.parallel.slicing import RankSlice
-from megatron_vlm.platform.launch.job_folder import keep_helpers_in, make_helpers_folder
-from megatron_vlm.platform.launch.launch import STOP_SIGNALS
-from megatron_vlm.platform.launch.parent import die_with_parent
 
-_WHOLE_BATCH = RankSlice()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoaderWorkers:
-    """Settings of the processes that load micro-batches."""
-
-    num_workers: int = 0
-    """Decoding processes; 0 decodes in this process."""
-    prefetch_factor: int = 2
-    """Micro-batches each worker keeps ready."""
-    pin_memory: bool = False
-    """Return page-locked tensors, for copies to a GPU."""
+_WHOLE_BATCH, _NO_WORKERS = RankSlice(), LoaderWorkers()
 
 
 class BatchLoader:
@@ -63,6 +38,7 @@ class BatchLoader:
 
     Raises:
         ValueError: the global batch does not divide over the ranks and micro-batches.
+        DataError: the workers do not start.
     """
 
     def __init__(
@@ -74,7 +50,7 @@ class BatchLoader:
         quarantine: Set[int] = frozenset(),
         start_iteration: int = 0,
         rank_slice: RankSlice = _WHOLE_BATCH,
-        workers: LoaderWorkers = LoaderWorkers(),
+        workers: LoaderWorkers = _NO_WORKERS,
         by_sample: bool = False,
     ) -> None:
         rows = plan.settings.global_batch_size
@@ -97,7 +73,8 @@ class BatchLoader:
             reader, plan, collation, rank_slice, self.num_micro_batches, by_sample=by_sample
         )
         self._next = 0
-        self._batches = self._start(workers)
+        self._batches, end = start_loading(self._micro_batches, self._positions, workers)
+        self._finalizer = weakref.finalize(self, end)
 
     @property
     def iteration(self) -> int:
@@ -140,33 +117,6 @@ class BatchLoader:
     def close(self) -> None:
         """End the workers; also done when the loader is collected and when the process exits."""
         self._finalizer()
-
-    def _start(self, workers: LoaderWorkers) -> Iterator[Any]:
-        # torch's SIGCHLD handler would raise anywhere in the main thread, even in the middle of a training step.
-        # Without it, a dead worker is noticed when its batch is due.
-        handler = signal.getsignal(signal.SIGCHLD)
-        folder = make_helpers_folder() if workers.num_workers else None
-        with warnings.catch_warnings():
-            # The number of workers is the user's choice, even above the number of cores.
-            warnings.filterwarnings("ignore", message="This DataLoader will create")
-            loader = DataLoader(
-                self._micro_batches,
-                batch_size=None,
-                sampler=self._positions,
-                collate_fn=lambda batch: batch,
-                num_workers=workers.num_workers,
-                prefetch_factor=workers.prefetch_factor if workers.num_workers else None,
-                worker_init_fn=functools.partial(_prepare_worker, os.getpid(), folder),
-                multiprocessing_context="fork" if workers.num_workers else None,
-                pin_memory=workers.pin_memory,
-                # Its own generator: a draw from the default one would make resumed runs differ.
-                generator=torch.Generator(),
-            )
-            iterator = iter(loader)
-        if workers.num_workers and signal.getsignal(signal.SIGCHLD) is not handler and handler is not None:
-            signal.signal(signal.SIGCHLD, handler)
-        self._finalizer = weakref.finalize(self, _kill_workers, iterator, folder)
-        return iterator
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,34 +179,3 @@ class _MicroBatches(Dataset):
         iteration, index = divmod(position, self.num_micro_batches)
         first = iteration * self.plan.settings.global_batch_size
         return [first + row for row in self.rank_slice.rows(index)]
-
-
-def _prepare_worker(parent: int, folder: Path | None, worker: int) -> None:
-    # They may reach every process of the job, but the trainer needs batches for one more step before it saves.
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    sys.excepthook = _note_error
-    keep_helpers_in(folder)
-    die_with_parent(parent)
-
-
-def _note_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    # multiprocessing's thread that hands tensors over tells only this hook that the trainer broke a connection off:
-    # the trainer was killed, and so will be this process, or it lives and raises an error of its own.
-    is_main = threading.current_thread() is threading.main_thread()
-    if is_main or not issubclass(kind, EOFError | ConnectionError):
-        sys.__excepthook__(kind, error, trace)
-
-
-def _kill_workers(iterator: Any, folder: Path | None) -> None:
-    # They ignore the SIGTERM that multiprocessing sends at exit before it waits for them without a time limit.
-    workers = getattr(iterator, "_workers", [])
-    for worker in workers:
-        worker.kill()
-    for worker in workers:
-        worker.join(timeout=5)
-    if folder is not None:
-        shutil.rmtree(folder, ignore_errors=True)  # sockets, which a process that is killed leaves
-    # torch sets this event next. Its own has a lock: if a worker was killed while it held that, torch would wait for
-    # ever, because it counts on its handler of SIGCHLD to break that off.
-    iterator._workers_done_event = threading.Event()

@@ -9,8 +9,6 @@ import signal
 import tempfile
 import threading
 import time
-from multiprocessing import resource_sharer
-from multiprocessing.connection import Client
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +18,8 @@ from PIL import Image
 
 from megatron_vlm.config import BlendEntry, DataError, LanguageConfig
 from megatron_vlm.data.loading.collate import Collation
-from megatron_vlm.data.loading.loader import BatchLoader, LoaderWorkers, _prepare_worker
+from megatron_vlm.data.loading.loader import BatchLoader
+from megatron_vlm.data.loading.workers import LoaderWorkers
 from megatron_vlm.data.plan.image_tokens import ImageTokens
 from megatron_vlm.data.plan.plan import build_plan, open_plan
 from megatron_vlm.data.plan.settings import PlanSettings
@@ -391,32 +390,6 @@ def test_killed_worker_does_not_interrupt_other_code(datasets, plan):
         naps += 1
     with pytest.raises(DataError, match="worker died"):
         list(loader)
-
-
-def _hand_over(pipe, folder):
-    _prepare_worker(os.getppid(), folder, 0)
-    pipe.send(resource_sharer.DupFd(1)._id)
-    pipe.recv()
-
-
-def test_worker_tells_errors_but_not_that_the_trainer_went_away(capfd, short_folder):
-    context = multiprocessing.get_context("fork")
-    pipe, theirs = context.Pipe()
-    worker = context.Process(target=_hand_over, args=(theirs, short_folder))
-    worker.start()
-    address, _ = pipe.recv()
-    key = multiprocessing.current_process().authkey
-    Client(address, authkey=key).close()  # a trainer that is killed before it asks for the tensor
-    for _ in range(2):  # once the second is answered, the first is told
-        asking = Client(address, authkey=key)
-        asking.send(("no such tensor", os.getpid()))
-        with pytest.raises(EOFError):
-            asking.recv()
-    pipe.send(None)
-    worker.join()
-    errors = capfd.readouterr().err
-    assert "KeyError: 'no such tensor'" in errors
-    assert "EOFError" not in errors
 
 
 def test_workers_ignore_signals_that_ask_the_job_to_stop(datasets, plan):
