@@ -119,7 +119,8 @@ class _LazyStrategy(SaveShardedStrategy):
         made = lazy.make(data.chunk.offsets[0])[None] if lazy.is_stacked else lazy.make(None)
         if made.shape != data.chunk.sizes or made.dtype != lazy.dtype:
             raise CheckpointError(
-                f"tensor {key} is {list(made.shape)} {made.dtype}, announced as {list(data.chunk.sizes)} {lazy.dtype}"
+                f"tensor {key} is {list(made.shape)} {made.dtype}, announced as {list(data.chunk.sizes)} {lazy.dtype}",
+                fix="check that the source's config is that of its weights; if it is, report the table of names",
             )
         return made.contiguous()
 

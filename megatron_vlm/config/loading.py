@@ -193,7 +193,8 @@ def _with_preset(
             break
         where = _place_of(what, lines, source)
         if name in seen:
-            raise ConfigError(f"the presets {', '.join(map(str, seen))} build on each other", where=where)
+            what = f"the presets {', '.join(map(str, seen))} build on each other"
+            raise ConfigError(what, where=where, fix="take the preset out of one of them")
         seen.append(name)
         below = read_preset(package, name, what, where=where)
         if "type" not in section or section["type"] == below.get("type"):

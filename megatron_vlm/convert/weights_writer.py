@@ -22,6 +22,7 @@ from megatron_vlm.convert.folder import DTYPES, INDEX_NAME, WEIGHTS_NAME, Stored
 from megatron_vlm.platform.ahead import ahead
 from megatron_vlm.platform.files.durable import flush_to_disk
 
+FIX_TABLE = "check that config.yaml is that of the weights; if it is, report the format's table of names"
 _ALIGNMENT = 8
 _NUM_READERS = 2
 """Tensors read back at a time: a checksum takes longer than reading from a cache or a fast disk."""
@@ -98,7 +99,7 @@ class WeightsWriter:
                 flush_to_disk(stream)
         missing = [name for name in self._announced if name not in self._checksums]
         if missing:
-            raise CheckpointError(f"{len(missing)} tensors were not written, first {missing[0]}")
+            raise CheckpointError(f"{len(missing)} tensors were not written, first {missing[0]}", fix=FIX_TABLE)
         for sub_folder in dict.fromkeys(entry.sub_folder for entry in self._announced.values()):
             self._write_index(sub_folder)
 
@@ -115,7 +116,8 @@ class WeightsWriter:
         if tuple(tensor.shape) != expected.shape or tensor.dtype != expected.dtype:
             raise CheckpointError(
                 f"tensor {name} is {list(tensor.shape)} {tensor.dtype}, announced as {list(expected.shape)} "
-                f"{expected.dtype}"
+                f"{expected.dtype}",
+                fix=FIX_TABLE,
             )
 
     def verify(self) -> None:

@@ -1,7 +1,10 @@
+import ast
 import pickle
+from pathlib import Path
 
 import pytest
 
+import megatron_vlm
 from megatron_vlm.config import (
     CheckpointError,
     ConfigError,
@@ -46,6 +49,19 @@ def test_line_is_one_line_whatever_it_was_made_of():
 def test_error_survives_the_way_between_processes():
     error = pickle.loads(pickle.dumps(DataError("what", where="where", fix="fix")))
     assert (type(error), error.what, error.where, error.fix) == (DataError, "what", "where", "fix")
+
+
+def test_every_error_says_what_to_do():
+    kinds = {kind.__name__ for kind in (UserError, *UserError.__subclasses__())}
+    calls = [
+        (path, call)
+        for path in Path(megatron_vlm.__file__).parent.rglob("*.py")
+        for call in ast.walk(ast.parse(path.read_text()))
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id in kinds
+    ]
+    without = [f"{path}:{call.lineno}" for path, call in calls if "fix" not in {word.arg for word in call.keywords}]
+    assert len(calls) > 300
+    assert not without
 
 
 def test_exit_codes_differ():

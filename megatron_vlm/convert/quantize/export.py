@@ -116,7 +116,10 @@ class Quantizer:
         needed = self.layout.DTYPE or usual
         if is_asked and needed != usual:
             names = [str(one).removeprefix("torch.") for one in (needed, usual)]
-            raise UsageError(f"a folder quantised by {self.options.method} is {names[0]}, not {names[1]}")
+            raise UsageError(
+                f"a folder quantised by {self.options.method} is {names[0]}, not {names[1]}",
+                fix=f"omit --dtype, or use --dtype {names[0]}",
+            )
         return needed
 
     @property

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_vlm.config import CheckpointError
-from megatron_vlm.convert.weights_writer import Announced, WeightsWriter
+from megatron_vlm.convert.weights_writer import FIX_TABLE, Announced, WeightsWriter
 from megatron_vlm.platform.files.durable import flush_to_disk
 
 
@@ -37,7 +37,7 @@ class PickleWriter:
         self._writer.write(self._others(tensors))
         missing = [name for name in self._announced if name.removeprefix(self._prefix) not in self._pickled]
         if missing:
-            raise CheckpointError(f"{len(missing)} tensors were not written, first {missing[0]}")
+            raise CheckpointError(f"{len(missing)} tensors were not written, first {missing[0]}", fix=FIX_TABLE)
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("wb") as stream:
             torch.save(self._pickled, stream)

@@ -299,7 +299,7 @@ def _decode(images: Sequence[_Image], collation: Collation) -> tuple[torch.Tenso
 
 def _decode_one(image: ImageSegment, collation: Collation) -> np.ndarray:
     if image.fault is not None:
-        raise DataError(image.fault)
+        raise DataError(image.fault, fix="run data verify on the dataset")
     return decode_image(
         image.encoded,
         image_size=collation.image_size,

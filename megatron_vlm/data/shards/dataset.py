@@ -111,7 +111,8 @@ class _OpenShard:
         try:
             content = os.pread(self._descriptors[suffix], size, offset)
         except OSError as error:
-            raise StorageError(f"shard cannot be read: {error}", where=where) from None
+            fix = "check the disk or the network, then run the same command again"
+            raise StorageError(f"shard cannot be read: {error}", where=where, fix=fix) from None
         if len(content) != size:
             what = f"shard is damaged: expected {size} bytes at byte {offset}, found {len(content)}"
             raise DataError(what, where=where, fix=PREPARE_AGAIN)
