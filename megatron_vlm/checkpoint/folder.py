@@ -80,10 +80,11 @@ def find_checkpoint(path: str | Path) -> Path:
     """Return `path` if it is a checkpoint, or the newest complete checkpoint of the run folder `path`.
 
     Raises:
-        CheckpointError: there is no complete checkpoint.
+        CheckpointError: there is no complete checkpoint, or the manifest of `path` is no checkpoint's or damaged.
     """
     path = Path(path)
     if (path / MANIFEST_NAME).is_file():
+        read_manifest(path)
         return path
     for iteration in list_iterations(path):
         candidate = checkpoint_path(path, iteration)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vlm.config import CheckpointError
+from megatron_vlm.data.shards.manifest import FORMAT_NAME
 from megatron_vlm.platform.files.durable import write_durably
 
 MANIFEST_NAME = "manifest.json"
@@ -96,12 +97,15 @@ def read_manifest(folder: Path) -> Manifest:
     """Read the manifest of a checkpoint.
 
     Raises:
-        CheckpointError: it is missing, damaged, has another format version, or belongs to another iteration than its
-            folder or its progress.
+        CheckpointError: it is missing, damaged, a dataset's, has another format version, or belongs to another
+            iteration than its folder or its progress.
     """
     path = folder / MANIFEST_NAME
     try:
         record = json.loads(path.read_bytes())
+        if record.get("format") == FORMAT_NAME:
+            fix = "name a run folder or one of its checkpoints"
+            raise CheckpointError("folder is a dataset, not a checkpoint", where=str(folder), fix=fix)
         version, own = record["format_version"], record.pop(_OWN_CHECKSUM, None)
         files = {name: FileRecord(entry["size"], entry["crc32"]) for name, entry in record["files"].items()}
         base = Base(**record["base"]) if record.get("base") else None

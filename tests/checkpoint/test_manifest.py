@@ -13,6 +13,7 @@ from megatron_vlm.checkpoint.manifest import (
 )
 from megatron_vlm.config import CheckpointError
 from megatron_vlm.platform.files.durable import UNFINISHED
+from tests.support.runs import write_shards
 
 
 @pytest.fixture
@@ -61,6 +62,12 @@ def test_a_damaged_manifest_is_named(tmp_path, text):
     (tmp_path / "manifest.json").write_text(text)
     with pytest.raises(CheckpointError, match="manifest.json is damaged"):
         read_manifest(tmp_path)
+
+
+def test_a_dataset_is_named_as_such(tmp_path):
+    write_shards(tmp_path)
+    with pytest.raises(CheckpointError, match=r"folder is a dataset, not a checkpoint .*fix: name a run folder"):
+        read_manifest(tmp_path / "coyo")
 
 
 def test_a_newer_version_is_refused(checkpoint):

@@ -7,6 +7,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from megatron_vlm.checkpoint.manifest import FileRecord, Manifest, write_manifest
 from megatron_vlm.data.samples import TokenizerFacts
 from megatron_vlm.data.shards.writer import write_dataset
 from tests.support.samples import make_samples
@@ -43,6 +44,7 @@ def start(project):
         (["train.yaml", "data.tokenizer=nowhere.model"], 78, "tokenizer cannot be read"),
         (["train.yaml", "data.quarantine=nowhere.txt"], 78, "data.quarantine cannot be read: No such file"),
         (["train.yaml", "checkpoint.load_weights=nowhere"], 65, "no complete checkpoint found (nowhere)"),
+        (["train.yaml", "checkpoint.load_weights=shards"], 65, "folder is a dataset, not a checkpoint (shards)"),
         (["train.yaml", "model.language.vocab_size=500"], 78, "model.language.vocab_size is 500"),
         (["train.yaml", "training.fp8=hybrid"], 78, "training.fp8=hybrid needs"),
         (["train.yaml", "run_dir=train.yaml"], 78, "run_dir is a file"),
@@ -95,7 +97,8 @@ def test_several_launchers_on_a_node_are_refused(project):
 @pytest.mark.distributed
 def test_error_of_every_rank_is_told_once_and_has_its_exit_code(project):
     (project.folder / "spoiled").mkdir()
-    (project.folder / "spoiled" / "manifest.json").write_text("{}")
+    lost = {"lost": FileRecord(size=1, crc32=0)}
+    write_manifest(project.folder / "spoiled", Manifest(iteration=0, progress={}, files=lost))
     done = project.run(
         "train", "train.yaml", "run_dir=once", "checkpoint.load_weights=spoiled", "--nproc-per-node", "2"
     )

@@ -10,6 +10,7 @@ from typing import Any
 from megatron_vlm.config import DataError
 from megatron_vlm.data.samples import TokenizerFacts
 from megatron_vlm.platform.files.durable import write_durably
+from megatron_vlm.platform.files.run_folder import CONFIG_NAME
 
 FORMAT_NAME = "megatron_vlm shards"
 FORMAT_VERSION = 1
@@ -22,6 +23,7 @@ DUPLICATES_NOTE = "duplicate_samples"
 WORK_FOLDER = ".prepare"
 """Where `prepare` keeps its unfinished parts, inside the output folder."""
 
+_FIX_FOLDER = "give a folder that megatron-vlm prepare wrote"
 _OWN_CHECKSUM = "crc32"
 """Of everything else in the manifest; those of earlier versions have none."""
 _CHUNK_BYTES = 1 << 18  # larger chunks are no faster and would show up in the memory of every reader
@@ -149,7 +151,8 @@ def load_manifest(folder: Path) -> Manifest:
     """Read and check `manifest.json`.
 
     Raises:
-        DataError: the folder or its manifest is missing, damaged, unfinished or of another format version.
+        DataError: the folder or its manifest is missing, damaged, unfinished or of another format version; or the
+            folder is that of a run.
     """
     if folder.is_file():
         fix = f"give the folder: {folder.parent}"
@@ -162,7 +165,9 @@ def load_manifest(folder: Path) -> Manifest:
     except (ValueError, RecursionError, OSError) as error:
         raise DataError(f"manifest cannot be read: {error}", where=str(path), fix="prepare the dataset again") from None
     if not isinstance(tree, dict) or tree.get("format") != FORMAT_NAME:
-        raise DataError("file is not the manifest of prepared shards", where=str(path), fix="check the path")
+        raise _of_run(folder) or DataError(
+            "file is not the manifest of prepared shards", where=str(path), fix="check the path"
+        )
     if tree.get("format_version") != FORMAT_VERSION:
         raise DataError(
             f"shards have format version {tree.get('format_version')}, but this program reads {FORMAT_VERSION}",
@@ -208,8 +213,13 @@ def _missing(folder: Path) -> DataError:
     if (folder / WORK_FOLDER).exists():
         fix = "run the same prepare command again; delete the folder if no document became a sample"
         return DataError("the dataset is not completely prepared", where=str(folder), fix=fix)
-    fix = "give a folder that megatron-vlm prepare wrote"
-    return DataError(f"folder has no {MANIFEST_FILE}", where=str(folder), fix=fix)
+    return _of_run(folder) or DataError(f"folder has no {MANIFEST_FILE}", where=str(folder), fix=_FIX_FOLDER)
+
+
+def _of_run(folder: Path) -> DataError | None:
+    if not (folder / CONFIG_NAME).is_file():
+        return None
+    return DataError("folder is a run or a checkpoint, not a dataset", where=str(folder), fix=_FIX_FOLDER)
 
 
 def _check_numbers(*mappings: dict[str, Any]) -> None:

@@ -143,6 +143,15 @@ def test_folder_without_manifest_names_the_fix(tmp_path):
         ShardedDataset.open(tmp_path / "nothing")
 
 
+@pytest.mark.parametrize("manifest", [None, {"format_version": 2, "iteration": 7, "progress": {}, "files": {}}])
+def test_run_or_checkpoint_in_place_of_a_dataset_is_named_as_such(tmp_path, manifest):
+    (tmp_path / "config.yaml").touch()
+    if manifest is not None:
+        (tmp_path / MANIFEST_FILE).write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match="folder is a run or a checkpoint, not a dataset .*fix: give a folder"):
+        ShardedDataset.open(tmp_path)
+
+
 def test_unfinished_preparation_names_the_fix(tmp_path):
     (tmp_path / WORK_FOLDER).mkdir()
     with pytest.raises(DataError, match="not completely prepared.*run the same prepare command again"):
