@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 
-from megatron_vlm.checkpoint.folder import CHECKPOINTS, checkpoint_path, list_iterations
+from megatron_vlm.checkpoint.folder import checkpoint_path, checkpoints_folder, list_iterations
 from megatron_vlm.checkpoint.manifest import has_all_files
 from megatron_vlm.platform.files.durable import UNFINISHED
 from megatron_vlm.platform.files.metrics import read_records
@@ -112,7 +112,7 @@ class WatchedJob:
 
     def is_saving(self) -> bool:
         """Return whether a checkpoint is being written."""
-        return any(True for _ in (self.run_dir / CHECKPOINTS).glob(f"iter_*{UNFINISHED}"))
+        return any(True for _ in checkpoints_folder(self.run_dir).glob(f"iter_*{UNFINISHED}"))
 
     def wait_for_end(self, seconds: float) -> int | None:
         """Return the exit code of the launcher; None if the job does not end in time, and is then killed."""

@@ -9,17 +9,17 @@ from pathlib import Path
 from megatron_vlm.checkpoint.manifest import MANIFEST_NAME, has_all_files, read_manifest
 from megatron_vlm.config import CheckpointError
 from megatron_vlm.platform.files.durable import SET_ASIDE, UNFINISHED, remove, settle_folder, write_durably
+from megatron_vlm.platform.files.run_folder import CHECKPOINTS_FOLDER
 
 logger = logging.getLogger(__name__)
 
-CHECKPOINTS = "checkpoints"
 LATEST_NAME = "latest_checkpointed_iteration.txt"
 _NAME = re.compile(r"iter_(\d{7,})")
 
 
 def checkpoints_folder(run_dir: str | Path) -> Path:
     """Return the folder that holds the checkpoints of a run."""
-    return Path(run_dir) / CHECKPOINTS
+    return Path(run_dir) / CHECKPOINTS_FOLDER
 
 
 def checkpoint_path(run_dir: str | Path, iteration: int) -> Path:

@@ -16,7 +16,13 @@ from megatron_vlm.cli.options import add_config
 from megatron_vlm.cli.values import local_path, positive
 from megatron_vlm.config import ExitCode, TrainConfig, UsageError, derive_layout, load_config
 from megatron_vlm.platform.files.events import END, START, record_event
-from megatron_vlm.platform.files.run_folder import EXIT_STATUS_NAME, METRICS_NAME, hold_run_folder, read_run_folder
+from megatron_vlm.platform.files.run_folder import (
+    EXIT_STATUS_NAME,
+    METRICS_NAME,
+    check_entries,
+    hold_run_folder,
+    read_run_folder,
+)
 from megatron_vlm.platform.launch.exit_status import (
     ExitStatus,
     describe_error,
@@ -159,6 +165,7 @@ def _check(config: TrainConfig, *, num_workers: int, num_gpus: int, num_nodes: i
     from megatron_vlm.data.loading.checks import check_data
 
     derive_layout(config, num_workers * num_nodes)
+    check_entries(config.run_dir)
     if not list_iterations(config.run_dir):
         config.check_start()
         if config.checkpoint.load_weights is not None:

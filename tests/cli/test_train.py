@@ -137,12 +137,21 @@ def test_crash_shows_one_traceback_and_names_the_rank(project, tmp_path):
 
 @pytest.mark.distributed
 def test_folder_in_place_of_a_file_of_the_run_is_one_line(project):
-    (project.folder / "in_the_way" / "metrics.jsonl").mkdir(parents=True)
+    (project.folder / "in_the_way" / "tokenizer.model").mkdir(parents=True)
     done = project.run("train", "train.yaml", "run_dir=in_the_way", PIPELINE, "--nproc-per-node", "2")
     assert done.returncode == 74
     (line,) = errors_of(done.stderr)
-    assert "Is a directory (in_the_way/metrics.jsonl); fix: move away what stands there" in line
+    assert "Is a directory (in_the_way/tokenizer.model); fix: move away what stands there" in line
     assert "Traceback" not in done.stderr
+
+
+def test_file_in_place_of_a_folder_of_the_run_is_refused_before_any_rank_starts(project):
+    (project.folder / "file_in_the_way").mkdir()
+    (project.folder / "file_in_the_way" / "checkpoints").touch()
+    done = project.run("train", "train.yaml", "run_dir=file_in_the_way")
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 74
+    assert "Not a directory (file_in_the_way/checkpoints); fix: move away what stands there" in line
 
 
 SWAPPED_ROWS = """

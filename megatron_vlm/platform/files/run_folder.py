@@ -1,5 +1,6 @@
 """The folder of a run: names of its files, and a lock that admits one job at a time."""
 
+import errno
 import os
 import re
 import socket
@@ -8,15 +9,19 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from megatron_vlm.config import ConfigError
+from megatron_vlm.config import ConfigError, StorageError
 from megatron_vlm.platform.files.locks import locked, locked_for_reading
 
 CONFIG_NAME = "config.yaml"
 EXIT_STATUS_NAME = "exit_status.json"
 METRICS_NAME = "metrics.jsonl"
 EVENTS_NAME = "events.jsonl"
+CHECKPOINTS_FOLDER = "checkpoints"
 PLAN_FOLDER = "plan"
 LEDGER_FOLDER = "ledger"
+TENSORBOARD_FOLDER = "tensorboard"
+_FILES = (CONFIG_NAME, METRICS_NAME, EVENTS_NAME)
+_FOLDERS = (CHECKPOINTS_FOLDER, PLAN_FOLDER, LEDGER_FOLDER, TENSORBOARD_FOLDER)
 LOCK_NAME = "run.lock"
 _ATTEMPT = re.compile(rb"attempt (\d{1,9})")
 
@@ -65,6 +70,19 @@ def read_run_folder(run_dir: Path) -> Iterator[None]:
         if not is_free:
             raise _in_use(run_dir, fix="wait for it, or stop it")
         yield
+
+
+def check_entries(run_dir: str | Path) -> None:
+    """Check that no folder stands where a run writes a file, and nothing else where it makes a folder.
+
+    Raises:
+        StorageError: something does, which could come out only at the first save.
+    """
+    files, folders = ([Path(run_dir) / name for name in names] for names in (_FILES, _FOLDERS))
+    faults = [(path, errno.EISDIR) for path in files if path.is_dir()]
+    faults += [(path, errno.ENOTDIR) for path in folders if os.path.lexists(path) and not path.is_dir()]
+    for path, number in faults:
+        raise StorageError(os.strerror(number), where=str(path), fix="move away what stands there")
 
 
 def _in_use(run_dir: Path, fix: str) -> ConfigError:

@@ -3,11 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+from megatron_vlm.platform.files.run_folder import TENSORBOARD_FOLDER
 from megatron_vlm.training.metrics import metrics_record, scalars
 from megatron_vlm.training.state import TrainState
 from megatron_vlm.training.step import StepMetrics
-
-TENSORBOARD_FOLDER = "tensorboard"
 
 
 class Hook:

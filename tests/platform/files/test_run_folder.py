@@ -6,8 +6,14 @@ import sys
 
 import pytest
 
-from megatron_vlm.config import ConfigError
-from megatron_vlm.platform.files.run_folder import CONFIG_NAME, LOCK_NAME, hold_run_folder, read_run_folder
+from megatron_vlm.config import ConfigError, StorageError
+from megatron_vlm.platform.files.run_folder import (
+    CONFIG_NAME,
+    LOCK_NAME,
+    check_entries,
+    hold_run_folder,
+    read_run_folder,
+)
 
 HOLDER = """
 import sys, time
@@ -60,6 +66,27 @@ def test_reading_a_folder_changes_nothing_and_keeps_jobs_away(tmp_path):
         with pytest.raises(ConfigError, match="another job"):
             hold_run_folder(tmp_path, "other").__enter__()
     assert (tmp_path / LOCK_NAME).read_text() == signed
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "plan", "ledger", "tensorboard"])
+def test_file_in_place_of_a_folder_of_the_run_is_refused(tmp_path, name):
+    check_entries(tmp_path)
+    (tmp_path / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(StorageError, match=rf"Not a directory \(.*/{name}\); fix: move away what stands there"):
+        check_entries(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    check_entries(tmp_path)
+    (tmp_path / name).unlink()
+    (tmp_path / name).touch()
+    with pytest.raises(StorageError, match="Not a directory"):
+        check_entries(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "events.jsonl"])
+def test_folder_in_place_of_a_file_of_the_run_is_refused(tmp_path, name):
+    (tmp_path / name).mkdir()
+    with pytest.raises(StorageError, match=rf"Is a directory \(.*/{name}\); fix: move away what stands there"):
+        check_entries(tmp_path)
 
 
 def test_folder_is_free_once_its_holder_was_killed(tmp_path, holder):
