@@ -20,6 +20,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from megatron_vlm.config import DataError
+from megatron_vlm.data.loading.handover import Parcel
 from megatron_vlm.platform.launch.job_folder import keep_helpers_in, make_helpers_folder
 from megatron_vlm.platform.launch.launch import STOP_SIGNALS
 from megatron_vlm.platform.launch.parent import die_with_parent
@@ -91,7 +92,7 @@ def _iterate(
             dataset,
             batch_size=None,
             sampler=positions,
-            collate_fn=lambda batch: batch,
+            collate_fn=_pack if workers.num_workers else lambda item: item,
             num_workers=workers.num_workers,
             prefetch_factor=workers.prefetch_factor if workers.num_workers else None,
             worker_init_fn=prepare,
@@ -114,6 +115,14 @@ def _prepare(parent: int, folder: Path, started: mmap.mmap, worker: int) -> None
     sys.excepthook = _note_error
     keep_helpers_in(folder)
     die_with_parent(parent)
+
+
+def _pack(item: Any) -> Parcel:
+    try:
+        return Parcel(item)
+    except OSError as error:
+        what = f"a micro-batch cannot be handed to the trainer: {error.strerror}"
+        return Parcel(DataError(what, where="data loader worker", fix="lower data.num_workers or data.prefetch_factor"))
 
 
 def _have_started(iterator: Any, started: mmap.mmap, seconds: float) -> bool:
