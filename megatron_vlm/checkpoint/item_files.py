@@ -16,12 +16,13 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_vlm.checkpoint.manifest import FileRecord
 from megatron_vlm.platform.files.durable import flush_to_disk
+from megatron_vlm.platform.files.uncached import STEP_BYTES, UncachedFile
 
 NUM_FILES = 2
 """Files of a rank; the default of megatron-core's writer."""
 _BLOCK_BYTES = 1 << 20
 """A block is still in the processor's cache when it is written after its checksum was computed. Larger ones take the
-system up to four times as long to write."""
+system's cache up to four times as long."""
 _BYTES_TO_FLUSH = 1 << 30
 """Written between two flushes of a stream that somebody watches: no flush is long enough to look like a hang."""
 
@@ -37,19 +38,20 @@ class ChecksummedStream:
         get_on: called after each block; None: nobody watches.
     """
 
-    def __init__(self, file: BinaryIO, get_on: Callable[[], object] | None = None) -> None:
+    def __init__(self, file: BinaryIO | UncachedFile, get_on: Callable[[], object] | None = None) -> None:
         self._file, self._size, self._crc32, self._get_on = file, 0, 0, get_on
         self._flush_at = _BYTES_TO_FLUSH
+        self._block_bytes = STEP_BYTES if isinstance(file, UncachedFile) else _BLOCK_BYTES
         self._error: OSError | None = None
 
     def write(self, data: Any) -> int:
         """Write a buffer of bytes and return their number."""
         view = memoryview(data).cast("B")
         size = self._size
-        for begin in range(0, len(view), _BLOCK_BYTES):
+        for begin in range(0, len(view), self._block_bytes):
             if self._error is not None:
                 break
-            block = view[begin : begin + _BLOCK_BYTES]
+            block = view[begin : begin + self._block_bytes]
             self._crc32 = zlib.crc32(block, self._crc32)
             try:
                 self._file.write(block)
@@ -85,18 +87,21 @@ class ChecksummedStream:
 
 
 @contextmanager
-def checksummed(path: Path, get_on: Callable[[], object] | None = None) -> Iterator[ChecksummedStream]:
+def checksummed(
+    path: Path, get_on: Callable[[], object] | None = None, *, is_cached: bool = True
+) -> Iterator[ChecksummedStream]:
     """Create a file, and flush it to the disk when the block ends without an error.
 
     Args:
         path: does not exist.
         get_on: called after each block that was written; None: nobody watches.
+        is_cached: False: write past the system's cache.
 
     Raises:
         OSError: it cannot be written; names the file.
     """
     try:
-        with path.open("wb") as file:
+        with path.open("wb") if is_cached else UncachedFile(path) as file:
             stream = ChecksummedStream(file, get_on)
             yield stream
             stream.check()

@@ -83,7 +83,7 @@ class _LazyStrategy(SaveShardedStrategy):
         items = [item for key, tensor in self._tensors.items() for item in _write_items(key, tensor)]
         (plan,), metadata = create_default_global_save_plan([SavePlan(items)])
         results: list[WriteResult] = []
-        # A file is read back while the next one is written: the system still has its pages.
+        # A file is read back while the next one is written.
         with ThreadPoolExecutor(1) as reader:
             checks = []
             for number, bucket in enumerate(split_items(plan)):
@@ -97,7 +97,7 @@ class _LazyStrategy(SaveShardedStrategy):
         writer.finish(metadata, [results])
 
     def _write_file(self, path: Path, items: list[WriteItem]) -> Iterator[WriteResult]:
-        with checksummed(path) as stream:
+        with checksummed(path, is_cached=False) as stream:
             tensors = ahead(map(self._make, items))
             for item in items:
                 yield write_item(stream, path.name, item, next(tensors))
@@ -105,7 +105,7 @@ class _LazyStrategy(SaveShardedStrategy):
         self.records[path.name] = stream.record
 
     def _read_back(self, path: Path) -> None:
-        if checksum_file(path) != self.records[path.name]:
+        if checksum_file(path, is_cached=False) != self.records[path.name]:
             raise CheckpointError(
                 "file reads back with other bytes than were written",
                 where=str(path),

@@ -3,7 +3,7 @@
 import json
 import re
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 from megatron_vlm.config import CheckpointError
 from megatron_vlm.data.shards.manifest import FORMAT_NAME
 from megatron_vlm.platform.files.durable import write_durably
+from megatron_vlm.platform.files.uncached import read_blocks
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 2
@@ -58,16 +59,27 @@ class Manifest:
     """Where the weights are that this checkpoint lacks; None: it holds all."""
 
 
-def checksum_file(path: Path, get_on: Callable[[], object] = lambda: None) -> FileRecord:
-    """Read a file once and return its record; `get_on` is called after each block."""
+def checksum_file(path: Path, get_on: Callable[[], object] = lambda: None, *, is_cached: bool = True) -> FileRecord:
+    """Read a file once and return its record.
+
+    Args:
+        path: the file.
+        get_on: called after each block.
+        is_cached: whether the system may take bytes from its cache and keep them there; False: they come from the disk.
+    """
     crc = size = 0
+    for block in _cached_blocks(path) if is_cached else read_blocks(path):
+        crc = zlib.crc32(block, crc)
+        size += len(block)
+        get_on()
+    return FileRecord(size, crc)
+
+
+def _cached_blocks(path: Path) -> Iterator[memoryview]:
     block = memoryview(bytearray(_BLOCK_BYTES))
     with path.open("rb", buffering=0) as stream:
         while length := stream.readinto(block):
-            crc = zlib.crc32(block[:length], crc)
-            size += length
-            get_on()
-    return FileRecord(size, crc)
+            yield block[:length]
 
 
 def list_files(folder: Path) -> list[str]:
@@ -155,7 +167,12 @@ def has_all_files(folder: Path) -> bool:
 
 
 def find_faults(
-    folder: Path, names: list[str], manifest: Manifest, get_on: Callable[[], object] = lambda: None
+    folder: Path,
+    names: list[str],
+    manifest: Manifest,
+    get_on: Callable[[], object] = lambda: None,
+    *,
+    is_cached: bool = True,
 ) -> list[str]:
     """Return one line for each of the named files that differs from the manifest.
 
@@ -164,18 +181,24 @@ def find_faults(
         names: of files that the manifest has.
         manifest: of the checkpoint.
         get_on: called from several threads, after each block that was read.
+        is_cached: as in `checksum_file`.
     """
+
+    def find(name: str) -> str:
+        return _find_fault(
+            folder / name, name, manifest.files[name], lambda path: checksum_file(path, get_on, is_cached=is_cached)
+        )
+
     with ThreadPoolExecutor(_NUM_READERS) as readers:
-        faults = readers.map(lambda name: _find_fault(folder / name, name, manifest.files[name], get_on), names)
-        return [fault for fault in faults if fault]
+        return [fault for fault in readers.map(find, names) if fault]
 
 
-def _find_fault(path: Path, name: str, expected: FileRecord, get_on: Callable[[], object]) -> str:
+def _find_fault(path: Path, name: str, expected: FileRecord, checksum: Callable[[Path], FileRecord]) -> str:
     if not path.is_file():
         return f"{name} is missing"
     if path.stat().st_size != expected.size:
         return f"{name} has {path.stat().st_size} bytes, not {expected.size}"
-    return "" if checksum_file(path, get_on) == expected else f"{name} has the wrong checksum"
+    return "" if checksum(path) == expected else f"{name} has the wrong checksum"
 
 
 def find_strangers(folder: Path, manifest: Manifest) -> list[str]:

@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.utils import _create_file_view
 from megatron_vlm.checkpoint.pickles import METADATA_NAME, check_metadata
 from megatron_vlm.checkpoint.safe_pickle import UNREADABLE
 from megatron_vlm.config import CheckpointError
+from megatron_vlm.platform.reused_memory import empty, read_storage
 
 _VALUES = "data/0"
 """Record of the values in what torch.save writes of one tensor."""
@@ -98,7 +99,7 @@ def read_stored(stored: StoredTensor, layer: int | None = None) -> Tensor:
     if [(piece.offsets, piece.sizes) for piece in wanted] == [(offsets, sizes)]:
         whole = _read(wanted[0], stored.dtype)
     else:
-        whole = torch.empty(sizes, dtype=stored.dtype)
+        whole = empty(sizes, stored.dtype)
         missing = prod(sizes)
         for piece in wanted:
             first, lengths = _overlap(piece, offsets, sizes)
@@ -125,7 +126,7 @@ def _overlap(piece: Piece, offsets: Sequence[int], sizes: Sequence[int]) -> tupl
 
 
 def _read(piece: Piece, dtype: torch.dtype) -> Tensor:
-    """Return the values of a piece, mapped from its file: fresh memory for all of them takes longer than a copy."""
+    """Return the values of a piece."""
     try:
         with piece.file.open("rb") as stream:
             view: Any = _create_file_view(stream, piece.begin, piece.length)
@@ -137,8 +138,8 @@ def _read(piece: Piece, dtype: torch.dtype) -> Tensor:
         end = begin + found.untyped_storage().nbytes()
         if end > piece.begin + piece.length:
             raise ValueError("it ends before its values")
-        mapped = torch.UntypedStorage.from_file(str(piece.file), False, end)[begin:end]
-        found = found.detach().set_(mapped, found.storage_offset(), found.size(), found.stride())
+        values = read_storage(piece.file, begin, end)
+        found = found.detach().set_(values, found.storage_offset(), found.size(), found.stride())
         if found.dtype != dtype or found.numel() != prod(piece.sizes):
             raise ValueError(f"{list(found.shape)} {found.dtype} for {list(piece.sizes)} {dtype}")
         return found.view(piece.sizes)

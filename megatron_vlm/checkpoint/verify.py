@@ -64,7 +64,7 @@ def inspect_checkpoint(path: Path, *, read_files: bool) -> CheckpointFacts:
         manifest = read_manifest(path)
     except CheckpointError as error:
         return CheckpointFacts(path=path, iteration=_iteration_of(path), num_files=0, size=0, faults=(error.what,))
-    faults = find_faults(path, sorted(manifest.files), manifest) if read_files else []
+    faults = find_faults(path, sorted(manifest.files), manifest, is_cached=False) if read_files else []
     if read_files:
         faults += find_strangers(path, manifest)
     if read_files and not faults:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from megatron_vlm.config import CheckpointError
 from megatron_vlm.convert.foreign import explain
+from megatron_vlm.platform.reused_memory import read_storage
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME, INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
@@ -50,6 +51,13 @@ class Stored:
     """Name in the file."""
     shape: tuple[int, ...]
     dtype: torch.dtype
+    begin: int | None = None
+    """Place of the values in the file [bytes]; None: it is pickled."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the values [bytes]."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
 class HFFolder:
@@ -92,14 +100,16 @@ class HFFolder:
 
 
 def read_stored(stored: Stored) -> Tensor:
-    """Read one tensor.
-
-    The file is opened anew each time, because the pages of a mapped file count as memory of this process.
-    """
-    if stored.file.suffix != _SAFETENSORS_SUFFIX:
+    """Read one tensor."""
+    if stored.begin is None:
         return _load_pickle(stored.file)[stored.name]
-    with safetensors.safe_open(stored.file, "pt") as file:
-        return file.get_tensor(stored.name)
+    try:
+        storage = read_storage(stored.file, stored.begin, stored.begin + stored.num_bytes)
+    except EOFError as error:
+        raise CheckpointError(
+            f"weights cannot be read: {error}", where=str(stored.file), fix="download the file again"
+        ) from None
+    return torch.empty(0, dtype=stored.dtype).set_(storage).view(stored.shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,10 +276,11 @@ def list_safetensors(file: Path) -> list[Stored]:
     try:
         with safetensors.safe_open(file, "pt") as opened:
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
-            return [
-                Stored(file, name, tuple(found.get_shape()), DTYPES[found.get_dtype()])
-                for name, found in slices.items()
-            ]
+        places = _places(file)
+        return [
+            Stored(file, name, tuple(found.get_shape()), DTYPES[found.get_dtype()], places[name])
+            for name, found in slices.items()
+        ]
     except KeyError as error:
         raise CheckpointError(
             f"a tensor has the unsupported type {error.args[0]}",
@@ -280,6 +291,14 @@ def list_safetensors(file: Path) -> list[Stored]:
         raise CheckpointError(
             f"weights cannot be read: {error}", where=str(file), fix="download the file again"
         ) from None
+
+
+def _places(file: Path) -> dict[str, int]:
+    """Return where the values of each tensor begin in a safetensors file, whose header was checked."""
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(length))
+    return {name: 8 + length + found["data_offsets"][0] for name, found in header.items() if name != "__metadata__"}
 
 
 def common_type(tensors: Iterable[Stored]) -> torch.dtype:

@@ -2,10 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from megatron_vlm.platform.reused_memory import empty
 
 _MEAN_COLUMNS = 512
 """Converted to float32 at a time for the mean of the vocabulary's rows, which are the largest tensors of a model."""
@@ -70,14 +73,30 @@ class QueryKeyValue:
     def join(self, theirs: Sequence[Tensor]) -> Tensor:
         """Interleave query, key and value by group."""
         by_group = [tensor.reshape(self.num_query_groups, -1, *tensor.shape[1:]) for tensor in theirs]
-        return torch.cat(by_group, dim=1).flatten(0, 1)
+        return _cat(by_group, dim=1).flatten(0, 1)
 
     def split(self, whole: Tensor) -> list[Tensor]:
         """Return query, key and value."""
         queries = self.num_attention_heads // self.num_query_groups * self.kv_channels
         by_group = whole.reshape(self.num_query_groups, -1, *whole.shape[1:])
         theirs = by_group.split([queries, self.kv_channels, self.kv_channels], dim=1)
-        return [tensor.flatten(0, 1) for tensor in theirs]
+        return [_flattened(tensor) for tensor in theirs]
+
+
+def _cat(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """Return `torch.cat` of the tensors in memory that is used again."""
+    first = tensors[0]
+    sizes = list(first.shape)
+    sizes[dim] = sum(tensor.shape[dim] for tensor in tensors)
+    dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
+    return torch.cat(list(tensors), dim=dim, out=empty(sizes, dtype, first.device))
+
+
+def _flattened(tensor: Tensor) -> Tensor:
+    """Return a copy whose first two axes are one, in memory that is used again."""
+    flat = empty((tensor.shape[0] * tensor.shape[1], *tensor.shape[2:]), tensor.dtype, tensor.device)
+    flat.view(tensor.shape).copy_(tensor)
+    return flat
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +111,7 @@ class FusedQueryKeyValue:
 
     def split(self, whole: Tensor) -> list[Tensor]:
         """Return all queries, then all keys, then all values."""
-        return [torch.cat(self.by_group.split(whole))]
+        return [_cat(self.by_group.split(whole))]
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +120,7 @@ class GatedMLP:
 
     def join(self, theirs: Sequence[Tensor]) -> Tensor:
         """Stack gate and up projection."""
-        return torch.cat(list(theirs))
+        return _cat(theirs)
 
     def split(self, whole: Tensor) -> list[Tensor]:
         """Return gate and up projection."""
@@ -138,7 +157,9 @@ class Vocabulary:
 
 def _with_means(rows: Tensor, size: int, num_rows: int) -> Tensor:
     """Return `num_rows` rows: these, their mean up to `size`, and zeros."""
-    whole = rows.new_empty((num_rows, *rows.shape[1:]))
+    if len(rows) == num_rows:
+        return rows
+    whole = empty((num_rows, *rows.shape[1:]), rows.dtype, rows.device)
     whole[: len(rows)] = rows
     if size > len(rows):
         whole[len(rows) : size] = _mean(rows)
@@ -148,7 +169,11 @@ def _with_means(rows: Tensor, size: int, num_rows: int) -> Tensor:
 
 def _mean(rows: Tensor) -> Tensor:
     """Return the mean of the rows, summed in float32; only a part of the columns is converted at a time."""
-    return torch.cat([columns.float().mean(0).to(rows.dtype) for columns in rows.split(_MEAN_COLUMNS, dim=1)])
+    means = []
+    for columns in rows.split(_MEAN_COLUMNS, dim=1):
+        wide = empty(columns.shape, torch.float32, rows.device)
+        means.append(wide.copy_(columns).mean(0).to(rows.dtype))
+    return torch.cat(means)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-import safetensors
 import torch
 from torch import Tensor
 
@@ -21,6 +20,7 @@ from megatron_vlm.config import CheckpointError
 from megatron_vlm.convert.folder import DTYPES, INDEX_NAME, WEIGHTS_NAME, Stored, list_safetensors, write_json
 from megatron_vlm.platform.ahead import ahead
 from megatron_vlm.platform.files.durable import flush_to_disk
+from megatron_vlm.platform.files.uncached import UncachedFile, read_blocks
 
 FIX_TABLE = "check that config.yaml is that of the weights; if it is, report the format's table of names"
 _ALIGNMENT = 8
@@ -83,7 +83,7 @@ class WeightsWriter:
             streams, offsets = {}, {}
             for file, entries in self._files.items():
                 (self._folder / file).parent.mkdir(parents=True, exist_ok=True)
-                streams[file] = stack.enter_context((self._folder / file).open("wb"))
+                streams[file] = stack.enter_context(UncachedFile(self._folder / file))
                 header, starts = _lay_out(entries)
                 streams[file].write(header)
                 offsets.update(starts)
@@ -111,7 +111,7 @@ class WeightsWriter:
             index = {"metadata": {"total_size": total}, "weight_map": file_of}
             write_json(self._folder / sub_folder / INDEX_NAME, index)
 
-    def _check(self, name: str, tensor: Tensor) -> None:
+    def _check(self, name: str, tensor: Tensor | Stored) -> None:
         expected = self._announced[name]
         if tuple(tensor.shape) != expected.shape or tensor.dtype != expected.dtype:
             raise CheckpointError(
@@ -128,7 +128,7 @@ class WeightsWriter:
         """
         found = {
             str(PurePosixPath(file).parent / stored.name): stored
-            for file in reversed(self._files)  # the system still has the pages of the last ones
+            for file in self._files
             for stored in list_safetensors(self._folder / file)
         }
         if set(found) != set(self._announced):
@@ -142,10 +142,12 @@ class WeightsWriter:
                 pass  # raises what a thread has raised
 
     def _read_back(self, name: str, stored: Stored) -> None:
-        with safetensors.safe_open(stored.file, "pt") as opened:
-            tensor = opened.get_tensor(stored.name)
-        self._check(name, tensor)
-        if zlib.crc32(_bytes_of(tensor)) != self._checksums[name]:
+        self._check(name, stored)
+        assert stored.begin is not None
+        crc = 0
+        for block in read_blocks(stored.file, stored.begin, stored.begin + stored.num_bytes):
+            crc = zlib.crc32(block, crc)
+        if crc != self._checksums[name]:
             raise CheckpointError(
                 f"tensor {name} reads back with other values than were written",
                 where=str(stored.file),

@@ -112,7 +112,7 @@ def test_a_tensor_that_is_not_as_announced_is_refused(tmp_path, made, message):
 
 
 def test_a_file_that_reads_back_differently_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("megatron_vlm.checkpoint.lazy_tensors.checksum_file", lambda path: FileRecord(1, 2))
+    monkeypatch.setattr("megatron_vlm.checkpoint.lazy_tensors.checksum_file", lambda path, **_: FileRecord(1, 2))
     with pytest.raises(CheckpointError, match=r"reads back with other bytes than were written \(.*__0_0.distcp\)"):
         write(tmp_path / "ours", {key: lazy(key, tensor) for key, tensor in TENSORS.items()})
 

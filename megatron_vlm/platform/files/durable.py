@@ -8,7 +8,7 @@ import time
 from collections.abc import Container, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, BinaryIO
+from typing import BinaryIO, Protocol
 
 from megatron_vlm.config import ConfigError, StorageError
 from megatron_vlm.platform.files.locks import locked
@@ -32,6 +32,16 @@ STORAGE_ERRNOS = WRONG_KIND_ERRNOS | {
     errno.EFBIG,
 }
 """Errors of the disk, its quota, its permissions or what stands on it, which the user can fix."""
+
+
+class Flushable(Protocol):
+    """An open file."""
+
+    def flush(self) -> None:
+        """Pass on to the system what was written."""
+
+    def fileno(self) -> int:
+        """Return the descriptor."""
 
 
 def write_durably(path: Path, content: bytes, *, is_shared: bool = False) -> None:
@@ -61,7 +71,7 @@ def open_durably(path: Path, *, is_shared: bool = False) -> Iterator[BinaryIO]:
         raise
 
 
-def flush_to_disk(stream: IO) -> None:
+def flush_to_disk(stream: Flushable) -> None:
     """Wait until everything written to an open file is on the disk."""
     stream.flush()
     os.fsync(stream.fileno())
