@@ -20,7 +20,8 @@ from torch.distributed.checkpoint.utils import _create_file_view
 from megatron_vlm.checkpoint.pickles import METADATA_NAME, check_metadata
 from megatron_vlm.checkpoint.safe_pickle import UNREADABLE
 from megatron_vlm.config import CheckpointError
-from megatron_vlm.platform.reused_memory import empty, read_storage
+from megatron_vlm.platform.files.uncached import read_storage
+from megatron_vlm.platform.reused_memory import empty
 
 _VALUES = "data/0"
 """Record of the values in what torch.save writes of one tensor."""

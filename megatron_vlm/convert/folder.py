@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megatron_vlm.config import CheckpointError
 from megatron_vlm.convert.foreign import explain
-from megatron_vlm.platform.reused_memory import read_storage
+from megatron_vlm.platform.files.uncached import read_storage
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME, INDEX_NAME = "model.safetensors", "model.safetensors.index.json"

@@ -3,13 +3,10 @@
 import mmap
 import weakref
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, UntypedStorage
-
-from megatron_vlm.platform.files.uncached import read_into, room_for
+from torch import Tensor
 
 _SMALL_BYTES = 1 << 20
 _MOST_TIMES = 4
@@ -54,23 +51,6 @@ def take_memory(num_bytes: int) -> Tensor:
     Once no tensor uses the memory any more, it is used again.
     """
     return torch.from_numpy(_MEMORY.take(max(num_bytes, 1)))[:num_bytes]
-
-
-def read_storage(path: Path, begin: int, end: int) -> UntypedStorage:
-    """Return bytes of a file.
-
-    Args:
-        path: the file.
-        begin: the first byte.
-        end: the byte behind the last one.
-
-    Raises:
-        EOFError: the file ends before.
-        OSError: it cannot be read.
-    """
-    memory = take_memory(room_for(begin, end))
-    first = read_into(memory.numpy().data, path, begin, end)
-    return memory.untyped_storage()[first : first + end - begin]
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | None = None) -> Tensor:

@@ -1,6 +1,6 @@
 import torch
 
-from megatron_vlm.platform.reused_memory import ReusedMemory, empty, read_storage
+from megatron_vlm.platform.reused_memory import ReusedMemory, empty
 
 SIZE = 4 << 20
 
@@ -48,10 +48,3 @@ def test_an_empty_tensor_has_shape_type_and_device():
             found = empty(shape, torch.float16, device)
             assert (found.shape, found.dtype, found.is_contiguous()) == (torch.Size(shape), torch.float16, True)
             assert found.device.type == (device or torch.device("cpu")).type
-
-
-def test_a_storage_holds_the_bytes_of_a_file_and_no_others(tmp_path):
-    (tmp_path / "file").write_bytes(bytes(range(256)) * 100)
-    storage = read_storage(tmp_path / "file", 300, 9000)
-    assert storage.nbytes() == 8700
-    assert bytes(storage.tolist()) == (bytes(range(256)) * 100)[300:9000]

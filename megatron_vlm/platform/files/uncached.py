@@ -7,12 +7,15 @@ multiples of a block, which this module keeps to itself.
 
 import errno
 import fcntl
-import mmap
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
+
+from torch import UntypedStorage
+
+from megatron_vlm.platform.reused_memory import take_memory
 
 _ALIGNMENT = 4096
 """Of memory, place and size [bytes]; what disks and file systems ask for is 512 or this."""
@@ -60,9 +63,9 @@ def read_blocks(path: Path, begin: int = 0, end: int | None = None) -> Iterator[
         begin: the first byte.
         end: the byte behind the last one; None: the end of the file, where reading stops in any case.
     """
-    buffer = memoryview(mmap.mmap(-1, STEP_BYTES))
     with _opened(path, os.O_RDONLY) as descriptor:
         end = os.fstat(descriptor).st_size if end is None else end
+        buffer = take_memory(min(_room_for(begin, end), STEP_BYTES)).numpy().data
         place = begin - begin % _ALIGNMENT
         while place < end:
             length = _read(descriptor, buffer, place)
@@ -73,17 +76,31 @@ def read_blocks(path: Path, begin: int = 0, end: int | None = None) -> Iterator[
             place += length
 
 
-def read_into(memory: memoryview, path: Path, begin: int, end: int) -> int:
-    """Read bytes of a file into memory; return where in the memory they begin.
+def read_storage(path: Path, begin: int, end: int) -> UntypedStorage:
+    """Return bytes of a file.
 
     Args:
-        memory: begins at a page and has `room_for(begin, end)` bytes.
         path: the file.
         begin: the first byte.
         end: the byte behind the last one.
 
     Raises:
         EOFError: the file ends before.
+        OSError: it cannot be read.
+    """
+    memory = take_memory(_room_for(begin, end))
+    first = _read_into(memory.numpy().data, path, begin, end)
+    return memory.untyped_storage()[first : first + end - begin]
+
+
+def _read_into(memory: memoryview, path: Path, begin: int, end: int) -> int:
+    """Read bytes of a file into memory; return where in the memory they begin.
+
+    Args:
+        memory: begins at a page and has `_room_for(begin, end)` bytes.
+        path: as in `read_storage`, like what follows.
+        begin: likewise.
+        end: likewise.
     """
     first = begin - begin % _ALIGNMENT
     place = 0
@@ -96,8 +113,8 @@ def read_into(memory: memoryview, path: Path, begin: int, end: int) -> int:
     return begin - first
 
 
-def room_for(begin: int, end: int) -> int:
-    """Return the bytes of memory that `read_into` needs."""
+def _room_for(begin: int, end: int) -> int:
+    """Return the bytes of memory that hold these bytes of a file in whole blocks."""
     first = begin - begin % _ALIGNMENT
     return -(-(end - first) // _ALIGNMENT) * _ALIGNMENT
 
@@ -114,7 +131,7 @@ class UncachedFile:
     def __init__(self, path: Path) -> None:
         self._open = _opened(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         self._descriptor = self._open.__enter__()
-        self._buffer = memoryview(mmap.mmap(-1, STEP_BYTES))
+        self._buffer = take_memory(STEP_BYTES).numpy().data
         self._unfinished: dict[int, tuple[bytearray, int]] = {}
         """Content of blocks, and how much of it is there, by their place."""
         self._size = self._place = 0

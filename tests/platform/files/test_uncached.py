@@ -2,11 +2,11 @@ import errno
 import os
 
 import pytest
+import torch
 
 from megatron_vlm.platform.files import uncached
 from megatron_vlm.platform.files.durable import flush_to_disk
-from megatron_vlm.platform.files.uncached import STEP_BYTES, UncachedFile, read_blocks, read_into, room_for
-from megatron_vlm.platform.reused_memory import take_memory
+from megatron_vlm.platform.files.uncached import STEP_BYTES, UncachedFile, read_blocks, read_storage
 from tests.support.small_disk import files_of_at_most
 
 CONTENT = os.urandom(STEP_BYTES + (3 << 20) + 4096 + 5)
@@ -49,9 +49,8 @@ def test_any_bytes_of_a_file_are_read(tmp_path, begin, end):
     (tmp_path / "file").write_bytes(CONTENT)
     assert b"".join(map(bytes, read_blocks(tmp_path / "file", begin, end))) == CONTENT[begin:end]
     end = end or len(CONTENT)
-    memory = take_memory(room_for(begin, end)).numpy()
-    first = read_into(memory.data, tmp_path / "file", begin, end)
-    assert memory[first : first + end - begin].tobytes() == CONTENT[begin:end]
+    storage = read_storage(tmp_path / "file", begin, end)
+    assert torch.empty(0, dtype=torch.uint8).set_(storage).numpy().tobytes() == CONTENT[begin:end]
 
 
 def test_an_empty_file_has_no_blocks(tmp_path):
@@ -62,9 +61,8 @@ def test_an_empty_file_has_no_blocks(tmp_path):
 @pytest.mark.parametrize("size", [0, 100, 4096, 5000])
 def test_a_file_that_ends_too_early_is_told(tmp_path, size):
     (tmp_path / "file").write_bytes(CONTENT[:size])
-    memory = take_memory(room_for(50, 9000)).numpy()
     with pytest.raises(EOFError, match=f"it ends after {size} of 9000 bytes"):
-        read_into(memory.data, tmp_path / "file", 50, 9000)
+        read_storage(tmp_path / "file", 50, 9000)
 
 
 @pytest.mark.usefixtures("system")
