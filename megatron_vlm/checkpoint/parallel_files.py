@@ -34,6 +34,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_vlm.checkpoint.item_files import NUM_FILES, checksummed, split_items, write_items
 from megatron_vlm.checkpoint.manifest import FileRecord
+from megatron_vlm.checkpoint.watched_path import WatchedPath
 from megatron_vlm.config import CheckpointError
 
 STATE_PREFIX = "optimizer.state"
@@ -148,16 +149,23 @@ def plan_part(
     return RankPart(mine, common)
 
 
+class _WatchedLoad(FullyParallelLoadStrategyWrapper):
+    """Has megatron-core's strategies read from files that are watched."""
+
+    def load(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | Path) -> dict[str, Any]:
+        return super().load(sharded_state_dict, WatchedPath(checkpoint_dir))
+
+
 def read_state(state: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
     """Read what `state` describes and return it; all ranks call it together.
 
-    A tensor that this rank reads itself is read in place.
+    A tensor that this rank reads itself is read in place. Whatever is read gives a sign of life.
 
     Raises:
         CheckpointError: a file holds something other than its index says.
     """
     base = get_default_load_sharded_strategy(str(checkpoint))
-    strategy = FullyParallelLoadStrategyWrapper(base, _data_parallel_group())
+    strategy = _WatchedLoad(base, _data_parallel_group())
     with readable(checkpoint):
         return dist_checkpointing.load(state, str(checkpoint), strategy)
 
