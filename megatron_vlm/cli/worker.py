@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for number in STOP_SIGNALS:  # all is saved: a repeated signal must not make this a failure
             signal.signal(number, signal.SIG_IGN)
     except (Exception, KeyboardInterrupt) as error:
-        status = describe_error(error)
+        status = describe_error(error, None if config is None else config.run_dir)
     status = replace(status, rank=rank, iteration=_last_iteration(config))
     _report(status, config, args.report_folder)
     return status.exit_code

@@ -56,14 +56,20 @@ class ExitStatus:
         return 4
 
 
-def describe_error(error: BaseException) -> ExitStatus:
-    """Return the exit code and line for an exception; only an unforeseen one keeps its traceback."""
+def describe_error(error: BaseException, place: str | None = None) -> ExitStatus:
+    """Return the exit code and line for an exception; only an unforeseen one keeps its traceback.
+
+    Args:
+        error: the exception.
+        place: where it probably was if it is an error of the system that names no file, as when a file that is open
+            cannot be written; None: not known.
+    """
     if isinstance(error, UserError):
         return ExitStatus(exit_code=int(error.exit_code), message=shorten(error))
     if isinstance(error, KeyboardInterrupt):
         return ExitStatus(exit_code=int(ExitCode.INTERRUPTED), message="interrupted")
     if isinstance(error, OSError) and error.errno in STORAGE_ERRNOS:
-        where = f" ({error.filename})" if error.filename else ""
+        where = f" ({error.filename or place})" if error.filename or place else ""
         fix = "check free space and permissions of the folder"
         if error.errno in WRONG_KIND_ERRNOS:
             fix = "move away what stands there"

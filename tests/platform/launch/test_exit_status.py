@@ -40,6 +40,12 @@ def test_a_folder_in_place_of_a_file_is_named_with_what_to_do(number):
     assert described.message == "text of the system (run/events.jsonl); fix: move away what stands there"
 
 
+def test_error_of_the_system_that_names_no_file_names_the_run():
+    error = OSError(errno.ENOSPC, "No space left on device")
+    assert "No space left on device (runs/a); fix: " in describe_error(error, "runs/a").message
+    assert "No space left on device; fix: " in describe_error(error).message
+
+
 def test_other_os_error_is_a_crash():
     assert describe_error(FileNotFoundError(errno.ENOENT, "no such file", "x")).exit_code == ExitCode.CRASH
 
