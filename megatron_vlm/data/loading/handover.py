@@ -8,6 +8,7 @@ import io
 import mmap
 import os
 import pickle
+import tempfile
 from collections.abc import Sequence
 from multiprocessing.reduction import DupFd
 from typing import Any
@@ -37,7 +38,7 @@ class Parcel:
         _Pickler(content, protocol=5, buffer_callback=buffers.append).dump(item)
         views = [buffer.raw() for buffer in buffers]
         self._content, self._sizes = content.getvalue(), [len(view) for view in views]
-        descriptor = os.memfd_create("micro-batch")
+        descriptor = _create()
         try:
             os.ftruncate(descriptor, _places(self._sizes)[-1])
             for place, view in zip(_places(self._sizes), views, strict=False):
@@ -55,6 +56,13 @@ class _Pickler(pickle.Pickler):
 
     def reducer_override(self, obj: Any) -> Any:
         return (_as_tensor, (obj.numpy(),)) if isinstance(obj, Tensor) else NotImplemented
+
+
+def _create() -> int:
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("micro-batch")
+    with tempfile.TemporaryFile() as file:  # elsewhere than on Linux
+        return os.dup(file.fileno())
 
 
 def _open(content: bytes, handle: Any, sizes: Sequence[int]) -> Any:

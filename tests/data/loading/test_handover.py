@@ -85,6 +85,12 @@ def test_values_arrive_as_they_were_and_may_be_changed(receive):
     assert_same(second.more, make_item().more)
 
 
+def test_where_memory_has_names_a_file_has_none(receive, monkeypatch):
+    monkeypatch.delattr(os, "memfd_create")
+    (found,) = receive(make_item())
+    assert_same(found, make_item())
+
+
 def test_memory_is_free_once_the_tensors_are_gone(receive):
     before = maps()
     first, second = receive(make_item(), make_item())
