@@ -20,8 +20,8 @@ from torch.distributed.checkpoint.utils import _create_file_view
 from megatron_vlm.checkpoint.pickles import METADATA_NAME, check_metadata
 from megatron_vlm.checkpoint.safe_pickle import UNREADABLE
 from megatron_vlm.config import CheckpointError
-from megatron_vlm.platform.files.uncached import read_storage
-from megatron_vlm.platform.reused_memory import empty
+from megatron_vlm.platform.files.uncached import read_array
+from megatron_vlm.platform.reused_tensors import empty
 
 _VALUES = "data/0"
 """Record of the values in what torch.save writes of one tensor."""
@@ -139,7 +139,7 @@ def _read(piece: Piece, dtype: torch.dtype) -> Tensor:
         end = begin + found.untyped_storage().nbytes()
         if end > piece.begin + piece.length:
             raise ValueError("it ends before its values")
-        values = read_storage(piece.file, begin, end)
+        values = torch.from_numpy(read_array(piece.file, begin, end)).untyped_storage()
         found = found.detach().set_(values, found.storage_offset(), found.size(), found.stride())
         if found.dtype != dtype or found.numel() != prod(piece.sizes):
             raise ValueError(f"{list(found.shape)} {found.dtype} for {list(piece.sizes)} {dtype}")

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megatron_vlm.config import CheckpointError
 from megatron_vlm.convert.foreign import explain
-from megatron_vlm.platform.files.uncached import read_storage
+from megatron_vlm.platform.files.uncached import read_array
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME, INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
@@ -104,12 +104,12 @@ def read_stored(stored: Stored) -> Tensor:
     if stored.begin is None:
         return _load_pickle(stored.file)[stored.name]
     try:
-        storage = read_storage(stored.file, stored.begin, stored.begin + stored.num_bytes)
+        values = read_array(stored.file, stored.begin, stored.begin + stored.num_bytes)
     except EOFError as error:
         raise CheckpointError(
             f"weights cannot be read: {error}", where=str(stored.file), fix="download the file again"
         ) from None
-    return torch.empty(0, dtype=stored.dtype).set_(storage).view(stored.shape)
+    return torch.empty(0, dtype=stored.dtype).set_(torch.from_numpy(values).untyped_storage()).view(stored.shape)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megatron_vlm.platform.reused_memory import empty
+from megatron_vlm.platform.reused_tensors import empty
 
 _MEAN_COLUMNS = 512
 """Converted to float32 at a time for the mean of the vocabulary's rows, which are the largest tensors of a model."""

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
-from torch import UntypedStorage
+import numpy as np
 
 from megatron_vlm.platform.reused_memory import take_memory
 
@@ -65,7 +65,7 @@ def read_blocks(path: Path, begin: int = 0, end: int | None = None) -> Iterator[
     """
     with _opened(path, os.O_RDONLY) as descriptor:
         end = os.fstat(descriptor).st_size if end is None else end
-        buffer = take_memory(min(_room_for(begin, end), STEP_BYTES)).numpy().data
+        buffer = take_memory(min(_room_for(begin, end), STEP_BYTES)).data
         place = begin - begin % _ALIGNMENT
         while place < end:
             length = _read(descriptor, buffer, place)
@@ -76,8 +76,8 @@ def read_blocks(path: Path, begin: int = 0, end: int | None = None) -> Iterator[
             place += length
 
 
-def read_storage(path: Path, begin: int, end: int) -> UntypedStorage:
-    """Return bytes of a file.
+def read_array(path: Path, begin: int, end: int) -> np.ndarray:
+    """Return bytes of a file, uint8[end - begin].
 
     Args:
         path: the file.
@@ -89,8 +89,8 @@ def read_storage(path: Path, begin: int, end: int) -> UntypedStorage:
         OSError: it cannot be read.
     """
     memory = take_memory(_room_for(begin, end))
-    first = _read_into(memory.numpy().data, path, begin, end)
-    return memory.untyped_storage()[first : first + end - begin]
+    first = _read_into(memory.data, path, begin, end)
+    return memory[first : first + end - begin]
 
 
 def _read_into(memory: memoryview, path: Path, begin: int, end: int) -> int:
@@ -98,7 +98,7 @@ def _read_into(memory: memoryview, path: Path, begin: int, end: int) -> int:
 
     Args:
         memory: begins at a page and has `_room_for(begin, end)` bytes.
-        path: as in `read_storage`, like what follows.
+        path: as in `read_array`, like what follows.
         begin: likewise.
         end: likewise.
     """
@@ -131,7 +131,7 @@ class UncachedFile:
     def __init__(self, path: Path) -> None:
         self._open = _opened(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         self._descriptor = self._open.__enter__()
-        self._buffer = take_memory(STEP_BYTES).numpy().data
+        self._buffer = take_memory(STEP_BYTES).data
         self._unfinished: dict[int, tuple[bytearray, int]] = {}
         """Content of blocks, and how much of it is there, by their place."""
         self._size = self._place = 0

@@ -4,6 +4,7 @@ import errno
 import multiprocessing
 import os
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -112,9 +113,12 @@ def test_what_workers_keep_ready_has_no_name():
     assert int(next(items).max()) == 0
     assert int(next(items).max()) == 1
     (worker,) = items._workers
-    links = [os.readlink(one) for one in Path(f"/proc/{worker.pid}/fd").iterdir()]
+    links = []
+    while not any(link.startswith(NAME) for link in links):  # until one is ready
+        for one in Path(f"/proc/{worker.pid}/fd").iterdir():
+            with suppress(FileNotFoundError):  # closed meanwhile
+                links.append(os.readlink(one))
     end()
-    assert any(link.startswith(NAME) for link in links)
     assert not [link for link in links if link.startswith("/dev/shm")]
 
 

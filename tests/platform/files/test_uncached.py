@@ -2,11 +2,10 @@ import errno
 import os
 
 import pytest
-import torch
 
 from megatron_vlm.platform.files import uncached
 from megatron_vlm.platform.files.durable import flush_to_disk
-from megatron_vlm.platform.files.uncached import STEP_BYTES, UncachedFile, read_blocks, read_storage
+from megatron_vlm.platform.files.uncached import STEP_BYTES, UncachedFile, read_array, read_blocks
 from tests.support.small_disk import files_of_at_most
 
 CONTENT = os.urandom(STEP_BYTES + (3 << 20) + 4096 + 5)
@@ -49,8 +48,7 @@ def test_any_bytes_of_a_file_are_read(tmp_path, begin, end):
     (tmp_path / "file").write_bytes(CONTENT)
     assert b"".join(map(bytes, read_blocks(tmp_path / "file", begin, end))) == CONTENT[begin:end]
     end = end or len(CONTENT)
-    storage = read_storage(tmp_path / "file", begin, end)
-    assert torch.empty(0, dtype=torch.uint8).set_(storage).numpy().tobytes() == CONTENT[begin:end]
+    assert read_array(tmp_path / "file", begin, end).tobytes() == CONTENT[begin:end]
 
 
 def test_an_empty_file_has_no_blocks(tmp_path):
@@ -62,7 +60,7 @@ def test_an_empty_file_has_no_blocks(tmp_path):
 def test_a_file_that_ends_too_early_is_told(tmp_path, size):
     (tmp_path / "file").write_bytes(CONTENT[:size])
     with pytest.raises(EOFError, match=f"it ends after {size} of 9000 bytes"):
-        read_storage(tmp_path / "file", 50, 9000)
+        read_array(tmp_path / "file", 50, 9000)
 
 
 @pytest.mark.usefixtures("system")
