@@ -221,10 +221,14 @@ class Soak:
 
 
 def _kill(job: WatchedJob, rng: random.Random) -> str:
-    launcher = [psutil.Process(job.process.pid)]
-    groups = {"rank": job.ranks(), "loader worker": job.loader_workers(), "launcher": launcher, "all": job.members()}
+    groups = {
+        "rank": [[rank] for rank in job.ranks()],
+        "loader worker": job.loader_workers(),
+        "launcher": [[psutil.Process(job.process.pid)]],
+        "all": [job.members()],
+    }
     victim = rng.choice([name for name, members in groups.items() if members])
-    for member in groups[victim] if victim == "all" else [rng.choice(groups[victim])]:
+    for member in rng.choice(groups[victim]):
         with suppress(psutil.NoSuchProcess):
             member.kill()
     return victim

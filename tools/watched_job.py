@@ -74,13 +74,16 @@ class WatchedJob:
             return psutil.Process(self.process.pid).children()
         return []
 
-    def loader_workers(self) -> list[psutil.Process]:
-        """Return the processes that load data for the ranks."""
+    def loader_workers(self) -> list[list[psutil.Process]]:
+        """Return the processes that load data, all of each rank that has some.
+
+        To kill one may be no fault: a validation that has all its batches does not miss its worker.
+        """
         found = []
         for rank in self.ranks():
             with suppress(psutil.NoSuchProcess):
-                found += [child for child in rank.children() if "tracker" not in " ".join(child.cmdline())]
-        return found
+                found.append([child for child in rank.children() if "tracker" not in " ".join(child.cmdline())])
+        return list(filter(None, found))
 
     def beat(self) -> Beat | None:
         """Return the last sign of life of rank 0; None before it runs."""

@@ -182,9 +182,10 @@ _MOMENTS = {
 
 
 def _victims(job: WatchedJob, victim: str, rng: random.Random) -> list[psutil.Process]:
-    """Return the processes to kill; the launcher where the others are not there yet."""
+    """Return the processes to kill, all loader workers of one rank; the launcher where the others are not there yet."""
     launcher = [psutil.Process(job.process.pid)]
     if victim == "all":
         return job.members()
-    candidates = {"rank": job.ranks, "loader worker": job.loader_workers, "launcher": lambda: launcher}[victim]()
-    return [rng.choice(candidates or job.ranks() or launcher)]
+    if victim == "loader worker" and (workers := job.loader_workers()):
+        return rng.choice(workers)
+    return [rng.choice((job.ranks() if victim != "launcher" else []) or launcher)]
