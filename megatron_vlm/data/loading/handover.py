@@ -38,10 +38,10 @@ class Parcel:
         _Pickler(content, protocol=5, buffer_callback=buffers.append).dump(item)
         views = [buffer.raw() for buffer in buffers]
         self._content, self._sizes = content.getvalue(), [len(view) for view in views]
-        descriptor = _create()
+        descriptor, places = _create(), _places(self._sizes)
         try:
-            os.ftruncate(descriptor, _places(self._sizes)[-1])
-            for place, view in zip(_places(self._sizes), views, strict=False):
+            os.ftruncate(descriptor, places[-1])
+            for place, view in zip(places, views, strict=False):
                 _write(descriptor, view, place)
             self._handle = DupFd(descriptor)
         finally:
