@@ -3,7 +3,6 @@
 import errno
 import multiprocessing
 import os
-import tempfile
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,22 +47,21 @@ def send(pipe, items):
 
 
 @pytest.fixture
-def receive(monkeypatch):
+def receive(monkeypatch, short_folder):
     """Return a function that receives items from another process."""
-    with tempfile.TemporaryDirectory(prefix="mv-") as folder:  # its path is short enough for sockets
-        monkeypatch.setitem(multiprocessing.current_process()._config, "tempdir", folder)
-        context = multiprocessing.get_context("fork")
-        ours, theirs = context.Pipe()
-        processes = []
+    monkeypatch.setitem(multiprocessing.current_process()._config, "tempdir", str(short_folder))
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+    processes = []
 
-        def receive(*items):
-            processes.append(context.Process(target=send, args=(theirs, items)))
-            processes[0].start()
-            return [ours.recv() for _ in items]
+    def receive(*items):
+        processes.append(context.Process(target=send, args=(theirs, items)))
+        processes[0].start()
+        return [ours.recv() for _ in items]
 
-        yield receive
-        ours.send(None)
-        processes[0].join()
+    yield receive
+    ours.send(None)
+    processes[0].join()
 
 
 def maps():

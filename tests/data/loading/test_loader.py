@@ -6,10 +6,8 @@ import itertools
 import multiprocessing
 import os
 import signal
-import tempfile
 import threading
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -96,12 +94,6 @@ def make_plan(datasets, folder, **changes):
 @pytest.fixture(scope="module")
 def plan(datasets, tmp_path_factory):
     return make_plan(datasets, tmp_path_factory.mktemp("plans"))
-
-
-@pytest.fixture
-def short_folder():
-    with tempfile.TemporaryDirectory(prefix="mv-") as folder:  # its path is short enough for sockets
-        yield Path(folder)
 
 
 def make_loader(datasets, plan, *, collation=COLLATION, start_iteration=0, **options):

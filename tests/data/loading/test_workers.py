@@ -3,11 +3,9 @@
 import mmap
 import multiprocessing
 import os
-import tempfile
 import time
 from multiprocessing import resource_sharer
 from multiprocessing.connection import Client
-from pathlib import Path
 
 import psutil
 import pytest
@@ -22,12 +20,6 @@ from megatron_vlm.data.loading.workers import LoaderWorkers, start_loading
 class Squares(Dataset):
     def __getitem__(self, position):
         return torch.tensor(position**2)
-
-
-@pytest.fixture
-def short_folder():
-    with tempfile.TemporaryDirectory(prefix="mv-") as folder:  # its path is short enough for sockets
-        yield Path(folder)
 
 
 @pytest.fixture
